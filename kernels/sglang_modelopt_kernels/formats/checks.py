@@ -1,0 +1,66 @@
+"""What every reference quantizer checks before it computes, and the block arithmetic the formats share."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_weight(weight: torch.Tensor, block: int = 1) -> None:
+    """Raises ValueError unless ``weight`` is a finite floating-point matrix ``[N, K]`` with ``block`` dividing K."""
+    if weight.dim() != 2 or not weight.is_floating_point():
+        raise ValueError(f"a weight is a floating-point matrix [N, K], not {weight.dtype} {list(weight.shape)}")
+    if weight.shape[1] % block:
+        raise ValueError(f"K = {weight.shape[1]} is not a multiple of {block}")
+    if not bool(torch.isfinite(weight).all()):
+        raise ValueError("the weight holds NaN or infinity, for which these formats have no code")
+
+
+def check_activation(x: torch.Tensor, block: int = 1) -> None:
+    """Raises ValueError unless ``x`` is float32 ``[M, K]`` with ``block`` dividing K."""
+    if x.dim() != 2 or x.dtype != torch.float32:
+        raise ValueError(f"an activation is float32 [M, K], not {x.dtype} {list(x.shape)}")
+    if x.shape[1] % block:
+        raise ValueError(f"K = {x.shape[1]} is not a multiple of {block}")
+
+
+def static_scale(scale: torch.Tensor | None) -> torch.Tensor:
+    """The scale of a static format as float32 ``[]``. Raises ValueError when there is none, or more than one."""
+    if scale is None:
+        raise ValueError("a static activation format needs the input_scale of the checkpoint")
+    if scale.numel() != 1:
+        raise ValueError(f"a static activation format takes one input_scale, not {list(scale.shape)}")
+    return scale.to(torch.float32).reshape(())
+
+
+def no_scale(scale: torch.Tensor | None) -> None:
+    """Raises ValueError when a dynamic format is handed a static scale, which it would otherwise drop silently."""
+    if scale is not None:
+        raise ValueError("a dynamic activation format computes its own scales and takes none")
+
+
+def split_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
+    """``[..., K]`` as ``[..., K / block, block]``."""
+    return x.unflatten(-1, (-1, block))
+
+
+def block_amax(x: torch.Tensor, block: int) -> torch.Tensor:
+    """The largest magnitude of each block of ``x`` ``[..., K]``: float32 ``[..., K / block]``. NaN propagates."""
+    return split_blocks(x, block).abs().amax(dim=-1).to(torch.float32)
+
+
+def scale_blocks(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Float32 ``[..., K]`` times one float32 scale ``[..., K / block]`` for each block."""
+    block = values.shape[-1] // scales.shape[-1]
+    return (split_blocks(values, block) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def positive_amax(amax: torch.Tensor, maxbound: float) -> torch.Tensor:
+    """The calibrated ``amax`` as ModelOpt exports it: float32, and never zero.
+
+    A zero becomes ``maxbound``, so that the exported scale is 1. What is below the smallest normal number of the dtype
+    of ``amax`` is raised to it, which matters in fp16: pass ``amax`` in the dtype that ModelOpt's calibrator keeps.
+
+    Source: ModelOpt 0.47, ``TensorQuantizer.export_amax`` and ``_sanitize_export_amax``.
+    """
+    sanitized = torch.where(amax == 0, torch.full_like(amax, maxbound), amax)
+    return sanitized.clamp(min=torch.finfo(amax.dtype).tiny).to(torch.float32)

@@ -1,0 +1,74 @@
+"""INT8 weights under one float32 scale for each output channel, and INT8 activations under a static scale.
+
+Sources: ``to_quantized_weight`` (``torch/export/quant_utils.py``) and ``_tensor_quant``
+(``torch/quantization/tensor_quant.py``) of ModelOpt 0.47.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .checks import check_activation, check_weight, positive_amax, static_scale
+
+MAX = 127.0
+"""What amax is scaled to; -128 is a legal code that only a clipped value takes."""
+
+
+def round_to_int8(x: torch.Tensor) -> torch.Tensor:
+    """Rounds ``x`` to integers, ties to even, and saturates at -128 and 127; the dtype stays. NaN stays NaN."""
+    return x.round().clamp(-MAX - 1, MAX)
+
+
+class INT8PerChannelWeight(WeightFormat):
+    """``weight`` int8 ``[N, K]`` and ``weight_scale`` float32 ``[N]``, as W8A8_SQ_PER_CHANNEL and W8A16 export."""
+
+    name = "int8_per_channel"
+    group_size = 0
+    exact_in_bf16 = True
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """``weight`` and ``weight_scale``."""
+        return (
+            TensorSpec("weight", (torch.int8,), (Dim("N"), Dim("K")), ValueRule.CODES),
+            TensorSpec("weight_scale", (torch.float32,), (Dim("N"),), ValueRule.POSITIVE),
+        )
+
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
+        """Reads one shard: unit = codes, out scale = the scales ``[N, 1]``."""
+        return DecodedWeight(
+            tensors["weight"].to(torch.float32), tensors["weight_scale"].to(torch.float32).unsqueeze(1)
+        )
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of an export of ``weight`` ``[N, K]``, bit for bit; an all-zero channel has scale 1.
+
+        Raises:
+            ValueError: the weight is not a finite matrix.
+        """
+        check_weight(weight)
+        scale = positive_amax(weight.abs().amax(dim=1), MAX) / MAX
+        return {"weight": round_to_int8(weight / scale.unsqueeze(1)).to(torch.int8), "weight_scale": scale}
+
+
+class INT8StaticPerTensor(ActivationFormat):
+    """INT8 under the static ``input_scale`` = amax / 127: ``round(x * (1 / input_scale))``, ties to even.
+
+    What exceeds the range saturates, infinity included; NaN stays NaN, which an int8 buffer could not hold.
+    """
+
+    name = "int8_static"
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """``input_scale``."""
+        return (TensorSpec("input_scale", (torch.float32,), (), ValueRule.POSITIVE),)
+
+    def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Integers in float32 ``[M, K]`` and the scale ``[]``. Raises ValueError without one scale."""
+        check_activation(x)
+        input_scale = static_scale(scale)
+        return round_to_int8(x * (1 / input_scale)), input_scale

@@ -1,0 +1,86 @@
+"""MXFP4: E2M1 codes in blocks of 32 under UE8M0 scales, ``W = code * 2^(weight_scale - 127)`` (OCP MX v1.0, 5.2).
+
+Source of the rounding: ModelOpt 0.47, ``MXFP4QTensor`` (``torch/quantization/qtensor/mxfp4_tensor.py``) for weights and
+``torch/kernels/quantization/gemm/tensor_quant_mx.cu`` for activations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from . import e2m1, ue8m0
+from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
+
+BLOCK = 32
+
+
+class MXFP4Weight(WeightFormat):
+    """An MXFP4 weight: ``weight`` uint8 ``[N, K / 2]`` and ``weight_scale`` uint8 ``[N, K / 32]``.
+
+    The unit weight is the whole weight. It is exact in bf16 over the full range of scales, where the smallest values,
+    0.5 * 2^-127, are subnormal.
+    """
+
+    name = "mxfp4"
+    group_size = BLOCK
+    exact_in_bf16 = True
+
+    @property
+    def tensors(self) -> tuple[TensorSpec, ...]:
+        """``weight`` and ``weight_scale``."""
+        block = Dim("K", BLOCK)
+        return (
+            TensorSpec("weight", (torch.uint8,), (Dim("N"), Dim("K", 2)), ValueRule.CODES),
+            TensorSpec("weight_scale", (torch.uint8,), (Dim("N"), block), ValueRule.BLOCK_SCALE_UE8M0),
+        )
+
+    def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
+        """Reads one shard: unit = code * block scale, infinite beyond the range of float32; out scale = 1."""
+        values = e2m1.decode(e2m1.unpack_codes(tensors["weight"]))
+        unit = scale_blocks(values, ue8m0.decode(tensors["weight_scale"]))
+        return DecodedWeight(unit, unit.new_ones(()))
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors of an export of ``weight`` ``[N, K]``, bit for bit: ties round down and zero is code 8.
+
+        Raises:
+            ValueError: the weight is not a finite matrix with K a multiple of 32.
+        """
+        check_weight(weight, BLOCK)
+        scale = ue8m0.weight_scale(block_amax(weight, BLOCK), e2m1.MAX)
+        scaled = split_blocks(weight, BLOCK) / ue8m0.decode(scale).unsqueeze(-1)
+        codes = e2m1.encode(scaled, ties="down").flatten(-2)
+        return {"weight": e2m1.pack_codes(codes), "weight_scale": scale}
+
+
+class MXFP4Dynamic(ActivationFormat):
+    """Blocks of 32 inputs in E2M1 with dynamic UE8M0 scales ``2^ceil(log2(amax / 6))``.
+
+    Unlike ModelOpt's weights, its activations round ties to even. A block that holds NaN or infinity becomes NaN.
+    """
+
+    name = "mxfp4_dynamic"
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes and block scales of float32 ``x`` ``[M, K]``.
+
+        Returns:
+            ``(codes, scale)``: uint8 ``[M, K]``, one code to a byte, and uint8 ``[M, K / 32]``, 255 for a block that
+            holds NaN or infinity.
+
+        Raises:
+            ValueError: ``x`` is not float32 ``[M, K]`` with K a multiple of 32.
+        """
+        check_activation(x, BLOCK)
+        scale = ue8m0.activation_scale(block_amax(x, BLOCK), e2m1.MAX)
+        codes = e2m1.encode(split_blocks(x, BLOCK) / ue8m0.decode(scale).unsqueeze(-1))
+        return codes.flatten(-2), scale
+
+    def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Values code * block scale, float32 ``[M, K]``, and no row scale. Raises as :meth:`encode`, or for a scale."""
+        no_scale(scale)
+        codes, block_scale = self.encode(x)
+        return scale_blocks(e2m1.decode(codes), ue8m0.decode(block_scale)), None

@@ -1,0 +1,65 @@
+"""Dense matrix product over a decoded weight: right on every device, fast on none.
+
+The weight is kept as ``unit`` (codes times block scales) and multiplied by the per-row output scale in the epilogue, so that
+nothing is rounded that the recipe does not round: on a CPU in float32, on a GPU in bf16 with float32 accumulation and
+output, where every product of an e4m3 activation and a bf16 ``unit`` is exact.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_modelopt_kernels.formats.base import DecodedWeight
+
+
+def prepare_dense(weight: DecodedWeight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two tensors :func:`dense_linear` reads.
+
+    Args:
+        weight: decoded weight ``[N, K]``.
+        dtype: float32, or bf16 where the format's ``unit`` is exact in it.
+
+    Returns:
+        ``(unit, out_scale)``: ``[N, K]`` of ``dtype`` and float32 ``[N]``.
+
+    Raises:
+        ValueError: ``unit`` does not survive the conversion to ``dtype``.
+    """
+    unit = weight.unit.to(dtype)
+    if dtype != torch.float32 and not torch.equal(unit.to(torch.float32), weight.unit):
+        raise ValueError(f"the decoded weight is not exact in {dtype}")
+    rows = weight.unit.shape[0]
+    return unit.contiguous(), weight.out_scale.to(torch.float32).reshape(-1).expand(rows).contiguous()
+
+
+def dense_linear(
+    values: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    unit: torch.Tensor,
+    out_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``(values @ unit^T) * row_scale * out_scale + bias``, accumulated and scaled in float32.
+
+    Args:
+        values: float32 ``[M, K]``, the rounded activations before their scale.
+        row_scale: float32 ``[]`` or ``[M, 1]``, None for 1.
+        unit: ``[N, K]`` float32 or bf16.
+        out_scale: float32 ``[N]``.
+        bias: ``[N]`` or None.
+        out_dtype: type of the result.
+
+    Returns:
+        ``[M, N]`` of ``out_dtype``.
+    """
+    if unit.dtype == torch.float32:
+        y = values @ unit.T
+    else:
+        y = torch.mm(values.to(unit.dtype), unit.T, out_dtype=torch.float32)
+    y = y * out_scale
+    if row_scale is not None:
+        y = y * row_scale
+    if bias is not None:
+        y = y + bias.to(torch.float32)
+    return y.to(out_dtype)

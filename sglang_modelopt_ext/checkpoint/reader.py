@@ -1,0 +1,258 @@
+"""The strict reader: a checkpoint folder as a typed description of every quantized layer, or an error that names the fault.
+
+Reads configuration files and safetensors headers, and with :func:`check_scalar_values` the per-tensor scales: seconds on any
+model. Block scales are checked where they are loaded (:mod:`sglang_modelopt_ext.integration.loading`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
+from sglang_modelopt_kernels.formats.base import TensorSpec, ValueRule
+from sglang_modelopt_ext.checkpoint.quant_config import (
+    LayerQuantization,
+    QuantConfig,
+    canonical_name,
+    read_quant_config,
+)
+from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
+from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_blocks
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.table import find_scheme
+
+FUSED_SHARDS: dict[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+"""SGLang's fused linear layers and the checkpoint's layers each is made of, in order."""
+
+_SCALE_NAMES = frozenset(
+    spec.name for fmt in (*WEIGHT_FORMATS.values(), *ACTIVATION_FORMATS.values()) for spec in fmt.tensors
+) - {"weight"}
+
+
+@dataclass(frozen=True)
+class QuantizedLinear:
+    """One quantized linear layer of a checkpoint.
+
+    Attributes:
+        name: its module name in the checkpoint.
+        scheme: how it is quantized.
+        n, k: output and input features.
+        stored: the tensors found for it, by spec name.
+    """
+
+    name: str
+    scheme: LayerScheme
+    n: int
+    k: int
+    stored: Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and found consistent.
+
+    Attributes:
+        folder: where it is.
+        config: what it declares.
+        tensors: the header of every tensor, by name.
+        linears: every quantized linear layer, by :func:`canonical_name`.
+    """
+
+    folder: Path
+    config: QuantConfig
+    tensors: Mapping[str, StoredTensor]
+    linears: Mapping[str, QuantizedLinear]
+
+    def spec_of(self, tensor: str) -> TensorSpec | None:
+        """The declaration of a stored tensor, None when it belongs to no quantized layer."""
+        module, _, name = tensor.rpartition(".")
+        linear = self.linears.get(canonical_name(module))
+        if linear is None:
+            return None
+        return next((spec for spec in linear.scheme.tensors if spec.name == name), None)
+
+
+def layer_scheme(config: QuantConfig, quantization: LayerQuantization, group_size: int | None = None) -> LayerScheme:
+    """The scheme of a layer, its group size given by the tensors (``group_size``) or else by the configuration."""
+    declared = quantization.group_size
+    if group_size is not None and declared is not None and group_size != declared:
+        raise ModelOptExtError.at(config.file, "group_size", f"{group_size}, as the tensors have it", declared)
+    scheme = find_scheme(quantization.algo, config.file)
+    return scheme.for_group(group_size if group_size is not None else declared, config.file, "group_size")
+
+
+def read_checkpoint(folder: Path, config: QuantConfig | None = None) -> Checkpoint:
+    """Reads and validates the checkpoint in ``folder``.
+
+    Raises:
+        ModelOptExtError: anything about the files, the configuration, or the name, shape and dtype of a tensor that is not as
+            the scheme declares it.
+    """
+    config = config or read_quant_config(folder)
+    if config is None:
+        raise ModelOptExtError.at(folder, "quantization_config", "a checkpoint exported by ModelOpt", "none")
+    tensors = read_headers(folder)
+    linears = {}
+    for module, stored in _quantized_modules(tensors).items():
+        linears[canonical_name(module)] = _describe(module, stored, config)
+    checkpoint = Checkpoint(folder, config, tensors, linears)
+    _check_fused(checkpoint)
+    return checkpoint
+
+
+def _quantized_modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
+    """Modules that own a scale, or a weight of a packed or 8-bit type, with their tensors by last name."""
+    modules: dict[str, dict[str, StoredTensor]] = {}
+    for tensor in tensors.values():
+        module, _, name = tensor.name.rpartition(".")
+        modules.setdefault(module, {})[name] = tensor
+    return {
+        module: stored
+        for module, stored in modules.items()
+        if _SCALE_NAMES & stored.keys() or ("weight" in stored and stored["weight"].dtype.itemsize == 1)
+    }
+
+
+def _describe(module: str, stored: Mapping[str, StoredTensor], config: QuantConfig) -> QuantizedLinear:
+    some = next(iter(stored.values()))
+    quantization = config.layer(module)
+    if quantization is None:
+        extra = next(tensor for name, tensor in sorted(stored.items()) if name in _SCALE_NAMES or name == "weight")
+        raise ModelOptExtError.at(
+            some.file, extra.name, f"no quantized tensors: {config.file.name} says the layer is not quantized", "one"
+        )
+    scheme = layer_scheme(config, quantization, _stored_group_size(stored, quantization, config))
+    specs = {spec.name: spec for spec in scheme.tensors}
+    for name, tensor in stored.items():
+        if name not in specs and name != "bias":
+            raise ModelOptExtError.at(
+                tensor.file, tensor.name, f"only the tensors of {scheme.describe()}", "an unknown one"
+            )
+    for name, spec in specs.items():
+        if name not in stored and not spec.optional:
+            raise ModelOptExtError.at(some.file, f"{module}.{name}", f"a tensor of {scheme.describe()}", "none")
+        if name in stored and stored[name].dtype not in spec.dtypes:
+            dtypes = " or ".join(str(dtype).removeprefix("torch.") for dtype in spec.dtypes)
+            raise ModelOptExtError.at(
+                stored[name].file, stored[name].name, dtypes, str(stored[name].dtype).removeprefix("torch.")
+            )
+    n, k = _weight_shape(stored["weight"], specs["weight"])
+    for name, spec in specs.items():
+        if name in stored:
+            _check_shape(stored[name], spec, n, k)
+    return QuantizedLinear(module, scheme, n, k, stored)
+
+
+def _stored_group_size(
+    stored: Mapping[str, StoredTensor], quantization: LayerQuantization, config: QuantConfig
+) -> int | None:
+    """The group size the tensors decide: inputs of the weight by columns of the block scale. None without block scales."""
+    scheme = find_scheme(quantization.algo, config.file)
+    weight, scale = stored.get("weight"), stored.get("weight_scale")
+    if 0 in scheme.group_sizes or weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
+        return None
+    per_byte = next(dim.per for dim in WEIGHT_FORMATS[scheme.weights[0]].tensors[0].dims if dim.axis == "K")
+    k, blocks = weight.shape[1] * per_byte, scale.shape[1]
+    group_size = k // blocks if blocks and k % blocks == 0 else None
+    # A group size no format has is a wrong shape, which the shape check names better.
+    return group_size if group_size in scheme.group_sizes else None
+
+
+def _weight_shape(weight: StoredTensor, spec: TensorSpec) -> tuple[int, int]:
+    if len(weight.shape) != len(spec.dims) or 0 in weight.shape:
+        raise ModelOptExtError.at(weight.file, weight.name, f"{len(spec.dims)} dimensions", list(weight.shape))
+    n_dim, k_dim = spec.dim_of("N"), spec.dim_of("K")
+    assert n_dim is not None and k_dim is not None, "every weight has both axes"
+    return weight.shape[n_dim] * spec.dims[n_dim].per, weight.shape[k_dim] * spec.dims[k_dim].per
+
+
+def _check_shape(tensor: StoredTensor, spec: TensorSpec, n: int, k: int) -> None:
+    try:
+        expected = spec.shape(n, k)
+    except ValueError as error:
+        raise ModelOptExtError.at(
+            tensor.file, tensor.name, f"a layer whose sizes the blocks divide: {error}", (n, k)
+        ) from error
+    # ModelOpt and its peers store a scalar as [] or [1].
+    if tensor.shape != expected and not (spec.is_scalar and tensor.shape == (1,)):
+        raise ModelOptExtError.at(tensor.file, tensor.name, f"shape {list(expected)}", list(tensor.shape))
+
+
+def _check_fused(checkpoint: Checkpoint) -> None:
+    """The shards of a layer SGLang fuses must agree: same scheme, same optional tensors, same number of inputs."""
+    for shards in FUSED_SHARDS.values():
+        owners = {
+            name.removesuffix(shard) for name in checkpoint.linears for shard in shards if name.endswith("." + shard)
+        }
+        for owner in sorted(owners):
+            present = [checkpoint.linears.get(owner + shard) for shard in shards]
+            first = next(linear for linear in present if linear is not None)
+            for shard, linear in zip(shards, present, strict=True):
+                name = first.name.rpartition(".")[0] + "." + shard
+                file = next(iter(first.stored.values())).file
+                if linear is None:
+                    if f"{name}.weight" in checkpoint.tensors:
+                        raise ModelOptExtError.at(
+                            file, f"{name}.weight", f"{first.scheme.algo}, as {first.name}", "unquantized"
+                        )
+                    raise ModelOptExtError.at(file, f"{name}.weight", f"a shard beside {first.name}", "none")
+                _check_same(first, linear)
+
+
+def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
+    file = next(iter(linear.stored.values())).file
+    if linear.scheme != first.scheme:
+        raise ModelOptExtError.at(
+            file, linear.name, f"{first.scheme.describe()}, as {first.name} it is fused with", linear.scheme.describe()
+        )
+    if linear.k != first.k:
+        raise ModelOptExtError.at(file, f"{linear.name}.weight", f"{first.k} inputs, as {first.name}", linear.k)
+    differ = sorted(set(first.stored) ^ set(linear.stored))
+    if differ:
+        owner = first if differ[0] in first.stored else linear
+        other = linear if owner is first else first
+        raise ModelOptExtError.at(
+            file, f"{other.name}.{differ[0]}", f"a tensor, as {owner.name} it is fused with", "none"
+        )
+
+
+def check_scalar_values(checkpoint: Checkpoint) -> None:
+    """Checks every per-tensor scale. Raises ModelOptExtError naming the tensor."""
+    scalars = []
+    for linear in checkpoint.linears.values():
+        for spec in linear.scheme.tensors:
+            if spec.is_scalar and spec.name in linear.stored:
+                scalars.append(linear.stored[spec.name])
+    for stored, tensor in read_tensors(scalars):
+        spec = checkpoint.spec_of(stored.name)
+        check_values(stored.file, stored.name, tensor, spec.values if spec else ValueRule.POSITIVE)
+
+
+def bits_per_weight(checkpoint: Checkpoint) -> float:
+    """Stored bits for each weight of the quantized linear layers, scales included."""
+    stored = sum(t.num_bytes for linear in checkpoint.linears.values() for n, t in linear.stored.items() if n != "bias")
+    weights = sum(linear.n * linear.k for linear in checkpoint.linears.values())
+    return 8 * stored / weights if weights else float(torch.bfloat16.itemsize * 8)
+
+
+def check_all_values(checkpoint: Checkpoint) -> None:
+    """Checks every scale and every zero block of the checkpoint, one layer in memory at a time."""
+    check_scalar_values(checkpoint)
+    for linear in checkpoint.linears.values():
+        for spec in linear.scheme.tensors:
+            if spec.is_scalar or spec.values is ValueRule.CODES or spec.name not in linear.stored:
+                continue
+            stored = linear.stored[spec.name]
+            _, tensor = next(read_tensors([stored]))
+            check_values(stored.file, stored.name, tensor, spec.values)
+            if spec.values is ValueRule.BLOCK_SCALE_E4M3:
+                _, codes = next(read_tensors([linear.stored["weight"]]))
+                check_zero_blocks(stored.file, stored.name, codes, tensor)

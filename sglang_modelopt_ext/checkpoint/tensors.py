@@ -1,0 +1,150 @@
+"""The tensors of a checkpoint folder, read from safetensors headers only.
+
+Everything that can be known to be wrong without reading a weight is found here: missing and unreadable files, an index that
+points nowhere or outside the folder, tensors stored twice.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+
+INDEX_NAME = "model.safetensors.index.json"
+
+_DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor is stored and what its header says."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of data, headers excluded."""
+        count = 1
+        for size in self.shape:
+            count *= size
+        return count * self.dtype.itemsize
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``. Raises ModelOptExtError when the file holds anything else."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ModelOptExtError.at(path, "file", "a JSON object", error) from error
+    if not isinstance(value, dict):
+        raise ModelOptExtError.at(path, "file", "a JSON object", type(value).__name__)
+    return value
+
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[Any]:
+    """``safe_open`` on the CPU, with the library's errors turned into one line."""
+    try:
+        with safe_open(path, framework="pt", device="cpu") as handle:
+            yield handle
+    except (SafetensorError, OSError) as error:
+        raise ModelOptExtError.at(path, "file", "a readable safetensors file", error) from error
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files that make up the checkpoint: those of the index where there is one, else every one.
+
+    Raises:
+        ModelOptExtError: no file at all, or an index that names a missing file or one outside the folder.
+    """
+    index = folder / INDEX_NAME
+    if index.exists():
+        return tuple(sorted({folder / name for name in _weight_map(index).values()}))
+    files = tuple(sorted(folder.glob("*.safetensors")))
+    if not files:
+        raise ModelOptExtError.at(folder, "*.safetensors", "at least one safetensors file", "none")
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """``tensor -> file name`` of an index, every file a plain name that exists beside it."""
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelOptExtError.at(index, "weight_map", "an object of tensor names to file names", repr(weight_map)[:80])
+    for tensor, name in weight_map.items():
+        # A symbolic link in the folder is fine (hub caches are made of them); a path that leaves it is not.
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
+            raise ModelOptExtError.at(index, tensor, "the name of a file in the same folder", repr(name))
+        if not (index.parent / name).is_file():
+            raise ModelOptExtError.at(index, tensor, f"the file {name} beside it", "no such file")
+    return weight_map
+
+
+def read_headers(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint in ``folder``, by name, read from the headers only.
+
+    Raises:
+        ModelOptExtError: an unreadable or truncated file, a tensor stored twice, an index that disagrees with the files.
+    """
+    found: dict[str, StoredTensor] = {}
+    for file in weight_files(folder):
+        with open_safetensors(file) as handle:
+            for name in handle.keys():  # noqa: SIM118 - not a mapping
+                header = handle.get_slice(name)
+                if name in found:
+                    raise ModelOptExtError.at(file, name, "one copy of every tensor", f"another in {found[name].file}")
+                dtype = _DTYPES.get(header.get_dtype())
+                if dtype is None:
+                    raise ModelOptExtError.at(file, name, f"one of {', '.join(_DTYPES)}", header.get_dtype())
+                found[name] = StoredTensor(name, file, dtype, tuple(header.get_shape()))
+    index = folder / INDEX_NAME
+    if index.exists():
+        _check_index(index, found)
+    return found
+
+
+def _check_index(index: Path, found: dict[str, StoredTensor]) -> None:
+    for name, file in _weight_map(index).items():
+        if name not in found or found[name].file.name != file:
+            got = found[name].file.name if name in found else "no such tensor"
+            raise ModelOptExtError.at(index, name, f"the tensor in {file}", got)
+    unlisted = sorted(set(found) - set(_weight_map(index)))
+    if unlisted:
+        raise ModelOptExtError.at(
+            index, unlisted[0], "every stored tensor in weight_map", f"it only in {found[unlisted[0]].file}"
+        )
+
+
+def read_tensors(stored: list[StoredTensor]) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
+    """The data of ``stored``, file by file, on the CPU."""
+    for file in sorted({tensor.file for tensor in stored}):
+        with open_safetensors(file) as handle:
+            for tensor in stored:
+                if tensor.file == file:
+                    yield tensor, handle.get_tensor(tensor.name)

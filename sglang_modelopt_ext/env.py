@@ -1,0 +1,56 @@
+"""Settings read from the environment: one reader, one prefix, and an error for a value nobody understands."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal, cast
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+
+PREFIX = "SGLANG_MODELOPT_EXT_"
+
+W4A8Math = Literal["exact", "fp8"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One environment variable: its name without the prefix, its choices (empty: free text), default and meaning."""
+
+    name: str
+    choices: tuple[str, ...]
+    default: str
+    help: str
+
+    @property
+    def variable(self) -> str:
+        """The full name of the environment variable."""
+        return PREFIX + self.name
+
+    def read(self) -> str:
+        """The value in force. Raises ModelOptExtError when it is not one of the choices."""
+        value = os.environ.get(self.variable, "") or self.default
+        if self.choices and value not in self.choices:
+            raise ModelOptExtError.at("environment", self.variable, f"one of {', '.join(self.choices)}", repr(value))
+        return value
+
+
+W4A8_MATH = Setting(
+    "W4A8_MATH",
+    ("exact", "fp8"),
+    "exact",
+    "How NVFP4 weights meet FP8 activations: `exact` multiplies fp4 * block scale as bf16 (every product exact), "
+    "`fp8` first rounds it to e4m3 as TensorRT-LLM does.",
+)
+ERROR_FILE = Setting(
+    "ERROR_FILE",
+    (),
+    "",
+    "Internal: the file through which a scheduler process tells the launching process why it stopped.",
+)
+SETTINGS = (W4A8_MATH, ERROR_FILE)
+
+
+def w4a8_math() -> W4A8Math:
+    """The numerics of NVFP4 weights with FP8 activations, fixed for the life of a server."""
+    return cast(W4A8Math, W4A8_MATH.read())

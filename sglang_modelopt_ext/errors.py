@@ -1,0 +1,23 @@
+"""The one exception of this package, and the shape of its message."""
+
+from __future__ import annotations
+
+
+class ModelOptExtError(ValueError):
+    """A checkpoint, a flag or a combination that cannot be served right.
+
+    The message is always one line, ``<file>: <tensor or field>: expected <what>, got <what>``, so that it can be shown without
+    a traceback and searched for in a log.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.split()))
+
+    @classmethod
+    def at(cls, where: object, subject: str, expected: str, got: object) -> ModelOptExtError:
+        """The error for ``subject`` (a tensor or field) found in ``where`` (a file, folder, layer or flag)."""
+        return cls(f"{where}: {subject}: expected {expected}, got {got}")
+
+    def one_line(self) -> str:
+        """How the error is printed: ``ModelOptExtError: <message>``."""
+        return f"{type(self).__name__}: {self}"

@@ -1,0 +1,288 @@
+"""SGLang's view of a checkpoint of ours: detection, the quantization config, and which layer gets which method."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from sglang_modelopt_ext.checkpoint.quant_config import (
+    CONFIG_NAME,
+    QUANT_CONFIG_NAME,
+    QuantConfig,
+    canonical_name,
+    parse_quant_config,
+)
+from sglang_modelopt_ext.checkpoint.reader import (
+    FUSED_SHARDS,
+    Checkpoint,
+    QuantizedLinear,
+    check_scalar_values,
+    layer_scheme,
+    read_checkpoint,
+)
+from sglang_modelopt_ext.env import w4a8_math
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.integration.ownership import owned_family
+from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod
+from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.table import FAMILIES, SCHEMES
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.load_config import LoadConfig
+    from sglang.srt.configs.model_config import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+SERVED_LOAD_FORMATS = ("auto", "safetensors", "dummy")
+"""``--load-format`` values whose weights pass through the strict reader (or, for dummy, have none)."""
+
+
+class ModelOptExtConfig(QuantizationConfig):
+    """The quantization of one checkpoint, asked by SGLang for the method of every layer.
+
+    Args:
+        family: the ``--quantization`` name it is served under.
+        config: what the checkpoint declares.
+        checkpoint: its tensors, None for ``--load-format dummy``.
+        packed_modules_mapping: the model's fused layers, beside the usual ones.
+    """
+
+    def __init__(
+        self,
+        family: str,
+        config: QuantConfig,
+        checkpoint: Checkpoint | None,
+        packed_modules_mapping: Mapping[str, list[str]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.family = family
+        self.config = config
+        self.checkpoint = checkpoint
+        self.packed_modules_mapping = {**FUSED_SHARDS, **(packed_modules_mapping or {})}
+        self.linears: dict[str, QuantizedLinear] = dict(checkpoint.linears) if checkpoint else {}
+        self.math = w4a8_math()
+
+    def get_name(self) -> str:
+        """The ``--quantization`` name."""
+        return self.family
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Every type SGLang serves models in."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Ampere."""
+        return 80
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Where ModelOpt writes it."""
+        return [QUANT_CONFIG_NAME]
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        """From the dict of a configuration file alone: for callers that have no folder to read tensors from."""
+        parsed = parse_quant_config(config, Path(CONFIG_NAME))
+        scheme = SCHEMES.get(parsed.algo or "")
+        if scheme is None:
+            raise ModelOptExtError.at(CONFIG_NAME, "quant_algo", f"one of {', '.join(sorted(SCHEMES))}", parsed.algo)
+        return cls(scheme.flag, parsed, None)
+
+    def get_scaled_act_names(self) -> list[str]:
+        """None: smoothing scales are part of the linear layers."""
+        return []
+
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
+        """Adds SGLang's names of the layers to the checkpoint's, for models that rename modules."""
+        for linear in list(self.linears.values()):
+            renamed = hf_to_sglang_mapper._map_name(linear.name)
+            if renamed is not None:
+                self.linears.setdefault(canonical_name(renamed), linear)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """The method for ``layer``; None where SGLang's own default is right."""
+        from sglang.srt.layers.linear import LinearBase
+        from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+        from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+        from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+        if isinstance(layer, LinearBase):
+            return self._linear_method(prefix) or UnquantizedLinearMethod()
+        if isinstance(layer, FusedMoE):
+            raise ModelOptExtError.at(
+                prefix, "experts", "a dense model", "a mixture of experts, which is not served yet"
+            )
+        if isinstance(layer, VocabParallelEmbedding) and canonical_name(prefix) in self.linears:
+            raise ModelOptExtError.at(prefix, "weight", "an unquantized embedding or lm_head", "a quantized one")
+        return None
+
+    def _shards(self, prefix: str) -> list[str]:
+        parent, _, name = prefix.rpartition(".")
+        shards = self.packed_modules_mapping.get(name, [name])
+        return [f"{parent}.{shard}" if parent else shard for shard in shards]
+
+    def _linear_method(self, prefix: str) -> ModelOptExtLinearMethod | None:
+        shards = self._shards(prefix)
+        declared = [self.config.layer(shard) for shard in shards]
+        stored = [self.linears.get(canonical_name(shard)) for shard in shards]
+        if self.checkpoint is None:
+            schemes = {layer_scheme(self.config, layer) if layer else None for layer in declared}
+            scheme = self._same(prefix, schemes)
+            return self._method(scheme, prefix, None, None) if scheme else None
+        if not any(stored):
+            quantized = next((shard for shard, layer in zip(shards, declared, strict=True) if layer), None)
+            if quantized:
+                raise ModelOptExtError.at(
+                    self.checkpoint.folder,
+                    f"{quantized}.weight",
+                    f"a {self.config.algo} layer, or it in exclude_modules",
+                    "neither",
+                )
+            return None
+        scheme = self._same(prefix, {linear.scheme if linear else None for linear in stored})
+        linears = [linear for linear in stored if linear is not None]
+        assert scheme is not None, "a layer with quantized shards has a scheme"
+        return self._method(scheme, prefix, tuple(linear.n for linear in linears), linears[0].k)
+
+    def _same(self, prefix: str, schemes: set[LayerScheme | None]) -> LayerScheme | None:
+        if len(schemes) > 1:
+            names = sorted(scheme.describe() if scheme else "unquantized" for scheme in schemes)
+            raise ModelOptExtError.at(
+                self.config.file, prefix, "one scheme for every shard of a fused layer", ", ".join(names)
+            )
+        return next(iter(schemes))
+
+    def _method(
+        self, scheme: LayerScheme, prefix: str, n: tuple[int, ...] | None, k: int | None
+    ) -> ModelOptExtLinearMethod:
+        where = self.checkpoint.folder if self.checkpoint else self.config.file
+        return ModelOptExtLinearMethod(
+            scheme, where, prefix, self.math, SCHEMES[scheme.algo].rounds_weight_to_fp8, n, k
+        )
+
+
+def config_folder(model_path: str, revision: str | None) -> Path | None:
+    """The local folder with the checkpoint's configuration files, downloading just those of a hub model.
+
+    Returns None when ``model_path`` is neither a folder nor a hub model that can be reached; SGLang then reports that itself.
+    """
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    folder = None
+    for name in (CONFIG_NAME, QUANT_CONFIG_NAME):
+        try:
+            folder = Path(hf_hub_download(model_path, name, revision=revision)).parent
+        except (EntryNotFoundError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            continue
+    return folder
+
+
+def _verify_quantization(original: Callable[..., None], self: ModelConfig) -> None:
+    folder = config_folder(self.model_path, self.revision)
+    flag = self.quantization.lower() if self.quantization else None
+    owned = owned_family(folder, flag) if folder is not None else None
+    if owned is None:
+        return original(self)
+    self.quantization = owned[0]
+    return None
+
+
+def _parse_modelopt_quant_config(
+    original: Callable[..., dict[str, Any] | None], self: ModelConfig, quant_config_dict: dict[str, Any]
+) -> dict[str, Any] | None:
+    section = quant_config_dict.get("quantization", quant_config_dict)
+    algo = section.get("quant_algo") if isinstance(section, Mapping) else None
+    scheme = SCHEMES.get(algo.upper()) if isinstance(algo, str) else None
+    if scheme is None:
+        return original(self, quant_config_dict)
+    return {"quant_method": scheme.flag, "quant_algo": algo}
+
+
+def _get_quant_config(
+    original: Callable[..., QuantizationConfig],
+    model_config: ModelConfig,
+    load_config: LoadConfig,
+    packed_modules_mapping: dict[str, list[str]],
+    remap_prefix: dict[str, str] | None = None,
+) -> QuantizationConfig:
+    if model_config.quantization not in FAMILIES:
+        return original(model_config, load_config, packed_modules_mapping, remap_prefix)
+    load_format = str(getattr(load_config.load_format, "value", load_config.load_format))
+    if load_format not in SERVED_LOAD_FORMATS:
+        raise ModelOptExtError.at(
+            "--load-format",
+            load_format,
+            f"one of {', '.join(SERVED_LOAD_FORMATS)}",
+            "a format that bypasses the strict reader",
+        )
+    folder = config_folder(model_config.model_path, model_config.revision)
+    owned = owned_family(folder, model_config.quantization) if folder is not None else None
+    if owned is None:
+        raise ModelOptExtError.at(
+            model_config.model_path, "quant_algo", f"a checkpoint of {model_config.quantization}", "none"
+        )
+    family, config = owned
+    if load_format == "dummy":
+        return ModelOptExtConfig(family, config, None, packed_modules_mapping)
+    checkpoint = read_checkpoint(weights_folder(model_config, load_config), config)
+    check_scalar_values(checkpoint)
+    return ModelOptExtConfig(family, config, checkpoint, packed_modules_mapping)
+
+
+def weights_folder(model_config: ModelConfig, load_config: LoadConfig) -> Path:
+    """The local folder with the checkpoint's tensors; a hub model is downloaded by SGLang's own loader first."""
+    if Path(model_config.model_path).is_dir():
+        return Path(model_config.model_path)
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    folder, _, _ = DefaultModelLoader(load_config)._prepare_weights(
+        model_config.model_path, model_config.revision, fall_back_to_pt=False
+    )
+    return Path(folder)
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
+        ("self",),
+        "--quantization would be replaced by whatever SGLang makes of the algorithm's name",
+        _verify_quantization,
+    ),
+    Hook(
+        "sglang.srt.configs.model_config.ModelConfig._parse_modelopt_quant_config",
+        ("self", "quant_config_dict"),
+        "every algorithm with FP4 in its name would be called modelopt_fp4",
+        _parse_modelopt_quant_config,
+    ),
+    Hook(
+        "sglang.srt.model_loader.weight_utils.get_quant_config",
+        ("model_config", "load_config", "packed_modules_mapping", "remap_prefix"),
+        "a checkpoint described by hf_quant_config.json alone would be read by ModelOptFp4Config",
+        _get_quant_config,
+    ),
+)
+
+
+def register_methods() -> None:
+    """Adds this package's names to SGLang's registries of quantization methods and weight loaders."""
+    from sglang.srt.layers import linear
+    from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATION_METHODS
+    from sglang.srt.server_args import add_quantization_method_choices
+
+    for family in FAMILIES:
+        if family not in QUANTIZATION_METHODS:
+            QUANTIZATION_METHODS[family] = ModelOptExtConfig
+            CPU_QUANTIZATION_METHODS[family] = ModelOptExtConfig
+            add_quantization_method_choices([family])
+    if ModelOptExtLinearMethod.__name__ not in linear.WEIGHT_LOADER_V2_SUPPORTED:
+        linear.WEIGHT_LOADER_V2_SUPPORTED.append(ModelOptExtLinearMethod.__name__)

@@ -1,0 +1,244 @@
+"""Strict loading: every tensor of the checkpoint is checked and used, and every parameter of the model is loaded.
+
+SGLang's model classes differ in what they do with a tensor they do not know: drop it with a warning, drop it silently, or fail.
+Here the weights pass through :class:`StrictLoad`, which sees each tensor as it is read and each parameter as it is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sglang_modelopt_ext.checkpoint.reader import Checkpoint
+from sglang_modelopt_ext.checkpoint.values import check_values
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod
+
+logger = logging.getLogger(__name__)
+
+UNUSED_BY_ANY_MODEL = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
+"""Buffers some exporters store and every engine recomputes."""
+
+
+def quantized_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, ModelOptExtLinearMethod]]:
+    """The linear layers of ``model`` that this package serves."""
+    found = []
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        # LoRA wrappers pass the method of the layer inside on; the layer itself is listed too.
+        if isinstance(method, ModelOptExtLinearMethod) and not hasattr(module, "base_layer"):
+            found.append((module, method))
+    return found
+
+
+def ext_config(model: torch.nn.Module) -> ModelOptExtConfig | None:
+    """The configuration ``model`` was built with, when it is ours."""
+    for module in model.modules():
+        config = getattr(module, "quant_config", None)
+        if isinstance(config, ModelOptExtConfig):
+            return config
+    return None
+
+
+class StrictLoad:
+    """One pass of a checkpoint's tensors into a model.
+
+    A tensor counts as used when, while or after it was read, a parameter's loader is called with it (told by its memory) or,
+    for loaders that transform it first, called while it is the one being read.
+    """
+
+    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+        self.model = model
+        self.checkpoint = checkpoint
+        self.current: str | None = None
+        self.used: set[str] = set()
+        self.loads: dict[str, set[Any]] = {}
+        self._by_memory: dict[int, str] = {}
+
+    def read(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Passes ``weights`` on, checking the values of every tensor of a quantized layer."""
+        for name, tensor in weights:
+            stored = self.checkpoint.tensors.get(name)
+            if stored is None:
+                raise ModelOptExtError.at(
+                    self.checkpoint.folder, name, "a tensor found in the files' headers", "an unknown one"
+                )
+            spec = self.checkpoint.spec_of(name)
+            if spec is not None:
+                check_values(stored.file, name, tensor, spec.values)
+            self.current = name
+            self._by_memory[tensor.untyped_storage().data_ptr()] = name
+            yield name, tensor
+
+    @contextmanager
+    def watch_parameters(self) -> Iterator[None]:
+        """Replaces the weight loader of every parameter by one that notes the call."""
+        from sglang.srt.model_loader.weight_utils import default_weight_loader
+
+        undo: list[Callable[[], None]] = []
+        for name, parameter in self.model.named_parameters():
+            attribute = "_weight_loader" if hasattr(parameter, "_weight_loader") else "weight_loader"
+            original = getattr(parameter, attribute, None)
+            setattr(parameter, attribute, self._noting(name, original or default_weight_loader))
+            undo.append(_restorer(parameter, attribute, original))
+        try:
+            yield
+        finally:
+            for restore in undo:
+                restore()
+
+    def _noting(self, parameter: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+        def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            source = self._by_memory.get(tensor.untyped_storage().data_ptr(), self.current)
+            if source is not None:
+                self.used.add(source)
+            shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
+            self.loads.setdefault(parameter, set()).add(shard)
+            return loader(target, tensor, *args, **kwargs)
+
+        return load
+
+    def run(
+        self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> None:
+        """Calls ``load`` with the checked ``weights`` and verifies what it did. Raises ModelOptExtError naming a tensor."""
+        with self.watch_parameters():
+            try:
+                load(self.read(weights))
+            except ModelOptExtError:
+                raise
+            except (AssertionError, KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
+                stored = self.checkpoint.tensors.get(self.current or "")
+                where = stored.file if stored else self.checkpoint.folder
+                reason = str(error) or type(error).__name__
+                raise ModelOptExtError.at(
+                    where, self.current or "tensors", "a tensor this model can load", reason
+                ) from error
+        self.check_parameters()
+        self.check_tensors(self._used_anywhere())
+
+    def check_parameters(self) -> None:
+        """Every parameter of this rank was written, and every shard of a fused one."""
+        modules = dict(self.model.named_modules())
+        for name, _ in self.model.named_parameters():
+            shards = self.loads.get(name)
+            if not shards:
+                raise ModelOptExtError.at(
+                    self.checkpoint.folder, name, "a tensor for this parameter of the model", "none"
+                )
+            if None in shards:
+                continue
+            module = modules[name.rpartition(".")[0]]
+            wanted: set[Any] = (
+                {"q", "k", "v"} if shards & {"q", "k", "v"} else set(range(len(getattr(module, "output_sizes", ()))))
+            )
+            missing = sorted(map(str, wanted - shards))
+            if missing:
+                raise ModelOptExtError.at(
+                    self.checkpoint.folder, name, "a tensor for every shard", f"none for {', '.join(missing)}"
+                )
+
+    def _used_anywhere(self) -> set[str]:
+        """Tensors used on some rank: pipeline stages and expert ranks rightly skip each other's."""
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return self.used
+        from sglang.srt.distributed.parallel_state import get_world_group
+
+        group = get_world_group().cpu_group
+        gathered: list[set[str] | None] = [None] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(gathered, self.used, group=group)
+        return set().union(*(used for used in gathered if used))
+
+    def check_tensors(self, used: set[str]) -> None:
+        """Every stored tensor was used by some rank."""
+        tied = bool(getattr(getattr(self.model, "config", None), "tie_word_embeddings", False))
+        unused = sorted(
+            name
+            for name in self.checkpoint.tensors.keys() - used
+            if not name.endswith(UNUSED_BY_ANY_MODEL) and not (tied and name.endswith("lm_head.weight"))
+        )
+        if unused:
+            more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
+            raise ModelOptExtError.at(
+                self.checkpoint.tensors[unused[0]].file,
+                unused[0],
+                "a tensor the model uses",
+                f"one nothing reads{more}",
+            )
+
+
+def _restorer(parameter: torch.nn.Parameter, attribute: str, original: Callable[..., Any] | None) -> Callable[[], None]:
+    if original is None:
+        return lambda: delattr(parameter, attribute)
+    return lambda: setattr(parameter, attribute, original)
+
+
+def _load_weights_only(
+    original: Callable[..., None],
+    model: torch.nn.Module,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    target_device: torch.device,
+) -> None:
+    config = ext_config(model)
+    if config is None:
+        return original(model, weights, target_device)
+    if config.checkpoint is None:
+        raise ModelOptExtError.at("--load-format", "dummy", "no weights to load", "weights")
+    strict = StrictLoad(model, config.checkpoint)
+    strict.run(lambda checked: original(model, checked, target_device), weights)
+    for _, method in quantized_modules(model):
+        method.verified = True
+    return None
+
+
+def _postprocess_weights(original: Callable[..., None], model: torch.nn.Module, target_device: torch.device) -> None:
+    original(model, target_device)
+    log_schemes(model)
+
+
+def log_schemes(model: torch.nn.Module) -> None:
+    """One line per scheme: how many layers, and which kernel serves them."""
+    from sglang.srt.utils import log_info_on_rank0
+
+    counts = Counter(
+        (method.scheme.describe(), method.math, method.layout.name)
+        for _, method in quantized_modules(model)
+        if method.layout
+    )
+    for (scheme, math, layout), count in sorted(counts.items()):
+        log_info_on_rank0(logger, f"modelopt_ext: {count} linear layers {scheme}, math {math}, kernel {layout}")
+
+
+def _initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    original(model, *args, **kwargs)
+    for module, method in quantized_modules(model):
+        method.fill_dummy(module)
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.model_loader.loader.DefaultModelLoader.load_weights_only",
+        ("model", "weights", "target_device"),
+        "tensors a model does not know would be dropped",
+        _load_weights_only,
+    ),
+    Hook(
+        "sglang.srt.model_loader.loader.DefaultModelLoader.postprocess_weights",
+        ("model", "target_device"),
+        "the log would not say which kernel serves which layers",
+        _postprocess_weights,
+    ),
+    Hook(
+        "sglang.srt.model_loader.weight_utils.initialize_dummy_weights",
+        ("model", "low", "high", "seed"),
+        "dummy scales would be negative",
+        _initialize_dummy_weights,
+    ),
+)

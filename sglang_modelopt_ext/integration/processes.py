@@ -1,0 +1,153 @@
+"""The processes of a server: checks before any is started, and one clear line when one of them stops.
+
+SGLang loads plugins in the launching process, the schedulers, the detokenizer and the data-parallel controller. It does not load
+them in extra tokenizer workers, in Ray actors and in the weight-cache daemon; those would not know our quantization names, so a
+server that asks for them is refused by name.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from sglang_modelopt_ext.checkpoint.reader import check_scalar_values, read_checkpoint
+from sglang_modelopt_ext.env import ERROR_FILE, SETTINGS
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS
+from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.integration.ownership import owned_family
+
+_COMMAND_LINES = ("sglang.launch_server", "sglang.cli.main", "sglang")
+
+
+def preflight(server_args: Any) -> None:
+    """Checks the launch and, when the model is a local folder, its checkpoint, before any process is started.
+
+    Raises:
+        ModelOptExtError: the checkpoint cannot be served, or not with these arguments.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    args = resolving_view(server_args)
+    folder = Path(args.model_path)
+    if not folder.is_dir():
+        return
+    flag = args.quantization.lower() if args.quantization else None
+    owned = owned_family(folder, flag)
+    if owned is None:
+        return
+    for setting in SETTINGS:
+        setting.read()
+    _check_launch(args)
+    load_format = str(getattr(args.load_format, "value", args.load_format))
+    if load_format not in SERVED_LOAD_FORMATS:
+        raise ModelOptExtError.at(
+            "command line", "--load-format", f"one of {', '.join(SERVED_LOAD_FORMATS)}", load_format
+        )
+    if load_format != "dummy":
+        check_scalar_values(read_checkpoint(folder, owned[1]))
+
+
+def _check_launch(args: Any) -> None:
+    if args.tokenizer_worker_num > 1:
+        raise ModelOptExtError.at(
+            "command line",
+            "--tokenizer-worker-num",
+            "1: SGLang loads no plugins in tokenizer workers",
+            args.tokenizer_worker_num,
+        )
+    if args.use_ray:
+        raise ModelOptExtError.at("command line", "--use-ray", "no Ray: SGLang loads no plugins in Ray actors", "Ray")
+    if args.weight_cache_mode != "off":
+        raise ModelOptExtError.at(
+            "command line",
+            "--weight-cache-mode",
+            "off: SGLang loads no plugins in the weight-cache daemon",
+            args.weight_cache_mode,
+        )
+
+
+def register_preflight() -> None:
+    """Runs :func:`preflight` as part of SGLang's argument resolution, once for a process."""
+    from sglang.srt.arg_groups.resolution_hooks import _HOOKS, register_resolution_hook
+
+    step = "handle_model_source_paths"
+    if _run_preflight not in _HOOKS.get(step, []):
+        register_resolution_hook(step)(_run_preflight)
+
+
+def _run_preflight(server_args: Any, previous: Callable[[Any], None]) -> None:
+    previous(server_args)
+    preflight(server_args)
+
+
+def open_error_channel() -> None:
+    """Names the file through which child processes report, in the environment they inherit."""
+    if not os.environ.get(ERROR_FILE.variable):
+        folder = tempfile.mkdtemp(prefix="sglang_modelopt_ext-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ[ERROR_FILE.variable] = str(Path(folder) / "error")
+
+
+def _scheduler_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
+    try:
+        original(self, *args, **kwargs)
+    except ModelOptExtError as error:
+        channel = ERROR_FILE.read()
+        if channel:
+            Path(channel).write_text(str(error), encoding="utf-8")
+        else:
+            print(error.one_line(), file=sys.stderr, flush=True)
+        # SystemExit, so that SGLang neither prints a traceback nor signals the parent before it has read the line.
+        raise SystemExit(1) from error
+
+
+def _scheduler_died_error(original: Callable[..., Exception], rank: int, proc: Any) -> Exception:
+    error = original(rank, proc)
+    channel = Path(ERROR_FILE.read() or os.devnull)
+    if not channel.is_file():
+        return error
+    message = channel.read_text(encoding="utf-8")
+    channel.unlink()
+    return ModelOptExtError(message)
+
+
+def print_errors_in_one_line() -> None:
+    """On SGLang's command lines, prints a :class:`ModelOptExtError` that ends the process without its traceback."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    name = spec.name if spec else Path(sys.argv[0]).name
+    if name not in _COMMAND_LINES or getattr(sys.excepthook, "modelopt_ext", False):
+        return
+    previous = sys.excepthook
+
+    def hook(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        if isinstance(value, ModelOptExtError):
+            print(value.one_line(), file=sys.stderr, flush=True)
+        else:
+            previous(kind, value, traceback)
+
+    hook.modelopt_ext = True  # type: ignore[attr-defined]
+    sys.excepthook = hook
+
+
+HOOKS = (
+    Hook(
+        "sglang.srt.managers.scheduler.Scheduler.__init__",
+        ("self", "server_args", "port_args"),
+        "the reason a scheduler stopped would be buried in a traceback",
+        _scheduler_init,
+    ),
+    Hook(
+        "sglang.srt.entrypoints.engine._scheduler_died_error",
+        ("rank", "proc"),
+        "the launching process would only say that a scheduler died",
+        _scheduler_died_error,
+    ),
+)

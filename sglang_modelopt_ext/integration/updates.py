@@ -1,0 +1,124 @@
+"""Changing the weights of a running server: from disk with the same recipe, and by no other way.
+
+A quantized layer keeps its weights in the layout that serves them, not in the checkpoint's. An update from disk restores the
+checkpoint's parameters, loads strictly and prepares again. SGLang "rolls back" a failed update by reading the new folder a second
+time, so everything that can fail is checked before anything is touched.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sglang_modelopt_ext.checkpoint.reader import Checkpoint, check_all_values, read_checkpoint
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.integration.loading import ext_config
+
+
+def check_replacement(config: ModelOptExtConfig, folder: Path) -> Checkpoint:
+    """The checkpoint in ``folder``, fully checked. Raises ModelOptExtError unless it can take the served one's place."""
+    if config.checkpoint is None:
+        raise ModelOptExtError.at(
+            "update_weights_from_disk", "--load-format", "weights that were read from disk", "dummy"
+        )
+    checkpoint = read_checkpoint(folder)
+    served = config.checkpoint
+    for name in sorted(served.linears.keys() | checkpoint.linears.keys()):
+        old, new = served.linears.get(name), checkpoint.linears.get(name)
+        if old is None or new is None or (old.scheme, old.n, old.k) != (new.scheme, new.n, new.k):
+            raise ModelOptExtError.at(
+                folder,
+                name,
+                old.scheme.describe() if old else "unquantized",
+                new.scheme.describe() if new else "unquantized",
+            )
+    for tensor in sorted(served.tensors.keys() ^ checkpoint.tensors.keys()):
+        raise ModelOptExtError.at(folder, tensor, "the tensors of the served checkpoint", "another set")
+    for tensor, old_tensor in served.tensors.items():
+        new_tensor = checkpoint.tensors[tensor]
+        if (old_tensor.dtype, old_tensor.shape) != (new_tensor.dtype, new_tensor.shape):
+            raise ModelOptExtError.at(
+                new_tensor.file,
+                tensor,
+                f"{old_tensor.dtype} {list(old_tensor.shape)}",
+                f"{new_tensor.dtype} {list(new_tensor.shape)}",
+            )
+    check_all_values(checkpoint)
+    return checkpoint
+
+
+def _update_from_disk(
+    original: Callable[..., tuple[bool, str]],
+    self: Any,
+    model_path: str,
+    load_format: str,
+    weight_name_filter: Callable[[str], bool] | None = None,
+    recapture_cuda_graph: bool = False,
+) -> tuple[bool, str]:
+    config = ext_config(self.get_model())
+    if config is None:
+        return original(self, model_path, load_format, weight_name_filter, recapture_cuda_graph)
+    try:
+        if weight_name_filter is not None:
+            raise ModelOptExtError.at("update_weights_from_disk", "weight_name_filter", "whole checkpoints", "a filter")
+        if load_format not in ("auto", "safetensors"):
+            raise ModelOptExtError.at("update_weights_from_disk", "load_format", "auto or safetensors", load_format)
+        if not Path(model_path).is_dir():
+            raise ModelOptExtError.at("update_weights_from_disk", "model_path", "a local folder", model_path)
+        checkpoint = check_replacement(config, Path(model_path))
+    except ModelOptExtError as error:
+        return False, error.one_line()
+    # The file names change with the folder; layers, shapes and schemes were just found to be the same.
+    config.checkpoint = dataclasses.replace(checkpoint, config=config.config)
+    return original(self, model_path, load_format, weight_name_filter, recapture_cuda_graph)
+
+
+def _refuse(operation: str) -> Callable[..., Any]:
+    """A wrapper that answers ``(False, reason)`` for a model of ours."""
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        if ext_config(self.get_model()) is None:
+            return original(self, *args, **kwargs)
+        error = ModelOptExtError.at(
+            operation,
+            "weights",
+            "update_weights_from_disk, since quantized weights are kept repacked",
+            "tensors in checkpoint form",
+        )
+        return False, error.one_line()
+
+    return around
+
+
+_UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater."
+
+HOOKS = (
+    Hook(
+        _UPDATER + "update_weights_from_disk",
+        ("self", "model_path", "load_format", "weight_name_filter", "recapture_cuda_graph"),
+        "a checkpoint of another recipe would be half loaded",
+        _update_from_disk,
+    ),
+    Hook(
+        _UPDATER + "update_weights_from_tensor",
+        ("self", "named_tensors", "load_format"),
+        "tensors would be written over repacked weights",
+        _refuse("update_weights_from_tensor"),
+    ),
+    Hook(
+        _UPDATER + "load_weights_from_distributed",
+        ("self", "named_tensors"),
+        "tensors would be written over repacked weights",
+        _refuse("update_weights_from_distributed"),
+    ),
+    Hook(
+        _UPDATER + "update_weights_from_ipc",
+        ("self", "recv_req"),
+        "tensors would be written over repacked weights",
+        _refuse("update_weights_from_ipc"),
+    ),
+)

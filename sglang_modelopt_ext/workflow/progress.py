@@ -1,0 +1,44 @@
+"""Progress that stays visible: a ticking line for waits without a countable amount of work."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+_NOTE_WIDTH = 70
+_TERMINAL_SECONDS, _FILE_SECONDS = 0.5, 15.0
+
+
+@contextmanager
+def ticking(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]:
+    """Shows ``label``, the elapsed time and a note on standard error for as long as the block runs.
+
+    Yields:
+        A function that replaces the note shown behind the elapsed time.
+    """
+    seconds = _TERMINAL_SECONDS if sys.stderr.isatty() else _FILE_SECONDS
+    bar = tqdm(
+        desc=label, bar_format="{desc} [{elapsed}]{postfix}", leave=True, dynamic_ncols=True, disable=not enabled
+    )
+    done = threading.Event()
+
+    def tick() -> None:
+        while not done.wait(seconds):
+            bar.refresh()
+
+    def note(text: str) -> None:
+        bar.set_postfix_str(text if len(text) <= _NOTE_WIDTH else text[: _NOTE_WIDTH - 3] + "...", refresh=False)
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield note
+        note("")
+    finally:
+        done.set()
+        thread.join()
+        bar.close()

@@ -1,0 +1,283 @@
+"""The real SGLang server as a context manager: started, waited for with visible progress, and gone afterwards."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+
+from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.progress import ticking
+
+TAIL_LINES = 20
+_POLL_SECONDS = 0.25
+_STOP_SECONDS = 10.0
+_TAIL_BYTES = 32_768
+_OUR_ERROR = re.compile(rf"{ModelOptExtError.__name__}: (.+)")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the server made of one prompt: the new text and how many tokens it has."""
+
+    text: str
+    tokens: int
+
+
+class ServerProcess:
+    """``python -m sglang.launch_server`` in a session of its own, ready when the ``with`` block begins.
+
+    On leaving the block, also by an exception or Ctrl-C, every process of that session is ended.
+
+    Args:
+        model: the checkpoint's folder.
+        log: the file that receives everything the server prints; replaced.
+        quantization: the ``--quantization`` flag, None to leave it out.
+        arguments: further command-line arguments of the server.
+        max_total_tokens: size of the KV cache on a CPU, where SGLang would otherwise take most of the memory.
+        timeout: seconds the server may take to start.
+        progress: whether to show a progress line while waiting.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        log: Path,
+        quantization: str | None = None,
+        arguments: Sequence[str] = (),
+        max_total_tokens: int = 8192,
+        timeout: float = 600.0,
+        progress: bool = True,
+    ) -> None:
+        self.model = model
+        self.log = log
+        self.timeout = timeout
+        self.progress = progress
+        self.on_cpu = not torch.cuda.is_available()
+        self.port = _free_port()
+        self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
+        self.command += ["--host", "127.0.0.1", "--port", str(self.port)]
+        if quantization is not None:
+            self.command += ["--quantization", quantization]
+        if self.on_cpu:
+            self.command += ["--device", "cpu", "--attention-backend", "torch_native"]
+            self.command += ["--max-total-tokens", str(max_total_tokens)]
+        self.command += arguments
+        self._process: subprocess.Popen[bytes] | None = None
+        self._scratch: str | None = None
+
+    def __enter__(self) -> Self:
+        try:
+            self._start()
+            self._wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _start(self) -> None:
+        # SGLang leaves its sockets behind in the temporary folder; in one of our own they can be removed.
+        self._scratch = tempfile.mkdtemp(prefix="modelopt-server-")
+        environment = {**os.environ, "TMPDIR": self._scratch, "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+        if self.on_cpu:
+            environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.timeout
+        with ticking(f"starting the server on {self.model.name}", self.progress) as note:
+            while not self._is_ready():
+                if self._exit_code() is not None:
+                    raise self._failure(f"exit code {self._exit_code()}")
+                if time.monotonic() > deadline:
+                    raise self._failure(f"no answer for {self.timeout:.0f} s")
+                note(next(reversed(self.tail(1)), ""))
+                time.sleep(_POLL_SECONDS)
+
+    def _is_ready(self) -> bool:
+        try:
+            with _open(f"http://127.0.0.1:{self.port}/health", None, timeout=5.0):
+                return True
+        except OSError:
+            return False
+
+    def _exit_code(self) -> int | None:
+        return self._process.poll() if self._process else -1
+
+    def tail(self, lines: int = TAIL_LINES) -> list[str]:
+        """The last non-empty lines of the log."""
+        with self.log.open("rb") as log:
+            log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
+            text = log.read().decode("utf-8", errors="replace")
+        return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()][-lines:]
+
+    def _failure(self, got: str) -> ModelOptExtError:
+        """The error for a server that is not there: our own one-line message when the log has one, else its last line."""
+        tail = self.tail()
+        ours = next((match.group(1) for line in reversed(tail) if (match := _OUR_ERROR.search(line))), None)
+        if ours is not None:
+            return ModelOptExtError(ours)
+        print(f"last lines of {self.log}:", *(line[:300] for line in tail), sep="\n  ", file=sys.stderr)
+        last = tail[-1][:200] if tail else "an empty log"
+        return ModelOptExtError.at(self.log, "server", "it to be running", f"{got}; last line: {last}")
+
+    def stop(self) -> None:
+        """Ends every process of the server's session: asks once, then kills what is left. Called again it does nothing."""
+        process, self._process = self._process, None
+        try:
+            if process is not None and process.poll() is None:
+                process.send_signal(signal.SIGINT)
+                process.wait(_STOP_SECONDS)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            pass  # an impatient second Ctrl-C: no more asking
+        finally:
+            if process is not None:
+                _kill_session(process.pid)
+                process.wait()
+            if self._scratch is not None:
+                shutil.rmtree(self._scratch, ignore_errors=True)
+                self._scratch = None
+
+    def generate(
+        self, prompts: Sequence[str], max_new_tokens: int, *, ignore_eos: bool = False
+    ) -> list[Completion]:
+        """Greedy continuations of all prompts, sent as one batch."""
+        sampling = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
+        answers = self._post("/generate", {"text": list(prompts), "sampling_params": sampling})
+        return [Completion(answer["text"], answer["meta_info"]["completion_tokens"]) for answer in answers]
+
+    def input_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Log probability of every token of ``ids`` but the first, given those before it: ``[len(ids) - 1]``."""
+        scored = self._score(ids, 0, {})["input_token_logprobs"][1:]
+        if [entry[1] for entry in scored] != list(ids[1:]):
+            raise ModelOptExtError.at(self.log, "input_token_logprobs", "one entry for every token sent", "others")
+        return np.array([entry[0] for entry in scored], dtype=np.float32)
+
+    def full_vocab_logprobs(self, ids: Sequence[int], last: int | None = None) -> NDArray[np.float32]:
+        """Log probabilities over the whole vocabulary: ``[last, V]``, row ``-1`` for the last token of ``ids``.
+
+        Args:
+            ids: the tokens; the first one is never scored.
+            last: how many tokens at the end to score, by default all but the first. A row takes 4 V bytes (8 V on the way).
+        """
+        last = len(ids) - 1 if last is None else last
+        vocabulary = self.vocabulary_size()
+        options = {
+            "top_logprobs_num": vocabulary,
+            "return_flat_raw_top_logprobs": True,
+            "return_flat_raw_top_logprobs_b64": True,
+        }
+        info = self._score(ids, len(ids) - 1 - last, options)
+        shape = tuple(info["input_top_logprobs_shape"])
+        if shape != (last, vocabulary):
+            raise ModelOptExtError.at(self.log, "input_top_logprobs", f"shape {[last, vocabulary]}", list(shape))
+        values = np.frombuffer(base64.b64decode(info["input_top_logprobs_val_flat_b64"]), dtype=np.float32)
+        tokens = np.frombuffer(base64.b64decode(info["input_top_logprobs_idx_flat_b64"]), dtype=np.int32)
+        # Sorted by probability as they come; every token is in every row once.
+        rows = np.full(shape, np.nan, dtype=np.float32)
+        np.put_along_axis(rows, tokens.reshape(shape).astype(np.int64), values.reshape(shape), axis=1)
+        if np.isnan(rows).any():
+            raise ModelOptExtError.at(self.log, "input_top_logprobs", "a number for every token", "NaN or a gap")
+        return rows
+
+    def vocabulary_size(self) -> int:
+        """The number of logits, as the model's configuration has it."""
+        config = read_json_object(self.model / "config.json")
+        size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+        if not isinstance(size, int):
+            raise ModelOptExtError.at(self.model / "config.json", "vocab_size", "a number", size)
+        return size
+
+    def flush_cache(self) -> None:
+        """Forgets the prefixes of earlier requests."""
+        self._post("/flush_cache", {})
+
+    def _score(self, ids: Sequence[int], start: int, options: dict[str, Any]) -> dict[str, Any]:
+        payload = {
+            "input_ids": list(ids),
+            "sampling_params": {"temperature": 0.0, "max_new_tokens": 1},
+            "return_logprob": True,
+            "logprob_start_len": start,
+            **options,
+        }
+        info: dict[str, Any] = self._post("/generate", payload)["meta_info"]
+        return info
+
+    def _post(self, path: str, payload: dict[str, Any]) -> Any:
+        try:
+            with _open(f"http://127.0.0.1:{self.port}{path}", payload, self.timeout) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            detail = error.read().decode("utf-8", errors="replace")[:300]
+            raise ModelOptExtError.at(self.log, path, "HTTP 200", f"{error.code} {detail}") from error
+        except OSError as error:
+            code = self._exit_code()
+            raise self._failure(str(error) if code is None else f"exit code {code}") from error
+        return json.loads(text) if text.startswith((b"{", b"[")) else None
+
+
+def _open(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
+    """An HTTP request that never goes through a proxy: the server is on this machine."""
+    data = None if payload is None else json.dumps(payload).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _kill_session(session: int) -> None:
+    """Kills every process of a session, again until none is left: one may be starting another meanwhile."""
+    for _ in range(50):
+        alive = [process for process in psutil.process_iter() if _is_in_session(process, session)]
+        if not alive:
+            return
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=0.2)
+
+
+def _is_in_session(process: psutil.Process, session: int) -> bool:
+    try:
+        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
+        return False

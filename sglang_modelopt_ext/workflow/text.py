@@ -1,0 +1,56 @@
+"""Text as the windows of tokens a model is calibrated and scored on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``. Raises ModelOptExtError when there is none that transformers can load."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelOptExtError.at(folder, "tokenizer", "one that transformers can load", error) from error
+    return tokenizer
+
+
+def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The begin token where the tokenizer puts one in front of a text, else None."""
+    bos = tokenizer.bos_token_id
+    ids = tokenizer.encode("a")
+    return int(bos) if bos is not None and ids and ids[0] == bos else None
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of every text, no special token added."""
+    # verbose: no advice about texts longer than the model's context; they are cut into windows.
+    return [list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
+
+
+def split_windows(documents: Sequence[Sequence[int]], length: int, begin: int | None) -> list[list[int]]:
+    """Cuts every document into consecutive windows of ``length`` of its tokens, the last one shorter.
+
+    No window spans two documents and no token is in two windows. Each window has ``begin`` in front where there is one, so that
+    all its tokens can be scored; otherwise its first token is only context. Windows with nothing to score are left out.
+    """
+    front = [] if begin is None else [begin]
+    windows = [front + list(ids[i : i + length]) for ids in documents for i in range(0, len(ids), length)]
+    return [window for window in windows if len(window) > 1]
+
+
+def spread(items: Sequence[T], count: int) -> list[T]:
+    """``count`` of the items, evenly spaced from the first on; all of them when there are no more than that."""
+    if len(items) <= count:
+        return list(items)
+    return [items[i * len(items) // count] for i in range(count)]
