@@ -55,9 +55,12 @@ class Layout(ABC):
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """The layer's output ``[M, N]`` for rounded activations; see :func:`dense_linear`."""
+        """The layer's output, float32 ``[M, N]``, for rounded activations; see :func:`dense_linear`."""
+
+    @abstractmethod
+    def rows(self, prepared: dict[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
 
 
 class Dense(Layout):
@@ -90,10 +93,14 @@ class Dense(Layout):
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
-        out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`dense_linear`."""
-        return dense_linear(values, row_scale, prepared["unit"], prepared["out_scale"], bias, out_dtype)
+        y: torch.Tensor = dense_linear(values, row_scale, prepared["unit"], prepared["out_scale"], bias)
+        return y
+
+    def rows(self, prepared: dict[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+        """``unit[indices] * out_scale[indices]``."""
+        return prepared["unit"][indices].to(torch.float32) * prepared["out_scale"][indices].unsqueeze(-1)
 
 
 LAYOUTS: tuple[Layout, ...] = (

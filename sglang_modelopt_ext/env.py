@@ -31,7 +31,9 @@ class Setting:
         """The value in force. Raises ModelOptExtError when it is not one of the choices."""
         value = os.environ.get(self.variable, "") or self.default
         if self.choices and value not in self.choices:
-            raise ModelOptExtError.at("environment", self.variable, f"one of {', '.join(self.choices)}", repr(value))
+            raise ModelOptExtError.at(
+                "environment", self.variable, f"one of {', '.join(filter(None, self.choices))}", repr(value)
+            )
         return value
 
 
@@ -42,13 +44,20 @@ W4A8_MATH = Setting(
     "How NVFP4 weights meet FP8 activations: `exact` multiplies fp4 * block scale as bf16 (every product exact), "
     "`fp8` first rounds it to e4m3 as TensorRT-LLM does.",
 )
+MXFP4_ACTIVATIONS = Setting(
+    "MXFP4_ACTIVATIONS",
+    ("", "mxfp4", "none"),
+    "",
+    "Whether an `mxfp4` checkpoint rounds its activations: ModelOpt exports MXFP4_DEFAULT (`mxfp4`) and "
+    "MXFP4_MLP_WEIGHT_ONLY (`none`) alike, so there is no default.",
+)
 ERROR_FILE = Setting(
     "ERROR_FILE",
     (),
     "",
     "Internal: the file through which a scheduler process tells the launching process why it stopped.",
 )
-SETTINGS = (W4A8_MATH, ERROR_FILE)
+SETTINGS = (W4A8_MATH, MXFP4_ACTIVATIONS, ERROR_FILE)
 
 
 def w4a8_math() -> W4A8Math:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
-from sglang_modelopt_kernels.formats.base import TensorSpec, ValueRule
+from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, ValueRule
 from sglang_modelopt_ext.checkpoint.quant_config import (
     LayerQuantization,
     QuantConfig,
@@ -23,7 +23,8 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
 from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_blocks
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
+from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.table import find_scheme
 
 FUSED_SHARDS: dict[str, tuple[str, ...]] = {
@@ -33,8 +34,30 @@ FUSED_SHARDS: dict[str, tuple[str, ...]] = {
 """SGLang's fused linear layers and the checkpoint's layers each is made of, in order."""
 
 _SCALE_NAMES = frozenset(
-    spec.name for fmt in (*WEIGHT_FORMATS.values(), *ACTIVATION_FORMATS.values()) for spec in fmt.tensors
+    {PRE_QUANT_SCALE.name, LORA_A, LORA_B}
+    | {spec.name for weight in WEIGHT_FORMATS.values() for spec in weight.tensors}
+    | {spec.name for activation in ACTIVATION_FORMATS.values() for spec in activation.tensors}
 ) - {"weight"}
+
+_ALIASES = {f".weight_quantizer._{name}": f".{name}" for name in (LORA_A, LORA_B)}
+"""ModelOpt 0.47 leaks its internal names of the low-rank factors; TensorRT-LLM's are the ones used here."""
+
+
+KV_CACHE_NAMES = frozenset({"k_scale", "v_scale", "k_bias", "v_bias"})
+"""Tensors of a quantized KV cache, stored beside ``k_proj`` and ``v_proj``."""
+
+
+def is_kv_cache_tensor(tensor: str) -> bool:
+    """Whether a stored tensor belongs to the KV cache and not to a linear layer."""
+    return tensor.rpartition(".")[2] in KV_CACHE_NAMES
+
+
+def standard_name(tensor: str) -> str:
+    """The name of a stored tensor as ``<module>.<spec name>``."""
+    for alias, name in _ALIASES.items():
+        if tensor.endswith(alias):
+            return tensor.removesuffix(alias) + name
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -73,20 +96,57 @@ class Checkpoint:
 
     def spec_of(self, tensor: str) -> TensorSpec | None:
         """The declaration of a stored tensor, None when it belongs to no quantized layer."""
-        module, _, name = tensor.rpartition(".")
+        module, _, name = standard_name(tensor).rpartition(".")
         linear = self.linears.get(canonical_name(module))
         if linear is None:
             return None
         return next((spec for spec in linear.scheme.tensors if spec.name == name), None)
 
 
-def layer_scheme(config: QuantConfig, quantization: LayerQuantization, group_size: int | None = None) -> LayerScheme:
-    """The scheme of a layer, its group size given by the tensors (``group_size``) or else by the configuration."""
-    declared = quantization.group_size
-    if group_size is not None and declared is not None and group_size != declared:
-        raise ModelOptExtError.at(config.file, "group_size", f"{group_size}, as the tensors have it", declared)
+def layer_scheme(
+    config: QuantConfig, quantization: LayerQuantization, stored: Mapping[str, StoredTensor] | None = None
+) -> LayerScheme:
+    """The scheme of a layer: the row of its algorithm, and what its tensors decide.
+
+    Args:
+        config: the checkpoint's configuration, named in errors.
+        quantization: what it says of the layer.
+        stored: the layer's tensors by spec name, None when there are none to ask.
+
+    Raises:
+        ModelOptExtError: the configuration and the tensors disagree, or neither decides.
+    """
     scheme = find_scheme(quantization.algo, config.file)
-    return scheme.for_group(group_size if group_size is not None else declared, config.file, "group_size")
+    found = _stored_group_size(scheme, stored or {})
+    declared = quantization.group_size
+    if found is not None and declared is not None and found != declared:
+        raise ModelOptExtError.at(config.file, "group_size", f"{found}, as the tensors have it", declared)
+    # A declared group size that the format has no use for (8-bit formats) is not an error in ModelOpt's exports.
+    group_size = (found if found is not None else declared) if any(scheme.group_sizes) else None
+    lora = stored.get(LORA_A) if stored else None
+    return LayerScheme(
+        scheme.algo,
+        scheme.weight_format(group_size, config.file, "group_size"),
+        _activation(scheme, config),
+        smoothing=stored is not None and PRE_QUANT_SCALE.name in stored,
+        low_rank=lora.shape[0]
+        if scheme.low_rank and lora is not None and len(lora.shape) == 2
+        else int(scheme.low_rank),
+    )
+
+
+def _activation(scheme: Scheme, config: QuantConfig) -> ActivationFormat | None:
+    if not scheme.activation_in_doubt:
+        return scheme.activation_format()
+    choice = MXFP4_ACTIVATIONS.read()
+    if not choice:
+        raise ModelOptExtError.at(
+            config.file,
+            "quant_algo",
+            f"{MXFP4_ACTIVATIONS.variable}=mxfp4 (MXFP4_DEFAULT) or none (weight only): the export does not say which",
+            "it unset",
+        )
+    return scheme.activation_format() if choice == "mxfp4" else None
 
 
 def read_checkpoint(folder: Path, config: QuantConfig | None = None) -> Checkpoint:
@@ -105,6 +165,14 @@ def read_checkpoint(folder: Path, config: QuantConfig | None = None) -> Checkpoi
         linears[canonical_name(module)] = _describe(module, stored, config)
     checkpoint = Checkpoint(folder, config, tensors, linears)
     _check_fused(checkpoint)
+    kv_cache = next((name for name in sorted(tensors) if is_kv_cache_tensor(name)), None)
+    if kv_cache and config.kv_cache_algo is None:
+        raise ModelOptExtError.at(
+            tensors[kv_cache].file,
+            kv_cache,
+            f"no KV cache tensors: {config.file.name} declares no kv_cache_quant_algo",
+            "one",
+        )
     return checkpoint
 
 
@@ -112,7 +180,9 @@ def _quantized_modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[st
     """Modules that own a scale, or a weight of a packed or 8-bit type, with their tensors by last name."""
     modules: dict[str, dict[str, StoredTensor]] = {}
     for tensor in tensors.values():
-        module, _, name = tensor.name.rpartition(".")
+        if is_kv_cache_tensor(tensor.name):
+            continue
+        module, _, name = standard_name(tensor.name).rpartition(".")
         modules.setdefault(module, {})[name] = tensor
     return {
         module: stored
@@ -129,7 +199,7 @@ def _describe(module: str, stored: Mapping[str, StoredTensor], config: QuantConf
         raise ModelOptExtError.at(
             some.file, extra.name, f"no quantized tensors: {config.file.name} says the layer is not quantized", "one"
         )
-    scheme = layer_scheme(config, quantization, _stored_group_size(stored, quantization, config))
+    scheme = layer_scheme(config, quantization, stored)
     specs = {spec.name: spec for spec in scheme.tensors}
     for name, tensor in stored.items():
         if name not in specs and name != "bias":
@@ -151,13 +221,10 @@ def _describe(module: str, stored: Mapping[str, StoredTensor], config: QuantConf
     return QuantizedLinear(module, scheme, n, k, stored)
 
 
-def _stored_group_size(
-    stored: Mapping[str, StoredTensor], quantization: LayerQuantization, config: QuantConfig
-) -> int | None:
+def _stored_group_size(scheme: Scheme, stored: Mapping[str, StoredTensor]) -> int | None:
     """The group size the tensors decide: inputs of the weight by columns of the block scale. None without block scales."""
-    scheme = find_scheme(quantization.algo, config.file)
     weight, scale = stored.get("weight"), stored.get("weight_scale")
-    if 0 in scheme.group_sizes or weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
+    if weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
         return None
     per_byte = next(dim.per for dim in WEIGHT_FORMATS[scheme.weights[0]].tensors[0].dims if dim.axis == "K")
     k, blocks = weight.shape[1] * per_byte, scale.shape[1]
@@ -232,8 +299,7 @@ def check_scalar_values(checkpoint: Checkpoint) -> None:
             if spec.is_scalar and spec.name in linear.stored:
                 scalars.append(linear.stored[spec.name])
     for stored, tensor in read_tensors(scalars):
-        spec = checkpoint.spec_of(stored.name)
-        check_values(stored.file, stored.name, tensor, spec.values if spec else ValueRule.POSITIVE)
+        check_values(stored.file, stored.name, tensor, ValueRule.POSITIVE)
 
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:

@@ -19,6 +19,9 @@ def check_values(where: object, name: str, tensor: torch.Tensor, rule: ValueRule
     elif rule is ValueRule.BLOCK_SCALE_UE8M0:
         if bool((tensor.view(torch.uint8) == 255).any()):
             raise ModelOptExtError.at(where, name, "ue8m0 exponents 0..254", "255 (NaN)")
+    elif rule is ValueRule.FINITE and tensor.dtype == torch.float8_e4m3fn:
+        if bool(((tensor.view(torch.uint8) & 0x7F) == 0x7F).any()):
+            raise ModelOptExtError.at(where, name, "finite e4m3 values", "NaN")
     elif rule in (ValueRule.POSITIVE, ValueRule.FINITE):
         _check_float(where, name, tensor.float(), rule)
 

@@ -28,10 +28,10 @@ from sglang_modelopt_ext.checkpoint.reader import (
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.ownership import owned_family
+from sglang_modelopt_ext.integration.ownership import check_kv_cache, gpu_capability, owned_family
 from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod
 from sglang_modelopt_ext.schemes.base import LayerScheme
-from sglang_modelopt_ext.schemes.table import FAMILIES, SCHEMES
+from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
 
 if TYPE_CHECKING:
     from sglang.srt.configs.load_config import LoadConfig
@@ -90,10 +90,10 @@ class ModelOptExtConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """From the dict of a configuration file alone: for callers that have no folder to read tensors from."""
         parsed = parse_quant_config(config, Path(CONFIG_NAME))
-        scheme = SCHEMES.get(parsed.algo or "")
-        if scheme is None:
+        if parsed.algo is None:
             raise ModelOptExtError.at(CONFIG_NAME, "quant_algo", f"one of {', '.join(sorted(SCHEMES))}", parsed.algo)
-        return cls(scheme.flag, parsed, None)
+        mixed = parsed.algo == MIXED_PRECISION
+        return cls(UMBRELLA if mixed else find_scheme(parsed.algo, CONFIG_NAME).flag, parsed, None)
 
     def get_scaled_act_names(self) -> list[str]:
         """None: smoothing scales are part of the linear layers."""
@@ -119,8 +119,9 @@ class ModelOptExtConfig(QuantizationConfig):
             raise ModelOptExtError.at(
                 prefix, "experts", "a dense model", "a mixture of experts, which is not served yet"
             )
-        if isinstance(layer, VocabParallelEmbedding) and canonical_name(prefix) in self.linears:
-            raise ModelOptExtError.at(prefix, "weight", "an unquantized embedding or lm_head", "a quantized one")
+        if isinstance(layer, VocabParallelEmbedding):  # lm_head too
+            linear = self.linears.get(canonical_name(prefix))
+            return self._method(linear.scheme, prefix, (linear.n,), linear.k) if linear else None
         return None
 
     def _shards(self, prefix: str) -> list[str]:
@@ -190,7 +191,7 @@ def config_folder(model_path: str, revision: str | None) -> Path | None:
 def _verify_quantization(original: Callable[..., None], self: ModelConfig) -> None:
     folder = config_folder(self.model_path, self.revision)
     flag = self.quantization.lower() if self.quantization else None
-    owned = owned_family(folder, flag) if folder is not None else None
+    owned = owned_family(folder, flag, gpu_capability()) if folder is not None else None
     if owned is None:
         return original(self)
     self.quantization = owned[0]
@@ -200,12 +201,10 @@ def _verify_quantization(original: Callable[..., None], self: ModelConfig) -> No
 def _parse_modelopt_quant_config(
     original: Callable[..., dict[str, Any] | None], self: ModelConfig, quant_config_dict: dict[str, Any]
 ) -> dict[str, Any] | None:
-    section = quant_config_dict.get("quantization", quant_config_dict)
-    algo = section.get("quant_algo") if isinstance(section, Mapping) else None
-    scheme = SCHEMES.get(algo.upper()) if isinstance(algo, str) else None
-    if scheme is None:
+    if self.quantization not in FAMILIES:
         return original(self, quant_config_dict)
-    return {"quant_method": scheme.flag, "quant_algo": algo}
+    section = quant_config_dict.get("quantization", quant_config_dict)
+    return {"quant_method": self.quantization, "quant_algo": section.get("quant_algo")}
 
 
 def _get_quant_config(
@@ -217,6 +216,8 @@ def _get_quant_config(
 ) -> QuantizationConfig:
     if model_config.quantization not in FAMILIES:
         return original(model_config, load_config, packed_modules_mapping, remap_prefix)
+    from sglang.srt.runtime_context import get_server_args
+
     load_format = str(getattr(load_config.load_format, "value", load_config.load_format))
     if load_format not in SERVED_LOAD_FORMATS:
         raise ModelOptExtError.at(
@@ -226,12 +227,14 @@ def _get_quant_config(
             "a format that bypasses the strict reader",
         )
     folder = config_folder(model_config.model_path, model_config.revision)
-    owned = owned_family(folder, model_config.quantization) if folder is not None else None
+    owned = owned_family(folder, model_config.quantization, gpu_capability()) if folder is not None else None
     if owned is None:
         raise ModelOptExtError.at(
             model_config.model_path, "quant_algo", f"a checkpoint of {model_config.quantization}", "none"
         )
     family, config = owned
+    server_args = get_server_args()
+    check_kv_cache(config, server_args.kv_cache_dtype if server_args else "auto")
     if load_format == "dummy":
         return ModelOptExtConfig(family, config, None, packed_modules_mapping)
     checkpoint = read_checkpoint(weights_folder(model_config, load_config), config)
@@ -261,7 +264,7 @@ HOOKS = (
     Hook(
         "sglang.srt.configs.model_config.ModelConfig._parse_modelopt_quant_config",
         ("self", "quant_config_dict"),
-        "every algorithm with FP4 in its name would be called modelopt_fp4",
+        "the log would call every algorithm with FP4 in its name modelopt_fp4",
         _parse_modelopt_quant_config,
     ),
     Hook(

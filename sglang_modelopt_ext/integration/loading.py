@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.reader import Checkpoint
+from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, standard_name
 from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
@@ -70,12 +70,14 @@ class StrictLoad:
                 raise ModelOptExtError.at(
                     self.checkpoint.folder, name, "a tensor found in the files' headers", "an unknown one"
                 )
+            if is_kv_cache_tensor(name):
+                continue  # only read when the cache is quantized, which check_kv_cache refuses
             spec = self.checkpoint.spec_of(name)
             if spec is not None:
                 check_values(stored.file, name, tensor, spec.values)
             self.current = name
             self._by_memory[tensor.untyped_storage().data_ptr()] = name
-            yield name, tensor
+            yield standard_name(name), tensor
 
     @contextmanager
     def watch_parameters(self) -> Iterator[None]:
@@ -114,7 +116,7 @@ class StrictLoad:
                 load(self.read(weights))
             except ModelOptExtError:
                 raise
-            except (AssertionError, KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
+            except (AssertionError, AttributeError, KeyError, ValueError, RuntimeError, IndexError, TypeError) as error:
                 stored = self.checkpoint.tensors.get(self.current or "")
                 where = stored.file if stored else self.checkpoint.folder
                 reason = str(error) or type(error).__name__
@@ -162,7 +164,9 @@ class StrictLoad:
         unused = sorted(
             name
             for name in self.checkpoint.tensors.keys() - used
-            if not name.endswith(UNUSED_BY_ANY_MODEL) and not (tied and name.endswith("lm_head.weight"))
+            if not name.endswith(UNUSED_BY_ANY_MODEL)
+            and not is_kv_cache_tensor(name)
+            and not (tied and name.endswith("lm_head.weight"))
         )
         if unused:
             more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""

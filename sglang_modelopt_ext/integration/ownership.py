@@ -4,63 +4,113 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from sglang_modelopt_ext.checkpoint.quant_config import QuantConfig, read_quant_config
+from sglang_modelopt_ext.checkpoint.tensors import read_headers
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.table import FAMILIES, SCHEMES, STOCK_FLAGS, UMBRELLA, fitting_flag, is_known
+from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE
+from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
 
 GENERIC_FLAG = "modelopt"
 """SGLang's flag for "whatever ModelOpt wrote"."""
 
+STOCK_MIXED_FLAG = "modelopt_mixed"
+STOCK_MIXED_ALGOS = frozenset({"NVFP4", "W4A16_NVFP4", "FP8"})
+"""What SGLang 0.5.23 reads rightly in a mix, as long as one layer is NVFP4."""
 
-def owned_family(folder: Path, flag: str | None) -> tuple[str, QuantConfig] | None:
+STOCK_GROUP_SIZE = 16
+"""The only NVFP4 group size SGLang 0.5.23 serves."""
+
+UNQUANTIZED_KV = ("bf16", "bfloat16")
+"""``--kv-cache-dtype`` values that leave a checkpoint's KV cache quantization unused."""
+
+
+def gpu_capability() -> int | None:
+    """Compute capability times ten of the visible GPU, None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
+
+
+def owned_family(folder: Path, flag: str | None, capability: int | None) -> tuple[str, QuantConfig] | None:
     """The ``--quantization`` family under which this plugin serves the checkpoint in ``folder``.
 
     Args:
         folder: where ``config.json`` and ``hf_quant_config.json`` are.
         flag: the value of ``--quantization``, None when it was not given.
+        capability: the GPU's compute capability times ten, None on a CPU.
 
     Returns:
         The family and the checkpoint's configuration, or None when the checkpoint is left to SGLang.
 
     Raises:
-        ModelOptExtError: an algorithm nobody knows, a flag and a checkpoint that do not fit, or a combination not served.
+        ModelOptExtError: an algorithm nobody knows, or a flag and a checkpoint that do not fit.
     """
     config = read_quant_config(folder)
-    if config is None:
+    if config is None or config.algo is None:
         if flag in FAMILIES:
+            got = "an unquantized one" if config is None else "one that quantizes only its KV cache"
             raise ModelOptExtError.at(
-                folder, f"--quantization {flag}", "a checkpoint exported by ModelOpt", "an unquantized one"
+                folder, f"--quantization {flag}", "a checkpoint of quantized layers by ModelOpt", got
             )
         return None
-    if config.algo is not None and not is_known(config.algo):
-        known = ", ".join(sorted(SCHEMES.keys() | STOCK_FLAGS.keys()))
-        raise ModelOptExtError.at(config.file, "quant_algo", f"one of {known}", config.algo)
-    scheme = SCHEMES.get(config.algo or "")
-    if scheme is None:
-        if flag in FAMILIES:
-            raise ModelOptExtError.at(
-                config.file, "quant_algo", f"one of {_accepted(flag)}, for --quantization {flag}", _advice(config)
-            )
-        return None
-    if flag not in (None, GENERIC_FLAG, scheme.flag, UMBRELLA):
-        raise ModelOptExtError.at(config.file, "quant_algo", f"an algorithm of --quantization {flag}", _advice(config))
-    _check_served(config)
-    return (UMBRELLA if flag == UMBRELLA else scheme.flag), config
-
-
-def _accepted(flag: str) -> str:
-    return ", ".join(sorted(FAMILIES[flag])) or "none yet"
-
-
-def _advice(config: QuantConfig) -> str:
-    if config.algo is None:
-        return "null (only the KV cache is quantized)"
-    fitting = fitting_flag(config.algo)
-    return f"{config.algo}, which {'--quantization ' + fitting if fitting else 'nothing'} serves"
-
-
-def _check_served(config: QuantConfig) -> None:
-    if config.kv_cache_algo is not None:
+    family, stock_flag = _flags(config)
+    if flag not in (None, GENERIC_FLAG, UMBRELLA, family, stock_flag):
+        fitting = " or ".join(
+            f"--quantization {name}" for name in dict.fromkeys((family, UMBRELLA, stock_flag)) if name
+        )
         raise ModelOptExtError.at(
-            config.file, "kv_cache_quant_algo", "null: quantized KV caches are not served yet", config.kv_cache_algo
+            config.file,
+            "quant_algo",
+            f"an algorithm of --quantization {flag}",
+            f"{config.algo}, which {fitting} serves",
+        )
+    if flag not in FAMILIES and stock_serves(config, folder, capability):
+        return None
+    return (UMBRELLA if flag == UMBRELLA else family), config
+
+
+def _flags(config: QuantConfig) -> tuple[str, str | None]:
+    """Our family and SGLang's own flag for a checkpoint; raises ModelOptExtError for an algorithm nobody knows."""
+    if config.algo == MIXED_PRECISION:
+        if not config.quantized_layers:
+            raise ModelOptExtError.at(
+                config.file, "quantized_layers", "the algorithm of every layer of the mix", "none"
+            )
+        for name, layer in config.quantized_layers.items():
+            find_scheme(layer.algo, f"{config.file}: quantized_layers.{name}")
+        return UMBRELLA, STOCK_MIXED_FLAG
+    scheme = find_scheme(config.algo or "", config.file)
+    return scheme.flag, scheme.stock_flag
+
+
+def stock_serves(config: QuantConfig, folder: Path, capability: int | None) -> bool:
+    """Whether SGLang 0.5.23 itself serves the checkpoint rightly on a GPU of that capability."""
+    if capability is None:
+        return False
+    layers = list(config.quantized_layers.values())
+    algos = {layer.algo for layer in layers} if config.algo == MIXED_PRECISION else {config.algo or ""}
+    if config.algo == MIXED_PRECISION and (not algos <= STOCK_MIXED_ALGOS or algos == {"FP8"}):
+        return False
+    rows = [SCHEMES[algo] for algo in algos]
+    if any(row.stock_capability is None or capability < row.stock_capability for row in rows):
+        return False
+    group_sizes = {layer.group_size for layer in layers} | {config.group_size}
+    if any(size not in (None, STOCK_GROUP_SIZE) for size in group_sizes):
+        return False
+    # SGLang multiplies by pre_quant_scale for NVFP4_AWQ alone; elsewhere it would be dropped.
+    smoothing_read = algos == {"NVFP4_AWQ"}
+    return smoothing_read or not any(name.endswith(f".{PRE_QUANT_SCALE.name}") for name in read_headers(folder))
+
+
+def check_kv_cache(config: QuantConfig, kv_cache_dtype: str) -> None:
+    """Raises ModelOptExtError when the checkpoint's KV cache quantization would be needed and is not served."""
+    if config.kv_cache_algo is not None and kv_cache_dtype not in UNQUANTIZED_KV:
+        raise ModelOptExtError.at(
+            config.file,
+            "kv_cache_quant_algo",
+            "null, or --kv-cache-dtype bf16 to leave the cache unquantized: quantized KV caches are not served yet",
+            config.kv_cache_algo,
         )

@@ -22,7 +22,7 @@ from sglang_modelopt_ext.env import ERROR_FILE, SETTINGS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.ownership import owned_family
+from sglang_modelopt_ext.integration.ownership import check_kv_cache, gpu_capability, owned_family
 
 _COMMAND_LINES = ("sglang.launch_server", "sglang.cli.main", "sglang")
 
@@ -40,12 +40,13 @@ def preflight(server_args: Any) -> None:
     if not folder.is_dir():
         return
     flag = args.quantization.lower() if args.quantization else None
-    owned = owned_family(folder, flag)
+    owned = owned_family(folder, flag, gpu_capability())
     if owned is None:
         return
     for setting in SETTINGS:
         setting.read()
     _check_launch(args)
+    check_kv_cache(owned[1], args.kv_cache_dtype)
     load_format = str(getattr(args.load_format, "value", args.load_format))
     if load_format not in SERVED_LOAD_FORMATS:
         raise ModelOptExtError.at(

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
-from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_blocks
+from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
 from sglang_modelopt_ext.dispatch import Layout, LinearRequest, choose_layout
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.methods.parameters import make_parameter, shard_tensor
-from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_kernels.formats.base import DecodedWeight, TensorSpec, ValueRule
 from sglang_modelopt_kernels.formats.nvfp4 import round_unit_to_e4m3
 
@@ -32,12 +32,12 @@ class ShardGroup:
 
     Attributes:
         prepared: the layout's names of its tensors, and the layer's names of them.
-        input_scale: the layer's name of the static activation scale, None for dynamic activations.
+        inputs: likewise what is applied to the input: ``input_scale``, ``pre_quant_scale`` and the low-rank factors, as present.
         rows: output features of the group.
     """
 
     prepared: dict[str, str]
-    input_scale: str | None
+    inputs: dict[str, str]
     rows: int
 
 
@@ -75,6 +75,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         self.verified = False
         """Set by the strict loader once every tensor of the layer was loaded and checked."""
         self._create: Callable[[], None] | None = None
+        self.params_dtype = torch.get_default_dtype()
         self._shard_sizes: list[int] = []
         self._k = 0
 
@@ -89,7 +90,8 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         **extra_weight_attrs: Any,
     ) -> None:
         """Registers the checkpoint's tensors on ``layer``. Raises ModelOptExtError when they do not fit this rank."""
-        del output_size, params_dtype  # weights are stored in their own types; sizes come from the partitions
+        del output_size  # sizes come from the partitions
+        self.params_dtype = params_dtype
         self._check_sizes(layer, input_size, output_partition_sizes)
         self._shard_sizes, self._k = list(output_partition_sizes), input_size_per_partition
         weight_loader = extra_weight_attrs["weight_loader"]
@@ -144,47 +146,57 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         self.groups = tuple(self._prepare_group(layer, group) for group in self._group_shards(layer))
         for spec in self.scheme.tensors:
             delattr(layer, spec.name)
+        if self._is_vocabulary(layer):
+            # SGLang takes an lm_head without a `weight` for unquantized and multiplies by it itself.
+            layer.register_parameter("weight", layer.get_parameter(next(iter(self.groups[0].prepared.values()))))
+
+    @staticmethod
+    def _is_vocabulary(layer: torch.nn.Module) -> bool:
+        return hasattr(layer, "org_vocab_size")
 
     def _shard(self, layer: torch.nn.Module, index: int) -> dict[str, torch.Tensor]:
         return {
-            spec.name: shard_tensor(spec, layer.get_parameter(spec.name).data, index, self._shard_sizes)
+            spec.name: shard_tensor(spec, layer.get_parameter(spec.name), index, self._shard_sizes)
             for spec in self.scheme.tensors
         }
 
     def _group_shards(self, layer: torch.nn.Module) -> list[list[int]]:
-        """Indices of adjacent shards that round their input alike."""
+        """Indices of adjacent shards that smooth and round their input alike."""
         groups: list[list[int]] = []
-        previous: float | None = None
+        previous: dict[str, torch.Tensor] = {}
         for index in range(len(self._shard_sizes)):
-            scale = self._shard(layer, index).get(INPUT_SCALE)
-            current = None if scale is None else float(scale)
-            if groups and current == previous:
+            shard = self._shard(layer, index)
+            current = {name: shard[name] for name in (INPUT_SCALE, PRE_QUANT_SCALE.name) if name in shard}
+            if groups and all(torch.equal(current[name], previous[name]) for name in current):
                 groups[-1].append(index)
             else:
                 groups.append([index])
             previous = current
         return groups
 
-    def _prepare_group(self, layer: torch.nn.Module, shards: list[int]) -> ShardGroup:
-        decoded = [self._decode(self._shard(layer, index)) for index in shards]
+    def _prepare_group(self, layer: torch.nn.Module, indices: list[int]) -> ShardGroup:
+        shards = [self._shard(layer, index) for index in indices]
+        decoded = [self._decode(shard) for shard in shards]
         rows = [weight.out_scale.reshape(-1, 1).expand(weight.unit.shape[0], 1) for weight in decoded]
         merged = DecodedWeight(torch.cat([weight.unit for weight in decoded]), torch.cat(rows))
         assert self.layout is not None
-        prefix = f"{self.layout.name}_{shards[0]}_"
+        prefix = f"{self.layout.name}_{indices[0]}_"
         prepared = self.layout.prepare(merged)
-        scale = self._shard(layer, shards[0]).get(INPUT_SCALE)
-        kept = dict(prepared) if scale is None else {**prepared, INPUT_SCALE: scale.clone()}
-        for name, tensor in kept.items():
+        # Copies: a slice would keep the whole parameter of the checkpoint alive.
+        inputs = {name: shards[0][name].clone() for name in (INPUT_SCALE, PRE_QUANT_SCALE.name) if name in shards[0]}
+        if self.scheme.low_rank:
+            inputs[LORA_A] = torch.cat([shard[LORA_A].to(torch.float32) for shard in shards])
+            inputs[LORA_B] = torch.block_diag(*(shard[LORA_B].to(torch.float32) for shard in shards))  # type: ignore[no-untyped-call]
+        for name, tensor in (prepared | inputs).items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
         return ShardGroup(
             prepared={name: prefix + name for name in prepared},
-            input_scale=None if scale is None else prefix + INPUT_SCALE,
+            inputs={name: prefix + name for name in inputs},
             rows=merged.unit.shape[0],
         )
 
     def _decode(self, shard: dict[str, torch.Tensor]) -> DecodedWeight:
         for spec in self.scheme.tensors:
-            check_values(self.where, f"{self.prefix}.{spec.name}", shard[spec.name], spec.values)
             if spec.values is ValueRule.BLOCK_SCALE_E4M3:
                 check_zero_blocks(self.where, f"{self.prefix}.{spec.name}", shard["weight"], shard[spec.name])
         decoded = self.scheme.weight.decode(shard)
@@ -196,9 +208,10 @@ class ModelOptExtLinearMethod(LinearMethodBase):
             return
         device = layer.get_parameter(next(iter(self.groups[0].prepared.values()))).device
         for group in self.groups:
-            for name in (*group.prepared.values(), group.input_scale):
-                if name is not None:
-                    delattr(layer, name)
+            for name in (*group.prepared.values(), *group.inputs.values()):
+                delattr(layer, name)
+        if self._is_vocabulary(layer):
+            delattr(layer, "weight")
         self.groups, self.layout, self.verified = (), None, False
         with torch.device(device):
             self._create()
@@ -209,14 +222,33 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         flat = x.reshape(-1, x.shape[-1]).to(torch.float32)
         outputs, row = [], 0
         for group in self.groups:
-            scale = getattr(layer, group.input_scale) if group.input_scale else None
-            values, row_scale = self.scheme.activation.quantize(flat, scale) if self.scheme.activation else (flat, None)
-            prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
             part = None if bias is None else bias[row : row + group.rows]
-            outputs.append(self.layout.matmul(prepared, values, row_scale, part, x.dtype))
+            outputs.append(self._apply_group(layer, group, flat, part).to(x.dtype))
             row += group.rows
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _apply_group(
+        self, layer: torch.nn.Module, group: ShardGroup, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert self.layout is not None
+        prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
+        inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
+        if self.scheme.smoothing:
+            x = x * inputs[PRE_QUANT_SCALE.name]
+        values, row_scale = x, None
+        if self.scheme.activation is not None:
+            values, row_scale = self.scheme.activation.quantize(x, inputs.get(INPUT_SCALE))
+        y = self.layout.matmul(prepared, values, row_scale, bias)
+        if self.scheme.low_rank:
+            y = y + (x @ inputs[LORA_A].T) @ inputs[LORA_B].T
+        return y
+
+    def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
+        """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
+        assert self.layout is not None, "embedding before process_weights_after_loading"
+        prepared = {name: getattr(layer, attribute) for name, attribute in self.groups[0].prepared.items()}
+        return self.layout.rows(prepared, input_).to(self.params_dtype)
 
     def fill_dummy(self, layer: torch.nn.Module) -> None:
         """Legal values for ``--load-format dummy``: random codes, every scale such that weights are small."""
@@ -242,6 +274,8 @@ def _full_shard_sizes(layer: Any, partition_sizes: list[int]) -> list[int] | Non
     if hasattr(layer, "total_num_kv_heads"):  # QKVParallelLinear; its output_sizes count replicated KV heads
         head, v_head = layer.head_size, layer.v_head_size
         return [layer.total_num_heads * head, layer.total_num_kv_heads * head, layer.total_num_kv_heads * v_head]
+    if hasattr(layer, "org_vocab_size"):  # embeddings and lm_head, padded by SGLang
+        return [layer.org_vocab_size]
     if hasattr(layer, "output_sizes"):
         return list(layer.output_sizes)
     return [layer.output_size] if len(partition_sizes) == 1 and hasattr(layer, "output_size") else None

@@ -10,6 +10,75 @@ from sglang.srt.layers.parameter import BasevLLMParameter, ModelWeightParameter,
 
 from sglang_modelopt_kernels.formats.base import TensorSpec
 
+_QKV_INDEX = {"q": 0, "k": 1, "v": 2}
+
+
+class ConcatParameter(BasevLLMParameter):
+    """The shards of a fused layer one after the other along dimension 0, each sliced for this rank by its own declaration.
+
+    For every tensor SGLang's own classes would slice wrongly: vectors along K with one for each shard (``pre_quant_scale``),
+    low-rank factors, codes packed along N, block scales whose blocks span output features.
+    """
+
+    def __new__(
+        cls, spec: TensorSpec, shard_sizes: list[int], k: int, weight_loader: Callable[..., Any]
+    ) -> ConcatParameter:
+        """An unset parameter; see :func:`make_parameter` for the arguments."""
+        shapes = [spec.shape(size, k) for size in shard_sizes]
+        data = torch.cat([_unset(shape, spec.dtypes[0]) for shape in shapes])
+        parameter: ConcatParameter = super().__new__(cls, data=data, weight_loader=weight_loader)
+        return parameter
+
+    def __init__(self, spec: TensorSpec, shard_sizes: list[int], k: int, weight_loader: Callable[..., Any]) -> None:
+        super().__init__(data=self.data, weight_loader=weight_loader)
+        self.spec = spec
+        self.shard_sizes = shard_sizes
+        self.k = k
+
+    def shard(self, index: int) -> torch.Tensor:
+        """This rank's part of shard ``index``."""
+        lengths = [self.spec.shape(size, self.k)[0] for size in self.shard_sizes]
+        part: torch.Tensor = self.data.narrow(0, sum(lengths[:index]), lengths[index])
+        return part
+
+    @property
+    def output_dim(self) -> int | None:
+        """Read by the loader of embeddings and lm_head: the dimension that follows the vocabulary entry by entry."""
+        first = self.spec.dims[0]
+        return 0 if first.axis == "N" and first.per == 1 else None
+
+    def _load(self, loaded: torch.Tensor, index: int, n_rank: int, k_rank: int) -> None:
+        target = self.shard(index)
+        for position, dim in enumerate(self.spec.dims):
+            if dim.axis is None or loaded.shape[position] == target.shape[position]:
+                continue
+            extent = self.shard_sizes[index] if dim.axis == "N" else self.k
+            if extent % dim.per:
+                raise ValueError(f"a rank's {dim.axis} = {extent} cuts through blocks of {dim.per}")
+            rank = n_rank if dim.axis == "N" else k_rank
+            loaded = loaded.narrow(position, rank * target.shape[position], target.shape[position])
+        if loaded.shape != target.shape:
+            raise ValueError(f"shape {tuple(loaded.shape)} does not fit {tuple(target.shape)}")
+        target.copy_(loaded)
+
+    def load_column_parallel_weight(self, loaded_weight: torch.Tensor, tp_rank: int = 0, **_: Any) -> None:
+        """Output features split over the ranks."""
+        self._load(loaded_weight, 0, tp_rank, 0)
+
+    def load_row_parallel_weight(self, loaded_weight: torch.Tensor, tp_rank: int = 0, **_: Any) -> None:
+        """Input features split over the ranks."""
+        self._load(loaded_weight, 0, 0, tp_rank)
+
+    def load_merged_column_weight(self, loaded_weight: torch.Tensor, *, shard_id: int, tp_rank: int, **_: Any) -> None:
+        """One shard of a fused layer, its output features split over the ranks."""
+        self._load(loaded_weight, shard_id, tp_rank, 0)
+
+    def load_qkv_weight(
+        self, loaded_weight: torch.Tensor, *, shard_id: str, tp_rank: int, num_heads: int = 1, **_: Any
+    ) -> None:
+        """q, k or v; ``num_heads`` consecutive ranks hold the same key and value heads."""
+        self._load(loaded_weight, _QKV_INDEX[shard_id], tp_rank if shard_id == "q" else tp_rank // num_heads, 0)
+
 
 def make_parameter(
     spec: TensorSpec, shard_sizes: list[int], k: int, weight_loader: Callable[..., Any]
@@ -27,23 +96,21 @@ def make_parameter(
     Raises:
         ValueError: a block does not fit ``k`` or a shard.
     """
-    dtype = spec.dtypes[0]
     if spec.is_scalar:
-        parameter = PerTensorScaleParameter(data=_unset((len(shard_sizes),), dtype), weight_loader=weight_loader)
+        data = _unset((len(shard_sizes),), spec.dtypes[0])
+        parameter = PerTensorScaleParameter(data=data, weight_loader=weight_loader)
         # Read by SGLang's first-generation loaders, which would otherwise copy one shard's scale over all.
         parameter.needs_scalar_to_array = True
         return parameter
-    for size in shard_sizes:
-        spec.shape(size, k)
     n_dim, k_dim = spec.dim_of("N"), spec.dim_of("K")
-    if n_dim is None or k_dim is None:
-        raise NotImplementedError(f"no SGLang parameter class for {spec}")
-    return ModelWeightParameter(
-        data=_unset(spec.shape(sum(shard_sizes), k), dtype),
-        input_dim=k_dim,
-        output_dim=n_dim,
-        weight_loader=weight_loader,
-    )
+    if n_dim == 0 and k_dim == 1 and spec.dims[0].per == 1:
+        return ModelWeightParameter(
+            data=_unset(spec.shape(sum(shard_sizes), k), spec.dtypes[0]),
+            input_dim=k_dim,
+            output_dim=n_dim,
+            weight_loader=weight_loader,
+        )
+    return ConcatParameter(spec, shard_sizes, k, weight_loader)
 
 
 def _unset(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -53,10 +120,9 @@ def _unset(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def shard_tensor(spec: TensorSpec, parameter: torch.Tensor, index: int, shard_sizes: list[int]) -> torch.Tensor:
-    """Shard ``index`` of a loaded parameter: a scalar ``[]`` or its rows."""
+    """Shard ``index`` of a loaded parameter: a scalar ``[]``, or this rank's part of its tensor."""
     if spec.is_scalar:
-        return parameter[index]
-    n_dim = spec.dim_of("N")
-    assert n_dim is not None
-    per = spec.dims[n_dim].per
-    return parameter.narrow(n_dim, sum(shard_sizes[:index]) // per, shard_sizes[index] // per)
+        return parameter.data[index]
+    if isinstance(parameter, ConcatParameter):
+        return parameter.shard(index)
+    return parameter.data.narrow(0, sum(shard_sizes[:index]), shard_sizes[index])

@@ -4,28 +4,66 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
-from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, WeightFormat
+from sglang_modelopt_kernels.formats.base import ActivationFormat, Dim, TensorSpec, ValueRule, WeightFormat
+
+_MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+PRE_QUANT_SCALE = TensorSpec("pre_quant_scale", _MODEL_DTYPES, (Dim("K"),), ValueRule.POSITIVE)
+"""AWQ's and SmoothQuant's smoothing: ``y = Q(x * pre_quant_scale) @ Q(W)^T``, W already divided by it."""
+
+LORA_A, LORA_B = "svdquant_lora_a", "svdquant_lora_b"
+
+
+def low_rank_tensors(rank: int) -> tuple[TensorSpec, TensorSpec]:
+    """SVDQuant's factors: ``y += ((x * pre_quant_scale) @ lora_a^T) @ lora_b^T``."""
+    return (
+        TensorSpec(LORA_A, _MODEL_DTYPES, (Dim(None, rank), Dim("K")), ValueRule.FINITE),
+        TensorSpec(LORA_B, _MODEL_DTYPES, (Dim("N"), Dim(None, rank)), ValueRule.FINITE),
+    )
 
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """How one linear layer is quantized: ``y = activation(x) @ weight^T``."""
+    """How one linear layer is quantized: ``y = activation(x * pre_quant_scale) @ weight^T + low rank``.
+
+    Attributes:
+        algo: ModelOpt's algorithm.
+        weight: how the weight is stored.
+        activation: how the input is rounded, None for weight-only recipes.
+        smoothing: whether the layer has a ``pre_quant_scale``.
+        low_rank: the rank of SVDQuant's branch, 0 for none.
+    """
 
     algo: str
     weight: WeightFormat
     activation: ActivationFormat | None
+    smoothing: bool = False
+    low_rank: int = 0
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
         """Everything a checkpoint stores for the layer but its bias, in reading order."""
-        return self.weight.tensors + (self.activation.tensors if self.activation else ())
+        specs = self.weight.tensors
+        if self.activation is not None:
+            specs += self.activation.tensors
+        if self.smoothing:
+            specs += (PRE_QUANT_SCALE,)
+        if self.low_rank:
+            specs += low_rank_tensors(self.low_rank)
+        return specs
 
     def describe(self) -> str:
         """One phrase for logs, such as ``W4A8_NVFP4_FP8 (weights nvfp4_w4a8, activations fp8_static)``."""
-        activation = self.activation.name if self.activation else "none"
-        return f"{self.algo} (weights {self.weight.name}, activations {activation})"
+        parts = [f"weights {self.weight.name}", f"activations {self.activation.name if self.activation else 'none'}"]
+        if self.smoothing:
+            parts.append("smoothing")
+        if self.low_rank:
+            parts.append(f"rank {self.low_rank}")
+        return f"{self.algo} ({', '.join(parts)})"
 
 
 @dataclass(frozen=True)
@@ -36,8 +74,12 @@ class Scheme:
         algo: ModelOpt's ``quant_algo`` in upper case.
         weights: names of the weight formats it may use, one for each group size.
         activation: name of the activation format, None for weight-only recipes.
-        flag: the ``--quantization`` family the algorithm belongs to.
+        flag: the ``--quantization`` family of this package the algorithm belongs to.
+        low_rank: whether its layers carry SVDQuant's branch.
+        activation_in_doubt: the same export stands for a recipe with and one without activation rounding.
         rounds_weight_to_fp8: whether the ``fp8`` numerics of ``SGLANG_MODELOPT_EXT_W4A8_MATH`` apply to it.
+        stock_flag: SGLang's own ``--quantization`` for it, None when SGLang does not serve it.
+        stock_capability: the compute capability times ten from which SGLang's own path is right.
         note: what a reader of the support matrix should know.
     """
 
@@ -45,7 +87,11 @@ class Scheme:
     weights: tuple[str, ...]
     activation: str | None
     flag: str
+    low_rank: bool = False
+    activation_in_doubt: bool = False
     rounds_weight_to_fp8: bool = False
+    stock_flag: str | None = None
+    stock_capability: int | None = None
     note: str = ""
 
     @property
@@ -53,19 +99,22 @@ class Scheme:
         """The group sizes the algorithm may have, 0 for none."""
         return tuple(WEIGHT_FORMATS[name].group_size for name in self.weights)
 
-    def for_group(self, group_size: int | None, where: object, subject: str) -> LayerScheme:
-        """The scheme of a layer with that group size (None: not declared, right when there is only one).
+    def weight_format(self, group_size: int | None, where: object, subject: str) -> WeightFormat:
+        """The weight format of that group size (None: not declared, right when there is only one).
 
         Raises:
             ModelOptExtError: naming ``where`` and ``subject`` when the group size is not one the algorithm has, or is missing
                 where it decides.
         """
         sizes = self.group_sizes
-        expected = f"a group size of {' or '.join(map(str, sizes))} for {self.algo}"
-        if group_size is None and len(sizes) > 1:
-            raise ModelOptExtError.at(where, subject, expected, "none, and no tensors that decide it")
-        if group_size is not None and group_size not in sizes:
-            raise ModelOptExtError.at(where, subject, expected, group_size)
-        name = self.weights[0 if group_size is None else sizes.index(group_size)]
-        activation = ACTIVATION_FORMATS[self.activation] if self.activation else None
-        return LayerScheme(self.algo, WEIGHT_FORMATS[name], activation)
+        if group_size is None and len(sizes) == 1:
+            return WEIGHT_FORMATS[self.weights[0]]
+        if group_size not in sizes:
+            expected = f"a group size of {' or '.join(map(str, sizes))} for {self.algo}"
+            got = "none, and no tensors that decide it" if group_size is None else group_size
+            raise ModelOptExtError.at(where, subject, expected, got)
+        return WEIGHT_FORMATS[self.weights[sizes.index(group_size)]]
+
+    def activation_format(self) -> ActivationFormat | None:
+        """The activation format of the row."""
+        return ACTIVATION_FORMATS[self.activation] if self.activation else None

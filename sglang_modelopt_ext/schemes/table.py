@@ -26,6 +26,60 @@ _ROWS = (
         flag=W4A8,
         note="MXFP4 weights; no activation scale is exported, so FP8 activations are scaled per token.",
     ),
+    Scheme(
+        "W4A8_AWQ",
+        weights=("int4_awq_w4a8",),
+        activation="fp8_static",
+        flag=W4A8,
+        note="INT4 weights in blocks of 128.",
+    ),
+    Scheme(
+        "MXFP4",
+        weights=("mxfp4",),
+        activation="mxfp4_dynamic",
+        flag=MXFP4,
+        activation_in_doubt=True,
+        note="Exported as `mxfp4` with and without activation rounding alike: SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS says which.",
+    ),
+    Scheme(
+        "NVFP4",
+        weights=("nvfp4",),
+        activation="nvfp4_dynamic",
+        flag=UMBRELLA,
+        stock_flag="modelopt_fp4",
+        stock_capability=80,
+        note="Also four-over-six, MSE sweep, local Hessian, AWQ_CLIP and the selective presets.",
+    ),
+    Scheme(
+        "NVFP4_AWQ",
+        weights=("nvfp4",),
+        activation="nvfp4_dynamic",
+        flag=UMBRELLA,
+        stock_flag="modelopt_fp4",
+        stock_capability=100,
+        note="Below SM100 SGLang's own path returns before multiplying by pre_quant_scale.",
+    ),
+    Scheme("NVFP4_SVD", weights=("nvfp4",), activation="nvfp4_dynamic", flag=UMBRELLA, low_rank=True),
+    Scheme(
+        "W4A16_NVFP4",
+        weights=("nvfp4", "nvfp4_bs32"),
+        activation=None,
+        flag=UMBRELLA,
+        stock_flag="modelopt_fp4",
+        stock_capability=80,
+        note="SGLang itself serves group 16 only.",
+    ),
+    Scheme(
+        "FP8", weights=("fp8",), activation="fp8_static", flag=UMBRELLA, stock_flag="modelopt_fp8", stock_capability=89
+    ),
+    Scheme("FP8_PER_CHANNEL_PER_TOKEN", weights=("fp8_per_channel",), activation="fp8_per_token", flag=UMBRELLA),
+    Scheme(
+        "FP8_PB_WO", weights=("fp8_block",), activation=None, flag=UMBRELLA, note="Blocks of 128 x 128, weight only."
+    ),
+    Scheme("MXFP8", weights=("mxfp8",), activation="mxfp8_dynamic", flag=UMBRELLA),
+    Scheme("W4A16_AWQ", weights=("int4_awq",), activation=None, flag=UMBRELLA, note="INT4 weights in blocks of 128."),
+    Scheme("W8A8_SQ_PER_CHANNEL", weights=("int8_per_channel",), activation="int8_static", flag=UMBRELLA),
+    Scheme("W8A16", weights=("int8_per_channel",), activation=None, flag=UMBRELLA),
 )
 
 SCHEMES: dict[str, Scheme] = {row.algo: row for row in _ROWS}
@@ -39,45 +93,14 @@ FAMILIES: dict[str, frozenset[str]] = {
 }
 """``--quantization`` flags of this package and the algorithms each accepts."""
 
-STOCK_FLAGS: dict[str, str] = {
-    "FP8": "modelopt_fp8",
-    "NVFP4": "modelopt_fp4",
-    "NVFP4_AWQ": "modelopt_fp4",
-    "W4A16_NVFP4": "modelopt_fp4",
-    "MXFP8": "mxfp8",
-    "MIXED_PRECISION": "modelopt_mixed",
-}
-"""Algorithms left to SGLang 0.5.23 itself, and the flag that names each there."""
-
-UNSERVED = frozenset(
-    {
-        "MXFP4",
-        "NVFP4_SVD",
-        "FP8_PER_CHANNEL_PER_TOKEN",
-        "FP8_PB_WO",
-        "W4A16_AWQ",
-        "W4A8_AWQ",
-        "W8A8_SQ_PER_CHANNEL",
-        "W8A16",
-    }
-)
-"""Algorithms ModelOpt 0.47 exports that nobody here serves yet (docs/roadmap.md)."""
+MIXED_PRECISION = "MIXED_PRECISION"
+"""The algorithm of a checkpoint whose layers differ; each names a row of the table."""
 
 
 def find_scheme(algo: str, where: object) -> Scheme:
     """The row of ``algo`` (any case). Raises ModelOptExtError naming ``where`` and listing the known ones."""
     scheme = SCHEMES.get(algo.upper())
     if scheme is None:
-        raise ModelOptExtError.at(where, "quant_algo", f"one of {', '.join(sorted(SCHEMES))}", algo)
+        known = ", ".join(sorted([*SCHEMES, MIXED_PRECISION]))
+        raise ModelOptExtError.at(where, "quant_algo", f"one of {known}", algo)
     return scheme
-
-
-def fitting_flag(algo: str) -> str | None:
-    """The ``--quantization`` that serves ``algo``, ours or SGLang's, or None when there is none."""
-    scheme = SCHEMES.get(algo.upper())
-    return scheme.flag if scheme else STOCK_FLAGS.get(algo.upper())
-
-
-def is_known(algo: str) -> bool:
-    """Whether ModelOpt 0.47 exports an algorithm of that name."""
-    return algo.upper() in SCHEMES or algo.upper() in STOCK_FLAGS or algo.upper() in UNSERVED

@@ -1,0 +1,1 @@
+"""From a model to a served, measured checkpoint: quantize, serve, evaluate."""

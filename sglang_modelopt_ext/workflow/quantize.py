@@ -1,5 +1,7 @@
 """Quantizes a model with NVIDIA ModelOpt into a checkpoint this package has read back and found valid.
 
+Command line::
+
     python -m sglang_modelopt_ext.workflow.quantize MODEL --recipe W4A8_NVFP4_FP8 --text calibration.txt --output DIR
 """
 
@@ -68,14 +70,14 @@ def quantize(
 ) -> QuantizedModel:
     """Calibrates ``model`` on text, quantizes it with ModelOpt and exports it to ``output``.
 
-    The export is written to a folder beside ``output``, read back with the strict reader, every scale checked, and only then
-    renamed: ``output`` is a whole, valid checkpoint or is left as it was.
+    The export is written to a folder beside ``output``, read back with the strict reader, every scale checked, and only
+    then renamed: ``output`` is a whole, valid checkpoint or is left as it was.
 
     Args:
         model: folder of the unquantized Hugging Face model.
         recipe: a ``modelopt.torch.quantization`` configuration, with or without its ``_CFG``.
         output: folder to write.
-        calibration_texts: documents; cut into windows of ``window`` tokens, each with the begin token if the tokenizer has one.
+        calibration_texts: documents, cut into windows as by :func:`~sglang_modelopt_ext.workflow.text.split_windows`.
         window: tokens in a calibration window.
         max_windows: how many windows to run, spread evenly over the text.
         device: where to calibrate, by default CUDA where there is a GPU.
@@ -83,15 +85,13 @@ def quantize(
         progress: show progress on standard error.
 
     Raises:
-        ModelOptExtError: no ModelOpt, an unknown recipe, an output that exists, or a model that cannot be quantized and exported.
+        ModelOptExtError: no ModelOpt, an unknown recipe, an output that exists, or a model ModelOpt cannot export.
     """
     _check_folders(model, output, overwrite)
     with ticking("importing ModelOpt", progress):
         config = find_config(recipe)
     tokenizer = load_tokenizer(model)
-    windows = spread(
-        split_windows(encode(tokenizer, calibration_texts), window, begin_token(tokenizer)), max_windows
-    )
+    windows = spread(split_windows(encode(tokenizer, calibration_texts), window, begin_token(tokenizer)), max_windows)
     if not windows:
         raise ModelOptExtError.at("calibration text", "tokens", "at least one window of text", "none")
 
@@ -157,8 +157,9 @@ def _run_modelopt(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    messages: Any = transformers_logging
+    messages.disable_progress_bar()
+    messages.set_verbosity_error()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     calibrated = False
 
@@ -170,12 +171,13 @@ def _run_modelopt(
 
     try:
         with ticking("loading the model", progress):
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device).eval()
-        with torch.inference_mode():
+            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+            model.to(device).eval()
+        with torch.no_grad():
             mtq.quantize(model, config, calibrate)
         if progress and not calibrated:
             tqdm.write(f"{recipe} needs no calibration: nothing was run on the text", file=sys.stderr)
-        with ticking("exporting", progress), torch.inference_mode():
+        with ticking("exporting", progress), torch.no_grad():
             export_hf_checkpoint(model, export_dir=scratch)
     except Exception as error:  # ModelOpt fails with assertions and errors of every kind
         raise ModelOptExtError.at(

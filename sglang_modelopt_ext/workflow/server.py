@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import psutil
@@ -88,7 +88,7 @@ class ServerProcess:
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: str | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> ServerProcess:
         try:
             self._start()
             self._wait_until_ready()
@@ -148,7 +148,7 @@ class ServerProcess:
         return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()][-lines:]
 
     def _failure(self, got: str) -> ModelOptExtError:
-        """The error for a server that is not there: our own one-line message when the log has one, else its last line."""
+        """The error for a server that is gone: our own one-line message where the log has one, else its last line."""
         tail = self.tail()
         ours = next((match.group(1) for line in reversed(tail) if (match := _OUR_ERROR.search(line))), None)
         if ours is not None:
@@ -158,7 +158,7 @@ class ServerProcess:
         return ModelOptExtError.at(self.log, "server", "it to be running", f"{got}; last line: {last}")
 
     def stop(self) -> None:
-        """Ends every process of the server's session: asks once, then kills what is left. Called again it does nothing."""
+        """Ends every process of the server's session: asks once, then kills what is left."""
         process, self._process = self._process, None
         try:
             if process is not None and process.poll() is None:
@@ -168,15 +168,13 @@ class ServerProcess:
             pass  # an impatient second Ctrl-C: no more asking
         finally:
             if process is not None:
-                _kill_session(process.pid)
+                kill_session(process.pid)
                 process.wait()
             if self._scratch is not None:
                 shutil.rmtree(self._scratch, ignore_errors=True)
                 self._scratch = None
 
-    def generate(
-        self, prompts: Sequence[str], max_new_tokens: int, *, ignore_eos: bool = False
-    ) -> list[Completion]:
+    def generate(self, prompts: Sequence[str], max_new_tokens: int, *, ignore_eos: bool = False) -> list[Completion]:
         """Greedy continuations of all prompts, sent as one batch."""
         sampling = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
         answers = self._post("/generate", {"text": list(prompts), "sampling_params": sampling})
@@ -194,10 +192,10 @@ class ServerProcess:
 
         Args:
             ids: the tokens; the first one is never scored.
-            last: how many tokens at the end to score, by default all but the first. A row takes 4 V bytes (8 V on the way).
+            last: how many tokens at the end to score, by default all but the first. A row is 4 V bytes.
         """
         last = len(ids) - 1 if last is None else last
-        vocabulary = self.vocabulary_size()
+        vocabulary = vocabulary_size(self.model)
         options = {
             "top_logprobs_num": vocabulary,
             "return_flat_raw_top_logprobs": True,
@@ -215,14 +213,6 @@ class ServerProcess:
         if np.isnan(rows).any():
             raise ModelOptExtError.at(self.log, "input_top_logprobs", "a number for every token", "NaN or a gap")
         return rows
-
-    def vocabulary_size(self) -> int:
-        """The number of logits, as the model's configuration has it."""
-        config = read_json_object(self.model / "config.json")
-        size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-        if not isinstance(size, int):
-            raise ModelOptExtError.at(self.model / "config.json", "vocab_size", "a number", size)
-        return size
 
     def flush_cache(self) -> None:
         """Forgets the prefixes of earlier requests."""
@@ -252,6 +242,15 @@ class ServerProcess:
         return json.loads(text) if text.startswith((b"{", b"[")) else None
 
 
+def vocabulary_size(model: Path) -> int:
+    """The number of logits of the model in a folder, as its configuration has it."""
+    config = read_json_object(model / "config.json")
+    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
+    if not isinstance(size, int):
+        raise ModelOptExtError.at(model / "config.json", "vocab_size", "a number", size)
+    return size
+
+
 def _open(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
     """An HTTP request that never goes through a proxy: the server is on this machine."""
     data = None if payload is None else json.dumps(payload).encode()
@@ -265,7 +264,7 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _kill_session(session: int) -> None:
+def kill_session(session: int) -> None:
     """Kills every process of a session, again until none is left: one may be starting another meanwhile."""
     for _ in range(50):
         alive = [process for process in psutil.process_iter() if _is_in_session(process, session)]

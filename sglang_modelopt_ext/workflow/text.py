@@ -41,8 +41,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
 def split_windows(documents: Sequence[Sequence[int]], length: int, begin: int | None) -> list[list[int]]:
     """Cuts every document into consecutive windows of ``length`` of its tokens, the last one shorter.
 
-    No window spans two documents and no token is in two windows. Each window has ``begin`` in front where there is one, so that
-    all its tokens can be scored; otherwise its first token is only context. Windows with nothing to score are left out.
+    No window spans two documents and no token is in two windows. Each window has ``begin`` in front where there is one,
+    so that all its tokens can be scored; otherwise its first token is only context. Windows with nothing to score are
+    left out.
     """
     front = [] if begin is None else [begin]
     windows = [front + list(ids[i : i + length]) for ids in documents for i in range(0, len(ids), length)]

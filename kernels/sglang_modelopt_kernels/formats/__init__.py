@@ -1,4 +1,4 @@
-"""Number formats: their codes, what a checkpoint stores for them, how it is decoded and how a reference quantizer makes it.
+"""Number formats: codes, what a checkpoint stores for them, how that is decoded and how a reference quantizer makes it.
 
 A new format is one class and one :func:`register` below; the tests in ``tests/kernels`` then cover it by default.
 """
@@ -26,7 +26,7 @@ def register(number_format: WeightFormat | ActivationFormat) -> None:
     """Adds a format to its registry. Raises ValueError when the name is taken."""
     taken = WEIGHT_FORMATS if isinstance(number_format, WeightFormat) else ACTIVATION_FORMATS
     if number_format.name in taken:
-        raise ValueError(f"{number_format.name!r} is already registered, for {type(taken[number_format.name]).__name__}")
+        raise ValueError(f"{number_format.name!r} is already registered")
     if isinstance(number_format, WeightFormat):
         WEIGHT_FORMATS[number_format.name] = number_format
     else:

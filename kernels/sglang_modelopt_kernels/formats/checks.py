@@ -40,7 +40,7 @@ def no_scale(scale: torch.Tensor | None) -> None:
 
 def split_blocks(x: torch.Tensor, block: int) -> torch.Tensor:
     """``[..., K]`` as ``[..., K / block, block]``."""
-    return x.unflatten(-1, (-1, block))
+    return torch.unflatten(x, -1, (-1, block))
 
 
 def block_amax(x: torch.Tensor, block: int) -> torch.Tensor:

@@ -112,7 +112,7 @@ class FP8BlockWeight(WeightFormat):
         check_weight(weight)
         n, k = weight.shape
         padded = pad(weight.abs(), (0, -k % BLOCK, 0, -n % BLOCK))
-        tiles = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))
+        tiles = torch.unflatten(torch.unflatten(padded, 1, (-1, BLOCK)), 0, (-1, BLOCK))
         scale = positive_amax(tiles.amax(dim=(1, 3), keepdim=True), e4m3.MAX) / e4m3.MAX
         return {"weight": e4m3.to_e4m3(weight / _spread(scale, n, k)), "weight_scale": scale}
 

@@ -20,7 +20,7 @@ MAX = 7.0
 
 
 def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
-    """Packed uint8 ``[N / 2, K]`` to int8 codes -8..7 ``[N, K]``: row 2o is the low nibble of row o, 2o + 1 the high."""
+    """Packed uint8 ``[N / 2, K]`` to int8 codes -8..7 ``[N, K]``: byte ``[o, i]`` is row 2o low, row 2o + 1 high."""
     nibbles = torch.stack((packed & 0x0F, packed >> 4), dim=1).flatten(0, 1).to(torch.int8)
     return (nibbles ^ 8) - 8  # sign extension of four bits
 
@@ -55,13 +55,13 @@ class INT4Weight(WeightFormat):
         return DecodedWeight(unit, unit.new_ones(()))
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of a max-calibrated export of ``weight`` ``[N, K]``, bit for bit; an all-zero block has scale 1.
+        """The tensors of a max-calibrated export of ``weight`` ``[N, K]``, bit for bit; a zero block has scale 1.
 
         Raises:
             ValueError: the weight is not a finite matrix with K a multiple of 128 and N even.
         """
         check_weight(weight, BLOCK)
-        # ModelOpt's static block quantizer keeps its amax in float32, its per-channel quantizer in the weight's dtype.
+        # ModelOpt's static block quantizer keeps amax in float32, where the others keep the dtype of the weight.
         scale = positive_amax(block_amax(weight, BLOCK), MAX) / MAX
         codes = (split_blocks(weight, BLOCK) / scale.unsqueeze(-1)).round().clamp(-MAX - 1, MAX)
         return {"weight": pack_rows(codes.flatten(-2).to(torch.int8)), "weight_scale": scale}
@@ -70,8 +70,8 @@ class INT4Weight(WeightFormat):
 class INT4WeightUnderFP8(INT4Weight):
     """:class:`INT4Weight` as W4A8_AWQ exports it, with the ``weight_scale_2`` of a further rounding to FP8.
 
-    ``weight_scale_2`` = amax / 448 would bring the decoded weight into the range of E4M3. It is advice to a kernel and no
-    part of the weight: :meth:`decode` ignores it.
+    ``weight_scale_2`` = amax / 448 would bring the decoded weight into the range of E4M3. It is advice to a kernel,
+    not a part of the weight: :meth:`decode` ignores it.
     """
 
     name = "int4_awq_w4a8"
@@ -83,5 +83,5 @@ class INT4WeightUnderFP8(INT4Weight):
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """As :meth:`INT4Weight.quantize`; q, k and v, and gate and up, share the largest ``weight_scale_2``."""
-        scale_2 = positive_amax(weight.abs().amax(), e4m3.MAX) / e4m3.MAX
-        return {**super().quantize(weight), "weight_scale_2": scale_2}
+        tensors = super().quantize(weight)
+        return {**tensors, "weight_scale_2": positive_amax(weight.abs().amax(), e4m3.MAX) / e4m3.MAX}

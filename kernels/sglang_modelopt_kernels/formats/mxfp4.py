@@ -80,7 +80,7 @@ class MXFP4Dynamic(ActivationFormat):
         return codes.flatten(-2), scale
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values code * block scale, float32 ``[M, K]``, and no row scale. Raises as :meth:`encode`, or for a scale."""
+        """Values code * block scale, float32 ``[M, K]``; no row scale. Raises as :meth:`encode`, or for a scale."""
         no_scale(scale)
         codes, block_scale = self.encode(x)
         return scale_blocks(e2m1.decode(codes), ue8m0.decode(block_scale)), None

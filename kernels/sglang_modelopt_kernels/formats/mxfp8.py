@@ -20,8 +20,8 @@ BLOCK = 32
 class MXFP8Weight(WeightFormat):
     """An MXFP8 weight: ``weight`` e4m3 ``[N, K]`` and ``weight_scale`` uint8 ``[N, K / 32]``.
 
-    The unit weight is the whole weight, exact in float32. Below a scale of 2^-124 its smallest elements are below 2^-133,
-    where bf16 ends; of a weight that is not vanishing, all are exact in bf16.
+    The unit weight is the whole weight, exact in float32. Below a scale of 2^-124 its smallest elements are below
+    2^-133 and lost to bf16, which is why the format does not promise exactness there.
     """
 
     name = "mxfp8"
@@ -65,7 +65,7 @@ class MXFP8Dynamic(ActivationFormat):
         """Elements and block scales of float32 ``x`` ``[M, K]``.
 
         Returns:
-            ``(elements, scale)``: e4m3 ``[M, K]`` and uint8 ``[M, K / 32]``, 255 for a block that holds NaN or infinity.
+            ``(elements, scale)``: e4m3 ``[M, K]`` and uint8 ``[M, K / 32]``, 255 for a block with NaN or infinity.
 
         Raises:
             ValueError: ``x`` is not float32 ``[M, K]`` with K a multiple of 32.
@@ -75,7 +75,7 @@ class MXFP8Dynamic(ActivationFormat):
         return _to_elements(x, scale), scale
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values element * block scale, float32 ``[M, K]``, and no row scale. Raises as :meth:`encode`, or for a scale."""
+        """Values element * block scale, float32 ``[M, K]``; no row scale. Raises as :meth:`encode`, or for a scale."""
         no_scale(scale)
         elements, block_scale = self.encode(x)
         return scale_blocks(e4m3.decode(elements), ue8m0.decode(block_scale)), None

@@ -1,4 +1,4 @@
-"""NVFP4: E2M1 codes under E4M3 block scales under one float32 global scale, ``W = code * weight_scale * weight_scale_2``.
+"""NVFP4: E2M1 codes, E4M3 block scales, one float32 global scale: ``W = code * weight_scale * weight_scale_2``.
 
 Sources: ``NVFP4QTensor`` (``torch/quantization/qtensor/nvfp4_tensor.py``) and ``get_weight_scaling_factor[_2]``
 (``torch/export/quant_utils.py``) of ModelOpt 0.47; NVIDIA's NVFP4 has blocks of 16, ModelOpt also exports blocks of 32.
@@ -22,7 +22,7 @@ FP8_RANGE = e4m3.MAX
 
 
 class NVFP4Weight(WeightFormat):
-    """An NVFP4 weight: ``weight`` uint8 ``[N, K / 2]``, ``weight_scale`` e4m3 ``[N, K / g]``, ``weight_scale_2`` ``[]``.
+    """``weight`` uint8 ``[N, K / 2]``, ``weight_scale`` e4m3 ``[N, K / g]`` and ``weight_scale_2`` float32 ``[]``.
 
     Code times block scale has at most 2 + 4 significant bits, so that the unit weight is exact in bf16 and in fp16.
 
@@ -91,7 +91,7 @@ def _weight_block_scale(amax: torch.Tensor, global_scale: torch.Tensor) -> torch
 def round_unit_to_e4m3(decoded: DecodedWeight) -> DecodedWeight:
     """The weight of the ``fp8`` numerics: the unit weight rounded to E4M3, as TensorRT-LLM's W4A8 kernels round it.
 
-    E4M3 keeps 4 of the up to 6 significant bits of code times block scale, which changes up to a quarter of the weights.
+    E4M3 keeps 4 of the up to 6 significant bits of code times block scale, changing about a quarter of the weights.
 
     Raises:
         ValueError: the unit weight exceeds 448, as under a global scale of amax / 2688, and would be clipped.
@@ -106,8 +106,8 @@ class NVFP4DynamicBlock(ActivationFormat):
 
     Follows ``fp8_quantize_scale`` and ``fp4_round_magnitude`` of ModelOpt 0.47
     (``torch/kernels/quantization/common/nvfp4_quant.py``): a block scale rounds to nearest, saturates at 448 and may
-    become zero, and with it the block. ``fp4_fake_quant_block`` also zeroes blocks whose scale is below 1e-5 in absolute
-    terms, a guard of the simulation against division by zero; no deployed kernel has it and neither has this.
+    become zero, and with it the block. ``fp4_fake_quant_block`` also zeroes blocks whose scale is below 1e-5 in
+    absolute terms, a guard of the simulation against division by zero that deployed kernels lack.
     A block that holds NaN or infinity becomes NaN.
     """
 

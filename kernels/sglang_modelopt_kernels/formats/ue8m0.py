@@ -1,4 +1,4 @@
-"""UE8M0, the power-of-two block scale of the MX formats: uint8 ``e + 127`` for 2^e, 255 for NaN (OCP MX v1.0, 5.4.1)."""
+"""UE8M0, the power-of-two block scale of the MX formats: byte ``e + 127`` for 2^e, 255 for NaN (OCP MX v1.0, 5.4.1)."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def byte_is_nan(scale: torch.Tensor) -> torch.Tensor:
 def weight_scale(amax: torch.Tensor, element_max: float) -> torch.Tensor:
     """The block scales a ModelOpt export stores: bytes of ``ceil(log2(amax / element_max))``, 0 for an all-zero block.
 
-    The logarithm is taken in float32 as ModelOpt takes it, so a quotient a few millionths above a power of two may round
-    down, and the largest elements of its block then saturate. A bf16 or fp16 weight has no such quotient.
+    The logarithm is taken in float32 as ModelOpt takes it, so a quotient a few millionths above a power of two may
+    round down, and the largest elements of its block then saturate. A bf16 or fp16 weight has no such quotient.
 
     Source: ModelOpt 0.47, ``MXFP4QTensor.quantize`` and ``MXFP8QTensor._compute_e8m0_exponent``.
 

@@ -38,7 +38,6 @@ def dense_linear(
     unit: torch.Tensor,
     out_scale: torch.Tensor,
     bias: torch.Tensor | None,
-    out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """``(values @ unit^T) * row_scale * out_scale + bias``, accumulated and scaled in float32.
 
@@ -48,10 +47,9 @@ def dense_linear(
         unit: ``[N, K]`` float32 or bf16.
         out_scale: float32 ``[N]``.
         bias: ``[N]`` or None.
-        out_dtype: type of the result.
 
     Returns:
-        ``[M, N]`` of ``out_dtype``.
+        float32 ``[M, N]``.
     """
     if unit.dtype == torch.float32:
         y = values @ unit.T
@@ -60,6 +58,4 @@ def dense_linear(
     y = y * out_scale
     if row_scale is not None:
         y = y * row_scale
-    if bias is not None:
-        y = y + bias.to(torch.float32)
-    return y.to(out_dtype)
+    return y if bias is None else y + bias.to(torch.float32)
