@@ -95,12 +95,15 @@ def measure(
     Returns:
         The row, and this server's full-vocabulary log probabilities, a reference for others.
     """
-    bar = {"unit": "window", "dynamic_ncols": True, "disable": not progress}
-    scored = [server.input_logprobs(window) for window in tqdm(plan.windows, desc="perplexity", **bar)]
-    full = [
-        server.full_vocab_logprobs(window, min(plan.divergence_positions, len(window) - 1))
-        for window in tqdm(plan.windows, desc="full-vocabulary log probabilities", **bar)
-    ]
+    scored: list[Logprobs] = []
+    full: list[Logprobs] = []
+    for window in tqdm(plan.windows, desc="scoring", unit="window", dynamic_ncols=True, disable=not progress):
+        targets = np.asarray(window[1:])
+        rows = server.full_vocab_logprobs(window, min(plan.divergence_positions, len(targets)))
+        full.append(rows)
+        # Every token's own log probability is among those of the whole vocabulary, where all positions are asked for.
+        whole = len(rows) == len(targets)
+        scored.append(rows[np.arange(len(targets)), targets] if whole else server.input_logprobs(window))
     with ticking("tokens per second", progress):
         speed = tokens_per_second(server, plan.speed_prompts, plan.speed_tokens)
     name, bits = describe(server.model)

@@ -34,6 +34,7 @@ TAIL_LINES = 20
 _POLL_SECONDS = 0.25
 _STOP_SECONDS = 10.0
 _TAIL_BYTES = 32_768
+_LOG_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] (.*)")
 _OUR_ERROR = re.compile(rf"{ModelOptExtError.__name__}: (.+)")
 
 
@@ -127,7 +128,7 @@ class ServerProcess:
                     raise self._failure(f"exit code {self._exit_code()}")
                 if time.monotonic() > deadline:
                     raise self._failure(f"no answer for {self.timeout:.0f} s")
-                note(next(reversed(self.tail(1)), ""))
+                note(self._last_message())
                 time.sleep(_POLL_SECONDS)
 
     def _is_ready(self) -> bool:
@@ -146,6 +147,11 @@ class ServerProcess:
             log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
             text = log.read().decode("utf-8", errors="replace")
         return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()][-lines:]
+
+    def _last_message(self) -> str:
+        """The last line that SGLang logged, without its time; warnings of libraries have none."""
+        messages = [match.group(1) for line in self.tail() if (match := _LOG_LINE.match(line))]
+        return messages[-1] if messages else ""
 
     def _failure(self, got: str) -> ModelOptExtError:
         """The error for a server that is gone: our own one-line message where the log has one, else its last line."""

@@ -1,4 +1,4 @@
-"""What every reference quantizer checks before it computes, and the block arithmetic the formats share."""
+"""What every reference quantizer checks before it computes, and the arithmetic the formats share."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ def scale_blocks(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Float32 ``[..., K]`` times one float32 scale ``[..., K / block]`` for each block."""
     block = values.shape[-1] // scales.shape[-1]
     return (split_blocks(values, block) * scales.unsqueeze(-1)).flatten(-2)
+
+
+def divide(x: torch.Tensor, number: float) -> torch.Tensor:
+    """``x / number``, correctly rounded on every device, shape unchanged.
+
+    On CUDA, PyTorch's own division of a tensor by a Python number multiplies by the reciprocal and may be one unit in the
+    last place off, which is enough to move a value across a rounding boundary.
+    """
+    return x / torch.full_like(x, number)
 
 
 def positive_amax(amax: torch.Tensor, maxbound: float) -> torch.Tensor:

@@ -18,7 +18,7 @@ SMALLEST_SUBNORMAL = 2.0**-9
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
     """Rounds float32 to ``float8_e4m3fn``, nearest even, saturating at +-448; infinity saturates too, NaN stays NaN.
 
-    PyTorch's own cast makes NaN of what is above 464, where hardware conversions saturate, hence the clamp.
+    Hardware conversions saturate; PyTorch's cast makes NaN of what is above 464 in some versions, hence the clamp.
     """
     return x.clamp(-MAX, MAX).to(torch.float8_e4m3fn)
 

@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from . import e4m3
 from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
-from .checks import check_activation, check_weight, no_scale, positive_amax, static_scale
+from .checks import check_activation, check_weight, divide, no_scale, positive_amax, static_scale
 
 BLOCK = 128
 
@@ -47,10 +47,11 @@ class FP8PerTensorWeight(WeightFormat):
             ValueError: the weight is not a finite matrix, or all zero (ModelOpt then exports 0 / 0 = NaN).
         """
         check_weight(weight)
-        scale = weight.abs().amax().to(torch.float32) / e4m3.MAX
+        scale = divide(weight.abs().amax().to(torch.float32), e4m3.MAX)
         if not bool(scale > 0):
             raise ValueError("an all-zero weight has no FP8 export: its scale is zero")
-        return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+        rounded = (weight.to(torch.float32) / scale).to(weight.dtype)
+        return {"weight": e4m3.to_e4m3(rounded), "weight_scale": scale}
 
 
 class FP8PerChannelWeight(WeightFormat):
@@ -76,7 +77,7 @@ class FP8PerChannelWeight(WeightFormat):
             ValueError: the weight is not a finite matrix.
         """
         check_weight(weight)
-        scale = positive_amax(weight.abs().amax(dim=1), e4m3.MAX) / e4m3.MAX
+        scale = divide(positive_amax(weight.abs().amax(dim=1), e4m3.MAX), e4m3.MAX)
         return {"weight": e4m3.to_e4m3(weight / scale.unsqueeze(1)), "weight_scale": scale}
 
 
@@ -113,7 +114,7 @@ class FP8BlockWeight(WeightFormat):
         n, k = weight.shape
         padded = pad(weight.abs(), (0, -k % BLOCK, 0, -n % BLOCK))
         tiles = torch.unflatten(torch.unflatten(padded, 1, (-1, BLOCK)), 0, (-1, BLOCK))
-        scale = positive_amax(tiles.amax(dim=(1, 3), keepdim=True), e4m3.MAX) / e4m3.MAX
+        scale = divide(positive_amax(tiles.amax(dim=(1, 3), keepdim=True), e4m3.MAX), e4m3.MAX)
         return {"weight": e4m3.to_e4m3(weight / _spread(scale, n, k)), "weight_scale": scale}
 
 
@@ -166,6 +167,6 @@ def token_scale(x: torch.Tensor, maxbound: float) -> torch.Tensor:
     1 for an all-zero token, NaN for one that holds NaN or infinity, and never below the smallest normal float32.
     """
     amax = x.abs().amax(dim=1, keepdim=True)
-    scale = (amax / maxbound).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = divide(amax, maxbound).clamp(min=torch.finfo(torch.float32).tiny)
     scale = torch.where(amax == 0, 1.0, scale)
     return torch.where(torch.isfinite(amax), scale, torch.nan)

@@ -12,7 +12,7 @@ import torch
 
 from . import e4m3
 from .base import DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
-from .checks import block_amax, check_weight, positive_amax, scale_blocks, split_blocks
+from .checks import block_amax, check_weight, divide, positive_amax, scale_blocks, split_blocks
 
 BLOCK = 128
 MAX = 7.0
@@ -62,7 +62,7 @@ class INT4Weight(WeightFormat):
         """
         check_weight(weight, BLOCK)
         # ModelOpt's static block quantizer keeps amax in float32, where the others keep the dtype of the weight.
-        scale = positive_amax(block_amax(weight, BLOCK), MAX) / MAX
+        scale = divide(positive_amax(block_amax(weight, BLOCK), MAX), MAX)
         codes = (split_blocks(weight, BLOCK) / scale.unsqueeze(-1)).round().clamp(-MAX - 1, MAX)
         return {"weight": pack_rows(codes.flatten(-2).to(torch.int8)), "weight_scale": scale}
 
@@ -84,4 +84,4 @@ class INT4WeightUnderFP8(INT4Weight):
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """As :meth:`INT4Weight.quantize`; q, k and v, and gate and up, share the largest ``weight_scale_2``."""
         tensors = super().quantize(weight)
-        return {**tensors, "weight_scale_2": positive_amax(weight.abs().amax(), e4m3.MAX) / e4m3.MAX}
+        return {**tensors, "weight_scale_2": divide(positive_amax(weight.abs().amax(), e4m3.MAX), e4m3.MAX)}

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
-from .checks import check_activation, check_weight, positive_amax, static_scale
+from .checks import check_activation, check_weight, divide, positive_amax, static_scale
 
 MAX = 127.0
 """What amax is scaled to; -128 is a legal code that only a clipped value takes."""
@@ -50,7 +50,7 @@ class INT8PerChannelWeight(WeightFormat):
             ValueError: the weight is not a finite matrix.
         """
         check_weight(weight)
-        scale = positive_amax(weight.abs().amax(dim=1), MAX) / MAX
+        scale = divide(positive_amax(weight.abs().amax(dim=1), MAX), MAX)
         return {"weight": round_to_int8(weight / scale.unsqueeze(1)).to(torch.int8), "weight_scale": scale}
 
 

@@ -12,7 +12,7 @@ import torch
 
 from . import e2m1, e4m3
 from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
-from .checks import block_amax, check_activation, check_weight, scale_blocks, split_blocks, static_scale
+from .checks import block_amax, check_activation, check_weight, divide, scale_blocks, split_blocks, static_scale
 
 FULL_RANGE = e2m1.MAX * e4m3.MAX
 """2688, the largest code times the largest block scale: the block scales use all of E4M3."""
@@ -72,7 +72,7 @@ class NVFP4Weight(WeightFormat):
                 export then holds NaN block scales, because ModelOpt divides by the global scale).
         """
         check_weight(weight, self.group_size)
-        global_scale = weight.abs().amax().to(torch.float32) / self.unit_max
+        global_scale = divide(weight.abs().amax().to(torch.float32), self.unit_max)
         if not bool(global_scale > 0):
             raise ValueError("an all-zero weight has no NVFP4 export: its global scale is zero")
         block_scale = _weight_block_scale(block_amax(weight, self.group_size), global_scale)

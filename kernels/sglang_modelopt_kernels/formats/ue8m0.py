@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from .checks import divide
+
 BIAS = 127
 NAN = 255
 """The one byte that is not a number."""
@@ -42,7 +44,7 @@ def weight_scale(amax: torch.Tensor, element_max: float) -> torch.Tensor:
         amax: float32 ``[...]``, finite: the largest magnitude of each block.
         element_max: the largest element, 6 for E2M1 and 448 for E4M3.
     """
-    return encode(torch.ceil(torch.log2(amax / element_max)))
+    return encode(torch.ceil(torch.log2(divide(amax, element_max))))
 
 
 def activation_scale(amax: torch.Tensor, element_max: float) -> torch.Tensor:
@@ -53,7 +55,7 @@ def activation_scale(amax: torch.Tensor, element_max: float) -> torch.Tensor:
 
     Source: ModelOpt 0.47, ``compute_scale_e8m0_NV`` in ``tensor_quant_mx.cu``, which reads the exponent from the bits.
     """
-    mantissa, exponent = torch.frexp(amax / element_max)  # mantissa in [0.5, 1)
+    mantissa, exponent = torch.frexp(divide(amax, element_max))  # mantissa in [0.5, 1)
     ceiling = torch.where(mantissa == 0.5, exponent - 1, exponent)
     ceiling = torch.where(amax == 0, -BIAS, ceiling)
     return torch.where(torch.isfinite(amax), encode(ceiling), NAN)

@@ -1,0 +1,107 @@
+"""Real ModelOpt exports of small models, made once and kept.
+
+ModelOpt runs in this process. Measured on two shared cores: importing it takes 4 s, the first export 4 s, the next ones well
+under a second, while a process of its own would pay some 12 s of imports each time. Compared over an export, ModelOpt changed
+nothing that stays in transformers (it replaces the classes of the modules of the one model it is given, and patches saving
+only while it saves); what remains is ``torch.nn.SyncBatchNorm.convert_sync_batchnorm``, which nothing here uses.
+``tests/unit/test_support_exports.py`` checks that a model computes the same before and after.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.cache import cached_folder, digest, folder_digest, source_digest
+from tests.support.edits import copy_with as copy_with
+
+CALIBRATION_BATCHES = 4
+CALIBRATION_SHAPE = (2, 64)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What may differ between two exports of one model with one recipe.
+
+    Attributes:
+        calibration_seed: decides the random tokens of the calibration.
+        kv_cache: the name of a ModelOpt configuration of the KV cache to merge, such as ``FP8_KV_CFG``.
+        algorithm: replaces the calibration algorithm of the recipe.
+        exclude: patterns of module names to leave unquantized, such as ``*layers.0.mlp*``.
+        max_shard_size: makes ModelOpt write several files, such as ``"300KB"``.
+    """
+
+    calibration_seed: int = 0
+    kv_cache: str | None = None
+    algorithm: str | None = None
+    exclude: tuple[str, ...] = ()
+    max_shard_size: str = "10GB"
+
+
+DEFAULT = Variant()
+
+
+def export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant = DEFAULT) -> Path:
+    """The folder of the checkpoint that ModelOpt makes of the model, with its tokenizer; made on the first call.
+
+    Args:
+        model_dir: a Hugging Face model.
+        recipe: the name of a configuration in ``modelopt.torch.quantization``, such as ``"W4A8_NVFP4_FP8_CFG"``, or a
+            configuration.
+        variant: what differs from the plain export.
+    """
+    name = recipe if isinstance(recipe, str) else "custom"
+    key = digest(
+        metadata.version("nvidia-modelopt"),
+        recipe if isinstance(recipe, str) else dict(recipe),
+        asdict(variant),
+        folder_digest(model_dir),
+        source_digest(Path(__file__)),
+    )
+    return cached_folder("exports", f"{name}-{key}", lambda folder: _export(model_dir, recipe, variant, folder))
+
+
+def calibration_tokens(vocab: int, seed: int) -> list[torch.Tensor]:
+    """The batches of random tokens an export is calibrated with."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(0, vocab, CALIBRATION_SHAPE, generator=generator) for _ in range(CALIBRATION_BATCHES)]
+
+
+def _export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant, folder: Path) -> None:
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers import AutoModelForCausalLM
+
+    # Random choices of a calibration algorithm neither depend on nor disturb the caller.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(variant.calibration_seed)
+        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+
+        def calibrate(model: Any) -> None:
+            for tokens in calibration_tokens(model.config.vocab_size, variant.calibration_seed):
+                model(tokens)
+
+        mtq.quantize(model, _configuration(mtq, recipe, variant), calibrate)
+        export_hf_checkpoint(model, export_dir=folder, max_shard_size=variant.max_shard_size)
+    for name in TOKENIZER_FILES:
+        shutil.copy(model_dir / name, folder / name)
+
+
+def _configuration(mtq: Any, recipe: str | Mapping[str, Any], variant: Variant) -> dict[str, Any]:
+    config: dict[str, Any] = copy.deepcopy(getattr(mtq, recipe) if isinstance(recipe, str) else dict(recipe))
+    if variant.algorithm is not None:
+        config["algorithm"] = variant.algorithm
+    if variant.kv_cache is not None:
+        from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
+
+        config = update_quant_cfg_with_kv_cache_quant(config, getattr(mtq, variant.kv_cache)["quant_cfg"])
+    config["quant_cfg"] += [{"quantizer_name": pattern, "enable": False} for pattern in variant.exclude]
+    return config

@@ -1,0 +1,131 @@
+"""Whose checkpoint it is: flags, algorithms, GPUs, and the combinations that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.ownership import check_kv_cache, owned_family
+from sglang_modelopt_ext.schemes.table import FAMILIES, SCHEMES, UMBRELLA
+
+MIXED_LAYERS = {
+    "model.layers.0.mlp.up_proj": {"quant_algo": "NVFP4", "group_size": 16},
+    "model.layers.0.mlp.down_proj": {"quant_algo": "FP8"},
+}
+
+
+def checkpoint(folder: Path, section: dict[str, Any] | None, tensors: dict[str, torch.Tensor] | None = None) -> Path:
+    """A folder with configuration files and a few tensors."""
+    (folder / "config.json").write_text("{}")
+    if section is not None:
+        content = {"producer": {"name": "modelopt"}, "quantization": section}
+        (folder / "hf_quant_config.json").write_text(json.dumps(content))
+    save_file(tensors or {"model.norm.weight": torch.ones(4)}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("algo", sorted(SCHEMES))
+def test_on_a_cpu_every_algorithm_is_ours(tmp_path: Path, algo: str) -> None:
+    scheme = SCHEMES[algo]
+    folder = checkpoint(tmp_path, {"quant_algo": algo})
+    for flag in {None, "modelopt", scheme.flag, scheme.stock_flag}:
+        owned = owned_family(folder, flag, None)
+        assert owned is not None
+        assert owned[0] == scheme.flag
+    umbrella = owned_family(folder, UMBRELLA, None)
+    assert umbrella is not None
+    assert umbrella[0] == UMBRELLA
+
+
+@pytest.mark.parametrize("algo", sorted(SCHEMES))
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 120])
+def test_on_a_gpu_what_sglang_serves_rightly_is_left_to_it(tmp_path: Path, algo: str, capability: int) -> None:
+    scheme = SCHEMES[algo]
+    folder = checkpoint(tmp_path, {"quant_algo": algo})
+    left = scheme.stock_capability is not None and capability >= scheme.stock_capability
+    assert (owned_family(folder, None, capability) is None) == left
+    assert owned_family(folder, UMBRELLA, capability) is not None, "asked for by name"
+
+
+def test_smoothing_that_sglang_would_drop_makes_it_ours(tmp_path: Path) -> None:
+    smoothed = {"model.layers.0.mlp.up_proj.pre_quant_scale": torch.ones(4)}
+    assert owned_family(checkpoint(tmp_path, {"quant_algo": "FP8"}, smoothed), None, 90) is not None
+
+
+def test_group_32_is_ours(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, {"quant_algo": "W4A16_NVFP4", "group_size": 32})
+    assert owned_family(folder, None, 100) is not None
+
+
+@pytest.mark.parametrize(
+    ("layers", "capability", "ours"),
+    [
+        (MIXED_LAYERS, 100, False),
+        (MIXED_LAYERS, None, True),
+        ({"a": {"quant_algo": "FP8"}}, 100, True),
+        ({**MIXED_LAYERS, "b": {"quant_algo": "MXFP8"}}, 100, True),
+        ({**MIXED_LAYERS, "b": {"quant_algo": "W4A8_NVFP4_FP8", "group_size": 32}}, 100, True),
+    ],
+)
+def test_mixed_precision(tmp_path: Path, layers: dict[str, Any], capability: int | None, ours: bool) -> None:
+    folder = checkpoint(tmp_path, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    for flag in (None, "modelopt_mixed"):
+        assert (owned_family(folder, flag, capability) is not None) == ours
+
+
+@pytest.mark.parametrize("flag", ["modelopt_fp4", "modelopt_fp8", "fp8", "modelopt_mxfp4", "awq"])
+def test_a_flag_that_does_not_fit_is_refused_with_the_one_that_does(tmp_path: Path, flag: str) -> None:
+    folder = checkpoint(tmp_path, {"quant_algo": "W4A8_NVFP4_FP8"})
+    message = rf"quant_algo: expected an algorithm of --quantization {flag}, got W4A8_NVFP4_FP8, which --quantization modelopt_w4a8"
+    with pytest.raises(ModelOptExtError, match=message):
+        owned_family(folder, flag, None)
+
+
+def test_our_flag_on_a_checkpoint_of_another_family(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, {"quant_algo": "NVFP4"})
+    with pytest.raises(
+        ModelOptExtError,
+        match=r"--quantization modelopt_w4a8, got NVFP4, which .*modelopt_ext or --quantization modelopt_fp4",
+    ):
+        owned_family(folder, "modelopt_w4a8", 100)
+
+
+@pytest.mark.parametrize("flag", sorted(FAMILIES))
+def test_our_flags_on_a_checkpoint_without_quantized_layers(tmp_path: Path, flag: str) -> None:
+    with pytest.raises(ModelOptExtError, match=rf"--quantization {flag}: expected .*got an unquantized one"):
+        owned_family(checkpoint(tmp_path, None), flag, None)
+    with pytest.raises(ModelOptExtError, match="only its KV cache"):
+        owned_family(checkpoint(tmp_path, {"quant_algo": None, "kv_cache_quant_algo": "FP8"}), flag, None)
+
+
+def test_models_that_are_not_modelopts_are_left_alone(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, None)
+    assert owned_family(folder, None, None) is None
+    assert owned_family(folder, "awq", None) is None
+
+
+@pytest.mark.parametrize("flag", [None, "modelopt", "modelopt_fp4", "modelopt_ext"])
+def test_unknown_algorithms_list_the_known_ones(tmp_path: Path, flag: str | None) -> None:
+    with pytest.raises(ModelOptExtError, match=r"quant_algo: expected one of FP8, .*MIXED_PRECISION.*, got W2A2"):
+        owned_family(checkpoint(tmp_path, {"quant_algo": "W2A2"}), flag, 100)
+    layers = {"model.layers.0.mlp.up_proj": {"quant_algo": "W2A2"}}
+    mixed = checkpoint(tmp_path, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    with pytest.raises(
+        ModelOptExtError, match=r"quantized_layers\.model\.layers\.0\.mlp\.up_proj: quant_algo: expected one of"
+    ):
+        owned_family(mixed, None, 100)
+
+
+def test_quantized_kv_caches_are_refused_unless_left_unquantized(tmp_path: Path) -> None:
+    config = read_quant_config(checkpoint(tmp_path, {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}))
+    assert config is not None
+    with pytest.raises(ModelOptExtError, match=r"kv_cache_quant_algo: expected null, or --kv-cache-dtype bf16"):
+        check_kv_cache(config, "auto")
+    check_kv_cache(config, "bf16")
