@@ -76,6 +76,8 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         """Set by the strict loader once every tensor of the layer was loaded and checked."""
         self._create: Callable[[], None] | None = None
         self.params_dtype = torch.get_default_dtype()
+        self._rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """For a row-parallel layer: the maximum over the ranks that hold the other slices of the same tokens."""
         self._shard_sizes: list[int] = []
         self._k = 0
 
@@ -93,6 +95,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         del output_size  # sizes come from the partitions
         self.params_dtype = params_dtype
         self._check_sizes(layer, input_size, output_partition_sizes)
+        self._rank_amax = _rank_maximum(layer) if input_size_per_partition != input_size else None
         self._shard_sizes, self._k = list(output_partition_sizes), input_size_per_partition
         weight_loader = extra_weight_attrs["weight_loader"]
 
@@ -238,7 +241,11 @@ class ModelOptExtLinearMethod(LinearMethodBase):
             x = x * inputs[PRE_QUANT_SCALE.name]
         values, row_scale = x, None
         if self.scheme.activation is not None:
-            values, row_scale = self.scheme.activation.quantize(x, inputs.get(INPUT_SCALE))
+            scale = inputs.get(INPUT_SCALE)
+            if self._rank_amax is not None:
+                amax = self.scheme.activation.token_amax(x)
+                scale = None if amax is None else self._rank_amax(amax)
+            values, row_scale = self.scheme.activation.quantize(x, scale)
         y = self.layout.matmul(prepared, values, row_scale, bias)
         if self.scheme.low_rank:
             y = y + (x @ inputs[LORA_A].T) @ inputs[LORA_B].T
@@ -279,3 +286,11 @@ def _full_shard_sizes(layer: Any, partition_sizes: list[int]) -> list[int] | Non
     if hasattr(layer, "output_sizes"):
         return list(layer.output_sizes)
     return [layer.output_size] if len(partition_sizes) == 1 and hasattr(layer, "output_size") else None
+
+
+def _rank_maximum(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    def maximum(amax: torch.Tensor) -> torch.Tensor:
+        # SGLang's own collective: it is the one that may run inside a captured CUDA graph.
+        return layer.tp_group.all_gather(amax, dim=-1).amax(dim=-1, keepdim=True)
+
+    return maximum

@@ -124,8 +124,8 @@ def divergences(reference: Logprobs, other: Logprobs) -> NDArray[np.float64]:
     log_p, log_q = reference.astype(np.float64), other.astype(np.float64)
     p = np.exp(log_p)
     # A token of probability zero under the reference adds nothing, whatever the other gives it.
-    terms = np.multiply(p, log_p - log_q, where=p > 0, out=np.zeros_like(p))
-    return np.asarray(terms.sum(axis=-1))
+    ratio = np.subtract(log_p, log_q, where=p > 0, out=np.zeros_like(p))
+    return np.asarray((p * ratio).sum(axis=-1))
 
 
 def mean_divergence(reference: Sequence[Logprobs], other: Sequence[Logprobs]) -> float:

@@ -120,7 +120,7 @@ def find_config(recipe: str) -> dict[str, Any]:
             import modelopt.torch.quantization as mtq
         except ImportError as error:
             raise ModelOptExtError.at(
-                "modelopt", "import", "NVIDIA ModelOpt (pip install 'nvidia-modelopt[hf]==0.47.0')", error
+                "modelopt", "import", "NVIDIA ModelOpt (pip install 'sglang-modelopt-ext[quantize]')", error
             ) from error
     for suffix in _CONFIG_SUFFIXES:
         if recipe.upper() + suffix in mtq.config.choices:

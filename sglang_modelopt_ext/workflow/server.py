@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import getpass
 import json
 import os
 import re
@@ -31,10 +32,10 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.progress import ticking
 
 TAIL_LINES = 20
-_POLL_SECONDS = 0.25
+_POLL_SECONDS = 0.5
 _STOP_SECONDS = 10.0
 _TAIL_BYTES = 32_768
-_LOG_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] (.*)")
+_LOG_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] (?!.*GET /health)(.*)")
 _OUR_ERROR = re.compile(rf"{ModelOptExtError.__name__}: (.+)")
 
 
@@ -103,10 +104,20 @@ class ServerProcess:
     ) -> None:
         self.stop()
 
+    @property
+    def session(self) -> int:
+        """The session, and the first process, of the running server."""
+        if self._process is None:
+            raise ModelOptExtError.at(self.log, "server", "it to be running", "a stopped one")
+        return self._process.pid
+
     def _start(self) -> None:
-        # SGLang leaves its sockets behind in the temporary folder; in one of our own they can be removed.
+        # SGLang leaves its sockets behind in the temporary folder; in one of our own they can be removed. What torch
+        # compiles stays where it is by default, so that the next server finds it.
         self._scratch = tempfile.mkdtemp(prefix="modelopt-server-")
-        environment = {**os.environ, "TMPDIR": self._scratch, "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0"}
+        compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ, "TMPDIR": self._scratch}
+        environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
         if self.on_cpu:
             environment["SGLANG_USE_CPU_ENGINE"] = "1"
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -149,7 +160,7 @@ class ServerProcess:
         return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()][-lines:]
 
     def _last_message(self) -> str:
-        """The last line that SGLang logged, without its time; warnings of libraries have none."""
+        """The last line that SGLang logged, without its time. Warnings of libraries and our own polling are left out."""
         messages = [match.group(1) for line in self.tail() if (match := _LOG_LINE.match(line))]
         return messages[-1] if messages else ""
 

@@ -134,4 +134,5 @@ def _make_extremes(weight: torch.Tensor) -> None:
     weight[9, 0:16] = 0.0
     weight[4:8] *= 2.0**-14  # subnormal in fp16
     weight[10] *= 2.0**-10
+    weight[11] *= 2.0**-22  # its NVFP4 block scales underflow E4M3; zero in fp16
     weight[128:, 256:384] *= 2.0**-14

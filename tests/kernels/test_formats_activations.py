@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -127,9 +128,11 @@ def test_what_shares_a_dynamic_scale_with_a_non_finite_number_becomes_nan(name: 
     scale = scale_for(number_format, x)
     clean = dequantized(number_format, x, scale)
     x[2, 40] = bad
+    values, _ = number_format.quantize(x, scale)
     out = dequantized(number_format, x, scale)
     block = BLOCK.get(name, x.shape[1])
     first = 40 // block * block
+    assert values[2, first : first + block].isnan().all()  # not left to the scale: a kernel may multiply it in later
     assert out[2, first : first + block].isnan().all()
     out[2, first : first + block] = clean[2, first : first + block]
     assert torch.equal(out, clean)
@@ -155,8 +158,47 @@ def test_static_formats_need_exactly_one_scale(name: str) -> None:
     assert row_scale.shape == ()
 
 
-@pytest.mark.parametrize("name", DYNAMIC)
-def test_dynamic_formats_take_no_scale(name: str) -> None:
+def test_only_a_format_that_scales_tokens_has_a_token_amax() -> None:
+    x = activation()
+    for name, number_format in ACTIVATION_FORMATS.items():
+        amax = number_format.token_amax(x)
+        if name == "fp8_per_token":
+            assert amax is not None
+            assert amax.squeeze(1).tolist() == [max(map(abs, row)) for row in x.tolist()]
+        else:
+            assert amax is None
+
+
+def test_slices_of_a_token_round_like_the_whole() -> None:
+    """What tensor parallelism needs: each rank holds some of the inputs and is told the amax of all."""
+    number_format = ACTIVATION_FORMATS["fp8_per_token"]
+    x = activation()
+    whole, whole_scale = number_format.quantize(x, None)
+    amax = x.abs().amax(dim=1, keepdim=True)
+    slices = [number_format.quantize(part, amax) for part in x.split(32, dim=1)]
+    assert torch.equal(torch.cat([values for values, _ in slices], dim=1), whole)
+    for _, row_scale in slices:
+        assert row_scale is not None
+        assert whole_scale is not None
+        assert torch.equal(row_scale, whole_scale)
+
+
+def test_a_nan_survives_a_maximum_that_lost_it() -> None:
+    x = activation()
+    amax = x.abs().amax(dim=1, keepdim=True)
+    x[2, 40] = math.nan
+    values, _ = ACTIVATION_FORMATS["fp8_per_token"].quantize(x, amax)
+    assert values.isnan().any(dim=1).tolist() == [False, False, True, False, False]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (1, 5)])
+def test_the_amax_of_tokens_has_one_entry_for_each(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="5 tokens"):
+        ACTIVATION_FORMATS["fp8_per_token"].quantize(activation(), torch.ones(shape))
+
+
+@pytest.mark.parametrize("name", ["mxfp4_dynamic", "mxfp8_dynamic"])
+def test_formats_with_dynamic_blocks_take_no_scale(name: str) -> None:
     with pytest.raises(ValueError, match="takes none"):
         ACTIVATION_FORMATS[name].quantize(torch.ones(1, 32), torch.tensor(1.0))
 
@@ -215,6 +257,23 @@ def test_fp8_per_token_number_by_number() -> None:
         amax = max(map(abs, row))
         assert scale == (float32(amax / 448) if amax else 1.0)
         assert got == [nearest_even(float32(v * float32(1 / scale)), E4M3) for v in row]
+
+
+@pytest.mark.parametrize("name", ["fp8_static", "fp8_per_token", "int8_static"])
+def test_the_reciprocal_of_the_scale_is_multiplied(name: str) -> None:
+    """As kernels do it. At the ties of the grid, dividing would now and then give the other neighbour."""
+    number_format = ACTIVATION_FORMATS[name]
+    grid = tuple(map(float, range(128))) if name == "int8_static" else E4M3
+    ties = torch.tensor([(a + b) / 2 for a, b in pairwise(grid)])
+    differs = 0
+    for amax in (3.0, 5.0, 11.0, 90.0):
+        scale = torch.tensor(amax) / grid[-1]
+        x = torch.cat((ties * scale, torch.tensor([amax]))).unsqueeze(0)
+        values, _ = number_format.quantize(x, scale if number_format.tensors else None)
+        want = [nearest_even(float32(v * float32(1 / scale.item())), grid) for v in x[0].tolist()]
+        assert values[0].tolist() == want
+        differs += want != [nearest_even(float32(v / scale.item()), grid) for v in x[0].tolist()]
+    assert differs  # else the test could not fail
 
 
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e30])

@@ -381,6 +381,15 @@ def test_an_all_zero_weight_has_no_export(name: str) -> None:
         WEIGHT_FORMATS[name].quantize(torch.zeros(8, 64))
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4_bs32", "nvfp4_w4a8"])
+def test_the_scale_of_a_vanishing_block_is_the_smallest_and_never_zero(name: str) -> None:
+    weight = torch.ones(2, 64)
+    weight[1] = 1e-9
+    scale = WEIGHT_FORMATS[name].quantize(weight)["weight_scale"].float()
+    assert (scale[1] == 2.0**-9).all()
+    assert (scale[0] > 1).all()
+
+
 def test_int4_rejects_an_odd_number_of_channels() -> None:
     with pytest.raises(ValueError, match="odd"):
         WEIGHT_FORMATS["int4_awq"].quantize(torch.ones(3, 128))

@@ -1,1 +1,1 @@
-"""What the tests share: tiny models, real ModelOpt exports of them, an independent reading of those, and the real server."""
+"""What tests share: tiny models, real ModelOpt exports of them, an independent reading of those, the real server."""

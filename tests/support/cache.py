@@ -7,9 +7,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
 
 ENVIRONMENT = "SGLANG_MODELOPT_EXT_EXPORT_CACHE"
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -23,8 +26,8 @@ def cache_root() -> Path:
 def cached_folder(kind: str, name: str, make: Callable[[Path], None]) -> Path:
     """``<cache>/<kind>/<name>``, filled by ``make(folder)`` when it is not there yet.
 
-    It is made in a temporary folder next to it and renamed, so that nobody ever sees a half-written one. Of two processes
-    that make the same folder, the one that comes second drops its own.
+    It is made in a temporary folder next to it and renamed, so that nobody ever sees a half-written one. Of two
+    processes that make the same folder, the one that comes second drops its own.
     """
     target = cache_root() / kind / name
     if target.is_dir():
@@ -44,9 +47,20 @@ def cached_folder(kind: str, name: str, make: Callable[[Path], None]) -> Path:
     return target
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Lets torch use one thread: on a busy machine two of them wait for each other, up to thirty times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def digest(*values: Any) -> str:
-    """A short hash of JSON-like values; dictionaries compare without regard to order."""
-    text = json.dumps(values, sort_keys=True, default=repr)
+    """A short hash of JSON-like values; the order of a dictionary counts, and its keys may be of any type."""
+    text = json.dumps(values, default=repr)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

@@ -125,7 +125,7 @@ def edit_tensors(change: Callable[[Tensors], None]) -> Edit:
 
 
 def map_tensors(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
-    """Replaces every tensor whose name matches the pattern by ``change(tensor)``; other dtypes and shapes are welcome."""
+    """Replaces every tensor whose name matches the pattern by ``change(tensor)``, of any dtype and shape."""
 
     def apply(tensors: Tensors) -> None:
         for name in _matching(tensors, pattern):
@@ -168,9 +168,9 @@ def retype_tensors(pattern: str, dtype: torch.dtype, bits: bool = False) -> Edit
 def distinct_shard_scales(folder: Path) -> None:
     """Gives q, k, v and gate, up scales of their own, as producers other than ModelOpt write them.
 
-    ModelOpt makes the layers that a server fuses share ``weight_scale_2`` and ``input_scale``. The result is another model,
-    but a legal one; whoever takes one of the scales for all of them computes something clearly different. Input scales only
-    grow, so that nothing is clipped.
+    ModelOpt makes the layers that a server fuses share ``weight_scale_2`` and ``input_scale``. The result is another
+    model, but a legal one; whoever takes one of the scales for all of them computes something clearly different. Input
+    scales only grow, so that nothing is clipped.
     """
     weight = {"k_proj": 1.7, "v_proj": 0.6, "up_proj": 0.45}
     inputs = {"k_proj": 1.37, "v_proj": 2.9, "up_proj": 1.83}

@@ -6,7 +6,7 @@
 * **Inputs outside the range of an unscaled E4M3**: some inputs mostly vanish in it, others overflow.
 * **Peaked logits** that depend on every layer: log probabilities move when a single layer is wrong.
 
-The same :class:`TinyModel` gives the same bytes on every machine. Other seeds and other dimensions make held-out models.
+The same :class:`TinyModel` gives the same bytes every time. Other seeds and other dimensions make held-out models.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import string
 import zlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -42,7 +42,7 @@ BIAS_SHARE = {"q_proj": 0.5, "k_proj": 1.0, "v_proj": 0.3}
 class TinyModel:
     """Everything that decides the bytes of a model.
 
-    Head counts and sizes are such that two tensor-parallel ranks get whole quantization blocks of 32 and one KV head each.
+    Head counts and sizes are such that two tensor-parallel ranks get whole quantization blocks and one KV head each.
     """
 
     family: Family = "llama"
@@ -97,7 +97,7 @@ def build_model(spec: TinyModel) -> PreTrainedModel:
     config_class, model_class = classes[spec.family]
     if spec.family == "qwen2" and spec.hidden != spec.heads * spec.head_dim:
         raise ValueError("Qwen2 has no head_dim of its own: hidden must be heads * head_dim")
-    extra = {} if spec.family == "qwen2" else {"head_dim": spec.head_dim}
+    extra: dict[str, Any] = {} if spec.family == "qwen2" else {"head_dim": spec.head_dim}
     if spec.family == "mistral":
         extra["sliding_window"] = None
     config = config_class(
@@ -153,7 +153,8 @@ class _Weights:
         return self._linear(name, shape, kind, layer)
 
     def _generator(self, name: str) -> torch.Generator:
-        return torch.Generator().manual_seed(self.spec.seed * 1_000_003 + zlib.crc32(f"{self.spec.family}.{name}".encode()))
+        own = zlib.crc32(f"{self.spec.family}.{name}".encode())
+        return torch.Generator().manual_seed(self.spec.seed * 1_000_003 + own)
 
     def _normal(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return torch.randn(shape, generator=self._generator(name))

@@ -14,18 +14,17 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import numpy as np
-import psutil
 import requests
 import torch
+
+from tests.support.processes import ProcessTree
 
 Entrypoint = Literal["launch_server", "serve"]
 
@@ -35,8 +34,6 @@ REQUEST_TIMEOUT = 120.0
 POLL_SECONDS = 0.3
 PROGRESS_SECONDS = 15.0
 TAIL_CHARACTERS = 4000
-MARK = "TEST_SERVER_MARK"
-"""Environment variable that names the server a process belongs to: children inherit it, whatever group they join."""
 
 
 class ServerError(RuntimeError):
@@ -97,8 +94,8 @@ class Server:
         self.command += ["--host", "127.0.0.1", "--device", "cpu", "--attention-backend", "torch_native"]
         self.command += ["--max-total-tokens", "8192", "--max-running-requests", "8"]
         self.command += ["--dtype", dtype, "--tp-size", str(tp), *args]
-        self.mark = uuid.uuid4().hex
-        self.env = server_environment(tp) | {"TMPDIR": str(self._scratch), MARK: self.mark}
+        self.processes = ProcessTree()
+        self.env = server_environment(tp) | {"TMPDIR": str(self._scratch)}
         for name, value in (env or {}).items():
             self.env.pop(name, None)
             if value is not None:
@@ -124,22 +121,15 @@ class Server:
     def launch(self) -> subprocess.Popen[bytes]:
         """Starts the process and returns at once."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=self.env,
-                start_new_session=True,
-            )
+        self._process = self.processes.start(self.command, self.env, self.log)
         return self._process
 
     def stop(self) -> None:
         """Kills every process of the server and makes sure that none is left."""
-        left = kill_marked(self.mark)
-        if self._process is not None:
-            self._process.wait()
+        process, self._process = self._process, None
+        left = self.processes.kill() if process is not None else ()
+        if process is not None and not left:
+            process.wait()
         self._session.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
         if left:
@@ -210,7 +200,7 @@ class Server:
         return [{entry[1]: entry[0] for entry in row} for row in rows]
 
     def full_logprobs(self, ids: Sequence[int]) -> torch.Tensor:
-        """Log probabilities over the whole vocabulary ``[len(ids), V]``: row ``t`` is about the follower of ``ids[t]``."""
+        """Log probabilities over the whole vocabulary ``[len(ids), V]``: row ``t`` is what follows ``ids[t]``."""
         vocab = json.loads((self.model / "config.json").read_text(encoding="utf-8"))["vocab_size"]
         options = {
             "top_logprobs_num": vocab,
@@ -266,40 +256,40 @@ def failing_start(model: Path, *, timeout: float = REFUSE_TIMEOUT, **options: An
             time.sleep(POLL_SECONDS)
         seconds = time.monotonic() - start
         deadline = time.monotonic() + 5
-        while (left := marked(server.mark)) and time.monotonic() < deadline:
+        while (left := server.processes.describe()) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        return Refusal(process.returncode, server.output(), seconds, tuple(_describe(p) for p in left))
+        return Refusal(process.returncode, server.output(), seconds, left)
     finally:
         server.stop()
 
 
 def run_entrypoint(*args: str, timeout: float = 120.0, env: Mapping[str, str] | None = None) -> tuple[int, str]:
     """Runs the ``sglang`` command to its end, such as ``run_entrypoint("serve", "--help")``: exit code and output."""
-    mark = uuid.uuid4().hex
-    environment = {**server_environment(1), MARK: mark, **(env or {})}
-    command = [*_sglang_command(), *args]
-    try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=timeout, env=environment
-        )
-        return done.returncode, done.stdout + done.stderr
-    finally:
-        kill_marked(mark)
+    processes = ProcessTree()
+    with tempfile.TemporaryDirectory(prefix="test-entrypoint-") as scratch:
+        log = Path(scratch) / "output.log"
+        try:
+            process = processes.start([*_sglang_command(), *args], {**server_environment(1), **(env or {})}, log)
+            code = process.wait(timeout)
+        finally:
+            processes.kill()
+        return code, log.read_text(encoding="utf-8", errors="replace")
 
 
 def entrypoint_command(entrypoint: Entrypoint) -> list[str]:
-    """The beginning of the command line. ``python -m sglang.cli.main`` would do nothing: it has no main guard."""
+    """The beginning of the command line."""
     if entrypoint == "launch_server":
         return [sys.executable, "-m", "sglang.launch_server"]
     return [*_sglang_command(), "serve"]
 
 
 def _sglang_command() -> list[str]:
-    return [sys.executable, "-c", "from sglang.cli.main import main; main()"]
+    # The console script beside the interpreter: ``python -m sglang.cli.main`` has no main guard and does nothing.
+    return [sys.executable, str(Path(sys.executable).with_name("sglang"))]
 
 
 def server_environment(tp: int) -> dict[str, str]:
-    """The environment of a server: on the CPU, offline, and one thread to a rank (tiny models gain nothing from more)."""
+    """The environment of a server: on the CPU, offline, and one thread to a rank (tiny models gain nothing by more)."""
     environment = {**os.environ, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     if tp > 1:
         environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(tp))
@@ -311,36 +301,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def marked(mark: str) -> list[psutil.Process]:
-    """The living processes that carry the mark in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def kill_marked(mark: str) -> list[str]:
-    """Kills the processes that carry the mark, again until none is left. Returns those that cannot be killed."""
-    for _ in range(50):
-        alive = marked(mark)
-        if not alive:
-            return []
-        for process in alive:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(alive, timeout=0.2)
-    return [_describe(process) for process in marked(mark)]
-
-
-def _describe(process: psutil.Process) -> str:
-    try:
-        return f"{process.pid}: {' '.join(process.cmdline())[:200]}"
-    except psutil.Error:
-        return str(process.pid)
 
 
 def _table(info: Mapping[str, Any], side: str, vocab: int) -> torch.Tensor:

@@ -162,13 +162,23 @@ class ActivationFormat(ABC):
         """The tensors a checkpoint stores for it (a static scale, or nothing)."""
         return ()
 
+    def token_amax(self, x: torch.Tensor) -> torch.Tensor | None:
+        """The largest magnitude of each token, float32 ``[M, 1]``, where the format scales per token; else None.
+
+        Ranks that hold slices of the same tokens take the maximum of theirs, so that a token is rounded alike however many
+        ranks there are.
+        """
+        del x
+        return None
+
     @abstractmethod
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rounds ``x`` float32 ``[M, K]``.
 
         Args:
             x: float32 ``[M, K]``.
-            scale: the static scale, float32 ``[]``, or None for a dynamic format.
+            scale: the static scale, float32 ``[]``; for a per-token format the :meth:`token_amax` of the whole tokens, float32
+                ``[M, 1]``, or None when ``x`` holds them whole; None for any other dynamic format.
 
         Returns:
             ``(values, row_scale)``: float32 ``[M, K]`` and float32 ``[]`` or ``[M, 1]`` with ``x ~ values * row_scale``;

@@ -57,8 +57,8 @@ def scale_blocks(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 def divide(x: torch.Tensor, number: float) -> torch.Tensor:
     """``x / number``, correctly rounded on every device, shape unchanged.
 
-    On CUDA, PyTorch's own division of a tensor by a Python number multiplies by the reciprocal and may be one unit in the
-    last place off, which is enough to move a value across a rounding boundary.
+    On CUDA, PyTorch's own division of a tensor by a Python number multiplies by the reciprocal and may be one unit in
+    the last place off, which is enough to move a value across a rounding boundary.
     """
     return x / torch.full_like(x, number)
 

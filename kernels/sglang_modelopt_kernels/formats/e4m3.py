@@ -1,6 +1,6 @@
 """E4M3 (``torch.float8_e4m3fn``): weights, activations and NVFP4 block scales.
 
-Four exponent bits of bias 7, three mantissa bits, no infinity; 0x7F and 0xFF are the only NaN (OCP OFP8 v1.0, 5.2).
+Four exponent bits of bias 7, three mantissa bits, no infinity; 0x7F and 0xFF are the only NaN (OCP OFP8 v1.0).
 Magnitudes reach 448, the smallest normal is 2^-6 and the smallest subnormal 2^-9.
 """
 

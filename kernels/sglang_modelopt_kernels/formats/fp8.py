@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from . import e4m3
 from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
-from .checks import check_activation, check_weight, divide, no_scale, positive_amax, static_scale
+from .checks import check_activation, check_weight, divide, positive_amax, static_scale
 
 BLOCK = 128
 
@@ -153,20 +153,38 @@ class FP8DynamicPerToken(ActivationFormat):
 
     name = "fp8_per_token"
 
+    def token_amax(self, x: torch.Tensor) -> torch.Tensor:
+        """``max |x|`` of each token, ``[M, 1]``."""
+        return x.abs().amax(dim=1, keepdim=True)
+
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """E4M3 values in float32 ``[M, K]`` and the scales ``[M, 1]``. Raises ValueError when given a scale."""
+        """E4M3 values in float32 ``[M, K]`` and the scales ``[M, 1]``.
+
+        Args:
+            x: float32 ``[M, K]``.
+            scale: the tokens' amax ``[M, 1]`` where ``x`` is a slice of them, None where it is all of them.
+
+        Raises:
+            ValueError: ``scale`` has another shape.
+        """
         check_activation(x)
-        no_scale(scale)
-        row_scale = token_scale(x, e4m3.MAX)
+        amax = self.token_amax(x)
+        if scale is not None:
+            if scale.shape != amax.shape:
+                raise ValueError(
+                    f"the amax of {x.shape[0]} tokens has shape {list(amax.shape)}, not {list(scale.shape)}"
+                )
+            # A maximum over ranks may lose a NaN; a slice that holds one must stay NaN.
+            amax = torch.where(torch.isfinite(amax), scale, torch.nan)
+        row_scale = amax_scale(amax, e4m3.MAX)
         return e4m3.round_to_e4m3(x * (1 / row_scale)), row_scale
 
 
-def token_scale(x: torch.Tensor, maxbound: float) -> torch.Tensor:
-    """``amax / maxbound`` of each token of float32 ``x`` ``[M, K]``: float32 ``[M, 1]``, a number with an inverse.
+def amax_scale(amax: torch.Tensor, maxbound: float) -> torch.Tensor:
+    """``amax / maxbound`` for each token, float32 ``[M, 1]``: a number with an inverse.
 
     1 for an all-zero token, NaN for one that holds NaN or infinity, and never below the smallest normal float32.
     """
-    amax = x.abs().amax(dim=1, keepdim=True)
     scale = divide(amax, maxbound).clamp(min=torch.finfo(torch.float32).tiny)
     scale = torch.where(amax == 0, 1.0, scale)
     return torch.where(torch.isfinite(amax), scale, torch.nan)

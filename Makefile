@@ -1,0 +1,54 @@
+# Everything runs from .venv, which tools/setup_env.py makes and keeps up to date.
+#   PYTHON=python3.12   the interpreter for .venv (default: the first of python3.11, python3.12 that works)
+#   RUNTIME=cpu|cuda    what to install (default: cuda where nvidia-smi lists a GPU)
+#   MODEL=DIR           the model for `make demo`
+#   ARGS="..."          more arguments for the test and demo targets
+
+BIN := .venv/bin
+# Any Python 3.8 can run tools/setup_env.py. `python3` may be a pyenv shim that fails, hence the trial.
+BOOT = $(shell for p in python3 python3.11 python3.12 /usr/bin/python3; do $$p -c '' >/dev/null 2>&1 && echo $$p && break; done)
+# The console script, not `python -m pytest`: that puts the repository root on sys.path, where the folder kernels/ would
+# be importable as `kernels`, the name of a Hugging Face package.
+PYTEST := $(BIN)/pytest
+
+export PYTHON RUNTIME MODEL
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo lint mypy format test test-full test-gpu clean distclean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## Make .venv, or bring it up to date (does nothing when it is)
+	@$(or $(BOOT),$(error no working python3 found)) tools/setup_env.py
+
+demo: setup ## Quantize a small model, serve it and compare (MODEL=DIR for another one)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+lint: setup ## Check formatting, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+mypy: setup ## Check types only
+	$(BIN)/mypy
+
+format: setup ## Format the code and fix what ruff can fix
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+test: setup ## Run the fast tests
+	$(PYTEST) -m "not full and not gpu" $(ARGS)
+
+test-full: setup ## Run all tests that need no GPU
+	$(PYTEST) -m "not gpu" $(ARGS)
+
+test-gpu: setup ## Run the tests that need an NVIDIA GPU
+	$(PYTEST) -m gpu $(ARGS)
+
+clean: ## Remove builds and caches
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+
+distclean: clean ## Remove .venv as well
+	rm -rf .venv

@@ -1,0 +1,259 @@
+#!/usr/bin/env python3
+"""Makes ``.venv``, or brings it up to date. Run by ``make setup``; needs nothing but a Python 3.8 or newer to start.
+
+Environment variables:
+    PYTHON   the interpreter for ``.venv``; by default the first of python3.11 and python3.12 that works
+    RUNTIME  ``cpu`` or ``cuda``; by default ``cuda`` where ``nvidia-smi`` lists a GPU
+
+On a CPU this installs the pinned list in ``cpu_runtime/``: about 1 GB of downloads, 3 GB of disk, no CUDA package. With
+a GPU it installs this project with its extras, and so the SGLang that ``pip install sglang`` gives.
+
+When nothing changed since the last run it returns at once: ``.venv`` holds a hash of everything an installation
+depends on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "setup-stamp.json"
+LOG = VENV / "setup.log"
+
+CPU_RUNTIME = ROOT / "cpu_runtime"
+REQUIREMENTS = CPU_RUNTIME / "requirements.txt"
+REQUIREMENTS_NO_DEPS = CPU_RUNTIME / "requirements-no-deps.txt"
+INSTALL_SHIMS = CPU_RUNTIME / "install_shims.py"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+# 3.11 first: some machines are prepared with a CPU build of torch for it alone.
+PYTHONS = ("python3.11", "python3.12")
+VERSIONS = ("3.11", "3.12")
+PIP = "pip==26.3"  # one resolver everywhere, and one that reads metadata without downloading wheels
+PROBE = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
+"""Prints the version, and fails where a distribution split venv off (Debian's python3-venv)."""
+
+START = time.monotonic()
+
+
+class SetupError(Exception):
+    """Something the user has to fix; the message says what."""
+
+
+def main() -> int:
+    """Runs all steps and returns the exit code."""
+    try:
+        runtime = choose_runtime()
+        python = os.environ.get("PYTHON") or None
+        kind = {"runtime": runtime, "root": str(ROOT)}  # a venv that was moved holds paths that are wrong
+        complete = {**kind, "hash": inputs_hash()}
+        stamp = read_stamp()
+        kept = kind.items() <= stamp.items() and venv_works(python)
+        if kept and stamp == complete:
+            return 0
+        if not kept:
+            make_venv(find_python(python), kind)
+        write_stamp(kind)  # without the hash until everything is there
+        install_cpu() if runtime == "cpu" else install_cuda()
+        write_stamp(complete)
+        step(f"done: {VENV.relative_to(ROOT)} is ready ({runtime})")
+    except SetupError as error:
+        print(f"setup: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def choose_runtime() -> str:
+    """``cpu`` or ``cuda``, from RUNTIME or from what ``nvidia-smi`` lists."""
+    runtime = os.environ.get("RUNTIME") or ("cuda" if has_gpu() else "cpu")
+    if runtime not in ("cpu", "cuda"):
+        raise SetupError(f"RUNTIME={runtime!r} is neither cpu nor cuda")
+    if not sys.platform.startswith("linux"):
+        raise SetupError("SGLang and Triton have no packages for this platform; use Linux")
+    return runtime
+
+
+def has_gpu() -> bool:
+    """Whether ``nvidia-smi`` works and lists a GPU."""
+    return (output_of(["nvidia-smi", "-L"]) or "").startswith("GPU ")
+
+
+def find_python(override: str | None) -> str:
+    """The interpreter to make ``.venv`` with."""
+    if override:
+        version = output_of([override, "-c", PROBE])
+        if version not in VERSIONS:
+            raise SetupError(
+                f"PYTHON={override} is not a working Python {' or '.join(VERSIONS)} with venv and ensurepip"
+            )
+        return override
+    for name in PYTHONS:
+        # Every one on PATH, and each is run: a pyenv shim may exist and fail while a working one stands behind it.
+        for folder in os.get_exec_path():
+            candidate = shutil.which(name, path=folder)
+            if candidate and output_of([candidate, "-c", PROBE]) == name[len("python") :]:
+                return candidate
+    raise SetupError(f"no working {' or '.join(PYTHONS)} with venv and ensurepip on PATH; name one with PYTHON=")
+
+
+def venv_works(override: str | None) -> bool:
+    """Whether the interpreter in ``.venv`` runs and is of the version asked for, if one was."""
+    version = output_of([str(VENV_PYTHON), "-c", PROBE])
+    if version not in VERSIONS:
+        return False
+    return not override or version == output_of([override, "-c", PROBE])
+
+
+def make_venv(python: str, kind: dict[str, str]) -> None:
+    """Makes an empty ``.venv`` in place of one that an earlier run made."""
+    step(f"making {VENV.relative_to(ROOT)} with {python}")
+    if VENV.exists():
+        if not STAMP.exists():
+            raise SetupError(f"{VENV} was not made by `make setup`; move it away")
+        shutil.rmtree(VENV)
+    VENV.mkdir()
+    write_stamp(kind)  # first, so that an interrupted run is known as one of ours
+    run([python, "-m", "venv", str(VENV)])
+    pip("install", PIP)
+
+
+def install_cpu() -> None:
+    """The pinned CPU runtime, its import shims, and this project."""
+    install_cpu_torch(pinned("torch"))
+    step("installing SGLang's CPU dependencies, ModelOpt and the development tools")
+    pip("install", "-r", str(REQUIREMENTS))
+    step("installing SGLang without its CUDA packages")
+    pip("install", "--no-deps", "-r", str(REQUIREMENTS_NO_DEPS))
+    step("installing the import shims and this project")
+    run([str(VENV_PYTHON), str(INSTALL_SHIMS)])
+    pip("install", "--no-deps", "--no-build-isolation", "-e", str(ROOT))
+
+
+def install_cpu_torch(version: str) -> None:
+    """A CPU build of torch, and never a CUDA build: the local version ``+cpu`` is part of what pip is asked for."""
+    step(f"installing torch {version} (CPU build)")
+    requirement = f"torch=={version}+cpu"
+    try:
+        pip("install", "--no-deps", requirement, quiet=True)  # found where pip is configured with an index that has it
+    except SetupError:
+        step(f"not in pip's own indexes, trying {TORCH_CPU_INDEX}")
+        try:
+            pip("install", "--no-deps", "--timeout=15", "--retries=2", "--index-url", TORCH_CPU_INDEX, requirement)
+        except SetupError as error:
+            raise SetupError(
+                f"found no {requirement} for {VENV_PYTHON} in pip's own indexes or at {TORCH_CPU_INDEX}.\n"
+                "Let pip find the wheel (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL), or try another PYTHON="
+            ) from error
+    code = "import runpy, sysconfig; print(runpy.run_path(sysconfig.get_path('purelib') + '/torch/version.py')['cuda'])"
+    cuda = output_of([str(VENV_PYTHON), "-c", code])
+    if cuda != "None":
+        raise SetupError(f"pip installed torch for CUDA {cuda} where a CPU build was asked for")
+
+
+def install_cuda() -> None:
+    """This project, SGLang with CUDA, ModelOpt and the development tools."""
+    step("installing SGLang with CUDA, ModelOpt and the development tools (about 10 GB)")
+    pip("install", "-e", f"{ROOT}[cuda,quantize,dev]")
+
+
+def pinned(name: str) -> str:
+    """The version of ``name`` in the requirements."""
+    match = re.search(rf"^{re.escape(name)}==(\S+)$", REQUIREMENTS.read_text(), re.MULTILINE)
+    if match is None:
+        raise SetupError(f"{REQUIREMENTS} pins no {name}")
+    return match.group(1)
+
+
+def inputs_hash() -> str:
+    """A hash of everything an installation depends on.
+
+    Of pyproject.toml only the tables that describe the package: a change to the linter's settings installs nothing.
+    """
+    digest = hashlib.sha256()
+    shims = sorted(path for path in (CPU_RUNTIME / "shims").iterdir() if path.is_file())
+    for path in (Path(__file__), REQUIREMENTS, REQUIREMENTS_NO_DEPS, INSTALL_SHIMS, *shims):
+        digest.update(path.read_bytes())
+    table = ""
+    for line in (ROOT / "pyproject.toml").read_text().splitlines():
+        if line.startswith("["):
+            table = line.strip("[]")
+        if table.startswith(("build-system", "project", "tool.setuptools")):
+            digest.update(line.encode())
+    return digest.hexdigest()
+
+
+def read_stamp() -> dict[str, str]:
+    """What the last run recorded, or nothing."""
+    try:
+        stamp = json.loads(STAMP.read_text())
+    except (OSError, ValueError):
+        return {}
+    return stamp if isinstance(stamp, dict) else {}
+
+
+def write_stamp(stamp: dict[str, str]) -> None:
+    """Records what ``.venv`` holds."""
+    STAMP.write_text(json.dumps(stamp) + "\n")
+
+
+def pip(*args: str, quiet: bool = False) -> None:
+    """Runs the venv's pip; see :func:`run`."""
+    run([str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *args], quiet=quiet)
+
+
+def run(command: list[str], quiet: bool = False) -> None:
+    """Runs a command with its output in the log, showing now and then how far pip is.
+
+    Args:
+        command: the program and its arguments.
+        quiet: a failure is expected and its output not worth showing.
+
+    Raises:
+        SetupError: the command failed.
+    """
+    tail: deque[str] = deque(maxlen=30)
+    with LOG.open("a") as log:
+        log.write(f"\n$ {' '.join(command)}\n")
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+        assert process.stdout is not None
+        shown = time.monotonic()
+        for line in process.stdout:
+            log.write(line)
+            tail.append(line)
+            words = line.split()
+            if words[:1] == ["Installing"] or (words[:1] == ["Downloading"] and time.monotonic() - shown > 5):
+                shown = time.monotonic()
+                step("  " + " ".join(words)[:90])
+    if process.wait() != 0:
+        if not quiet:
+            sys.stderr.writelines(tail)
+        raise SetupError(f"failed: {' '.join(command)}\nThe whole output is in {LOG}")
+
+
+def output_of(command: list[str]) -> str | None:
+    """What a command prints, stripped; None when it cannot run or fails."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def step(text: str) -> None:
+    """Prints a line of progress with the seconds elapsed."""
+    print(f"[{time.monotonic() - START:5.0f} s] {text}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
