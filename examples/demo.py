@@ -47,7 +47,7 @@ PROMPTS = (
 )
 ANSWER_TOKENS = 48
 CALIBRATION_FILES = 16
-SPEED_BATCH = 8
+SPEED_BATCH, SPEED_TOKENS = 8, 128
 # Log probabilities kept for the divergence: 64 MB as float32, every position of the shipped model's windows.
 DIVERGENCE_VALUES = 1 << 24
 HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.tiktoken", "chat_template*"]
@@ -123,7 +123,7 @@ def make_plan(model: Path, context: int, windows: int) -> Plan:
     documents = encode(tokenizer, [document.text for document in read_heldout(HELDOUT)])
     chosen = spread(split_windows(documents, context, begin_token(tokenizer)), windows)
     positions = positions_within(DIVERGENCE_VALUES, vocabulary_size(model), len(chosen))
-    return Plan(chosen, positions, [PROMPTS[i % len(PROMPTS)] for i in range(SPEED_BATCH)])
+    return Plan(chosen, positions, [PROMPTS[i % len(PROMPTS)] for i in range(SPEED_BATCH)], SPEED_TOKENS)
 
 
 def serve(

@@ -69,15 +69,11 @@ class InterpolatedBigram:
 
 def parse_args() -> argparse.Namespace:
     """Command line; the defaults score the shipped model."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--heldout", type=Path, default=HERE / "heldout.txt")
     parser.add_argument("--log", type=Path, default=HERE / "training_log.json")
-    parser.add_argument(
-        "--stdlib", type=Path, default=None, help="the training corpus (default: this interpreter's)"
-    )
+    parser.add_argument("--stdlib", type=Path, default=None, help="the training corpus (default: this interpreter's)")
     parser.add_argument("--skip-bigram", action="store_true", help="needs no training corpus")
     return parser.parse_args()
 

@@ -53,7 +53,5 @@ def mean_loss(model: PreTrainedModel, windows: list[list[int]], bos: int, contex
     total = 0.0
     for inputs, targets in _batches(windows, bos, context, size=8):
         logits = model(input_ids=inputs.to(model.device), use_cache=False).logits.float().cpu()
-        total += F.cross_entropy(
-            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        ).item()
+        total += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum").item()
     return total / sum(len(window) for window in windows)

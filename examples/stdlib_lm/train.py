@@ -147,9 +147,7 @@ def fit(
             optimizer.zero_grad(set_to_none=True)
             recent.append(loss.item())
             rate = progress.format_dict["rate"] or 0.0
-            progress.set_postfix(
-                loss=f"{recent[-1]:.3f}", tok_s=f"{rate * inputs.numel():.0f}", refresh=False
-            )
+            progress.set_postfix(loss=f"{recent[-1]:.3f}", tok_s=f"{rate * inputs.numel():.0f}", refresh=False)
             if step % LOG_EVERY == 0 or step == args.steps:
                 point = {"step": step, "train_loss": round(sum(recent) / len(recent), 4)}
                 recent.clear()
@@ -195,9 +193,7 @@ def sample(folder: Path, prompt: str) -> str:
 
 def parse_args() -> argparse.Namespace:
     """Command line; apart from the device, the defaults are those the shipped model was trained with."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--stdlib", type=Path, default=None, help="standard library to train on (default: this interpreter's)"
@@ -205,9 +201,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arch", choices=sorted(ARCHITECTURES), default="llama")
     parser.add_argument("--out", type=Path, default=HERE / "model", help="folder for the checkpoint")
     parser.add_argument("--heldout", type=Path, default=HERE / "heldout.txt", help="held-out text to write")
-    parser.add_argument(
-        "--log", type=Path, default=HERE / "training_log.json", help="training record to write"
-    )
+    parser.add_argument("--log", type=Path, default=HERE / "training_log.json", help="training record to write")
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--batch", type=int, default=4, help="windows per step")
     parser.add_argument("--context", type=int, default=512, help="tokens per window")
@@ -218,9 +212,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bf16 autocast")
-    parser.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile"
-    )
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True, help="torch.compile")
     return parser.parse_args()
 
 
@@ -240,9 +232,7 @@ def main() -> None:
     corpus_tokens = sum(len(document) + 1 for document in documents)
     windows = heldout_windows(encode(tokenizer, parts.heldout), args.context)
 
-    model = AutoModelForCausalLM.from_config(ARCHITECTURES[args.arch](bos, eos), dtype=torch.float32).to(
-        args.device
-    )
+    model = AutoModelForCausalLM.from_config(ARCHITECTURES[args.arch](bos, eos), dtype=torch.float32).to(args.device)
     print(f"{len(parts.train)} training files, {corpus_tokens} tokens; {len(parts.heldout)} held-out files")
     print(f"{sum(p.numel() for p in model.parameters())} parameters")
 
@@ -280,9 +270,7 @@ def main() -> None:
         "curve": curve,
     }
     args.log.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(
-        f"trained {record['tokens_seen']} tokens in {wall:.1f} s; last train loss {curve[-1]['train_loss']}"
-    )
+    print(f"trained {record['tokens_seen']} tokens in {wall:.1f} s; last train loss {curve[-1]['train_loss']}")
     print(sample(args.out, "def read_lines(path):\n"))
 
 

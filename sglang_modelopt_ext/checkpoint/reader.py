@@ -12,8 +12,6 @@ from pathlib import Path
 
 import torch
 
-from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
-from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, ValueRule
 from sglang_modelopt_ext.checkpoint.quant_config import (
     LayerQuantization,
     QuantConfig,
@@ -22,10 +20,12 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 )
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
 from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_blocks
-from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
+from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.table import find_scheme
+from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
+from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, ValueRule
 
 FUSED_SHARDS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -237,7 +237,8 @@ def _weight_shape(weight: StoredTensor, spec: TensorSpec) -> tuple[int, int]:
     if len(weight.shape) != len(spec.dims) or 0 in weight.shape:
         raise ModelOptExtError.at(weight.file, weight.name, f"{len(spec.dims)} dimensions", list(weight.shape))
     n_dim, k_dim = spec.dim_of("N"), spec.dim_of("K")
-    assert n_dim is not None and k_dim is not None, "every weight has both axes"
+    assert n_dim is not None, "every weight has outputs"
+    assert k_dim is not None, "every weight has inputs"
     return weight.shape[n_dim] * spec.dims[n_dim].per, weight.shape[k_dim] * spec.dims[k_dim].per
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_modelopt_kernels.formats.base import ValueRule
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_kernels.formats.base import ValueRule
 
 _FLOAT32_TINY = torch.finfo(torch.float32).tiny
 

@@ -177,7 +177,7 @@ def config_folder(model_path: str, revision: str | None) -> Path | None:
     if Path(model_path).is_dir():
         return Path(model_path)
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     folder = None
     for name in (CONFIG_NAME, QUANT_CONFIG_NAME):

@@ -189,7 +189,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         inputs = {name: shards[0][name].clone() for name in (INPUT_SCALE, PRE_QUANT_SCALE.name) if name in shards[0]}
         if self.scheme.low_rank:
             inputs[LORA_A] = torch.cat([shard[LORA_A].to(torch.float32) for shard in shards])
-            inputs[LORA_B] = torch.block_diag(*(shard[LORA_B].to(torch.float32) for shard in shards))  # type: ignore[no-untyped-call]
+            inputs[LORA_B] = torch.block_diag(*(shard[LORA_B].to(torch.float32) for shard in shards))
         for name, tensor in (prepared | inputs).items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
         return ShardGroup(
@@ -242,9 +242,9 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         values, row_scale = x, None
         if self.scheme.activation is not None:
             scale = inputs.get(INPUT_SCALE)
-            if self._rank_amax is not None:
-                amax = self.scheme.activation.token_amax(x)
-                scale = None if amax is None else self._rank_amax(amax)
+            amax = self.scheme.activation.token_amax(x) if self._rank_amax else None
+            if self._rank_amax is not None and amax is not None:
+                scale = self._rank_amax(amax)
             values, row_scale = self.scheme.activation.quantize(x, scale)
         y = self.layout.matmul(prepared, values, row_scale, bias)
         if self.scheme.low_rank:

@@ -160,7 +160,7 @@ class ServerProcess:
         return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()][-lines:]
 
     def _last_message(self) -> str:
-        """The last line that SGLang logged, without its time. Warnings of libraries and our own polling are left out."""
+        """The last line that SGLang logged, without its time; not our own polling, nor warnings of libraries."""
         messages = [match.group(1) for line in self.tail() if (match := _LOG_LINE.match(line))]
         return messages[-1] if messages else ""
 

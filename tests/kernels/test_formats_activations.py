@@ -183,11 +183,13 @@ def test_slices_of_a_token_round_like_the_whole() -> None:
         assert torch.equal(row_scale, whole_scale)
 
 
-def test_a_nan_survives_a_maximum_that_lost_it() -> None:
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_a_non_finite_slice_survives_a_maximum_that_lost_it(bad: float) -> None:
     x = activation()
     amax = x.abs().amax(dim=1, keepdim=True)
-    x[2, 40] = math.nan
+    x[2, 40] = bad
     values, _ = ACTIVATION_FORMATS["fp8_per_token"].quantize(x, amax)
+    assert values[2].isnan().all()
     assert values.isnan().any(dim=1).tolist() == [False, False, True, False, False]
 
 

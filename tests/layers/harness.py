@@ -70,11 +70,13 @@ def _copy(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
 def parallel_rank(rank: int, size: int) -> Iterator[None]:
     """Layers built inside belong to that tensor-parallel rank, without any distributed group."""
     group = sglang_linear._LogicalGroup(rank, size) if size > 1 else None
-    with mock.patch.object(sglang_linear, "_resolve_linear_group", lambda _: group):
+    with mock.patch.object(sglang_linear, "_resolve_linear_group", return_value=group):
         yield
 
 
-def build(folder: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32) -> tuple[Namespace, Checkpoint]:
+def build(
+    folder: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32
+) -> tuple[Namespace, Checkpoint]:
     """The quantized linear layers of a checkpoint as one tensor-parallel rank has them, loaded and prepared.
 
     The fused layers are found by their shards; every other tensor becomes a plain parameter.
@@ -115,11 +117,15 @@ def _fill(model: Namespace, config: ModelOptExtConfig, checkpoint: Checkpoint) -
         owned.update(f"{linear.name}.{spec}" for spec in linear.stored)
         owned.update(stored.name for stored in linear.stored.values())
         if not fused or name == FUSED_SHARDS[fused][0]:
-            shards = [checkpoint.linears[canonical_name(f"{parent}.{s}")] for s in FUSED_SHARDS.get(fused or "", (name,))]
+            shards = [
+                checkpoint.linears[canonical_name(f"{parent}.{s}")] for s in FUSED_SHARDS.get(fused or "", (name,))
+            ]
             model.put(prefix, _layer(name, [s.n for s in shards], linear.k, "bias" in linear.stored, config, prefix))
     for tensor in checkpoint.tensors.values():
         if tensor.name not in owned:
-            model.put(tensor.name, torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False))
+            model.put(
+                tensor.name, torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+            )
 
 
 def _layer(name: str, n: list[int], k: int, bias: bool, config: ModelOptExtConfig, prefix: str) -> LinearBase:

@@ -107,7 +107,7 @@ def _with_nan(scale: torch.Tensor) -> torch.Tensor:
 
 
 def test_serve_detects_and_splits_over_ranks(tmp_path: Path) -> None:
-    """``sglang serve`` without a flag, configuration in hf_quant_config.json alone, two ranks, float32: tokens are rounded as on one."""
+    """``sglang serve`` without a flag, configuration in hf_quant_config.json alone, two ranks in float32."""
     folder = edits.copy_with(
         export(model_dir(TinyModel("qwen3")), MXFP4),
         tmp_path / "checkpoint",

@@ -81,6 +81,9 @@ def _export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant, 
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM
 
+    from sglang_modelopt_ext.workflow import modelopt_cpu
+
+    modelopt_cpu.install()
     # Random choices of a calibration algorithm neither depend on nor disturb the caller.
     with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
         torch.manual_seed(variant.calibration_seed)

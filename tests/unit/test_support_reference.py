@@ -26,7 +26,8 @@ from tests.support.edits import (
     shard,
 )
 from tests.support.models import FAMILIES, random_ids
-from tests.support.reference import FP4_VALUES, Reference, decode_fp4, difference, to_e4m3
+from tests.support.recipes import FP4_VALUES, decode_fp4, to_e4m3
+from tests.support.reference import Reference, difference
 
 NVFP4 = "W4A8_NVFP4_FP8_CFG"
 MXFP4 = "W4A8_MXFP4_FP8_CFG"
@@ -193,11 +194,11 @@ def test_every_family_is_read(tiny_model: Builder, tiny_export: Builder, family,
 MALFORMED: list[tuple[str, type[Exception], Edit]] = [
     ("weight_scale_2", ValueError, drop_tensors("*.0.mlp.up_proj.weight_scale_2")),
     ("are stored", ValueError, drop_tensors("*.0.mlp.up_proj.weight_scale")),
-    ("pre_quant_scale", ValueError, add_tensors({"model.layers.0.mlp.up_proj.pre_quant_scale": torch.ones(256)})),
+    ("zero_point", ValueError, add_tensors({"model.layers.0.mlp.up_proj.zero_point": torch.ones(256)})),
     ("not read", ValueError, add_tensors({"model.layers.0.mlp.surplus": torch.ones(1)})),
     ("missing", ValueError, drop_tensors("model.norm.weight")),
     ("groups of 16", ValueError, set_config({"group_size": 16})),
-    ("NVFP4", NotImplementedError, set_config({"quant_algo": "NVFP4"})),
+    ("W2A2", NotImplementedError, set_config({"quant_algo": "W2A2"})),
     ("KV cache", NotImplementedError, set_config({"kv_cache_quant_algo": "FP8"})),
 ]
 

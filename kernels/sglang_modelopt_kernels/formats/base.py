@@ -103,8 +103,8 @@ class DecodedWeight:
     """A weight as numbers: ``W = unit * out_scale``.
 
     Attributes:
-        unit: float32 ``[N, K]``, codes times block scales; each product is exact in float32, and in bf16 where the
-            format says so (:attr:`WeightFormat.exact_in_bf16`).
+        unit: float32 ``[N, K]``, codes times block scales; exact products but under float32 block scales, where they are
+            rounded to float32; exact in bf16 too where the format says so (:attr:`WeightFormat.exact_in_bf16`).
         out_scale: float32, ``[]`` or ``[N, 1]``: the global scale, applied to the output of the matrix product.
     """
 
