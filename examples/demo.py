@@ -178,6 +178,8 @@ def run(args: argparse.Namespace) -> None:
     """The whole demo."""
     clock = Clock(3 + 2 * len(RECIPES))
     logs = args.output / "logs"
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / ".gitignore").write_text("*\n", encoding="utf-8")
     clock.step(f"model {args.model}, calibration and held-out text")
     model = find_model(args.model)
     texts = write_calibration(args.output / "calibration")
@@ -226,7 +228,8 @@ def main() -> int:
     args = parse_args()
     # Every way of being asked to stop ends the servers too.
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
     try:
         run(args)
     except ModelOptExtError as error:
