@@ -177,6 +177,7 @@ def versions() -> str:
 def run(args: argparse.Namespace) -> None:
     """The whole demo."""
     clock = Clock(3 + 2 * len(RECIPES))
+    load = os.getloadavg()[0]
     logs = args.output / "logs"
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / ".gitignore").write_text("*\n", encoding="utf-8")
@@ -200,6 +201,7 @@ def run(args: argparse.Namespace) -> None:
     clock.step("results")
     print_answers(rows, answers)
     print(f"\n{format_table(rows)}\n\n{format_legend(plan)}\n{hardware()}\n{versions()}")
+    print(f"load average when the run began: {load:.1f}; tokens/s suffer from every other busy process")
     print(f"checkpoints and logs: {args.output}; whole run {clock.elapsed():.0f} s")
 
 

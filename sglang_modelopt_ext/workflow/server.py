@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import getpass
 import json
 import os
 import re
@@ -113,9 +112,9 @@ class ServerProcess:
 
     def _start(self) -> None:
         # SGLang leaves its sockets behind in the temporary folder; in one of our own they can be removed. What torch
-        # compiles stays where it is by default, so that the next server finds it.
+        # compiles is kept elsewhere, for the next server.
         self._scratch = tempfile.mkdtemp(prefix="modelopt-server-")
-        compiled = Path(tempfile.gettempdir()) / f"torchinductor_{getpass.getuser()}"
+        compiled = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ, "TMPDIR": self._scratch}
         environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
         if self.on_cpu:

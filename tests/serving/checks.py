@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from tests.support.models import random_ids
-from tests.support.reference import Math, Reference, difference
+from tests.support.reference import Reference, difference
 from tests.support.server import Server
 
 PROMPT = random_ids(96, seed=11, vocab=511)  # SGLang reports the last token of a vocabulary as 0
@@ -29,22 +30,19 @@ Both are one random draw of rounding errors; server and Hugging Face round in di
 """
 
 
-def check_logprobs(server: Server, folder: Path, dtype: str, math: Math = "exact", ids: Sequence[int] = PROMPT) -> None:
-    """The server's log probabilities over the whole vocabulary against the independent reading of the checkpoint."""
-    check_against_reference(server.full_logprobs(ids), folder, dtype, math, ids)
+def check_logprobs(server: Server, folder: Path, dtype: str, ids: Sequence[int] = PROMPT, **options: Any) -> None:
+    """The server's log probabilities over the whole vocabulary, at the noise floor of ``dtype``.
 
-
-def check_against_reference(
-    served: torch.Tensor, folder: Path, dtype: str, math: Math = "exact", ids: Sequence[int] = PROMPT
-) -> None:
-    """Log probabilities ``[len(ids), V]`` against the reference, at the noise floor of ``dtype``."""
-    expected = Reference(folder, math=math).logprobs(ids)
+    ``options`` are those of the reference.
+    """
+    served = server.full_logprobs(ids)
+    expected = Reference(folder, **options).logprobs(ids)
     assert bool(torch.isfinite(served).all())
     found = difference(served, expected)
     if dtype == "float32":
         assert found.mean < FP32_MEAN, str(found)
         return
-    noise = difference(Reference(folder, math=math, dtype=getattr(torch, dtype)).logprobs(ids), expected)
+    noise = difference(Reference(folder, dtype=getattr(torch, dtype), **options).logprobs(ids), expected)
     print(f"served: {found}; noise floor: {noise}")
     assert found.mean < NOISE_FACTOR * noise.mean, f"served: {found}; noise floor: {noise}"
     assert found.divergence < NOISE_FACTOR**2 * noise.divergence, f"served: {found}; noise floor: {noise}"

@@ -61,9 +61,10 @@ class ProcessTree:
         shared: set[str] = set()
         deadline = time.monotonic() + KILL_SECONDS
         while (living := self.living()) and time.monotonic() < deadline:
+            # All of them before the first is killed: the scheduler dies with its parent.
+            shared = shared.union(*(_shared_memory(process) for process in living))
             others = [process for process in living if not _is_tracker(process)]
             for process in others or (living if time.monotonic() > deadline - KILL_SECONDS / 2 else []):
-                shared |= _shared_memory(process)
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
             psutil.wait_procs(living, timeout=0.1)

@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -29,6 +29,8 @@ from tests.support.recipes import (
     Weight,
     to_e4m3,
 )
+
+KV_CACHE_TENSORS = (".k_scale", ".v_scale", ".k_bias", ".v_bias")
 
 
 class QuantLinear(nn.Module):
@@ -72,6 +74,7 @@ class Reference:
         dtype: what everything but the quantized layers runs in: bfloat16 measures the noise of a bf16 server.
         math: see :class:`QuantLinear`.
         activation: the rounding of the recipe, or another one for comparison.
+        kv_cache: whether a KV cache the checkpoint quantizes is refused or, as with ``--kv-cache-dtype bf16``, left as it is.
 
     Raises:
         ValueError: a tensor is missing, or is there and nothing reads it.
@@ -85,6 +88,7 @@ class Reference:
         dtype: torch.dtype = torch.float32,
         math: Math = "exact",
         activation: Activation = "recipe",
+        kv_cache: Literal["refused", "unquantized"] = "refused",
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -99,7 +103,12 @@ class Reference:
             tensors.update(load_file(path))
         section = quantization(folder)
         if section is not None:
+            if section.get("kv_cache_quant_algo") or section.get("kv_cache_scheme"):
+                if kv_cache == "refused":
+                    raise NotImplementedError("no reference for a quantized KV cache")
+                tensors = {name: t for name, t in tensors.items() if not name.endswith(KV_CACHE_TENSORS)}
             self._quantize(section, tensors, math, activation)
+            self._decode_embedding(section, tensors)
         missing, unexpected = self.model.load_state_dict(tensors, strict=False)
         if config.tie_word_embeddings:
             missing = [name for name in missing if name != "lm_head.weight"]
@@ -107,8 +116,6 @@ class Reference:
             raise ValueError(f"{folder}: missing {missing}, not read {unexpected}")
 
     def _quantize(self, section: dict[str, Any], tensors: dict[str, torch.Tensor], math: Math, act: Activation) -> None:
-        if section.get("kv_cache_quant_algo") or section.get("kv_cache_scheme"):
-            raise NotImplementedError("no reference for a quantized KV cache")
         exclude = section.get("exclude_modules", section.get("ignore")) or []
         linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
         for name in linears:
@@ -131,6 +138,15 @@ class Reference:
                 raise ValueError(f"{name}: a bias too many or too few")
             self.model.set_submodule(name, layer)
             self.weights[name] = layer.weight_parts.dequantized()
+
+    def _decode_embedding(self, section: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+        layer = section.get("quantized_layers", {}).get("model.embed_tokens")
+        if layer is None:
+            return
+        prefix = "model.embed_tokens."
+        parts = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+        recipe = RECIPES[layer["quant_algo"].upper()]
+        tensors[f"{prefix}weight"] = recipe.decode(parts, layer.get("group_size") or recipe.group).dequantized()
 
     @torch.no_grad()
     def logprobs(self, ids: Sequence[int]) -> torch.Tensor:

@@ -43,12 +43,20 @@ def test_nothing_survives(tmp_path: Path, program):
     assert tree.living() == []
 
 
+SHARES_MEMORY = """
+import ctypes, signal, time
+from multiprocessing import resource_tracker, shared_memory
+
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: dies with its parent, as the scheduler does
+resource_tracker.register = lambda *_: None
+memory = shared_memory.SharedMemory(create=True, size=4096)
+print(memory.name, flush=True)
+time.sleep(60)
+"""
+
+
 def test_shared_memory_goes_too(tmp_path: Path):
-    program = (
-        "import time; from multiprocessing import resource_tracker, shared_memory\n"
-        "resource_tracker.register = lambda *_: None\n"
-        "memory = shared_memory.SharedMemory(create=True, size=4096); print(memory.name, flush=True); time.sleep(60)"
-    )
+    program = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {SHARES_MEMORY!r}])"
     tree = ProcessTree()
     process = tree.start([sys.executable, "-c", program], {}, tmp_path / "log")
     deadline = time.monotonic() + 30
