@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from sglang_modelopt_ext.workflow import modelopt_cpu
 from tests.support.cache import cached_folder, digest, folder_digest, one_thread, source_digest
 from tests.support.edits import copy_with as copy_with
 
@@ -65,7 +66,7 @@ def export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant = 
         recipe if isinstance(recipe, str) else dict(recipe),
         asdict(variant),
         folder_digest(model_dir),
-        source_digest(Path(__file__)),
+        source_digest(Path(__file__), Path(modelopt_cpu.__file__)),
     )
     return cached_folder("exports", f"{name}-{key}", lambda folder: _export(model_dir, recipe, variant, folder))
 
@@ -80,8 +81,6 @@ def _export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant, 
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM
-
-    from sglang_modelopt_ext.workflow import modelopt_cpu
 
     modelopt_cpu.install()
     # Random choices of a calibration algorithm neither depend on nor disturb the caller.

@@ -1,0 +1,26 @@
+"""What SGLang 0.5.23 itself does with each algorithm, for the support matrix and for messages.
+
+Read from the sources of the 0.5.23 wheel (``configs/model_config.py``, ``layers/quantization/modelopt_quant.py``,
+``model_loader/weight_utils.py``); nothing in this table was run on a GPU.
+"""
+
+from __future__ import annotations
+
+STOCK_BEHAVIOUR: dict[str, str] = {
+    "W4A8_NVFP4_FP8": "rejected: taken for modelopt_fp4 by its name, then unknown to it",
+    "W4A8_MXFP4_FP8": "rejected: taken for modelopt_fp4 by its name, then unknown to it",
+    "W4A8_AWQ": "rejected as unknown",
+    "MXFP4": "rejected: the lower-case name has no entry",
+    "NVFP4": "served from SM80 (Marlin, weight only) and from SM100 natively",
+    "NVFP4_AWQ": "served from SM100; on SM80 to SM90 pre_quant_scale is not applied",
+    "NVFP4_SVD": "rejected as unknown to modelopt_fp4",
+    "W4A16_NVFP4": "group 16 served through Marlin from SM80; group 32 rejected",
+    "FP8": "served from SM89; a pre_quant_scale is not applied",
+    "FP8_PER_CHANNEL_PER_TOKEN": "rejected as unknown",
+    "FP8_PB_WO": "rejected as unknown",
+    "MXFP8": "loaded as mxfp8 with the scales dropped",
+    "W4A16_AWQ": "rejected as unknown",
+    "W8A8_SQ_PER_CHANNEL": "rejected as unknown",
+    "W8A16": "rejected as unknown",
+}
+"""By algorithm of the scheme table; a test keeps the two in step."""
