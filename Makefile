@@ -14,7 +14,7 @@ PYTEST := $(BIN)/pytest
 export PYTHON RUNTIME MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint mypy format test test-full test-gpu docs clean distclean
+.PHONY: help setup demo lint mypy format test test-full test-gpu quality docs clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,9 @@ test-full: setup ## Run all tests that need no GPU
 
 test-gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS)
+
+quality: setup ## Measure every recipe on the shipped model and write docs/quality.md
+	$(BIN)/python examples/quality.py $(ARGS)
 
 docs: setup ## Regenerate the documents that come from code
 	$(BIN)/python tools/support_matrix.py

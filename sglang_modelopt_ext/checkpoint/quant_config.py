@@ -20,6 +20,12 @@ CONFIG_NAME = "config.json"
 QUANT_CONFIG_NAME = "hf_quant_config.json"
 
 MIXED_PRECISION = "MIXED_PRECISION"
+
+OWN_KEY = "sglang_modelopt_ext"
+"""Top level of hf_quant_config.json: what ModelOpt's export loses, recorded by this package and ignored by other tools."""
+
+ROUNDS_ACTIVATIONS = "rounds_activations"
+"""Under :data:`OWN_KEY`: whether the recipe rounds the input of its linear layers."""
 _NOT_NAMED = ("model", "language_model")
 
 
@@ -60,6 +66,7 @@ class QuantConfig:
         exclude_modules: patterns of modules that are not quantized.
         quantized_layers: for MIXED_PRECISION, what each layer is.
         kv_cache_algo: the KV cache's scheme in upper case, or None.
+        rounds_activations: recorded by this package's own exports, None elsewhere.
     """
 
     file: Path
@@ -68,6 +75,7 @@ class QuantConfig:
     exclude_modules: tuple[str, ...] = ()
     quantized_layers: Mapping[str, LayerQuantization] = field(default_factory=dict)
     kv_cache_algo: str | None = None
+    rounds_activations: bool | None = None
 
     def is_excluded(self, module: str) -> bool:
         """Whether ``module`` (a checkpoint's or SGLang's name of it) is declared as not quantized."""
@@ -143,6 +151,7 @@ def parse_quant_config(content: Mapping[str, Any], file: Path) -> QuantConfig:
         exclude_modules=_exclusions(section, file),
         quantized_layers=_quantized_layers(section, file),
         kv_cache_algo=_kv_cache_algo(section, file),
+        rounds_activations=_rounds_activations(content, file),
     )
 
 
@@ -209,6 +218,14 @@ def _kv_cache_algo(section: Mapping[str, Any], file: Path) -> str | None:
     return value.upper() if value else None
 
 
+def _rounds_activations(content: Mapping[str, Any], file: Path) -> bool | None:
+    own = content.get(OWN_KEY)
+    value = own.get(ROUNDS_ACTIVATIONS) if isinstance(own, Mapping) else None
+    if value is not None and not isinstance(value, bool):
+        raise ModelOptExtError.at(file, f"{OWN_KEY}.{ROUNDS_ACTIVATIONS}", "true or false", repr(value))
+    return value
+
+
 def _merge(first: QuantConfig, second: QuantConfig) -> QuantConfig:
     """One description from two files; raises ModelOptExtError where both speak and disagree."""
     for name, mine, other in (
@@ -237,4 +254,5 @@ def _merge(first: QuantConfig, second: QuantConfig) -> QuantConfig:
         exclude_modules=first.exclude_modules,
         quantized_layers=first.quantized_layers or second.quantized_layers,
         kv_cache_algo=first.kv_cache_algo,
+        rounds_activations=first.rounds_activations,
     )

@@ -139,6 +139,12 @@ def _activation(scheme: Scheme, config: QuantConfig) -> ActivationFormat | None:
     if not scheme.activation_in_doubt:
         return scheme.activation_format()
     choice = MXFP4_ACTIVATIONS.read()
+    if config.rounds_activations is not None:
+        recorded = "mxfp4" if config.rounds_activations else "none"
+        if choice not in ("", recorded):
+            expected = f"{recorded}, as {config.file.name} records"
+            raise ModelOptExtError.at("environment", MXFP4_ACTIVATIONS.variable, expected, choice)
+        choice = recorded
     if not choice:
         raise ModelOptExtError.at(
             config.file,

@@ -83,20 +83,35 @@ def _refuse(operation: str) -> Callable[..., Any]:
     def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         if ext_config(self.get_model()) is None:
             return original(self, *args, **kwargs)
-        error = ModelOptExtError.at(
-            operation,
-            "weights",
-            "update_weights_from_disk, since quantized weights are kept repacked",
-            "tensors in checkpoint form",
-        )
-        return False, error.one_line()
+        return False, _refusal(operation).one_line()
 
     return around
+
+
+def _begin_weight_update(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
+    from sglang.srt.managers.io_struct import BeginWeightUpdateReqOutput
+
+    if not any(ext_config(runner.weight_updater.get_model()) for _, runner in self._select_runners(recv_req.selector)):
+        return original(self, recv_req)
+    # Opening the session already takes the repacked weights away, so this is where it has to stop.
+    error = _refusal("update_weights_from_tensor, update_weights_from_distributed")
+    return BeginWeightUpdateReqOutput(success=False, message=error.one_line())
+
+
+def _refusal(operation: str) -> ModelOptExtError:
+    expected = "update_weights_from_disk, since quantized weights are kept repacked"
+    return ModelOptExtError.at(operation, "weights", expected, "tensors in checkpoint form")
 
 
 _UPDATER = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater."
 
 HOOKS = (
+    Hook(
+        "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager.begin_weight_update",
+        ("self", "recv_req"),
+        "opening an update session would take the repacked weights away",
+        _begin_weight_update,
+    ),
     Hook(
         _UPDATER + "update_weights_from_disk",
         ("self", "model_path", "load_format", "weight_name_filter", "recapture_cuda_graph"),

@@ -8,6 +8,7 @@ Command line::
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -21,8 +22,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from sglang_modelopt_ext import __version__
+from sglang_modelopt_ext.checkpoint.quant_config import OWN_KEY, QUANT_CONFIG_NAME, ROUNDS_ACTIVATIONS
 from sglang_modelopt_ext.checkpoint.reader import bits_per_weight, check_all_values, read_checkpoint
+from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow import modelopt_cpu
 from sglang_modelopt_ext.workflow.progress import ticking
 from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread
 
@@ -173,16 +178,39 @@ def _run_modelopt(
         with ticking("loading the model", progress):
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
             model.to(device).eval()
+        simulated = modelopt_cpu.install()
         with torch.no_grad():
             mtq.quantize(model, config, calibrate)
+        rounds_activations = _rounds_activations(model)
         if progress and not calibrated:
             tqdm.write(f"{recipe} needs no calibration: nothing was run on the text", file=sys.stderr)
         with ticking("exporting", progress), torch.no_grad():
             export_hf_checkpoint(model, export_dir=scratch)
+        simulation = modelopt_cpu.NAME if simulated else "cuda"
+        _record(
+            scratch / QUANT_CONFIG_NAME,
+            {"recipe": recipe, "simulation": simulation, ROUNDS_ACTIVATIONS: rounds_activations},
+        )
     except Exception as error:  # ModelOpt fails with assertions and errors of every kind
         raise ModelOptExtError.at(
             folder, recipe, "ModelOpt to quantize and export it", f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _rounds_activations(model: torch.nn.Module) -> bool:
+    """Whether any linear layer's input is rounded; to be asked before the export, which takes quantizers away."""
+    inputs = [module for name, module in model.named_modules() if name.endswith(".input_quantizer")]
+    return any(bool(getattr(module, "is_enabled", False)) for module in inputs)
+
+
+def _record(file: Path, facts: dict[str, Any]) -> None:
+    """Adds to hf_quant_config.json what ModelOpt's export loses, under a key that other tools ignore.
+
+    ``simulation`` says how ModelOpt's CUDA-only quantizers were simulated while calibrating.
+    """
+    content = read_json_object(file)
+    content[OWN_KEY] = {"version": __version__, **facts}
+    file.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -70,10 +70,18 @@ class TestFlag:
         check_batch_against_single(server)
 
     def test_weights_from_tensors_are_refused_by_name(self, server: Server) -> None:
-        server.post("/begin_weight_update", {})
-        payload = {"serialized_named_tensors": [], "load_format": "direct", "flush_cache": False}
-        answer = server._session.post(f"{server.url}/update_weights_from_tensor", json=payload, timeout=60)
-        assert "update_weights_from_disk, since quantized weights are kept repacked" in answer.text, answer.text
+        """Before the session opens: that alone would take the repacked weights away."""
+        before = server.full_logprobs(PROMPT)
+        answer = server._session.post(f"{server.url}/begin_weight_update", json={}, timeout=60)
+        assert answer.status_code == 400
+        for part in (
+            "update_weights_from_tensor",
+            "update_weights_from_distributed",
+            "expected update_weights_from_disk",
+        ):
+            assert part in answer.text
+        server.flush_cache()
+        assert torch.equal(server.full_logprobs(PROMPT), before)
 
     def test_update_from_disk(self, server: Server, llama: Path, tmp_path: Path) -> None:
         """Another model of the same recipe takes over; what does not fit is refused and changes nothing."""

@@ -109,14 +109,19 @@ def test_interrupt_in_the_block_ends_every_process(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("sglang_modelopt_ext.workflow.server._STOP_SECONDS", 0.2)
     monkeypatch.setattr(ServerProcess, "_is_ready", lambda self: True)
     pids: list[int] = []
+    # A shell starts background jobs with SIGINT ignored, and Python then installs no handler for it.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def block() -> None:
         with fake_server(tmp_path, FAMILY, "2", textwrap.dedent(FAMILY)):
             pids.extend(family_pids(tmp_path / "log", 3))
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        block()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            block()
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert len(pids) == 3
     assert not alive(pids)
 
