@@ -19,7 +19,7 @@ from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod
+from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod, full_shard_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,24 @@ def ext_config(model: torch.nn.Module) -> ModelOptExtConfig | None:
         if isinstance(config, ModelOptExtConfig):
             return config
     return None
+
+
+def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[int, ...] | None:
+    """The stored shape of an unquantized linear layer's ``weight`` or any one's ``bias``; None where it is checked elsewhere.
+
+    SGLang's loaders assert shapes on a GPU, and on a CPU fill what a short tensor leaves open with zeros.
+    """
+    from sglang.srt.layers.linear import LinearBase
+
+    if not isinstance(module, LinearBase) or name not in ("weight", "bias"):
+        return None
+    if name == "weight" and isinstance(module.quant_method, ModelOptExtLinearMethod):
+        return None
+    sizes = full_shard_sizes(module, [0])
+    index = {"q": 0, "k": 1, "v": 2}.get(shard, shard) if sizes and len(sizes) > 1 else 0
+    if sizes is None or index is None or getattr(module, "use_presharded_weights", False):
+        return None
+    return (sizes[index], module.input_size) if name == "weight" else (sizes[index],)
 
 
 class StrictLoad:
@@ -97,12 +115,18 @@ class StrictLoad:
                 restore()
 
     def _noting(self, parameter: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+        module_name, _, name = parameter.rpartition(".")
+        module = self.model.get_submodule(module_name)
+
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             source = self._by_memory.get(tensor.untyped_storage().data_ptr(), self.current)
             if source is not None:
                 self.used.add(source)
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
             self.loads.setdefault(parameter, set()).add(shard)
+            expected = unquantized_shape(module, name, shard)
+            if expected is not None and tuple(tensor.shape) != expected:
+                raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
             return loader(target, tensor, *args, **kwargs)
 
         return load

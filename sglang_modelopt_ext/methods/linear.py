@@ -121,7 +121,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
             raise ModelOptExtError.at(
                 self.where, f"{self.prefix}.weight", f"{input_size} inputs, as config.json has it", self.stored_k
             )
-        expected = _full_shard_sizes(layer, partition_sizes)
+        expected = full_shard_sizes(layer, partition_sizes)
         if self.stored_n is not None and expected is not None and list(self.stored_n) != expected:
             raise ModelOptExtError.at(
                 self.where, f"{self.prefix}.weight", f"{expected} outputs, as config.json has it", list(self.stored_n)
@@ -276,7 +276,7 @@ def _fill(tensor: torch.Tensor, spec: TensorSpec) -> None:
         tensor.fill_(2.0**-10)
 
 
-def _full_shard_sizes(layer: Any, partition_sizes: list[int]) -> list[int] | None:
+def full_shard_sizes(layer: Any, partition_sizes: list[int]) -> list[int] | None:
     """Output features of each shard over all ranks, as the model's configuration has them; None for unknown layers."""
     if hasattr(layer, "total_num_kv_heads"):  # QKVParallelLinear; its output_sizes count replicated KV heads
         head, v_head = layer.head_size, layer.v_head_size

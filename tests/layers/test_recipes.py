@@ -15,10 +15,12 @@ import torch
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 pytest.importorskip("sglang")
 
+from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
+
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, check_all_values, read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.loading import quantized_modules
+from sglang_modelopt_ext.integration.loading import quantized_modules, unquantized_shape
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from tests.layers.harness import Namespace, build, load, parallel_rank
 from tests.support import edits
@@ -403,6 +405,23 @@ class TestStrictLoading:
             method.restore_weights_before_loading(module)
         with pytest.raises(ModelOptExtError, match=r"model\.norm\.weight: expected a tensor for this parameter"):
             load(model, read_checkpoint(folder))
+
+    def test_short_bias(self, tmp_path: Path) -> None:
+        """On a CPU SGLang would fill up a short bias with zeros."""
+        source = export(model_dir(TinyModel("qwen2")), "W4A8_NVFP4_FP8_CFG")
+        change = edits.map_tensors("*0.self_attn.k_proj.bias", lambda t: t[:-2])
+        folder = edits.copy_with(source, tmp_path / "checkpoint", [change])
+        with pytest.raises(ModelOptExtError, match=r"k_proj\.bias: .*shape \[128\] expected, \[126\] stored"):
+            build(folder)
+
+    def test_short_unquantized_weight(self) -> None:
+        """Likewise a layer that is excluded from quantization."""
+        layer = ReplicatedLinear(64, 32, bias=False, prefix="model.layers.0.self_attn.o_proj")
+        assert unquantized_shape(layer, "weight", None) == (32, 64)
+        with parallel_rank(0, 1):
+            fused = MergedColumnParallelLinear(64, [32, 48], bias=True, prefix="model.layers.0.mlp.gate_up_proj")
+        assert unquantized_shape(fused, "weight", 1) == (48, 64)
+        assert unquantized_shape(fused, "bias", 0) == (32,)
 
     def test_ranks_that_cut_through_blocks(self) -> None:
         """512 inputs over 32 ranks leave 16 to a rank, half a block."""
