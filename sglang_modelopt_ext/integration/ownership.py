@@ -16,6 +16,9 @@ GENERIC_FLAG = "modelopt"
 """SGLang's flag for "whatever ModelOpt wrote"."""
 
 STOCK_MIXED_FLAG = "modelopt_mixed"
+STOCK_MODELOPT_FLAGS = frozenset({"modelopt_fp4", "modelopt_fp8", STOCK_MIXED_FLAG})
+"""SGLang's flags for ModelOpt's checkpoints; on one of another kind each is a mistake."""
+
 STOCK_MIXED_ALGOS = frozenset({"NVFP4", "W4A16_NVFP4", "FP8"})
 """What SGLang 0.5.23 reads rightly in a mix, as long as one layer is NVFP4."""
 
@@ -58,6 +61,8 @@ def owned_family(folder: Path, flag: str | None, capability: int | None) -> tupl
         return None
     family, stock_flag = _flags(config)
     if flag not in (None, GENERIC_FLAG, UMBRELLA, family, stock_flag):
+        if stock_flag is not None and flag not in FAMILIES and flag not in STOCK_MODELOPT_FLAGS:
+            return None  # such as nvfp4_online or quark_mxfp4: SGLang requantizes what it can read
         fitting = " or ".join(
             f"--quantization {name}" for name in dict.fromkeys((family, UMBRELLA, stock_flag)) if name
         )

@@ -88,6 +88,14 @@ def test_a_flag_that_does_not_fit_is_refused_with_the_one_that_does(tmp_path: Pa
         owned_family(folder, flag, None)
 
 
+def test_requantizing_flags_are_sglangs(tmp_path: Path) -> None:
+    """SGLang turns some of the checkpoints it reads into other formats; that is not ours to refuse."""
+    folder = checkpoint(tmp_path, {"quant_algo": "NVFP4"})
+    assert owned_family(folder, "quark_mxfp4", 90) is None
+    with pytest.raises(ModelOptExtError, match="--quantization modelopt_fp8, got NVFP4"):
+        owned_family(folder, "modelopt_fp8", 90)
+
+
 def test_our_flag_on_a_checkpoint_of_another_family(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, {"quant_algo": "NVFP4"})
     with pytest.raises(
