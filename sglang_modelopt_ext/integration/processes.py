@@ -20,7 +20,7 @@ from typing import Any
 from sglang_modelopt_ext.checkpoint.reader import check_scalar_values, read_checkpoint
 from sglang_modelopt_ext.env import ERROR_FILE, SETTINGS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS
+from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS, config_folder
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.ownership import check_kv_cache, gpu_capability, owned_family
 
@@ -28,7 +28,7 @@ _COMMAND_LINES = ("sglang.launch_server", "sglang.cli.main", "sglang")
 
 
 def preflight(server_args: Any) -> None:
-    """Checks the launch and, when the model is a local folder, its checkpoint, before any process is started.
+    """Checks the launch and, when the model is a local folder, its tensors, before any process is started.
 
     Raises:
         ModelOptExtError: the checkpoint cannot be served, or not with these arguments.
@@ -36,8 +36,8 @@ def preflight(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     args = resolving_view(server_args)
-    folder = Path(args.model_path)
-    if not folder.is_dir():
+    folder = config_folder(args.model_path, args.revision)
+    if folder is None:
         return
     flag = args.quantization.lower() if args.quantization else None
     owned = owned_family(folder, flag, gpu_capability())
@@ -53,7 +53,7 @@ def preflight(server_args: Any) -> None:
         raise ModelOptExtError.at(
             "command line", "--load-format", f"one of {', '.join(SERVED_LOAD_FORMATS)}", load_format
         )
-    if load_format != "dummy":
+    if load_format != "dummy" and Path(args.model_path).is_dir():
         check_scalar_values(read_checkpoint(folder, owned[1]))
 
 

@@ -146,7 +146,13 @@ class ModelOptExtLinearMethod(LinearMethodBase):
             self._k,
         )
         self.layout = choose_layout(request, self.prefix)
-        self.groups = tuple(self._prepare_group(layer, group) for group in self._group_shards(layer))
+        try:
+            self.groups = tuple(self._prepare_group(layer, group) for group in self._group_shards(layer))
+        except ValueError as error:
+            if isinstance(error, ModelOptExtError):
+                raise
+            expected = f"weights that {self.layout.name} with math {self.math} can hold"
+            raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, error) from error
         for spec in self.scheme.tensors:
             delattr(layer, spec.name)
         if self._is_vocabulary(layer):

@@ -18,7 +18,7 @@ pytest.importorskip("sglang")
 from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, check_all_values, read_checkpoint
-from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
+from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS, W4A8_MATH
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.loading import quantized_modules, unquantized_shape
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -405,6 +405,12 @@ class TestStrictLoading:
             method.restore_weights_before_loading(module)
         with pytest.raises(ModelOptExtError, match=r"model\.norm\.weight: expected a tensor for this parameter"):
             load(model, read_checkpoint(folder))
+
+    def test_scales_outside_fp8_math(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Block scales above 448 / 6 cannot be served with weights rounded to E4M3."""
+        monkeypatch.setenv(W4A8_MATH.variable, "fp8")
+        change = edits.map_tensors("*0.mlp.down_proj.weight_scale", lambda t: torch.full_like(t, 448.0))
+        self.check(tmp_path, change, r"down_proj\.weight: expected weights that dense_float32 with math fp8 can hold")
 
     def test_short_bias(self, tmp_path: Path) -> None:
         """On a CPU SGLang would fill up a short bias with zeros."""
