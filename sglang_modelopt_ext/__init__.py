@@ -1,4 +1,4 @@
-"""Serve every checkpoint NVIDIA ModelOpt exports with an unmodified SGLang.
+"""Serve the quantized checkpoints of dense models that NVIDIA ModelOpt exports with an unmodified SGLang.
 
 Nothing is imported here: SGLang loads :func:`sglang_modelopt_ext.integration.plugin.register` through its entry point, and
 the checkpoint reader must stay importable without SGLang.

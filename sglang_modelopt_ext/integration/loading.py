@@ -60,7 +60,7 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
         return None
     sizes = full_shard_sizes(module, [0])
     index = {"q": 0, "k": 1, "v": 2}.get(shard, shard) if sizes and len(sizes) > 1 else 0
-    if sizes is None or index is None or getattr(module, "use_presharded_weights", False):
+    if sizes is None or not isinstance(index, int) or getattr(module, "use_presharded_weights", False):
         return None
     return (sizes[index], module.input_size) if name == "weight" else (sizes[index],)
 

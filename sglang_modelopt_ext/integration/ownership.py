@@ -16,6 +16,9 @@ GENERIC_FLAG = "modelopt"
 """SGLang's flag for "whatever ModelOpt wrote"."""
 
 STOCK_MIXED_FLAG = "modelopt_mixed"
+STOCK_W4AFP8_FLAG = "w4afp8"
+"""What SGLang calls mixtures of experts with INT4 weights and FP8 activations; their MIXED_PRECISION is not ours."""
+
 STOCK_MODELOPT_FLAGS = frozenset({"modelopt_fp4", "modelopt_fp8", STOCK_MIXED_FLAG})
 """SGLang's flags for ModelOpt's checkpoints; on one of another kind each is a mistake."""
 
@@ -51,6 +54,8 @@ def owned_family(folder: Path, flag: str | None, capability: int | None) -> tupl
     Raises:
         ModelOptExtError: an algorithm nobody knows, or a flag and a checkpoint that do not fit.
     """
+    if flag == STOCK_W4AFP8_FLAG:
+        return None
     config = read_quant_config(folder)
     if config is None or config.algo is None:
         if flag in FAMILIES:
@@ -106,8 +111,9 @@ def stock_serves(config: QuantConfig, folder: Path, capability: int | None) -> b
     if any(size not in (None, STOCK_GROUP_SIZE) for size in group_sizes):
         return False
     # SGLang multiplies by pre_quant_scale for NVFP4_AWQ alone; elsewhere it would be dropped.
-    smoothing_read = algos == {"NVFP4_AWQ"}
-    return smoothing_read or not any(name.endswith(f".{PRE_QUANT_SCALE.name}") for name in read_headers(folder))
+    if algos == {"NVFP4_AWQ"} or not any(folder.glob("*.safetensors")):  # a hub model that is not downloaded yet
+        return True
+    return not any(name.endswith(f".{PRE_QUANT_SCALE.name}") for name in read_headers(folder))
 
 
 def check_kv_cache(config: QuantConfig, kv_cache_dtype: str) -> None:

@@ -112,10 +112,13 @@ def _scheduler_init(original: Callable[..., None], self: Any, *args: Any, **kwar
     try:
         original(self, *args, **kwargs)
     except ModelOptExtError as error:
+        from sglang.srt.runtime_context import get_parallel
+
         channel = ERROR_FILE.read()
         if channel:
             Path(channel).write_text(str(error), encoding="utf-8")
-        else:
+        # The data-parallel controller between this process and the launching one does not ask why a scheduler died.
+        if not channel or get_parallel().num_dp_ranks > 1:
             print(error.one_line(), file=sys.stderr, flush=True)
         # SystemExit, so that SGLang neither prints a traceback nor signals the parent before it has read the line.
         raise SystemExit(1) from error

@@ -209,6 +209,8 @@ class ModelOptExtLinearMethod(LinearMethodBase):
             if spec.values is ValueRule.BLOCK_SCALE_E4M3:
                 check_zero_blocks(self.where, f"{self.prefix}.{spec.name}", shard["weight"], shard[spec.name])
         decoded = self.scheme.weight.decode(shard)
+        if not bool(torch.isfinite(decoded.unit).all()):
+            raise ValueError("a code times its block scale is beyond float32")
         return round_unit_to_e4m3(decoded) if self.math == "fp8" else decoded
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:

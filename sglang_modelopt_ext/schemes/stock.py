@@ -18,7 +18,7 @@ STOCK_BEHAVIOUR: dict[str, str] = {
     "FP8": "served from SM89; a pre_quant_scale is not applied",
     "FP8_PER_CHANNEL_PER_TOKEN": "rejected as unknown",
     "FP8_PB_WO": "rejected as unknown",
-    "MXFP8": "loaded as mxfp8 with the scales dropped",
+    "MXFP8": "loaded as mxfp8 from SM100; Llama's default loader maps the scales' names back and drops them",
     "W4A16_AWQ": "rejected as unknown",
     "W8A8_SQ_PER_CHANNEL": "rejected as unknown",
     "W8A16": "rejected as unknown",

@@ -34,13 +34,13 @@ _E2M1, _E4M3, _UE8M0 = (2, 1), (4, 3), (8, 0)
 _NVFP4_AMAX = 2688.0  # 6 * 448
 
 
-def install() -> bool:
-    """Installs the emulation in ModelOpt when no CUDA device is visible. Returns whether it is (now) installed.
+def install(device: str | None = None) -> bool:
+    """Installs the emulation in ModelOpt when no CUDA device is visible or ``device`` is another. Returns whether it did.
 
     Raises:
         ModelOptExtError: ModelOpt has not the functions this version of it has.
     """
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and (device is None or device.startswith("cuda")):
         return False
     import modelopt.torch.quantization.tensor_quant as tensor_quant
 

@@ -178,7 +178,7 @@ def _run_modelopt(
         with ticking("loading the model", progress):
             model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
             model.to(device).eval()
-        simulated = modelopt_cpu.install()
+        simulated = modelopt_cpu.install(device)
         with torch.no_grad():
             mtq.quantize(model, config, calibrate)
         rounds_activations = _rounds_activations(model)

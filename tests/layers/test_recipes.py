@@ -412,6 +412,11 @@ class TestStrictLoading:
         change = edits.map_tensors("*0.mlp.down_proj.weight_scale", lambda t: torch.full_like(t, 448.0))
         self.check(tmp_path, change, r"down_proj\.weight: expected weights that dense_float32 with math fp8 can hold")
 
+    def test_weights_beyond_float32(self, tmp_path: Path) -> None:
+        """Exponents up to 2^127 are legal; with a code of 6 the weight is not a number any more."""
+        change = edits.map_tensors("*0.mlp.down_proj.weight_scale", lambda t: torch.full_like(t, 254))
+        self.check(tmp_path, change, r"down_proj\.weight: .*beyond float32", "W4A8_MXFP4_FP8_CFG")
+
     def test_short_bias(self, tmp_path: Path) -> None:
         """On a CPU SGLang would fill up a short bias with zeros."""
         source = export(model_dir(TinyModel("qwen2")), "W4A8_NVFP4_FP8_CFG")
