@@ -193,6 +193,16 @@ def test_shards_with_scales_of_their_own(tmp_path: Path) -> None:
     check_layers(edits.copy_with(source, tmp_path / "checkpoint", [edits.distinct_shard_scales]))
 
 
+def test_shards_with_global_scales_of_their_own_in_one_product(tmp_path: Path) -> None:
+    """With one input scale the shards share a product, and still no global scale is used for another's rows."""
+    factors = {"*.k_proj.weight_scale_2": 1.7, "*.v_proj.weight_scale_2": 0.6, "*.up_proj.weight_scale_2": 0.45}
+    source = export(model_dir(MODEL), "W4A8_NVFP4_FP8_CFG")
+    folder = edits.copy_with(source, tmp_path / "checkpoint", [edits.scale_tensors(factors)])
+    check_layers(folder)
+    layer = build(folder)[0].get_submodule("model.layers.0.self_attn.qkv_proj")
+    assert len(layer.quant_method.groups) == 1
+
+
 def test_shards_with_smoothing_of_their_own(tmp_path: Path) -> None:
     """Shards with different pre_quant_scale are computed apart, exactly."""
     source = export(model_dir(MODEL), "INT8_SMOOTHQUANT_CFG")
