@@ -15,11 +15,10 @@ from typing import Any
 
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.table import MIXED_PRECISION
 
 CONFIG_NAME = "config.json"
 QUANT_CONFIG_NAME = "hf_quant_config.json"
-
-MIXED_PRECISION = "MIXED_PRECISION"
 
 OWN_KEY = "sglang_modelopt_ext"
 """Top level of hf_quant_config.json: what ModelOpt's export loses, recorded by this package and ignored by other tools."""
