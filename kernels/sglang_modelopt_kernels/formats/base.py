@@ -116,6 +116,25 @@ class DecodedWeight:
         return self.unit * self.out_scale
 
 
+@dataclass(frozen=True)
+class BlockWeight:
+    """A weight as its 4-bit codes and block scales: ``W = code * scale * out_scale``.
+
+    Attributes:
+        codes: ``[N, K]``, one code to an entry: uint8 E2M1 codes 0..15, or int8 -8..7.
+        scale: as stored, ``[N, K / group]``: e4m3, uint8 (UE8M0) or float32.
+        out_scale: float32, ``[]`` or ``[N, 1]``.
+        code: what the codes are.
+        group: inputs to a block scale.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    out_scale: torch.Tensor
+    code: Literal["e2m1", "int4"]
+    group: int
+
+
 class WeightFormat(ABC):
     """How a quantized weight ``[N, K]`` is stored and read."""
 
@@ -133,6 +152,11 @@ class WeightFormat(ABC):
     @abstractmethod
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
         """Reads the stored tensors of one shard (by spec name; values already validated), on their device."""
+
+    def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight | None:
+        """Likewise as 4-bit codes and block scales, None where the format has none."""
+        del tensors
+        return None
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:

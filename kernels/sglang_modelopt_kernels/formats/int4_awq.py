@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3
-from .base import DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import BlockWeight, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
 from .checks import block_amax, check_weight, divide, positive_amax, scale_blocks, split_blocks
 
 BLOCK = 128
@@ -53,6 +53,11 @@ class INT4Weight(WeightFormat):
         codes = unpack_rows(tensors["weight"]).to(torch.float32)
         unit = scale_blocks(codes, tensors["weight_scale"].to(torch.float32))
         return DecodedWeight(unit, unit.new_ones(()))
+
+    def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight:
+        """The codes and scales of one shard; out scale = 1."""
+        scale = tensors["weight_scale"].to(torch.float32)
+        return BlockWeight(unpack_rows(tensors["weight"]), scale, scale.new_ones(()), "int4", BLOCK)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of a max-calibrated export of ``weight`` ``[N, K]``, bit for bit; a zero block has scale 1.

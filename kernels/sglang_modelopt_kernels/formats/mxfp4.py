@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from . import e2m1, ue8m0
-from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import ActivationFormat, BlockWeight, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
 from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
 
 BLOCK = 32
@@ -42,6 +42,12 @@ class MXFP4Weight(WeightFormat):
         values = e2m1.decode(e2m1.unpack_codes(tensors["weight"]))
         unit = scale_blocks(values, ue8m0.decode(tensors["weight_scale"]))
         return DecodedWeight(unit, unit.new_ones(()))
+
+    def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight:
+        """The codes and scales of one shard; out scale = 1."""
+        scale = tensors["weight_scale"]
+        one = torch.ones((), dtype=torch.float32, device=scale.device)
+        return BlockWeight(e2m1.unpack_codes(tensors["weight"]), scale, one, "e2m1", BLOCK)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of an export of ``weight`` ``[N, K]``, bit for bit: ties round down and zero is code 8.

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from . import e2m1, e4m3
-from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import ActivationFormat, BlockWeight, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
 from .checks import block_amax, check_activation, check_weight, divide, scale_blocks, split_blocks, static_scale
 
 FULL_RANGE = e2m1.MAX * e4m3.MAX
@@ -57,6 +57,12 @@ class NVFP4Weight(WeightFormat):
         values = e2m1.decode(e2m1.unpack_codes(tensors["weight"]))
         unit = scale_blocks(values, e4m3.decode(tensors["weight_scale"]))
         return DecodedWeight(unit, tensors["weight_scale_2"].to(torch.float32).reshape(()))
+
+    def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight:
+        """The codes and scales of one shard; out scale = the global scale."""
+        out_scale = tensors["weight_scale_2"].to(torch.float32).reshape(())
+        codes = e2m1.unpack_codes(tensors["weight"])
+        return BlockWeight(codes, tensors["weight_scale"], out_scale, "e2m1", self.group_size)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
         """The tensors of a max-calibrated export of ``weight``, bit for bit.

@@ -1,0 +1,129 @@
+"""The block-scaled product on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.gemm``. Needs torch and Triton only.
+
+First every case is checked against float32 on fresh random data (the outputs start as NaN), then timed under a CUDA graph whose
+launches go through enough copies of the weight to miss the cache; medians of 7 replays. Peers in the same run: bf16 cuBLAS and,
+from sm_89, FP8 ``torch._scaled_mm`` with a scale for each row.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+
+import torch
+import triton
+
+from sglang_modelopt_kernels.formats.base import BlockWeight
+from sglang_modelopt_kernels.gemm.block_scaled import PackedWeight, block_scaled_linear, pack, unpack
+
+SHAPES = {"8B gate_up": (28672, 4096), "8B down": (4096, 14336), "8B qkv": (6144, 4096), "70B down": (8192, 28672)}
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
+KINDS = ("nvfp4", "mxfp4", "int4")
+COLD_BYTES = 200_000_000
+LAUNCHES = 20
+
+
+def median_us(call: Callable[[int], object]) -> float:
+    """Microseconds of one call, the median over replays of a graph of LAUNCHES calls."""
+    call(0)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for index in range(LAUNCHES):
+            call(index)
+    times = []
+    for _ in range(8):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / LAUNCHES * 1e3)
+    return statistics.median(times[1:])
+
+
+def random_weight(kind: str, n: int, k: int) -> PackedWeight:
+    """A random packed weight of small values."""
+    one = torch.full((), 2.0**-6, device="cuda")
+    codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+    if kind == "nvfp4":
+        scale = (torch.rand(n, k // 16, device="cuda") + 0.5).to(torch.float8_e4m3fn)
+        return pack(BlockWeight(codes, scale, one, "e2m1", 16))
+    if kind == "mxfp4":
+        scale = torch.randint(118, 128, (n, k // 32), device="cuda").to(torch.uint8)
+        return pack(BlockWeight(codes, scale, one, "e2m1", 32))
+    return pack(BlockWeight(codes.to(torch.int8) - 8, torch.rand(n, k // 128, device="cuda") + 0.5, one, "int4", 128))
+
+
+def check(kind: str, m: int) -> float:
+    """The largest relative error (of the row's norm) over a small odd problem."""
+    weight = random_weight(kind, 1030, 2048)
+    x = torch.randn(m, 2048, device="cuda").to(torch.float8_e4m3fn)
+    y = block_scaled_linear(x, weight, out_dtype=torch.float32)
+    expected = x.double() @ unpack(weight).T * weight.out_scale.double()
+    return float(((y.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def copy_bandwidth() -> float:
+    """TB/s of a device-to-device copy of 1 GiB, read and write counted."""
+    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.numel() / median_us(lambda _: target.copy_(source)) / 1e6
+
+
+def time_bf16(m: int, n: int, k: int) -> float:
+    """Microseconds of cuBLAS in bf16."""
+    copies = COLD_BYTES // (2 * n * k) + 2
+    weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    return median_us(lambda i: x @ weights[i % copies].T)
+
+
+def time_fp8(m: int, n: int, k: int) -> float:
+    """Microseconds of ``torch._scaled_mm`` in FP8 with a scale for each row and column, NaN before sm_89."""
+    if torch.cuda.get_device_capability() < (8, 9):
+        return float("nan")
+    copies = COLD_BYTES // (n * k) + 2
+    weights = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies)]
+    x = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
+    scales = {"scale_a": torch.ones(m, 1, device="cuda"), "scale_b": torch.ones(1, n, device="cuda")}
+    return median_us(lambda i: torch._scaled_mm(x, weights[i % copies].T, out_dtype=torch.bfloat16, **scales))
+
+
+def time_ours(kind: str, m: int, n: int, k: int) -> tuple[float, int]:
+    """Microseconds of the block-scaled product, and the stored bytes of one weight."""
+    copies = 2 * COLD_BYTES // (n * k) + 2
+    weights = [random_weight(kind, n, k) for _ in range(copies)]
+    x = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
+    stored = sum(t.numel() * t.element_size() for t in (weights[0].codes, weights[0].scale))
+    return median_us(lambda i: block_scaled_linear(x, weights[i % copies])), stored
+
+
+def main() -> None:
+    """Checks, then prints one line per shape, format and number of tokens."""
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"copy bandwidth {bandwidth:.2f} TB/s; activations fp8 e4m3, output bf16")
+    for kind in KINDS:
+        errors = [check(kind, m) for m in (1, 3, 17, 64, 200, 600)]
+        print(f"{kind}: largest relative error {max(errors):.1e} of float64")
+        if not max(errors) < 1e-5:
+            raise SystemExit(f"{kind} is wrong: {errors}")
+    print(
+        f"{'shape':11}{'format':>7}{'M':>6}{'us':>9}{'GB/s':>7}{'TFLOP/s':>9}{'of copy':>9}{'bf16 us':>9}{'fp8 us':>9}"
+    )
+    for shape, (n, k) in SHAPES.items():
+        peers = {m: (time_bf16(m, n, k), time_fp8(m, n, k)) for m in TOKENS}
+        for kind in KINDS:
+            for m in TOKENS:
+                us, stored = time_ours(kind, m, n, k)
+                rate, flops = stored / us / 1e3, 2 * m * n * k / us / 1e6
+                print(
+                    f"{shape:11}{kind:>7}{m:6}{us:9.1f}{rate:7.0f}{flops:9.1f}{rate / bandwidth / 1e3:9.2f}"
+                    f"{peers[m][0]:9.1f}{peers[m][1]:9.1f}",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

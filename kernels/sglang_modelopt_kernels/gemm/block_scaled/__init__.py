@@ -1,0 +1,7 @@
+"""Product with 4-bit weights under block scales, decoded in registers: NVFP4, MXFP4 and INT4."""
+
+from sglang_modelopt_kernels.gemm.block_scaled.linear import DENSE_FROM, block_scaled_linear
+from sglang_modelopt_kernels.gemm.block_scaled.naive import naive_block_scaled_linear
+from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight, pack, unpack
+
+__all__ = ["DENSE_FROM", "PackedWeight", "block_scaled_linear", "naive_block_scaled_linear", "pack", "unpack"]

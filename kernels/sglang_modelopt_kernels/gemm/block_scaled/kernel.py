@@ -1,0 +1,316 @@
+"""``Y = X W^T`` over 4-bit codes with block scales, decoded in registers.
+
+The weight is the operand with the long side of the matrix instruction (M), because decoding has few tokens: ``Y^T = W X^T``.
+
+Numerics: a code times its block scale is formed exactly in float16 or bf16 (E2M1 has 2 significant bits, E4M3 has 4), so that with
+activations of that type every product is exact and only the float32 sum rounds. E2M1's bits are placed at the low end of
+the exponent, which makes a subnormal number of the value times 2^-14 (float16) or 2^-126 (bf16); one multiplication by the
+block scale then gives the unit weight times 1 / DESCALE. Under float32 scales (INT4) a block's partial sum is scaled instead.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _planes_float16(w, s, ASM: tl.constexpr):
+    """E2M1 elements and their scales, int16 and float16 of one shape, to the four planes times the scale."""
+    if ASM:
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b;
+            and.b32 a, $4, 0x8e008e00;
+            mul.rn.f16x2 $0, a, $5;
+            shl.b32 a, $4, 3;
+            and.b32 a, a, 0x8e008e00;
+            mul.rn.f16x2 $1, a, $5;
+            shl.b32 a, $4, 6;
+            and.b32 a, a, 0x0e000e00;
+            shl.b32 b, $4, 1;
+            lop3.b32 a, b, 0x80008000, a, 0xea;
+            mul.rn.f16x2 $2, a, $5;
+            shl.b32 a, $4, 9;
+            and.b32 a, a, 0x0e000e00;
+            shl.b32 b, $4, 2;
+            lop3.b32 a, b, 0x80008000, a, 0xea;
+            mul.rn.f16x2 $3, a, $5; }""",
+            "=&r,=&r,=&r,=&r,r,r",
+            args=[w, s],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        u = w.to(tl.uint16, bitcast=True)
+        p0 = (u & 0x8E00).to(tl.float16, bitcast=True) * s
+        p1 = ((u << 3) & 0x8E00).to(tl.float16, bitcast=True) * s
+        p2 = (((u << 6) & 0x0E00) | ((u << 1) & 0x8000)).to(tl.float16, bitcast=True) * s
+        p3 = (((u << 9) & 0x0E00) | ((u << 2) & 0x8000)).to(tl.float16, bitcast=True) * s
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def _planes_bfloat16(w, s, ASM: tl.constexpr):
+    """As :func:`_planes_float16` in bf16. ``fma`` with -0 because sm_80 has no bf16 multiplication."""
+    if ASM:
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b, z;
+            mov.b32 z, 0x80008000;
+            shr.u32 a, $4, 3;
+            and.b32 a, a, 0x01c001c0;
+            lop3.b32 a, $4, 0x80008000, a, 0xea;
+            fma.rn.bf16x2 $0, a, $5, z;
+            and.b32 a, $4, 0x01c001c0;
+            shl.b32 b, $4, 3;
+            lop3.b32 a, b, 0x80008000, a, 0xea;
+            fma.rn.bf16x2 $1, a, $5, z;
+            shl.b32 a, $4, 3;
+            and.b32 a, a, 0x01c001c0;
+            shl.b32 b, $4, 1;
+            lop3.b32 a, b, 0x80008000, a, 0xea;
+            fma.rn.bf16x2 $2, a, $5, z;
+            shl.b32 a, $4, 6;
+            and.b32 a, a, 0x01c001c0;
+            shl.b32 b, $4, 2;
+            lop3.b32 a, b, 0x80008000, a, 0xea;
+            fma.rn.bf16x2 $3, a, $5, z; }""",
+            "=&r,=&r,=&r,=&r,r,r",
+            args=[w, s],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        u = w.to(tl.uint16, bitcast=True)
+        f = s.to(tl.float32)
+        # In float32, from bits: the interpreter has no arithmetic of bf16. The products are bf16 numbers all the same.
+        p0 = _wide((u >> 3) & 0x01C0, u & 0x8000) * f
+        p1 = _wide(u & 0x01C0, (u << 3) & 0x8000) * f
+        p2 = _wide((u << 3) & 0x01C0, (u << 1) & 0x8000) * f
+        p3 = _wide((u << 6) & 0x01C0, (u << 2) & 0x8000) * f
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def _wide(magnitude, sign):
+    return ((magnitude | sign).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _int4_float16(nibble):
+    """A nibble of code + 8 as the float16 code: under the exponent of 1024 it counts in ones."""
+    return ((nibble | 0x6400).to(tl.float16, bitcast=True) - 1032.0).to(tl.float16)
+
+
+@triton.jit
+def _int4_float32(nibble):
+    """A nibble of code + 8 as the float32 code, a bf16 number, likewise under the exponent of 128."""
+    wide = ((nibble | 0x4300).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return wide - 136.0
+
+
+@triton.jit
+def _scale_float16(b, KIND: tl.constexpr):
+    """Stored scale bytes as the float16 scale."""
+    if KIND == "e2m1_e4m3":
+        # e4m3's exponent and mantissa in float16's place are the value times 2^-8.
+        scale = ((b.to(tl.uint16) << 7).to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
+    else:
+        scale = (b.to(tl.uint16) << 10).to(tl.float16, bitcast=True)
+    return scale
+
+
+@triton.jit
+def _scale_bfloat16(b, KIND: tl.constexpr):
+    """Stored scale bytes as bf16: the scale times 2^117 (e4m3) or ``2^(b + 97)`` (exponents)."""
+    if KIND == "e2m1_e4m3":
+        # e4m3's exponent and mantissa in float32's place are the value times 2^-120.
+        scale = ((b.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 2.0**120 * 2.0**117).to(tl.bfloat16)
+    else:
+        scale = ((b.to(tl.uint16) + 224) << 7).to(tl.bfloat16, bitcast=True)
+    return scale
+
+
+@triton.jit
+def block_scaled_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    row_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    row_step,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    F16: tl.constexpr,
+    ASM: tl.constexpr,
+    DESCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
+    row = tl.minimum(rows, n - 1).to(tl.int64)
+    token = tl.minimum(tokens, m - 1).to(tl.int64)
+    element = tl.arange(0, BK // 4)
+    block = tl.arange(0, BK // GROUP)
+    input_ = (element // 4) * 16 + element % 4
+    blocks = (k // GROUP).to(tl.int64)
+    quarter = (k // 4).to(tl.int64)
+
+    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
+    start = split * steps * BK
+    end = tl.minimum(start + steps * BK, k)
+    # The interpreter multiplies the bits of bf16 operands: it gets the same numbers in float32.
+    BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
+    acc = tl.zeros((BN, BM), tl.float32)
+    for offset in range(start, end, BK):
+        w_at = w_ptr + row[:, None] * quarter + (offset // 4 + element)[None, :]
+        s_at = s_ptr + row[:, None] * blocks + (offset // GROUP + block)[None, :]
+        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        if EVEN_K:
+            w = tl.load(w_at)
+            b = tl.load(s_at)
+            x0 = tl.load(x_at)
+            x1 = tl.load(x_at + 4)
+            x2 = tl.load(x_at + 8)
+            x3 = tl.load(x_at + 12)
+        else:
+            inside = (offset + input_ < k)[:, None]
+            w = tl.load(w_at, mask=(offset + 4 * element < k)[None, :], other=0)
+            b = tl.load(s_at, mask=(offset + GROUP * block < k)[None, :], other=0)
+            x0 = tl.load(x_at, mask=inside, other=0.0)
+            x1 = tl.load(x_at + 4, mask=inside, other=0.0)
+            x2 = tl.load(x_at + 8, mask=inside, other=0.0)
+            x3 = tl.load(x_at + 12, mask=inside, other=0.0)
+        if F16:
+            x0 = x0.to(tl.float16)
+            x1 = x1.to(tl.float16)
+            x2 = x2.to(tl.float16)
+            x3 = x3.to(tl.float16)
+        else:
+            x0 = x0.to(BF16)
+            x1 = x1.to(BF16)
+            x2 = x2.to(BF16)
+            x3 = x3.to(BF16)
+        if KIND == "int4_float":
+            # One block per step (BK = GROUP): scale its sum.
+            u = w.to(tl.uint16, bitcast=True)
+            if F16:
+                w0 = _int4_float16(u & 15)
+                w1 = _int4_float16((u >> 4) & 15)
+                w2 = _int4_float16((u >> 8) & 15)
+                w3 = _int4_float16(u >> 12)
+            else:
+                w0 = _int4_float32(u & 15).to(BF16)
+                w1 = _int4_float32((u >> 4) & 15).to(BF16)
+                w2 = _int4_float32((u >> 8) & 15).to(BF16)
+                w3 = _int4_float32(u >> 12).to(BF16)
+            part = tl.dot(w0, x0, input_precision="ieee")
+            part = tl.dot(w1, x1, part, input_precision="ieee")
+            part = tl.dot(w2, x2, part, input_precision="ieee")
+            part = tl.dot(w3, x3, part, input_precision="ieee")
+            acc += part * tl.reshape(b, (BN, 1))
+        else:
+            if F16:
+                scale = _scale_float16(b, KIND)
+            else:
+                scale = _scale_bfloat16(b, KIND)
+            scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP // 4))
+            scale = tl.reshape(scale, (BN, BK // 4))
+            if F16:
+                w0, w1, w2, w3 = _planes_float16(w, scale, ASM)
+            else:
+                w0, w1, w2, w3 = _planes_bfloat16(w, scale, ASM)
+            acc = tl.dot(w0, x0, acc, input_precision="ieee")
+            acc = tl.dot(w1, x1, acc, input_precision="ieee")
+            acc = tl.dot(w2, x2, acc, input_precision="ieee")
+            acc = tl.dot(w3, x3, acc, input_precision="ieee")
+    inside = (rows < n)[:, None] & (tokens < m)[None, :]
+    y_at = y_ptr + split.to(tl.int64) * m * n + token[None, :] * n + row[:, None]
+    if SPLIT_K > 1:
+        tl.store(y_at, acc, mask=inside)
+    else:
+        y = acc * (tl.load(out_scale_ptr + row) * DESCALE)[:, None]
+        if HAS_ROW_SCALE:
+            y = y * tl.load(row_scale_ptr + token * row_step)[None, :]
+        if HAS_BIAS:
+            y = y + tl.load(bias_ptr + row).to(tl.float32)[:, None]
+        tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_kernel(
+    partial_ptr,
+    row_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    row_step,
+    DESCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Sums the partials ``[SPLITS, M, N]`` of one token in a fixed order and applies scales and bias."""
+    token = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = rows < n
+    at = partial_ptr + token * n + rows
+    acc = tl.load(at, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        acc += tl.load(at + tl.full((), split, tl.int64) * m * n, mask=inside, other=0.0)
+    y = acc * (tl.load(out_scale_ptr + rows, mask=inside, other=0.0) * DESCALE)
+    if HAS_ROW_SCALE:
+        y = y * tl.load(row_scale_ptr + token * row_step)
+    if HAS_BIAS:
+        y = y + tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * n + rows, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def decode_kernel(
+    w_ptr,
+    s_ptr,
+    y_ptr,
+    first,
+    n,
+    k,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    F16: tl.constexpr,
+    ASM: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
+    element = tl.program_id(1) * 64 + tl.arange(0, 64)
+    inside = (rows < n)[:, None] & (element < k // 4)[None, :]
+    w = tl.load(w_ptr + row[:, None] * (k // 4) + element[None, :], mask=inside, other=0)
+    b = tl.load(s_ptr + row[:, None] * (k // GROUP) + (element // (GROUP // 4))[None, :], mask=inside, other=0)
+    if F16:
+        p0, p1, p2, p3 = _planes_float16(w, _scale_float16(b, KIND), ASM)
+    else:
+        p0, p1, p2, p3 = _planes_bfloat16(w, _scale_bfloat16(b, KIND), ASM)
+    at = y_ptr + rows.to(tl.int64)[:, None] * k + ((element // 4) * 16 + element % 4)[None, :]
+    tl.store(at, p0, mask=inside)
+    tl.store(at + 4, p1, mask=inside)
+    tl.store(at + 8, p2, mask=inside)
+    tl.store(at + 12, p3, mask=inside)

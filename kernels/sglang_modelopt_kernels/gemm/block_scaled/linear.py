@@ -1,0 +1,87 @@
+"""The product as one PyTorch operator, so that graphs and compilers see neither its launches nor its choice by M."""
+
+from __future__ import annotations
+
+import torch
+
+from .launch import run, run_dense
+from .packing import Kind, PackedWeight
+
+DENSE_FROM = 512
+"""Tokens from which decoding the weight once and calling cuBLAS beats decoding it in every tile; see ``benchmarks/results``."""
+
+INPUT_DTYPES = (torch.float8_e4m3fn, torch.float16, torch.bfloat16)
+
+
+@torch.library.custom_op("modelopt_ext::block_scaled_linear", mutates_args=())
+def _block_scaled_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    out_scale: torch.Tensor,
+    kind: str,
+    group: int,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    weight = PackedWeight(codes, scale, out_scale, _kind(kind), group)
+    if x.shape[0] == 0:
+        return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
+    # Which of the two runs decides the order of the float32 sum and nothing else: both form every product exactly.
+    launch = run_dense if x.is_cuda and x.shape[0] >= DENSE_FROM and kind != "int4_float" else run
+    return launch(x, weight, row_scale, bias, out_dtype)
+
+
+@_block_scaled_linear.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    out_scale: torch.Tensor,
+    kind: str,
+    group: int,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    del scale, out_scale, kind, group, row_scale, bias
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
+
+
+def _kind(kind: str) -> Kind:
+    if kind not in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
+        raise ValueError(f"unknown kind of packed weight: {kind!r}")
+    return kind  # type: ignore[return-value]  # narrowed above
+
+
+def block_scaled_linear(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    row_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """``(x @ unit^T) * row_scale * out_scale + bias`` with exact products and a float32 sum.
+
+    Args:
+        x: ``[M, K]`` in FP8 E4M3 or float16 (multiplied in float16) or bf16 (multiplied in bf16).
+        weight: the packed weight ``[N, K]``.
+        row_scale: float32, one value or ``[M, 1]``; None for 1.
+        bias: ``[N]`` or None.
+        out_dtype: type of the result.
+
+    Returns:
+        ``[M, N]`` of ``out_dtype``, rounded once.
+
+    Raises:
+        ValueError: a dtype or shape that the kernel does not read.
+    """
+    if x.dtype not in INPUT_DTYPES or x.dim() != 2 or x.shape[1] != weight.k:
+        raise ValueError(f"x must be [M, {weight.k}] in fp8, fp16 or bf16, got {tuple(x.shape)} {x.dtype}")
+    if row_scale is not None and row_scale.numel() not in (1, x.shape[0]):
+        raise ValueError(f"row_scale must have 1 or {x.shape[0]} values, got {row_scale.numel()}")
+    y: torch.Tensor = _block_scaled_linear(
+        x, weight.codes, weight.scale, weight.out_scale, weight.kind, weight.group, row_scale, bias, out_dtype
+    )
+    return y

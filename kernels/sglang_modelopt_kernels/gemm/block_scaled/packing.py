@@ -1,0 +1,139 @@
+"""What the block-scaled kernel reads: codes in 16-bit elements of four planes, block scales as one byte or one float32.
+
+Element ``i`` of a row holds the codes of inputs ``16 * (i // 4) + 4 * q + i % 4`` for the planes ``q`` = 0..3. Two elements fill a
+32-bit register, which is what one matrix instruction takes of each plane, so that decoding moves nothing between lanes; and
+the four codes of an element belong to one block scale, because blocks are at least 16 wide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
+from sglang_modelopt_kernels.formats.base import BlockWeight
+
+Kind = Literal["e2m1_e4m3", "e2m1_exponent", "int4_float"]
+"""How codes and block scales are read."""
+
+_SIGN_BIT = (15, 12, 14, 13)
+_MAGNITUDE_BIT = (9, 6, 3, 0)
+"""Per plane of an E2M1 element. Plane 0 is where float16 has its sign and the low end of its exponent."""
+
+EXPONENT_TOP = 30
+EXPONENT_BOTTOM = 6
+"""Range of a stored exponent ``b``, which stands for ``2^(b - 15)``: float16's largest, and the least for which half of it, as the
+kernel multiplies it (times 2^-14), is still a float16."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A packed weight: ``W = code * block scale * out_scale``.
+
+    Attributes:
+        codes: int16 ``[N, K / 4]``.
+        scale: ``[N, K / group]``: uint8 (e4m3 bits, or ``b`` of ``2^(b - 15)``) or float32.
+        out_scale: float32 ``[N]``.
+        kind: how codes and scales are read.
+        group: inputs to a block scale.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    out_scale: torch.Tensor
+    kind: Kind
+    group: int
+
+    @property
+    def n(self) -> int:
+        """Output features."""
+        return self.codes.shape[0]
+
+    @property
+    def k(self) -> int:
+        """Input features."""
+        return self.codes.shape[1] * 4
+
+
+def pack(weight: BlockWeight) -> PackedWeight:
+    """Packs a weight for the kernel; exact, or refused.
+
+    Raises:
+        ValueError: K is not a multiple of 16, or the exponents of a row's blocks span more than the kernel's range.
+    """
+    n, k = weight.codes.shape
+    if k % 16:
+        raise ValueError(f"K = {k} is not a multiple of 16")
+    out_scale = weight.out_scale.to(torch.float32).reshape(-1).expand(n).contiguous()
+    if weight.code == "int4":
+        return PackedWeight(_pack_int4(weight.codes), weight.scale.contiguous(), out_scale, "int4_float", weight.group)
+    codes = _pack_e2m1(weight.codes)
+    if weight.scale.dtype == torch.float8_e4m3fn:
+        return PackedWeight(codes, weight.scale.view(torch.uint8).contiguous(), out_scale, "e2m1_e4m3", weight.group)
+    scale, factor = _relative_exponents(weight)
+    return PackedWeight(codes, scale, out_scale * factor, "e2m1_exponent", weight.group)
+
+
+def unpack(packed: PackedWeight) -> torch.Tensor:
+    """The weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
+    element = packed.codes.to(torch.int32) & 0xFFFF
+    planes = []
+    for plane in range(4):
+        if packed.kind == "int4_float":
+            value = ((element >> (4 * plane)) & 15).to(torch.float64) - 8
+        else:
+            sign = (element >> _SIGN_BIT[plane]) & 1
+            magnitude = (element >> _MAGNITUDE_BIT[plane]) & 7
+            value = e2m1.decode((sign << 3 | magnitude).to(torch.uint8)).to(torch.float64)
+        planes.append(value.unflatten(1, (-1, 4)))
+    values = torch.stack(planes, dim=2).flatten(1)
+    if packed.kind == "e2m1_e4m3":
+        scale = e4m3.decode(packed.scale.view(torch.float8_e4m3fn)).to(torch.float64)
+    elif packed.kind == "e2m1_exponent":
+        scale = torch.exp2(packed.scale.to(torch.float64) - 15)
+    else:
+        scale = packed.scale.to(torch.float64)
+    return values * scale.repeat_interleave(packed.group, dim=1)
+
+
+def _planes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes ``[N, K]`` as int32 ``[N, K / 4, 4]``, planes last."""
+    return codes.to(torch.int32).unflatten(1, (-1, 4, 4)).transpose(2, 3).flatten(1, 2)
+
+
+def _pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
+    planes = _planes(codes)
+    element = torch.zeros_like(planes[..., 0])
+    for plane in range(4):
+        code = planes[..., plane]
+        element |= (code >> 3) << _SIGN_BIT[plane] | (code & 7) << _MAGNITUDE_BIT[plane]
+    return _as_int16(element)
+
+
+def _pack_int4(codes: torch.Tensor) -> torch.Tensor:
+    planes = _planes(codes) + 8
+    element = torch.zeros_like(planes[..., 0])
+    for plane in range(4):
+        element |= planes[..., plane] << (4 * plane)
+    return _as_int16(element)
+
+
+def _as_int16(element: torch.Tensor) -> torch.Tensor:
+    return torch.where(element >= 1 << 15, element - (1 << 16), element).to(torch.int16).contiguous()
+
+
+def _relative_exponents(weight: BlockWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored exponents uint8 ``[N, K / group]`` and the factor of each row, float32 ``[N]``; a zero block has no exponent."""
+    zero = (weight.codes.unflatten(1, (-1, weight.group)) & 7).amax(dim=2) == 0
+    exponent = weight.scale.to(torch.int32)
+    top = torch.where(zero, 0, exponent).amax(dim=1, keepdim=True)
+    stored = torch.where(zero, EXPONENT_BOTTOM, exponent - top + EXPONENT_TOP)
+    if bool((stored < EXPONENT_BOTTOM).any()):
+        span = int((top - torch.where(zero, top, exponent)).amax())
+        raise ValueError(f"block scales of one row span 2^{span}, more than 2^{EXPONENT_TOP - EXPONENT_BOTTOM}")
+    factor = torch.exp2((top - ue8m0.BIAS - (EXPONENT_TOP - 15)).to(torch.float64)).to(torch.float32)
+    if bool((factor == 0).any() | torch.isinf(factor).any()):
+        raise ValueError("the largest block scale of a row is at the end of float32's range")
+    return stored.to(torch.uint8), factor.reshape(-1)

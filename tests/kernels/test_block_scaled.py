@@ -1,0 +1,242 @@
+"""The block-scaled product against its naive twin: on a CPU in Triton's interpreter, and, marked ``gpu``, on CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+from sglang_modelopt_kernels.formats.base import BlockWeight
+from sglang_modelopt_kernels.gemm.block_scaled import (
+    PackedWeight,
+    block_scaled_linear,
+    naive_block_scaled_linear,
+    pack,
+    unpack,
+)
+from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel
+from sglang_modelopt_kernels.gemm.block_scaled.launch import KINDS, KernelConfig, configs, descale, run
+from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
+
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Bytes one block may use: CUDA C++ Programming Guide, compute capabilities."""
+BLOCK_FORMATS = ("nvfp4", "nvfp4_bs32", "nvfp4_w4a8", "mxfp4", "int4_awq", "int4_awq_w4a8")
+DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def tolerance(k: int) -> float:
+    """Relative to the sum of magnitudes. Products are exact; a sum of k of them in float32 errs by k * 2^-24, or twice that in
+    tensor cores, which truncate; scales and bias add a few roundings (INT4's scales one for each block)."""
+    return (2 * k + 16) * 2.0**-24
+
+
+def block_weight(name: str, n: int, k: int, seed: int, device: str = "cpu") -> BlockWeight:
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.randn(n, 1, generator=generator).exp()
+    weight = torch.randn(n, k, generator=generator) * spread
+    tensors = {key: tensor.to(device) for key, tensor in WEIGHT_FORMATS[name].quantize(weight).items()}
+    blocks = WEIGHT_FORMATS[name].blocks(tensors)
+    assert blocks is not None
+    return blocks
+
+
+def activations(m: int, k: int, dtype: str, seed: int, device: str = "cpu") -> torch.Tensor:
+    x = torch.randn(m, k, generator=torch.Generator().manual_seed(seed)) * 20
+    return x.to(DTYPES[dtype]).to(device)
+
+
+def worst_error(
+    y: torch.Tensor, x: torch.Tensor, weight: PackedWeight, row_scale: torch.Tensor | None, bias: torch.Tensor | None
+) -> float:
+    expected = naive_block_scaled_linear(x, weight, row_scale, bias)
+    bound = (x.double().abs() @ unpack(weight).abs().T) * weight.out_scale.double()
+    bound = bound if row_scale is None else bound * row_scale.double()
+    bound = bound if bias is None else bound + bias.double().abs()
+    assert not bool(y.isnan().any()), "not every output was written"
+    return float(((y.double() - expected).abs() / bound.clamp(min=1e-300)).max())
+
+
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_packing_keeps_every_weight(name: str) -> None:
+    tensors = WEIGHT_FORMATS[name].quantize(torch.randn(20, 384, generator=torch.Generator().manual_seed(5)))
+    blocks = WEIGHT_FORMATS[name].blocks(tensors)
+    assert blocks is not None
+    decoded = WEIGHT_FORMATS[name].decode(tensors)
+    packed = pack(blocks)
+    expected = decoded.unit.double() * decoded.out_scale.double()
+    if packed.kind == "int4_float":  # decode() rounds code * scale to float32, the kernel does not
+        torch.testing.assert_close(unpack(packed), expected, rtol=2.0**-24, atol=0)
+    else:
+        assert torch.equal(unpack(packed) * packed.out_scale.double().unsqueeze(1), expected)
+
+
+def test_every_format_with_four_bit_blocks_is_covered() -> None:
+    tensors = {
+        name: weight_format.quantize(torch.randn(128, 128, generator=torch.Generator().manual_seed(0)))
+        for name, weight_format in WEIGHT_FORMATS.items()
+    }
+    assert {name for name, stored in tensors.items() if WEIGHT_FORMATS[name].blocks(stored) is not None} == set(
+        BLOCK_FORMATS
+    )
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 254), st.integers(0, 30), st.integers(0, 2**31))
+def test_exponents_are_kept_or_refused(top: int, span: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(1, 8, (1, 64), generator=generator, dtype=torch.uint8)
+    scale = torch.tensor([[top, max(top - span, 0)]], dtype=torch.uint8)
+    blocks = BlockWeight(codes, scale, torch.ones(()), "e2m1", 32)
+    if top - max(top - span, 0) > 24:
+        with pytest.raises(ValueError, match="span"):
+            pack(blocks)
+        return
+    packed = pack(blocks)
+    factor = torch.exp2(scale.double() - 127).repeat_interleave(32, dim=1)
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)[codes.long()]
+    assert torch.equal(unpack(packed) * packed.out_scale.double(), values * factor)
+
+
+def test_a_zero_block_has_no_exponent() -> None:
+    codes = torch.tensor([[0, 8] * 16 + [7] * 32], dtype=torch.uint8)
+    packed = pack(BlockWeight(codes, torch.tensor([[254, 3]], dtype=torch.uint8), torch.ones(()), "e2m1", 32))
+    assert float((unpack(packed) * packed.out_scale.double())[0, 32]) == 6 * 2.0**-124
+
+
+@pytest.mark.parametrize("k", [24, 8])
+def test_a_k_that_is_not_whole_elements_is_refused(k: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 16"):
+        pack(BlockWeight(torch.zeros(2, k, dtype=torch.uint8), torch.ones(2, 1), torch.ones(()), "e2m1", k))
+
+
+def check(name: str, dtype: str, m: int, n: int, k: int, device: str, plan: Any = None) -> float:
+    weight = pack(block_weight(name, n, k, seed=m + n, device=device))
+    x = activations(m, k, dtype, seed=k, device=device)
+    row_scale = torch.rand(m, 1, generator=torch.Generator().manual_seed(2)).to(device) + 0.5 if m % 2 else None
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(device) if n % 2 == 0 else None
+    chosen = None if plan is None else (KernelConfig(*plan[:5]), plan[5])
+    y = run(x, weight, row_scale, bias, torch.float32, chosen)
+    return worst_error(y, x, weight, row_scale, bias) / tolerance(k)
+
+
+INTERPRETED = [
+    # (format, activations, m, n, k, (bn, bm, bk, warps, stages, split) or None for the chosen one)
+    *[(name, dtype, 3, 34, 384, None) for name in BLOCK_FORMATS for dtype in DTYPES],
+    *[("nvfp4", dtype, 17, 70, 272, (32, 16, 128, 4, 2, 1)) for dtype in DTYPES],  # tails of N, M and K
+    *[("mxfp4", dtype, 1, 33, 416, (32, 16, 128, 4, 2, 2)) for dtype in DTYPES],  # a split that ends early
+    *[("int4_awq", dtype, 2, 40, 384, (16, 16, 128, 4, 2, 4)) for dtype in DTYPES],  # a split with nothing to do
+]
+
+
+def test_in_the_interpreter() -> None:
+    """One process for all cases: Triton decides at import whether it interprets."""
+    script = (
+        "import json, sys, importlib.util as u\n"
+        f"spec = u.spec_from_file_location('cases', {str(Path(__file__))!r}); cases = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(cases)\n"
+        "print(json.dumps([cases.check(*case[:5], 'cpu', case[5]) for case in cases.INTERPRETED]))\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == len(INTERPRETED)
+    assert max(errors) < 1, dict(zip(INTERPRETED, errors, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["e2m1_e4m3", "e2m1_exponent", "int4_float"])
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    ("arch", "instruction"),
+    [(80, "mma.sync"), (89, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma"), (120, "mma.sync")],
+)
+def test_compiles_to_matrix_instructions(arch: int, instruction: str, dtype: str, kind: Kind) -> None:
+    """Ahead of time, no GPU needed: the inline PTX assembles for the architecture and the products are matrix instructions."""
+    candidates = configs(kind, arch)
+    for config in candidates if arch >= 100 else candidates[-1:]:
+        assert instruction in compile_for(arch, kind, dtype, config), str(config)
+
+
+def compile_for(arch: int, kind: Kind, dtype: str, config: KernelConfig) -> str:
+    """The kernel's PTX."""
+    constexprs = {
+        "KIND": kind,
+        "GROUP": dict(KINDS)[kind],
+        "F16": dtype == "fp16",
+        "ASM": True,
+        "DESCALE": descale(kind, dtype == "fp16"),
+        "HAS_ROW_SCALE": True,
+        "HAS_BIAS": True,
+        "EVEN_K": True,
+        "SPLIT_K": 1,
+        "BN": config.bn,
+        "BM": config.bm,
+        "BK": config.bk,
+    }
+    scale = "*fp32" if kind == "int4_float" else "*u8"
+    pointers = {
+        "x_ptr": f"*{dtype}",
+        "w_ptr": "*i16",
+        "s_ptr": scale,
+        "row_scale_ptr": "*fp32",
+        "out_scale_ptr": "*fp32",
+    }
+    pointers |= {"bias_ptr": "*bf16", "y_ptr": "*bf16"}
+    integers = dict.fromkeys(("m", "n", "k", "row_step"), "i32")
+    signature = pointers | integers | dict.fromkeys(constexprs, "constexpr")
+    names = list(block_scaled_kernel.arg_names)
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "n", "k")}
+    source = ASTSource(fn=block_scaled_kernel, signature=signature, constexprs=constexprs, attrs=aligned)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    assert compiled.metadata.shared <= SHARED_MEMORY[arch]
+    return compiled.asm["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+@pytest.mark.parametrize("m", [1, 2, 7, 16, 17, 33, 64, 65, 130, 300, 700])
+def test_on_a_gpu(name: str, dtype: str, m: int) -> None:
+    for n, k in ((258, 1152), (1024, 4096)):
+        weight = pack(block_weight(name, n, k, seed=m, device="cuda"))
+        x = activations(m, k, dtype, seed=m, device="cuda")
+        row_scale = torch.rand(m, 1, device="cuda") + 0.5
+        bias = torch.randn(n, device="cuda")
+        y = block_scaled_linear(x, weight, row_scale, bias, torch.float32)
+        assert worst_error(y, x, weight, row_scale, bias) < tolerance(k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 40, 600])
+def test_under_cuda_graph_capture(m: int) -> None:
+    weight = pack(block_weight("nvfp4_w4a8", 512, 2048, seed=0, device="cuda"))
+    x = activations(m, 2048, "fp8", seed=1, device="cuda")
+    block_scaled_linear(x, weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = block_scaled_linear(x, weight)
+    x.copy_(activations(m, 2048, "fp8", seed=2, device="cuda"))
+    y.fill_(float("nan"))
+    graph.replay()
+    assert worst_error(y, x, weight, None, None) < tolerance(2048) + 2.0**-8  # the result is bf16
+
+
+@pytest.mark.gpu
+def test_operator_is_well_formed() -> None:
+    weight = pack(block_weight("nvfp4", 64, 256, seed=0, device="cuda"))
+    x = activations(4, 256, "bf16", seed=1, device="cuda")
+    arguments = (x, weight.codes, weight.scale, weight.out_scale, weight.kind, weight.group, None, None, torch.bfloat16)
+    torch.library.opcheck(torch.ops.modelopt_ext.block_scaled_linear.default, arguments)
