@@ -1,6 +1,6 @@
 """The block-scaled product on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.gemm``. Needs torch and Triton only.
 
-First every case is checked against float32 on fresh random data (the outputs start as NaN), then timed under a CUDA graph whose
+First every format is checked against its naive twin in float64 on fresh random data, then every case is timed under a CUDA graph whose
 launches go through enough copies of the weight to miss the cache; medians of 7 replays. Peers in the same run: bf16 cuBLAS and,
 from sm_89, FP8 ``torch._scaled_mm`` with a scale for each row.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
 
 from sglang_modelopt_kernels.formats.base import BlockWeight
-from sglang_modelopt_kernels.gemm.block_scaled import PackedWeight, block_scaled_linear, pack, unpack
+from sglang_modelopt_kernels.gemm.block_scaled import PackedWeight, block_scaled_linear, naive_block_scaled_linear, pack
 
 SHAPES = {"8B gate_up": (28672, 4096), "8B down": (4096, 14336), "8B qkv": (6144, 4096), "70B down": (8192, 28672)}
 TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -60,7 +61,7 @@ def check(kind: str, m: int) -> float:
     weight = random_weight(kind, 1030, 2048)
     x = torch.randn(m, 2048, device="cuda").to(torch.float8_e4m3fn)
     y = block_scaled_linear(x, weight, out_dtype=torch.float32)
-    expected = x.double() @ unpack(weight).T * weight.out_scale.double()
+    expected = naive_block_scaled_linear(x, weight)
     return float(((y.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
@@ -71,32 +72,42 @@ def copy_bandwidth() -> float:
     return 2 * source.numel() / median_us(lambda _: target.copy_(source)) / 1e6
 
 
-def time_bf16(m: int, n: int, k: int) -> float:
-    """Microseconds of cuBLAS in bf16."""
+def time_bf16(n: int, k: int) -> list[float]:
+    """Microseconds of cuBLAS in bf16 for each of TOKENS."""
     copies = COLD_BYTES // (2 * n * k) + 2
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    return median_us(lambda i: x @ weights[i % copies].T)
+    times = []
+    for m in TOKENS:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        times.append(median_us(lambda i, x=x: x @ weights[i % copies].T))
+    return times
 
 
-def time_fp8(m: int, n: int, k: int) -> float:
-    """Microseconds of ``torch._scaled_mm`` in FP8 with a scale for each row and column, NaN before sm_89."""
+def time_fp8(n: int, k: int) -> list[float]:
+    """Likewise of ``torch._scaled_mm`` in FP8 with a scale for each row and column, NaN before sm_89."""
     if torch.cuda.get_device_capability() < (8, 9):
-        return float("nan")
+        return [float("nan")] * len(TOKENS)
     copies = COLD_BYTES // (n * k) + 2
     weights = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies)]
-    x = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
-    scales = {"scale_a": torch.ones(m, 1, device="cuda"), "scale_b": torch.ones(1, n, device="cuda")}
-    return median_us(lambda i: torch._scaled_mm(x, weights[i % copies].T, out_dtype=torch.bfloat16, **scales))
+    column = torch.ones(1, n, device="cuda")
+    times = []
+    for m in TOKENS:
+        x, row = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn), torch.ones(m, 1, device="cuda")
+        product = partial(torch._scaled_mm, x, scale_a=row, scale_b=column, out_dtype=torch.bfloat16)
+        times.append(median_us(lambda i, product=product: product(weights[i % copies].T)))
+    return times
 
 
-def time_ours(kind: str, m: int, n: int, k: int) -> tuple[float, int]:
-    """Microseconds of the block-scaled product, and the stored bytes of one weight."""
+def time_ours(kind: str, n: int, k: int) -> tuple[list[float], int]:
+    """Likewise of the block-scaled product, and the stored bytes of one weight."""
     copies = 2 * COLD_BYTES // (n * k) + 2
     weights = [random_weight(kind, n, k) for _ in range(copies)]
-    x = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
     stored = sum(t.numel() * t.element_size() for t in (weights[0].codes, weights[0].scale))
-    return median_us(lambda i: block_scaled_linear(x, weights[i % copies])), stored
+    times = []
+    for m in TOKENS:
+        x = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
+        times.append(median_us(lambda i, x=x: block_scaled_linear(x, weights[i % copies])))
+    return times, stored
 
 
 def main() -> None:
@@ -113,14 +124,14 @@ def main() -> None:
         f"{'shape':11}{'format':>7}{'M':>6}{'us':>9}{'GB/s':>7}{'TFLOP/s':>9}{'of copy':>9}{'bf16 us':>9}{'fp8 us':>9}"
     )
     for shape, (n, k) in SHAPES.items():
-        peers = {m: (time_bf16(m, n, k), time_fp8(m, n, k)) for m in TOKENS}
+        bf16, fp8 = time_bf16(n, k), time_fp8(n, k)
         for kind in KINDS:
-            for m in TOKENS:
-                us, stored = time_ours(kind, m, n, k)
+            ours, stored = time_ours(kind, n, k)
+            for m, us, bf16_us, fp8_us in zip(TOKENS, ours, bf16, fp8, strict=True):
                 rate, flops = stored / us / 1e3, 2 * m * n * k / us / 1e6
                 print(
                     f"{shape:11}{kind:>7}{m:6}{us:9.1f}{rate:7.0f}{flops:9.1f}{rate / bandwidth / 1e3:9.2f}"
-                    f"{peers[m][0]:9.1f}{peers[m][1]:9.1f}",
+                    f"{bf16_us:9.1f}{fp8_us:9.1f}",
                     flush=True,
                 )
 

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from sglang_modelopt_kernels.gemm.block_scaled import (
     unpack,
 )
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel
-from sglang_modelopt_kernels.gemm.block_scaled.launch import KINDS, KernelConfig, configs, descale, run
+from sglang_modelopt_kernels.gemm.block_scaled.launch import KernelConfig, configs, decode_rows, descale, run
 from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
 
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 """Bytes one block may use: CUDA C++ Programming Guide, compute capabilities."""
-BLOCK_FORMATS = ("nvfp4", "nvfp4_bs32", "nvfp4_w4a8", "mxfp4", "int4_awq", "int4_awq_w4a8")
+E2M1_FORMATS = ("nvfp4", "nvfp4_bs32", "nvfp4_w4a8", "mxfp4")
+BLOCK_FORMATS = (*E2M1_FORMATS, "int4_awq", "int4_awq_w4a8")
 DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -121,14 +124,61 @@ def test_a_k_that_is_not_whole_elements_is_refused(k: int) -> None:
         pack(BlockWeight(torch.zeros(2, k, dtype=torch.uint8), torch.ones(2, 1), torch.ones(()), "e2m1", k))
 
 
+@pytest.mark.parametrize(("scale", "message"), [(0x7F, "E4M3"), (0x81, "E4M3"), (255, "UE8M0")])
+def test_scales_whose_bits_would_be_misread_are_refused(scale: int, message: str) -> None:
+    dtype = torch.float8_e4m3fn if message == "E4M3" else torch.uint8
+    scales = torch.tensor([[scale, 1]], dtype=torch.uint8).view(dtype)
+    with pytest.raises(ValueError, match=message):
+        pack(BlockWeight(torch.ones(1, 64, dtype=torch.uint8), scales, torch.ones(()), "e2m1", 32))
+
+
+@pytest.mark.parametrize(
+    ("row_scale", "bias", "message"),
+    [
+        (torch.ones(3, dtype=torch.float16), None, "row_scale"),
+        (torch.ones(2), None, "row_scale"),
+        (None, torch.ones(33), "bias"),
+        (None, torch.ones(1, 34), "bias"),
+    ],
+)
+def test_what_would_be_read_out_of_place_is_refused(
+    row_scale: torch.Tensor | None, bias: torch.Tensor | None, message: str
+) -> None:
+    weight = pack(block_weight("nvfp4", 34, 64, seed=0))
+    with pytest.raises(ValueError, match=message):
+        block_scaled_linear(activations(3, 64, "bf16", seed=0), weight, row_scale, bias)
+
+
 def check(name: str, dtype: str, m: int, n: int, k: int, device: str, plan: Any = None) -> float:
     weight = pack(block_weight(name, n, k, seed=m + n, device=device))
     x = activations(m, k, dtype, seed=k, device=device)
-    row_scale = torch.rand(m, 1, generator=torch.Generator().manual_seed(2)).to(device) + 0.5 if m % 2 else None
+    # A column of a matrix: its entries do not lie side by side.
+    row_scale = (
+        (torch.rand(m, 2, generator=torch.Generator().manual_seed(2)).to(device) + 0.5)[:, :1] if m % 2 else None
+    )
     bias = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(device) if n % 2 == 0 else None
     chosen = None if plan is None else (KernelConfig(*plan[:5]), plan[5])
-    y = run(x, weight, row_scale, bias, torch.float32, chosen)
+    with poisoned():
+        y = run(x, weight, row_scale, bias, torch.float32, chosen)
     return worst_error(y, x, weight, row_scale, bias) / tolerance(k)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Every new float tensor starts as NaN, so that what a kernel does not write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def decoded_wrongly(name: str, f16: bool, device: str) -> int:
+    """Entries of ``decode_rows`` that are not the packed weight, over rows and inputs that end within a tile."""
+    weight = pack(block_weight(name, 40, 416, seed=4, device=device))
+    with poisoned():
+        rows = decode_rows(weight, 3, 35, f16)
+    return int((rows.double() * descale(weight.kind, f16) != unpack(weight)[3:38]).sum())
 
 
 INTERPRETED = [
@@ -146,34 +196,39 @@ def test_in_the_interpreter() -> None:
         "import json, sys, importlib.util as u\n"
         f"spec = u.spec_from_file_location('cases', {str(Path(__file__))!r}); cases = u.module_from_spec(spec)\n"
         "spec.loader.exec_module(cases)\n"
-        "print(json.dumps([cases.check(*case[:5], 'cpu', case[5]) for case in cases.INTERPRETED]))\n"
+        "errors = [cases.check(*case[:5], 'cpu', case[5]) for case in cases.INTERPRETED]\n"
+        "wrong = [cases.decoded_wrongly(name, f16, 'cpu') for name in cases.E2M1_FORMATS for f16 in (True, False)]\n"
+        "print(json.dumps([errors, wrong]))\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    errors = json.loads(done.stdout.splitlines()[-1])
+    errors, wrong = json.loads(done.stdout.splitlines()[-1])
+    assert wrong == [0] * len(wrong)
     assert len(errors) == len(INTERPRETED)
     assert max(errors) < 1, dict(zip(INTERPRETED, errors, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["e2m1_e4m3", "e2m1_exponent", "int4_float"])
+@pytest.mark.parametrize(
+    ("kind", "group"), [("e2m1_e4m3", 16), ("e2m1_e4m3", 32), ("e2m1_exponent", 32), ("int4_float", 128)]
+)
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 @pytest.mark.parametrize(
     ("arch", "instruction"),
     [(80, "mma.sync"), (89, "mma.sync"), (90, "wgmma"), (100, "tcgen05.mma"), (120, "mma.sync")],
 )
-def test_compiles_to_matrix_instructions(arch: int, instruction: str, dtype: str, kind: Kind) -> None:
+def test_compiles_to_matrix_instructions(arch: int, instruction: str, dtype: str, kind: Kind, group: int) -> None:
     """Ahead of time, no GPU needed: the inline PTX assembles for the architecture and the products are matrix instructions."""
     candidates = configs(kind, arch)
     for config in candidates if arch >= 100 else candidates[-1:]:
-        assert instruction in compile_for(arch, kind, dtype, config), str(config)
+        assert instruction in compile_for(arch, kind, group, dtype, config), str(config)
 
 
-def compile_for(arch: int, kind: Kind, dtype: str, config: KernelConfig) -> str:
+def compile_for(arch: int, kind: Kind, group: int, dtype: str, config: KernelConfig) -> str:
     """The kernel's PTX."""
     constexprs = {
         "KIND": kind,
-        "GROUP": dict(KINDS)[kind],
+        "GROUP": group,
         "F16": dtype == "fp16",
         "ASM": True,
         "DESCALE": descale(kind, dtype == "fp16"),
@@ -215,7 +270,8 @@ def test_on_a_gpu(name: str, dtype: str, m: int) -> None:
         x = activations(m, k, dtype, seed=m, device="cuda")
         row_scale = torch.rand(m, 1, device="cuda") + 0.5
         bias = torch.randn(n, device="cuda")
-        y = block_scaled_linear(x, weight, row_scale, bias, torch.float32)
+        with poisoned():
+            y = block_scaled_linear(x, weight, row_scale, bias, torch.float32)
         assert worst_error(y, x, weight, row_scale, bias) < tolerance(k)
 
 

@@ -8,16 +8,10 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from sglang_modelopt_kernels.gemm.dense import dense_linear
+
 from .kernel import block_scaled_kernel, decode_kernel, finish_kernel
 from .packing import Kind, PackedWeight
-
-KINDS: tuple[tuple[Kind, int], ...] = (
-    ("e2m1_e4m3", 16),
-    ("e2m1_e4m3", 32),
-    ("e2m1_exponent", 32),
-    ("int4_float", 128),
-)
-"""Every kind of packed weight and its group size."""
 
 SCRATCH_BYTES = 256 << 20
 """At most this much of a decoded weight exists at a time, for the dense product of many tokens."""
@@ -109,14 +103,21 @@ def run(
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
     target = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else y
     row_step = int(row_scale is not None and row_scale.numel() > 1)
-    factor = descale(weight.kind, f16)
+    # The kernels take a pointer for what is absent and never read through it.
+    row_scales = weight.out_scale if row_scale is None else row_scale.contiguous()
+    biases = weight.out_scale if bias is None else bias.contiguous()
+    epilogue = {
+        "DESCALE": descale(weight.kind, f16),
+        "HAS_ROW_SCALE": row_scale is not None,
+        "HAS_BIAS": bias is not None,
+    }
     block_scaled_kernel[(triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)](
         x,
         weight.codes,
         weight.scale,
-        row_scale if row_scale is not None else weight.out_scale,
+        row_scales,
         weight.out_scale,
-        bias if bias is not None else weight.out_scale,
+        biases,
         target,
         m,
         n,
@@ -126,9 +127,6 @@ def run(
         GROUP=weight.group,
         F16=f16,
         ASM=x.is_cuda,
-        DESCALE=factor,
-        HAS_ROW_SCALE=row_scale is not None,
-        HAS_BIAS=bias is not None,
         EVEN_K=k % config.bk == 0,
         SPLIT_K=split,
         BN=config.bn,
@@ -136,22 +134,21 @@ def run(
         BK=config.bk,
         num_warps=config.warps,
         num_stages=config.stages,
+        **epilogue,
     )
     if split > 1:
         finish_kernel[(m, triton.cdiv(n, 1024))](
             target,
-            row_scale if row_scale is not None else weight.out_scale,
+            row_scales,
             weight.out_scale,
-            bias if bias is not None else weight.out_scale,
+            biases,
             y,
             m,
             n,
             row_step,
-            DESCALE=factor,
-            HAS_ROW_SCALE=row_scale is not None,
-            HAS_BIAS=bias is not None,
             SPLITS=split,
             BN=1024,
+            **epilogue,
         )
     return y
 
@@ -190,12 +187,7 @@ def run_dense(
     step = max(SCRATCH_BYTES // (2 * weight.k) // 128 * 128, 128)
     for first in range(0, weight.n, step):
         rows = min(step, weight.n - first)
-        unit = decode_rows(weight, first, rows, f16)
         part = slice(first, first + rows)
-        product = torch.mm(values, unit.T, out_dtype=torch.float32) * factor[part]
-        if row_scale is not None:
-            product *= row_scale
-        if bias is not None:
-            product += bias[part]
-        y[:, part] = product
+        unit = decode_rows(weight, first, rows, f16)
+        y[:, part] = dense_linear(values, row_scale, unit, factor[part], None if bias is None else bias[part])
     return y

@@ -8,7 +8,10 @@ from .launch import run, run_dense
 from .packing import Kind, PackedWeight
 
 DENSE_FROM = 512
-"""Tokens from which decoding the weight once and calling cuBLAS beats decoding it in every tile; see ``benchmarks/results``."""
+"""Tokens from which the weight is decoded once for cuBLAS instead of in every tile.
+
+On an H200 the two are about level here, and above it the first is faster (``benchmarks/results``).
+"""
 
 INPUT_DTYPES = (torch.float8_e4m3fn, torch.float16, torch.bfloat16)
 
@@ -67,8 +70,8 @@ def block_scaled_linear(
     Args:
         x: ``[M, K]`` in FP8 E4M3 or float16 (multiplied in float16) or bf16 (multiplied in bf16).
         weight: the packed weight ``[N, K]``.
-        row_scale: float32, one value or ``[M, 1]``; None for 1.
-        bias: ``[N]`` or None.
+        row_scale: float32, one value or ``[M, 1]``, any strides; None for 1.
+        bias: ``[N]`` of any float type, or None.
         out_dtype: type of the result.
 
     Returns:
@@ -79,8 +82,10 @@ def block_scaled_linear(
     """
     if x.dtype not in INPUT_DTYPES or x.dim() != 2 or x.shape[1] != weight.k:
         raise ValueError(f"x must be [M, {weight.k}] in fp8, fp16 or bf16, got {tuple(x.shape)} {x.dtype}")
-    if row_scale is not None and row_scale.numel() not in (1, x.shape[0]):
-        raise ValueError(f"row_scale must have 1 or {x.shape[0]} values, got {row_scale.numel()}")
+    if row_scale is not None and (row_scale.dtype != torch.float32 or row_scale.numel() not in (1, x.shape[0])):
+        raise ValueError(f"row_scale must be 1 or {x.shape[0]} float32, got {row_scale.numel()} {row_scale.dtype}")
+    if bias is not None and bias.shape != (weight.n,):
+        raise ValueError(f"bias must be [{weight.n}], got {tuple(bias.shape)}")
     y: torch.Tensor = _block_scaled_linear(
         x, weight.codes, weight.scale, weight.out_scale, weight.kind, weight.group, row_scale, bias, out_dtype
     )

@@ -14,6 +14,7 @@ import torch
 
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockWeight
+from sglang_modelopt_kernels.formats.checks import scale_blocks, split_blocks
 
 Kind = Literal["e2m1_e4m3", "e2m1_exponent", "int4_float"]
 """How codes and block scales are read."""
@@ -61,7 +62,8 @@ def pack(weight: BlockWeight) -> PackedWeight:
     """Packs a weight for the kernel; exact, or refused.
 
     Raises:
-        ValueError: K is not a multiple of 16, or the exponents of a row's blocks span more than the kernel's range.
+        ValueError: K is not a multiple of 16, an E4M3 scale is NaN or negative or a UE8M0 scale is NaN (the kernel reads their
+            bits), or the exponents of a row's blocks span more than the kernel's range.
     """
     n, k = weight.codes.shape
     if k % 16:
@@ -71,6 +73,8 @@ def pack(weight: BlockWeight) -> PackedWeight:
         return PackedWeight(_pack_int4(weight.codes), weight.scale.contiguous(), out_scale, "int4_float", weight.group)
     codes = _pack_e2m1(weight.codes)
     if weight.scale.dtype == torch.float8_e4m3fn:
+        if bool((e4m3.byte_is_nan(weight.scale) | e4m3.byte_is_negative(weight.scale)).any()):
+            raise ValueError("an E4M3 block scale is NaN or negative")
         return PackedWeight(codes, weight.scale.view(torch.uint8).contiguous(), out_scale, "e2m1_e4m3", weight.group)
     scale, factor = _relative_exponents(weight)
     return PackedWeight(codes, scale, out_scale * factor, "e2m1_exponent", weight.group)
@@ -95,7 +99,7 @@ def unpack(packed: PackedWeight) -> torch.Tensor:
         scale = torch.exp2(packed.scale.to(torch.float64) - 15)
     else:
         scale = packed.scale.to(torch.float64)
-    return values * scale.repeat_interleave(packed.group, dim=1)
+    return scale_blocks(values, scale)
 
 
 def _planes(codes: torch.Tensor) -> torch.Tensor:
@@ -126,7 +130,9 @@ def _as_int16(element: torch.Tensor) -> torch.Tensor:
 
 def _relative_exponents(weight: BlockWeight) -> tuple[torch.Tensor, torch.Tensor]:
     """Stored exponents uint8 ``[N, K / group]`` and the factor of each row, float32 ``[N]``; a zero block has no exponent."""
-    zero = (weight.codes.unflatten(1, (-1, weight.group)) & 7).amax(dim=2) == 0
+    if bool(ue8m0.byte_is_nan(weight.scale).any()):
+        raise ValueError("a UE8M0 block scale is NaN")
+    zero = (split_blocks(weight.codes, weight.group) & 7).amax(dim=2) == 0
     exponent = weight.scale.to(torch.int32)
     top = torch.where(zero, 0, exponent).amax(dim=1, keepdim=True)
     stored = torch.where(zero, EXPONENT_BOTTOM, exponent - top + EXPONENT_TOP)
