@@ -1,0 +1,1 @@
+"""Rounding of activations, one folder for each kernel; the naive twins are the activation formats of ``formats``."""

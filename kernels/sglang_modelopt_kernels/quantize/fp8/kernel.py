@@ -1,0 +1,78 @@
+"""One read of the activations, one write of their E4M3 values (and a second, cached read where a token's maximum comes first)."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _round_to_e4m3(x):
+    """Float32 rounded to E4M3's grid, nearest even, saturating at 448; NaN stays NaN.
+
+    By arithmetic on float32, because sm_80 has no E4M3 and the interpreter's cast does not round to nearest. Adding and
+    subtracting 1.5 * 2^23 quanta rounds to the quantum: 2^-9 below 2^-6, and 2^(e - 3) under the exponent e above.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    exponent = tl.maximum((bits >> 23) & 0xFF, 121)  # 121 is 2^-6; its quantum has exponent 118
+    magic = (((exponent + 20) << 23) | 0x00400000).to(tl.float32, bitcast=True)
+    clamped = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
+    return tl.where(exponent > 135, clamped, (clamped + magic) - magic)
+
+
+@triton.jit
+def _load(x_ptr, smoothing_ptr, at, column, k, SMOOTH: tl.constexpr):
+    x = tl.load(x_ptr + at, mask=column < k, other=0.0).to(tl.float32)
+    if SMOOTH:
+        x = x * tl.load(smoothing_ptr + column, mask=column < k, other=0.0).to(tl.float32)
+    return x
+
+
+@triton.jit
+def quantize_static_kernel(x_ptr, smoothing_ptr, scale_ptr, y_ptr, k, stride, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
+    """One token's part of ``y[m, k] = e4m3(x[m, k] * smoothing[k] * (1 / scale))``."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inverse = tl.div_rn(1.0, tl.load(scale_ptr))
+    x = _load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH)
+    y = _round_to_e4m3(x * inverse)
+    tl.store(y_ptr + token * k + column, y.to(y_ptr.dtype.element_ty), mask=column < k)
+
+
+@triton.jit
+def quantize_token_kernel(
+    x_ptr,
+    smoothing_ptr,
+    amax_ptr,
+    y_ptr,
+    scale_ptr,
+    k,
+    stride,
+    SMOOTH: tl.constexpr,
+    HAS_AMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One token under its own scale, amax / 448, which is stored; the amax is its own, or that of all ranks."""
+    token = tl.program_id(0).to(tl.int64)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    spoiled = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, k, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        magnitude = tl.abs(_load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH))
+        # A maximum may lose a NaN. Neither NaN nor infinity is at most the largest float32.
+        spoiled |= tl.where(magnitude <= 3.4028234663852886e38, 0, 1)
+        largest = tl.maximum(largest, magnitude)
+    amax = tl.max(largest)
+    if HAS_AMAX:
+        amax = tl.load(amax_ptr + token)
+    scale = tl.maximum(tl.div_rn(amax, 448.0), 1.1754943508222875e-38)
+    scale = tl.where(amax == 0.0, 1.0, scale)
+    whole = (tl.max(spoiled) == 0) & (amax <= 3.4028234663852886e38)
+    scale = tl.where(whole, scale, float("nan"))
+    inverse = tl.div_rn(1.0, scale)
+    tl.store(scale_ptr + token, scale)
+    for start in range(0, k, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = _load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH)
+        y = _round_to_e4m3(x * inverse)
+        tl.store(y_ptr + token * k + column, y.to(y_ptr.dtype.element_ty), mask=column < k)

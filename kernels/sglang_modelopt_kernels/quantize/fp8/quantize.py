@@ -1,0 +1,95 @@
+"""The rounding as one PyTorch operator. CUDA tensors, or CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from .kernel import quantize_static_kernel, quantize_token_kernel
+
+BLOCK = 2048
+OUT_DTYPES = (torch.float8_e4m3fn, torch.float16)
+
+
+@torch.library.custom_op("modelopt_ext::quantize_fp8", mutates_args=())
+def _quantize_fp8(
+    x: torch.Tensor,
+    smoothing: torch.Tensor | None,
+    static_scale: torch.Tensor | None,
+    token_amax: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    m, k = x.shape
+    y = torch.empty((m, k), dtype=out_dtype, device=x.device)
+    row_scale = torch.empty((0 if static_scale is not None else m, 1), dtype=torch.float32, device=x.device)
+    if m == 0:
+        return y, row_scale
+    # The kernels take a pointer for what is absent and never read through it.
+    smooth = y if smoothing is None else smoothing.contiguous()
+    block = min(BLOCK, triton.next_power_of_2(k))
+    shared = {"SMOOTH": smoothing is not None, "BLOCK": block}
+    if static_scale is not None:
+        quantize_static_kernel[(m, triton.cdiv(k, block))](x, smooth, static_scale, y, k, x.stride(0), **shared)
+    else:
+        amax = row_scale if token_amax is None else token_amax.contiguous()
+        has_amax = token_amax is not None
+        quantize_token_kernel[(m,)](x, smooth, amax, y, row_scale, k, x.stride(0), HAS_AMAX=has_amax, **shared)
+    return y, row_scale
+
+
+@_quantize_fp8.register_fake
+def _(
+    x: torch.Tensor,
+    smoothing: torch.Tensor | None,
+    static_scale: torch.Tensor | None,
+    token_amax: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    del smoothing, token_amax
+    rows = 0 if static_scale is not None else x.shape[0]
+    return x.new_empty(x.shape, dtype=out_dtype), x.new_empty((rows, 1), dtype=torch.float32)
+
+
+def quantize_fp8(
+    x: torch.Tensor,
+    smoothing: torch.Tensor | None = None,
+    static_scale: torch.Tensor | None = None,
+    token_amax: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float8_e4m3fn,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``values, row_scale`` with ``x * smoothing ~ values * row_scale`` and ``values`` on E4M3's grid.
+
+    The formulas are those of ``FP8StaticPerTensor`` and ``FP8DynamicPerToken`` in ``formats/fp8.py``.
+
+    Args:
+        x: ``[M, K]`` of a float type, rows at any distance.
+        smoothing: ``[K]`` of a float type, multiplied in float32 first; None for 1.
+        static_scale: float32, one value, for the static format; None for a scale for each token.
+        token_amax: float32 ``[M, 1]`` for the dynamic one, where ``x`` is a slice of its tokens.
+        out_dtype: E4M3, or float16, which holds the same values.
+
+    Returns:
+        ``values`` ``[M, K]`` and float32 ``row_scale``, the static scale itself or ``[M, 1]``. A token that holds NaN or infinity is
+        NaN under a dynamic scale; under a static one infinity saturates and NaN stays.
+
+    Raises:
+        ValueError: a shape or dtype that the kernel does not read.
+    """
+    if x.dim() != 2 or not x.is_floating_point() or x.stride(-1) != 1:
+        raise ValueError(f"x must be [M, K] floats with adjacent columns, got {tuple(x.shape)} {x.dtype}")
+    if smoothing is not None and smoothing.shape != x.shape[1:]:
+        raise ValueError(f"smoothing must be [{x.shape[1]}], got {tuple(smoothing.shape)}")
+    if static_scale is not None and (static_scale.numel() != 1 or static_scale.dtype != torch.float32):
+        raise ValueError(f"static_scale must be one float32, got {tuple(static_scale.shape)} {static_scale.dtype}")
+    if token_amax is not None and (
+        static_scale is not None or token_amax.shape != (x.shape[0], 1) or token_amax.dtype != torch.float32
+    ):
+        raise ValueError(f"token_amax must be float32 [{x.shape[0]}, 1] and alone, got {tuple(token_amax.shape)}")
+    if out_dtype not in OUT_DTYPES:
+        raise ValueError(f"out_dtype must be E4M3 or float16, got {out_dtype}")
+    if out_dtype == torch.float8_e4m3fn and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
+        values, row_scale = _quantize_fp8(x, smoothing, static_scale, token_amax, torch.float16)
+        values = values.to(out_dtype)
+    else:
+        values, row_scale = _quantize_fp8(x, smoothing, static_scale, token_amax, out_dtype)
+    return values, row_scale if static_scale is None else static_scale
