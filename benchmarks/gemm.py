@@ -1,8 +1,8 @@
 """The block-scaled product on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.gemm``. Needs torch and Triton only.
 
-First every format is checked against its naive twin in float64 on fresh random data, then every case is timed under a CUDA graph whose
-launches go through enough copies of the weight to miss the cache; medians of 7 replays. Peers in the same run: bf16 cuBLAS and,
-from sm_89, FP8 ``torch._scaled_mm`` with a scale for each row.
+First every format is checked against its naive twin in float64 on fresh random data, then every case is timed under a CUDA
+graph whose launches go through enough copies of the weight to miss the cache; medians of 7 replays. Peers in the same run: bf16
+cuBLAS and, from sm_89, FP8 ``torch._scaled_mm`` with a scale for each row.
 """
 
 from __future__ import annotations

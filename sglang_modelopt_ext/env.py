@@ -51,13 +51,27 @@ MXFP4_ACTIVATIONS = Setting(
     "Whether an `mxfp4` checkpoint rounds its activations: ModelOpt exports MXFP4_DEFAULT (`mxfp4`) and "
     "MXFP4_MLP_WEIGHT_ONLY (`none`) alike, so there is no default.",
 )
+FP4_ACTIVATIONS = Setting(
+    "FP4_ACTIVATIONS",
+    ("auto", "round", "keep"),
+    "auto",
+    "Whether recipes with FP4 activations (NVFP4, MXFP4) round them: `round` as the recipe says, `keep` leaves them in the "
+    "model's type, `auto` rounds on a CPU and on Blackwell and keeps them on older GPUs, which gain nothing by it.",
+)
+GEMM = Setting(
+    "GEMM",
+    (),
+    "",
+    "Kernels that may serve linear layers, by the names of the support matrix, comma-separated, in order of preference; "
+    "a layer none of them takes is an error. Empty: all, in the plugin's own order.",
+)
 ERROR_FILE = Setting(
     "ERROR_FILE",
     (),
     "",
     "Internal: the file through which a scheduler process tells the launching process why it stopped.",
 )
-SETTINGS = (W4A8_MATH, MXFP4_ACTIVATIONS, ERROR_FILE)
+SETTINGS = (W4A8_MATH, MXFP4_ACTIVATIONS, FP4_ACTIVATIONS, GEMM, ERROR_FILE)
 
 
 def w4a8_math() -> W4A8Math:

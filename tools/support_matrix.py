@@ -7,7 +7,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from sglang_modelopt_ext.dispatch import LinearRequest, choose_layout
+from sglang_modelopt_ext.dispatch import LinearRequest, candidates, served_scheme
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
@@ -38,9 +38,10 @@ def kernel(scheme: Scheme, capability: int | None) -> str:
     names = []
     for weight in scheme.weights:
         layer = LayerScheme(scheme.algo, WEIGHT_FORMATS[weight], scheme.activation_format())
-        request = LinearRequest(layer, "cpu" if capability is None else "cuda", capability, 4096, 4096)
+        device = "cpu" if capability is None else "cuda"
+        request = LinearRequest(served_scheme(layer, device, capability), device, capability, 4096, 4096)
         try:
-            names.append(choose_layout(request, "matrix").name)
+            names.append(candidates(request, "matrix")[0].name)
         except ModelOptExtError:
             names.append("none")
     return ", ".join(f"`{name}`" for name in dict.fromkeys(names))

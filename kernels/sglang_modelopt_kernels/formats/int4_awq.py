@@ -39,6 +39,7 @@ class INT4Weight(WeightFormat):
     name = "int4_awq"
     group_size = BLOCK
     exact_in_bf16 = False
+    has_blocks = True
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

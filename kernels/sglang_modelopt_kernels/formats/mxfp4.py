@@ -27,6 +27,7 @@ class MXFP4Weight(WeightFormat):
     name = "mxfp4"
     group_size = BLOCK
     exact_in_bf16 = True
+    has_blocks = True
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

@@ -34,6 +34,7 @@ class NVFP4Weight(WeightFormat):
     """
 
     exact_in_bf16 = True
+    has_blocks = True
 
     def __init__(self, name: str, group_size: int, unit_max: float) -> None:
         if group_size not in (16, 32):

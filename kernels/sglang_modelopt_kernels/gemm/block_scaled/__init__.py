@@ -2,6 +2,15 @@
 
 from sglang_modelopt_kernels.gemm.block_scaled.linear import DENSE_FROM, block_scaled_linear
 from sglang_modelopt_kernels.gemm.block_scaled.naive import naive_block_scaled_linear
-from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight, pack, unpack
+from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight, from_tensors, pack, to_tensors, unpack
 
-__all__ = ["DENSE_FROM", "PackedWeight", "block_scaled_linear", "naive_block_scaled_linear", "pack", "unpack"]
+__all__ = [
+    "DENSE_FROM",
+    "PackedWeight",
+    "block_scaled_linear",
+    "from_tensors",
+    "naive_block_scaled_linear",
+    "pack",
+    "to_tensors",
+    "unpack",
+]

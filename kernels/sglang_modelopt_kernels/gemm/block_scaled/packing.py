@@ -7,6 +7,7 @@ the four codes of an element belong to one block scale, because blocks are at le
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +79,28 @@ def pack(weight: BlockWeight) -> PackedWeight:
         return PackedWeight(codes, weight.scale.view(torch.uint8).contiguous(), out_scale, "e2m1_e4m3", weight.group)
     scale, factor = _relative_exponents(weight)
     return PackedWeight(codes, scale, out_scale * factor, "e2m1_exponent", weight.group)
+
+
+_KIND_OF_SCALE: dict[torch.dtype, Kind] = {
+    torch.float8_e4m3fn: "e2m1_e4m3",
+    torch.uint8: "e2m1_exponent",
+    torch.float32: "int4_float",
+}
+
+
+def to_tensors(packed: PackedWeight) -> dict[str, torch.Tensor]:
+    """``codes``, ``block_scale`` and ``out_scale``: all of a packed weight, its kind told by the type of ``block_scale``."""
+    scale = packed.scale.view(torch.float8_e4m3fn) if packed.kind == "e2m1_e4m3" else packed.scale
+    return {"codes": packed.codes, "block_scale": scale, "out_scale": packed.out_scale}
+
+
+def from_tensors(tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
+    """The inverse of :func:`to_tensors`; copies nothing."""
+    codes, scale = tensors["codes"], tensors["block_scale"]
+    kind = _KIND_OF_SCALE[scale.dtype]
+    group = 4 * codes.shape[1] // scale.shape[1]
+    stored = scale.view(torch.uint8) if kind == "e2m1_e4m3" else scale
+    return PackedWeight(codes, stored, tensors["out_scale"], kind, group)
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:

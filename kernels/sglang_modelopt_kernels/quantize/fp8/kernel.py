@@ -29,7 +29,9 @@ def _load(x_ptr, smoothing_ptr, at, column, k, SMOOTH: tl.constexpr):
 
 
 @triton.jit
-def quantize_static_kernel(x_ptr, smoothing_ptr, scale_ptr, y_ptr, k, stride, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
+def quantize_static_kernel(
+    x_ptr, smoothing_ptr, scale_ptr, y_ptr, k, stride, SMOOTH: tl.constexpr, BLOCK: tl.constexpr
+):
     """One token's part of ``y[m, k] = e4m3(x[m, k] * smoothing[k] * (1 / scale))``."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -69,8 +69,8 @@ def quantize_fp8(
         out_dtype: E4M3, or float16, which holds the same values.
 
     Returns:
-        ``values`` ``[M, K]`` and float32 ``row_scale``, the static scale itself or ``[M, 1]``. A token that holds NaN or infinity is
-        NaN under a dynamic scale; under a static one infinity saturates and NaN stays.
+        ``values`` ``[M, K]`` and float32 ``row_scale``, the static scale itself or ``[M, 1]``. A token that holds NaN or infinity
+        is NaN under a dynamic scale; under a static one infinity saturates and NaN stays.
 
     Raises:
         ValueError: a shape or dtype that the kernel does not read.

@@ -1,0 +1,67 @@
+"""``torch._scaled_mm`` (cuBLASLt, CUTLASS) over E4M3 weights with a scale for each output row.
+
+Every product of two E4M3 numbers is exact; the sum has the precision of the matrix instruction, promoted to float32
+(``use_fast_accum=False``): on Hopper the FP8 instruction keeps about 14 bits between promotions.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_modelopt_kernels.formats import e4m3
+from sglang_modelopt_kernels.formats.base import DecodedWeight
+
+
+def prepare_fp8(weight: DecodedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two tensors :func:`fp8_linear` reads.
+
+    Args:
+        weight: decoded weight ``[N, K]``.
+
+    Returns:
+        ``(unit, out_scale)``: E4M3 ``[N, K]`` and float32 ``[N]``.
+
+    Raises:
+        ValueError: ``unit`` is not on E4M3's grid.
+    """
+    unit = e4m3.to_e4m3(weight.unit)
+    if not torch.equal(unit.to(torch.float32), weight.unit):
+        raise ValueError("the decoded weight is not exact in E4M3")
+    rows = weight.unit.shape[0]
+    return unit.contiguous(), weight.out_scale.to(torch.float32).reshape(-1).expand(rows).contiguous()
+
+
+def fp8_linear(
+    values: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    unit: torch.Tensor,
+    out_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """``(values @ unit^T) * row_scale * out_scale + bias``, scaled in float32 and rounded once.
+
+    Args:
+        values: E4M3 ``[M, K]``, the rounded activations before their scale.
+        row_scale: float32, one value or ``[M, 1]``; None for 1.
+        unit: E4M3 ``[N, K]``, N and K multiples of 16.
+        out_scale: float32 ``[N]``.
+        bias: ``[N]`` or None.
+        out_dtype: type of the result.
+
+    Returns:
+        ``[M, N]`` of ``out_dtype``.
+    """
+    m = values.shape[0]
+    if m == 0:
+        return torch.empty((0, unit.shape[0]), dtype=out_dtype, device=values.device)
+    one = out_scale.new_ones(())
+    scale = one if row_scale is None else row_scale
+    if out_dtype == torch.bfloat16 and values.is_cuda and torch.cuda.get_device_capability(values.device) == (9, 0):
+        # Scales of rows and columns in the epilogue: the kernel exists with bf16 output; elsewhere it was not tried.
+        rows, columns = scale.reshape(-1, 1).expand(m, 1).contiguous(), out_scale.reshape(1, -1)
+        fused = None if bias is None else bias.to(out_dtype)
+        return torch._scaled_mm(values, unit.T, scale_a=rows, scale_b=columns, bias=fused, out_dtype=out_dtype)
+    y = torch._scaled_mm(values, unit.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    y = y * out_scale * scale
+    return (y if bias is None else y + bias.to(torch.float32)).to(out_dtype)

@@ -1,0 +1,235 @@
+"""What a quantized linear layer computes, from its stored shards to its output. Needs no SGLang.
+
+A fused layer (qkv, gate_up) keeps every shard's own scales. Shards whose activations are rounded alike share one matrix product
+and differ only in the output scale of their rows; shards whose activations differ are computed apart. No scale is ever replaced
+by another shard's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
+from sglang_modelopt_ext.dispatch import (
+    FP8_ACTIVATIONS,
+    Layout,
+    LinearRequest,
+    ShardWeight,
+    candidates,
+    served_scheme,
+)
+from sglang_modelopt_ext.env import W4A8Math
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
+from sglang_modelopt_kernels.formats.base import ValueRule
+from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
+
+INPUT_SCALE = "input_scale"
+
+Shard = Mapping[str, torch.Tensor]
+"""The tensors of one shard, by the last part of their names."""
+
+
+@dataclass(frozen=True)
+class ShardGroup:
+    """Adjacent shards computed by one matrix product.
+
+    Attributes:
+        prepared: the layout's names of its tensors, and the layer's names of them.
+        inputs: likewise what is applied to the input: ``input_scale``, ``pre_quant_scale`` and the low-rank factors, as present.
+        rows: output features of the group.
+    """
+
+    prepared: dict[str, str]
+    inputs: dict[str, str]
+    rows: int
+
+
+class LinearProduct:
+    """One quantized linear layer, prepared; its tensors are parameters of the module it is prepared on.
+
+    Args:
+        scheme: how the layer is quantized.
+        where: the checkpoint's folder, for messages.
+        prefix: the layer's name, for messages.
+        math: the numerics of its weights.
+        dtype: the model's type.
+    """
+
+    def __init__(
+        self,
+        scheme: LayerScheme,
+        where: object,
+        prefix: str,
+        math: W4A8Math = "exact",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.scheme = scheme
+        self.where = where
+        self.prefix = prefix
+        self.math = math
+        self.dtype = dtype
+        self.rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """For a row-parallel layer: the maximum over the ranks that hold the other slices of the same tokens."""
+        self.groups: tuple[ShardGroup, ...] = ()
+        self._layout: Layout | None = None
+        self._operand = torch.float32
+        self._input_names: list[str] = []
+
+    @property
+    def layout(self) -> Layout:
+        """The layout that serves the layer, once it is prepared."""
+        if self._layout is None:
+            raise RuntimeError(f"{self.prefix} is used before it is prepared")
+        return self._layout
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether weights are in place."""
+        return self._layout is not None
+
+    def prepare(
+        self, layer: torch.nn.Module, shards: Sequence[Shard], n: int, k: int, vocabulary: bool = False
+    ) -> None:
+        """Puts the stored shards into the first layout that can hold them, as parameters of ``layer``.
+
+        Args:
+            layer: the module that will hold the tensors.
+            shards: what is stored for each shard.
+            n, k: output and input features of all of them.
+            vocabulary: whether it is an embedding or an ``lm_head``.
+
+        Raises:
+            ModelOptExtError: a value is illegal, or no kernel takes the layer, with the reason of each.
+        """
+        self._check_zero_blocks(shards)
+        request = self._request(shards[0]["weight"], n, k, vocabulary)
+        taking = candidates(request, self.prefix)
+        self.scheme = request.scheme
+        self._input_names = (
+            [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
+        )
+        members = group_shards(shards, self._input_names)
+        weights = [
+            [ShardWeight(self.scheme.weight, shards[index], self.math) for index in indices] for indices in members
+        ]
+        reasons = []
+        for layout in taking:
+            try:
+                prepared = [layout.prepare(group) for group in weights]
+            except ValueError as error:
+                reasons.append(f"{layout.name}: {error}")
+                continue
+            self._layout, self._operand = layout, layout.operand(request)
+            self.groups = tuple(
+                self._register(layer, [shards[index] for index in indices], indices[0], tensors)
+                for indices, tensors in zip(members, prepared, strict=True)
+            )
+            return
+        expected = f"weights that a kernel with math {self.math} can hold"
+        raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
+
+    def _request(self, weight: torch.Tensor, n: int, k: int, vocabulary: bool) -> LinearRequest:
+        capability = None
+        if weight.is_cuda:
+            major, minor = torch.cuda.get_device_capability(weight.device)
+            capability = 10 * major + minor
+        scheme = served_scheme(self.scheme, weight.device.type, capability)
+        return LinearRequest(scheme, weight.device.type, capability, n, k, self.math, self.dtype, vocabulary)
+
+    def _check_zero_blocks(self, shards: Sequence[Shard]) -> None:
+        for spec in self.scheme.tensors:
+            if spec.values is ValueRule.BLOCK_SCALE_E4M3:
+                for shard in shards:
+                    check_zero_blocks(self.where, f"{self.prefix}.{spec.name}", shard["weight"], shard[spec.name])
+
+    def _register(
+        self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, prepared: dict[str, torch.Tensor]
+    ) -> ShardGroup:
+        # Copies: a slice would keep the whole parameter of the checkpoint alive.
+        inputs = {name: shards[0][name].clone() for name in self._input_names if name in shards[0]}
+        if self.scheme.low_rank:
+            inputs[LORA_A] = torch.cat([shard[LORA_A].to(torch.float32) for shard in shards])
+            inputs[LORA_B] = torch.block_diag(*(shard[LORA_B].to(torch.float32) for shard in shards))
+        prefix = f"{self.layout.name}_{first}_"
+        for name, tensor in (prepared | inputs).items():
+            layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
+        return ShardGroup(
+            prepared={name: prefix + name for name in prepared},
+            inputs={name: prefix + name for name in inputs},
+            rows=prepared["out_scale"].shape[0],
+        )
+
+    def release(self, layer: torch.nn.Module) -> None:
+        """Takes the prepared tensors off ``layer`` again."""
+        for group in self.groups:
+            for name in (*group.prepared.values(), *group.inputs.values()):
+                delattr(layer, name)
+        self.groups, self._layout = (), None
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``y = Q(x) @ W^T + bias`` for ``x`` ``[..., K]`` in fp32, bf16 or fp16; the result has its type."""
+        flat = x.reshape(-1, x.shape[-1])
+        outputs, row = [], 0
+        for group in self.groups:
+            part = None if bias is None else bias[row : row + group.rows]
+            outputs.append(self._apply_group(layer, group, flat, part))
+            row += group.rows
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _apply_group(
+        self, layer: torch.nn.Module, group: ShardGroup, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
+        inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
+        values, row_scale = self._round(x, inputs)
+        if not self.scheme.low_rank:
+            return self.layout.matmul(prepared, values, row_scale, bias, x.dtype)
+        y = self.layout.matmul(prepared, values, row_scale, bias, torch.float32)
+        return (y + (_smooth(x, inputs) @ inputs[LORA_A].T) @ inputs[LORA_B].T).to(x.dtype)
+
+    def _round(self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The activations the layout reads, and their scale."""
+        row_scale: torch.Tensor | None
+        activation, smoothing = self.scheme.activation, inputs.get(PRE_QUANT_SCALE.name)
+        if activation is None:
+            return (x if smoothing is None else _smooth(x, inputs)).to(self._operand), None
+        scale = inputs.get(INPUT_SCALE)
+        if self.rank_amax is not None:
+            amax = activation.token_amax(_smooth(x, inputs))
+            scale = scale if amax is None else self.rank_amax(amax)
+        if x.is_cuda and activation.name in FP8_ACTIVATIONS:
+            is_static = INPUT_SCALE in inputs
+            exact = self._operand if self._operand == torch.float8_e4m3fn else torch.float16
+            values, row_scale = quantize_fp8(
+                x, smoothing, scale if is_static else None, None if is_static else scale, exact
+            )
+        else:
+            values, row_scale = activation.quantize(_smooth(x, inputs), scale)
+        return values.to(self._operand), row_scale
+
+    def rows(self, layer: torch.nn.Module, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
+        prepared = {name: getattr(layer, attribute) for name, attribute in self.groups[0].prepared.items()}
+        return self.layout.rows(prepared, indices).to(self.dtype)
+
+
+def _smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    wide = x.to(torch.float32)
+    return wide * inputs[PRE_QUANT_SCALE.name] if PRE_QUANT_SCALE.name in inputs else wide
+
+
+def group_shards(shards: Sequence[Shard], names: Sequence[str]) -> list[list[int]]:
+    """Indices of adjacent shards that agree in the tensors ``names``, where they have them."""
+    groups: list[list[int]] = []
+    for index, shard in enumerate(shards):
+        present = [name for name in names if name in shard]
+        if groups and all(torch.equal(shard[name], shards[index - 1][name]) for name in present):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
