@@ -234,15 +234,15 @@ class Fp8(Layout):
 class Dense(Layout):
     """The reference path of :mod:`sglang_modelopt_kernels.gemm.dense`."""
 
-    def __init__(self, device: str, dtype: torch.dtype) -> None:
-        self.device = device
+    def __init__(self, dtype: torch.dtype, devices: tuple[str, ...]) -> None:
         self.dtype = dtype
+        self.devices = devices
         self.name = f"dense_{str(dtype).removeprefix('torch.')}"
 
     def supports(self, request: LinearRequest) -> str | None:
-        """Any layer on its device; in bf16 only formats and activations whose products are exact there."""
-        if request.device != self.device:
-            return f"is for {self.device}"
+        """Any layer on its devices; in bf16 only formats and activations whose products are exact there."""
+        if request.device not in self.devices:
+            return f"is for {' and '.join(self.devices)}"
         if self.dtype == torch.bfloat16:
             if not request.scheme.weight.exact_in_bf16:
                 return f"{request.scheme.weight.name} weights are not exact in bf16"
@@ -280,9 +280,8 @@ class Dense(Layout):
 LAYOUTS: tuple[Layout, ...] = (
     BlockScaled(),
     Fp8(),
-    Dense("cuda", torch.bfloat16),
-    Dense("cuda", torch.float32),
-    Dense("cpu", torch.float32),
+    Dense(torch.bfloat16, ("cuda",)),
+    Dense(torch.float32, ("cuda", "cpu")),
 )
 
 

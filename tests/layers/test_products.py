@@ -1,0 +1,218 @@
+"""Linear layers built from real exports without SGLang, against float64: on a GPU, eagerly and in a captured CUDA graph.
+
+Where ModelOpt is not installed, ``SGLANG_MODELOPT_EXT_TEST_EXPORTS`` names a folder of exports, ``RECIPE/FAMILY`` each, as
+``python -m tests.layers.test_products FOLDER`` makes it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
+from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, QuantizedLinear, read_checkpoint
+from sglang_modelopt_ext.checkpoint.tensors import read_tensors
+from sglang_modelopt_ext.dispatch import BlockScaled, LinearRequest, ShardWeight
+from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, MXFP4_ACTIVATIONS
+from sglang_modelopt_ext.methods.product import LinearProduct
+from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B
+from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_kernels.gemm.dense import naive_linear
+
+EXPORTS = "SGLANG_MODELOPT_EXT_TEST_EXPORTS"
+RECIPES = (
+    "W4A8_NVFP4_FP8_CFG",
+    "W4A8_MXFP4_FP8_CFG",
+    "W4A8_AWQ_BETA_CFG",
+    "INT4_AWQ_CFG",
+    "NVFP4_DEFAULT_CFG",
+    "NVFP4_AWQ_LITE_CFG",
+    "NVFP4_SVDQUANT_DEFAULT_CFG",
+    "W4A16_NVFP4_CFG",
+    "NVFP4_MLP_WEIGHT_ONLY_CFG",
+    "MXFP4_DEFAULT_CFG",
+    "MXFP8_DEFAULT_CFG",
+    "FP8_DEFAULT_CFG",
+    "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+    "INT8_SMOOTHQUANT_CFG",
+    "INT8_WEIGHT_ONLY_CFG",
+)
+FAMILIES = ("llama", "qwen2")  # without and with biases
+TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-5}
+"""Two roundings to the model's type, of the input after smoothing and of the output, each by at most half its epsilon; float32 sums
+of some hundred products. FP8 matrix instructions of Hopper sum at about 2^-13."""
+
+
+def folder_of(recipe: str, family: str) -> Path:
+    if EXPORTS in os.environ:
+        return Path(os.environ[EXPORTS]) / recipe / family
+    pytest.importorskip("modelopt", reason="needs nvidia-modelopt to make exports")
+    from tests.support.exports import export
+    from tests.support.models import TinyModel, model_dir
+
+    return export(model_dir(TinyModel(family)), recipe)  # type: ignore[arg-type]
+
+
+def layers_of(folder: Path) -> Iterator[tuple[str, list[QuantizedLinear], list[dict[str, torch.Tensor]]]]:
+    """Every quantized layer as a server has it, fused where it fuses: its name, shards, and what is stored for each."""
+    checkpoint = read_checkpoint(folder)
+    tensors = {stored.name: tensor for stored, tensor in read_tensors(list(checkpoint.tensors.values()))}
+    seen = set()
+    for linear in checkpoint.linears.values():
+        parent, _, leaf = linear.name.rpartition(".")
+        if linear.name in seen or not parent:
+            continue
+        names = next((shards for shards in FUSED_SHARDS.values() if leaf in shards), (leaf,))
+        shards = [checkpoint.linears[canonical_name(f"{parent}.{name}")] for name in names]
+        seen.update(shard.name for shard in shards)
+        yield (
+            linear.name,
+            shards,
+            [{spec: tensors[stored.name] for spec, stored in shard.stored.items()} for shard in shards],
+        )
+
+
+def expected(product: LinearProduct, shards: list[dict[str, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
+    """The layer in float64, shard by shard, with the activation rounding that is served."""
+    outputs = []
+    for shard in shards:
+        wide = x.float()
+        if "pre_quant_scale" in shard:
+            wide = wide * shard["pre_quant_scale"].float()
+        scheme = product.scheme
+        decoded = scheme.weight.decode(shard)
+        y = naive_linear(wide, decoded, scheme.activation, shard.get("input_scale"), shard.get("bias"))
+        if scheme.low_rank:
+            y += wide.double() @ shard[LORA_A].double().T @ shard[LORA_B].double().T
+        outputs.append(y)
+    return torch.cat(outputs, dim=1)
+
+
+def check_export(folder: Path, dtype: torch.dtype, device: str) -> dict[str, float]:
+    """The worst relative error of any token, by layer; on a GPU the layer is also captured and replayed on another input."""
+    errors = {}
+    for name, linears, stored in layers_of(folder):
+        product = LinearProduct(linears[0].scheme, folder, name, "exact", dtype)
+        layer = torch.nn.Module()
+        moved = [{key: tensor.to(device) for key, tensor in shard.items()} for shard in stored]
+        product.prepare(layer, moved, sum(linear.n for linear in linears), linears[0].k)
+        bias = torch.cat([shard["bias"] for shard in moved]).to(dtype) if "bias" in moved[0] else None
+        for m in (1, 5, 33, 600):
+            x, other = (
+                torch.randn(m, linears[0].k, generator=torch.Generator().manual_seed(s)).to(dtype) for s in (m, m + 1)
+            )
+            target = x.to(device)
+            y = product.apply(layer, target, bias)
+            assert y.dtype == dtype
+            right = expected(product, stored, x)
+            error = float(((y.double().cpu() - right).norm(dim=1) / right.norm(dim=1)).max())
+            errors[f"{name} m={m} {product.layout.name}"] = error
+            if device == "cuda":
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    replayed = product.apply(layer, target, bias)
+                target.copy_(other)
+                replayed.fill_(float("nan"))
+                graph.replay()
+                assert torch.equal(replayed, product.apply(layer, target, bias))
+    assert errors
+    return errors
+
+
+@pytest.fixture(autouse=True)
+def mxfp4_rounds_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "mxfp4")
+
+
+def assert_within(errors: dict[str, float], dtype: torch.dtype) -> None:
+    wrong = {name: error for name, error in errors.items() if not error < TOLERANCE[dtype]}
+    assert not wrong, wrong
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_on_a_cpu(recipe: str) -> None:
+    assert_within(check_export(folder_of(recipe, "qwen2"), torch.float32, "cpu"), torch.float32)
+
+
+def test_every_algorithm_is_covered() -> None:
+    assert {read_checkpoint(folder_of(recipe, "llama")).config.algo for recipe in RECIPES} == SCHEMES.keys()
+
+
+INTERPRETED = [recipe for recipe in RECIPES if "4" in recipe.replace("W4A8_AWQ_BETA", "INT4")]
+
+
+def interpreted_errors(folder: Path) -> float:
+    """Worst error of the block-scaled layout on the first fused layer of an export, run by Triton's interpreter."""
+    _, linears, stored = next(layers_of(folder))
+    layout, scheme = BlockScaled(), linears[0].scheme
+    request = LinearRequest(scheme, "cuda", 90, sum(linear.n for linear in linears), linears[0].k)
+    assert layout.supports(request) is None
+    prepared = layout.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
+    x = torch.randn(3, linears[0].k, generator=torch.Generator().manual_seed(0)).to(layout.operand(request))
+    y = layout.matmul(prepared, x, None, None, torch.float32).double()
+    right = torch.cat([naive_linear(x, scheme.weight.decode(shard), None, None) for shard in stored], dim=1)
+    return float(((y - right).norm(dim=1) / right.norm(dim=1)).max())
+
+
+def test_the_block_scaled_layout_in_the_interpreter() -> None:
+    """Real exports through ``prepare`` and ``matmul`` as a GPU would run them, shards with scales of their own merged."""
+    folders = [str(folder_of(recipe, "llama")) for recipe in INTERPRETED]
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from tests.layers.test_products import interpreted_errors\n"
+        "print(*[interpreted_errors(Path(folder)) for folder in sys.argv[1:]])\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *folders]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors = [float(word) for word in done.stdout.split()]
+    assert len(errors) == len(INTERPRETED) >= 9
+    assert max(errors) < TOLERANCE[torch.float32], dict(zip(INTERPRETED, errors, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_on_a_gpu(recipe: str, family: str, dtype: torch.dtype) -> None:
+    assert_within(check_export(folder_of(recipe, family), dtype, "cuda"), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recipe", ["NVFP4_DEFAULT_CFG", "NVFP4_SVDQUANT_DEFAULT_CFG", "MXFP4_DEFAULT_CFG"])
+def test_rounded_fp4_activations_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FP4_ACTIVATIONS.variable, "round")
+    errors = check_export(folder_of(recipe, "llama"), torch.bfloat16, "cuda")
+    assert all("triton_block_scaled" in name for name in errors)
+    assert_within(errors, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gemm", ["dense_bfloat16", "dense_float32"])
+def test_the_reference_path_on_a_gpu(gemm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GEMM.variable, gemm)
+    errors = check_export(folder_of("W4A8_NVFP4_FP8_CFG", "llama"), torch.bfloat16, "cuda")
+    assert all(gemm in name for name in errors)
+    assert_within(errors, torch.bfloat16)
+
+
+def main(folder: Path) -> None:
+    """Makes every export of this file in ``folder``."""
+    for recipe in RECIPES:
+        for family in FAMILIES:
+            target = folder / recipe / family
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(folder_of(recipe, family), target)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,125 @@
+"""Which kernel a layer gets: for every algorithm on every architecture, and why not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_modelopt_ext.dispatch import LAYOUTS, LinearRequest, candidates, served_scheme
+from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+
+BLOCK, FP8, BF16, FP32 = "triton_block_scaled", "fp8_scaled_mm", "dense_bfloat16", "dense_float32"
+EXPECTED = {
+    # algorithm: the kernel on SM80, and from SM89
+    "W4A8_NVFP4_FP8": (BLOCK, BLOCK),
+    "W4A8_MXFP4_FP8": (BLOCK, BLOCK),
+    "W4A8_AWQ": (BLOCK, BLOCK),
+    "MXFP4": (BLOCK, BLOCK),
+    "NVFP4": (BLOCK, BLOCK),
+    "NVFP4_AWQ": (BLOCK, BLOCK),
+    "NVFP4_SVD": (BLOCK, BLOCK),
+    "W4A16_NVFP4": (BLOCK, BLOCK),
+    "W4A16_AWQ": (BLOCK, BLOCK),
+    "FP8": (BF16, FP8),
+    "FP8_PER_CHANNEL_PER_TOKEN": (BF16, FP8),
+    "FP8_PB_WO": (FP32, FP32),
+    "MXFP8": (FP32, FP32),
+    "W8A8_SQ_PER_CHANNEL": (BF16, BF16),
+    "W8A16": (BF16, BF16),
+}
+
+
+def request(algo: str, capability: int | None = 90, weight: str | None = None, **fields: object) -> LinearRequest:
+    scheme = SCHEMES[algo]
+    layer = LayerScheme(algo, WEIGHT_FORMATS[weight or scheme.weights[0]], scheme.activation_format())
+    device = "cpu" if capability is None else "cuda"
+    arguments = {"n": 4096, "k": 4096} | fields
+    return LinearRequest(served_scheme(layer, device, capability), device, capability, **arguments)  # type: ignore[arg-type]
+
+
+def test_every_algorithm_is_expected_somewhere() -> None:
+    assert EXPECTED.keys() == SCHEMES.keys()
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("algo", EXPECTED)
+def test_on_a_gpu(algo: str, capability: int) -> None:
+    for weight in SCHEMES[algo].weights:
+        assert candidates(request(algo, capability, weight), "layer")[0].name == EXPECTED[algo][capability >= 89]
+
+
+@pytest.mark.parametrize("algo", EXPECTED)
+def test_on_a_cpu(algo: str) -> None:
+    names = [layout.name for layout in candidates(request(algo, None), "layer")]
+    assert names == [FP32]
+
+
+@pytest.mark.parametrize(
+    ("algo", "fields", "name"),
+    [
+        ("W4A8_NVFP4_FP8", {"math": "fp8"}, FP8),
+        ("W4A8_NVFP4_FP8", {"math": "fp8", "capability": 80}, BF16),
+        ("W4A8_NVFP4_FP8", {"vocabulary": True}, BF16),
+        ("W4A8_NVFP4_FP8", {"n": 4097}, BF16),
+        ("W4A8_NVFP4_FP8", {"capability": 75}, BF16),
+        ("W4A16_NVFP4", {"dtype": torch.float32}, FP32),
+        ("W4A16_AWQ", {"n": 4097}, FP32),
+        ("FP8", {"n": 4104}, BF16),
+        ("FP8", {"vocabulary": True}, BF16),
+    ],
+)
+def test_where_the_first_choice_does_not_fit(algo: str, fields: dict[str, object], name: str) -> None:
+    assert candidates(request(algo, **fields), "layer")[0].name == name  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("setting", "capability", "rounds"),
+    [
+        ("auto", None, True),
+        ("auto", 90, False),
+        ("auto", 100, True),
+        ("round", 90, True),
+        ("keep", 100, False),
+        ("keep", None, False),
+    ],
+)
+def test_fp4_activations(monkeypatch: pytest.MonkeyPatch, setting: str, capability: int | None, rounds: bool) -> None:
+    monkeypatch.setenv(FP4_ACTIVATIONS.variable, setting)
+    for algo, scheme in SCHEMES.items():
+        served = request(algo, capability).scheme.activation
+        if scheme.activation in ("nvfp4_dynamic", "mxfp4_dynamic"):
+            assert (served is not None) == rounds
+        else:
+            assert (served.name if served else None) == scheme.activation
+
+
+def test_operands_hold_the_activations() -> None:
+    operand = {algo: candidates(request(algo, 100), "layer")[0].operand(request(algo, 100)) for algo in EXPECTED}
+    assert operand["W4A8_NVFP4_FP8"] == operand["NVFP4"] == torch.float16
+    assert operand["MXFP4"] == operand["W4A16_NVFP4"] == torch.bfloat16  # MXFP4's exponents are those of bf16
+    assert operand["FP8"] == torch.float8_e4m3fn
+
+
+def test_an_override(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(GEMM.variable, f"{FP32},{BLOCK}")
+    assert candidates(request("W4A8_NVFP4_FP8"), "layer")[0].name == FP32
+    monkeypatch.setenv(GEMM.variable, BLOCK)
+    with pytest.raises(
+        ModelOptExtError, match=r"layer: expected .*: triton_block_scaled fp8 weights have no 4-bit blocks"
+    ):
+        candidates(request("FP8"), "layer")
+    monkeypatch.setenv(GEMM.variable, "cutlass")
+    with pytest.raises(ModelOptExtError, match=r"SGLANG_MODELOPT_EXT_GEMM: expected names among .*, got cutlass"):
+        candidates(request("FP8"), "layer")
+
+
+def test_every_reason_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    impossible = request("FP8", None)
+    object.__setattr__(impossible, "device", "xpu")
+    with pytest.raises(ModelOptExtError) as caught:
+        candidates(impossible, "layer")
+    assert all(layout.name in str(caught.value) for layout in LAYOUTS)
