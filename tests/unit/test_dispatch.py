@@ -109,7 +109,7 @@ def test_an_override(monkeypatch: pytest.MonkeyPatch) -> None:
     assert candidates(request("W4A8_NVFP4_FP8"), "layer")[0].name == FP32
     monkeypatch.setenv(GEMM.variable, BLOCK)
     with pytest.raises(
-        ModelOptExtError, match=r"layer: expected .*: triton_block_scaled fp8 weights have no 4-bit blocks"
+        ModelOptExtError, match=r"layer: FP8: expected .* got triton_block_scaled fp8 weights have no 4-bit blocks"
     ):
         candidates(request("FP8"), "layer")
     monkeypatch.setenv(GEMM.variable, "cutlass")
