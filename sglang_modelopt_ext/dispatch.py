@@ -166,10 +166,12 @@ class BlockScaled(Layout):
         return None
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """float16, whose range holds code times block scale of NVFP4; bf16 for MXFP4, the model's own type when unrounded."""
+        """The type of the activations' numbers: E4M3 where the GPU has it, float16 for NVFP4, bf16 for MXFP4, or the model's."""
         activation = request.scheme.activation
         if activation is None:
             return request.dtype
+        if activation.name in FP8_ACTIVATIONS and (request.capability or 0) >= 89:
+            return torch.float8_e4m3fn
         return torch.bfloat16 if activation.name == "mxfp4_dynamic" else torch.float16
 
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
@@ -203,6 +205,8 @@ class Fp8(Layout):
             return f"{scheme.weight.name} weights are not E4M3 numbers under a scale for each row"
         if scheme.activation is None or scheme.activation.name not in FP8_ACTIVATIONS:
             return "needs FP8 activations"
+        if request.dtype not in (torch.float16, torch.bfloat16):
+            return f"sums at less than the precision of {request.dtype}"
         if request.vocabulary:
             return "does not take vocabulary layers"
         if request.k % 16 or request.n % 16:

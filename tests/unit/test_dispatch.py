@@ -69,6 +69,7 @@ def test_on_a_cpu(algo: str) -> None:
         ("W4A16_NVFP4", {"dtype": torch.float32}, FP32),
         ("W4A16_AWQ", {"n": 4097}, FP32),
         ("FP8", {"n": 4104}, BF16),
+        ("FP8", {"dtype": torch.float32}, BF16),
         ("FP8", {"vocabulary": True}, BF16),
     ],
 )
@@ -99,7 +100,9 @@ def test_fp4_activations(monkeypatch: pytest.MonkeyPatch, setting: str, capabili
 
 def test_operands_hold_the_activations() -> None:
     operand = {algo: candidates(request(algo, 100), "layer")[0].operand(request(algo, 100)) for algo in EXPECTED}
-    assert operand["W4A8_NVFP4_FP8"] == operand["NVFP4"] == torch.float16
+    older = request("W4A8_NVFP4_FP8", 80)
+    assert candidates(older, "layer")[0].operand(older) == operand["NVFP4"] == torch.float16
+    assert operand["W4A8_NVFP4_FP8"] == torch.float8_e4m3fn
     assert operand["MXFP4"] == operand["W4A16_NVFP4"] == torch.bfloat16  # MXFP4's exponents are those of bf16
     assert operand["FP8"] == torch.float8_e4m3fn
 

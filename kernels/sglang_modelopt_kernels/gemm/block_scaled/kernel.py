@@ -261,6 +261,7 @@ def finish_kernel(
     y_ptr,
     m,
     n,
+    y_stride,
     row_step,
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
@@ -268,7 +269,7 @@ def finish_kernel(
     SPLITS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Sums the partials ``[SPLITS, M, N]`` of one token in a fixed order and applies scales and bias."""
+    """Sums the partials ``[SPLITS, M, N]`` of one token in a fixed order, applies scales and bias, and writes ``y[m, :N]``."""
     token = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = rows < n
@@ -281,7 +282,7 @@ def finish_kernel(
         y = y * tl.load(row_scale_ptr + token * row_step)
     if HAS_BIAS:
         y = y + tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + token * n + rows, y.to(y_ptr.dtype.element_ty), mask=inside)
+    tl.store(y_ptr + token * y_stride + rows, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -295,10 +296,14 @@ def decode_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     F16: tl.constexpr,
+    FP8: tl.constexpr,
     ASM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program."""
+    """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program.
+
+    With FP8 (and F16) they are divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3.
+    """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
     element = tl.program_id(1) * 64 + tl.arange(0, 64)
@@ -309,6 +314,11 @@ def decode_kernel(
         p0, p1, p2, p3 = _planes_float16(w, _scale_float16(b, KIND), ASM)
     else:
         p0, p1, p2, p3 = _planes_bfloat16(w, _scale_bfloat16(b, KIND), ASM)
+    if FP8:
+        p0 = (p0 * 32.0).to(y_ptr.dtype.element_ty)
+        p1 = (p1 * 32.0).to(y_ptr.dtype.element_ty)
+        p2 = (p2 * 32.0).to(y_ptr.dtype.element_ty)
+        p3 = (p3 * 32.0).to(y_ptr.dtype.element_ty)
     at = y_ptr + rows.to(tl.int64)[:, None] * k + ((element // 4) * 16 + element % 4)[None, :]
     tl.store(at, p0, mask=inside)
     tl.store(at + 4, p1, mask=inside)

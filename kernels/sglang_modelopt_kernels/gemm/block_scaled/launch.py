@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import triton
 
-from sglang_modelopt_kernels.gemm.dense import dense_linear
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 
 from .kernel import block_scaled_kernel, decode_kernel, finish_kernel
 from .packing import Kind, PackedWeight
@@ -31,28 +32,52 @@ class KernelConfig:
         return f"{self.bn}x{self.bm}x{self.bk}w{self.warps}s{self.stages}"
 
 
-_E2M1_CONFIGS = (
-    KernelConfig(64, 16, 256, 4, 3),
-    KernelConfig(64, 32, 256, 4, 3),
-    KernelConfig(128, 64, 128, 8, 2),
-    KernelConfig(128, 128, 256, 8, 2),
+# Chosen on an H200 by time (benchmarks/results), elsewhere by what compiles ahead of time without spilling (benchmarks.aot):
+# the largest E2M1 tile exceeds the shared memory of sm_89 and sm_120, and for sm_100 Triton 3.8 compiles it to a bare trap.
+_E2M1 = {
+    "mma.sync": (
+        KernelConfig(64, 16, 128, 4, 3),
+        KernelConfig(64, 32, 128, 4, 3),
+        KernelConfig(64, 64, 128, 4, 2),
+        KernelConfig(64, 128, 128, 4, 2),
+    ),
+    "wgmma": (
+        KernelConfig(64, 16, 128, 2, 3),  # two warps are no warp group: mma.sync, faster here
+        KernelConfig(64, 32, 256, 4, 3),
+        KernelConfig(128, 64, 128, 8, 2),
+        KernelConfig(128, 128, 256, 8, 2),
+    ),
+    "tcgen05": (
+        KernelConfig(64, 16, 256, 4, 3),
+        KernelConfig(64, 32, 256, 4, 3),
+        KernelConfig(128, 64, 128, 8, 2),
+        KernelConfig(64, 128, 128, 4, 2),
+    ),
+}
+_INT4_MMA = (
+    KernelConfig(64, 16, 128, 4, 4),
+    KernelConfig(64, 32, 128, 4, 4),
+    KernelConfig(64, 64, 128, 4, 3),  # twice as many tokens spill
 )
-_INT4_CONFIGS = (
+_INT4_WARP_GROUP = (
     KernelConfig(64, 16, 128, 4, 4),
     KernelConfig(64, 32, 128, 4, 4),
     KernelConfig(128, 64, 128, 4, 3),
     KernelConfig(128, 128, 128, 8, 2),
 )
-# Found by compiling ahead of time: the largest E2M1 tile exceeds the shared memory of sm_89 and sm_120, and for sm_100 Triton 3.8
-# compiles it to a bare trap instruction.
-_SMALL_E2M1_CONFIGS = (*_E2M1_CONFIGS[:-1], KernelConfig(64, 128, 128, 4, 2))
+_INT4 = {"mma.sync": _INT4_MMA, "wgmma": _INT4_WARP_GROUP, "tcgen05": _INT4_WARP_GROUP}
+
+
+def matrix_instruction(capability: int) -> str:
+    """The matrix instruction of compute capability ``capability`` (times ten) for float16 and bf16."""
+    if 90 <= capability < 100:
+        return "wgmma"
+    return "tcgen05" if 100 <= capability < 120 else "mma.sync"
 
 
 def configs(kind: Kind, capability: int) -> tuple[KernelConfig, ...]:
     """The configurations :func:`choose` picks from on compute capability ``capability`` (times ten), by tokens, ascending."""
-    if kind == "int4_float":
-        return _INT4_CONFIGS
-    return _E2M1_CONFIGS if capability in (80, 90) else _SMALL_E2M1_CONFIGS
+    return (_INT4 if kind == "int4_float" else _E2M1)[matrix_instruction(capability)]
 
 
 def descale(kind: Kind, f16: bool) -> float:
@@ -69,8 +94,8 @@ def choose(kind: Kind, m: int, n: int, k: int, capability: int, processors: int)
     tiles = triton.cdiv(n, config.bn) * triton.cdiv(m, config.bm)
     steps = triton.cdiv(k, config.bk)
     split = 1
-    # Enough programs for two to a multiprocessor, while each still has a pipeline's worth of steps.
-    while tiles * split < 2 * processors and split < 16 and steps >= 4 * 2 * split:
+    # Enough programs for eight warps to a multiprocessor, while each still has a pipeline's worth of steps.
+    while tiles * split * config.warps < 8 * processors and split < 16 and steps >= 4 * 2 * split:
         split *= 2
     return config, split
 
@@ -145,6 +170,7 @@ def run(
             y,
             m,
             n,
+            n,
             row_step,
             SPLITS=split,
             BN=1024,
@@ -153,9 +179,13 @@ def run(
     return y
 
 
-def decode_rows(weight: PackedWeight, first: int, rows: int, f16: bool) -> torch.Tensor:
-    """Rows of the weight without ``out_scale``, divided by :func:`descale`, ``[rows, K]`` float16 or bf16. E2M1 only."""
-    y = torch.empty((rows, weight.k), dtype=torch.float16 if f16 else torch.bfloat16, device=weight.codes.device)
+def decode_rows(weight: PackedWeight, first: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of an E2M1 weight without ``out_scale``, ``[rows, K]``.
+
+    Divided by :func:`descale` in float16 and bf16, and by 2^9 in E4M3, which takes a weight with :attr:`PackedWeight.fp8`.
+    """
+    fp8 = dtype == torch.float8_e4m3fn
+    y = torch.empty((rows, weight.k), dtype=dtype, device=weight.codes.device)
     decode_kernel[(triton.cdiv(rows, 16), triton.cdiv(weight.k, 256))](
         weight.codes,
         weight.scale,
@@ -165,11 +195,19 @@ def decode_rows(weight: PackedWeight, first: int, rows: int, f16: bool) -> torch
         weight.k,
         KIND=weight.kind,
         GROUP=weight.group,
-        F16=f16,
+        F16=dtype != torch.bfloat16,
+        FP8=fp8,
         ASM=y.is_cuda,
         BN=16,
     )
     return y
+
+
+def _parts(weight: PackedWeight, itemsize: int) -> Iterator[slice]:
+    """Rows whose decoded form fits SCRATCH_BYTES, one part after the other."""
+    step = max(SCRATCH_BYTES // (itemsize * weight.k) // 128 * 128, 128)
+    for first in range(0, weight.n, step):
+        yield slice(first, min(first + step, weight.n))
 
 
 def run_dense(
@@ -180,14 +218,45 @@ def run_dense(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """The same product for many tokens: rows decoded into a bounded scratch buffer, then cuBLAS with float32 output."""
-    f16 = x.dtype != torch.bfloat16
-    values = x.to(torch.float16 if f16 else torch.bfloat16)
-    y = torch.empty((x.shape[0], weight.n), dtype=out_dtype, device=x.device)
-    factor = weight.out_scale * descale(weight.kind, f16)
-    step = max(SCRATCH_BYTES // (2 * weight.k) // 128 * 128, 128)
-    for first in range(0, weight.n, step):
-        rows = min(step, weight.n - first)
-        part = slice(first, first + rows)
-        unit = decode_rows(weight, first, rows, f16)
-        y[:, part] = dense_linear(values, row_scale, unit, factor[part], None if bias is None else bias[part])
+    dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
+    values, m = x.to(dtype), x.shape[0]
+    y = torch.empty((m, weight.n), dtype=out_dtype, device=x.device)
+    row_step = int(row_scale is not None and row_scale.numel() > 1)
+    row_scales = weight.out_scale if row_scale is None else row_scale.contiguous()
+    biases = weight.out_scale if bias is None else bias.contiguous()
+    for part in _parts(weight, 2):
+        rows = part.stop - part.start
+        product = torch.mm(values, decode_rows(weight, part.start, rows, dtype).T, out_dtype=torch.float32)
+        finish_kernel[(m, triton.cdiv(rows, 1024))](
+            product,
+            row_scales,
+            weight.out_scale[part],
+            biases[part],
+            y[:, part],
+            m,
+            rows,
+            weight.n,
+            row_step,
+            DESCALE=descale(weight.kind, dtype == torch.float16),
+            HAS_ROW_SCALE=row_scale is not None,
+            HAS_BIAS=bias is not None,
+            SPLITS=1,
+            BN=1024,
+        )
     return y
+
+
+def run_fp8(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Likewise in FP8 matrix instructions, for E4M3 activations and a weight with :attr:`PackedWeight.fp8`."""
+    scale = weight.out_scale * 2.0**9
+    outputs = []
+    for part in _parts(weight, 1):
+        unit = decode_rows(weight, part.start, part.stop - part.start, torch.float8_e4m3fn)
+        outputs.append(fp8_linear(x, row_scale, unit, scale[part], None if bias is None else bias[part], out_dtype))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

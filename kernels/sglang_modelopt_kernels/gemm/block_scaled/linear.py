@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from .launch import run, run_dense
+from .launch import run, run_dense, run_fp8
 from .packing import Kind, PackedWeight
 
-DENSE_FROM = 512
-"""Tokens from which the weight is decoded once for cuBLAS instead of in every tile.
-
-On an H200 the two are about level here, and above it the first is faster (``benchmarks/results``).
-"""
+DENSE_FROM = 256
+"""Tokens from which an E2M1 weight is decoded once for cuBLAS instead of in every tile."""
+FP8_FROM = 128
+"""Likewise for FP8 matrix instructions, where the weight and the activations are E4M3 numbers. Both measured on an H200
+(``benchmarks/results``)."""
 
 INPUT_DTYPES = (torch.float8_e4m3fn, torch.float16, torch.bfloat16)
 
@@ -24,16 +26,29 @@ def _block_scaled_linear(
     out_scale: torch.Tensor,
     kind: str,
     group: int,
+    fp8: bool,
     row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = PackedWeight(codes, scale, out_scale, _kind(kind), group)
+    weight = PackedWeight(codes, scale, out_scale, _kind(kind), group, fp8)
     if x.shape[0] == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
-    # Which of the two runs decides the order of the float32 sum and nothing else: both form every product exactly.
-    launch = run_dense if x.is_cuda and x.shape[0] >= DENSE_FROM and kind != "int4_float" else run
-    return launch(x, weight, row_scale, bias, out_dtype)
+    return _choose(x, weight, out_dtype)(x, weight, row_scale, bias, out_dtype)
+
+
+def _choose(x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Callable[..., torch.Tensor]:
+    """The launch for that many tokens. All form the same exact products; what differs is how the sum is rounded.
+
+    FP8 matrix instructions keep about 13 bits of it on Hopper, more than bf16 and float16 results show and less than float32.
+    """
+    m = x.shape[0]
+    if not x.is_cuda or weight.kind == "int4_float":
+        return run
+    takes_fp8 = weight.fp8 and x.dtype == torch.float8_e4m3fn and weight.n % 16 == 0 and out_dtype != torch.float32
+    if takes_fp8 and m >= FP8_FROM and torch.cuda.get_device_capability(x.device) >= (8, 9):
+        return run_fp8
+    return run_dense if m >= DENSE_FROM else run
 
 
 @_block_scaled_linear.register_fake
@@ -44,11 +59,12 @@ def _(
     out_scale: torch.Tensor,
     kind: str,
     group: int,
+    fp8: bool,
     row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    del scale, out_scale, kind, group, row_scale, bias
+    del scale, out_scale, kind, group, fp8, row_scale, bias
     return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
 
 
@@ -87,6 +103,15 @@ def block_scaled_linear(
     if bias is not None and bias.shape != (weight.n,):
         raise ValueError(f"bias must be [{weight.n}], got {tuple(bias.shape)}")
     y: torch.Tensor = _block_scaled_linear(
-        x, weight.codes, weight.scale, weight.out_scale, weight.kind, weight.group, row_scale, bias, out_dtype
+        x,
+        weight.codes,
+        weight.scale,
+        weight.out_scale,
+        weight.kind,
+        weight.group,
+        weight.fp8,
+        row_scale,
+        bias,
+        out_dtype,
     )
     return y

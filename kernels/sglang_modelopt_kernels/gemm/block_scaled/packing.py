@@ -26,6 +26,8 @@ _MAGNITUDE_BIT = (9, 6, 3, 0)
 
 EXPONENT_TOP = 30
 EXPONENT_BOTTOM = 6
+EXPONENT_FP8 = 16
+"""From here the weight divided by 2^9 is E2M1 times 2^-8 to 2^6, which E4M3 holds exactly."""
 """Range of a stored exponent ``b``, which stands for ``2^(b - 15)``: float16's largest, and the least for which half of it, as the
 kernel multiplies it (times 2^-14), is still a float16."""
 
@@ -40,6 +42,8 @@ class PackedWeight:
         out_scale: float32 ``[N]``.
         kind: how codes and scales are read.
         group: inputs to a block scale.
+        fp8: whether the weight is E4M3 numbers under a scale for each row: no exponent of a block that is not zero is more than
+            14 below its row's largest.
     """
 
     codes: torch.Tensor
@@ -47,6 +51,7 @@ class PackedWeight:
     out_scale: torch.Tensor
     kind: Kind
     group: int
+    fp8: bool = False
 
     @property
     def n(self) -> int:
@@ -77,8 +82,8 @@ def pack(weight: BlockWeight) -> PackedWeight:
         if bool((e4m3.byte_is_nan(weight.scale) | e4m3.byte_is_negative(weight.scale)).any()):
             raise ValueError("an E4M3 block scale is NaN or negative")
         return PackedWeight(codes, weight.scale.view(torch.uint8).contiguous(), out_scale, "e2m1_e4m3", weight.group)
-    scale, factor = _relative_exponents(weight)
-    return PackedWeight(codes, scale, out_scale * factor, "e2m1_exponent", weight.group)
+    scale, factor, fp8 = _relative_exponents(weight)
+    return PackedWeight(codes, scale, out_scale * factor, "e2m1_exponent", weight.group, fp8)
 
 
 _KIND_OF_SCALE: dict[torch.dtype, Kind] = {
@@ -89,9 +94,10 @@ _KIND_OF_SCALE: dict[torch.dtype, Kind] = {
 
 
 def to_tensors(packed: PackedWeight) -> dict[str, torch.Tensor]:
-    """``codes``, ``block_scale`` and ``out_scale``: all of a packed weight, its kind told by the type of ``block_scale``."""
+    """All of a packed weight: its kind is told by the type of ``block_scale``, ``fp8`` by an empty tensor of that name."""
     scale = packed.scale.view(torch.float8_e4m3fn) if packed.kind == "e2m1_e4m3" else packed.scale
-    return {"codes": packed.codes, "block_scale": scale, "out_scale": packed.out_scale}
+    tensors = {"codes": packed.codes, "block_scale": scale, "out_scale": packed.out_scale}
+    return tensors | ({"fp8": scale.new_empty(0)} if packed.fp8 else {})
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
@@ -100,7 +106,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
     kind = _KIND_OF_SCALE[scale.dtype]
     group = 4 * codes.shape[1] // scale.shape[1]
     stored = scale.view(torch.uint8) if kind == "e2m1_e4m3" else scale
-    return PackedWeight(codes, stored, tensors["out_scale"], kind, group)
+    return PackedWeight(codes, stored, tensors["out_scale"], kind, group, "fp8" in tensors)
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
@@ -151,8 +157,11 @@ def _as_int16(element: torch.Tensor) -> torch.Tensor:
     return torch.where(element >= 1 << 15, element - (1 << 16), element).to(torch.int16).contiguous()
 
 
-def _relative_exponents(weight: BlockWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """Stored exponents uint8 ``[N, K / group]`` and the factor of each row, float32 ``[N]``; a zero block has no exponent."""
+def _relative_exponents(weight: BlockWeight) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Stored exponents uint8 ``[N, K / group]``, the factor of each row, float32 ``[N]``, and :attr:`PackedWeight.fp8`.
+
+    A zero block has no exponent.
+    """
     if bool(ue8m0.byte_is_nan(weight.scale).any()):
         raise ValueError("a UE8M0 block scale is NaN")
     zero = (split_blocks(weight.codes, weight.group) & 7).amax(dim=2) == 0
@@ -165,4 +174,5 @@ def _relative_exponents(weight: BlockWeight) -> tuple[torch.Tensor, torch.Tensor
     factor = torch.exp2((top - ue8m0.BIAS - (EXPONENT_TOP - 15)).to(torch.float64)).to(torch.float32)
     if bool((factor == 0).any() | torch.isinf(factor).any()):
         raise ValueError("the largest block scale of a row is at the end of float32's range")
-    return stored.to(torch.uint8), factor.reshape(-1)
+    fp8 = not bool(((stored < EXPONENT_FP8) & ~zero).any())
+    return stored.to(torch.uint8), factor.reshape(-1), fp8

@@ -1,0 +1,289 @@
+"""What every kernel configuration compiles to, without a GPU: run ``python -m benchmarks.aot [--arch 90 ...] [--quick]``.
+
+One line for each kernel, configuration and architecture: registers, spilled bytes, shared memory and its limit, the matrix
+instruction, and the instructions of the main loop for one weight. Exits with 1 when an expected instruction is missing, something
+spills or shared memory is exceeded. Each architecture compiles in a process of its own: LLVM errors abort.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel, finish_kernel
+from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
+from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
+from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
+
+ARCHITECTURES = (80, 89, 90, 100, 103, 120)
+SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10}
+"""Bytes one block may use: CUDA C++ Programming Guide, compute capabilities."""
+MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 103: "tcgen05.mma", 120: "mma.sync"}
+"""The matrix instruction of float16 and bf16 in PTX."""
+KINDS: tuple[tuple[Kind, int], ...] = (
+    ("e2m1_e4m3", 16),
+    ("e2m1_e4m3", 32),
+    ("e2m1_exponent", 32),
+    ("int4_float", 128),
+)
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_MATRIX_SASS = re.compile(r"\b(?:UTC\w*MMA|[HQIO]G?MMA)\b")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation.
+
+    Attributes:
+        name: kernel and configuration.
+        kernel: the Triton function.
+        types: Triton's type of every argument that is not a constexpr; pointers, and the integers in ``aligned``, are
+            multiples of 16.
+        constexprs: the others.
+        options: ``num_warps`` and ``num_stages``.
+        matrix: whether it must contain a matrix instruction.
+        weights: weights one iteration of the main loop reads, 0 where there is no loop over weights.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+    aligned: tuple[str, ...] = ()
+    matrix: bool = False
+    weights: int = 0
+
+
+@dataclass
+class Result:
+    """What a case compiled to; ``problems`` is empty when all is as it should be."""
+
+    registers: int
+    spilled: int
+    shared: int
+    instruction: str
+    per_weight: float | None
+    problems: list[str] = field(default_factory=list)
+
+
+def block_scaled_cases(arch: int) -> Iterator[Case]:
+    """Every configuration that the launcher can choose."""
+    dtypes = ("fp16", "bf16") if arch < 89 else ("fp8e4nv", "fp16", "bf16")
+    for kind, group in KINDS:
+        for dtype in dtypes:
+            for config in configs(kind, arch):
+                constexprs = {
+                    "KIND": kind,
+                    "GROUP": group,
+                    "F16": dtype != "bf16",
+                    "ASM": True,
+                    "DESCALE": descale(kind, dtype != "bf16"),
+                    "HAS_ROW_SCALE": True,
+                    "HAS_BIAS": True,
+                    "EVEN_K": True,
+                    "SPLIT_K": 1,
+                    "BN": config.bn,
+                    "BM": config.bm,
+                    "BK": config.bk,
+                }
+                types = {
+                    "x_ptr": f"*{dtype}",
+                    "w_ptr": "*i16",
+                    "s_ptr": "*fp32" if kind == "int4_float" else "*u8",
+                    "row_scale_ptr": "*fp32",
+                    "out_scale_ptr": "*fp32",
+                    "bias_ptr": "*bf16",
+                    "y_ptr": "*bf16",
+                } | dict.fromkeys(("m", "n", "k", "row_step"), "i32")
+                yield Case(
+                    f"block_scaled {kind}/{group} {dtype} {config}",
+                    block_scaled_kernel,
+                    types,
+                    constexprs,
+                    {"num_warps": config.warps, "num_stages": config.stages},
+                    aligned=("n", "k"),
+                    matrix=True,
+                    weights=config.bn * config.bk,
+                )
+
+
+def other_cases(arch: int) -> Iterator[Case]:
+    """The kernels around the products."""
+    out = "fp16" if arch < 89 else "fp8e4nv"
+    for kind, group in KINDS[:-1]:
+        for f16 in (True, False):
+            types = {"w_ptr": "*i16", "s_ptr": "*u8", "y_ptr": "*fp16" if f16 else "*bf16"}
+            types |= dict.fromkeys(("first", "n", "k"), "i32")
+            constexprs = {"KIND": kind, "GROUP": group, "F16": f16, "FP8": False, "ASM": True, "BN": 16}
+            yield Case(
+                f"decode {kind}/{group} {'fp16' if f16 else 'bf16'}", decode_kernel, types, constexprs, {}, ("k",)
+            )
+    if arch >= 89:
+        types = {"w_ptr": "*i16", "s_ptr": "*u8", "y_ptr": "*fp8e4nv"} | dict.fromkeys(("first", "n", "k"), "i32")
+        constexprs = {"KIND": "e2m1_exponent", "GROUP": 32, "F16": True, "FP8": True, "ASM": True, "BN": 16}
+        yield Case("decode e2m1_exponent/32 fp8", decode_kernel, types, constexprs, {}, ("k",))
+    floats = ("partial_ptr", "row_scale_ptr", "out_scale_ptr")
+    types = dict.fromkeys(floats, "*fp32") | {"bias_ptr": "*bf16", "y_ptr": "*bf16"}
+    types |= dict.fromkeys(("m", "n", "y_stride", "row_step"), "i32")
+    for splits in (1, 16):
+        constexprs = {"DESCALE": 1.0, "HAS_ROW_SCALE": True, "HAS_BIAS": True, "SPLITS": splits, "BN": 1024}
+        yield Case(f"finish {splits} splits", finish_kernel, types, constexprs, {}, ("n", "y_stride"))
+    types = {
+        "x_ptr": "*bf16",
+        "smoothing_ptr": "*bf16",
+        "scale_ptr": "*fp32",
+        "y_ptr": f"*{out}",
+        "k": "i32",
+        "stride": "i32",
+    }
+    yield Case(
+        "quantize_fp8 static", quantize_static_kernel, types, {"SMOOTH": True, "BLOCK": 2048}, {}, ("k", "stride")
+    )
+    constexprs = {"SMOOTH": True, "HAS_AMAX": True, "BLOCK": 2048}
+    types = types | {"amax_ptr": "*fp32"}
+    yield Case("quantize_fp8 token", quantize_token_kernel, types, constexprs, {}, ("k", "stride"))
+
+
+def cases(arch: int) -> list[Case]:
+    """Everything that may run on ``arch``."""
+    return [*block_scaled_cases(arch), *other_cases(arch)]
+
+
+def quick(all_cases: list[Case]) -> list[Case]:
+    """The smallest and the largest configuration of the products for each kind, in one type each, and everything else."""
+    products = [case for case in all_cases if case.matrix]
+    first = {case.name.split(" ")[1]: case for case in reversed(products)}
+    last = {case.name.split(" ")[1]: case for case in products}
+    return [*first.values(), *last.values(), *(case for case in all_cases if not case.matrix)]
+
+
+def compile_case(case: Case, arch: int) -> Result:
+    """Compiles for ``sm_<arch>`` and looks at the machine code."""
+    missing = set(case.kernel.arg_names) - case.types.keys() - case.constexprs.keys()
+    if missing:
+        raise ValueError(f"{case.name} does not say the type of {', '.join(sorted(missing))}")
+    signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
+    aligned = [name for name, type_ in case.types.items() if type_.startswith("*") or name in case.aligned]
+    attributes = {(case.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
+    registers, spilled, sass = inspect(compiled.asm["cubin"])
+    ptx = compiled.asm["ptx"]
+    # Fewer warps than four do not make a warp group.
+    wanted = MATRIX[arch] if compiled.metadata.num_warps >= 4 else "mma.sync"
+    found = re.search(re.escape(wanted) + r"(?!\.(?:fence|wait|commit))[\w.:]*", ptx) if case.matrix else None
+    threads = 32 * compiled.metadata.num_warps
+    loop = main_loop(sass) if case.weights else []
+    result = Result(
+        registers,
+        spilled,
+        compiled.metadata.shared,
+        found[0] if found else "-",
+        len(loop) * threads / case.weights if loop else None,
+    )
+    if case.matrix and not found:
+        result.problems.append(f"no {wanted}")
+    if case.matrix and not _MATRIX_SASS.search(sass):
+        result.problems.append("no matrix instruction in the machine code")
+    if spilled:
+        result.problems.append(f"spills {spilled} bytes")
+    if result.shared > SHARED_MEMORY[arch]:
+        result.problems.append(f"shared memory above {SHARED_MEMORY[arch]}")
+    return result
+
+
+def inspect(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of local memory of a thread, and the disassembly of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+        sass = _tool("nvdisasm", "-c", str(path))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {usage[-300:]}")
+    return int(found[1]), int(found[2]) + int(found[3]), sass
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([_BINARIES / name, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr[-500:]}")
+    return done.stdout
+
+
+def main_loop(sass: str) -> list[str]:
+    """The instructions of the loop with most matrix instructions; the shorter of equals, empty without such a loop."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = []
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if not instruction:
+            continue
+        instructions.append(instruction[1])
+        jump = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", instruction[1])
+        if jump and jump[1] in labels:
+            loops.append(instructions[labels[jump[1]] :])
+    counted = [(sum(bool(_MATRIX_SASS.search(i)) for i in loop), -len(loop), loop) for loop in loops]
+    best = max(counted, default=(0, 0, []), key=lambda entry: entry[:2])
+    return best[2] if best[0] else []
+
+
+def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]]) -> int:
+    """Prints a line for each case; returns how many have problems."""
+    bad = 0
+    for case in select(cases(arch)):
+        result = compile_case(case, arch)
+        per_weight = "-" if result.per_weight is None else f"{result.per_weight:.2f}"
+        verdict = "; ".join(result.problems) or "ok"
+        bad += bool(result.problems)
+        print(
+            f"sm_{arch:<4}{case.name:58}{result.registers:5}{result.spilled:7}{result.shared:8}/{SHARED_MEMORY[arch]:<7}"
+            f"{per_weight:>7}  {result.instruction:50} {verdict}",
+            flush=True,
+        )
+    return bad
+
+
+def main() -> int:
+    """Compiles for each architecture in a process of its own."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--quick", action="store_true", help="one configuration of each product")
+    parser.add_argument("--here", action="store_true", help="compile in this process")
+    arguments = parser.parse_args()
+    if arguments.here:
+        return int(sum(run_architecture(arch, quick if arguments.quick else list) for arch in arguments.arch) > 0)
+    print(f"triton {triton.__version__}")
+    print(
+        f"{'':7}{'kernel and configuration':58}{'regs':>5}{'spill':>7}{'shared':>8}/{'limit':7}{'i/w':>7}  instruction"
+    )
+    worst = 0
+    for arch in arguments.arch:
+        command = [sys.executable, "-m", "benchmarks.aot", "--here", "--arch", str(arch)]
+        done = subprocess.run([*command, *(["--quick"] if arguments.quick else [])], env=os.environ, check=False)
+        if done.returncode not in (0, 1):
+            print(f"sm_{arch}: the compiler stopped with {done.returncode}")
+        worst = max(worst, int(done.returncode != 0))
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())

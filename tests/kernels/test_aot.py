@@ -1,0 +1,64 @@
+"""The kernels compile for every architecture, to matrix instructions, without spilling: a part of ``python -m benchmarks.aot``."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = importlib.util.spec_from_file_location("benchmarks.aot", ROOT / "benchmarks" / "aot.py")
+assert SPEC is not None
+assert SPEC.loader is not None
+aot = importlib.util.module_from_spec(SPEC)
+sys.modules[SPEC.name] = aot  # dataclasses ask for it
+SPEC.loader.exec_module(aot)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in aot.ARCHITECTURES if arch != 103])
+def test_quick(arch: int) -> None:
+    """sm_103 is sm_100 to Triton's choices, and left to the whole report."""
+    command = [sys.executable, "-m", "benchmarks.aot", "--here", "--quick", "--arch", str(arch)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(aot.quick(aot.cases(arch)))
+    assert all(line.endswith(" ok") for line in lines)
+
+
+@pytest.mark.parametrize("arch", aot.ARCHITECTURES)
+def test_every_configuration_is_listed(arch: int) -> None:
+    """Whatever the launcher can choose has a case."""
+    names = " ".join(case.name for case in aot.cases(arch))
+    for kind, _ in aot.KINDS:
+        assert all(str(config) in names for config in aot.configs(kind, arch))
+
+
+def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An instruction that is not there, and shared memory above the limit."""
+    case = aot.quick(aot.cases(90))[-1]
+    assert not aot.compile_case(case, 90).problems
+    monkeypatch.setitem(aot.SHARED_MEMORY, 90, -1)
+    broken = aot.Case(case.name, case.kernel, case.types, case.constexprs, case.options, case.aligned, matrix=True)
+    assert len(aot.compile_case(broken, 90).problems) == 3
+
+
+def test_the_main_loop_is_the_one_with_matrix_instructions() -> None:
+    sass = """
+        /*0000*/ MOV R1, c[0x0][0x28] ;
+.L_x_0:
+        /*0010*/ LDG.E R2, [R4] ;
+        /*0020*/ @P0 BRA `(.L_x_0) ;
+.L_x_1:
+        /*0030*/ LOP3.LUT R2, R2, R3, RZ, 0xc0, !PT ;
+        /*0040*/ HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0050*/ @P1 BRA `(.L_x_1) ;
+        /*0060*/ BRA `(.L_x_2) ;
+.L_x_2:
+        /*0070*/ EXIT ;
+"""
+    assert [line.split()[0] for line in aot.main_loop(sass)] == ["LOP3.LUT", "HMMA.16816.F32", "@P1"]
+    assert aot.main_loop("/*0000*/ EXIT ;") == []
