@@ -119,9 +119,8 @@ def main() -> None:
         print(f"{kind}: largest relative error {max(errors):.1e} of float64")
         if not max(errors) < 1e-5:
             raise SystemExit(f"{kind} is wrong: {errors}")
-    print(
-        f"{'shape':11}{'format':>7}{'M':>6}{'us':>9}{'GB/s':>7}{'TFLOP/s':>9}{'of read':>9}{'bf16 us':>9}{'fp8 us':>9}{'/bf16':>7}{'/fp8':>7}"
-    )
+    headings = f"{'us':>9}{'GB/s':>7}{'TFLOP/s':>9}{'of read':>9}{'bf16 us':>9}{'fp8 us':>9}{'/bf16':>7}{'/fp8':>7}"
+    print(f"{'shape':11}{'format':>7}{'M':>6}{headings}")
     for shape, (n, k) in SHAPES.items():
         bf16, fp8 = time_bf16(n, k), time_fp8(n, k)
         for kind in KINDS:
