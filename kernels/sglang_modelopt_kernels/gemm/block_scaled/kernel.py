@@ -319,8 +319,9 @@ def decode_kernel(
         p1 = (p1 * 32.0).to(y_ptr.dtype.element_ty)
         p2 = (p2 * 32.0).to(y_ptr.dtype.element_ty)
         p3 = (p3 * 32.0).to(y_ptr.dtype.element_ty)
-    at = y_ptr + rows.to(tl.int64)[:, None] * k + ((element // 4) * 16 + element % 4)[None, :]
-    tl.store(at, p0, mask=inside)
-    tl.store(at + 4, p1, mask=inside)
-    tl.store(at + 8, p2, mask=inside)
-    tl.store(at + 12, p3, mask=inside)
+    # Element e of plane p is input 16 (e / 4) + 4 p + e % 4: a thread's four elements are 16 inputs in a row.
+    planes = tl.join(tl.join(p0, p2), tl.join(p1, p3))
+    planes = tl.permute(tl.reshape(planes, (BN, 16, 4, 4)), (0, 1, 3, 2))
+    input_ = tl.program_id(1) * 256 + tl.arange(0, 256)
+    at = y_ptr + rows.to(tl.int64)[:, None] * k + input_[None, :]
+    tl.store(at, tl.reshape(planes, (BN, 256)), mask=(rows < n)[:, None] & (input_ < k)[None, :])
