@@ -9,11 +9,13 @@ import torch
 from .launch import run, run_dense, run_fp8
 from .packing import Kind, PackedWeight
 
-DENSE_FROM = 256
-"""Tokens from which an E2M1 weight is decoded once for cuBLAS instead of in every tile."""
-FP8_FROM = 128
-"""Likewise for FP8 matrix instructions, where the weight and the activations are E4M3 numbers. Both measured on an H200
-(``benchmarks/results``)."""
+DENSE_FROM = 257
+"""Tokens from which an E2M1 weight is decoded once for cuBLAS instead of in every tile of 128 tokens."""
+FP8_FROM = 129
+"""Likewise for FP8 matrix instructions, where the weight and the activations are E4M3 numbers.
+
+Both were measured on an H100 (``benchmarks/results``): each is where one more tile costs more than the decoding pass.
+"""
 
 INPUT_DTYPES = (torch.float8_e4m3fn, torch.float16, torch.bfloat16)
 
