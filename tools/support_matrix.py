@@ -25,8 +25,9 @@ algorithm's linear layers there, as the dispatch chooses it. *SGLang* means that
 unless `--quantization modelopt_ext` asks for this plugin.
 
 How it was established: the CPU column is run by the tests (every row layer by layer in `tests/layers`, served models in
-`tests/serving`). No GPU column has been run as a served model; layers of every row were run on SM90 (`tests/layers/test_products.py`
-on an NVIDIA H100 and an H200), and the kernels compile for every other column (`python -m benchmarks.aot`). The last column was read from SGLang 0.5.23's sources, not run.
+`tests/serving`). No GPU column has been run as a served model; layers of every row were run on SM90 (an NVIDIA H100 and an H200,
+`tests/layers/test_products.py`), and the kernels compile for every other column (`python -m benchmarks.aot`). The last column
+was read from SGLang 0.5.23's sources, not run.
 
 """
 
