@@ -1,0 +1,143 @@
+"""The inline PTX of the block-scaled kernel, read from its source and emulated: every code word under every scale.
+
+Triton's interpreter cannot run inline assembly, so that its runs use the twin in Triton's language. Here the assembly itself is
+held to what the packing says, without a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from sglang_modelopt_kernels.formats import e2m1
+from sglang_modelopt_kernels.gemm.block_scaled import packing
+from sglang_modelopt_kernels.gemm.block_scaled.kernel import _planes_bfloat16, _planes_float16
+
+Words = NDArray[np.uint32]
+Halves = NDArray[np.uint16]
+
+
+def as_float16(halves: Halves) -> NDArray[np.float64]:
+    return halves.view(np.float16).astype(np.float64)
+
+
+def to_float16(values: NDArray[np.float64]) -> Halves:
+    return values.astype(np.float16).view(np.uint16)
+
+
+def as_bfloat16(halves: Halves) -> NDArray[np.float64]:
+    return (halves.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def to_bfloat16(values: NDArray[np.float64]) -> Halves:
+    # Exact values only: what does not fit fails the comparison.
+    return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
+
+def both_halves(
+    operation: Callable[..., NDArray[np.float64]],
+    read: Callable[[Halves], NDArray[np.float64]],
+    write: Callable[..., Halves],
+) -> Callable[..., Words]:
+    """An instruction on two numbers in a word."""
+
+    def run(*words: Words) -> Words:
+        low = write(operation(*(read((word & 0xFFFF).astype(np.uint16)) for word in words)))
+        high = write(operation(*(read((word >> 16).astype(np.uint16)) for word in words)))
+        return low.astype(np.uint32) | high.astype(np.uint32) << 16
+
+    return run
+
+
+def lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
+    """Any function of three bits, by its truth table (PTX ISA, lop3)."""
+    result = np.zeros_like(a | b | c)
+    for row in range(8):
+        if (int(table) >> row) & 1:
+            terms = [word if row >> shift & 1 else ~word for word, shift in ((a, 2), (b, 1), (c, 0))]
+            result |= terms[0] & terms[1] & terms[2]
+    return result
+
+
+INSTRUCTIONS: dict[str, Callable[..., Words]] = {
+    "mov.b32": lambda a: a,
+    "and.b32": lambda a, b: a & b,
+    "shl.b32": lambda a, b: a << b,
+    "shr.u32": lambda a, b: a >> b,
+    "lop3.b32": lop3,
+    "mul.rn.f16x2": both_halves(lambda a, b: a * b, as_float16, to_float16),
+    "fma.rn.bf16x2": both_halves(lambda a, b, c: a * b + c, as_bfloat16, to_bfloat16),
+}
+
+
+def emulate(source: str, *inputs: Words) -> list[Words]:
+    """Runs the one ``inline_asm_elementwise`` of a function with four outputs. Raises KeyError for an unknown instruction."""
+    found = re.search(r'inline_asm_elementwise\(\s*"""\{(.*?)\}"""', source, re.S)
+    assert found is not None
+    registers: dict[str, Words] = {f"${4 + index}": word for index, word in enumerate(inputs)}
+
+    def read(operand: str) -> Words:
+        return np.uint32(int(operand, 0)) if operand[0].isdigit() else registers[operand]  # type: ignore[return-value]
+
+    for line in filter(None, (line.strip() for line in found[1].split(";"))):
+        name, _, operands = line.partition(" ")
+        if name == ".reg":
+            continue
+        target, *arguments = (operand.strip() for operand in operands.split(","))
+        registers[target] = INSTRUCTIONS[name](*(read(argument) for argument in arguments))
+    return [registers[f"${plane}"] for plane in range(4)]
+
+
+def expected_planes(words: Halves) -> list[NDArray[np.float64]]:
+    """What the packing says an element holds, plane by plane."""
+    element = torch.from_numpy(words.astype(np.int32))
+    planes = []
+    for plane in range(4):
+        sign, magnitude = element >> packing._SIGN_BIT[plane] & 1, element >> packing._MAGNITUDE_BIT[plane] & 7
+        planes.append(e2m1.decode((sign << 3 | magnitude).to(torch.uint8)).double().numpy())
+    return planes
+
+
+E4M3_SCALES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
+EXPONENT_SCALES = np.exp2(np.arange(packing.EXPONENT_BOTTOM, packing.EXPONENT_TOP + 1) - 15.0)
+CASES = {
+    # function, writer and reader of its type, scales as they reach it, what it divides the weight by
+    "float16 e4m3": (_planes_float16, to_float16, as_float16, E4M3_SCALES, 2.0**-14),
+    "float16 exponent": (_planes_float16, to_float16, as_float16, EXPONENT_SCALES, 2.0**-14),
+    "bf16 e4m3": (_planes_bfloat16, to_bfloat16, as_bfloat16, E4M3_SCALES * 2.0**117, 2.0**-126),
+    "bf16 exponent": (_planes_bfloat16, to_bfloat16, as_bfloat16, EXPONENT_SCALES * 2.0**112, 2.0**-126),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_word_under_every_scale(case: str) -> None:
+    """Two elements share a register: all 65536 in the low half, beside as many others under another scale in the high half."""
+    function, write, read, scales, unit = CASES[case]
+    low = np.arange(1 << 16, dtype=np.uint16)
+    high = low * np.uint16(40503) + np.uint16(1)
+    words = low.astype(np.uint32) | high.astype(np.uint32) << 16
+    right_low, right_high = expected_planes(low), expected_planes(high)
+    for index, scale in enumerate(scales):
+        other = scales[-1 - index]
+        pair = np.uint32(write(np.array([scale]))[0]) | np.uint32(write(np.array([other]))[0]) << np.uint32(16)
+        planes = emulate(function.src, words, np.full_like(words, pair))
+        for plane, word in enumerate(planes):
+            got_low, got_high = read((word & 0xFFFF).astype(np.uint16)), read((word >> 16).astype(np.uint16))
+            assert np.array_equal(got_low, right_low[plane] * unit * scale), (plane, scale)
+            assert np.array_equal(got_high, right_high[plane] * unit * other), (plane, other)
+
+
+def test_a_wrong_mask_is_found() -> None:
+    source = _planes_float16.src.replace("0x0e000e00", "0x06000e00", 1)
+    words = np.arange(1 << 16, dtype=np.uint32)
+    plane = emulate(source, words, np.full_like(words, 0x3C003C00))[2]
+    expected = expected_planes(words.astype(np.uint16))[2] * 2.0**-14
+    # The mask of the high half is wrong there; fill that half with the same words.
+    both = emulate(source, words | words << 16, np.full_like(words, 0x3C003C00))[2]
+    assert np.array_equal(as_float16((plane & 0xFFFF).astype(np.uint16)), expected)
+    assert not np.array_equal(as_float16((both >> 16).astype(np.uint16)), expected)
