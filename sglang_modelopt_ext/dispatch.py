@@ -244,12 +244,13 @@ class Dense(Layout):
         self.name = f"dense_{str(dtype).removeprefix('torch.')}"
 
     def supports(self, request: LinearRequest) -> str | None:
-        """Any layer on its devices; in bf16 only formats and activations whose products are exact there."""
+        """Any layer on its devices; in bf16 only formats and activations whose products are (nearly always) exact there."""
         if request.device not in self.devices:
             return f"is for {' and '.join(self.devices)}"
         if self.dtype == torch.bfloat16:
-            if not request.scheme.weight.exact_in_bf16:
-                return f"{request.scheme.weight.name} weights are not exact in bf16"
+            weight = request.scheme.weight
+            if not (weight.exact_in_bf16 or weight.often_exact_in_bf16):
+                return f"{weight.name} weights are not exact in bf16"
             if request.scheme.activation is None and request.dtype != torch.bfloat16:
                 return f"unrounded activations in {request.dtype} are not exact in bf16"
         return None

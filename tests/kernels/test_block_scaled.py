@@ -64,8 +64,11 @@ def worst_error(
     return float(((y.double() - expected).abs() / bound.clamp(min=1e-300)).max())
 
 
+@pytest.mark.parametrize("entries", [1, 3000, 1 << 24])
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
-def test_packing_keeps_every_weight(name: str) -> None:
+def test_packing_keeps_every_weight(name: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row by row, seven rows at a time, and all at once."""
+    monkeypatch.setattr(packing, "PACK_ENTRIES", entries)
     tensors = WEIGHT_FORMATS[name].quantize(torch.randn(20, 384, generator=torch.Generator().manual_seed(5)))
     blocks = WEIGHT_FORMATS[name].blocks(tensors)
     assert blocks is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_modelopt_ext.dispatch import LAYOUTS, LinearRequest, candidates, served_scheme
+from sglang_modelopt_ext.dispatch import LAYOUTS, LinearRequest, ShardWeight, candidates, served_scheme
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
@@ -27,7 +27,7 @@ EXPECTED = {
     "FP8": (BF16, FP8),
     "FP8_PER_CHANNEL_PER_TOKEN": (BF16, FP8),
     "FP8_PB_WO": (FP32, FP32),
-    "MXFP8": (FP32, FP32),
+    "MXFP8": (BF16, BF16),
     "W8A8_SQ_PER_CHANNEL": (BF16, BF16),
     "W8A16": (BF16, BF16),
 }
@@ -96,6 +96,23 @@ def test_fp4_activations(monkeypatch: pytest.MonkeyPatch, setting: str, capabili
             assert (served is not None) == rounds
         else:
             assert (served.name if served else None) == scheme.activation
+
+
+@pytest.mark.parametrize(("exponent", "holds"), [(117, True), (1, False)])
+def test_a_layout_may_refuse_by_values(exponent: int, holds: bool) -> None:
+    """MXFP8 at the bottom of float32's range is not exact in bf16, and goes to the next layout."""
+    scheme = request("MXFP8", 80).scheme
+    codes = torch.arange(128, dtype=torch.uint8).clamp(max=126).view(torch.float8_e4m3fn).repeat(2, 1)
+    stored = {"weight": codes, "weight_scale": torch.full((2, 4), exponent, dtype=torch.uint8)}
+    layout = candidates(request("MXFP8", 80), "layer")[0]
+    assert layout.name == BF16
+    shards = [ShardWeight(scheme.weight, stored)]
+    if holds:
+        prepared = layout.prepare(shards)
+        assert torch.equal(prepared["unit"].float(), scheme.weight.decode(stored).unit)
+    else:
+        with pytest.raises(ValueError, match="not exact in torch.bfloat16"):
+            layout.prepare(shards)
 
 
 def test_operands_hold_the_activations() -> None:

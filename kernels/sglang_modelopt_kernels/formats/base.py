@@ -143,6 +143,8 @@ class WeightFormat(ABC):
     """Inputs that share one block scale; 0 when there are no blocks."""
     exact_in_bf16: bool
     """Every entry of :attr:`DecodedWeight.unit` is a bf16 number."""
+    often_exact_in_bf16: bool = False
+    """Likewise for every weight but those at the end of float32's range; a layout has to look."""
     has_blocks: bool = False
     """:meth:`blocks` gives 4-bit codes and block scales."""
 

@@ -27,6 +27,7 @@ class MXFP8Weight(WeightFormat):
     name = "mxfp8"
     group_size = BLOCK
     exact_in_bf16 = False
+    often_exact_in_bf16 = True
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

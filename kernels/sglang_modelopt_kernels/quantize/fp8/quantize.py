@@ -20,6 +20,7 @@ def _quantize_fp8(
     out_dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     m, k = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
     y = torch.empty((m, k), dtype=out_dtype, device=x.device)
     row_scale = torch.empty((0 if static_scale is not None else m, 1), dtype=torch.float32, device=x.device)
     if m == 0:
@@ -62,7 +63,7 @@ def quantize_fp8(
     The formulas are those of ``FP8StaticPerTensor`` and ``FP8DynamicPerToken`` in ``formats/fp8.py``.
 
     Args:
-        x: ``[M, K]`` of a float type, rows at any distance.
+        x: ``[M, K]`` of a float type; copied unless the entries of a row lie side by side.
         smoothing: ``[K]`` of a float type, multiplied in float32 first; None for 1.
         static_scale: float32, one value, for the static format; None for a scale for each token.
         token_amax: float32 ``[M, 1]`` for the dynamic one, where ``x`` is a slice of its tokens.
@@ -75,8 +76,8 @@ def quantize_fp8(
     Raises:
         ValueError: a shape or dtype that the kernel does not read.
     """
-    if x.dim() != 2 or not x.is_floating_point() or x.stride(-1) != 1:
-        raise ValueError(f"x must be [M, K] floats with adjacent columns, got {tuple(x.shape)} {x.dtype}")
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be [M, K] floats, got {tuple(x.shape)} {x.dtype}")
     if smoothing is not None and smoothing.shape != x.shape[1:]:
         raise ValueError(f"smoothing must be [{x.shape[1]}], got {tuple(smoothing.shape)}")
     if static_scale is not None and (static_scale.numel() != 1 or static_scale.dtype != torch.float32):
