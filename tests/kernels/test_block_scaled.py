@@ -25,6 +25,7 @@ from sglang_modelopt_kernels.gemm.block_scaled import (
     pack,
     unpack,
 )
+from sglang_modelopt_kernels.gemm.block_scaled import packing as packing_module
 from sglang_modelopt_kernels.gemm.block_scaled.launch import KernelConfig, decode_rows, descale, run
 
 E2M1_FORMATS = ("nvfp4", "nvfp4_bs32", "nvfp4_w4a8", "mxfp4")
@@ -68,7 +69,7 @@ def worst_error(
 @pytest.mark.parametrize("name", BLOCK_FORMATS)
 def test_packing_keeps_every_weight(name: str, entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Row by row, seven rows at a time, and all at once."""
-    monkeypatch.setattr(packing, "PACK_ENTRIES", entries)
+    monkeypatch.setattr(packing_module, "PACK_ENTRIES", entries)
     tensors = WEIGHT_FORMATS[name].quantize(torch.randn(20, 384, generator=torch.Generator().manual_seed(5)))
     blocks = WEIGHT_FORMATS[name].blocks(tensors)
     assert blocks is not None
