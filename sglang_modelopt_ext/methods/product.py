@@ -24,6 +24,7 @@ from sglang_modelopt_ext.dispatch import (
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
+from sglang_modelopt_ext.selfcheck import check_layout
 from sglang_modelopt_kernels.formats.base import ValueRule
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 
@@ -119,6 +120,7 @@ class LinearProduct:
         reasons = []
         for layout in taking:
             try:
+                check_layout(layout, request, shards[0]["weight"].device)
                 prepared = [layout.prepare(group) for group in weights]
             except ValueError as error:
                 reasons.append(f"{layout.name}: {error}")

@@ -1,0 +1,57 @@
+"""A layout proves itself on the machine at hand before it serves a layer there.
+
+Kernels are tested on the hardware their authors had. A compiler that miscompiles for another architecture, a driver, or a library
+that reads its arguments differently would otherwise show as wrong logits only.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from triton.errors import TritonError
+
+from sglang_modelopt_ext.dispatch import Layout, LinearRequest, ShardWeight
+
+N, K = 128, 512
+TOKENS = (1, 24, 40, 80, 300)
+"""One number of tokens, or more, for each way the layouts of ``dispatch.py`` choose by it."""
+TOLERANCE = 2.0**-7
+"""Relative, over a token's outputs: twice the rounding of a bf16 result. A misread scale or code errs by a tenth and more."""
+
+_passed: set[tuple[object, ...]] = set()
+
+
+def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -> None:
+    """Compares ``layout`` with float64 on a small random layer of the request's formats, once for each in this process.
+
+    Raises:
+        ValueError: the outputs differ, or the kernel does not run.
+    """
+    key = (layout, request.scheme.weight.name, layout.operand(request), request.math, request.dtype, device)
+    if key in _passed:
+        return
+    # SGLang prepares layers under a default type and device of its own: neither is left to the default here.
+    random = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+    weight = random(N, K) * random(N, 1)
+    stored = request.scheme.weight.quantize(weight.to(torch.bfloat16))
+    shard = ShardWeight(
+        request.scheme.weight, {name: tensor.to(device) for name, tensor in stored.items()}, request.math
+    )
+    decoded = ShardWeight(request.scheme.weight, stored, request.math).decode()
+    expected_weight = decoded.unit.double() * decoded.out_scale.double()
+    prepared = layout.prepare([shard])
+    for m in TOKENS:
+        # E4M3 numbers are numbers of every type that activations come in.
+        x = random(m, K).to(torch.float8_e4m3fn)
+        row_scale = random(m, 1).abs() + 0.5
+        values = x.to(device).to(torch.float32).to(layout.operand(request))
+        try:
+            y = layout.matmul(prepared, values, row_scale.to(device), None, request.dtype).double().cpu()
+        except (RuntimeError, TritonError) as error:
+            raise ValueError(f"does not run on {device}: {str(error).splitlines()[0]}") from error
+        expected = x.double() @ expected_weight.T * row_scale.double()
+        error_of_token = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
+        if not error_of_token < TOLERANCE:
+            raise ValueError(f"is wrong on {device}: relative error {error_of_token:.2g} with {m} tokens")
+    _passed.add(key)

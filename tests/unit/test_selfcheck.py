@@ -1,0 +1,94 @@
+"""A kernel that is wrong on this machine does not get a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from sglang_modelopt_ext import dispatch, selfcheck
+from sglang_modelopt_ext.dispatch import Dense, LinearRequest
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.methods.product import LinearProduct
+from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+
+
+class Wrong(Dense):
+    """Right in all but its last output of many tokens."""
+
+    name = "wrong"
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(torch.float32, ("cpu",))
+        self.name = "wrong"
+        self.factor = factor
+
+    def matmul(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
+        y = super().matmul(*arguments).clone()  # type: ignore[arg-type]
+        if y.shape[0] > 100:
+            y[-1] *= self.factor
+        return y
+
+
+class Broken(Dense):
+    """Does not run."""
+
+    def matmul(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
+        raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    selfcheck._passed.clear()
+    yield
+    selfcheck._passed.clear()
+
+
+def request(algo: str, weight: str) -> LinearRequest:
+    layer = LayerScheme(algo, WEIGHT_FORMATS[weight], SCHEMES[algo].activation_format())
+    return LinearRequest(layer, "cpu", None, 64, 256, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(("algo", "weight"), [(row.algo, weight) for row in SCHEMES.values() for weight in row.weights])
+def test_what_serves_passes(algo: str, weight: str) -> None:
+    asked = request(algo, weight)
+    selfcheck.check_layout(dispatch.candidates(asked, "layer")[0], asked, torch.device("cpu"))
+    assert len(selfcheck._passed) == 1
+
+
+def test_defaults_of_the_caller_do_not_matter() -> None:
+    """SGLang loads under its own default type and device."""
+    asked = request("NVFP4", "nvfp4")
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with torch.device("meta"):
+            selfcheck.check_layout(Dense(torch.float32, ("cpu",)), asked, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(previous)
+
+
+@pytest.mark.parametrize("factor", [1.02, 0.98, float("nan"), float("inf"), -1.0])
+def test_what_is_wrong_does_not(factor: float) -> None:
+    with pytest.raises(ValueError, match=r"is wrong on cpu: relative error .* with 300 tokens"):
+        selfcheck.check_layout(Wrong(factor), request("FP8", "fp8"), torch.device("cpu"))
+    assert not selfcheck._passed
+
+
+def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Dense(torch.float32, ("cpu",))
+    stored = WEIGHT_FORMATS["fp8"].quantize(torch.randn(64, 256))
+    product = LinearProduct(request("FP8", "fp8").scheme, "folder", "layer", dtype=torch.float32)
+    stored["input_scale"] = torch.tensor(0.1)
+    monkeypatch.setattr(dispatch, "LAYOUTS", (Wrong(2.0), right))
+    product.prepare(torch.nn.Module(), [stored], 64, 256)
+    assert product.layout is right
+    monkeypatch.setattr(dispatch, "LAYOUTS", (Wrong(2.0), Broken(torch.float32, ("cpu",))))
+    other = LinearProduct(request("FP8", "fp8").scheme, "folder", "layer", dtype=torch.float32)
+    with pytest.raises(
+        ModelOptExtError, match=r"wrong: is wrong on cpu.*; dense_float32: does not run on cpu: no kernel image"
+    ):
+        other.prepare(torch.nn.Module(), [stored], 64, 256)
