@@ -23,8 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel, finish_kernel
-from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
+from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale, matrix_instruction
 from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
+from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
+from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_kernel
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
 
 ARCHITECTURES = (80, 89, 90, 100, 103, 120)
@@ -53,7 +55,7 @@ class Case:
             multiples of 16.
         constexprs: the others.
         options: ``num_warps`` and ``num_stages``.
-        matrix: whether it must contain a matrix instruction.
+        matrix: what the PTX of its matrix instruction must contain; "any" for the architecture's own, empty for none.
         weights: weights one iteration of the main loop reads, 0 where there is no loop over weights.
     """
 
@@ -63,7 +65,7 @@ class Case:
     constexprs: dict[str, Any]
     options: dict[str, int]
     aligned: tuple[str, ...] = ()
-    matrix: bool = False
+    matrix: str = ""
     weights: int = 0
 
 
@@ -115,9 +117,36 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
                     constexprs,
                     {"num_warps": config.warps, "num_stages": config.stages},
                     aligned=("n", "k"),
-                    matrix=True,
+                    matrix="any",
                     weights=config.bn * config.bk,
                 )
+
+
+def mxfp4_cases(arch: int) -> Iterator[Case]:
+    """The block-scaled matrix instruction, where the dispatch uses it."""
+    if matrix_instruction(arch) != "tcgen05":
+        return
+    for config in mxfp4.CONFIGS:
+        types = {
+            "x_ptr": "*fp8e4nv",
+            "w_ptr": "*u8",
+            "s_ptr": "*u8",
+            "row_scale_ptr": "*fp32",
+            "out_scale_ptr": "*fp32",
+        }
+        types |= {"bias_ptr": "*bf16", "y_ptr": "*bf16"} | dict.fromkeys(("m", "n", "k", "row_step"), "i32")
+        constexprs = {"HAS_ROW_SCALE": True, "HAS_BIAS": True, "EVEN_K": True, "SPLIT_K": 1}
+        constexprs |= {"BN": config.bn, "BM": config.bm, "BK": config.bk}
+        yield Case(
+            f"mxfp4 fp8e4nv {config}",
+            mxfp4_kernel,
+            types,
+            constexprs,
+            {"num_warps": config.warps, "num_stages": config.stages},
+            aligned=("n", "k"),
+            matrix="kind::mxf8f6f4.block_scale",
+            weights=config.bn * config.bk,
+        )
 
 
 def other_cases(arch: int) -> Iterator[Case]:
@@ -159,7 +188,7 @@ def other_cases(arch: int) -> Iterator[Case]:
 
 def cases(arch: int) -> list[Case]:
     """Everything that may run on ``arch``."""
-    return [*block_scaled_cases(arch), *other_cases(arch)]
+    return [*block_scaled_cases(arch), *mxfp4_cases(arch), *other_cases(arch)]
 
 
 def quick(all_cases: list[Case]) -> list[Case]:
@@ -194,6 +223,8 @@ def compile_case(case: Case, arch: int) -> Result:
         found[0] if found else "-",
         len(loop) * threads / case.weights if loop else None,
     )
+    if found and case.matrix != "any" and case.matrix not in found[0]:
+        result.problems.append(f"no {case.matrix}")
     if case.matrix and not found:
         result.problems.append(f"no {wanted}")
     if case.matrix and not _MATRIX_SASS.search(sass):

@@ -17,11 +17,13 @@ import torch
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_kernels.formats import ue8m0
 from sglang_modelopt_kernels.formats.base import BlockWeight, DecodedWeight, WeightFormat
 from sglang_modelopt_kernels.formats.nvfp4 import round_unit_to_e4m3
 from sglang_modelopt_kernels.gemm.block_scaled import block_scaled_linear, from_tensors, pack, to_tensors
 from sglang_modelopt_kernels.gemm.dense import dense_linear, prepare_dense
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear, prepare_fp8
+from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear
 
 FP8_ACTIVATIONS = ("fp8_static", "fp8_per_token")
 BLACKWELL = 100
@@ -191,6 +193,54 @@ class BlockScaled(Layout):
         return y
 
 
+class BlackwellMxfp4(Layout):
+    """MXFP4 weights as stored, in block-scaled matrix instructions: :mod:`sglang_modelopt_kernels.gemm.mxfp4`."""
+
+    name = "triton_mxfp4_tcgen05"
+
+    def supports(self, request: LinearRequest) -> str | None:
+        """MXFP4 weights with FP8 activations on SM100 and SM103."""
+        scheme = request.scheme
+        if request.device != "cuda" or not BLACKWELL <= (request.capability or 0) < 110:
+            return "is for SM100 and SM103"
+        if scheme.weight.name != "mxfp4":
+            return f"{scheme.weight.name} weights have no UE8M0 block scales"
+        if scheme.activation is None or scheme.activation.name not in FP8_ACTIVATIONS:
+            return "needs FP8 activations"
+        if request.dtype not in (torch.float16, torch.bfloat16):
+            return f"may sum at less than the precision of {request.dtype}"
+        if request.vocabulary:
+            return "does not take vocabulary layers"
+        return None
+
+    def operand(self, request: LinearRequest) -> torch.dtype:
+        """E4M3."""
+        del request
+        return torch.float8_e4m3fn
+
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``, which is 1."""
+        codes = torch.cat([shard.tensors["weight"] for shard in shards])
+        scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
+        if bool(ue8m0.byte_is_nan(scale).any()):
+            raise ValueError("a UE8M0 block scale is NaN")
+        ones = torch.ones(codes.shape[0], dtype=torch.float32, device=codes.device)
+        return {"codes": codes, "block_scale": scale, "out_scale": ones}
+
+    def matmul(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        values: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See :func:`mxfp4_linear`."""
+        weight = prepared["codes"], prepared["block_scale"], prepared["out_scale"]
+        y: torch.Tensor = mxfp4_linear(values, *weight, row_scale, bias, out_dtype)
+        return y
+
+
 class Fp8(Layout):
     """FP8 weights and activations in FP8 matrix instructions: :mod:`sglang_modelopt_kernels.gemm.fp8`."""
 
@@ -283,6 +333,7 @@ class Dense(Layout):
 
 
 LAYOUTS: tuple[Layout, ...] = (
+    BlackwellMxfp4(),
     BlockScaled(),
     Fp8(),
     Dense(torch.bfloat16, ("cuda",)),

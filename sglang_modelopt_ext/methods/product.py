@@ -7,6 +7,8 @@ by another shard's.
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +29,8 @@ from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, La
 from sglang_modelopt_ext.selfcheck import check_layout
 from sglang_modelopt_kernels.formats.base import ValueRule
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
+
+logger = logging.getLogger(__name__)
 
 INPUT_SCALE = "input_scale"
 
@@ -124,6 +128,7 @@ class LinearProduct:
                 prepared = [layout.prepare(group) for group in weights]
             except ValueError as error:
                 reasons.append(f"{layout.name}: {error}")
+                _say_once(f"modelopt_ext: {request.scheme.describe()}: passed over {reasons[-1]}")
                 continue
             self._layout, self._operand = layout, layout.operand(request)
             self.groups = tuple(
@@ -218,6 +223,11 @@ class LinearProduct:
         """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
         prepared = {name: getattr(layer, attribute) for name, attribute in self.groups[0].prepared.items()}
         return self.layout.rows(prepared, indices).to(self.dtype)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:

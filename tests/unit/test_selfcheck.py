@@ -78,7 +78,7 @@ def test_what_is_wrong_does_not(factor: float) -> None:
     assert not selfcheck._passed
 
 
-def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     right = Dense(torch.float32, ("cpu",))
     stored = WEIGHT_FORMATS["fp8"].quantize(torch.randn(64, 256))
     product = LinearProduct(request("FP8", "fp8").scheme, "folder", "layer", dtype=torch.float32)
@@ -86,6 +86,7 @@ def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "LAYOUTS", (Wrong(2.0), right))
     product.prepare(torch.nn.Module(), [stored], 64, 256)
     assert product.layout is right
+    assert ["passed over wrong: is wrong on cpu" in message for message in caplog.messages] == [True]
     monkeypatch.setattr(dispatch, "LAYOUTS", (Wrong(2.0), Broken(torch.float32, ("cpu",))))
     other = LinearProduct(request("FP8", "fp8").scheme, "folder", "layer", dtype=torch.float32)
     with pytest.raises(

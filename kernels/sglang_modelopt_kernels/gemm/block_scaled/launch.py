@@ -92,16 +92,20 @@ def choose(kind: Kind, m: int, n: int, k: int, capability: int, processors: int)
     candidates = configs(kind, capability)
     config = next((config for config in candidates if m <= config.bm), candidates[-1])
     tiles = triton.cdiv(n, config.bn) * triton.cdiv(m, config.bm)
-    steps = triton.cdiv(k, config.bk)
+    return config, splits(tiles * config.warps, triton.cdiv(k, config.bk), processors)
+
+
+def splits(warps: int, steps: int, processors: int) -> int:
+    """Splits along K of a launch of ``warps`` warps in all, each of ``steps`` steps, a power of 2 up to 16."""
     split = 1
     # Enough programs for eight warps to a multiprocessor, while each still has a pipeline's worth of steps.
-    while tiles * split * config.warps < 8 * processors and split < 16 and steps >= 4 * 2 * split:
+    while warps * split < 8 * processors and split < 16 and steps >= 4 * 2 * split:
         split *= 2
-    return config, split
+    return split
 
 
 @functools.cache
-def _machine(device: torch.device) -> tuple[int, int]:
+def machine(device: torch.device) -> tuple[int, int]:
     """Compute capability times ten and multiprocessors; an H200's for the interpreter."""
     if device.type != "cuda":
         return 90, 132
@@ -120,7 +124,7 @@ def run(
     """Launches the kernel; arguments as :func:`block_scaled_linear`, ``plan`` instead of :func:`choose`'s."""
     (m, k), n = x.shape, weight.n
     f16 = x.dtype != torch.bfloat16
-    capability, processors = _machine(x.device)
+    capability, processors = machine(x.device)
     if x.dtype == torch.float8_e4m3fn and capability < 89:
         x = x.to(torch.float16)  # exact; the type does not exist for Triton before sm_89
     x = x.contiguous()
