@@ -163,8 +163,8 @@ class BlockScaled(Layout):
             return f"does not take unrounded activations in {request.dtype}"
         if activation is not None and activation.name not in (*FP8_ACTIVATIONS, "nvfp4_dynamic", "mxfp4_dynamic"):
             return f"does not take {activation.name} activations"
-        if request.k % 16 or request.n % 2:
-            return f"needs K in 16s and N in 2s, not {request.k} and {request.n}"
+        if request.k % 16:
+            return f"needs K in 16s, not {request.k}"
         return None
 
     def operand(self, request: LinearRequest) -> torch.dtype:
@@ -271,6 +271,8 @@ class Fp8(Layout):
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
         """``unit`` E4M3 ``[N, K]`` and ``out_scale`` float32 ``[N]``."""
         unit, out_scale = prepare_fp8(merge_decoded(shards))
+        if unit.shape[0] % 16:
+            raise ValueError(f"{unit.shape[0]} rows of shards that share a product are not a multiple of 16")
         return {"unit": unit, "out_scale": out_scale}
 
     def matmul(

@@ -118,6 +118,19 @@ def test_a_layout_may_refuse_by_values(exponent: int, holds: bool) -> None:
             layout.prepare(shards)
 
 
+@pytest.mark.parametrize(
+    ("name", "algo", "weight", "n"), [(FP8, "FP8", "fp8", 24), (BLOCK, "W4A16_AWQ", "int4_awq", 3)]
+)
+def test_shards_apart_may_be_too_uneven(name: str, algo: str, weight: str, n: int) -> None:
+    """A fused layer fits, but not a shard of it that has an input scale of its own."""
+    layout = candidates(request(algo, n=48), "layer")[0]
+    assert layout.name == name
+    stored = WEIGHT_FORMATS[weight].quantize(torch.randn(2 * n, 256))
+    shard = {key: tensor[: len(tensor) // 2] if tensor.dim() else tensor for key, tensor in stored.items()}
+    with pytest.raises(ValueError, match=f"^{n} rows of shards"):
+        layout.prepare([ShardWeight(WEIGHT_FORMATS[weight], shard)])
+
+
 def test_operands_hold_the_activations() -> None:
     operand = {algo: candidates(request(algo, 100), "layer")[0].operand(request(algo, 100)) for algo in EXPECTED}
     older = request("W4A8_NVFP4_FP8", 80)
