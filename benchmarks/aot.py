@@ -22,18 +22,20 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel, finish_kernel
-from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale, matrix_instruction
+from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
+from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
 from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
 from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_kernel
+from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile.kernel import finish_kernel
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
 
 ARCHITECTURES = (80, 89, 90, 100, 103, 120)
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10}
 """Bytes one block may use: CUDA C++ Programming Guide, compute capabilities."""
-MATRIX = {80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05.mma", 103: "tcgen05.mma", 120: "mma.sync"}
-"""The matrix instruction of float16 and bf16 in PTX."""
+OPCODES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
+"""Of each matrix instruction in PTX."""
 KINDS: tuple[tuple[Kind, int], ...] = (
     ("e2m1_e4m3", 16),
     ("e2m1_e4m3", 32),
@@ -81,72 +83,46 @@ class Result:
     problems: list[str] = field(default_factory=list)
 
 
+def product_case(
+    name: str, kernel: Any, config: KernelConfig, operands: dict[str, str], numerics: dict[str, Any], matrix: str
+) -> Case:
+    """One configuration of a tiled product, with every scale and the bias, K a multiple of its tile and no split."""
+    types = operands | dict.fromkeys(("row_scale_ptr", "out_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("bias_ptr", "y_ptr"), "*bf16") | dict.fromkeys(("m", "n", "k", "row_step"), "i32")
+    return Case(
+        f"{name} {config}",
+        kernel,
+        types,
+        {"DESCALE": 1.0, "HAS_ROW_SCALE": True, "HAS_BIAS": True, "EVEN_K": True, "SPLIT_K": 1}
+        | {"BN": config.bn, "BM": config.bm, "BK": config.bk}
+        | numerics,
+        {"num_warps": config.warps, "num_stages": config.stages},
+        aligned=("n", "k"),
+        matrix=matrix,
+        weights=config.bn * config.bk,
+    )
+
+
 def block_scaled_cases(arch: int) -> Iterator[Case]:
     """Every configuration that the launcher can choose."""
     dtypes = ("fp16", "bf16") if arch < 89 else ("fp8e4nv", "fp16", "bf16")
     for kind, group in KINDS:
         for dtype in dtypes:
+            f16 = dtype != "bf16"
+            operands = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8"}
+            numerics = {"KIND": kind, "GROUP": group, "F16": f16, "ASM": True, "DESCALE": descale(kind, f16)}
             for config in configs(kind, arch):
-                constexprs = {
-                    "KIND": kind,
-                    "GROUP": group,
-                    "F16": dtype != "bf16",
-                    "ASM": True,
-                    "DESCALE": descale(kind, dtype != "bf16"),
-                    "HAS_ROW_SCALE": True,
-                    "HAS_BIAS": True,
-                    "EVEN_K": True,
-                    "SPLIT_K": 1,
-                    "BN": config.bn,
-                    "BM": config.bm,
-                    "BK": config.bk,
-                }
-                types = {
-                    "x_ptr": f"*{dtype}",
-                    "w_ptr": "*i16",
-                    "s_ptr": "*fp32" if kind == "int4_float" else "*u8",
-                    "row_scale_ptr": "*fp32",
-                    "out_scale_ptr": "*fp32",
-                    "bias_ptr": "*bf16",
-                    "y_ptr": "*bf16",
-                } | dict.fromkeys(("m", "n", "k", "row_step"), "i32")
-                yield Case(
-                    f"block_scaled {kind}/{group} {dtype} {config}",
-                    block_scaled_kernel,
-                    types,
-                    constexprs,
-                    {"num_warps": config.warps, "num_stages": config.stages},
-                    aligned=("n", "k"),
-                    matrix="any",
-                    weights=config.bn * config.bk,
-                )
+                name = f"block_scaled {kind}/{group} {dtype}"
+                yield product_case(name, block_scaled_kernel, config, operands, numerics, "any")
 
 
 def mxfp4_cases(arch: int) -> Iterator[Case]:
     """The block-scaled matrix instruction, where the dispatch uses it."""
     if matrix_instruction(arch) != "tcgen05":
         return
+    operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
     for config in mxfp4.CONFIGS:
-        types = {
-            "x_ptr": "*fp8e4nv",
-            "w_ptr": "*u8",
-            "s_ptr": "*u8",
-            "row_scale_ptr": "*fp32",
-            "out_scale_ptr": "*fp32",
-        }
-        types |= {"bias_ptr": "*bf16", "y_ptr": "*bf16"} | dict.fromkeys(("m", "n", "k", "row_step"), "i32")
-        constexprs = {"HAS_ROW_SCALE": True, "HAS_BIAS": True, "EVEN_K": True, "SPLIT_K": 1}
-        constexprs |= {"BN": config.bn, "BM": config.bm, "BK": config.bk}
-        yield Case(
-            f"mxfp4 fp8e4nv {config}",
-            mxfp4_kernel,
-            types,
-            constexprs,
-            {"num_warps": config.warps, "num_stages": config.stages},
-            aligned=("n", "k"),
-            matrix="kind::mxf8f6f4.block_scale",
-            weights=config.bn * config.bk,
-        )
+        yield product_case("mxfp4 fp8e4nv", mxfp4_kernel, config, operands, {}, "kind::mxf8f6f4.block_scale")
 
 
 def other_cases(arch: int) -> Iterator[Case]:
@@ -212,8 +188,8 @@ def compile_case(case: Case, arch: int) -> Result:
     registers, spilled, sass = inspect(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
     # Fewer warps than four do not make a warp group.
-    wanted = MATRIX[arch] if compiled.metadata.num_warps >= 4 else "mma.sync"
-    found = re.search(re.escape(wanted) + r"(?!\.(?:fence|wait|commit))[\w.:]*", ptx) if case.matrix else None
+    wanted = OPCODES[matrix_instruction(arch) if compiled.metadata.num_warps >= 4 else "mma.sync"]
+    found = re.search(re.escape(wanted) + r"[\w.:]*", ptx) if case.matrix else None
     threads = 32 * compiled.metadata.num_warps
     loop = main_loop(sass) if case.weights else []
     result = Result(

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from triton.errors import TritonError
 
-from sglang_modelopt_ext.dispatch import Layout, LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight
 
 N, K = 128, 512
 TOKENS = (1, 24, 40, 80, 300)

@@ -7,8 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from sglang_modelopt_ext.dispatch import LinearRequest, candidates, served_scheme
+from sglang_modelopt_ext.dispatch import candidates, served_scheme
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
 from sglang_modelopt_ext.schemes.table import SCHEMES

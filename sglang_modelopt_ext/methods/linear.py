@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
-from sglang_modelopt_ext.dispatch import Layout
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layouts.base import Layout
 from sglang_modelopt_ext.methods.parameters import make_parameter, shard_tensor
 from sglang_modelopt_ext.methods.product import LinearProduct, ShardGroup
 from sglang_modelopt_ext.schemes.base import LayerScheme

@@ -15,16 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
-from sglang_modelopt_ext.dispatch import (
-    FP8_ACTIVATIONS,
-    Layout,
-    LinearRequest,
-    ShardWeight,
-    candidates,
-    served_scheme,
-)
+from sglang_modelopt_ext.dispatch import candidates, served_scheme
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layouts.base import FP8_ACTIVATIONS, Layout, LinearRequest, ShardWeight
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_layout
 from sglang_modelopt_kernels.formats.base import ValueRule

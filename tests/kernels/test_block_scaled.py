@@ -26,7 +26,8 @@ from sglang_modelopt_kernels.gemm.block_scaled import (
     unpack,
 )
 from sglang_modelopt_kernels.gemm.block_scaled import packing as packing_module
-from sglang_modelopt_kernels.gemm.block_scaled.launch import KernelConfig, decode_rows, descale, run
+from sglang_modelopt_kernels.gemm.block_scaled.launch import decode_rows, descale, run
+from sglang_modelopt_kernels.gemm.tile import KernelConfig
 
 E2M1_FORMATS = ("nvfp4", "nvfp4_bs32", "nvfp4_w4a8", "mxfp4")
 BLOCK_FORMATS = (*E2M1_FORMATS, "int4_awq", "int4_awq_w4a8")

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from sglang_modelopt_kernels.formats.base import DecodedWeight
-from sglang_modelopt_kernels.gemm.fp8 import fp8_linear, prepare_fp8
+from sglang_modelopt_kernels.gemm.dense import prepare_dense
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 
 EPSILON = {torch.float32: 2**-13, torch.bfloat16: 2**-9, torch.float16: 2**-11}
 """Half an epsilon of the result, and for float32 what FP8 matrix instructions keep of a sum (Hopper: 13 bits and more)."""
@@ -19,7 +20,7 @@ def check(m: int, n: int, k: int, dtype: torch.dtype, row: str, has_bias: bool, 
     x = (torch.randn(m, k, generator=generator) * 50).to(torch.float8_e4m3fn)
     row_scale = {"none": None, "static": torch.tensor(0.3), "token": torch.rand(m, 1, generator=generator) + 0.1}[row]
     bias = torch.randn(n, generator=generator).to(dtype) if has_bias else None
-    stored, out_scale = prepare_fp8(DecodedWeight(unit, out))
+    stored, out_scale = prepare_dense(DecodedWeight(unit, out), torch.float8_e4m3fn)
     moved = [None if t is None else t.to(device) for t in (x, row_scale, stored, out_scale, bias)]
     y = fp8_linear(*moved, dtype)  # type: ignore[arg-type]
     assert (y.shape, y.dtype) == ((m, n), dtype)
@@ -45,5 +46,5 @@ def test_against_float64(case: tuple[int, int, int, torch.dtype, str, bool], dev
 
 
 def test_weights_off_the_grid_are_refused() -> None:
-    with pytest.raises(ValueError, match="not exact in E4M3"):
-        prepare_fp8(DecodedWeight(torch.full((16, 16), 1.0625), torch.ones(())))
+    with pytest.raises(ValueError, match=r"not exact in torch\.float8_e4m3fn"):
+        prepare_dense(DecodedWeight(torch.full((16, 16), 1.0625), torch.ones(())), torch.float8_e4m3fn)

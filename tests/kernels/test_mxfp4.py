@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_modelopt_kernels.gemm.block_scaled.launch import KernelConfig
 from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, naive_mxfp4_linear
-from sglang_modelopt_kernels.gemm.mxfp4.linear import CONFIGS, choose, run
+from sglang_modelopt_kernels.gemm.mxfp4.linear import CONFIGS, run
+from sglang_modelopt_kernels.gemm.tile import KernelConfig, choose
 
 TOLERANCE = 1e-6
 """Float32 sums of some hundred exact products, relative to the sum of their magnitudes."""
@@ -74,7 +74,7 @@ def test_on_a_gpu(case: tuple[int, int, int, Any]) -> None:
 
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 65, 5000])
 def test_choice(m: int) -> None:
-    config, split = choose(m, 4096, 4096, 148)
+    config, split = choose(CONFIGS, m, 4096, 4096, 148)
     assert config in CONFIGS
     assert m <= config.bm or config is CONFIGS[-1]
     assert split in (1, 2, 4, 8, 16)

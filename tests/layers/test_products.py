@@ -19,8 +19,9 @@ import torch
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, QuantizedLinear, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
-from sglang_modelopt_ext.dispatch import BlockScaled, LinearRequest, ShardWeight
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, MXFP4_ACTIVATIONS
+from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B
 from sglang_modelopt_ext.schemes.table import SCHEMES

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sglang_modelopt_ext.dispatch import LAYOUTS, LinearRequest, ShardWeight, candidates, served_scheme
+from sglang_modelopt_ext.dispatch import LAYOUTS, candidates, served_scheme
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sglang_modelopt_ext import dispatch, selfcheck
-from sglang_modelopt_ext.dispatch import Dense, LinearRequest
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layouts.base import LinearRequest
+from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import triton
 
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
+from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, choose, launch, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile.launch import Plan
 
-from .kernel import block_scaled_kernel, decode_kernel, finish_kernel
+from .kernel import block_scaled_kernel, decode_kernel
 from .packing import Kind, PackedWeight
 
 SCRATCH_BYTES = 256 << 20
 """At most this much of a decoded weight exists at a time, for the dense product of many tokens."""
-
-
-@dataclass(frozen=True)
-class KernelConfig:
-    """Tile sizes of :func:`block_scaled_kernel`: output features, tokens and inputs; warps and pipeline stages."""
-
-    bn: int
-    bm: int
-    bk: int
-    warps: int
-    stages: int
-
-    def __str__(self) -> str:
-        return f"{self.bn}x{self.bm}x{self.bk}w{self.warps}s{self.stages}"
 
 
 # Chosen on an H200 by time (benchmarks/results), elsewhere by what compiles ahead of time without spilling (benchmarks.aot):
@@ -68,15 +54,8 @@ _INT4_WARP_GROUP = (
 _INT4 = {"mma.sync": _INT4_MMA, "wgmma": _INT4_WARP_GROUP, "tcgen05": _INT4_WARP_GROUP}
 
 
-def matrix_instruction(capability: int) -> str:
-    """The matrix instruction of compute capability ``capability`` (times ten) for float16 and bf16."""
-    if 90 <= capability < 100:
-        return "wgmma"
-    return "tcgen05" if 100 <= capability < 120 else "mma.sync"
-
-
 def configs(kind: Kind, capability: int) -> tuple[KernelConfig, ...]:
-    """The configurations :func:`choose` picks from on compute capability ``capability`` (times ten), by tokens, ascending."""
+    """The configurations of the kernel on compute capability ``capability`` (times ten), by tokens, ascending."""
     return (_INT4 if kind == "int4_float" else _E2M1)[matrix_instruction(capability)]
 
 
@@ -87,100 +66,32 @@ def descale(kind: Kind, f16: bool) -> float:
     return 2.0**9 if kind == "e2m1_e4m3" and not f16 else 2.0**14
 
 
-def choose(kind: Kind, m: int, n: int, k: int, capability: int, processors: int) -> tuple[KernelConfig, int]:
-    """The configuration and the number of splits along K for ``m`` tokens; a function of its arguments alone."""
-    candidates = configs(kind, capability)
-    config = next((config for config in candidates if m <= config.bm), candidates[-1])
-    tiles = triton.cdiv(n, config.bn) * triton.cdiv(m, config.bm)
-    return config, splits(tiles * config.warps, triton.cdiv(k, config.bk), processors)
-
-
-def splits(warps: int, steps: int, processors: int) -> int:
-    """Splits along K of a launch of ``warps`` warps in all, each of ``steps`` steps, a power of 2 up to 16."""
-    split = 1
-    # Enough programs for eight warps to a multiprocessor, while each still has a pipeline's worth of steps.
-    while warps * split < 8 * processors and split < 16 and steps >= 4 * 2 * split:
-        split *= 2
-    return split
-
-
-@functools.cache
-def machine(device: torch.device) -> tuple[int, int]:
-    """Compute capability times ten and multiprocessors; an H200's for the interpreter."""
-    if device.type != "cuda":
-        return 90, 132
-    properties = torch.cuda.get_device_properties(device)
-    return 10 * properties.major + properties.minor, properties.multi_processor_count
-
-
 def run(
     x: torch.Tensor,
     weight: PackedWeight,
     row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    plan: tuple[KernelConfig, int] | None = None,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as :func:`block_scaled_linear`, ``plan`` instead of :func:`choose`'s."""
-    (m, k), n = x.shape, weight.n
-    f16 = x.dtype != torch.bfloat16
+    """Launches the kernel; arguments as :func:`block_scaled_linear`, ``plan`` instead of the one chosen by size."""
     capability, processors = machine(x.device)
+    f16 = x.dtype != torch.bfloat16
     if x.dtype == torch.float8_e4m3fn and capability < 89:
         x = x.to(torch.float16)  # exact; the type does not exist for Triton before sm_89
-    x = x.contiguous()
-    config, split = plan or choose(weight.kind, m, n, k, capability, processors)
-    y = torch.empty((m, n), dtype=out_dtype, device=x.device)
-    target = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else y
-    row_step = int(row_scale is not None and row_scale.numel() > 1)
-    # The kernels take a pointer for what is absent and never read through it.
-    row_scales = weight.out_scale if row_scale is None else row_scale.contiguous()
-    biases = weight.out_scale if bias is None else bias.contiguous()
-    epilogue = {
-        "DESCALE": descale(weight.kind, f16),
-        "HAS_ROW_SCALE": row_scale is not None,
-        "HAS_BIAS": bias is not None,
-    }
-    block_scaled_kernel[(triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)](
-        x,
+    return launch(
+        block_scaled_kernel,
+        x.contiguous(),
         weight.codes,
         weight.scale,
-        row_scales,
-        weight.out_scale,
-        biases,
-        target,
-        m,
-        n,
-        k,
-        row_step,
+        Epilogue(weight.out_scale, row_scale, bias, descale(weight.kind, f16)),
+        out_dtype,
+        plan or choose(configs(weight.kind, capability), x.shape[0], weight.n, weight.k, processors),
         KIND=weight.kind,
         GROUP=weight.group,
         F16=f16,
         ASM=x.is_cuda,
-        EVEN_K=k % config.bk == 0,
-        SPLIT_K=split,
-        BN=config.bn,
-        BM=config.bm,
-        BK=config.bk,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **epilogue,
     )
-    if split > 1:
-        finish_kernel[(m, triton.cdiv(n, 1024))](
-            target,
-            row_scales,
-            weight.out_scale,
-            biases,
-            y,
-            m,
-            n,
-            n,
-            row_step,
-            SPLITS=split,
-            BN=1024,
-            **epilogue,
-        )
-    return y
 
 
 def decode_rows(weight: PackedWeight, first: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
@@ -223,30 +134,13 @@ def run_dense(
 ) -> torch.Tensor:
     """The same product for many tokens: rows decoded into a bounded scratch buffer, then cuBLAS with float32 output."""
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-    values, m = x.to(dtype), x.shape[0]
-    y = torch.empty((m, weight.n), dtype=out_dtype, device=x.device)
-    row_step = int(row_scale is not None and row_scale.numel() > 1)
-    row_scales = weight.out_scale if row_scale is None else row_scale.contiguous()
-    biases = weight.out_scale if bias is None else bias.contiguous()
+    values = x.to(dtype)
+    epilogue = Epilogue(weight.out_scale, row_scale, bias, descale(weight.kind, dtype == torch.float16))
+    y = torch.empty((x.shape[0], weight.n), dtype=out_dtype, device=x.device)
     for part in _parts(weight, 2):
-        rows = part.stop - part.start
-        product = torch.mm(values, decode_rows(weight, part.start, rows, dtype).T, out_dtype=torch.float32)
-        finish_kernel[(m, triton.cdiv(rows, 1024))](
-            product,
-            row_scales,
-            weight.out_scale[part],
-            biases[part],
-            y[:, part],
-            m,
-            rows,
-            weight.n,
-            row_step,
-            DESCALE=descale(weight.kind, dtype == torch.float16),
-            HAS_ROW_SCALE=row_scale is not None,
-            HAS_BIAS=bias is not None,
-            SPLITS=1,
-            BN=1024,
-        )
+        unit = decode_rows(weight, part.start, part.stop - part.start, dtype)
+        product = torch.mm(values, unit.T, out_dtype=torch.float32)
+        epilogue.part(part).finish(product.unsqueeze(0), y[:, part])
     return y
 
 

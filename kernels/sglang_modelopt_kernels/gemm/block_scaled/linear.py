@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from sglang_modelopt_kernels.gemm.tile import check_epilogue
+
 from .launch import run, run_dense, run_fp8
 from .packing import Kind, PackedWeight
 
@@ -100,10 +102,7 @@ def block_scaled_linear(
     """
     if x.dtype not in INPUT_DTYPES or x.dim() != 2 or x.shape[1] != weight.k:
         raise ValueError(f"x must be [M, {weight.k}] in fp8, fp16 or bf16, got {tuple(x.shape)} {x.dtype}")
-    if row_scale is not None and (row_scale.dtype != torch.float32 or row_scale.numel() not in (1, x.shape[0])):
-        raise ValueError(f"row_scale must be 1 or {x.shape[0]} float32, got {row_scale.numel()} {row_scale.dtype}")
-    if bias is not None and bias.shape != (weight.n,):
-        raise ValueError(f"bias must be [{weight.n}], got {tuple(bias.shape)}")
+    check_epilogue(x.shape[0], weight.n, row_scale, bias)
     y: torch.Tensor = _block_scaled_linear(
         x,
         weight.codes,

@@ -26,12 +26,12 @@ _MAGNITUDE_BIT = (9, 6, 3, 0)
 
 EXPONENT_TOP = 30
 EXPONENT_BOTTOM = 6
+"""Range of a stored exponent ``b``, which stands for ``2^(b - 15)``: float16's largest, and the least for which half of it, as the
+kernel multiplies it (times 2^-14), is still a float16."""
 PACK_ENTRIES = 1 << 24
 """At most this many codes are packed at a time."""
 EXPONENT_FP8 = 16
 """From here the weight divided by 2^9 is E2M1 times 2^-8 to 2^6, which E4M3 holds exactly."""
-"""Range of a stored exponent ``b``, which stands for ``2^(b - 15)``: float16's largest, and the least for which half of it, as the
-kernel multiplies it (times 2^-14), is still a float16."""
 
 
 @dataclass(frozen=True)

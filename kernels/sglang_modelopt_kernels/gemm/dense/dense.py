@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import torch
 
+from sglang_modelopt_kernels.formats import e4m3
 from sglang_modelopt_kernels.formats.base import DecodedWeight
 
 
 def prepare_dense(weight: DecodedWeight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two tensors :func:`dense_linear` reads.
+    """The two tensors :func:`dense_linear` and :func:`fp8_linear` read.
 
     Args:
         weight: decoded weight ``[N, K]``.
-        dtype: float32, or bf16 where the format's ``unit`` is exact in it.
+        dtype: float32, or bf16 or E4M3 where the weight's ``unit`` is exact in it.
 
     Returns:
         ``(unit, out_scale)``: ``[N, K]`` of ``dtype`` and float32 ``[N]``.
@@ -25,8 +26,8 @@ def prepare_dense(weight: DecodedWeight, dtype: torch.dtype) -> tuple[torch.Tens
     Raises:
         ValueError: ``unit`` does not survive the conversion to ``dtype``.
     """
-    unit = weight.unit.to(dtype)
-    if dtype != torch.float32 and not torch.equal(unit.to(torch.float32), weight.unit):
+    unit = e4m3.to_e4m3(weight.unit) if dtype == torch.float8_e4m3fn else weight.unit.to(dtype)
+    if not torch.equal(unit.to(torch.float32), weight.unit):
         raise ValueError(f"the decoded weight is not exact in {dtype}")
     rows = weight.unit.shape[0]
     return unit.contiguous(), weight.out_scale.to(torch.float32).reshape(-1).expand(rows).contiguous()

@@ -8,28 +8,6 @@ from __future__ import annotations
 
 import torch
 
-from sglang_modelopt_kernels.formats import e4m3
-from sglang_modelopt_kernels.formats.base import DecodedWeight
-
-
-def prepare_fp8(weight: DecodedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two tensors :func:`fp8_linear` reads.
-
-    Args:
-        weight: decoded weight ``[N, K]``.
-
-    Returns:
-        ``(unit, out_scale)``: E4M3 ``[N, K]`` and float32 ``[N]``.
-
-    Raises:
-        ValueError: ``unit`` is not on E4M3's grid.
-    """
-    unit = e4m3.to_e4m3(weight.unit)
-    if not torch.equal(unit.to(torch.float32), weight.unit):
-        raise ValueError("the decoded weight is not exact in E4M3")
-    rows = weight.unit.shape[0]
-    return unit.contiguous(), weight.out_scale.to(torch.float32).reshape(-1).expand(rows).contiguous()
-
 
 def fp8_linear(
     values: torch.Tensor,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
+
 
 @triton.jit
 def mxfp4_kernel(
@@ -23,6 +25,7 @@ def mxfp4_kernel(
     n,
     k,
     row_step,
+    DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -60,14 +63,20 @@ def mxfp4_kernel(
             s = tl.load(s_at, mask=(offset + 32 * block < k)[None, :], other=127)
             x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
         acc = tl.dot_scaled(w, s, "e2m1", x, unit, "e4m3", acc)
-    inside = (rows < n)[:, None] & (tokens < m)[None, :]
-    y_at = y_ptr + split.to(tl.int64) * m * n + token[None, :] * n + row[:, None]
-    if SPLIT_K > 1:
-        tl.store(y_at, acc, mask=inside)
-    else:
-        y = acc * tl.load(out_scale_ptr + row)[:, None]
-        if HAS_ROW_SCALE:
-            y = y * tl.load(row_scale_ptr + token * row_step)[None, :]
-        if HAS_BIAS:
-            y = y + tl.load(bias_ptr + row).to(tl.float32)[:, None]
-        tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
+    store_tile(
+        acc,
+        y_ptr,
+        rows,
+        tokens,
+        split,
+        m,
+        n,
+        row_scale_ptr,
+        out_scale_ptr,
+        bias_ptr,
+        row_step,
+        DESCALE,
+        HAS_ROW_SCALE,
+        HAS_BIAS,
+        SPLIT_K,
+    )

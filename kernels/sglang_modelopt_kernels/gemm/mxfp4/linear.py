@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-import triton
 
-from sglang_modelopt_kernels.gemm.block_scaled.kernel import finish_kernel
-from sglang_modelopt_kernels.gemm.block_scaled.launch import KernelConfig, machine, splits
+from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, check_epilogue, choose, launch, machine
+from sglang_modelopt_kernels.gemm.tile.launch import Plan
 
 from .kernel import mxfp4_kernel
 
@@ -19,13 +18,6 @@ CONFIGS = (
 """By tokens, ascending. Not timed on any GPU: chosen by what compiles to ``mxf8f6f4`` without spilling (``benchmarks.aot``)."""
 
 
-def choose(m: int, n: int, k: int, processors: int) -> tuple[KernelConfig, int]:
-    """The configuration and the number of splits along K for ``m`` tokens."""
-    config = next((config for config in CONFIGS if m <= config.bm), CONFIGS[-1])
-    tiles = triton.cdiv(n, config.bn) * triton.cdiv(m, config.bm)
-    return config, splits(tiles * config.warps, triton.cdiv(k, config.bk), processors)
-
-
 def run(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -34,57 +26,12 @@ def run(
     row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    plan: tuple[KernelConfig, int] | None = None,
+    plan: Plan | None = None,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as :func:`mxfp4_linear`, ``plan`` instead of :func:`choose`'s."""
+    """Launches the kernel; arguments as :func:`mxfp4_linear`, ``plan`` instead of the one chosen by size."""
     (m, k), n = x.shape, codes.shape[0]
-    x = x.contiguous()
-    config, split = plan or choose(m, n, k, machine(x.device)[1])
-    y = torch.empty((m, n), dtype=out_dtype, device=x.device)
-    target = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else y
-    row_step = int(row_scale is not None and row_scale.numel() > 1)
-    # The kernels take a pointer for what is absent and never read through it.
-    row_scales = out_scale if row_scale is None else row_scale.contiguous()
-    biases = out_scale if bias is None else bias.contiguous()
-    epilogue = {"HAS_ROW_SCALE": row_scale is not None, "HAS_BIAS": bias is not None}
-    mxfp4_kernel[(triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)](
-        x,
-        codes,
-        scale,
-        row_scales,
-        out_scale,
-        biases,
-        target,
-        m,
-        n,
-        k,
-        row_step,
-        EVEN_K=k % config.bk == 0,
-        SPLIT_K=split,
-        BN=config.bn,
-        BM=config.bm,
-        BK=config.bk,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **epilogue,
-    )
-    if split > 1:
-        finish_kernel[(m, triton.cdiv(n, 1024))](
-            target,
-            row_scales,
-            out_scale,
-            biases,
-            y,
-            m,
-            n,
-            n,
-            row_step,
-            DESCALE=1.0,
-            SPLITS=split,
-            BN=1024,
-            **epilogue,
-        )
-    return y
+    plan = plan or choose(CONFIGS, m, n, k, machine(x.device)[1])
+    return launch(mxfp4_kernel, x.contiguous(), codes, scale, Epilogue(out_scale, row_scale, bias), out_dtype, plan)
 
 
 @torch.library.custom_op("modelopt_ext::mxfp4_linear", mutates_args=())
@@ -151,9 +98,6 @@ def mxfp4_linear(
         )
     if out_scale.shape != (n,) or out_scale.dtype != torch.float32:
         raise ValueError(f"out_scale must be float32 [{n}], got {tuple(out_scale.shape)} {out_scale.dtype}")
-    if row_scale is not None and (row_scale.dtype != torch.float32 or row_scale.numel() not in (1, x.shape[0])):
-        raise ValueError(f"row_scale must be 1 or {x.shape[0]} float32, got {row_scale.numel()} {row_scale.dtype}")
-    if bias is not None and bias.shape != (n,):
-        raise ValueError(f"bias must be [{n}], got {tuple(bias.shape)}")
+    check_epilogue(x.shape[0], n, row_scale, bias)
     y: torch.Tensor = _mxfp4_linear(x, codes, scale, out_scale, row_scale, bias, out_dtype)
     return y

@@ -1,0 +1,14 @@
+"""What the products in tiles share: configurations, splits along K, scales and bias after the sum, and the launch."""
+
+from sglang_modelopt_kernels.gemm.tile.epilogue import Epilogue, check_epilogue
+from sglang_modelopt_kernels.gemm.tile.launch import KernelConfig, choose, launch, machine, matrix_instruction
+
+__all__ = [
+    "Epilogue",
+    "KernelConfig",
+    "check_epilogue",
+    "choose",
+    "launch",
+    "machine",
+    "matrix_instruction",
+]

@@ -1,0 +1,73 @@
+"""What happens to a tile after its sum."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def store_tile(
+    acc,
+    y_ptr,
+    rows,
+    tokens,
+    split,
+    m,
+    n,
+    row_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    row_step,
+    DESCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """Writes a tile ``[rows, tokens]`` of ``Y^T`` to ``y[m, n]``, or with SPLIT_K > 1 as it is to ``y[split, m, n]``."""
+    row = tl.minimum(rows, n - 1).to(tl.int64)
+    token = tl.minimum(tokens, m - 1).to(tl.int64)
+    inside = (rows < n)[:, None] & (tokens < m)[None, :]
+    y_at = y_ptr + split.to(tl.int64) * m * n + token[None, :] * n + row[:, None]
+    if SPLIT_K > 1:
+        tl.store(y_at, acc, mask=inside)
+    else:
+        y = acc * (tl.load(out_scale_ptr + row) * DESCALE)[:, None]
+        if HAS_ROW_SCALE:
+            y = y * tl.load(row_scale_ptr + token * row_step)[None, :]
+        if HAS_BIAS:
+            y = y + tl.load(bias_ptr + row).to(tl.float32)[:, None]
+        tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def finish_kernel(
+    partial_ptr,
+    row_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    y_stride,
+    row_step,
+    DESCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Sums the partials ``[SPLITS, M, N]`` of one token in a fixed order, applies scales and bias, and writes ``y[m, :N]``."""
+    token = tl.program_id(0).to(tl.int64)
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
+    inside = rows < n
+    at = partial_ptr + token * n + rows
+    acc = tl.load(at, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        acc += tl.load(at + tl.full((), split, tl.int64) * m * n, mask=inside, other=0.0)
+    y = acc * (tl.load(out_scale_ptr + rows, mask=inside, other=0.0) * DESCALE)
+    if HAS_ROW_SCALE:
+        y = y * tl.load(row_scale_ptr + token * row_step)
+    if HAS_BIAS:
+        y = y + tl.load(bias_ptr + rows, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + token * y_stride + rows, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,96 @@
+"""Which configuration of a tiled product runs, and its launch. CUDA tensors, or CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from .epilogue import Epilogue
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Tile sizes: output features, tokens and inputs; warps and pipeline stages."""
+
+    bn: int
+    bm: int
+    bk: int
+    warps: int
+    stages: int
+
+    def __str__(self) -> str:
+        return f"{self.bn}x{self.bm}x{self.bk}w{self.warps}s{self.stages}"
+
+
+Plan = tuple[KernelConfig, int]
+"""A configuration and the number of splits along K."""
+
+
+def matrix_instruction(capability: int) -> str:
+    """The matrix instruction of compute capability ``capability`` (times ten) for float16 and bf16."""
+    if 90 <= capability < 100:
+        return "wgmma"
+    return "tcgen05" if 100 <= capability < 120 else "mma.sync"
+
+
+@functools.cache
+def machine(device: torch.device) -> tuple[int, int]:
+    """Compute capability times ten and multiprocessors; an H200's for the interpreter."""
+    if device.type != "cuda":
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
+
+
+def choose(configs: Sequence[KernelConfig], m: int, n: int, k: int, processors: int) -> Plan:
+    """The first of ``configs``, ascending by tokens, that holds ``m`` tokens, or the last; a function of its arguments alone."""
+    config = next((config for config in configs if m <= config.bm), configs[-1])
+    warps = config.warps * triton.cdiv(n, config.bn) * triton.cdiv(m, config.bm)
+    steps, split = triton.cdiv(k, config.bk), 1
+    # Enough programs for eight warps to a multiprocessor, while each still has a pipeline's worth of steps.
+    while warps * split < 8 * processors and split < 16 and steps >= 4 * 2 * split:
+        split *= 2
+    return config, split
+
+
+def launch(
+    kernel: Any,
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    epilogue: Epilogue,
+    out_dtype: torch.dtype,
+    plan: Plan,
+    **constexprs: Any,
+) -> torch.Tensor:
+    """``[M, N]`` of ``out_dtype`` from a kernel over tiles of ``Y^T``, for activations ``x`` ``[M, K]`` and a weight of N rows."""
+    (m, k), n = x.shape, codes.shape[0]
+    config, split = plan
+    y = torch.empty((m, n), dtype=out_dtype, device=x.device)
+    partials = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else None
+    kernel[(triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)](
+        x,
+        codes,
+        scale,
+        y_ptr=y if partials is None else partials,
+        m=m,
+        n=n,
+        k=k,
+        EVEN_K=k % config.bk == 0,
+        SPLIT_K=split,
+        BN=config.bn,
+        BM=config.bm,
+        BK=config.bk,
+        num_warps=config.warps,
+        num_stages=config.stages,
+        **epilogue.arguments(),
+        **constexprs,
+    )
+    if partials is not None:
+        epilogue.finish(partials, y)
+    return y

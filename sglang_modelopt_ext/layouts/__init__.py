@@ -1,0 +1,1 @@
+"""Ways to keep a weight, each with the product that reads it: one file for each."""

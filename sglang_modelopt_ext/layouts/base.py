@@ -1,0 +1,138 @@
+"""What a layout is asked, and what it is given."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_modelopt_ext.env import W4A8Math
+from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_kernels.formats.base import BlockWeight, DecodedWeight, WeightFormat
+from sglang_modelopt_kernels.formats.nvfp4 import round_unit_to_e4m3
+
+FP8_ACTIVATIONS = ("fp8_static", "fp8_per_token")
+
+
+@dataclass(frozen=True)
+class LinearRequest:
+    """What a layout may base its answer on.
+
+    Attributes:
+        scheme: how the layer is quantized, as :func:`served_scheme` has it.
+        device: ``cpu`` or ``cuda``.
+        capability: the GPU's compute capability times ten (90 for 9.0), None on a CPU.
+        n, k: output and input features of this rank's part.
+        math: the numerics of its weights.
+        dtype: the model's type.
+        vocabulary: whether it is an embedding or an ``lm_head``, whose rows may be looked up.
+    """
+
+    scheme: LayerScheme
+    device: str
+    capability: int | None
+    n: int
+    k: int
+    math: W4A8Math = "exact"
+    dtype: torch.dtype = torch.bfloat16
+    vocabulary: bool = False
+
+
+@dataclass(frozen=True)
+class ShardWeight:
+    """The stored weight of one shard and the numerics it is served with."""
+
+    format: WeightFormat
+    tensors: Mapping[str, torch.Tensor]
+    math: W4A8Math = "exact"
+
+    def decode(self) -> DecodedWeight:
+        """As numbers. Raises ValueError when they are beyond float32 or ``math`` cannot hold them."""
+        decoded = self.format.decode(self.tensors)
+        if not bool(torch.isfinite(decoded.unit).all()):
+            raise ValueError("a code times its block scale is beyond float32")
+        return round_unit_to_e4m3(decoded) if self.math == "fp8" else decoded
+
+
+class Layout(ABC):
+    """A way to keep a weight, and the product that reads it."""
+
+    name: str
+    takes_vocabulary = False
+    """Whether it has :meth:`rows`."""
+
+    def supports(self, request: LinearRequest) -> str | None:
+        """None, or the reason why not."""
+        if request.vocabulary and not self.takes_vocabulary:
+            return "does not take vocabulary layers"
+        return self.objection(request)
+
+    @abstractmethod
+    def objection(self, request: LinearRequest) -> str | None:
+        """Likewise, apart from what every layout asks."""
+
+    @abstractmethod
+    def operand(self, request: LinearRequest) -> torch.dtype:
+        """The type :meth:`matmul` reads activations in; it holds the rounded ones exactly."""
+
+    @abstractmethod
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """The tensors kept for the shards, one below the other. Raises ValueError when the layout cannot hold them."""
+
+    @abstractmethod
+    def matmul(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        values: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
+
+    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
+        raise NotImplementedError(f"{self.name} does not take vocabulary layers")
+
+
+def fp8_objection(request: LinearRequest) -> str | None:
+    """Why FP8 matrix instructions do not serve ``request``'s activations; None when they do."""
+    activation = request.scheme.activation
+    if activation is None or activation.name not in FP8_ACTIVATIONS:
+        return "needs FP8 activations"
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return f"may sum at less than the precision of {request.dtype}"
+    return None
+
+
+def merge_decoded(shards: Sequence[ShardWeight]) -> DecodedWeight:
+    """The shards as one weight with an output scale for each row."""
+    parts = [shard.decode() for shard in shards]
+    return DecodedWeight(torch.cat([part.unit for part in parts]), _rows_of_scales(parts))
+
+
+def merge_blocks(shards: Sequence[ShardWeight]) -> BlockWeight:
+    """Likewise as 4-bit codes and block scales. Raises ValueError when the format has none."""
+    parts = []
+    for shard in shards:
+        part = shard.format.blocks(shard.tensors)
+        if part is None:
+            raise ValueError(f"{shard.format.name} has no 4-bit blocks")
+        parts.append(part)
+    return dataclasses.replace(
+        parts[0],
+        codes=torch.cat([part.codes for part in parts]),
+        scale=torch.cat([part.scale for part in parts]),
+        out_scale=_rows_of_scales(parts),
+    )
+
+
+def _rows_of_scales(parts: Sequence[DecodedWeight] | Sequence[BlockWeight]) -> torch.Tensor:
+    scales = []
+    for part in parts:
+        rows = part.unit.shape[0] if isinstance(part, DecodedWeight) else part.codes.shape[0]
+        scales.append(part.out_scale.reshape(-1, 1).expand(rows, 1))
+    return torch.cat(scales)
