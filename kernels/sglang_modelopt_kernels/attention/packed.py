@@ -1,0 +1,62 @@
+"""The packed keys or values of one layer: what kernels read, and how plain PyTorch reads and writes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_modelopt_kernels.formats.kv_cache import KVFormat, rotate
+
+
+@dataclass(frozen=True)
+class PackedCache:
+    """Keys (or values) of one layer for every slot of a pool: ``x ~ R(decode(codes) + bias)``.
+
+    R is the rotation, its own inverse, or nothing. No recipe has both a bias and a rotation.
+
+    Attributes:
+        format: the number format.
+        codes: uint8 ``[slots, H, format.code_bytes(D)]``.
+        block_scales: uint8 ``[slots, H, D / 16]``, E4M3 bytes; None for a format without blocks.
+        scale: the static scale, float32 ``[1]``, on the device of the codes.
+        bias: float32 ``[H, D]`` or None.
+        rotated: whether the stored vectors are rotated.
+        head_dim: D.
+        dtype: of what :meth:`__getitem__` returns.
+    """
+
+    format: KVFormat
+    codes: torch.Tensor
+    block_scales: torch.Tensor | None
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+    rotated: bool
+    head_dim: int
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """``[slots, H, D]``, as if it were not packed."""
+        return torch.Size((*self.codes.shape[:2], self.head_dim))
+
+    def store(self, slots: torch.Tensor, x: torch.Tensor) -> None:
+        """Rounds vectors ``[T, H, D]`` of any float type in float32 and writes them to the slots ``[T]``."""
+        wide = x.to(torch.float32)
+        if self.rotated:
+            wide = rotate(wide)
+        if self.bias is not None:
+            wide = wide - self.bias
+        codes, block_scales = self.format.encode(wide, self.scale)
+        self.codes[slots] = codes
+        if self.block_scales is not None:
+            self.block_scales[slots] = block_scales
+
+    def __getitem__(self, slots: Any) -> torch.Tensor:
+        """The vectors of some slots, ``[..., H, D]``: only they are unpacked."""
+        block_scales = None if self.block_scales is None else self.block_scales[slots]
+        wide = self.format.decode(self.codes[slots], block_scales, self.scale)
+        if self.bias is not None:
+            wide = wide + self.bias
+        return (rotate(wide) if self.rotated else wide).to(self.dtype)
