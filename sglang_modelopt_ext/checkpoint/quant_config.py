@@ -16,6 +16,7 @@ from typing import Any
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION
+from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 
 CONFIG_NAME = "config.json"
 QUANT_CONFIG_NAME = "hf_quant_config.json"
@@ -25,6 +26,10 @@ OWN_KEY = "sglang_modelopt_ext"
 
 ROUNDS_ACTIVATIONS = "rounds_activations"
 """Under :data:`OWN_KEY`: whether the recipe rounds the input of its linear layers."""
+
+KV_CACHE_RECIPE = "kv_cache_recipe"
+"""Under :data:`OWN_KEY`: the KV cache's recipe, which tells a rotated cache from a plain one."""
+
 _NOT_NAMED = ("model", "language_model")
 
 
@@ -66,6 +71,7 @@ class QuantConfig:
         quantized_layers: for MIXED_PRECISION, what each layer is.
         kv_cache_algo: the KV cache's scheme in upper case, or None.
         rounds_activations: recorded by this package's own exports, None elsewhere.
+        kv_cache_recipe: likewise, a name of ``KV_RECIPES``.
     """
 
     file: Path
@@ -75,6 +81,7 @@ class QuantConfig:
     quantized_layers: Mapping[str, LayerQuantization] = field(default_factory=dict)
     kv_cache_algo: str | None = None
     rounds_activations: bool | None = None
+    kv_cache_recipe: str | None = None
 
     def is_excluded(self, module: str) -> bool:
         """Whether ``module`` (a checkpoint's or SGLang's name of it) is declared as not quantized."""
@@ -138,9 +145,10 @@ def read_quant_config(folder: Path) -> QuantConfig | None:
 def parse_quant_config(content: Mapping[str, Any], file: Path) -> QuantConfig:
     """Reads one section, nested (``{"quantization": {...}}``) or flat. Raises ModelOptExtError for a malformed field."""
     section = content.get("quantization", content)
-    if not isinstance(section, Mapping) or "quant_algo" not in section:
+    # config.json leaves the algorithm out where only the KV cache is quantized.
+    if not isinstance(section, Mapping) or not section.keys() & {"quant_algo", "kv_cache_scheme"}:
         raise ModelOptExtError.at(file, "quantization.quant_algo", "the name of a ModelOpt algorithm", "no such field")
-    algo = section["quant_algo"]
+    algo = section.get("quant_algo")
     if algo is not None and (not isinstance(algo, str) or not algo):
         raise ModelOptExtError.at(file, "quant_algo", "a string or null", repr(algo))
     return QuantConfig(
@@ -151,6 +159,7 @@ def parse_quant_config(content: Mapping[str, Any], file: Path) -> QuantConfig:
         quantized_layers=_quantized_layers(section, file),
         kv_cache_algo=_kv_cache_algo(section, file),
         rounds_activations=_rounds_activations(content, file),
+        kv_cache_recipe=_kv_cache_recipe(content, file),
     )
 
 
@@ -225,6 +234,14 @@ def _rounds_activations(content: Mapping[str, Any], file: Path) -> bool | None:
     return value
 
 
+def _kv_cache_recipe(content: Mapping[str, Any], file: Path) -> str | None:
+    own = content.get(OWN_KEY)
+    value = own.get(KV_CACHE_RECIPE) if isinstance(own, Mapping) else None
+    if value is not None and value not in KV_RECIPES:
+        raise ModelOptExtError.at(file, f"{OWN_KEY}.{KV_CACHE_RECIPE}", f"one of {', '.join(KV_RECIPES)}", repr(value))
+    return value
+
+
 def _merge(first: QuantConfig, second: QuantConfig) -> QuantConfig:
     """One description from two files; raises ModelOptExtError where both speak and disagree."""
     for name, mine, other in (
@@ -254,4 +271,5 @@ def _merge(first: QuantConfig, second: QuantConfig) -> QuantConfig:
         quantized_layers=first.quantized_layers or second.quantized_layers,
         kv_cache_algo=first.kv_cache_algo,
         rounds_activations=first.rounds_activations,
+        kv_cache_recipe=first.kv_cache_recipe,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from sglang_modelopt_ext.checkpoint.kv_cache import STOCK_FP8_KV
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
     QUANT_CONFIG_NAME,
@@ -27,8 +28,9 @@ from sglang_modelopt_ext.checkpoint.reader import (
 )
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.folders import config_folder, weights_folder
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.ownership import check_kv_cache, gpu_capability, owned_family
+from sglang_modelopt_ext.integration.ownership import gpu_capability, owned_family
 from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
@@ -67,6 +69,8 @@ class ModelOptExtConfig(QuantizationConfig):
         self.packed_modules_mapping = {**FUSED_SHARDS, **(packed_modules_mapping or {})}
         self.linears: dict[str, QuantizedLinear] = dict(checkpoint.linears) if checkpoint else {}
         self.math = w4a8_math()
+        # What SGLang reads under --kv-cache-dtype auto. Ours are declared before, so that this is its own FP8 cache.
+        self.kv_cache_quant_algo = config.kv_cache_algo
 
     def get_name(self) -> str:
         """The ``--quantization`` name."""
@@ -90,10 +94,11 @@ class ModelOptExtConfig(QuantizationConfig):
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
         """From the dict of a configuration file alone: for callers that have no folder to read tensors from."""
         parsed = parse_quant_config(config, Path(CONFIG_NAME))
-        if parsed.algo is None:
+        if parsed.algo is None and parsed.kv_cache_algo is None:
             raise ModelOptExtError.at(CONFIG_NAME, "quant_algo", f"one of {', '.join(sorted(SCHEMES))}", parsed.algo)
-        mixed = parsed.algo == MIXED_PRECISION
-        return cls(UMBRELLA if mixed else find_scheme(parsed.algo, CONFIG_NAME).flag, parsed, None)
+        if parsed.algo is None or parsed.algo == MIXED_PRECISION:
+            return cls(UMBRELLA, parsed, None)
+        return cls(find_scheme(parsed.algo, CONFIG_NAME).flag, parsed, None)
 
     def get_scaled_act_names(self) -> list[str]:
         """None: smoothing scales are part of the linear layers."""
@@ -110,7 +115,9 @@ class ModelOptExtConfig(QuantizationConfig):
         """The method for ``layer``; None where SGLang's own default is right."""
         from sglang.srt.layers.linear import LinearBase
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+        from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
         from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+        from sglang.srt.layers.radix_attention import RadixAttention
         from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         if isinstance(layer, LinearBase):
@@ -122,7 +129,15 @@ class ModelOptExtConfig(QuantizationConfig):
         if isinstance(layer, VocabParallelEmbedding):  # lm_head too
             linear = self.linears.get(canonical_name(prefix))
             return self._method(linear.scheme, prefix, (linear.n,), linear.k) if linear else None
+        if isinstance(layer, RadixAttention) and self._has_stock_kv_scales():
+            return BaseKVCacheMethod(self)
         return None
+
+    def _has_stock_kv_scales(self) -> bool:
+        """Whether attention layers need the ``k_scale`` and ``v_scale`` of SGLang's FP8 cache."""
+        from sglang.srt.runtime_context import get_model
+
+        return self.config.kv_cache_algo is not None and get_model().kv_cache_dtype in ("auto", STOCK_FP8_KV)
 
     def _shards(self, prefix: str) -> list[str]:
         parent, _, name = prefix.rpartition(".")
@@ -169,25 +184,6 @@ class ModelOptExtConfig(QuantizationConfig):
         )
 
 
-def config_folder(model_path: str, revision: str | None) -> Path | None:
-    """The local folder with the checkpoint's configuration files, downloading just those of a hub model.
-
-    Returns None when ``model_path`` is neither a folder nor a hub model that can be reached; SGLang then reports that itself.
-    """
-    if Path(model_path).is_dir():
-        return Path(model_path)
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    folder = None
-    for name in (CONFIG_NAME, QUANT_CONFIG_NAME):
-        try:
-            folder = Path(hf_hub_download(model_path, name, revision=revision)).parent
-        except (EntryNotFoundError, HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError):
-            continue
-    return folder
-
-
 def _verify_quantization(original: Callable[..., None], self: ModelConfig) -> None:
     folder = config_folder(self.model_path, self.revision)
     flag = self.quantization.lower() if self.quantization else None
@@ -216,8 +212,6 @@ def _get_quant_config(
 ) -> QuantizationConfig:
     if model_config.quantization not in FAMILIES:
         return original(model_config, load_config, packed_modules_mapping, remap_prefix)
-    from sglang.srt.runtime_context import get_server_args
-
     load_format = str(getattr(load_config.load_format, "value", load_config.load_format))
     if load_format not in SERVED_LOAD_FORMATS:
         raise ModelOptExtError.at(
@@ -233,25 +227,11 @@ def _get_quant_config(
             model_config.model_path, "quant_algo", f"a checkpoint of {model_config.quantization}", "none"
         )
     family, config = owned
-    server_args = get_server_args()
-    check_kv_cache(config, server_args.kv_cache_dtype if server_args else "auto")
     if load_format == "dummy":
         return ModelOptExtConfig(family, config, None, packed_modules_mapping)
     checkpoint = read_checkpoint(weights_folder(model_config, load_config), config)
     check_scalar_values(checkpoint)
     return ModelOptExtConfig(family, config, checkpoint, packed_modules_mapping)
-
-
-def weights_folder(model_config: ModelConfig, load_config: LoadConfig) -> Path:
-    """The local folder with the checkpoint's tensors; a hub model is downloaded by SGLang's own loader first."""
-    if Path(model_config.model_path).is_dir():
-        return Path(model_config.model_path)
-    from sglang.srt.model_loader.loader import DefaultModelLoader
-
-    folder, _, _ = DefaultModelLoader(load_config)._prepare_weights(
-        model_config.model_path, model_config.revision, fall_back_to_pt=False
-    )
-    return Path(folder)
 
 
 HOOKS = (

@@ -89,7 +89,7 @@ class StrictLoad:
                     self.checkpoint.folder, name, "a tensor found in the files' headers", "an unknown one"
                 )
             if is_kv_cache_tensor(name):
-                continue  # only read when the cache is quantized, which check_kv_cache refuses
+                continue  # read by checkpoint.kv_cache, where the cache is quantized
             spec = self.checkpoint.spec_of(name)
             if spec is not None:
                 check_values(stored.file, name, tensor, spec.values)
@@ -155,6 +155,8 @@ class StrictLoad:
         modules = dict(self.model.named_modules())
         for name, _ in self.model.named_parameters():
             shards = self.loads.get(name)
+            if not shards and _is_stock_kv_scale(modules, name):
+                continue
             if not shards:
                 raise ModelOptExtError.at(
                     self.checkpoint.folder, name, "a tensor for this parameter of the model", "none"
@@ -200,6 +202,14 @@ class StrictLoad:
                 "a tensor the model uses",
                 f"one nothing reads{more}",
             )
+
+
+def _is_stock_kv_scale(modules: dict[str, torch.nn.Module], parameter: str) -> bool:
+    """Whether it is a scale of SGLang's own FP8 cache, written by :mod:`sglang_modelopt_ext.integration.kv_cache`."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    module, _, name = parameter.rpartition(".")
+    return name in ("k_scale", "v_scale") and isinstance(modules[module], RadixAttention)
 
 
 def _restorer(parameter: torch.nn.Parameter, attribute: str, original: Callable[..., Any] | None) -> Callable[[], None]:

@@ -28,9 +28,6 @@ STOCK_MIXED_ALGOS = frozenset({"NVFP4", "W4A16_NVFP4", "FP8"})
 STOCK_GROUP_SIZE = 16
 """The only NVFP4 group size SGLang 0.5.23 serves."""
 
-UNQUANTIZED_KV = ("bf16", "bfloat16")
-"""``--kv-cache-dtype`` values that leave a checkpoint's KV cache quantization unused."""
-
 
 def gpu_capability() -> int | None:
     """Compute capability times ten of the visible GPU, None without one."""
@@ -57,11 +54,12 @@ def owned_family(folder: Path, flag: str | None, capability: int | None) -> tupl
     if flag == STOCK_W4AFP8_FLAG:
         return None
     config = read_quant_config(folder)
+    if config is not None and config.algo is None and config.kv_cache_algo is not None:
+        return _kv_cache_only(config, flag)
     if config is None or config.algo is None:
         if flag in FAMILIES:
-            got = "an unquantized one" if config is None else "one that quantizes only its KV cache"
             raise ModelOptExtError.at(
-                folder, f"--quantization {flag}", "a checkpoint of quantized layers by ModelOpt", got
+                folder, f"--quantization {flag}", "a checkpoint quantized by ModelOpt", "an unquantized one"
             )
         return None
     family, stock_flag = _flags(config)
@@ -80,6 +78,18 @@ def owned_family(folder: Path, flag: str | None, capability: int | None) -> tupl
     if flag not in FAMILIES and stock_serves(config, folder, capability):
         return None
     return (UMBRELLA if flag == UMBRELLA else family), config
+
+
+def _kv_cache_only(config: QuantConfig, flag: str | None) -> tuple[str, QuantConfig]:
+    """A checkpoint that quantizes nothing but its KV cache, which SGLang refuses for want of a ``quant_algo``."""
+    if flag not in (None, GENERIC_FLAG, UMBRELLA):
+        raise ModelOptExtError.at(
+            config.file,
+            "quant_algo",
+            f"an algorithm of --quantization {flag}",
+            f"null: only the KV cache is quantized, which --quantization {UMBRELLA} serves",
+        )
+    return UMBRELLA, config
 
 
 def _flags(config: QuantConfig) -> tuple[str, str | None]:
@@ -114,14 +124,3 @@ def stock_serves(config: QuantConfig, folder: Path, capability: int | None) -> b
     if algos == {"NVFP4_AWQ"} or not any(folder.glob("*.safetensors")):  # a hub model that is not downloaded yet
         return True
     return not any(name.endswith(f".{PRE_QUANT_SCALE.name}") for name in read_headers(folder))
-
-
-def check_kv_cache(config: QuantConfig, kv_cache_dtype: str) -> None:
-    """Raises ModelOptExtError when the checkpoint's KV cache quantization would be needed and is not served."""
-    if config.kv_cache_algo is not None and kv_cache_dtype not in UNQUANTIZED_KV:
-        raise ModelOptExtError.at(
-            config.file,
-            "kv_cache_quant_algo",
-            "null, or --kv-cache-dtype bf16 to leave the cache unquantized: quantized KV caches are not served yet",
-            config.kv_cache_algo,
-        )

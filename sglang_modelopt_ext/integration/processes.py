@@ -20,9 +20,11 @@ from typing import Any
 from sglang_modelopt_ext.checkpoint.reader import check_scalar_values, read_checkpoint
 from sglang_modelopt_ext.env import ERROR_FILE, SETTINGS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS, config_folder
+from sglang_modelopt_ext.integration import kv_cache
+from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS
+from sglang_modelopt_ext.integration.folders import config_folder
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.ownership import check_kv_cache, gpu_capability, owned_family
+from sglang_modelopt_ext.integration.ownership import gpu_capability, owned_family
 
 _COMMAND_LINES = ("sglang.launch_server", "sglang.cli.main", "sglang")
 
@@ -36,6 +38,7 @@ def preflight(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     args = resolving_view(server_args)
+    kv_cache.declare(server_args)
     folder = config_folder(args.model_path, args.revision)
     if folder is None:
         return
@@ -47,7 +50,6 @@ def preflight(server_args: Any) -> None:
         setting.read()
     _check_launch(args)
     _check_adapters(args)
-    check_kv_cache(owned[1], args.kv_cache_dtype)
     load_format = str(getattr(args.load_format, "value", args.load_format))
     if load_format not in SERVED_LOAD_FORMATS:
         raise ModelOptExtError.at(

@@ -12,7 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sglang_modelopt_ext.checkpoint.reader import Checkpoint, check_all_values, read_checkpoint
+import torch
+
+from sglang_modelopt_ext.checkpoint.reader import Checkpoint, check_all_values, is_kv_cache_tensor, read_checkpoint
+from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
 from sglang_modelopt_ext.integration.hooks import Hook
@@ -48,7 +51,22 @@ def check_replacement(config: ModelOptExtConfig, folder: Path) -> Checkpoint:
                 f"{new_tensor.dtype} {list(new_tensor.shape)}",
             )
     check_all_values(checkpoint)
+    _check_kv_cache(served, checkpoint)
     return checkpoint
+
+
+def _check_kv_cache(served: Checkpoint, new: Checkpoint) -> None:
+    """The numbers of the KV cache belong to its pool and stay what they were when the server started."""
+    names = [name for name in served.tensors if is_kv_cache_tensor(name)]
+    old_values, new_values = (
+        {stored.name: tensor for stored, tensor in read_tensors([source.tensors[name] for name in names])}
+        for source in (served, new)
+    )
+    for name in names:
+        if not torch.equal(old_values[name], new_values[name]):
+            raise ModelOptExtError.at(
+                new.tensors[name].file, name, "the values being served: a KV cache keeps its scales", "others"
+            )
 
 
 def _update_from_disk(

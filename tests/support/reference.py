@@ -11,12 +11,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from tests.support import kv
 from tests.support.recipes import (
     ACTIVATIONS,
     FP8_MAX,
@@ -74,7 +75,8 @@ class Reference:
         dtype: what everything but the quantized layers runs in: bfloat16 measures the noise of a bf16 server.
         math: see :class:`QuantLinear`.
         activation: the rounding of the recipe, or another one for comparison.
-        kv_cache: whether a KV cache the checkpoint quantizes is refused or, as with ``--kv-cache-dtype bf16``, left as it is.
+        kv_cache: the recipe that rounds keys and values; ``"unquantized"`` for ``--kv-cache-dtype bf16``; ``"none"`` for a
+            checkpoint that says nothing of its cache.
 
     Raises:
         ValueError: a tensor is missing, or is there and nothing reads it.
@@ -88,7 +90,7 @@ class Reference:
         dtype: torch.dtype = torch.float32,
         math: Math = "exact",
         activation: Activation = "recipe",
-        kv_cache: Literal["refused", "unquantized"] = "refused",
+        kv_cache: str = "none",
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -102,13 +104,18 @@ class Reference:
         for path in sorted(folder.glob("*.safetensors")):
             tensors.update(load_file(path))
         section = quantization(folder)
+        cached: dict[str, torch.Tensor] = {}
         if section is not None:
             if section.get("kv_cache_quant_algo") or section.get("kv_cache_scheme"):
-                if kv_cache == "refused":
-                    raise NotImplementedError("no reference for a quantized KV cache")
-                tensors = {name: t for name, t in tensors.items() if not name.endswith(KV_CACHE_TENSORS)}
-            self._quantize(section, tensors, math, activation)
-            self._decode_embedding(section, tensors)
+                if kv_cache == "none":
+                    raise ValueError("a quantized KV cache: say how it is to be read")
+                cached = {name: t for name, t in tensors.items() if name.endswith(KV_CACHE_TENSORS)}
+                tensors = {name: t for name, t in tensors.items() if name not in cached}
+            if section.get("quant_algo"):
+                self._quantize(section, tensors, math, activation)
+                self._decode_embedding(section, tensors)
+        if kv_cache not in ("none", "unquantized"):
+            kv.install(self.model, kv_cache, cached)
         missing, unexpected = self.model.load_state_dict(tensors, strict=False)
         if config.tie_word_embeddings:
             missing = [name for name in missing if name != "lm_head.weight"]

@@ -50,7 +50,7 @@ class PackedCache:
             wide = wide - self.bias
         codes, block_scales = self.format.encode(wide, self.scale)
         self.codes[slots] = codes
-        if self.block_scales is not None:
+        if self.block_scales is not None and block_scales is not None:
             self.block_scales[slots] = block_scales
 
     def __getitem__(self, slots: Any) -> torch.Tensor:

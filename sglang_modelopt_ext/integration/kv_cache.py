@@ -1,0 +1,305 @@
+"""Quantized KV caches in SGLang: which recipe, checked before anything starts, and the pool that holds it.
+
+The plan of a cache comes from the checkpoint's folder and the flag alone, whoever serves the weights. On a GPU the plain FP8 cache
+is SGLang's own, with the checkpoint's scales loaded here; every other recipe, and every recipe on a CPU, is a pool of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import typing
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_modelopt_ext.checkpoint.kv_cache import (
+    FLAG_PREFIX,
+    KV_FLAGS,
+    STOCK_FP8_KV,
+    KVCachePlan,
+    check_head_dim,
+    is_latent,
+    kv_cache_plan,
+)
+from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
+from sglang_modelopt_ext.checkpoint.reader import is_kv_cache_tensor
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.folders import config_folder
+from sglang_modelopt_ext.integration.hooks import Hook
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = {"cpu": "torch_native", "cuda": "triton"}
+"""The attention backend chosen for a cache of ours where the user chose none."""
+
+SERVED_BACKENDS = frozenset(BACKENDS.values())
+
+UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "--enable-hierarchical-cache",
+        lambda a: a.enable_hierarchical_cache,
+        "its host pool has no room for block scales",
+    ),
+    ("--enable-lmcache", lambda a: a.enable_lmcache, "its host pool has no room for block scales"),
+    (
+        "--disaggregation-mode",
+        lambda a: a.disaggregation_mode != "null",
+        "the transfer would leave block scales behind",
+    ),
+    ("--speculative-algorithm", lambda a: a.speculative_algorithm is not None, "drafts have not been tested on it"),
+    ("--enable-unified-memory", lambda a: a.enable_unified_memory, "that pool does not allocate block scales"),
+    ("--enable-kv-cache-sharding", lambda a: a.enable_kv_cache_sharding, "that pool stripes plain buffers"),
+    ("--enable-page-major-kv-layout", lambda a: a.enable_page_major_kv_layout, "that pool holds plain buffers"),
+    ("--dcp-size", lambda a: (a.dcp_size or 1) > 1, "decode context parallelism masks plain buffers"),
+    ("--prefill-only-disable-kv-cache", lambda a: a.prefill_only_disable_kv_cache, "there is no cache to quantize"),
+    ("--enable-hisparse", lambda a: a.enable_hisparse, "that pool holds plain buffers"),
+)
+"""Arguments that do not go with a cache of ours: the flag, whether it is set, why not."""
+
+
+@functools.lru_cache(maxsize=8)
+def plan_for(model_path: str, revision: str | None, flag: str) -> KVCachePlan | None:
+    """The plan for a model under ``--kv-cache-dtype flag``, None where it is SGLang's own business. Raises ModelOptExtError."""
+    folder = config_folder(model_path, revision)
+    if folder is None:
+        return kv_cache_plan(Path(model_path), None, flag)
+    return kv_cache_plan(folder, read_quant_config(folder), flag)
+
+
+def is_stock(plan: KVCachePlan, device: str) -> bool:
+    """Whether SGLang's own FP8 pool holds the cache."""
+    return device == "cuda" and plan.recipe.name == "fp8"
+
+
+def declare(server_args: Any) -> None:
+    """Settles the flag and the attention backend before SGLang picks defaults. Raises ModelOptExtError for a bad combination."""
+    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+
+    args = resolving_view(server_args)
+    plan = plan_for(args.model_path, args.revision, args.kv_cache_dtype)
+    if plan is None:
+        return
+    device = _device(args)
+    if is_stock(plan, device):
+        if args.kv_cache_dtype in KV_FLAGS:
+            declare_resolution(server_args, __name__, kv_cache_dtype=STOCK_FP8_KV)
+        return
+    backend = BACKENDS.get(device)
+    if backend is None:
+        raise ModelOptExtError.at("command line", "--device", "cuda or cpu for a quantized KV cache", device)
+    for flag, is_set, reason in UNSUPPORTED:
+        if is_set(args):
+            raise ModelOptExtError.at(
+                "command line", flag, f"it unset with a KV cache of {plan.recipe.name}: {reason}", "it set"
+            )
+    declare_resolution(server_args, __name__, kv_cache_dtype=FLAG_PREFIX + plan.recipe.name)
+    if args.attention_backend is None:
+        declare_resolution(server_args, __name__, attention_backend=backend)
+
+
+def check_backends(server_args: Any) -> None:
+    """Raises ModelOptExtError when the attention backends that were settled on cannot read a cache of ours."""
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view, use_mla_backend
+
+    args = resolved_view(server_args)
+    if args.kv_cache_dtype not in KV_FLAGS:
+        return
+    for backend in attention_backends_of(args):
+        if backend not in SERVED_BACKENDS:
+            raise ModelOptExtError.at(
+                "command line",
+                "--attention-backend",
+                f"{' or '.join(sorted(SERVED_BACKENDS))} with --kv-cache-dtype {args.kv_cache_dtype}",
+                backend,
+            )
+    if use_mla_backend(server_args):
+        raise ModelOptExtError.at(
+            "command line", "--kv-cache-dtype", "auto for a model with latent attention (MLA)", args.kv_cache_dtype
+        )
+
+
+def _device(args: Any) -> str:
+    return str(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _configure_kv_cache_dtype(original: Callable[..., Any], **kwargs: Any) -> tuple[str | None, torch.dtype]:
+    flag = kwargs["server_args_kv_cache_dtype"]
+    if flag in KV_FLAGS:
+        if kwargs["is_draft_worker"]:
+            raise ModelOptExtError.at("command line", "--speculative-algorithm", f"no drafts with {flag}", "a draft")
+        return flag, torch.uint8
+    return original(**kwargs)
+
+
+def _compute_cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int) -> int:
+    if kvc.kv_cache_dtype_str not in KV_FLAGS:
+        return original(self, kvc, num_layers)
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
+
+    parallel, config = get_parallel(), kvc.model_config
+    heads = config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size)
+    method = ModelOptExtKVMethod(KV_FLAGS[kvc.kv_cache_dtype_str])
+    return method.compute_cell_size(heads, config.head_dim, num_layers, kv_size=1)
+
+
+def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_layers: int) -> Any:
+    if self.kv_cache_dtype_str not in KV_FLAGS:
+        return original(self, num_layers=num_layers)
+    from sglang.srt.runtime_context import get_parallel, get_server_args
+    from sglang.srt.utils import log_info_on_rank0
+
+    from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
+
+    config = self.model_config
+    recipe = KV_FLAGS[self.kv_cache_dtype_str]
+    check_head_dim(recipe, config.head_dim, config.model_path)
+    if config.v_head_dim != config.head_dim:
+        raise ModelOptExtError.at(config.model_path, "v_head_dim", f"head_dim, {config.head_dim}", config.v_head_dim)
+    args = get_server_args()
+    plan = plan_for(args.model_path, args.revision, self.kv_cache_dtype_str)
+    assert plan is not None, "a flag of ours has a plan"
+    method = ModelOptExtKVMethod(recipe)
+    parallel = get_parallel()
+    method.load_layers(self.model, plan, parallel.attn_tp_rank, parallel.attn_tp_size)
+    log_info_on_rank0(logger, f"modelopt_ext: KV cache {recipe.name}, {plan.source}")
+    return method
+
+
+def _build_mha_kv_pool(
+    original: Callable[..., Any],
+    self: Any,
+    *,
+    max_total_num_tokens: int,
+    mha_pool_class: type,
+    quant_method: Any = None,
+) -> Any:
+    from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
+    from sglang_modelopt_ext.kv.pool import ModelOptExtKVPool
+
+    return original(
+        self,
+        max_total_num_tokens=max_total_num_tokens,
+        mha_pool_class=ModelOptExtKVPool if isinstance(quant_method, ModelOptExtKVMethod) else mha_pool_class,
+        quant_method=quant_method,
+    )
+
+
+def _refuse_pool(kind: str) -> Callable[..., Any]:
+    """A wrapper around the builder of another pool than that of plain attention."""
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.kv_cache_dtype_str in KV_FLAGS:
+            raise ModelOptExtError.at(
+                "command line", "--kv-cache-dtype", f"auto or bf16 for a model with {kind}", self.kv_cache_dtype_str
+            )
+        return original(self, *args, **kwargs)
+
+    return around
+
+
+def _get_all_weights(
+    original: Callable[..., Iterator[tuple[str, torch.Tensor]]], self: Any, model_config: Any, model: torch.nn.Module
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The weights without the KV cache's numbers, which SGLang's models load, drop or fail on, each in its way."""
+    folder = config_folder(model_config.model_path, model_config.revision)
+    config = read_quant_config(folder) if folder is not None else None
+    if folder is None or config is None or config.kv_cache_algo is None or is_latent(folder):
+        yield from original(self, model_config, model)
+        return
+    set_stock_scales(model, plan_for(model_config.model_path, model_config.revision, "auto"))
+    for name, tensor in original(self, model_config, model):
+        if not is_kv_cache_tensor(name):
+            yield name, tensor
+
+
+def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan | None) -> None:
+    """Writes a plain FP8 plan into the ``k_scale`` and ``v_scale`` of SGLang's own cache, where the model has them."""
+    from sglang.srt.runtime_context import get_model
+
+    from sglang_modelopt_ext.kv.layers import attention_layers
+
+    if plan is None or plan.recipe.name != "fp8" or get_model().kv_cache_dtype not in ("auto", STOCK_FP8_KV):
+        return
+    for name, module in attention_layers(model):
+        if not isinstance(module.k_scale, torch.nn.Parameter):
+            continue
+        layer = plan.layer(name)
+        module.k_scale.data.fill_(layer.k_scale)
+        module.v_scale.data.fill_(layer.v_scale)
+
+
+def register_kv_caches() -> None:
+    """Adds our recipes to the choices of ``--kv-cache-dtype``, and our checks to SGLang's argument resolution."""
+    from sglang.srt.arg_groups.resolution_hooks import _HOOKS, register_resolution_hook
+    from sglang.srt.server_args import ServerArgs
+
+    argument = typing.get_type_hints(ServerArgs, include_extras=True)["kv_cache_dtype"].__metadata__[0]
+    argument.choices.extend(flag for flag in KV_FLAGS if flag not in argument.choices)
+    step = "handle_attention_backend_compatibility"
+    if _check_backends not in _HOOKS.get(step, []):
+        register_resolution_hook(step)(_check_backends)
+
+
+def _check_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
+    previous(server_args)
+    check_backends(server_args)
+
+
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator."
+HOOKS = (
+    Hook(
+        "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
+        (
+            "server_args_kv_cache_dtype",
+            "model",
+            "model_dtype",
+            "is_draft_worker",
+            "is_dflash",
+            "speculative_draft_attention_backend",
+            "speculative_draft_kv_cache_dtype",
+        ),
+        "our values of --kv-cache-dtype would be refused",
+        _configure_kv_cache_dtype,
+    ),
+    Hook(
+        "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+        ("self", "kvc", "num_layers"),
+        "a token would be sized as one byte for each entry",
+        _compute_cell_size,
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_mha_quant_method",
+        ("self", "num_layers"),
+        "the pool would hold vectors unrounded, cut to bytes",
+        _build_mha_quant_method,
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_mha_kv_pool",
+        ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
+        "a quantized cache would be read as one full-width copy",
+        _build_mha_kv_pool,
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_hybrid_swa_kv_pool",
+        ("self", "full_max_total_num_tokens", "swa_max_total_num_tokens", "mha_pool_class"),
+        "a hybrid sliding-window pool would hold codes as numbers",
+        _refuse_pool("a hybrid sliding-window cache"),
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_hybrid_linear_kv_pool",
+        ("self", "max_total_num_tokens", "req_to_token_pool", "mha_pool_class", "mla_pool_class", "dsa_pool_class"),
+        "a hybrid linear-attention pool would hold codes as numbers",
+        _refuse_pool("linear attention"),
+    ),
+    Hook(
+        "sglang.srt.model_loader.loader.DefaultModelLoader._get_all_weights",
+        ("self", "model_config", "model"),
+        "the KV cache's scales would be dropped, or fail to load, depending on the model",
+        _get_all_weights,
+    ),
+)

@@ -1,0 +1,159 @@
+"""Real SGLang servers with quantized KV caches: the fast set, three starts, and every recipe on every family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.serving.checks import (
+    FP32_MEDIAN,
+    PROMPT,
+    SHORT_PROMPTS,
+    check_batch_against_single,
+    check_logprobs,
+    check_prefill_against_decode,
+)
+from tests.support.kv_exports import PRESETS, kv_export
+from tests.support.models import FAMILIES, Family, TinyModel, model_dir, random_ids
+from tests.support.reference import Reference, difference
+from tests.support.server import Server, failing_start
+
+pytestmark = pytest.mark.server
+
+W4A8 = "W4A8_NVFP4_FP8_CFG"
+CHUNK = 16
+ROTATED = ("nvfp4_rotate",)
+
+
+def flags(recipe: str) -> tuple[str, ...]:
+    """What to pass for an export of a recipe: nothing, but for the one whose export does not say it."""
+    return ("--kv-cache-dtype", f"modelopt_{recipe}") if recipe in ROTATED else ()
+
+
+def check_against_unrounded(server: Server, folder: Path, **options: str) -> None:
+    """The cache's rounding shows: a server that left it out would be told from one that has it."""
+    served = torch.cat([server.full_logprobs(ids) for ids in SHORT_PROMPTS])
+    plain = torch.cat([Reference(folder, **options).logprobs(ids) for ids in SHORT_PROMPTS])
+    assert difference(served, plain).median > 10 * FP32_MEDIAN
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    """Keys and values in NVFP4 with biases, under W4A8 layers."""
+    return kv_export("nvfp4_affine", "mistral", W4A8)
+
+
+@pytest.fixture(scope="module")
+def server(folder: Path) -> Iterator[Server]:
+    """One float32 server for every test of the class below, prompts cut into small chunks."""
+    args = ("--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK))
+    with Server(folder, dtype="float32", args=args) as running:
+        yield running
+
+
+class TestFromTheCheckpoint:
+    """NVFP4 affine under W4A8 layers, found without a flag."""
+
+    def test_logprobs(self, server: Server, folder: Path) -> None:
+        check_logprobs(server, folder, "float32", kv_cache="nvfp4_affine")
+        check_against_unrounded(server, folder, kv_cache="unquantized")
+        assert "modelopt_ext: KV cache nvfp4_affine, hf_quant_config.json, scales read as amax / 448" in server.output()
+
+    def test_chunks_and_cache_hits_change_nothing(self, server: Server, folder: Path) -> None:
+        """A prompt of several chunks, alone and behind a cached prefix, is scored as the whole of it."""
+        reference = Reference(folder, kv_cache="nvfp4_affine")
+        for seed in range(4):
+            ids = random_ids(3 * CHUNK + 5, seed=60 + seed, vocab=511)
+            server.flush_cache()
+            first = server.full_logprobs(ids)
+            longer = [*ids, *random_ids(7, seed=80 + seed, vocab=511)]
+            server.generate(ids, 1)  # leaves the prompt in the cache
+            hit = server.post("/generate", {"input_ids": longer, "sampling_params": {"max_new_tokens": 1}})
+            assert hit["meta_info"]["cached_tokens"] >= len(ids) - 1
+            assert difference(first, reference.logprobs(ids)).median < FP32_MEDIAN
+            likeliest = server.top_logprobs(longer, 1)[-1]
+            assert likeliest.keys() == {int(reference.logprobs(longer)[-1].argmax())}
+        assert f"#new-token: {CHUNK}," in server.output(), "no prompt was cut"
+
+    def test_decode(self, server: Server) -> None:
+        check_prefill_against_decode(server)
+        check_batch_against_single(server)
+
+    def test_greedy_repeats_from_a_warm_cache(self, server: Server) -> None:
+        assert len({tuple(server.generate(PROMPT, 16)) for _ in range(3)}) == 1
+
+    def test_other_scales_are_not_taken_by_an_update(self, server: Server) -> None:
+        other = kv_export("nvfp4_affine", "mistral", W4A8, seed=5)
+        answer = server._session.post(
+            f"{server.url}/update_weights_from_disk", json={"model_path": str(other)}, timeout=120
+        ).json()
+        assert not answer["success"]
+        assert "k_bias: expected the values being served" in answer["message"]
+
+
+def test_two_ranks_and_pages(tmp_path: Path) -> None:
+    """An export that quantizes nothing but the cache, FP8 affine: biases split over two ranks, pages of 16 tokens."""
+    folder = kv_export("fp8_affine", "qwen3")
+    with Server(folder, dtype="float32", tp=2, args=("--page-size", "16")) as server:
+        check_logprobs(server, folder, "float32", kv_cache="fp8_affine")
+        check_prefill_against_decode(server)
+        assert "modelopt_ext: KV cache fp8_affine" in server.output()
+
+
+def test_by_flag_on_any_model() -> None:
+    """A model nobody quantized, with a rotated cache whose scales are those of an amax of 448."""
+    folder = model_dir(TinyModel("llama"))
+    with Server(folder, dtype="float32", args=("--kv-cache-dtype", "modelopt_nvfp4_rotate")) as server:
+        check_logprobs(server, folder, "float32", kv_cache="nvfp4_rotate")
+        check_against_unrounded(server, folder, kv_cache="none")
+        check_prefill_against_decode(server)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_every_recipe_on_every_family(recipe: str, family: Family) -> None:
+    folder = kv_export(recipe, family)
+    with Server(folder, dtype="float32", args=flags(recipe)) as server:
+        check_logprobs(server, folder, "float32", kv_cache=recipe)
+        check_prefill_against_decode(server)
+        check_batch_against_single(server)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4_affine"])
+def test_more_ranks_than_kv_heads(recipe: str) -> None:
+    """One KV head on two ranks: both keep it, with its bias."""
+    folder = kv_export(recipe, "qwen2", kv_heads=1)
+    with Server(folder, dtype="float32", tp=2) as server:
+        check_logprobs(server, folder, "float32", kv_cache=recipe)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_at_the_bf16_noise_floor(recipe: str) -> None:
+    folder = kv_export(recipe, "qwen3", W4A8)
+    with Server(folder, dtype="bfloat16", args=flags(recipe)) as server:
+        check_logprobs(server, folder, "bfloat16", kv_cache=recipe)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ("--kv-cache-dtype", "modelopt_nvfp4"),
+            "expected auto, modelopt_fp8_affine or bf16 for a KV cache calibrated",
+        ),
+        (("--attention-backend", "intel_amx"), "--attention-backend: expected torch_native or triton"),
+        (("--enable-hierarchical-cache",), "--enable-hierarchical-cache: expected it unset"),
+    ],
+)
+def test_refused_at_the_command_line(args: tuple[str, ...], message: str) -> None:
+    refusal = failing_start(kv_export("fp8_affine"), args=args)
+    assert message in refusal.output
+    assert "Traceback" not in refusal.output
+    assert not refusal.left_behind

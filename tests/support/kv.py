@@ -1,0 +1,68 @@
+"""A KV cache's rounding, written from the definition of the recipes, and a Hugging Face model that has it.
+
+Independent of the packages under test. Every key, after its position embedding, and every value is rounded before it is used: that
+is what a cache does to all tokens, the newest included, when attention reads it back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from tests.support.recipes import round_nvfp4, to_e4m3
+
+ATTENTION = "test_kv_rounded"
+CAST_SCALE = torch.tensor(1.0)
+
+
+def hadamard(size: int) -> torch.Tensor:
+    """The normalised Hadamard matrix of a power of two."""
+    matrix = torch.ones(1, 1)
+    for _ in range(size.bit_length() - 1):
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix / size**0.5
+
+
+def round_vectors(x: torch.Tensor, recipe: str, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x`` ``[B, H, T, D]`` as a cache of ``recipe`` gives it back; ``scale`` is amax / 448, ``bias`` ``[1, H, 1, D]``."""
+    turn = hadamard(x.shape[-1]) if recipe == "nvfp4_rotate" else torch.eye(x.shape[-1])
+    shift = torch.zeros(()) if bias is None else bias.to(torch.float32)
+    wide = x.to(torch.float32) @ turn - shift
+    if recipe.startswith("fp8"):
+        rounded = to_e4m3(wide / scale) * scale
+    else:
+        values, step = round_nvfp4(wide, {"input_scale": scale.to(torch.float32) * 448 / 2688})
+        rounded = values * step
+    return ((rounded + shift) @ turn).to(x.dtype)
+
+
+def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Makes ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attention(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
+        prefix = f"model.layers.{module.layer_idx}.self_attn."
+        rounding = module.config.kv_rounding
+
+        def rounded(x: torch.Tensor, side: str) -> torch.Tensor:
+            stored = rounding["tensors"]
+            scale = stored.get(f"{prefix}{side}_proj.{side}_scale", CAST_SCALE)
+            part = stored[f"{prefix}{side}_proj.{side}_bias"] if rounding["recipe"].endswith("_affine") else None
+            # Only the rotated cache turns keys; values never are.
+            name = rounding["recipe"] if side == "k" else rounding["recipe"].replace("_rotate", "")
+            return round_vectors(x, name, scale, part).repeat_interleave(module.num_key_value_groups, dim=1)
+
+        keys, values = rounded(key, "k"), rounded(value, "v")
+        scores = query @ keys.transpose(2, 3) * kwargs["scaling"] + mask
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        return (weights @ values).transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    model.config.kv_rounding = {"recipe": recipe, "tensors": dict(tensors)}
+    model.config._attn_implementation = ATTENTION
