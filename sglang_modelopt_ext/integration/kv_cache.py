@@ -53,6 +53,11 @@ UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("--enable-unified-memory", lambda a: a.enable_unified_memory, "that pool does not allocate block scales"),
     ("--enable-kv-cache-sharding", lambda a: a.enable_kv_cache_sharding, "that pool stripes plain buffers"),
     ("--enable-page-major-kv-layout", lambda a: a.enable_page_major_kv_layout, "that pool holds plain buffers"),
+    (
+        "--enable-deterministic-inference",
+        lambda a: a.enable_deterministic_inference,
+        "its attention kernel reads plain buffers",
+    ),
     ("--dcp-size", lambda a: (a.dcp_size or 1) > 1, "decode context parallelism masks plain buffers"),
     ("--prefill-only-disable-kv-cache", lambda a: a.prefill_only_disable_kv_cache, "there is no cache to quantize"),
     ("--enable-hisparse", lambda a: a.enable_hisparse, "that pool holds plain buffers"),

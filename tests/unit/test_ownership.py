@@ -10,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.ownership import check_kv_cache, owned_family
+from sglang_modelopt_ext.integration.ownership import owned_family
 from sglang_modelopt_ext.schemes.table import FAMILIES, SCHEMES, UMBRELLA
 
 MIXED_LAYERS = {
@@ -109,8 +108,6 @@ def test_our_flag_on_a_checkpoint_of_another_family(tmp_path: Path) -> None:
 def test_our_flags_on_a_checkpoint_without_quantized_layers(tmp_path: Path, flag: str) -> None:
     with pytest.raises(ModelOptExtError, match=rf"--quantization {flag}: expected .*got an unquantized one"):
         owned_family(checkpoint(tmp_path, None), flag, None)
-    with pytest.raises(ModelOptExtError, match="only its KV cache"):
-        owned_family(checkpoint(tmp_path, {"quant_algo": None, "kv_cache_quant_algo": "FP8"}), flag, None)
 
 
 def test_models_that_are_not_modelopts_are_left_alone(tmp_path: Path) -> None:
@@ -131,9 +128,19 @@ def test_unknown_algorithms_list_the_known_ones(tmp_path: Path, flag: str | None
         owned_family(mixed, None, 100)
 
 
-def test_quantized_kv_caches_are_refused_unless_left_unquantized(tmp_path: Path) -> None:
-    config = read_quant_config(checkpoint(tmp_path, {"quant_algo": "NVFP4", "kv_cache_quant_algo": "FP8"}))
-    assert config is not None
-    with pytest.raises(ModelOptExtError, match=r"kv_cache_quant_algo: expected null, or --kv-cache-dtype bf16"):
-        check_kv_cache(config, "auto")
-    check_kv_cache(config, "bf16")
+@pytest.mark.parametrize("capability", [None, 90, 100])
+@pytest.mark.parametrize("flag", [None, "modelopt", "modelopt_ext"])
+def test_a_checkpoint_that_quantizes_only_its_kv_cache_is_ours(
+    tmp_path: Path, flag: str | None, capability: int | None
+) -> None:
+    folder = checkpoint(tmp_path, {"quant_algo": None, "kv_cache_quant_algo": "NVFP4"})
+    owned = owned_family(folder, flag, capability)
+    assert owned is not None
+    assert owned[0] == "modelopt_ext"
+
+
+@pytest.mark.parametrize("flag", ["modelopt_w4a8", "modelopt_fp8", "awq"])
+def test_other_flags_on_a_checkpoint_that_quantizes_only_its_kv_cache(tmp_path: Path, flag: str) -> None:
+    folder = checkpoint(tmp_path, {"quant_algo": None, "kv_cache_quant_algo": "FP8"})
+    with pytest.raises(ModelOptExtError, match=rf"an algorithm of --quantization {flag}, got null: only the KV cache"):
+        owned_family(folder, flag, None)

@@ -1,0 +1,227 @@
+"""The KV cache inside SGLang: what is declared, what is refused, and whose numbers a rank gets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, KVLayer
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration import kv_cache
+from sglang_modelopt_ext.kv.layers import local_heads, rank_layers
+from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
+from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
+from tests.support.kv_exports import PRESETS, kv_export
+from tests.support.models import TinyModel, model_dir
+
+
+@pytest.mark.parametrize(
+    ("total", "size", "heads", "expected"),
+    [
+        (8, 1, 8, [range(8)]),
+        (8, 4, 2, [range(2), range(2, 4), range(4, 6), range(6, 8)]),
+        (2, 2, 1, [range(1), range(1, 2)]),
+        (2, 4, 1, [range(1), range(1), range(1, 2), range(1, 2)]),
+        (1, 4, 1, [range(1)] * 4),
+    ],
+)
+def test_heads_of_a_rank(total: int, size: int, heads: int, expected: list[range]) -> None:
+    bias = torch.arange(total).float().unsqueeze(1).expand(total, 16)
+    for rank, wanted in enumerate(expected):
+        got = local_heads(bias, heads, rank, size, "layers.0.self_attn")
+        assert got[:, 0].tolist() == list(wanted)
+
+
+@pytest.mark.parametrize(("total", "size", "heads"), [(4, 1, 8), (8, 2, 2), (4, 8, 2), (3, 2, 1)])
+def test_heads_that_are_not_the_models(total: int, size: int, heads: int) -> None:
+    with pytest.raises(ModelOptExtError, match=r"layers.0.self_attn: k_bias, v_bias: expected biases of"):
+        local_heads(torch.zeros(total, 16), heads, 0, size, "layers.0.self_attn")
+
+
+def attention_model(layers: int = 2, heads: int = 2, scales: bool = False) -> torch.nn.Module:
+    """A tree of modules with SGLang's attention layers at the usual places."""
+    from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList()
+    for index in range(layers):
+        layer = torch.nn.Module()
+        layer.self_attn = torch.nn.Module()
+        layer.self_attn.attn = RadixAttention(4, 16, 0.25, heads, index)
+        if scales:
+            BaseKVCacheMethod(SimpleNamespace()).create_weights(layer.self_attn.attn)
+        model.model.layers.append(layer)
+    return model
+
+
+def full_plan(recipe: str, layers: int = 2, heads: int = 4) -> KVCachePlan:
+    numbers = {
+        f"layers.{i}.self_attn": KVLayer(
+            0.5 + i, 0.25 + i, torch.full((heads, 16), 1.0 + i), torch.full((heads, 16), -1.0 - i)
+        )
+        for i in range(layers)
+    }
+    return KVCachePlan(KV_RECIPES[recipe], "test", numbers)
+
+
+def test_every_attention_layer_gets_its_numbers() -> None:
+    found = rank_layers(attention_model(), full_plan("fp8_affine"), rank=1, size=2)
+    assert {index: (layer.k_scale, layer.v_scale) for index, layer in found.items()} == {0: (0.5, 0.25), 1: (1.5, 1.25)}
+    assert found[1].k_bias is not None
+    assert found[1].k_bias.shape == (2, 16)
+    with pytest.raises(
+        ModelOptExtError, match=r"model.layers.2.self_attn: k_scale: expected KV cache scales for every"
+    ):
+        rank_layers(attention_model(layers=3), full_plan("fp8_affine"), rank=1, size=2)
+
+
+def test_scales_of_sglangs_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sglang.srt.runtime_context
+
+    flag = SimpleNamespace(kv_cache_dtype="auto")
+    monkeypatch.setattr(sglang.srt.runtime_context, "get_model", lambda: flag)
+    plan = full_plan("fp8")
+    model = attention_model(scales=True)
+    kv_cache.set_stock_scales(model, plan)
+    attention = model.model.layers[1].self_attn.attn
+    assert (float(attention.k_scale), float(attention.v_scale)) == (1.5, 1.25)
+    attention.quant_method = None
+    for unscaled in ("bf16", "modelopt_fp8", "fp8_e5m2"):
+        flag.kv_cache_dtype = unscaled
+        untouched = attention_model(scales=True)
+        kv_cache.set_stock_scales(untouched, plan)
+        assert float(untouched.model.layers[0].self_attn.attn.k_scale) == -1.0, "a scale on an unscaled pool"
+
+
+@pytest.mark.parametrize("recipe", KV_RECIPES)
+def test_size_of_a_token(recipe: str) -> None:
+    """The buffers are as large as the size that SGLang divides the memory by."""
+    method = ModelOptExtKVMethod(KV_RECIPES[recipe])
+    buffers = method.create_buffers(size=10, head_num=3, head_dim=64, layer_num=2, device="cpu")
+    tensors = [t for name in ("k_buffer", "v_buffer", "k_scale_buffer", "v_scale_buffer") for t in buffers[name] or []]
+    assert sum(t.numel() * t.itemsize for t in tensors) == 10 * method.compute_cell_size(3, 64, 2, kv_size=2)
+
+
+RESOLVE = """
+import json, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+from sglang.srt.server_args import prepare_server_args
+from sglang_modelopt_ext.errors import ModelOptExtError
+found = []
+for argv in json.loads(sys.argv[1]):
+    try:
+        args = prepare_server_args(argv)
+        args.resolve_once()
+        view = resolved_view(args)
+        found.append([view.kv_cache_dtype, *attention_backends_of(view)])
+    except ModelOptExtError as error:
+        found.append(str(error))
+print("FOUND", json.dumps(found))
+"""
+
+
+def resolve(*command_lines: list[str]) -> list[Any]:
+    """What SGLang with this plugin makes of command lines: ``[kv_cache_dtype, prefill, decode backend]`` or the error."""
+    env = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
+    import os
+
+    result = subprocess.run(
+        [sys.executable, "-c", RESOLVE, json.dumps([["--device", "cpu", *line] for line in command_lines])],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, **env},
+    )
+    lines = [line for line in result.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, result.stderr[-3000:]
+    found: list[Any] = json.loads(lines[0].removeprefix("FOUND "))
+    return found
+
+
+def test_what_is_settled_before_a_server_starts() -> None:
+    plain = ["--model-path", str(model_dir(TinyModel()))]
+    exports = {recipe: ["--model-path", str(kv_export(recipe))] for recipe in PRESETS}
+    native = ["torch_native", "torch_native"]
+    flag = "--kv-cache-dtype"
+    cases: list[tuple[list[str], Any]] = [
+        (exports["fp8"], ["modelopt_fp8", *native]),
+        (exports["fp8_affine"], ["modelopt_fp8_affine", *native]),
+        (exports["nvfp4"], ["modelopt_nvfp4", *native]),
+        (exports["nvfp4_affine"], ["modelopt_nvfp4_affine", *native]),
+        ([*exports["nvfp4_rotate"], flag, "modelopt_nvfp4_rotate"], ["modelopt_nvfp4_rotate", *native]),
+        ([*plain, flag, "modelopt_nvfp4"], ["modelopt_nvfp4", *native]),
+        ([*exports["nvfp4"], flag, "bf16"], ["bf16"]),
+        (plain, ["auto"]),
+        (
+            [*exports["fp8_affine"], "--attention-backend", "flex_attention"],
+            "expected torch_native or triton with --kv-cache",
+        ),
+        ([*plain, flag, "modelopt_nvfp4_affine"], "expected a recipe without biases"),
+        ([*exports["nvfp4"], flag, "modelopt_fp8"], "expected auto, modelopt_nvfp4, modelopt_nvfp4_rotate or bf16"),
+        ([*exports["nvfp4"], "--enable-hierarchical-cache"], "--enable-hierarchical-cache: expected it unset"),
+        ([*exports["nvfp4"], "--disaggregation-mode", "prefill"], "--disaggregation-mode: expected it unset"),
+    ]
+    for (line, expected), found in zip(cases, resolve(*(line for line, _ in cases)), strict=True):
+        if isinstance(expected, str):
+            assert expected in found, line
+        else:
+            assert found[: len(expected)] == expected, line
+
+
+@pytest.mark.parametrize(
+    ("flag", "is_set", "reason"), kv_cache.UNSUPPORTED, ids=[row[0] for row in kv_cache.UNSUPPORTED]
+)
+def test_unsupported_arguments_exist_and_are_off_by_default(flag: str, is_set: Any, reason: str) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path="nowhere")
+    assert not is_set(args)
+    assert hasattr(args, flag.removeprefix("--").replace("-", "_")), "no such flag"
+    assert reason
+
+
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain FP8 stays SGLang's; everything else is ours, read by Triton kernels."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path=str(kv_export(recipe)), device="cuda")
+    kv_cache.declare(args)
+    view = resolving_view(args)
+    if recipe == "fp8":
+        assert (view.kv_cache_dtype, view.attention_backend) == ("auto", None)
+    else:
+        exported = {"nvfp4_rotate": "nvfp4"}.get(recipe, recipe)
+        assert (view.kv_cache_dtype, view.attention_backend) == (f"modelopt_{exported}", "triton")
+
+
+def test_our_name_of_sglangs_cache_on_a_gpu() -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path=str(model_dir(TinyModel())), device="cuda", kv_cache_dtype="modelopt_fp8")
+    kv_cache.declare(args)
+    assert resolving_view(args).kv_cache_dtype == "fp8_e4m3"
+
+
+def test_other_devices_are_refused(tmp_path: Path) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path=str(kv_export("nvfp4")), device="xpu")
+    with pytest.raises(ModelOptExtError, match="--device: expected cuda or cpu for a quantized KV cache, got xpu"):
+        kv_cache.declare(args)
