@@ -27,19 +27,19 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
         self.layers = rank_layers(model, plan, rank, size)
 
     def create_buffers(self, size: int, head_num: int, head_dim: int, layer_num: int, device: str) -> dict[str, Any]:
-        """SGLang's names for uint8 codes ``[size, H, ...]`` of each layer, and the block scales where there are any."""
+        """SGLang's names for the codes ``[size, H, ...]`` of each layer, and the block scales where there are any."""
         number = self.recipe.format
 
-        def make(width: int) -> list[torch.Tensor]:
-            return [torch.zeros((size, head_num, width), dtype=torch.uint8, device=device) for _ in range(layer_num)]
+        def make(width: int, dtype: torch.dtype) -> list[torch.Tensor]:
+            return [torch.zeros((size, head_num, width), dtype=dtype, device=device) for _ in range(layer_num)]
 
         scales = number.scale_bytes(head_dim)
         return {
-            "k_buffer": make(number.code_bytes(head_dim)),
-            "v_buffer": make(number.code_bytes(head_dim)),
-            "k_scale_buffer": make(scales) if scales else None,
-            "v_scale_buffer": make(scales) if scales else None,
-            "store_dtype": torch.uint8,
+            "k_buffer": make(number.code_width(head_dim), number.code_dtype),
+            "v_buffer": make(number.code_width(head_dim), number.code_dtype),
+            "k_scale_buffer": make(scales, torch.uint8) if scales else None,
+            "v_scale_buffer": make(scales, torch.uint8) if scales else None,
+            "store_dtype": number.code_dtype,
         }
 
     def compute_cell_size(self, head_num: int, head_dim: int, num_layers: int, kv_size: int) -> int:

@@ -15,8 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from sglang_modelopt_kernels.formats import e2m1
-from sglang_modelopt_kernels.gemm.block_scaled import packing
-from sglang_modelopt_kernels.gemm.block_scaled.kernel import _planes_bfloat16, _planes_float16
+from sglang_modelopt_kernels.gemm.block_scaled.kernel import _planes_bfloat16
+from sglang_modelopt_kernels.gemm.block_scaled.packing import EXPONENT_BOTTOM, EXPONENT_TOP
+from sglang_modelopt_kernels.planes import packing
+from sglang_modelopt_kernels.planes.kernel import planes_float16
 
 Words = NDArray[np.uint32]
 Halves = NDArray[np.uint16]
@@ -98,17 +100,17 @@ def expected_planes(words: Halves) -> list[NDArray[np.float64]]:
     element = torch.from_numpy(words.astype(np.int32))
     planes = []
     for plane in range(4):
-        sign, magnitude = element >> packing._SIGN_BIT[plane] & 1, element >> packing._MAGNITUDE_BIT[plane] & 7
+        sign, magnitude = element >> packing.SIGN_BIT[plane] & 1, element >> packing.MAGNITUDE_BIT[plane] & 7
         planes.append(e2m1.decode((sign << 3 | magnitude).to(torch.uint8)).double().numpy())
     return planes
 
 
 E4M3_SCALES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
-EXPONENT_SCALES = np.exp2(np.arange(packing.EXPONENT_BOTTOM, packing.EXPONENT_TOP + 1) - 15.0)
+EXPONENT_SCALES = np.exp2(np.arange(EXPONENT_BOTTOM, EXPONENT_TOP + 1) - 15.0)
 CASES = {
     # function, writer and reader of its type, scales as they reach it, what it divides the weight by
-    "float16 e4m3": (_planes_float16, to_float16, as_float16, E4M3_SCALES, 2.0**-14),
-    "float16 exponent": (_planes_float16, to_float16, as_float16, EXPONENT_SCALES, 2.0**-14),
+    "float16 e4m3": (planes_float16, to_float16, as_float16, E4M3_SCALES, 2.0**-14),
+    "float16 exponent": (planes_float16, to_float16, as_float16, EXPONENT_SCALES, 2.0**-14),
     "bf16 e4m3": (_planes_bfloat16, to_bfloat16, as_bfloat16, E4M3_SCALES * 2.0**117, 2.0**-126),
     "bf16 exponent": (_planes_bfloat16, to_bfloat16, as_bfloat16, EXPONENT_SCALES * 2.0**112, 2.0**-126),
 }
@@ -133,7 +135,7 @@ def test_every_word_under_every_scale(case: str) -> None:
 
 
 def test_a_wrong_mask_is_found() -> None:
-    source = _planes_float16.src.replace("0x0e000e00", "0x06000e00", 1)
+    source = planes_float16.src.replace("0x0e000e00", "0x06000e00", 1)
     words = np.arange(1 << 16, dtype=np.uint32)
     plane = emulate(source, words, np.full_like(words, 0x3C003C00))[2]
     expected = expected_planes(words.astype(np.uint16))[2] * 2.0**-14

@@ -27,7 +27,7 @@ def packed(recipe: KVRecipe, head_dim: int, scale: float, bias: torch.Tensor | N
     poison = 0x7F  # NaN as an E4M3 byte
     return PackedCache(
         number,
-        torch.full((slots, HEADS, number.code_bytes(head_dim)), poison, dtype=torch.uint8),
+        torch.full((slots, HEADS, number.code_width(head_dim)), poison, dtype=number.code_dtype),
         torch.full((slots, HEADS, number.scale_bytes(head_dim)), poison, dtype=torch.uint8) if number.block else None,
         torch.tensor([scale]),
         bias,

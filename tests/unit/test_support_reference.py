@@ -199,7 +199,7 @@ MALFORMED: list[tuple[str, type[Exception], Edit]] = [
     ("missing", ValueError, drop_tensors("model.norm.weight")),
     ("groups of 16", ValueError, set_config({"group_size": 16})),
     ("W2A2", NotImplementedError, set_config({"quant_algo": "W2A2"})),
-    ("KV cache", NotImplementedError, set_config({"kv_cache_quant_algo": "FP8"})),
+    ("KV cache", ValueError, set_config({"kv_cache_quant_algo": "FP8"})),
 ]
 
 

@@ -18,7 +18,7 @@ class PackedCache:
 
     Attributes:
         format: the number format.
-        codes: uint8 ``[slots, H, format.code_bytes(D)]``.
+        codes: ``format.code_dtype`` ``[slots, H, format.code_width(D)]``.
         block_scales: uint8 ``[slots, H, D / 16]``, E4M3 bytes; None for a format without blocks.
         scale: the static scale, float32 ``[1]``, on the device of the codes.
         bias: float32 ``[H, D]`` or None.

@@ -15,6 +15,8 @@ from functools import cache
 
 import torch
 
+from sglang_modelopt_kernels.planes.packing import pack_e2m1, unpack_e2m1
+
 from . import e2m1, e4m3
 from .checks import scale_blocks
 from .fp8 import FP8StaticPerTensor
@@ -32,9 +34,12 @@ class KVFormat(ABC):
     vector_multiple: int
     """What must divide head_dim."""
 
+    code_dtype: torch.dtype
+    """Of the stored codes."""
+
     @abstractmethod
-    def code_bytes(self, head_dim: int) -> int:
-        """Bytes of the codes of one vector."""
+    def code_width(self, head_dim: int) -> int:
+        """Stored entries of :attr:`code_dtype` for the codes of one vector."""
 
     def scale_bytes(self, head_dim: int) -> int:
         """Bytes of the block scales of one vector."""
@@ -49,7 +54,7 @@ class KVFormat(ABC):
             scale: the static scale, float32 ``[]`` or ``[1]``.
 
         Returns:
-            uint8 codes ``[..., code_bytes(D)]`` and uint8 block scales ``[..., D / block]``, None without blocks.
+            Codes ``[..., code_width(D)]`` and uint8 block scales ``[..., D / block]``, None without blocks.
         """
 
     @abstractmethod
@@ -64,8 +69,9 @@ class FP8KV(KVFormat):
     block = 0
     range = e4m3.MAX
     vector_multiple = 1
+    code_dtype = torch.uint8
 
-    def code_bytes(self, head_dim: int) -> int:
+    def code_width(self, head_dim: int) -> int:
         """One byte for each entry."""
         return head_dim
 
@@ -81,28 +87,32 @@ class FP8KV(KVFormat):
 
 
 class NVFP4KV(KVFormat):
-    """E2M1, two entries to a byte (the even one low), under dynamic E4M3 scales of 16 entries and the static scale."""
+    """E2M1 under dynamic E4M3 scales of 16 entries and the static scale, packed in planes as the kernels read it.
+
+    The layout (:mod:`sglang_modelopt_kernels.planes.packing`) is the cache's own affair: no checkpoint holds one.
+    """
 
     name = "nvfp4"
     block = 16
     range = FULL_RANGE
     vector_multiple = 16
+    code_dtype = torch.int16
 
-    def code_bytes(self, head_dim: int) -> int:
-        """Half a byte for each entry."""
-        return head_dim // 2
+    def code_width(self, head_dim: int) -> int:
+        """Four entries to one of 16 bits."""
+        return head_dim // 4
 
     def encode(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :meth:`KVFormat.encode`."""
         codes, block_scales = NVFP4DynamicBlock().encode(x.reshape(-1, x.shape[-1]), scale.reshape(()))
-        packed = e2m1.pack_codes(codes).view(*x.shape[:-1], -1)
+        packed = pack_e2m1(codes).view(*x.shape[:-1], -1)
         return packed, block_scales.view(torch.uint8).view(*x.shape[:-1], -1)
 
     def decode(self, codes: torch.Tensor, block_scales: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
         """See :meth:`KVFormat.decode`. Raises ValueError without block scales."""
         if block_scales is None:
             raise ValueError("an NVFP4 cache has block scales")
-        return scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)), e4m3.decode(block_scales)) * scale
+        return scale_blocks(e2m1.decode(unpack_e2m1(codes)), e4m3.decode(block_scales)) * scale
 
 
 KV_FORMATS: dict[str, KVFormat] = {kv_format.name: kv_format for kv_format in (FP8KV(), NVFP4KV())}
@@ -126,7 +136,8 @@ class KVRecipe:
 
     def bytes_per_vector(self, head_dim: int) -> int:
         """Bytes of one key or value vector of one head."""
-        return self.format.code_bytes(head_dim) + self.format.scale_bytes(head_dim)
+        number = self.format
+        return number.code_width(head_dim) * number.code_dtype.itemsize + number.scale_bytes(head_dim)
 
 
 KV_RECIPES: dict[str, KVRecipe] = {

@@ -14,47 +14,12 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
-
-
-@triton.jit
-def _planes_float16(w, s, ASM: tl.constexpr):
-    """E2M1 elements and their scales, int16 and float16 of one shape, to the four planes times the scale."""
-    if ASM:
-        p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b;
-            and.b32 a, $4, 0x8e008e00;
-            mul.rn.f16x2 $0, a, $5;
-            shl.b32 a, $4, 3;
-            and.b32 a, a, 0x8e008e00;
-            mul.rn.f16x2 $1, a, $5;
-            shl.b32 a, $4, 6;
-            and.b32 a, a, 0x0e000e00;
-            shl.b32 b, $4, 1;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            mul.rn.f16x2 $2, a, $5;
-            shl.b32 a, $4, 9;
-            and.b32 a, a, 0x0e000e00;
-            shl.b32 b, $4, 2;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            mul.rn.f16x2 $3, a, $5; }""",
-            "=&r,=&r,=&r,=&r,r,r",
-            args=[w, s],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
-    else:
-        u = w.to(tl.uint16, bitcast=True)
-        p0 = (u & 0x8E00).to(tl.float16, bitcast=True) * s
-        p1 = ((u << 3) & 0x8E00).to(tl.float16, bitcast=True) * s
-        p2 = (((u << 6) & 0x0E00) | ((u << 1) & 0x8000)).to(tl.float16, bitcast=True) * s
-        p3 = (((u << 9) & 0x0E00) | ((u << 2) & 0x8000)).to(tl.float16, bitcast=True) * s
-    return p0, p1, p2, p3
+from sglang_modelopt_kernels.planes.kernel import e4m3_scale_float16, planes_float16
 
 
 @triton.jit
 def _planes_bfloat16(w, s, ASM: tl.constexpr):
-    """As :func:`_planes_float16` in bf16. ``fma`` with -0 because sm_80 has no bf16 multiplication."""
+    """As :func:`planes_float16` in bf16. ``fma`` with -0 because sm_80 has no bf16 multiplication."""
     if ASM:
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
             """{ .reg .b32 a, b, z;
@@ -116,8 +81,7 @@ def _int4_float32(nibble):
 def _scale_float16(b, KIND: tl.constexpr):
     """Stored scale bytes as the float16 scale."""
     if KIND == "e2m1_e4m3":
-        # e4m3's exponent and mantissa in float16's place are the value times 2^-8.
-        scale = ((b.to(tl.uint16) << 7).to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
+        scale = e4m3_scale_float16(b)
     else:
         scale = (b.to(tl.uint16) << 10).to(tl.float16, bitcast=True)
     return scale
@@ -234,7 +198,7 @@ def block_scaled_kernel(
             scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP // 4))
             scale = tl.reshape(scale, (BN, BK // 4))
             if F16:
-                w0, w1, w2, w3 = _planes_float16(w, scale, ASM)
+                w0, w1, w2, w3 = planes_float16(w, scale, ASM)
             else:
                 w0, w1, w2, w3 = _planes_bfloat16(w, scale, ASM)
             acc = tl.dot(w0, x0, acc, input_precision="ieee")
@@ -286,7 +250,7 @@ def decode_kernel(
     w = tl.load(w_ptr + row[:, None] * (k // 4) + element[None, :], mask=inside, other=0)
     b = tl.load(s_ptr + row[:, None] * (k // GROUP) + (element // (GROUP // 4))[None, :], mask=inside, other=0)
     if F16:
-        p0, p1, p2, p3 = _planes_float16(w, _scale_float16(b, KIND), ASM)
+        p0, p1, p2, p3 = planes_float16(w, _scale_float16(b, KIND), ASM)
     else:
         p0, p1, p2, p3 = _planes_bfloat16(w, _scale_bfloat16(b, KIND), ASM)
     if FP8:

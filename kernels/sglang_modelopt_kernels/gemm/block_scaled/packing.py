@@ -1,8 +1,6 @@
 """What the block-scaled kernel reads: codes in 16-bit elements of four planes, block scales as one byte or one float32.
 
-Element ``i`` of a row holds the codes of inputs ``16 * (i // 4) + 4 * q + i % 4`` for the planes ``q`` = 0..3. Two elements fill a
-32-bit register, which is what one matrix instruction takes of each plane, so that decoding moves nothing between lanes; and
-the four codes of an element belong to one block scale, because blocks are at least 16 wide.
+The planes are those of :mod:`sglang_modelopt_kernels.planes.packing`; INT4 codes + 8 take four bits in order of the planes.
 """
 
 from __future__ import annotations
@@ -16,13 +14,10 @@ import torch
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockWeight
 from sglang_modelopt_kernels.formats.checks import scale_blocks, split_blocks
+from sglang_modelopt_kernels.planes.packing import as_int16, join_planes, pack_e2m1, split_planes, unpack_e2m1
 
 Kind = Literal["e2m1_e4m3", "e2m1_exponent", "int4_float"]
 """How codes and block scales are read."""
-
-_SIGN_BIT = (15, 12, 14, 13)
-_MAGNITUDE_BIT = (9, 6, 3, 0)
-"""Per plane of an E2M1 element. Plane 0 is where float16 has its sign and the low end of its exponent."""
 
 EXPONENT_TOP = 30
 EXPONENT_BOTTOM = 6
@@ -81,7 +76,7 @@ def pack(weight: BlockWeight) -> PackedWeight:
         return PackedWeight(
             _by_rows(weight.codes, _pack_int4), weight.scale.contiguous(), out_scale, "int4_float", weight.group
         )
-    codes = _by_rows(weight.codes, _pack_e2m1)
+    codes = _by_rows(weight.codes, pack_e2m1)
     if weight.scale.dtype == torch.float8_e4m3fn:
         if bool((e4m3.byte_is_nan(weight.scale) | e4m3.byte_is_negative(weight.scale)).any()):
             raise ValueError("an E4M3 block scale is NaN or negative")
@@ -115,17 +110,13 @@ def from_tensors(tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
     """The weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
-    element = packed.codes.to(torch.int32) & 0xFFFF
-    planes = []
-    for plane in range(4):
-        if packed.kind == "int4_float":
-            value = ((element >> (4 * plane)) & 15).to(torch.float64) - 8
-        else:
-            sign = (element >> _SIGN_BIT[plane]) & 1
-            magnitude = (element >> _MAGNITUDE_BIT[plane]) & 7
-            value = e2m1.decode((sign << 3 | magnitude).to(torch.uint8)).to(torch.float64)
-        planes.append(value.unflatten(1, (-1, 4)))
-    values = torch.stack(planes, dim=2).flatten(1)
+    if packed.kind == "int4_float":
+        element = packed.codes.to(torch.int32) & 0xFFFF
+        values = join_planes(torch.stack([(element >> 4 * plane & 15) - 8 for plane in range(4)], dim=-1)).to(
+            torch.float64
+        )
+    else:
+        values = e2m1.decode(unpack_e2m1(packed.codes)).to(torch.float64)
     if packed.kind == "e2m1_e4m3":
         scale = e4m3.decode(packed.scale.view(torch.float8_e4m3fn)).to(torch.float64)
     elif packed.kind == "e2m1_exponent":
@@ -140,30 +131,12 @@ def _by_rows(codes: torch.Tensor, pack_rows: Callable[[torch.Tensor], torch.Tens
     return torch.cat([pack_rows(part) for part in codes.split(max(PACK_ENTRIES // codes.shape[1], 1))])
 
 
-def _planes(codes: torch.Tensor) -> torch.Tensor:
-    """Codes ``[N, K]`` as int32 ``[N, K / 4, 4]``, planes last."""
-    return codes.to(torch.int32).unflatten(1, (-1, 4, 4)).transpose(2, 3).flatten(1, 2)
-
-
-def _pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    planes = _planes(codes)
-    element = torch.zeros_like(planes[..., 0])
-    for plane in range(4):
-        code = planes[..., plane]
-        element |= (code >> 3) << _SIGN_BIT[plane] | (code & 7) << _MAGNITUDE_BIT[plane]
-    return _as_int16(element)
-
-
 def _pack_int4(codes: torch.Tensor) -> torch.Tensor:
-    planes = _planes(codes) + 8
+    planes = split_planes(codes) + 8
     element = torch.zeros_like(planes[..., 0])
     for plane in range(4):
         element |= planes[..., plane] << (4 * plane)
-    return _as_int16(element)
-
-
-def _as_int16(element: torch.Tensor) -> torch.Tensor:
-    return torch.where(element >= 1 << 15, element - (1 << 16), element).to(torch.int16).contiguous()
+    return as_int16(element)
 
 
 def _relative_exponents(weight: BlockWeight) -> tuple[torch.Tensor, torch.Tensor, bool]:

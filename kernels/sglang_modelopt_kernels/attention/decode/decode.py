@@ -1,0 +1,121 @@
+"""The launch, with the arguments of SGLang's ``decode_attention_fwd``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
+from sglang_modelopt_kernels.attention.launch import options, unserved
+from sglang_modelopt_kernels.attention.packed import PackedCache
+from sglang_modelopt_kernels.attention.store.store import turn_queries
+
+TOKENS = 64
+"""Tokens a program reads at a time."""
+
+
+def decode_attention(
+    q: torch.Tensor,
+    k_buffer: PackedCache,
+    v_buffer: PackedCache,
+    o: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    attn_logits: torch.Tensor,
+    attn_lse: torch.Tensor,
+    num_kv_splits: torch.Tensor,
+    max_kv_splits: int,
+    sm_scale: float,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    xai_temperature_len: int = -1,
+    has_mla: bool = False,
+    use_pdl: bool = False,
+    page_size: int = 1,
+    score_mod: Any = None,
+    aux_tensors: Any = None,
+    enable_lean: bool | None = None,
+    **lean: Any,
+) -> None:
+    """Attention of one query of each request over its cached tokens, written to ``o``.
+
+    Args:
+        q: ``[B, Hq, D]``, contiguous in its last two dimensions.
+        k_buffer, v_buffer: the layer's caches of H heads; H divides Hq.
+        o: ``[B, Hq, D]``, likewise.
+        kv_indptr: int ``[B + 1]``, where each request's tokens begin in ``kv_indices``.
+        kv_indices: slots of tokens.
+        attn_logits: float32 ``[>= B, Hq, splits, D]``, scratch.
+        attn_lse: float32 ``[>= B, Hq, splits]``, scratch.
+        num_kv_splits: int ``[>= B]``, into how many parts each request's tokens are cut, at most ``max_kv_splits``.
+        sm_scale: of the logits.
+        logit_cap: tanh cap, 0 for none.
+        k_scale, v_scale: must be 1: the caches know their scales.
+        page_size, use_pdl, enable_lean and the rest: do not concern these kernels.
+
+    Raises:
+        NotImplementedError: sinks, a score modifier, a temperature by length or MLA is asked for.
+        ValueError: a shape or a scale that does not fit.
+    """
+    del use_pdl, page_size, enable_lean, lean
+    unserved(sinks=sinks, score_mod=score_mod, aux_tensors=aux_tensors, has_mla=has_mla)
+    unserved(xai_temperature_len=xai_temperature_len if xai_temperature_len > 0 else None)
+    requests, query_heads, head_dim = q.shape
+    heads = k_buffer.shape[1]
+    if query_heads % heads or head_dim != k_buffer.head_dim or q.stride()[1:] != (head_dim, 1):
+        raise ValueError(f"queries {tuple(q.shape)}, strides {q.stride()}, for a cache {tuple(k_buffer.shape)}")
+    if (k_scale, v_scale) != (1.0, 1.0) or attn_logits.shape[2] != max_kv_splits or o.stride()[1:] != (head_dim, 1):
+        raise ValueError(f"scales {k_scale}, {v_scale}, {attn_logits.shape[2]} splits, strides {o.stride()}")
+    if requests == 0:
+        return
+    constants = options(q, k_buffer)
+    group = query_heads // heads
+    turned = turn_queries(q.contiguous()) if k_buffer.rotated else q
+    strides = (*attn_logits.stride()[:3], *attn_lse.stride()[:2])
+    nothing = k_buffer.scale
+    split_kernel[(requests, heads, max_kv_splits)](
+        turned,
+        k_buffer.codes,
+        k_buffer.codes if k_buffer.block_scales is None else k_buffer.block_scales,
+        k_buffer.scale,
+        nothing if k_buffer.bias is None else k_buffer.bias,
+        v_buffer.codes,
+        v_buffer.codes if v_buffer.block_scales is None else v_buffer.block_scales,
+        v_buffer.scale,
+        kv_indptr,
+        kv_indices,
+        num_kv_splits,
+        attn_logits,
+        attn_lse,
+        sm_scale,
+        logit_cap,
+        turned.stride(0),
+        *strides,
+        H=heads,
+        GROUP=group,
+        CAP=logit_cap > 0,
+        BG=max(16, 1 << (group - 1).bit_length()),
+        BN=TOKENS,
+        num_warps=4,
+        num_stages=2,
+        **constants,
+    )
+    merge_kernel[(requests, query_heads)](
+        attn_logits,
+        attn_lse,
+        nothing if v_buffer.bias is None else v_buffer.bias,
+        kv_indptr,
+        num_kv_splits,
+        o,
+        *strides,
+        o.stride(0),
+        GROUP=group,
+        D=head_dim,
+        DP=constants["DP"],
+        AFFINE=v_buffer.bias is not None,
+        BN=TOKENS,
+        num_warps=2,
+    )

@@ -1,0 +1,207 @@
+"""Split-KV flash decoding with grouped queries: the packed cache is read once, for all query heads of a KV head.
+
+With codes c, scales s and biases b a logit is ``q . (c s_k + b_k)`` and the output ``sum p c s_v + b_v``: the key bias is one
+number for each query, added before the logit cap, and the value bias is added once, since the weights sum to one.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_modelopt_kernels.attention.kernel import (
+    LOG2E,
+    PLANES_DESCALE,
+    capped,
+    load_fp8,
+    load_planes,
+    plane_channel,
+)
+
+DESCALE = tl.constexpr(PLANES_DESCALE)
+
+
+@triton.jit
+def _load_query(q_ptr, at, head, channel, heads, D: tl.constexpr, COMPUTE: tl.constexpr):
+    mask = (head < heads)[None, :] & (channel < D)[:, None]
+    return tl.load(q_ptr + at + head[None, :] * D + channel[:, None], mask=mask, other=0.0).to(COMPUTE)
+
+
+@triton.jit
+def _bias_product(q, bias_ptr, channel, D: tl.constexpr):
+    bias = tl.load(bias_ptr + channel, mask=channel < D, other=0.0)
+    return tl.sum(q.to(tl.float32) * bias[:, None], axis=0)
+
+
+@triton.jit
+def split_kernel(
+    q_ptr,
+    k_code_ptr,
+    k_block_ptr,
+    k_scale_ptr,
+    k_bias_ptr,
+    v_code_ptr,
+    v_block_ptr,
+    v_scale_ptr,
+    kv_indptr,
+    kv_indices,
+    splits_ptr,
+    partial_ptr,
+    lse_ptr,
+    sm_scale,
+    cap,
+    q_stride,
+    partial_token,
+    partial_head,
+    partial_split,
+    lse_token,
+    lse_head,
+    H: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    E: tl.constexpr,
+    FP4: tl.constexpr,
+    AFFINE: tl.constexpr,
+    CAP: tl.constexpr,
+    ASM: tl.constexpr,
+    NATIVE: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    BG: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """One split of one request's tokens for one KV head and all GROUP of its query heads."""
+    request = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    split = tl.program_id(2)
+    first = tl.load(kv_indptr + request)
+    length = tl.load(kv_indptr + request + 1) - first
+    count = tl.load(splits_ptr + request)
+    each = tl.cdiv(tl.cdiv(length, count), BN) * BN
+    start = split * each
+    end = tl.minimum(start + each, length)
+    if start >= end:
+        return
+    group = tl.arange(0, BG)
+    query_head = head * GROUP + group
+    at = request * q_stride + head * GROUP * D
+    channel = tl.arange(0, DP)
+    at_plane = plane_channel(E)
+    k_scale = tl.load(k_scale_ptr)
+    shift = tl.zeros((BG,), tl.float32)
+    if FP4:
+        q0 = _load_query(q_ptr, at, group, at_plane, GROUP, D, COMPUTE)
+        q1 = _load_query(q_ptr, at, group, at_plane + 4, GROUP, D, COMPUTE)
+        q2 = _load_query(q_ptr, at, group, at_plane + 8, GROUP, D, COMPUTE)
+        q3 = _load_query(q_ptr, at, group, at_plane + 12, GROUP, D, COMPUTE)
+        k_scale = k_scale * DESCALE
+        if AFFINE:
+            bias_ptr = k_bias_ptr + head * D
+            shift = _bias_product(q0, bias_ptr, at_plane, D) + _bias_product(q1, bias_ptr, at_plane + 4, D)
+            shift += _bias_product(q2, bias_ptr, at_plane + 8, D) + _bias_product(q3, bias_ptr, at_plane + 12, D)
+        a0 = tl.zeros((BG, E), tl.float32)
+        a1 = tl.zeros((BG, E), tl.float32)
+        a2 = tl.zeros((BG, E), tl.float32)
+        a3 = tl.zeros((BG, E), tl.float32)
+    else:
+        q0 = _load_query(q_ptr, at, group, channel, GROUP, D, COMPUTE)
+        if AFFINE:
+            shift = _bias_product(q0, k_bias_ptr + head * D, channel, D)
+        a0 = tl.zeros((BG, DP), tl.float32)
+    largest = tl.full((BG,), -float("inf"), tl.float32)
+    total = tl.zeros((BG,), tl.float32)
+    for offset in range(start, end, BN):
+        token = offset + tl.arange(0, BN)
+        # Past the end the last token is read again: no mask on the data, and its weight is zero.
+        slot = tl.load(kv_indices + first + tl.minimum(token, end - 1)).to(tl.int64)
+        row = slot * H + head
+        if FP4:
+            k0, k1, k2, k3 = load_planes(k_code_ptr, k_block_ptr, row, D, E, BN, ASM, COMPUTE)
+            s = tl.dot(k0, q0, input_precision="ieee")
+            s = tl.dot(k1, q1, s, input_precision="ieee")
+            s = tl.dot(k2, q2, s, input_precision="ieee")
+            s = tl.dot(k3, q3, s, input_precision="ieee")
+        else:
+            s = tl.dot(load_fp8(k_code_ptr, row, D, DP, NATIVE, COMPUTE), q0, input_precision="ieee")
+        s = (s * k_scale + shift[None, :]) * sm_scale
+        s = capped(s, cap, CAP) * LOG2E
+        s = tl.where((token < end)[:, None], s, -float("inf"))
+        rising = tl.maximum(largest, tl.max(s, axis=0))
+        decay = tl.exp2(largest - rising)
+        weight = tl.exp2(s - rising[None, :])
+        total = total * decay + tl.sum(weight, axis=0)
+        largest = rising
+        p = tl.trans(weight.to(COMPUTE))
+        if FP4:
+            v0, v1, v2, v3 = load_planes(v_code_ptr, v_block_ptr, row, D, E, BN, ASM, COMPUTE)
+            a0 = tl.dot(p, v0, a0 * decay[:, None], input_precision="ieee")
+            a1 = tl.dot(p, v1, a1 * decay[:, None], input_precision="ieee")
+            a2 = tl.dot(p, v2, a2 * decay[:, None], input_precision="ieee")
+            a3 = tl.dot(p, v3, a3 * decay[:, None], input_precision="ieee")
+        else:
+            v = load_fp8(v_code_ptr, row, D, DP, NATIVE, COMPUTE)
+            a0 = tl.dot(p, v, a0 * decay[:, None], input_precision="ieee")
+    inside = group < GROUP
+    out = partial_ptr + request * partial_token + query_head[:, None] * partial_head + split * partial_split
+    v_scale = tl.load(v_scale_ptr)
+    if FP4:
+        factor = (v_scale * DESCALE / total)[:, None]
+        mask = inside[:, None] & (at_plane < D)[None, :]
+        tl.store(out + at_plane[None, :], a0 * factor, mask=mask)
+        tl.store(out + at_plane[None, :] + 4, a1 * factor, mask=mask)
+        tl.store(out + at_plane[None, :] + 8, a2 * factor, mask=mask)
+        tl.store(out + at_plane[None, :] + 12, a3 * factor, mask=mask)
+    else:
+        mask = inside[:, None] & (channel < D)[None, :]
+        tl.store(out + channel[None, :], a0 * (v_scale / total)[:, None], mask=mask)
+    at_lse = lse_ptr + request * lse_token + query_head * lse_head + split
+    tl.store(at_lse, largest + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def merge_kernel(
+    partial_ptr,
+    lse_ptr,
+    v_bias_ptr,
+    kv_indptr,
+    splits_ptr,
+    out_ptr,
+    partial_token,
+    partial_head,
+    partial_split,
+    lse_token,
+    lse_head,
+    out_stride,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    AFFINE: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """The splits of one request and query head, weighted by what each had of the softmax; zero for a request without tokens."""
+    request = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    channel = tl.arange(0, DP)
+    inside = channel < D
+    length = tl.load(kv_indptr + request + 1) - tl.load(kv_indptr + request)
+    count = tl.load(splits_ptr + request)
+    each = tl.cdiv(tl.cdiv(length, count), BN) * BN
+    largest = -float("inf")
+    total = 0.0
+    acc = tl.zeros((DP,), tl.float32)
+    for split in range(tl.cdiv(length, tl.maximum(each, 1))):
+        lse = tl.load(lse_ptr + request * lse_token + head * lse_head + split)
+        at = partial_ptr + request * partial_token + head * partial_head + split * partial_split
+        part = tl.load(at + channel, mask=inside, other=0.0)
+        rising = tl.maximum(largest, lse)
+        decay = tl.exp2(largest - rising)
+        weight = tl.exp2(lse - rising)
+        acc = acc * decay + weight * part
+        total = total * decay + weight
+        largest = rising
+    out = acc / tl.where(total == 0.0, 1.0, total)
+    if AFFINE:
+        bias = tl.load(v_bias_ptr + (head // GROUP) * D + channel, mask=inside, other=0.0)
+        out += tl.where(length > 0, bias, 0.0)
+    at = out_ptr + request * out_stride + head * D + channel
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)

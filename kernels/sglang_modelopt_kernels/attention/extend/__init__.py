@@ -1,0 +1,5 @@
+"""New tokens of each request over a packed prefix and over themselves, unrounded."""
+
+from sglang_modelopt_kernels.attention.extend.extend import extend_attention
+
+__all__ = ["extend_attention"]

@@ -1,0 +1,131 @@
+"""The launch, with the arguments of SGLang's ``extend_attention_fwd``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_modelopt_kernels.attention.extend.kernel import extend_kernel
+from sglang_modelopt_kernels.attention.launch import options, unserved
+from sglang_modelopt_kernels.attention.packed import PackedCache
+from sglang_modelopt_kernels.attention.store.store import turn_queries
+
+QUERIES, KEYS = 64, 64
+"""New tokens of a program, and keys it reads at a time."""
+
+_RAW = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def extend_attention(
+    q_extend: torch.Tensor,
+    k_extend: torch.Tensor,
+    v_extend: torch.Tensor,
+    o_extend: torch.Tensor,
+    k_buffer: PackedCache,
+    v_buffer: PackedCache,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_indices: torch.Tensor,
+    custom_mask: torch.Tensor | None,
+    is_causal: bool,
+    mask_indptr: torch.Tensor | None,
+    max_len_extend: int,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
+    sm_scale: float | None = None,
+    logit_cap: float = 0.0,
+    skip_prefix_custom_mask: bool = True,
+    sliding_window_size: int = -1,
+    sinks: torch.Tensor | None = None,
+    window_kv_offsets: torch.Tensor | None = None,
+    xai_temperature_len: int = -1,
+    lse_extend: torch.Tensor | None = None,
+    skip_prefix: bool = False,
+    skip_extend: bool = False,
+    page_size: int = 1,
+    score_mod: Any = None,
+    aux_tensors: Any = None,
+    extend_seq_lens_cpu: Any = None,
+    identity_kv_indices: bool = False,
+) -> None:
+    """Attention of new tokens over their cached prefix and over themselves, written to ``o_extend``.
+
+    Args:
+        q_extend: ``[T, Hq, D]``, the new tokens of all requests; the last two dimensions contiguous, as in all of these.
+        k_extend, v_extend: ``[T, H, D]`` as computed, in the type of the queries.
+        o_extend: ``[T, Hq, D]``.
+        k_buffer, v_buffer: the layer's caches.
+        qo_indptr: int ``[B + 1]``, where each request's tokens begin.
+        kv_indptr, kv_indices: likewise the slots of its prefix.
+        is_causal: whether a new token sees only those before it, and itself.
+        max_len_extend: the most new tokens of a request.
+        sm_scale: of the logits, by default D^-1/2.
+        logit_cap: tanh cap, 0 for none.
+        sliding_window_size: a query sees keys at most that far behind; not positive for none.
+        k_scale, v_scale: must be 1: the caches know their scales.
+        the rest: does not concern this kernel, or is not served.
+
+    Raises:
+        NotImplementedError: a custom mask, sinks, a score modifier, a temperature by length, or parts of the result.
+        ValueError: a shape or a scale that does not fit.
+    """
+    del mask_indptr, skip_prefix_custom_mask, window_kv_offsets, page_size, extend_seq_lens_cpu
+    unserved(custom_mask=custom_mask, sinks=sinks, score_mod=score_mod, aux_tensors=aux_tensors, lse_extend=lse_extend)
+    unserved(skip_prefix=skip_prefix, skip_extend=skip_extend, identity_kv_indices=identity_kv_indices)
+    unserved(xai_temperature_len=xai_temperature_len if xai_temperature_len > 0 else None)
+    tokens, query_heads, head_dim = q_extend.shape
+    heads = k_buffer.shape[1]
+    if query_heads % heads or head_dim != k_buffer.head_dim or k_extend.shape[1:] != (heads, head_dim):
+        raise ValueError(
+            f"queries {tuple(q_extend.shape)}, keys {tuple(k_extend.shape)}, cache {tuple(k_buffer.shape)}"
+        )
+    if any(x.stride()[1:] != (head_dim, 1) for x in (q_extend, k_extend, v_extend, o_extend)):
+        raise ValueError("the heads of a token must lie side by side")
+    if (k_scale, v_scale) != (1.0, 1.0):
+        raise ValueError(f"scales {k_scale}, {v_scale}: the caches know theirs")
+    if tokens == 0 or max_len_extend == 0:
+        return
+    turned = turn_queries(q_extend.contiguous()) if k_buffer.rotated else q_extend
+    nothing = k_buffer.scale
+    constants = options(q_extend, k_buffer)
+    # The interpreter multiplies the bits of bf16 operands.
+    raw = _RAW[q_extend.dtype] if q_extend.is_cuda else tl.float32
+    extend_kernel[(len(qo_indptr) - 1, query_heads, triton.cdiv(max_len_extend, QUERIES))](
+        q_extend,
+        turned,
+        k_extend,
+        v_extend,
+        o_extend,
+        k_buffer.codes,
+        k_buffer.codes if k_buffer.block_scales is None else k_buffer.block_scales,
+        k_buffer.scale,
+        nothing if k_buffer.bias is None else k_buffer.bias,
+        v_buffer.codes,
+        v_buffer.codes if v_buffer.block_scales is None else v_buffer.block_scales,
+        v_buffer.scale,
+        nothing if v_buffer.bias is None else v_buffer.bias,
+        qo_indptr,
+        kv_indptr,
+        kv_indices,
+        sm_scale or head_dim**-0.5,
+        logit_cap,
+        q_extend.stride(0),
+        turned.stride(0),
+        k_extend.stride(0),
+        v_extend.stride(0),
+        o_extend.stride(0),
+        H=heads,
+        GROUP=query_heads // heads,
+        CAP=logit_cap > 0,
+        CAUSAL=is_causal,
+        WINDOW=max(sliding_window_size, 0),
+        RAW=raw,
+        BM=QUERIES,
+        BN=KEYS,
+        num_warps=4,
+        num_stages=2,
+        **constants,
+    )

@@ -1,0 +1,102 @@
+"""What the attention kernels share: reading packed vectors in registers, and turning queries."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_modelopt_kernels.planes.kernel import e4m3_scale_float16, planes_float16
+
+PLANES_DESCALE = 2.0**14
+"""Planes come out as the code times its block scale times 2^-14."""
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def e4m3_float16(b, NATIVE: tl.constexpr):
+    """Bytes of E4M3 numbers as float16, NaN included."""
+    if NATIVE:
+        value = b.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    else:
+        wide = b.to(tl.uint16)
+        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        value = tl.where((wide & 0x7F) == 0x7F, float("nan"), half * 256.0).to(tl.float16)
+    return value
+
+
+@triton.jit
+def load_planes(
+    code_ptr, scale_ptr, row, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr, OUT: tl.constexpr
+):
+    """Four planes ``[BN, E]`` of the NVFP4 vectors in ``row`` ``[BN]``, times 2^-14; E is D / 4, rounded up to a power of two."""
+    element = tl.arange(0, E)
+    block = tl.arange(0, E // 4)
+    if 4 * E == D:
+        codes = tl.load(code_ptr + row[:, None] * (D // 4) + element[None, :])
+        stored = tl.load(scale_ptr + row[:, None] * (D // 16) + block[None, :])
+    else:
+        inside = (element < D // 4)[None, :]
+        codes = tl.load(code_ptr + row[:, None] * (D // 4) + element[None, :], mask=inside, other=0)
+        stored = tl.load(
+            scale_ptr + row[:, None] * (D // 16) + block[None, :], mask=(block < D // 16)[None, :], other=0
+        )
+    scale = tl.where(stored == 0x7F, float("nan"), e4m3_scale_float16(stored)).to(tl.float16)
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, E // 4, 4)), (BN, E))
+    p0, p1, p2, p3 = planes_float16(codes, scale, ASM)
+    return p0.to(OUT), p1.to(OUT), p2.to(OUT), p3.to(OUT)
+
+
+@triton.jit
+def load_fp8(code_ptr, row, D: tl.constexpr, DP: tl.constexpr, NATIVE: tl.constexpr, OUT: tl.constexpr):
+    """The FP8 vectors in ``row`` ``[BN]``: ``[BN, DP]``, zero past D."""
+    channel = tl.arange(0, DP)
+    if DP == D:
+        codes = tl.load(code_ptr + row[:, None] * D + channel[None, :])
+    else:
+        codes = tl.load(code_ptr + row[:, None] * D + channel[None, :], mask=(channel < D)[None, :], other=0)
+    return e4m3_float16(codes, NATIVE).to(OUT)
+
+
+@triton.jit
+def plane_channel(E: tl.constexpr):
+    """The channel of every element in plane 0; plane q is 4 q further."""
+    element = tl.arange(0, E)
+    return (element // 4) * 16 + element % 4
+
+
+@triton.jit
+def hadamard(DP: tl.constexpr, SIZE: tl.constexpr):
+    """Hadamard matrices of SIZE along the diagonal of ``[DP, DP]``, entries 1 and -1, zero elsewhere."""
+    row = tl.arange(0, DP)[:, None]
+    column = tl.arange(0, DP)[None, :]
+    parity = row & column & (SIZE - 1)
+    parity = parity ^ (parity >> 4)
+    parity = parity ^ (parity >> 2)
+    parity = parity ^ (parity >> 1)
+    sign = tl.where(parity & 1 == 1, -1.0, 1.0)
+    return tl.where(row // SIZE == column // SIZE, sign, 0.0)
+
+
+@triton.jit
+def turned(x, DP: tl.constexpr, SIZE: tl.constexpr, NATIVE: tl.constexpr):
+    """``x`` ``[T, DP]`` under the normalised Hadamard transform, float32.
+
+    Entries of 1 and -1 are exact in every type, and so are the products.
+    """
+    matrix = hadamard(DP, SIZE)
+    if NATIVE:
+        y = tl.dot(x, matrix.to(x.dtype), input_precision="ieee")
+    else:
+        y = tl.dot(x.to(tl.float32), matrix, input_precision="ieee")
+    return y * (1.0 / tl.sqrt(SIZE * 1.0))
+
+
+@triton.jit
+def capped(x, cap, CAP: tl.constexpr):
+    """The logit cap: ``cap * tanh(x / cap)``."""
+    if CAP:
+        y = cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0)
+    else:
+        y = x
+    return y

@@ -1,0 +1,40 @@
+"""What the launches of the attention kernels share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_modelopt_kernels.attention.packed import PackedCache
+
+
+def compute_type(q: torch.Tensor) -> Any:
+    """The type of the products: float16 holds every code times block scale; a float32 model gets float32."""
+    return tl.float32 if q.dtype == torch.float32 else tl.float16
+
+
+def options(q: torch.Tensor, keys: PackedCache) -> dict[str, Any]:
+    """The constants of every kernel that reads a cache."""
+    head_dim = keys.head_dim
+    # Only the interpreter takes CPU tensors. It knows no inline assembly and no arithmetic of bf16 and E4M3.
+    capable = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 9)
+    return {
+        "D": head_dim,
+        "DP": triton.next_power_of_2(head_dim),
+        "E": max(triton.next_power_of_2(head_dim // 4), 16),
+        "FP4": keys.format.block > 0,
+        "AFFINE": keys.bias is not None,
+        "ASM": q.is_cuda,
+        "NATIVE": capable,
+        "COMPUTE": compute_type(q),
+    }
+
+
+def unserved(**arguments: Any) -> None:
+    """Raises NotImplementedError when an argument of SGLang's kernels that these lack is set."""
+    for name, value in arguments.items():
+        if value is not None and value is not False:
+            raise NotImplementedError(f"attention over a quantized KV cache takes no {name}")

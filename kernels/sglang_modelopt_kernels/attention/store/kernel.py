@@ -1,0 +1,129 @@
+"""Keys and values of new tokens: bias off, rotation, rounding, packing, all in registers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_modelopt_kernels.attention.kernel import turned
+from sglang_modelopt_kernels.quantize.fp8.kernel import _round_to_e4m3
+
+
+@triton.jit
+def _e4m3_byte(y):
+    """Float32 numbers on E4M3's grid as its bytes; NaN is 0x7F."""
+    bits = y.to(tl.uint32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    normal = (magnitude >> 20) - ((127 - 7) << 3)
+    small = (tl.abs(y) * 512.0).to(tl.uint32)  # subnormals, in units of 2^-9
+    byte = tl.where(magnitude >= 0x3C800000, normal, small)
+    byte = byte | ((bits >> 24) & 0x80)
+    return tl.where(magnitude > 0x7F800000, 0x7F, byte).to(tl.uint8)
+
+
+@triton.jit
+def _e2m1_code(x):
+    """Float32 numbers as E2M1 codes, ties to even, saturating at 6; the code of a NaN means nothing."""
+    m = tl.abs(x)
+    code = (m > 0.25).to(tl.int32) + (m >= 0.75).to(tl.int32) + (m > 1.25).to(tl.int32) + (m >= 1.75).to(tl.int32)
+    code += (m > 2.5).to(tl.int32) + (m >= 3.5).to(tl.int32) + (m > 5.0).to(tl.int32)
+    return code | tl.where(x < 0, 8, 0)
+
+
+@triton.jit
+def _store_nvfp4(x, row, inside, code_ptr, scale_ptr, s, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr):
+    blocks = tl.reshape(x, (BT, DP // 16, 16))
+    magnitude = tl.abs(blocks)
+    # A maximum may lose a NaN. Neither NaN nor infinity is at most the largest float32.
+    spoiled = tl.max(tl.where(magnitude <= 3.4028234663852886e38, 0, 1), axis=2)
+    ratio = tl.div_rn(tl.max(magnitude, axis=2), 6.0 * s)
+    scale = _round_to_e4m3(tl.where(spoiled == 0, ratio, float("nan")))
+    step = scale * s
+    inverse_free = tl.where(step == 0.0, float("inf"), step)
+    code = _e2m1_code(tl.div_rn(blocks, tl.broadcast_to(inverse_free[:, :, None], (BT, DP // 16, 16))))
+    # Planes: axis 2 is the plane, axis 3 the place in the element's group of four.
+    code = tl.reshape(code, (BT, DP // 16, 4, 4))
+    plane = tl.arange(0, 4)[None, None, :, None]
+    sign_bit = tl.where(plane == 0, 15, tl.where(plane == 1, 12, tl.where(plane == 2, 14, 13)))
+    word = tl.sum(((code & 8) >> 3) << sign_bit | (code & 7) << (9 - 3 * plane), axis=2)
+    word = tl.reshape(word, (BT, DP // 4))
+    element = tl.arange(0, DP // 4)
+    at = code_ptr + row[:, None] * (D // 4) + element[None, :]
+    tl.store(at, word.to(tl.int16), mask=inside[:, None] & (element < D // 4)[None, :])
+    block = tl.arange(0, DP // 16)
+    at = scale_ptr + row[:, None] * (D // 16) + block[None, :]
+    tl.store(at, _e4m3_byte(scale), mask=inside[:, None] & (block < D // 16)[None, :])
+
+
+@triton.jit
+def store_kernel(
+    k_ptr,
+    v_ptr,
+    slot_ptr,
+    k_code_ptr,
+    k_block_ptr,
+    k_scale_ptr,
+    k_bias_ptr,
+    v_code_ptr,
+    v_block_ptr,
+    v_scale_ptr,
+    v_bias_ptr,
+    tokens,
+    k_stride,
+    v_stride,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    DP: tl.constexpr,
+    SIZE: tl.constexpr,
+    FP4: tl.constexpr,
+    AFFINE: tl.constexpr,
+    ROTATE: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BT: tl.constexpr,
+):
+    """BT tokens of one head, of the keys (grid axis 2 = 0) or of the values."""
+    head = tl.program_id(1)
+    is_value = tl.program_id(2)
+    token = tl.program_id(0) * BT + tl.arange(0, BT)
+    inside = token < tokens
+    channel = tl.arange(0, DP)
+    mask = inside[:, None] & (channel < D)[None, :]
+    slot = tl.load(slot_ptr + token, mask=inside, other=0).to(tl.int64)
+    row = slot * H + head
+    wide = token.to(tl.int64)
+    if is_value == 0:
+        source = tl.load(k_ptr + wide[:, None] * k_stride + head * D + channel[None, :], mask=mask, other=0.0)
+        x = source.to(tl.float32)
+        if ROTATE:
+            x = turned(source, DP, SIZE, NATIVE)
+        if AFFINE:
+            x = x - tl.load(k_bias_ptr + head * D + channel, mask=channel < D, other=0.0)[None, :]
+        s = tl.load(k_scale_ptr)
+        if FP4:
+            _store_nvfp4(x, row, inside, k_code_ptr, k_block_ptr, s, D, DP, BT)
+        else:
+            y = _e4m3_byte(_round_to_e4m3(x * tl.div_rn(1.0, s)))
+            tl.store(k_code_ptr + row[:, None] * D + channel[None, :], y, mask=mask)
+    else:
+        x = tl.load(v_ptr + wide[:, None] * v_stride + head * D + channel[None, :], mask=mask, other=0.0).to(tl.float32)
+        if AFFINE:
+            x = x - tl.load(v_bias_ptr + head * D + channel, mask=channel < D, other=0.0)[None, :]
+        s = tl.load(v_scale_ptr)
+        if FP4:
+            _store_nvfp4(x, row, inside, v_code_ptr, v_block_ptr, s, D, DP, BT)
+        else:
+            y = _e4m3_byte(_round_to_e4m3(x * tl.div_rn(1.0, s)))
+            tl.store(v_code_ptr + row[:, None] * D + channel[None, :], y, mask=mask)
+
+
+@triton.jit
+def turn_kernel(
+    q_ptr, y_ptr, rows, D: tl.constexpr, DP: tl.constexpr, SIZE: tl.constexpr, NATIVE: tl.constexpr, BT: tl.constexpr
+):
+    """Queries ``[rows, D]`` under the normalised Hadamard transform."""
+    row = tl.program_id(0) * BT + tl.arange(0, BT)
+    channel = tl.arange(0, DP)
+    mask = (row < rows)[:, None] & (channel < D)[None, :]
+    at = row.to(tl.int64)[:, None] * D + channel[None, :]
+    y = turned(tl.load(q_ptr + at, mask=mask, other=0.0), DP, SIZE, NATIVE)
+    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)

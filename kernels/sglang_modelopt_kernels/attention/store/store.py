@@ -1,0 +1,80 @@
+"""The launches. CUDA tensors, or CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from sglang_modelopt_kernels.attention.packed import PackedCache
+from sglang_modelopt_kernels.attention.store.kernel import store_kernel, turn_kernel
+from sglang_modelopt_kernels.formats.kv_cache import hadamard_block
+
+TOKENS = 16
+"""Tokens of a program, the least a matrix instruction takes."""
+
+
+def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Rounds the keys and values of new tokens and writes them, as :meth:`PackedCache.store` does.
+
+    Args:
+        keys, values: the caches of one layer, of one recipe.
+        slots: int32 or int64 ``[T]``, every slot once.
+        k, v: ``[T, H, D]`` of one float type; the vectors of a token lie side by side, tokens anywhere.
+
+    Raises:
+        ValueError: a shape that does not fit.
+    """
+    tokens, heads, head_dim = k.shape
+    if v.shape != k.shape or keys.shape[1:] != k.shape[1:] or slots.shape != (tokens,):
+        raise ValueError(f"keys {tuple(k.shape)}, values {tuple(v.shape)}, {tuple(slots.shape)} slots, {keys.shape}")
+    if tokens == 0:
+        return
+    k, v = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (k, v))
+    nothing = keys.scale
+    padded = triton.next_power_of_2(head_dim)
+    store_kernel[(triton.cdiv(tokens, TOKENS), heads, 2)](
+        k,
+        v,
+        slots,
+        keys.codes,
+        keys.codes if keys.block_scales is None else keys.block_scales,
+        keys.scale,
+        nothing if keys.bias is None else keys.bias,
+        values.codes,
+        values.codes if values.block_scales is None else values.block_scales,
+        values.scale,
+        nothing if values.bias is None else values.bias,
+        tokens,
+        k.stride(0),
+        v.stride(0),
+        H=heads,
+        D=head_dim,
+        DP=padded,
+        SIZE=hadamard_block(head_dim),
+        FP4=keys.format.block > 0,
+        AFFINE=keys.bias is not None,
+        ROTATE=keys.rotated,
+        NATIVE=k.is_cuda,
+        BT=TOKENS,
+        num_warps=4,
+    )
+
+
+def turn_queries(q: torch.Tensor) -> torch.Tensor:
+    """Queries ``[..., D]``, contiguous, under the rotation of the keys: float16, or float32 of float32 queries."""
+    head_dim = q.shape[-1]
+    rows = q.numel() // head_dim
+    turned = torch.empty_like(q, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16)
+    if rows:
+        turn_kernel[(triton.cdiv(rows, TOKENS),)](
+            q,
+            turned,
+            rows,
+            D=head_dim,
+            DP=triton.next_power_of_2(head_dim),
+            SIZE=hadamard_block(head_dim),
+            NATIVE=q.is_cuda,
+            BT=TOKENS,
+            num_warps=4,
+        )
+    return turned

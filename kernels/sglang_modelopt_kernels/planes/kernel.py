@@ -1,0 +1,49 @@
+"""Decoding planes in registers, for kernels of every kind."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def planes_float16(w, s, ASM: tl.constexpr):
+    """E2M1 elements and their scales, int16 and float16 of one shape, to the four planes times the scale."""
+    if ASM:
+        p0, p1, p2, p3 = tl.inline_asm_elementwise(
+            """{ .reg .b32 a, b;
+            and.b32 a, $4, 0x8e008e00;
+            mul.rn.f16x2 $0, a, $5;
+            shl.b32 a, $4, 3;
+            and.b32 a, a, 0x8e008e00;
+            mul.rn.f16x2 $1, a, $5;
+            shl.b32 a, $4, 6;
+            and.b32 a, a, 0x0e000e00;
+            shl.b32 b, $4, 1;
+            lop3.b32 a, b, 0x80008000, a, 0xea;
+            mul.rn.f16x2 $2, a, $5;
+            shl.b32 a, $4, 9;
+            and.b32 a, a, 0x0e000e00;
+            shl.b32 b, $4, 2;
+            lop3.b32 a, b, 0x80008000, a, 0xea;
+            mul.rn.f16x2 $3, a, $5; }""",
+            "=&r,=&r,=&r,=&r,r,r",
+            args=[w, s],
+            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        u = w.to(tl.uint16, bitcast=True)
+        p0 = (u & 0x8E00).to(tl.float16, bitcast=True) * s
+        p1 = ((u << 3) & 0x8E00).to(tl.float16, bitcast=True) * s
+        p2 = (((u << 6) & 0x0E00) | ((u << 1) & 0x8000)).to(tl.float16, bitcast=True) * s
+        p3 = (((u << 9) & 0x0E00) | ((u << 2) & 0x8000)).to(tl.float16, bitcast=True) * s
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def e4m3_scale_float16(b):
+    """Bytes of E4M3 scales, neither negative nor NaN, as float16."""
+    # e4m3's exponent and mantissa in float16's place are the value times 2^-8.
+    return ((b.to(tl.uint16) << 7).to(tl.float16, bitcast=True) * 256.0).to(tl.float16)

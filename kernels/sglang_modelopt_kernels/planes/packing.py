@@ -1,0 +1,46 @@
+"""Packing E2M1 codes for kernels, along the last dimension.
+
+Element ``i`` holds the codes of entries ``16 * (i // 4) + 4 * q + i % 4`` for the planes ``q`` = 0..3. Two elements fill a 32-bit
+register, which is what one matrix instruction takes of each plane, so that decoding moves nothing between lanes; and the
+four codes of an element belong to one block scale, because blocks are at least 16 wide.
+"""
+
+from __future__ import annotations
+
+import torch
+
+SIGN_BIT = (15, 12, 14, 13)
+MAGNITUDE_BIT = (9, 6, 3, 0)
+"""Per plane of an element. Plane 0 is where float16 has its sign and the low end of its exponent."""
+
+
+def split_planes(codes: torch.Tensor) -> torch.Tensor:
+    """Codes ``[..., K]`` as int32 ``[..., K / 4, 4]``, planes last."""
+    return codes.to(torch.int32).unflatten(-1, (-1, 4, 4)).transpose(-1, -2).flatten(-3, -2)
+
+
+def join_planes(planes: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`split_planes`: ``[..., K / 4, 4]`` to ``[..., K]``."""
+    return planes.unflatten(-2, (-1, 4)).transpose(-1, -2).flatten(-3)
+
+
+def as_int16(element: torch.Tensor) -> torch.Tensor:
+    """The low 16 bits of non-negative int32 elements."""
+    return torch.where(element >= 1 << 15, element - (1 << 16), element).to(torch.int16).contiguous()
+
+
+def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """Codes 0..15, uint8 ``[..., K]`` with K a multiple of 16, as int16 ``[..., K / 4]``."""
+    planes = split_planes(codes)
+    element = torch.zeros_like(planes[..., 0])
+    for plane in range(4):
+        code = planes[..., plane]
+        element |= (code >> 3) << SIGN_BIT[plane] | (code & 7) << MAGNITUDE_BIT[plane]
+    return as_int16(element)
+
+
+def unpack_e2m1(elements: torch.Tensor) -> torch.Tensor:
+    """The codes :func:`pack_e2m1` packed, uint8 ``[..., K]``."""
+    wide = elements.to(torch.int32) & 0xFFFF
+    planes = [((wide >> SIGN_BIT[plane]) & 1) << 3 | (wide >> MAGNITUDE_BIT[plane]) & 7 for plane in range(4)]
+    return join_planes(torch.stack(planes, dim=-1)).to(torch.uint8)
