@@ -22,6 +22,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sglang_modelopt_kernels.attention.decode import decode
+from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
+from sglang_modelopt_kernels.attention.extend import extend
+from sglang_modelopt_kernels.attention.extend.kernel import extend_kernel
+from sglang_modelopt_kernels.attention.store.kernel import store_kernel, turn_kernel
+from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadamard_block
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
 from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
@@ -162,9 +168,61 @@ def other_cases(arch: int) -> Iterator[Case]:
     yield Case("quantize_fp8 token", quantize_token_kernel, types, constexprs, {}, ("k", "stride"))
 
 
+HEAD_DIMS = (64, 128)
+
+
+def attention_cases(arch: int) -> Iterator[Case]:
+    """Attention over every KV recipe, four query heads to a KV head, in a bf16 model."""
+    import triton.language as tl
+
+    for recipe in KV_RECIPES.values():
+        for head_dim in HEAD_DIMS:
+            code = "*i16" if recipe.format.block else "*u8"
+            cache = {
+                f"{side}_{name}": type_ for side in "kv" for name, type_ in (("code_ptr", code), ("block_ptr", "*u8"))
+            }
+            cache |= {f"{side}_{name}": "*fp32" for side in "kv" for name in ("scale_ptr", "bias_ptr")}
+            indices = dict.fromkeys(("qo_indptr", "kv_indptr", "kv_indices", "splits_ptr", "slot_ptr"), "*i32")
+            common = {"D": head_dim, "DP": head_dim, "E": head_dim // 4, "FP4": recipe.format.block > 0}
+            common |= {"AFFINE": recipe.affine, "H": 8, "GROUP": 4, "CAP": False, "ASM": True, "NATIVE": arch >= 89}
+            common |= {"COMPUTE": tl.float16, "SIZE": hadamard_block(head_dim)}
+            yield from _attention_of(recipe, head_dim, cache | indices, common)
+
+
+def _attention_of(recipe: KVRecipe, head_dim: int, types: dict[str, str], common: dict[str, Any]) -> Iterator[Case]:
+    name = f"{recipe.name} D={head_dim}"
+    scratch = dict.fromkeys(("partial_token", "partial_head", "partial_split", "lse_token", "lse_head"), "i32")
+    pointers = types | {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "sm_scale": "fp32", "cap": "fp32"} | scratch
+    strides = dict.fromkeys(("q_stride", "turned_stride", "k_stride", "v_stride", "out_stride"), "i32")
+    wide = dict.fromkeys(("q_ptr", "turned_ptr"), "*fp16" if recipe.rotate else "*bf16")
+    wide |= dict.fromkeys(("k_ptr", "v_ptr", "out_ptr"), "*bf16")
+    everything = pointers | strides | wide | {"tokens": "i32", "rows": "i32"}
+    aligned = (*strides, *scratch)
+
+    def case(label: str, kernel: Any, own: dict[str, Any], options: dict[str, int], matrix: str, weights: int) -> Case:
+        constexprs = {key: value for key, value in (common | own).items() if key in kernel.arg_names}
+        chosen = {key: everything[key] for key in kernel.arg_names if key not in constexprs}
+        return Case(f"{label} {name}", kernel, chosen, constexprs, options, aligned, matrix, weights)
+
+    one = decode.choose_for(recipe.format, head_dim)
+    options = {"num_warps": one.warps, "num_stages": one.stages}
+    own = {"BG": decode.LEAST_QUERIES, "BN": one.tokens}
+    yield case(f"decode {one}", split_kernel, own, options, "mma.sync", 2 * one.tokens * head_dim)
+    yield case("merge", merge_kernel, own, {"num_warps": 2}, "", 0)
+    many = extend.choose_for(recipe.format, head_dim)
+    options = {"num_warps": many.warps, "num_stages": many.stages}
+    own = {"BM": many.queries, "BN": many.keys, "RAW": common["COMPUTE"], "CAUSAL": True, "WINDOW": 0}
+    yield case(f"extend {many}", extend_kernel, own, options, "any", 0)
+    own = {"BT": 16, "ROTATE": recipe.rotate, "NATIVE": True}
+    yield case("store", store_kernel, own, {"num_warps": 4}, "", 0)
+    if recipe.rotate:
+        everything["q_ptr"], everything["y_ptr"] = "*bf16", "*fp16"
+        yield case("turn", turn_kernel, own, {"num_warps": 4}, "", 0)
+
+
 def cases(arch: int) -> list[Case]:
     """Everything that may run on ``arch``."""
-    return [*block_scaled_cases(arch), *mxfp4_cases(arch), *other_cases(arch)]
+    return [*block_scaled_cases(arch), *mxfp4_cases(arch), *other_cases(arch), *attention_cases(arch)]
 
 
 def quick(all_cases: list[Case]) -> list[Case]:

@@ -106,7 +106,10 @@ class NVFP4KV(KVFormat):
         """See :meth:`KVFormat.encode`."""
         codes, block_scales = NVFP4DynamicBlock().encode(x.reshape(-1, x.shape[-1]), scale.reshape(()))
         packed = pack_e2m1(codes).view(*x.shape[:-1], -1)
-        return packed, block_scales.view(torch.uint8).view(*x.shape[:-1], -1)
+        stored = block_scales.view(torch.uint8)
+        # Of E4M3's two NaN the one whose bits are NaN in float16 as well, where the kernels put them.
+        stored = torch.where(e4m3.byte_is_nan(stored), 0xFF, stored)
+        return packed, stored.view(*x.shape[:-1], -1)
 
     def decode(self, codes: torch.Tensor, block_scales: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
         """See :meth:`KVFormat.decode`. Raises ValueError without block scales."""

@@ -44,6 +44,6 @@ def planes_float16(w, s, ASM: tl.constexpr):
 
 @triton.jit
 def e4m3_scale_float16(b):
-    """Bytes of E4M3 scales, neither negative nor NaN, as float16."""
+    """Bytes of E4M3 scales, none negative, as float16. Of E4M3's two NaN, 0xFF is NaN in float16 too, and 0x7F is not."""
     # e4m3's exponent and mantissa in float16's place are the value times 2^-8.
     return ((b.to(tl.uint16) << 7).to(tl.float16, bitcast=True) * 256.0).to(tl.float16)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,9 +11,30 @@ from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_
 from sglang_modelopt_kernels.attention.launch import options, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
+from sglang_modelopt_kernels.formats.kv_cache import KVFormat
 
-TOKENS = 64
-"""Tokens a program reads at a time."""
+LEAST_QUERIES = 8
+"""The least width of a matrix instruction."""
+
+
+@dataclass(frozen=True)
+class DecodeConfig:
+    """Tokens a program reads at a time, its warps, and the stages of its pipeline."""
+
+    tokens: int
+    warps: int
+    stages: int
+
+
+def choose_for(number: KVFormat, head_dim: int) -> DecodeConfig:
+    """The configuration for a format; fixed, so that a request's result does not depend on its batch."""
+    del head_dim, number
+    return DecodeConfig(64, 4, 2)
+
+
+def choose(keys: PackedCache) -> DecodeConfig:
+    """The configuration for a cache."""
+    return choose_for(keys.format, keys.head_dim)
 
 
 def decode_attention(
@@ -72,6 +94,7 @@ def decode_attention(
     if requests == 0:
         return
     constants = options(q, k_buffer)
+    config = choose(k_buffer)
     group = query_heads // heads
     turned = turn_queries(q.contiguous()) if k_buffer.rotated else q
     strides = (*attn_logits.stride()[:3], *attn_lse.stride()[:2])
@@ -97,10 +120,10 @@ def decode_attention(
         H=heads,
         GROUP=group,
         CAP=logit_cap > 0,
-        BG=max(16, 1 << (group - 1).bit_length()),
-        BN=TOKENS,
-        num_warps=4,
-        num_stages=2,
+        BG=max(LEAST_QUERIES, 1 << (group - 1).bit_length()),
+        BN=config.tokens,
+        num_warps=config.warps,
+        num_stages=config.stages,
         **constants,
     )
     merge_kernel[(requests, query_heads)](
@@ -116,6 +139,6 @@ def decode_attention(
         D=head_dim,
         DP=constants["DP"],
         AFFINE=v_buffer.bias is not None,
-        BN=TOKENS,
+        BN=config.tokens,
         num_warps=2,
     )

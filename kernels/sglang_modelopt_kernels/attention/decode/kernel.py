@@ -99,17 +99,18 @@ def split_kernel(
             bias_ptr = k_bias_ptr + head * D
             shift = _bias_product(q0, bias_ptr, at_plane, D) + _bias_product(q1, bias_ptr, at_plane + 4, D)
             shift += _bias_product(q2, bias_ptr, at_plane + 8, D) + _bias_product(q3, bias_ptr, at_plane + 12, D)
-        a0 = tl.zeros((BG, E), tl.float32)
-        a1 = tl.zeros((BG, E), tl.float32)
-        a2 = tl.zeros((BG, E), tl.float32)
-        a3 = tl.zeros((BG, E), tl.float32)
+        a0 = tl.zeros((E, BG), tl.float32)
+        a1 = tl.zeros((E, BG), tl.float32)
+        a2 = tl.zeros((E, BG), tl.float32)
+        a3 = tl.zeros((E, BG), tl.float32)
     else:
         q0 = _load_query(q_ptr, at, group, channel, GROUP, D, COMPUTE)
         if AFFINE:
             shift = _bias_product(q0, k_bias_ptr + head * D, channel, D)
-        a0 = tl.zeros((BG, DP), tl.float32)
+        a0 = tl.zeros((DP, BG), tl.float32)
     largest = tl.full((BG,), -float("inf"), tl.float32)
-    total = tl.zeros((BG,), tl.float32)
+    # One sum for each place in the tile: added up once, after the loop.
+    totals = tl.zeros((BN, BG), tl.float32)
     for offset in range(start, end, BN):
         token = offset + tl.arange(0, BN)
         # Past the end the last token is read again: no mask on the data, and its weight is zero.
@@ -129,31 +130,33 @@ def split_kernel(
         rising = tl.maximum(largest, tl.max(s, axis=0))
         decay = tl.exp2(largest - rising)
         weight = tl.exp2(s - rising[None, :])
-        total = total * decay + tl.sum(weight, axis=0)
+        totals = totals * decay[None, :] + weight
         largest = rising
-        p = tl.trans(weight.to(COMPUTE))
+        p = weight.to(COMPUTE)
         if FP4:
             v0, v1, v2, v3 = load_planes(v_code_ptr, v_block_ptr, row, D, E, BN, ASM, COMPUTE)
-            a0 = tl.dot(p, v0, a0 * decay[:, None], input_precision="ieee")
-            a1 = tl.dot(p, v1, a1 * decay[:, None], input_precision="ieee")
-            a2 = tl.dot(p, v2, a2 * decay[:, None], input_precision="ieee")
-            a3 = tl.dot(p, v3, a3 * decay[:, None], input_precision="ieee")
+            a0 = tl.dot(tl.trans(v0), p, a0 * decay[None, :], input_precision="ieee")
+            a1 = tl.dot(tl.trans(v1), p, a1 * decay[None, :], input_precision="ieee")
+            a2 = tl.dot(tl.trans(v2), p, a2 * decay[None, :], input_precision="ieee")
+            a3 = tl.dot(tl.trans(v3), p, a3 * decay[None, :], input_precision="ieee")
         else:
             v = load_fp8(v_code_ptr, row, D, DP, NATIVE, COMPUTE)
-            a0 = tl.dot(p, v, a0 * decay[:, None], input_precision="ieee")
+            a0 = tl.dot(tl.trans(v), p, a0 * decay[None, :], input_precision="ieee")
+    total = tl.sum(totals, axis=0)
     inside = group < GROUP
-    out = partial_ptr + request * partial_token + query_head[:, None] * partial_head + split * partial_split
+    out = partial_ptr + request * partial_token + query_head[None, :] * partial_head + split * partial_split
     v_scale = tl.load(v_scale_ptr)
     if FP4:
-        factor = (v_scale * DESCALE / total)[:, None]
-        mask = inside[:, None] & (at_plane < D)[None, :]
-        tl.store(out + at_plane[None, :], a0 * factor, mask=mask)
-        tl.store(out + at_plane[None, :] + 4, a1 * factor, mask=mask)
-        tl.store(out + at_plane[None, :] + 8, a2 * factor, mask=mask)
-        tl.store(out + at_plane[None, :] + 12, a3 * factor, mask=mask)
+        factor = (v_scale * DESCALE / total)[None, :]
+        mask = inside[None, :] & (at_plane < D)[:, None]
+        out += at_plane[:, None]
+        tl.store(out, a0 * factor, mask=mask)
+        tl.store(out + 4, a1 * factor, mask=mask)
+        tl.store(out + 8, a2 * factor, mask=mask)
+        tl.store(out + 12, a3 * factor, mask=mask)
     else:
-        mask = inside[:, None] & (channel < D)[None, :]
-        tl.store(out + channel[None, :], a0 * (v_scale / total)[:, None], mask=mask)
+        mask = inside[None, :] & (channel < D)[:, None]
+        tl.store(out + channel[:, None], a0 * (v_scale / total)[None, :], mask=mask)
     at_lse = lse_ptr + request * lse_token + query_head * lse_head + split
     tl.store(at_lse, largest + tl.log2(total), mask=inside)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,11 +13,30 @@ from sglang_modelopt_kernels.attention.extend.kernel import extend_kernel
 from sglang_modelopt_kernels.attention.launch import options, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
-
-QUERIES, KEYS = 64, 64
-"""New tokens of a program, and keys it reads at a time."""
+from sglang_modelopt_kernels.formats.kv_cache import KVFormat
 
 _RAW = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True)
+class ExtendConfig:
+    """New tokens of a program, keys it reads at a time, its warps, and the stages of its pipeline."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def choose_for(number: KVFormat, head_dim: int) -> ExtendConfig:
+    """The configuration for a format."""
+    del head_dim, number
+    return ExtendConfig(64, 64, 4, 2)
+
+
+def choose(keys: PackedCache) -> ExtendConfig:
+    """The configuration for a cache."""
+    return choose_for(keys.format, keys.head_dim)
 
 
 def extend_attention(
@@ -91,9 +111,10 @@ def extend_attention(
     turned = turn_queries(q_extend.contiguous()) if k_buffer.rotated else q_extend
     nothing = k_buffer.scale
     constants = options(q_extend, k_buffer)
+    config = choose(k_buffer)
     # The interpreter multiplies the bits of bf16 operands.
     raw = _RAW[q_extend.dtype] if q_extend.is_cuda else tl.float32
-    extend_kernel[(len(qo_indptr) - 1, query_heads, triton.cdiv(max_len_extend, QUERIES))](
+    extend_kernel[(len(qo_indptr) - 1, query_heads, triton.cdiv(max_len_extend, config.queries))](
         q_extend,
         turned,
         k_extend,
@@ -123,9 +144,9 @@ def extend_attention(
         CAUSAL=is_causal,
         WINDOW=max(sliding_window_size, 0),
         RAW=raw,
-        BM=QUERIES,
-        BN=KEYS,
-        num_warps=4,
-        num_stages=2,
+        BM=config.queries,
+        BN=config.keys,
+        num_warps=config.warps,
+        num_stages=config.stages,
         **constants,
     )

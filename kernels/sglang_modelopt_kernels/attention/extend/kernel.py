@@ -177,9 +177,9 @@ def extend_kernel(
         start = tl.maximum(place - WINDOW, 0) // BN * BN
     for offset in range(start, end, BN):
         key = offset + tl.arange(0, BN)
-        at = (begin + tl.minimum(key, new - 1)).to(tl.int64)
+        source = (begin + tl.minimum(key, new - 1)).to(tl.int64)
         mask = (channel < D)[None, :]
-        k = tl.load(k_ptr + at[:, None] * k_stride + head * D + channel[None, :], mask=mask, other=0.0).to(RAW)
+        k = tl.load(k_ptr + source[:, None] * k_stride + head * D + channel[None, :], mask=mask, other=0.0).to(RAW)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * sm_scale
         s = capped(s, cap, CAP) * LOG2E
         seen = (key < end)[None, :] & inside[:, None]
@@ -191,7 +191,7 @@ def extend_kernel(
                 seen = seen & (key[None, :] <= local[:, None] + WINDOW)
         largest, decay, weight = _rescaled(tl.where(seen, s, -float("inf")), largest)
         total = total * decay + tl.sum(weight, axis=1)
-        v = tl.load(v_ptr + at[:, None] * v_stride + head * D + channel[None, :], mask=mask, other=0.0).to(RAW)
+        v = tl.load(v_ptr + source[:, None] * v_stride + head * D + channel[None, :], mask=mask, other=0.0).to(RAW)
         acc = tl.dot(weight.to(RAW), v, acc * decay[:, None], input_precision="ieee")
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     at = token[:, None] * out_stride + query_head * D + channel[None, :]

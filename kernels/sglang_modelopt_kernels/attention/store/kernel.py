@@ -52,7 +52,9 @@ def _store_nvfp4(x, row, inside, code_ptr, scale_ptr, s, D: tl.constexpr, DP: tl
     tl.store(at, word.to(tl.int16), mask=inside[:, None] & (element < D // 4)[None, :])
     block = tl.arange(0, DP // 16)
     at = scale_ptr + row[:, None] * (D // 16) + block[None, :]
-    tl.store(at, _e4m3_byte(scale), mask=inside[:, None] & (block < D // 16)[None, :])
+    # NaN as 0xFF, which is NaN in float16 when it is read.
+    byte = tl.where(spoiled == 0, _e4m3_byte(scale), 0xFF).to(tl.uint8)
+    tl.store(at, byte, mask=inside[:, None] & (block < D // 16)[None, :])
 
 
 @triton.jit
