@@ -63,7 +63,8 @@ class Case:
             multiples of 16.
         constexprs: the others.
         options: ``num_warps`` and ``num_stages``.
-        matrix: what the PTX of its matrix instruction must contain; "any" for the architecture's own, empty for none.
+        matrix: what the PTX of its matrix instruction must contain; "any" for the architecture's own, "small" for that or
+            ``mma.sync``, where a tile has few columns; empty for none.
         weights: weights one iteration of the main loop reads, 0 where there is no loop over weights.
     """
 
@@ -168,7 +169,7 @@ def other_cases(arch: int) -> Iterator[Case]:
     yield Case("quantize_fp8 token", quantize_token_kernel, types, constexprs, {}, ("k", "stride"))
 
 
-HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128, 256)
 
 
 def attention_cases(arch: int) -> Iterator[Case]:
@@ -185,11 +186,13 @@ def attention_cases(arch: int) -> Iterator[Case]:
             indices = dict.fromkeys(("qo_indptr", "kv_indptr", "kv_indices", "splits_ptr", "slot_ptr"), "*i32")
             common = {"D": head_dim, "DP": head_dim, "E": head_dim // 4, "FP4": recipe.format.block > 0}
             common |= {"AFFINE": recipe.affine, "H": 8, "GROUP": 4, "CAP": False, "ASM": True, "NATIVE": arch >= 89}
-            common |= {"COMPUTE": tl.float16, "SIZE": hadamard_block(head_dim)}
-            yield from _attention_of(recipe, head_dim, cache | indices, common)
+            common |= {"COMPUTE": tl.float16, "RAW": tl.bfloat16, "SIZE": hadamard_block(head_dim)}
+            yield from _attention_of(recipe, head_dim, arch, cache | indices, common)
 
 
-def _attention_of(recipe: KVRecipe, head_dim: int, types: dict[str, str], common: dict[str, Any]) -> Iterator[Case]:
+def _attention_of(
+    recipe: KVRecipe, head_dim: int, arch: int, types: dict[str, str], common: dict[str, Any]
+) -> Iterator[Case]:
     name = f"{recipe.name} D={head_dim}"
     scratch = dict.fromkeys(("partial_token", "partial_head", "partial_split", "lse_token", "lse_head"), "i32")
     pointers = types | {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "sm_scale": "fp32", "cap": "fp32"} | scratch
@@ -207,11 +210,11 @@ def _attention_of(recipe: KVRecipe, head_dim: int, types: dict[str, str], common
     one = decode.choose_for(recipe.format, head_dim)
     options = {"num_warps": one.warps, "num_stages": one.stages}
     own = {"BG": decode.LEAST_QUERIES, "BN": one.tokens}
-    yield case(f"decode {one}", split_kernel, own, options, "mma.sync", 2 * one.tokens * head_dim)
+    yield case(f"decode {one}", split_kernel, own, options, "small", 2 * one.tokens * head_dim)
     yield case("merge", merge_kernel, own, {"num_warps": 2}, "", 0)
-    many = extend.choose_for(recipe.format, head_dim)
+    many = extend.choose_for(recipe.format, head_dim, arch)
     options = {"num_warps": many.warps, "num_stages": many.stages}
-    own = {"BM": many.queries, "BN": many.keys, "RAW": common["COMPUTE"], "CAUSAL": True, "WINDOW": 0}
+    own = {"BM": many.queries, "BN": many.keys, "CAUSAL": True, "WINDOW": 0}
     yield case(f"extend {many}", extend_kernel, own, options, "any", 0)
     own = {"BT": 16, "ROTATE": recipe.rotate, "NATIVE": True}
     yield case("store", store_kernel, own, {"num_warps": 4}, "", 0)
@@ -245,8 +248,10 @@ def compile_case(case: Case, arch: int) -> Result:
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     registers, spilled, sass = inspect(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]
-    # Fewer warps than four do not make a warp group.
+    # Fewer warps than four do not make a warp group, and eight queries no tile of tcgen05.
     wanted = OPCODES[matrix_instruction(arch) if compiled.metadata.num_warps >= 4 else "mma.sync"]
+    if case.matrix == "small" and wanted not in ptx:
+        wanted = OPCODES["mma.sync"]
     found = re.search(re.escape(wanted) + r"[\w.:]*", ptx) if case.matrix else None
     threads = 32 * compiled.metadata.num_warps
     loop = main_loop(sass) if case.weights else []
@@ -257,7 +262,7 @@ def compile_case(case: Case, arch: int) -> Result:
         found[0] if found else "-",
         len(loop) * threads / case.weights if loop else None,
     )
-    if found and case.matrix != "any" and case.matrix not in found[0]:
+    if found and case.matrix not in ("any", "small") and case.matrix not in found[0]:
         result.problems.append(f"no {case.matrix}")
     if case.matrix and not found:
         result.problems.append(f"no {wanted}")

@@ -245,9 +245,24 @@ def register_kv_caches() -> None:
 
     argument = typing.get_type_hints(ServerArgs, include_extras=True)["kv_cache_dtype"].__metadata__[0]
     argument.choices.extend(flag for flag in KV_FLAGS if flag not in argument.choices)
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    if not isinstance(ATTENTION_BACKENDS["triton"], functools.partial):
+        ATTENTION_BACKENDS["triton"] = functools.partial(_triton_backend, ATTENTION_BACKENDS["triton"])
     step = "handle_attention_backend_compatibility"
     if _check_backends not in _HOOKS.get(step, []):
         register_resolution_hook(step)(_check_backends)
+
+
+def _triton_backend(original: Callable[[Any], Any], runner: Any) -> Any:
+    """SGLang's backend, or ours where the pool is ours."""
+    from sglang_modelopt_ext.kv.pool import ModelOptExtKVPool
+
+    if not isinstance(runner.token_to_kv_pool, ModelOptExtKVPool):
+        return original(runner)
+    from sglang_modelopt_ext.kv.backend import ModelOptExtTritonBackend
+
+    return ModelOptExtTritonBackend(runner)
 
 
 def _check_backends(server_args: Any, previous: Callable[[Any], None]) -> None:

@@ -10,6 +10,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, unwrap_write_loc
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
 from sglang_modelopt_kernels.attention.packed import PackedCache
+from sglang_modelopt_kernels.attention.store import store_kv
 
 
 class ModelOptExtKVPool(MHATokenToKVPool):
@@ -50,6 +51,9 @@ class ModelOptExtKVPool(MHATokenToKVPool):
         del global_layer_id, k_scale, v_scale  # the packed caches know their scales
         slots, _, _ = unwrap_write_loc(loc_info)
         keys, values = self.packed[layer_id - self.start_layer]
+        if cache_k.is_cuda:
+            store_kv(keys, values, slots, cache_k, cache_v)
+            return
         keys.store(slots, cache_k)
         values.store(slots, cache_v)
 

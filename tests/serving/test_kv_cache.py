@@ -15,6 +15,7 @@ from tests.serving.checks import (
     check_batch_against_single,
     check_logprobs,
     check_prefill_against_decode,
+    median_apart,
 )
 from tests.support.kv_exports import PRESETS, kv_export
 from tests.support.models import FAMILIES, Family, TinyModel, model_dir, random_ids
@@ -129,6 +130,36 @@ def test_at_the_bf16_noise_floor(recipe: str) -> None:
     folder = kv_export(recipe, "qwen3", W4A8)
     with Server(folder, dtype="bfloat16", args=flags(recipe)) as server:
         check_logprobs(server, folder, "bfloat16", kv_cache=recipe)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_the_gpus_backend_in_the_interpreter(recipe: str) -> None:
+    """The server on SGLang's Triton backend with our kernels, interpreted: a prompt in chunks, then decoding.
+
+    A chunk meets itself unrounded and what came before it rounded; a decoded token meets everything rounded, itself too.
+    """
+    folder = kv_export(recipe, "qwen2")
+    prompts, count = [random_ids(2 * CHUNK + 7, seed=90 + i, vocab=511) for i in range(3)], 5
+    args = ("--attention-backend", "triton", "--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK))
+    reference = Reference(folder, kv_cache=recipe)
+    with Server(folder, dtype="float32", args=(*args, *flags(recipe)), env={"TRITON_INTERPRET": "1"}) as server:
+        served, expected, rounded = [], [], []
+        for ids in prompts:
+            sampling = {"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True}
+            payload = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
+            server.flush_cache()
+            info = server.post("/generate", payload)["meta_info"]
+            decoded = [entry[1] for entry in info["output_token_logprobs"]]
+            served += [entry[0] for entry in (*info["input_token_logprobs"][1:], *info["output_token_logprobs"])]
+            sequence = [*ids, *decoded]
+            chunks = [t // CHUNK * CHUNK if t < len(ids) else t + 1 for t in range(len(sequence))]
+            for raw_from, scores in ((chunks, expected), (None, rounded)):
+                reference.model.config.kv_rounding["raw_from"] = raw_from
+                scores += reference.input_logprobs(sequence).tolist()
+        assert f"#new-token: {CHUNK}," in server.output(), "no prompt was cut"
+    assert median_apart(served, expected) < FP32_MEDIAN
+    assert median_apart(served, rounded) > FP32_MEDIAN, "the chunks were read back rounded"
 
 
 @pytest.mark.full

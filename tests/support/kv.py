@@ -39,7 +39,11 @@ def round_vectors(x: torch.Tensor, recipe: str, scale: torch.Tensor, bias: torch
 
 
 def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Makes ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none."""
+    """Makes ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none.
+
+    ``model.config.kv_rounding["raw_from"]``, one number for each token, is the first key a token meets unrounded: the start of
+    its chunk in a prefill whose chunk is not read back, and by default none.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -58,11 +62,17 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
             return round_vectors(x, name, scale, part).repeat_interleave(module.num_key_value_groups, dim=1)
 
         keys, values = rounded(key, "k"), rounded(value, "v")
-        scores = query @ keys.transpose(2, 3) * kwargs["scaling"] + mask
+        raw_keys, raw_values = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
+        positions = torch.arange(query.shape[2])
+        start = positions + 1 if rounding["raw_from"] is None else torch.tensor(rounding["raw_from"])
+        raw = positions[None, :] >= start[:, None]
+        scores = torch.where(raw, query @ raw_keys.transpose(2, 3), query @ keys.transpose(2, 3))
+        scores = scores * kwargs["scaling"] + mask
         weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        return (weights @ values).transpose(1, 2).contiguous(), None
+        out = (weights * raw) @ raw_values + (weights * ~raw) @ values
+        return out.transpose(1, 2).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    model.config.kv_rounding = {"recipe": recipe, "tensors": dict(tensors)}
+    model.config.kv_rounding = {"recipe": recipe, "tensors": dict(tensors), "raw_from": None}
     model.config._attn_implementation = ATTENTION

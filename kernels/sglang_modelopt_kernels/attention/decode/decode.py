@@ -28,8 +28,11 @@ class DecodeConfig:
 
 def choose_for(number: KVFormat, head_dim: int) -> DecodeConfig:
     """The configuration for a format; fixed, so that a request's result does not depend on its batch."""
-    del head_dim, number
-    return DecodeConfig(64, 4, 2)
+    if number.block:
+        return DecodeConfig(64, 1, 3) if head_dim <= 64 else DecodeConfig(64, 2 if head_dim <= 128 else 4, 3)
+    if head_dim > 128:
+        return DecodeConfig(32, 4, 2)
+    return DecodeConfig(128, 4, 3) if head_dim <= 64 else DecodeConfig(64, 4, 2)
 
 
 def choose(keys: PackedCache) -> DecodeConfig:

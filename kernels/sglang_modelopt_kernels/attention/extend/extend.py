@@ -28,15 +28,27 @@ class ExtendConfig:
     stages: int
 
 
-def choose_for(number: KVFormat, head_dim: int) -> ExtendConfig:
-    """The configuration for a format."""
-    del head_dim, number
-    return ExtendConfig(64, 64, 4, 2)
+def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> ExtendConfig:
+    """The configuration for a format on an architecture (compute capability times ten, None in the interpreter).
+
+    Where matrix instructions take their operands from shared memory, larger tiles fit the registers.
+    """
+    if head_dim > 128:
+        return ExtendConfig(32, 32, 4, 2)
+    if arch not in (90, 100, 103):
+        return ExtendConfig(64, 32 if head_dim > 64 else 64, 4, 2)
+    if head_dim <= 64 and not number.block:
+        return ExtendConfig(64, 64, 4, 3)
+    return ExtendConfig(128, 128, 8, 2)
 
 
 def choose(keys: PackedCache) -> ExtendConfig:
-    """The configuration for a cache."""
-    return choose_for(keys.format, keys.head_dim)
+    """The configuration for a cache on the device it is on."""
+    arch = None
+    if keys.codes.is_cuda:
+        major, minor = torch.cuda.get_device_capability(keys.codes.device)
+        arch = 10 * major + minor
+    return choose_for(keys.format, keys.head_dim, arch)
 
 
 def extend_attention(
