@@ -11,6 +11,14 @@ import triton.language as tl
 from sglang_modelopt_kernels.attention.packed import PackedCache
 
 
+def architecture(tensor: torch.Tensor) -> int | None:
+    """Compute capability times ten of the device of a tensor; None on a CPU, where only the interpreter runs."""
+    if not tensor.is_cuda:
+        return None
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
 def compute_type(q: torch.Tensor) -> Any:
     """The type of the products: float16 holds every code times block scale; a float32 model gets float32."""
     return tl.float32 if q.dtype == torch.float32 else tl.float16
@@ -19,8 +27,7 @@ def compute_type(q: torch.Tensor) -> Any:
 def options(q: torch.Tensor, keys: PackedCache) -> dict[str, Any]:
     """The constants of every kernel that reads a cache."""
     head_dim = keys.head_dim
-    # Only the interpreter takes CPU tensors. It knows no inline assembly and no arithmetic of bf16 and E4M3.
-    capable = q.is_cuda and torch.cuda.get_device_capability(q.device) >= (8, 9)
+    # The interpreter knows no inline assembly and no arithmetic of E4M3.
     return {
         "D": head_dim,
         "DP": triton.next_power_of_2(head_dim),
@@ -28,7 +35,7 @@ def options(q: torch.Tensor, keys: PackedCache) -> dict[str, Any]:
         "FP4": keys.format.block > 0,
         "AFFINE": keys.bias is not None,
         "ASM": q.is_cuda,
-        "NATIVE": capable,
+        "NATIVE": (architecture(q) or 0) >= 89,
         "COMPUTE": compute_type(q),
     }
 

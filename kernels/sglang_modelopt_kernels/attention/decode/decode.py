@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
-from sglang_modelopt_kernels.attention.launch import options, unserved
+from sglang_modelopt_kernels.attention.launch import architecture, options, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
@@ -26,18 +26,15 @@ class DecodeConfig:
     stages: int
 
 
-def choose_for(number: KVFormat, head_dim: int) -> DecodeConfig:
-    """The configuration for a format; fixed, so that a request's result does not depend on its batch."""
-    if number.block:
-        return DecodeConfig(64, 1, 3) if head_dim <= 64 else DecodeConfig(64, 2 if head_dim <= 128 else 4, 3)
+def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> DecodeConfig:
+    """The configuration for a format on an architecture; fixed, so that a request's result does not depend on its batch."""
     if head_dim > 128:
-        return DecodeConfig(32, 4, 2)
+        return DecodeConfig(64 if number.block else 32, 2, 3)
+    if arch != 90:  # measured there only
+        return DecodeConfig(64, 2, 3)
+    if number.block:
+        return DecodeConfig(64, 1 if head_dim <= 64 else 2, 3)
     return DecodeConfig(128, 4, 3) if head_dim <= 64 else DecodeConfig(64, 4, 2)
-
-
-def choose(keys: PackedCache) -> DecodeConfig:
-    """The configuration for a cache."""
-    return choose_for(keys.format, keys.head_dim)
 
 
 def decode_attention(
@@ -97,7 +94,7 @@ def decode_attention(
     if requests == 0:
         return
     constants = options(q, k_buffer)
-    config = choose(k_buffer)
+    config = choose_for(k_buffer.format, head_dim, architecture(q))
     group = query_heads // heads
     turned = turn_queries(q.contiguous()) if k_buffer.rotated else q
     strides = (*attn_logits.stride()[:3], *attn_lse.stride()[:2])

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.attention.extend.kernel import extend_kernel
-from sglang_modelopt_kernels.attention.launch import options, unserved
+from sglang_modelopt_kernels.attention.launch import architecture, options, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
@@ -31,24 +31,15 @@ class ExtendConfig:
 def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> ExtendConfig:
     """The configuration for a format on an architecture (compute capability times ten, None in the interpreter).
 
-    Where matrix instructions take their operands from shared memory, larger tiles fit the registers.
+    The large tiles were measured on Hopper. Elsewhere they spill, or Triton 3.8 makes nothing of them (SM100).
     """
     if head_dim > 128:
-        return ExtendConfig(32, 32, 4, 2)
-    if arch not in (90, 100, 103):
-        return ExtendConfig(64, 32 if head_dim > 64 else 64, 4, 2)
+        return ExtendConfig(32, 32, 8, 2)
+    if arch != 90:
+        return ExtendConfig(64, 32, 8, 2)
     if head_dim <= 64 and not number.block:
         return ExtendConfig(64, 64, 4, 3)
     return ExtendConfig(128, 128, 8, 2)
-
-
-def choose(keys: PackedCache) -> ExtendConfig:
-    """The configuration for a cache on the device it is on."""
-    arch = None
-    if keys.codes.is_cuda:
-        major, minor = torch.cuda.get_device_capability(keys.codes.device)
-        arch = 10 * major + minor
-    return choose_for(keys.format, keys.head_dim, arch)
 
 
 def extend_attention(
@@ -123,7 +114,7 @@ def extend_attention(
     turned = turn_queries(q_extend.contiguous()) if k_buffer.rotated else q_extend
     nothing = k_buffer.scale
     constants = options(q_extend, k_buffer)
-    config = choose(k_buffer)
+    config = choose_for(k_buffer.format, head_dim, architecture(q_extend))
     # The interpreter multiplies the bits of bf16 operands.
     raw = _RAW[q_extend.dtype] if q_extend.is_cuda else tl.float32
     extend_kernel[(len(qo_indptr) - 1, query_heads, triton.cdiv(max_len_extend, config.queries))](

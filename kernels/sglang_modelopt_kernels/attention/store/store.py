@@ -12,6 +12,9 @@ from sglang_modelopt_kernels.formats.kv_cache import hadamard_block
 TOKENS = 16
 """Tokens of a program, the least a matrix instruction takes."""
 
+MOST_ROTATED = 128
+"""The largest head_dim whose Hadamard matrix fits the shared memory of every architecture."""
+
 
 def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Rounds the keys and values of new tokens and writes them, as :meth:`PackedCache.store` does.
@@ -27,6 +30,8 @@ def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: tor
     tokens, heads, head_dim = k.shape
     if v.shape != k.shape or keys.shape[1:] != k.shape[1:] or slots.shape != (tokens,):
         raise ValueError(f"keys {tuple(k.shape)}, values {tuple(v.shape)}, {tuple(slots.shape)} slots, {keys.shape}")
+    if keys.rotated and head_dim > MOST_ROTATED:
+        raise ValueError(f"head_dim {head_dim}: these kernels rotate at most {MOST_ROTATED}")
     if tokens == 0:
         return
     k, v = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (k, v))
