@@ -15,7 +15,7 @@ import torch
 import triton
 
 from benchmarks.gemm import COLD_BYTES, median_us, read_bandwidth
-from sglang_modelopt_kernels.attention.decode import decode_attention
+from sglang_modelopt_kernels.attention.decode.decode import count_splits, decode_attention
 from sglang_modelopt_kernels.attention.extend import extend_attention
 from sglang_modelopt_kernels.attention.naive import naive_decode, naive_extend
 from sglang_modelopt_kernels.attention.packed import PackedCache
@@ -23,11 +23,12 @@ from sglang_modelopt_kernels.attention.store import store_kv
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe
 
 HEADS = 8
-CONTEXTS, BATCHES = (1024, 8192, 32768, 131072), (1, 8, 32, 128, 256)
+CONTEXTS, BATCHES = (1024, 8192, 32768, 131072), (1, 8, 32, 128)
 MEMORY = 24 << 30
 """Bytes of bf16 keys and values that a case may stand for."""
 
-MAX_SPLITS = 32
+MAX_SPLITS = 16
+"""As in the server."""
 
 
 def empty(recipe: KVRecipe, slots: int, head_dim: int, are_keys: bool) -> PackedCache:
@@ -61,7 +62,7 @@ class Decode:
         self.indptr = torch.arange(0, tokens + 1, context, device="cuda", dtype=torch.int32)
         self.indices = torch.randperm(tokens, device="cuda", dtype=torch.int64).to(torch.int32)
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        splits = max(1, min(MAX_SPLITS, triton.cdiv(4 * processors, batch * HEADS), context // 128))
+        splits = count_splits(batch, HEADS, processors, MAX_SPLITS)
         self.splits = splits
         self.scratch = torch.empty(batch, HEADS * group, splits, head_dim, device="cuda")
         self.lse = torch.empty(self.scratch.shape[:3], device="cuda")

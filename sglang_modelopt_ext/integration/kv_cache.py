@@ -29,6 +29,7 @@ from sglang_modelopt_ext.checkpoint.reader import is_kv_cache_tensor
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.folders import config_folder
 from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +164,10 @@ def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_laye
     config = self.model_config
     recipe = KV_FLAGS[self.kv_cache_dtype_str]
     check_head_dim(recipe, config.head_dim, config.model_path)
+    if recipe.rotate and config.head_dim > MOST_ROTATED and self.device == "cuda":
+        raise ModelOptExtError.at(
+            config.model_path, "head_dim", f"at most {MOST_ROTATED} for {recipe.name} on a GPU", config.head_dim
+        )
     if config.v_head_dim != config.head_dim:
         raise ModelOptExtError.at(config.model_path, "v_head_dim", f"head_dim, {config.head_dim}", config.v_head_dim)
     args = get_server_args()

@@ -26,6 +26,15 @@ class DecodeConfig:
     stages: int
 
 
+def count_splits(requests: int, heads: int, processors: int, most: int) -> int:
+    """Into how many parts to cut each request's tokens: programs for eight a processor, and at least four parts of each.
+
+    A part is at least :attr:`DecodeConfig.tokens` long, so that short requests have fewer. Programs are small: with one part
+    to a request, those left over after the first wave would leave most of the GPU idle.
+    """
+    return min(most, max(4, -(-8 * processors // (requests * heads))))
+
+
 def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> DecodeConfig:
     """The configuration for a format on an architecture; fixed, so that a request's result does not depend on its batch."""
     if head_dim > 128:

@@ -10,14 +10,14 @@ from sglang_modelopt_kernels.quantize.fp8.kernel import _round_to_e4m3
 
 
 @triton.jit
-def _e4m3_byte(y):
-    """Float32 numbers on E4M3's grid as its bytes; NaN is 0x7F."""
+def _e4m3_byte(y, x):
+    """Float32 numbers ``y`` on E4M3's grid as its bytes, with the sign of ``x``, which they were rounded from; NaN is 0x7F."""
     bits = y.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     normal = (magnitude >> 20) - ((127 - 7) << 3)
     small = (tl.abs(y) * 512.0).to(tl.uint32)  # subnormals, in units of 2^-9
     byte = tl.where(magnitude >= 0x3C800000, normal, small)
-    byte = byte | ((bits >> 24) & 0x80)
+    byte = byte | ((x.to(tl.uint32, bitcast=True) >> 24) & 0x80)
     return tl.where(magnitude > 0x7F800000, 0x7F, byte).to(tl.uint8)
 
 
@@ -53,7 +53,7 @@ def _store_nvfp4(x, row, inside, code_ptr, scale_ptr, s, D: tl.constexpr, DP: tl
     block = tl.arange(0, DP // 16)
     at = scale_ptr + row[:, None] * (D // 16) + block[None, :]
     # NaN as 0xFF, which is NaN in float16 when it is read.
-    byte = tl.where(spoiled == 0, _e4m3_byte(scale), 0xFF).to(tl.uint8)
+    byte = tl.where(spoiled == 0, _e4m3_byte(scale, scale), 0xFF).to(tl.uint8)
     tl.store(at, byte, mask=inside[:, None] & (block < D // 16)[None, :])
 
 
@@ -104,7 +104,7 @@ def store_kernel(
         if FP4:
             _store_nvfp4(x, row, inside, k_code_ptr, k_block_ptr, s, D, DP, BT)
         else:
-            y = _e4m3_byte(_round_to_e4m3(x * tl.div_rn(1.0, s)))
+            y = _e4m3_byte(_round_to_e4m3(x * tl.div_rn(1.0, s)), x)
             tl.store(k_code_ptr + row[:, None] * D + channel[None, :], y, mask=mask)
     else:
         x = tl.load(v_ptr + wide[:, None] * v_stride + head * D + channel[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -114,7 +114,7 @@ def store_kernel(
         if FP4:
             _store_nvfp4(x, row, inside, v_code_ptr, v_block_ptr, s, D, DP, BT)
         else:
-            y = _e4m3_byte(_round_to_e4m3(x * tl.div_rn(1.0, s)))
+            y = _e4m3_byte(_round_to_e4m3(x * tl.div_rn(1.0, s)), x)
             tl.store(v_code_ptr + row[:, None] * D + channel[None, :], y, mask=mask)
 
 

@@ -68,6 +68,8 @@ def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: tor
 def turn_queries(q: torch.Tensor) -> torch.Tensor:
     """Queries ``[..., D]``, contiguous, under the rotation of the keys: float16, or float32 of float32 queries."""
     head_dim = q.shape[-1]
+    if head_dim > MOST_ROTATED:
+        raise ValueError(f"head_dim {head_dim}: these kernels rotate at most {MOST_ROTATED}")
     rows = q.numel() // head_dim
     turned = torch.empty_like(q, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16)
     if rows:
