@@ -19,7 +19,7 @@ class ModelOptExtTritonBackend(TritonAttnBackend):
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
-        self.max_kv_splits = max(self.max_kv_splits, LEAST_MAX_SPLITS)
+        self.max_kv_splits: int = max(self.max_kv_splits, LEAST_MAX_SPLITS)
         # As SGLang does with its own: torch.compile does not look into Triton launches.
         self.decode_attention_fwd = torch.compiler.disable(decode_attention)
         self.extend_attention_fwd = torch.compiler.disable(extend_attention)

@@ -13,6 +13,9 @@ from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
 
+RESIDENT = 6
+"""Programs of NVFP4 that a processor's registers hold."""
+
 LEAST_QUERIES = 8
 """The least width of a matrix instruction."""
 
@@ -27,12 +30,13 @@ class DecodeConfig:
 
 
 def count_splits(requests: int, heads: int, processors: int, most: int) -> int:
-    """Into how many parts to cut each request's tokens: programs for eight a processor, and at least four parts of each.
+    """Into how many parts to cut each request's tokens: as many programs as run at once, or four parts where that is less than two.
 
-    A part is at least :attr:`DecodeConfig.tokens` long, so that short requests have fewer. Programs are small: with one part
-    to a request, those left over after the first wave would leave most of the GPU idle.
+    A program that is left over after a full wave would leave most of the GPU idle. A part is at least
+    :attr:`DecodeConfig.tokens` long, so that short requests have fewer.
     """
-    return min(most, max(4, -(-8 * processors // (requests * heads))))
+    whole = RESIDENT * processors // (requests * heads)
+    return min(most, whole if whole >= 2 else 4)
 
 
 def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> DecodeConfig:
