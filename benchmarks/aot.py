@@ -171,6 +171,7 @@ def other_cases(arch: int) -> Iterator[Case]:
 
 
 HEAD_DIMS = (64, 128, 256)
+QUICK_RECIPES = ("fp8_affine", "nvfp4", "nvfp4_rotate")
 
 
 def attention_cases(arch: int) -> Iterator[Case]:
@@ -232,11 +233,14 @@ def cases(arch: int) -> list[Case]:
 
 
 def quick(all_cases: list[Case]) -> list[Case]:
-    """The smallest and the largest configuration of the products for each kind, in one type each, and everything else."""
-    products = [case for case in all_cases if case.matrix]
+    """A sample: of each kind of product the smallest and the largest configuration, of attention some recipes in one head size."""
+    attention = [case for case in all_cases if " D=" in case.name]
+    products = [case for case in all_cases if case.matrix and case not in attention]
     first = {case.name.split(" ")[1]: case for case in reversed(products)}
     last = {case.name.split(" ")[1]: case for case in products}
-    return [*first.values(), *last.values(), *(case for case in all_cases if not case.matrix)]
+    others = [case for case in all_cases if not case.matrix and case not in attention]
+    sample = [case for case in attention if case.name.endswith(tuple(f" {name} D=128" for name in QUICK_RECIPES))]
+    return [*first.values(), *last.values(), *others, *sample]
 
 
 def compile_case(case: Case, arch: int) -> Result:

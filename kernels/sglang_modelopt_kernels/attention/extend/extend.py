@@ -34,7 +34,7 @@ def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> ExtendConfi
     The large tiles were measured on Hopper. Elsewhere they spill, or Triton 3.8 makes nothing of them (SM100).
     """
     if head_dim > 128:
-        return ExtendConfig(32, 32, 8, 1)
+        return ExtendConfig(32, 32, 8, 1 if arch == 90 else 2)
     if arch != 90:
         return ExtendConfig(64, 32, 8, 2)
     if head_dim <= 64 and not number.block:
