@@ -159,10 +159,12 @@ def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_laye
     from sglang.srt.runtime_context import get_parallel, get_server_args
     from sglang.srt.utils import log_info_on_rank0
 
+    from sglang_modelopt_ext.kv.layers import check_sinks
     from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
 
     config = self.model_config
     recipe = KV_FLAGS[self.kv_cache_dtype_str]
+    check_sinks(self.model)
     check_head_dim(recipe, config.head_dim, config.model_path)
     if recipe.rotate and config.head_dim > MOST_ROTATED and self.device == "cuda":
         raise ModelOptExtError.at(

@@ -17,7 +17,7 @@ pytest.importorskip("sglang")
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, KVLayer
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import kv_cache
-from sglang_modelopt_ext.kv.layers import local_heads, rank_layers
+from sglang_modelopt_ext.kv.layers import check_sinks, local_heads, rank_layers
 from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 from tests.support.kv_exports import PRESETS, kv_export
@@ -84,6 +84,14 @@ def test_every_attention_layer_gets_its_numbers() -> None:
         ModelOptExtError, match=r"model.layers.2.self_attn: k_scale: expected KV cache scales for every"
     ):
         rank_layers(attention_model(layers=3), full_plan("fp8_affine"), rank=1, size=2)
+
+
+def test_attention_sinks_are_refused() -> None:
+    model = attention_model()
+    check_sinks(model)
+    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ModelOptExtError, match=r"expected auto or bf16 with attention sinks, got .*1.self_attn.sinks"):
+        check_sinks(model)
 
 
 def test_scales_of_sglangs_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
