@@ -137,8 +137,9 @@ def test_what_is_sglangs_own_business(tmp_path: Path, flag: str) -> None:
         ("fp8_affine", "modelopt_fp8"),
         ("fp8_affine", "fp8_e4m3"),
         ("fp8", "fp8_e5m2"),
-        ("nvfp4", "nvfp4"),
+        ("nvfp4", "fp8_e4m3"),
         ("nvfp4", "fp4_mx_block16"),
+        ("nvfp4_affine", "nvfp4"),
         ("nvfp4_affine", "modelopt_nvfp4"),
         ("nvfp4_affine", "modelopt_nvfp4_rotate"),
     ],
@@ -147,9 +148,11 @@ def test_flags_that_contradict_the_checkpoint(recipe: str, flag: str) -> None:
     refused(kv_export(recipe), rf"--kv-cache-dtype: expected auto, modelopt_{recipe}.* or bf16 .*, got {flag}", flag)
 
 
-def test_sglangs_own_name_of_the_plain_fp8_cache() -> None:
-    found = plan(kv_export("fp8"), "fp8_e4m3")
+@pytest.mark.parametrize(("recipe", "flag"), [("fp8", "fp8_e4m3"), ("nvfp4", "nvfp4")])
+def test_sglangs_own_names_of_the_plain_caches(recipe: str, flag: str) -> None:
+    found = plan(kv_export(recipe), flag)
     assert found is not None
+    assert found.recipe.name == recipe
     assert found.layers
 
 

@@ -99,17 +99,13 @@ def test_scales_of_sglangs_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
 
     flag = SimpleNamespace(kv_cache_dtype="auto")
     monkeypatch.setattr(sglang.srt.runtime_context, "get_model", lambda: flag)
-    plan = full_plan("fp8")
-    model = attention_model(scales=True)
-    kv_cache.set_stock_scales(model, plan)
-    attention = model.model.layers[1].self_attn.attn
-    assert (float(attention.k_scale), float(attention.v_scale)) == (1.5, 1.25)
-    attention.quant_method = None
-    for unscaled in ("bf16", "modelopt_fp8", "fp8_e5m2"):
-        flag.kv_cache_dtype = unscaled
-        untouched = attention_model(scales=True)
-        kv_cache.set_stock_scales(untouched, plan)
-        assert float(untouched.model.layers[0].self_attn.attn.k_scale) == -1.0, "a scale on an unscaled pool"
+    for recipe, scaled in (("fp8", ("auto", "fp8_e4m3")), ("nvfp4", ("nvfp4",)), ("nvfp4_rotate", ())):
+        for flag.kv_cache_dtype in ("auto", "fp8_e4m3", "nvfp4", "bf16", "modelopt_fp8", "modelopt_nvfp4", "fp8_e5m2"):
+            model = attention_model(scales=True)
+            kv_cache.set_stock_scales(model, full_plan(recipe))
+            attention = model.model.layers[1].self_attn.attn
+            found = (float(attention.k_scale), float(attention.v_scale))
+            assert found == ((1.5, 1.25) if flag.kv_cache_dtype in scaled else (-1.0, -1.0)), (recipe, flag)
 
 
 @pytest.mark.parametrize("recipe", KV_RECIPES)
@@ -230,6 +226,17 @@ def test_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         exported = {"nvfp4_rotate": "nvfp4"}.get(recipe, recipe)
         assert (view.kv_cache_dtype, view.attention_backend) == (f"modelopt_{exported}", "triton")
+
+
+def test_sglangs_nvfp4_cache_is_its_own_on_a_gpu() -> None:
+    """``--kv-cache-dtype nvfp4`` stays as it is; SGLang says which GPUs it is for. On a CPU it is ours."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    for device, expected in (("cuda", "nvfp4"), ("cpu", "modelopt_nvfp4")):
+        args = ServerArgs(model_path=str(kv_export("nvfp4")), device=device, kv_cache_dtype="nvfp4")
+        kv_cache.declare(args)
+        assert resolving_view(args).kv_cache_dtype == expected
 
 
 def test_our_name_of_sglangs_cache_on_a_gpu() -> None:
