@@ -151,7 +151,12 @@ def test_swizzled_places() -> None:
     ],
 )
 def test_what_would_be_misread_is_refused(change: dict[str, object], message: str) -> None:
-    arguments = {"x": torch.ones(4, 32), "activation": "nvfp4_dynamic", "smoothing": None, "input_scale": torch.ones(())}
+    arguments = {
+        "x": torch.ones(4, 32),
+        "activation": "nvfp4_dynamic",
+        "smoothing": None,
+        "input_scale": torch.ones(()),
+    }
     for function in (quantize_blocks, round_blocks):
         with pytest.raises(ValueError, match=message):
             function(**(arguments | change))  # type: ignore[operator]

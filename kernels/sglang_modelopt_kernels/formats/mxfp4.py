@@ -11,7 +11,16 @@ from collections.abc import Mapping
 import torch
 
 from . import e2m1, ue8m0
-from .base import ActivationFormat, BlockActivation, BlockWeight, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import (
+    ActivationFormat,
+    BlockActivation,
+    BlockWeight,
+    DecodedWeight,
+    Dim,
+    TensorSpec,
+    ValueRule,
+    WeightFormat,
+)
 from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
 
 BLOCK = 32

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 import torch
 
 from . import e2m1, e4m3
-from .base import ActivationFormat, BlockActivation, BlockWeight, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import (
+    ActivationFormat,
+    BlockActivation,
+    BlockWeight,
+    DecodedWeight,
+    Dim,
+    TensorSpec,
+    ValueRule,
+    WeightFormat,
+)
 from .checks import block_amax, check_activation, check_weight, divide, scale_blocks, split_blocks, static_scale
 
 FULL_RANGE = e2m1.MAX * e4m3.MAX

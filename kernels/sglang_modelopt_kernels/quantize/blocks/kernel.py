@@ -55,8 +55,8 @@ def quantize_blocks_kernel(
     """BLOCKS blocks of one token. GROUP 16 is NVFP4; 32 is MX, with E2M1 or E4M3 elements (ELEMENT, ``"e2m1"`` or ``"e4m3"``).
 
     Writes codes to ``y`` (two to a byte, or a byte each) and bytes to ``scale``; with VALUES the numbers they stand for to ``y``,
-    but for NVFP4's ``input_scale``, and no scales. With SWIZZLE the scales go to tiles of 128 x 4 (:func:`naive_swizzle`), of which a
-    row of ``y`` has ``scale_columns`` / 4.
+    but for NVFP4's ``input_scale``, and no scales. With SWIZZLE the scales go to tiles of 128 x 4 (:func:`naive_swizzle`), a row of
+    which has ``scale_columns`` / 4.
     """
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)

@@ -14,13 +14,13 @@ from .kernel import quantize_blocks_kernel
 INPUTS = 2048
 """Inputs of one token that a program rounds."""
 
-_NUMERICS: dict[str, tuple[int, Literal["e2m1", "e4m3"]]] = {
+NUMERICS: dict[str, tuple[int, Literal["e2m1", "e4m3"]]] = {
     "nvfp4_dynamic": (16, "e2m1"),
     "mxfp4_dynamic": (32, "e2m1"),
     "mxfp8_dynamic": (32, "e4m3"),
 }
 """Of each activation format: inputs to a block scale, and the element."""
-BLOCK_ACTIVATIONS = tuple(_NUMERICS)
+BLOCK_ACTIVATIONS = tuple(NUMERICS)
 """The activation formats that are rounded here."""
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -34,7 +34,7 @@ def _launch(
     scale: torch.Tensor | None,
     swizzled: bool,
 ) -> None:
-    (m, k), (group, element) = x.shape, _NUMERICS[activation]
+    (m, k), (group, element) = x.shape, NUMERICS[activation]
     if m == 0 or k == 0:
         return
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -86,7 +86,7 @@ def _(
 
 
 def _empty(x: torch.Tensor, activation: str, swizzled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    (m, k), (group, element) = x.shape, _NUMERICS[activation]
+    (m, k), (group, element) = x.shape, NUMERICS[activation]
     rows, columns = (-(-m // 128) * 128, -(-k // group // 4) * 4) if swizzled else (m, k // group)
     codes = x.new_empty((m, k // 2 if element == "e2m1" else k), dtype=torch.uint8)
     return codes, x.new_empty((rows, columns), dtype=torch.uint8)
@@ -118,9 +118,9 @@ def _(
 
 
 def _check(x: torch.Tensor, activation: str, smoothing: torch.Tensor | None, input_scale: torch.Tensor | None) -> None:
-    if activation not in _NUMERICS:
-        raise ValueError(f"activation must be one of {', '.join(_NUMERICS)}, got {activation}")
-    group = _NUMERICS[activation][0]
+    if activation not in NUMERICS:
+        raise ValueError(f"activation must be one of {', '.join(NUMERICS)}, got {activation}")
+    group = NUMERICS[activation][0]
     if x.dim() != 2 or not x.is_floating_point() or x.shape[1] % group:
         raise ValueError(f"x must be [M, K] floats with K in {group}s, got {tuple(x.shape)} {x.dtype}")
     if smoothing is not None and smoothing.shape != x.shape[1:]:
@@ -152,7 +152,7 @@ def quantize_blocks(
     """
     _check(x, activation, smoothing, input_scale)
     codes, scale = _quantize_blocks(x, activation, smoothing, input_scale, swizzled)
-    group, element = _NUMERICS[activation]
+    group, element = NUMERICS[activation]
     codes = codes if element == "e2m1" else codes.view(torch.float8_e4m3fn)
     row_scale = None if input_scale is None else input_scale.reshape(())
     return BlockActivation(codes, scale.view(torch.float8_e4m3fn) if group == 16 else scale, row_scale)
