@@ -16,8 +16,9 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
+from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
-from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4
+from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.schemes.base import LayerScheme
 
 BLACKWELL = 100
@@ -37,6 +38,8 @@ def served_scheme(scheme: LayerScheme, device: str, capability: int | None) -> L
 
 LAYOUTS: tuple[Layout, ...] = (
     BlackwellMxfp4(),
+    WidenedMxfp4(),
+    BlackwellFp4(),
     BlockScaled(),
     Fp8(),
     Dense(torch.bfloat16, ("cuda",)),

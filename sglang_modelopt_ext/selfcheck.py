@@ -6,12 +6,13 @@ that reads its arguments differently would otherwise show as wrong logits only.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from triton.errors import TritonError
 
-from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
 
 N, K = 128, 512
 TOKENS = (1, 24, 40, 80, 300)
@@ -43,15 +44,41 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
     prepared = layout.prepare([shard])
     for m in TOKENS:
         # E4M3 numbers are numbers of every type that activations come in.
-        x = random(m, K).to(torch.float8_e4m3fn)
+        x = random(m, K).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
-        values = x.to(device).to(torch.float32).to(layout.operand(request))
         try:
-            y = layout.matmul(prepared, values, row_scale.to(device), None, request.dtype).double().cpu()
+            y, exact = _multiply(layout, request, prepared, x, row_scale, device)
+            y = y.double().cpu()
         except (RuntimeError, TritonError) as error:
             raise ValueError(f"does not run on {device}: {str(error).splitlines()[0]}") from error
-        expected = x.double() @ expected_weight.T * row_scale.double()
+        expected = exact @ expected_weight.T
         error_of_token = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
         if not error_of_token < TOLERANCE:
             raise ValueError(f"is wrong on {device}: relative error {error_of_token:.2g} with {m} tokens")
     _passed.add(key)
+
+
+def _multiply(
+    layout: Layout,
+    request: LinearRequest,
+    prepared: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    row_scale: torch.Tensor,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The layout's product for E4M3 numbers ``x`` times ``row_scale``, and the activations it then stands for, float64.
+
+    A layout that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale.
+    """
+    if not isinstance(layout, BlockLayout):
+        values = x.to(device).to(layout.operand(request))
+        y = layout.matmul(prepared, values, row_scale.to(device), None, request.dtype)
+        return y, x.double() * row_scale.double()
+    activation = request.scheme.activation
+    if activation is None:
+        raise ValueError(f"{layout.name} took a layer with unrounded activations")
+    static = row_scale[0, 0] if activation.tensors else None
+    rounded = round_to_blocks(activation, x.to(device), None, None if static is None else static.to(device))
+    numbers, scale = activation.quantize(x, static)
+    exact = numbers.double() if scale is None else numbers.double() * scale.double()
+    return layout.matmul_blocks(prepared, rounded, None, request.dtype), exact

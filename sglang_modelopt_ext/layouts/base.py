@@ -11,8 +11,15 @@ import torch
 
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.schemes.base import LayerScheme
-from sglang_modelopt_kernels.formats.base import BlockWeight, DecodedWeight, WeightFormat
+from sglang_modelopt_kernels.formats.base import (
+    ActivationFormat,
+    BlockActivation,
+    BlockWeight,
+    DecodedWeight,
+    WeightFormat,
+)
 from sglang_modelopt_kernels.formats.nvfp4 import round_unit_to_e4m3
+from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, naive_quantize_blocks, quantize_blocks
 
 FP8_ACTIVATIONS = ("fp8_static", "fp8_per_token")
 
@@ -96,6 +103,53 @@ class Layout(ABC):
     def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
         """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
         raise NotImplementedError(f"{self.name} does not take vocabulary layers")
+
+
+class BlockLayout(Layout):
+    """A layout whose product reads rounded activations as codes under block scales, not as numbers."""
+
+    def operand(self, request: LinearRequest) -> torch.dtype:
+        """That of the codes."""
+        del request
+        return torch.uint8
+
+    def matmul(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        values: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Raises NotImplementedError: :meth:`matmul_blocks` is its product."""
+        raise NotImplementedError(f"{self.name} reads activations as codes under block scales")
+
+    @abstractmethod
+    def matmul_blocks(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        x: BlockActivation,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """The layer's output ``[M, N]``, rounded once."""
+
+
+def round_to_blocks(
+    activation: ActivationFormat | None,
+    x: torch.Tensor,
+    smoothing: torch.Tensor | None,
+    scale: torch.Tensor | None,
+) -> BlockActivation:
+    """What a :class:`BlockLayout` multiplies: ``x * smoothing`` ``[M, K]`` in the format's codes, ``scale`` its static scale.
+
+    Raises ValueError when the activations have no codes under block scales.
+    """
+    if activation is None or activation.name not in BLOCK_ACTIVATIONS:
+        raise ValueError(f"{activation.name if activation else 'unrounded'} activations have no block scales")
+    if x.is_cuda:
+        return quantize_blocks(x, activation.name, smoothing, scale)
+    return naive_quantize_blocks(x, activation.name, smoothing, scale)
 
 
 def fp8_objection(request: LinearRequest) -> str | None:
