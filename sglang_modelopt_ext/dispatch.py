@@ -16,8 +16,10 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
+from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4
+from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.schemes.base import LayerScheme
 
 BLACKWELL = 100
@@ -37,8 +39,14 @@ def served_scheme(scheme: LayerScheme, device: str, capability: int | None) -> L
 
 LAYOUTS: tuple[Layout, ...] = (
     BlackwellMxfp4(),
+    # On Blackwell nothing of this package has run, and these have: where FlashInfer is installed, its kernels come first.
+    FlashInferFp4(),
+    FlashInferMxfp8(),
+    FlashInferWeightOnly(),
     BlockScaled(),
     Fp8(),
+    # On SM90 ours is measured and this is not: it serves by name, or where a tuning file says that it is faster.
+    QuackWeightOnly(),
     Dense(torch.bfloat16, ("cuda",)),
     Dense(torch.float32, ("cuda", "cpu")),
 )

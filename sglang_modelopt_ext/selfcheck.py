@@ -6,12 +6,13 @@ that reads its arguments differently would otherwise show as wrong logits only.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from triton.errors import TritonError
 
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.blocks import encode_blocks
 
 N, K = 128, 512
 TOKENS = (1, 24, 40, 80, 300)
@@ -40,18 +41,57 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
     )
     decoded = ShardWeight(request.scheme.weight, stored, request.math).decode()
     expected_weight = decoded.unit.double() * decoded.out_scale.double()
-    prepared = layout.prepare([shard])
-    for m in TOKENS:
-        # E4M3 numbers are numbers of every type that activations come in.
-        x = random(m, K).to(torch.float8_e4m3fn)
-        row_scale = random(m, 1).abs() + 0.5
-        values = x.to(device).to(torch.float32).to(layout.operand(request))
-        try:
-            y = layout.matmul(prepared, values, row_scale.to(device), None, request.dtype).double().cpu()
-        except (RuntimeError, TritonError) as error:
-            raise ValueError(f"does not run on {device}: {str(error).splitlines()[0]}") from error
-        expected = x.double() @ expected_weight.T * row_scale.double()
-        error_of_token = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
-        if not error_of_token < TOLERANCE:
-            raise ValueError(f"is wrong on {device}: relative error {error_of_token:.2g} with {m} tokens")
+    product = partial(_blocks_product, layout) if layout.takes_blocks else partial(_product, layout)
+    try:
+        prepared = layout.prepare([shard])
+        for m in TOKENS:
+            x, y = product(request, prepared, random, m, device)
+            expected = x @ expected_weight.T
+            error_of_token = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
+            if not error_of_token < TOLERANCE:
+                raise ValueError(f"is wrong on {device}: relative error {error_of_token:.2g} with {m} tokens")
+    except ValueError:
+        raise
+    except Exception as error:
+        # Kernels of other packages are compiled on first use, and fail in as many ways as there are packages.
+        reason = str(error).strip() or type(error).__name__
+        raise ValueError(f"does not run on {device}: {reason.splitlines()[0]}") from error
     _passed.add(key)
+
+
+def _product(
+    layout: Layout,
+    request: LinearRequest,
+    prepared: Mapping[str, torch.Tensor],
+    random: Callable[[int, int], torch.Tensor],
+    m: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations ``[m, K]`` and the layout's output for them, float64 on the CPU."""
+    # E4M3 numbers are numbers of every type that activations come in.
+    x = random(m, K).to(torch.float8_e4m3fn)
+    row_scale = random(m, 1).abs() + 0.5
+    values = x.to(device).to(torch.float32).to(layout.operand(request))
+    y = layout.matmul(prepared, values, row_scale.to(device), None, request.dtype)
+    return x.double() * row_scale.double(), y.double().cpu()
+
+
+def _blocks_product(
+    layout: Layout,
+    request: LinearRequest,
+    prepared: Mapping[str, torch.Tensor],
+    random: Callable[[int, int], torch.Tensor],
+    m: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Likewise for a layout that takes activations under block scales."""
+    activation = request.scheme.activation
+    if activation is None:
+        raise ValueError("takes rounded activations")
+    x = random(m, K) * (random(m, 1).abs() + 0.5)
+    scale = torch.full((), 2.0**-8, dtype=torch.float32, device="cpu") if activation.tensors else None
+    values, row_scale = activation.quantize(x, scale)
+    rounded = encode_blocks(activation, x.to(device), None if scale is None else scale.to(device))
+    y = layout.matmul_blocks(prepared, rounded, None, request.dtype)
+    wide = values.double() if row_scale is None else values.double() * row_scale.double()
+    return wide, y.double().cpu()

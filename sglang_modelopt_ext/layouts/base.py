@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from sglang_modelopt_ext.env import W4A8Math
+from sglang_modelopt_ext.layouts.blocks import BlockActivations
+from sglang_modelopt_ext.layouts.packages import installed
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_kernels.formats.base import BlockWeight, DecodedWeight, WeightFormat
 from sglang_modelopt_kernels.formats.nvfp4 import round_unit_to_e4m3
@@ -29,6 +31,7 @@ class LinearRequest:
         math: the numerics of its weights.
         dtype: the model's type.
         vocabulary: whether it is an embedding or an ``lm_head``, whose rows may be looked up.
+        packages: versions of other packages with kernels, by name, as :func:`installed` has them.
     """
 
     scheme: LayerScheme
@@ -39,6 +42,7 @@ class LinearRequest:
     math: W4A8Math = "exact"
     dtype: torch.dtype = torch.bfloat16
     vocabulary: bool = False
+    packages: Mapping[str, str] = field(default_factory=installed, compare=False)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Layout(ABC):
     name: str
     takes_vocabulary = False
     """Whether it has :meth:`rows`."""
+    takes_blocks = False
+    """Whether it has :meth:`matmul_blocks` instead of :meth:`matmul`."""
 
     def supports(self, request: LinearRequest) -> str | None:
         """None, or the reason why not."""
@@ -82,7 +88,6 @@ class Layout(ABC):
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
         """The tensors kept for the shards, one below the other. Raises ValueError when the layout cannot hold them."""
 
-    @abstractmethod
     def matmul(
         self,
         prepared: Mapping[str, torch.Tensor],
@@ -92,6 +97,17 @@ class Layout(ABC):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """The layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
+        raise NotImplementedError(f"{self.name} takes activations as codes")
+
+    def matmul_blocks(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        x: BlockActivations,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Likewise for activations under block scales. The sum may be rounded to ``out_dtype`` before the bias is added."""
+        raise NotImplementedError(f"{self.name} takes activations as numbers")
 
     def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
         """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
@@ -106,6 +122,14 @@ def fp8_objection(request: LinearRequest) -> str | None:
     if request.dtype not in (torch.float16, torch.bfloat16):
         return f"may sum at less than the precision of {request.dtype}"
     return None
+
+
+def one_scale(shards: Sequence[ShardWeight]) -> torch.Tensor:
+    """The float32 scale ``[1]`` that NVFP4 shards have in common. Raises ValueError when they have more than one."""
+    scales = torch.stack([shard.tensors["weight_scale_2"].to(torch.float32).reshape(()) for shard in shards])
+    if not bool((scales == scales[0]).all()):
+        raise ValueError("takes one global scale, and the shards have several")
+    return scales[:1].clone()
 
 
 def merge_decoded(shards: Sequence[ShardWeight]) -> DecodedWeight:

@@ -19,6 +19,7 @@ from sglang_modelopt_ext.dispatch import candidates, served_scheme
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import FP8_ACTIVATIONS, Layout, LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.blocks import encode_blocks
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_layout
 from sglang_modelopt_kernels.formats.base import ValueRule
@@ -187,10 +188,15 @@ class LinearProduct:
     ) -> torch.Tensor:
         prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
-        values, row_scale = self._round(x, inputs)
+        out_dtype = torch.float32 if self.scheme.low_rank else x.dtype
+        if self.layout.takes_blocks:
+            rounded = encode_blocks(self.scheme.activation, _smooth(x, inputs), inputs.get(INPUT_SCALE))
+            y = self.layout.matmul_blocks(prepared, rounded, bias, out_dtype)
+        else:
+            values, row_scale = self._round(x, inputs)
+            y = self.layout.matmul(prepared, values, row_scale, bias, out_dtype)
         if not self.scheme.low_rank:
-            return self.layout.matmul(prepared, values, row_scale, bias, x.dtype)
-        y = self.layout.matmul(prepared, values, row_scale, bias, torch.float32)
+            return y
         return (y + (_smooth(x, inputs) @ inputs[LORA_A].T) @ inputs[LORA_B].T).to(x.dtype)
 
     def _round(self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
