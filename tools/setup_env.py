@@ -38,6 +38,7 @@ REQUIREMENTS = CPU_RUNTIME / "requirements.txt"
 REQUIREMENTS_NO_DEPS = CPU_RUNTIME / "requirements-no-deps.txt"
 REQUIREMENTS_CONTRACTS = CPU_RUNTIME / "requirements-contracts.txt"
 CONTRACTS = VENV / "contracts"
+CONTRACT_FILE = re.compile(r"\.py$|/METADATA$|_gemm_cutlass\w*\.cu$")
 INSTALL_SHIMS = CPU_RUNTIME / "install_shims.py"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -181,7 +182,7 @@ def unpack_contracts() -> None:
         pip("download", "--no-deps", "--only-binary=:all:", "--dest", folder, "-r", str(REQUIREMENTS_CONTRACTS))
         for wheel in Path(folder).glob("*.whl"):
             with zipfile.ZipFile(wheel) as archive:
-                names = [name for name in archive.namelist() if name.endswith((".py", "_gemm_cutlass.cu", "/METADATA"))]
+                names = [name for name in archive.namelist() if CONTRACT_FILE.search(name)]
                 archive.extractall(CONTRACTS, members=names)
 
 

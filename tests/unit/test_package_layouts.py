@@ -1,0 +1,344 @@
+"""Layouts of other packages' kernels, with a kernel in PyTorch in the place of each: it checks its arguments with the package's own
+checks, reads scales and codes in the package's order, and computes in float64.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_modelopt_ext import dispatch, selfcheck
+from sglang_modelopt_ext.layouts import packages
+from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.blocks import encode_blocks
+from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
+from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
+from sglang_modelopt_ext.methods.product import LinearProduct
+from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, e2m1, e4m3, ue8m0
+from sglang_modelopt_kernels.formats.checks import scale_blocks
+from sglang_modelopt_kernels.gemm.dense import naive_linear
+from tests.support.contracts import evaluate
+
+GEMM, WEIGHT_ONLY = "flashinfer/gemm/gemm_base.py", "flashinfer/gemm/gemm_bf16_fp4.py"
+NVFP4_UTILS = "quack/blockscaled/nvfp4_utils.py"
+
+
+class SfLayout:
+    layout_128x4, layout_8x4, layout_linear = range(3)
+
+
+def unswizzled(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    (function,) = evaluate(WEIGHT_ONLY, "_unswizzle_sf_128x4", torch=torch)
+    result: torch.Tensor = function(scale, rows, columns)
+    return result
+
+
+def scales(stored: torch.Tensor, mx: bool) -> torch.Tensor:
+    return ue8m0.decode(stored) if mx else e4m3.decode(stored.view(torch.float8_e4m3fn))
+
+
+def fp4(codes: torch.Tensor, scale: torch.Tensor, mx: bool) -> torch.Tensor:
+    """Packed codes ``[R, K / 2]`` and swizzled scales as float64 ``[R, K]``."""
+    rows, k = codes.shape[0], 2 * codes.shape[1]
+    linear = unswizzled(scale, rows, k // (32 if mx else 16))
+    return scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)), scales(linear, mx)).double()
+
+
+def mm_fp4(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    check = evaluate(
+        GEMM,
+        "_check_mm_fp4_problem_size",
+        torch=torch,
+        get_native_fp4_dtype=lambda: torch.float4_e2m1fn_x2,
+    )[0]
+    assert check(a, b, *args, **kwargs)
+    a_descale, b_descale, alpha, out_dtype = args
+    mx = not kwargs["use_nvfp4"]
+    assert alpha.numel() == 1
+    assert a.is_contiguous()
+    assert b.T.is_contiguous()
+    assert a_descale.is_contiguous()
+    assert b_descale.T.is_contiguous()
+    y = fp4(a, a_descale, mx) @ fp4(b.T, b_descale.T, mx).T
+    return (y * alpha.double()).to(out_dtype)
+
+
+def mm_mxfp8(a: torch.Tensor, b: torch.Tensor, a_descale: Any, b_descale: Any, **kwargs: Any) -> torch.Tensor:
+    check = evaluate(
+        GEMM,
+        "_check_mm_mxfp8_problem_size",
+        "_mxfp8_swizzled_scale_len",
+        "_pad_up",
+        "_validate_mxfp8_output_dtype",
+        torch=torch,
+        SfLayout=SfLayout,
+    )[0]
+    assert check(a, b, a_descale, b_descale, **kwargs)
+    assert a.is_contiguous()
+    assert b.T.is_contiguous()
+
+    def numbers(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        linear = unswizzled(scale, codes.shape[0], codes.shape[1] // 32)
+        return scale_blocks(e4m3.decode(codes), ue8m0.decode(linear)).double()
+
+    return (numbers(a, a_descale) @ numbers(b.T, b_descale).T).to(kwargs["out_dtype"])
+
+
+def prepare_bf16_fp4_weights(
+    b: torch.Tensor, b_descale: torch.Tensor, alpha: torch.Tensor, *, backend: str, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """SM100's: the weight as it is, and a view of the scales in the kernel's order."""
+    function = evaluate(WEIGHT_ONLY, "prepare_bf16_fp4_weights", torch=torch)[0]
+    with pytest.raises(ValueError, match="Unknown backend 'none'"):  # the checks before the backends
+        function(b, b_descale, alpha, backend="none", block_size=block_size)
+    (view, _) = evaluate("flashinfer/cute_dsl/utils.py", "convert_sf_to_mma_layout", "ceil_div", torch=torch)
+    n, k = b.shape[0], 2 * b.shape[1]
+    return b, view(b_descale, m=n, k=k, num_groups=1, sf_vec_size=block_size), alpha
+
+
+def mm_bf16_fp4(
+    a: torch.Tensor, b: torch.Tensor, b_descale: torch.Tensor, alpha: torch.Tensor, **kwargs: Any
+) -> torch.Tensor:
+    (check,) = evaluate(WEIGHT_ONLY, "_check_mm_bf16_fp4_problem_size", torch=torch)
+    assert check(a, b, b_descale, alpha, **kwargs)
+    rows, k = b.shape[0], 2 * b.shape[1]
+    outer, inner, row_tile, column, column_tile = torch.meshgrid(
+        *(torch.arange(size) for size in b_descale.shape[:5]), indexing="ij"
+    )
+    linear = torch.zeros(row_tile.max() * 128 + 128, column_tile.max() * 4 + 4)
+    linear[row_tile * 128 + inner * 32 + outer, column_tile * 4 + column] = b_descale[..., 0].float()
+    weight = scale_blocks(e2m1.decode(e2m1.unpack_codes(b)), linear[:rows, : k // 16])
+    return (a.double() @ weight.double().T * alpha.double()).to(kwargs["out_dtype"])
+
+
+def prepare_w4_weight(q: torch.Tensor, sf: torch.Tensor, wformat: str) -> tuple[torch.Tensor, torch.Tensor]:
+    pad, weight, scale = (
+        evaluate("quack/operand_transform/formats/__init__.py", "_pad_n128", torch=torch)[0],
+        *evaluate(NVFP4_UTILS, "repack_nvfp4_weight", "repack_nvfp4_sf", torch=torch),
+    )
+    assert wformat == "nvfp4"
+    q, sf = pad(q, sf)
+    return weight(q), scale(sf)
+
+
+def unpacked(repack: Callable[[torch.Tensor], torch.Tensor], packed: torch.Tensor, rows: int, columns: int) -> Any:
+    """The bytes that ``repack`` put into ``packed``, in their places: it is told where each went, a byte of the place at a time."""
+    place = torch.arange(rows * columns).view(rows, columns)
+    parts = [repack((place >> shift & 255).to(torch.uint8)).long() << shift for shift in (0, 8, 16)]
+    result = torch.zeros(rows * columns, dtype=torch.uint8)
+    result[torch.stack(parts).sum(0).flatten()] = packed.flatten()
+    return result.view(rows, columns)
+
+
+def gemm_w4a16(
+    act: torch.Tensor, blob: torch.Tensor, sf: torch.Tensor, tensor_scale: torch.Tensor, n_out: int, wformat: str
+) -> torch.Tensor:
+    weight, scale = evaluate(NVFP4_UTILS, "repack_nvfp4_weight", "repack_nvfp4_sf", torch=torch)
+    k = act.shape[1]
+    assert wformat == "nvfp4"
+    assert act.dtype == torch.bfloat16
+    assert act.is_contiguous()
+    assert tensor_scale.shape == (1,)
+    assert tensor_scale.dtype == torch.float32
+    rows = blob.shape[0] * 64
+    codes = unpacked(weight, blob, rows, k // 2)
+    linear = unpacked(scale, sf, rows, k // 16).view(torch.float8_e4m3fn)
+    numbers = scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)), e4m3.decode(linear)).double()
+    return (act.double() @ numbers.T * tensor_scale.double()).to(torch.bfloat16)[:, :n_out]
+
+
+@pytest.fixture(autouse=True)
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setitem(
+        sys.modules, "flashinfer", module("flashinfer", mm_fp4, mm_mxfp8, mm_bf16_fp4, prepare_bf16_fp4_weights)
+    )
+    monkeypatch.setitem(sys.modules, "quack", module("quack"))
+    monkeypatch.setitem(sys.modules, "quack.gemm_w4", module("quack.gemm_w4", gemm_w4a16, prepare_w4_weight))
+    selfcheck._passed.clear()
+    yield
+    selfcheck._passed.clear()
+
+
+def module(name: str, *functions: Callable[..., Any]) -> types.ModuleType:
+    made = types.ModuleType(name)
+    for function in functions:
+        setattr(made, function.__name__, function)
+    return made
+
+
+def request(algo: str, weight: str | None = None, capability: int = 100, **fields: Any) -> LinearRequest:
+    scheme = SCHEMES[algo]
+    layer = LayerScheme(
+        algo,
+        WEIGHT_FORMATS[weight or scheme.weights[0]],
+        scheme.activation_format(),
+        low_rank=fields.pop("low_rank", 0),
+    )
+    arguments = {"n": 128, "k": 512, "packages": packages.VERSIONS} | fields
+    return LinearRequest(layer, "cuda", capability, **arguments)
+
+
+CASES = [
+    (FlashInferFp4(), request("NVFP4")),
+    (FlashInferFp4(), request("NVFP4_AWQ", capability=120)),
+    (FlashInferFp4(), request("MXFP4", dtype=torch.float16)),
+    (FlashInferMxfp8(), request("MXFP8")),
+    (FlashInferWeightOnly(), request("W4A16_NVFP4")),
+    (FlashInferWeightOnly(), request("W4A16_NVFP4", "nvfp4_bs32")),
+    (QuackWeightOnly(), request("W4A16_NVFP4", capability=90)),
+    (QuackWeightOnly(), request("W4A16_NVFP4", "nvfp4_bs32", capability=90)),
+]
+
+
+@pytest.mark.parametrize(("layout", "asked"), CASES)
+def test_layouts_serve_what_they_say(layout: Layout, asked: LinearRequest) -> None:
+    assert layout.supports(asked) is None
+    selfcheck.check_layout(layout, asked, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("layout", "asked"), CASES)
+def test_without_the_package(layout: Layout, asked: LinearRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is a reason at dispatch, and where the package is there but does not load, one at the check."""
+    fields = {name: getattr(asked, name) for name in asked.__dataclass_fields__}
+    assert "is not installed" in str(layout.supports(LinearRequest(**fields | {"packages": {}})))
+    other = dict.fromkeys(packages.VERSIONS, "9.9")
+    assert "not 9.9" in str(layout.supports(LinearRequest(**fields | {"packages": other})))
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    monkeypatch.setitem(sys.modules, "quack.gemm_w4", None)
+    with pytest.raises(ValueError, match="does not run on cpu: import of"):
+        selfcheck.check_layout(layout, asked, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("layout", "asked", "reason"),
+    [
+        (FlashInferFp4(), request("NVFP4", capability=90), "is for SM100"),
+        (FlashInferFp4(), request("MXFP4", capability=120), "is for SM100, SM103"),
+        (FlashInferFp4(), request("NVFP4", n=144), "in 32s"),
+        (FlashInferFp4(), request("NVFP4", dtype=torch.float32), "float32 output"),
+        (FlashInferFp4(), request("NVFP4_SVD", low_rank=32), "low-rank"),
+        (FlashInferFp4(), request("W4A16_NVFP4"), "unrounded"),
+        (FlashInferFp4(), request("W4A8_MXFP4_FP8"), "fp8_per_token"),
+        (FlashInferFp4(), request("NVFP4", vocabulary=True), "vocabulary"),
+        (FlashInferMxfp8(), request("MXFP8", k=96), "from 128"),
+        (FlashInferMxfp8(), request("FP8"), "MXFP8"),
+        (FlashInferWeightOnly(), request("W4A16_NVFP4", capability=120), "is for SM100, SM103"),
+        (FlashInferWeightOnly(), request("W4A16_NVFP4", dtype=torch.float16), "bf16"),
+        (FlashInferWeightOnly(), request("W4A8_NVFP4_FP8"), "unrounded"),
+        (QuackWeightOnly(), request("W4A16_NVFP4"), "is for SM90"),
+        (QuackWeightOnly(), request("W4A16_NVFP4", capability=90, k=96), "in 64s"),
+        (QuackWeightOnly(), request("W4A16_AWQ", capability=90), "NVFP4"),
+    ],
+)
+def test_reasons(layout: Layout, asked: LinearRequest, reason: str) -> None:
+    assert reason in str(layout.supports(asked))
+
+
+def shards(weight: str, rows: Sequence[int], k: int, one_scale: bool) -> list[ShardWeight]:
+    """As ModelOpt exports them, with one global scale or with one each."""
+    generator = torch.Generator().manual_seed(3)
+    form = WEIGHT_FORMATS[weight]
+    whole = torch.randn(sum(rows), k, generator=generator)
+    stored = [form.quantize(part * (2 if index else 1)) for index, part in enumerate(whole.split(list(rows)))]
+    if one_scale:
+        together = form.quantize(whole)
+        stored = []
+        start = 0
+        for count in rows:
+            part = {name: t[start : start + count] if t.dim() else t for name, t in together.items()}
+            stored.append(part)
+            start += count
+    return [ShardWeight(form, tensors) for tensors in stored]
+
+
+@pytest.mark.parametrize(("layout", "asked"), CASES)
+def test_fused_shards(layout: Layout, asked: LinearRequest) -> None:
+    """Merged where they have one global scale, and refused where they do not."""
+    parts = shards(asked.scheme.weight.name, (128, 64), 256, one_scale=True)
+    prepared = layout.prepare(parts)
+    decoded = [part.decode() for part in parts]
+    expected = torch.cat([part.unit.double() * part.out_scale.double() for part in decoded])
+    x = torch.randn(5, 256, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16).float()
+    bias = torch.randn(192, generator=torch.Generator().manual_seed(5))
+    if layout.takes_blocks:
+        activation = asked.scheme.activation
+        assert activation is not None
+        scale = torch.tensor(0.002) if activation.tensors else None
+        y = layout.matmul_blocks(prepared, encode_blocks(activation, x, scale), bias, torch.bfloat16)
+        values, row_scale = activation.quantize(x, scale)
+        x = values if row_scale is None else values * row_scale
+    else:
+        y = layout.matmul(prepared, x.to(torch.bfloat16), None, bias, torch.bfloat16)
+    right = x.double() @ expected.T + bias.double()
+    assert y.dtype == torch.bfloat16
+    assert float((y.double() - right).norm() / right.norm()) < 2**-8  # two roundings to bf16
+    if "weight_scale_2" in parts[0].tensors:
+        with pytest.raises(ValueError, match="one global scale"):
+            layout.prepare(shards(asked.scheme.weight.name, (128, 64), 256, one_scale=False))
+
+
+@pytest.mark.parametrize("layout", [FlashInferFp4(), FlashInferMxfp8(), FlashInferWeightOnly(), QuackWeightOnly()])
+def test_shards_apart_may_be_too_uneven(layout: Layout) -> None:
+    weight = "mxfp8" if isinstance(layout, FlashInferMxfp8) else "nvfp4"
+    with pytest.raises(ValueError, match="rows of shards"):
+        layout.prepare(shards(weight, (48,), 256, one_scale=True))
+
+
+@pytest.mark.parametrize("name", ["nvfp4_dynamic", "mxfp4_dynamic", "mxfp8_dynamic"])
+def test_codes_are_the_recipes(name: str) -> None:
+    activation = ACTIVATION_FORMATS[name]
+    x = torch.randn(9, 128, generator=torch.Generator().manual_seed(6)) * torch.logspace(-4, 4, 9)[:, None]
+    scale = torch.tensor(0.03) if activation.tensors else None
+    values, row_scale = activation.quantize(x, scale)
+    rounded = encode_blocks(activation, x, scale)
+    numbers = e4m3.decode(rounded.codes) if name.startswith("mxfp8") else e2m1.decode(e2m1.unpack_codes(rounded.codes))
+    again = scale_blocks(numbers, scales(rounded.block_scale, name.startswith("mx")))
+    assert torch.equal(again, values)
+    assert rounded.scale is row_scale or torch.equal(rounded.scale, row_scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("algo", ["NVFP4", "NVFP4_AWQ", "MXFP8"])
+def test_a_layer_through_them(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole product, smoothing and rounding included, equals the recipe's."""
+    layout = FlashInferMxfp8() if algo == "MXFP8" else FlashInferFp4()
+    monkeypatch.setattr(dispatch, "LAYOUTS", (layout,))
+    monkeypatch.setattr(type(layout), "supports", lambda *_: None)
+    asked = request(algo)
+    scheme = LayerScheme(algo, asked.scheme.weight, asked.scheme.activation, smoothing=algo == "NVFP4_AWQ")
+    generator = torch.Generator().manual_seed(7)
+    stored = asked.scheme.weight.quantize(torch.randn(128, 256, generator=generator))
+    x = torch.randn(3, 256, generator=generator).to(torch.bfloat16)
+    wide = x.float()
+    scale = None
+    if algo != "MXFP8":
+        scale = stored["input_scale"] = torch.tensor(0.002)
+    if scheme.smoothing:
+        stored["pre_quant_scale"] = torch.rand(256, generator=generator) + 0.5
+        wide = wide * stored["pre_quant_scale"]
+    product, layer = LinearProduct(scheme, "folder", "layer"), torch.nn.Module()
+    product.prepare(layer, [stored], 128, 256)
+    y = product.apply(layer, x)
+    right = naive_linear(wide, scheme.weight.decode(stored), scheme.activation, scale)
+    assert product.layout is layout
+    assert y.dtype == torch.bfloat16
+    assert float((y.double() - right).norm() / right.norm()) < 2**-9
+
+
+def test_no_tokens() -> None:
+    for layout, asked in CASES:
+        prepared = layout.prepare(shards(asked.scheme.weight.name, (128,), 256, one_scale=True))
+        if layout.takes_blocks:
+            scale = torch.tensor(0.5) if asked.scheme.activation and asked.scheme.activation.tensors else None
+            y = layout.matmul_blocks(
+                prepared, encode_blocks(asked.scheme.activation, torch.zeros(0, 256), scale), None, torch.bfloat16
+            )
+        else:
+            y = layout.matmul(prepared, torch.zeros(0, 256, dtype=torch.bfloat16), None, None, torch.bfloat16)
+        assert y.shape == (0, 128)
