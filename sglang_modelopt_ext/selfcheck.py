@@ -12,7 +12,6 @@ from functools import partial
 import torch
 
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight
-from sglang_modelopt_ext.layouts.blocks import encode_blocks
 
 N, K = 128, 512
 TOKENS = (1, 24, 40, 80, 300)
@@ -91,7 +90,9 @@ def _blocks_product(
     x = random(m, K) * (random(m, 1).abs() + 0.5)
     scale = torch.full((), 2.0**-8, dtype=torch.float32, device="cpu") if activation.tensors else None
     values, row_scale = activation.quantize(x, scale)
-    rounded = encode_blocks(activation, x.to(device), None if scale is None else scale.to(device))
+    rounded = activation.blocks(x.to(device), None if scale is None else scale.to(device))
+    if rounded is None:
+        raise ValueError(f"takes codes under block scales, which {activation.name} has not")
     y = layout.matmul_blocks(prepared, rounded, None, request.dtype)
     wide = values.double() if row_scale is None else values.double() * row_scale.double()
     return wide, y.double().cpu()

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 import torch
 
 from sglang_modelopt_ext.env import W4A8Math
-from sglang_modelopt_ext.layouts.blocks import BlockActivations
 from sglang_modelopt_ext.layouts.packages import installed
 from sglang_modelopt_ext.schemes.base import LayerScheme
-from sglang_modelopt_kernels.formats.base import BlockWeight, DecodedWeight, WeightFormat
+from sglang_modelopt_kernels.formats.base import BlockActivation, BlockWeight, DecodedWeight, WeightFormat
 from sglang_modelopt_kernels.formats.nvfp4 import round_unit_to_e4m3
 
 FP8_ACTIVATIONS = ("fp8_static", "fp8_per_token")
@@ -102,7 +101,7 @@ class Layout(ABC):
     def matmul_blocks(
         self,
         prepared: Mapping[str, torch.Tensor],
-        x: BlockActivations,
+        x: BlockActivation,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:

@@ -11,8 +11,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight, one_scale
-from sglang_modelopt_ext.layouts.blocks import BlockActivations, swizzle_128x4
+from sglang_modelopt_ext.layouts.blocks import swizzle_128x4
 from sglang_modelopt_ext.layouts.packages import package_objection
+from sglang_modelopt_kernels.formats.base import BlockActivation
 
 PACKAGE = "flashinfer-python"
 CAPABILITIES = (100, 103, 110, 120, 121)
@@ -87,15 +88,15 @@ class FlashInferFp4(Layout):
     def matmul_blocks(
         self,
         prepared: Mapping[str, torch.Tensor],
-        x: BlockActivations,
+        x: BlockActivation,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """Scaled by ``out_scale`` and the activations' scale before it is rounded."""
-        is_mx = x.scale is None
-        alpha = prepared["out_scale"][:1] if x.scale is None else prepared["out_scale"][:1] * x.scale
+        is_mx = x.row_scale is None
+        alpha = prepared["out_scale"][:1] if x.row_scale is None else prepared["out_scale"][:1] * x.row_scale
         weight = prepared["codes"], prepared["block_scale"]
-        y: torch.Tensor = _mm_fp4(x.codes, swizzle_128x4(x.block_scale), *weight, alpha, is_mx, out_dtype)
+        y: torch.Tensor = _mm_fp4(x.codes, swizzle_128x4(x.scale), *weight, alpha, is_mx, out_dtype)
         return add_bias(y, bias)
 
 
@@ -176,12 +177,12 @@ class FlashInferMxfp8(Layout):
     def matmul_blocks(
         self,
         prepared: Mapping[str, torch.Tensor],
-        x: BlockActivations,
+        x: BlockActivation,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """All scales are those of blocks."""
-        x_scale = swizzle_128x4(x.block_scale).flatten()
+        x_scale = swizzle_128x4(x.scale).flatten()
         y: torch.Tensor = _mm_mxfp8(x.codes, x_scale, prepared["codes"], prepared["block_scale"], out_dtype)
         return add_bias(y, bias)
 

@@ -19,10 +19,9 @@ from sglang_modelopt_ext.dispatch import candidates, served_scheme
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import FP8_ACTIVATIONS, Layout, LinearRequest, ShardWeight
-from sglang_modelopt_ext.layouts.blocks import encode_blocks
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_layout
-from sglang_modelopt_kernels.formats.base import ValueRule
+from sglang_modelopt_kernels.formats.base import BlockActivation, ValueRule
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 
 logger = logging.getLogger(__name__)
@@ -190,14 +189,21 @@ class LinearProduct:
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
         out_dtype = torch.float32 if self.scheme.low_rank else x.dtype
         if self.layout.takes_blocks:
-            rounded = encode_blocks(self.scheme.activation, _smooth(x, inputs), inputs.get(INPUT_SCALE))
-            y = self.layout.matmul_blocks(prepared, rounded, bias, out_dtype)
+            y = self.layout.matmul_blocks(prepared, self._blocks(x, inputs), bias, out_dtype)
         else:
             values, row_scale = self._round(x, inputs)
             y = self.layout.matmul(prepared, values, row_scale, bias, out_dtype)
         if not self.scheme.low_rank:
             return y
         return (y + (_smooth(x, inputs) @ inputs[LORA_A].T) @ inputs[LORA_B].T).to(x.dtype)
+
+    def _blocks(self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> BlockActivation:
+        """The activations as codes under block scales, for a layout that reads these."""
+        activation = self.scheme.activation
+        rounded = None if activation is None else activation.blocks(_smooth(x, inputs), inputs.get(INPUT_SCALE))
+        if rounded is None:
+            raise RuntimeError(f"{self.layout.name} takes codes under block scales, which {self.prefix} has not")
+        return rounded
 
     def _round(self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The activations the layout reads, and their scale."""

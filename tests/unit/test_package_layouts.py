@@ -15,13 +15,13 @@ import torch
 from sglang_modelopt_ext import dispatch, selfcheck
 from sglang_modelopt_ext.layouts import packages
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight
-from sglang_modelopt_ext.layouts.blocks import encode_blocks
 from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
 from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, e2m1, e4m3, ue8m0
+from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.formats.checks import scale_blocks
 from sglang_modelopt_kernels.gemm.dense import naive_linear
 from tests.support.contracts import evaluate
@@ -241,6 +241,13 @@ def test_reasons(layout: Layout, asked: LinearRequest, reason: str) -> None:
     assert reason in str(layout.supports(asked))
 
 
+def blocks(asked: LinearRequest, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
+    assert asked.scheme.activation is not None
+    rounded = asked.scheme.activation.blocks(x, scale)
+    assert rounded is not None
+    return rounded
+
+
 def shards(weight: str, rows: Sequence[int], k: int, one_scale: bool) -> list[ShardWeight]:
     """As ModelOpt exports them, with one global scale or with one each."""
     generator = torch.Generator().manual_seed(3)
@@ -271,7 +278,7 @@ def test_fused_shards(layout: Layout, asked: LinearRequest) -> None:
         activation = asked.scheme.activation
         assert activation is not None
         scale = torch.tensor(0.002) if activation.tensors else None
-        y = layout.matmul_blocks(prepared, encode_blocks(activation, x, scale), bias, torch.bfloat16)
+        y = layout.matmul_blocks(prepared, blocks(asked, x, scale), bias, torch.bfloat16)
         values, row_scale = activation.quantize(x, scale)
         x = values if row_scale is None else values * row_scale
     else:
@@ -297,11 +304,12 @@ def test_codes_are_the_recipes(name: str) -> None:
     x = torch.randn(9, 128, generator=torch.Generator().manual_seed(6)) * torch.logspace(-4, 4, 9)[:, None]
     scale = torch.tensor(0.03) if activation.tensors else None
     values, row_scale = activation.quantize(x, scale)
-    rounded = encode_blocks(activation, x, scale)
+    rounded = activation.blocks(x, scale)
+    assert rounded is not None
     numbers = e4m3.decode(rounded.codes) if name.startswith("mxfp8") else e2m1.decode(e2m1.unpack_codes(rounded.codes))
-    again = scale_blocks(numbers, scales(rounded.block_scale, name.startswith("mx")))
+    again = scale_blocks(numbers, scales(rounded.scale, name.startswith("mx")))
     assert torch.equal(again, values)
-    assert rounded.scale is row_scale or torch.equal(rounded.scale, row_scale)  # type: ignore[arg-type]
+    assert rounded.row_scale is row_scale or torch.equal(rounded.row_scale, row_scale)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("algo", ["NVFP4", "NVFP4_AWQ", "MXFP8"])
@@ -336,9 +344,7 @@ def test_no_tokens() -> None:
         prepared = layout.prepare(shards(asked.scheme.weight.name, (128,), 256, one_scale=True))
         if layout.takes_blocks:
             scale = torch.tensor(0.5) if asked.scheme.activation and asked.scheme.activation.tensors else None
-            y = layout.matmul_blocks(
-                prepared, encode_blocks(asked.scheme.activation, torch.zeros(0, 256), scale), None, torch.bfloat16
-            )
+            y = layout.matmul_blocks(prepared, blocks(asked, torch.zeros(0, 256), scale), None, torch.bfloat16)
         else:
             y = layout.matmul(prepared, torch.zeros(0, 256, dtype=torch.bfloat16), None, None, torch.bfloat16)
         assert y.shape == (0, 128)

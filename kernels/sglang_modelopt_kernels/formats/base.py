@@ -135,6 +135,21 @@ class BlockWeight:
     group: int
 
 
+@dataclass(frozen=True)
+class BlockActivation:
+    """Rounded activations as codes and block scales: ``x ~ code * scale * row_scale``.
+
+    Attributes:
+        codes: uint8 ``[M, K / 2]``, two E2M1 codes to a byte, the even k in the low half; or E4M3 ``[M, K]``.
+        scale: ``[M, K / group]``: E4M3 or uint8 (UE8M0); NaN where the block is.
+        row_scale: float32 ``[]``, None for 1.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    row_scale: torch.Tensor | None
+
+
 class WeightFormat(ABC):
     """How a quantized weight ``[N, K]`` is stored and read."""
 
@@ -197,6 +212,11 @@ class ActivationFormat(ABC):
         ranks there are.
         """
         del x
+        return None
+
+    def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation | None:
+        """What :meth:`quantize` rounds ``x`` to, as codes and block scales; None where the format has none."""
+        del x, scale
         return None
 
     @abstractmethod

@@ -11,7 +11,16 @@ from collections.abc import Mapping
 import torch
 
 from . import e2m1, ue8m0
-from .base import ActivationFormat, BlockWeight, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import (
+    ActivationFormat,
+    BlockActivation,
+    BlockWeight,
+    DecodedWeight,
+    Dim,
+    TensorSpec,
+    ValueRule,
+    WeightFormat,
+)
 from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
 
 BLOCK = 32
@@ -91,3 +100,9 @@ class MXFP4Dynamic(ActivationFormat):
         no_scale(scale)
         codes, block_scale = self.encode(x)
         return scale_blocks(e2m1.decode(codes), ue8m0.decode(block_scale)), None
+
+    def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
+        """Packed codes and UE8M0 block scales. Raises as :meth:`encode`, or for a scale."""
+        no_scale(scale)
+        codes, block_scale = self.encode(x)
+        return BlockActivation(e2m1.pack_codes(codes), block_scale, None)

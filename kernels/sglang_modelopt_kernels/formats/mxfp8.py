@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3, ue8m0
-from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import ActivationFormat, BlockActivation, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
 from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
 
 BLOCK = 32
@@ -80,6 +80,12 @@ class MXFP8Dynamic(ActivationFormat):
         no_scale(scale)
         elements, block_scale = self.encode(x)
         return scale_blocks(e4m3.decode(elements), ue8m0.decode(block_scale)), None
+
+    def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
+        """Elements and UE8M0 block scales. Raises as :meth:`encode`, or for a scale."""
+        no_scale(scale)
+        elements, block_scale = self.encode(x)
+        return BlockActivation(elements, block_scale, None)
 
 
 def _to_elements(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

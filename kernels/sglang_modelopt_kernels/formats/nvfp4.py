@@ -11,7 +11,16 @@ from collections.abc import Mapping
 import torch
 
 from . import e2m1, e4m3
-from .base import ActivationFormat, BlockWeight, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import (
+    ActivationFormat,
+    BlockActivation,
+    BlockWeight,
+    DecodedWeight,
+    Dim,
+    TensorSpec,
+    ValueRule,
+    WeightFormat,
+)
 from .checks import block_amax, check_activation, check_weight, divide, scale_blocks, split_blocks, static_scale
 
 FULL_RANGE = e2m1.MAX * e4m3.MAX
@@ -154,3 +163,9 @@ class NVFP4DynamicBlock(ActivationFormat):
         input_scale = static_scale(scale)
         codes, block_scale = self.encode(x, input_scale)
         return scale_blocks(e2m1.decode(codes), block_scale.to(torch.float32)), input_scale
+
+    def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
+        """Packed codes, E4M3 block scales and the ``input_scale``. Raises as :meth:`encode`."""
+        input_scale = static_scale(scale)
+        codes, block_scale = self.encode(x, input_scale)
+        return BlockActivation(e2m1.pack_codes(codes), block_scale, input_scale)
