@@ -7,8 +7,6 @@ cuBLAS and, from sm_89, FP8 ``torch._scaled_mm`` with a scale for each row.
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -16,31 +14,11 @@ import triton
 
 from sglang_modelopt_kernels.formats.base import BlockWeight
 from sglang_modelopt_kernels.gemm.block_scaled import PackedWeight, block_scaled_linear, naive_block_scaled_linear, pack
+from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
 
 SHAPES = {"8B gate_up": (28672, 4096), "8B down": (4096, 14336), "8B qkv": (6144, 4096), "70B down": (8192, 28672)}
 TOKENS = tuple(2**power for power in range(14))
 KINDS = ("nvfp4", "mxfp4", "int4")
-COLD_BYTES = 200_000_000
-LAUNCHES = 20
-
-
-def median_us(call: Callable[[int], object]) -> float:
-    """Microseconds of one call, the median over replays of a graph of LAUNCHES calls."""
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(LAUNCHES):
-            call(index)
-    times = []
-    for _ in range(8):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / LAUNCHES * 1e3)
-    return statistics.median(times[1:])
 
 
 def random_weight(kind: str, n: int, k: int) -> PackedWeight:

@@ -30,6 +30,7 @@ class LinearRequest:
         math: the numerics of its weights.
         dtype: the model's type.
         vocabulary: whether it is an embedding or an ``lm_head``, whose rows may be looked up.
+        gpu: the GPU's name, as tuning files have it.
         packages: versions of other packages with kernels, by name, as :func:`installed` has them.
     """
 
@@ -41,6 +42,7 @@ class LinearRequest:
     math: W4A8Math = "exact"
     dtype: torch.dtype = torch.bfloat16
     vocabulary: bool = False
+    gpu: str = ""
     packages: Mapping[str, str] = field(default_factory=installed, compare=False)
 
 
