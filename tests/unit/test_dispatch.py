@@ -75,7 +75,8 @@ def test_with_the_packages_of_sglang(algo: str, capability: int) -> None:
         expected = (fp4 | weight_only | {"MXFP8": "flashinfer_mm_mxfp8", "MXFP4": mxfp4}).get(algo)
     assert names[0] == (expected or ours[0])
     assert [name for name in names if not name.startswith(("flashinfer", "quack"))] == ours
-    weight_only_on_hopper = capability == 90 and request(algo, 90).scheme.activation is None
+    served = request(algo, 90).scheme
+    weight_only_on_hopper = capability == 90 and served.activation is None and not served.low_rank
     assert ("quack_w4a16" in names) == (weight_only_on_hopper and weight.startswith("nvfp4"))
 
 
