@@ -18,6 +18,7 @@ from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
 from sglang_modelopt_ext.layouts.fp8 import Fp8
+from sglang_modelopt_ext.layouts.humming import Humming
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4
 from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.schemes.base import LayerScheme
@@ -46,8 +47,9 @@ LAYOUTS: tuple[Layout, ...] = (
     FlashInferWeightOnly(),
     BlockScaled(),
     Fp8(),
-    # On SM90 ours is measured and this is not: it serves by name, or where a tuning file says that it is faster.
+    # On SM90 ours are measured and these are not: they serve by name, or where a tuning file says that they are faster.
     QuackWeightOnly(),
+    Humming(),
     Dense(torch.bfloat16, ("cuda",)),
     Dense(torch.float32, ("cuda", "cpu")),
 )

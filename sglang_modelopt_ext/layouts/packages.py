@@ -6,7 +6,11 @@ import functools
 from collections.abc import Mapping
 from importlib import metadata
 
-VERSIONS: Mapping[str, str] = {"flashinfer-python": "0.7.2", "quack-kernels": "0.6.5"}
+VERSIONS: Mapping[str, str] = {
+    "flashinfer-python": "0.7.2",
+    "humming-kernels": "0.1.12",
+    "quack-kernels": "0.6.5",
+}
 """As SGLang 0.5.23 pins them. ``tests/unit/test_contracts.py`` holds every call against the sources of these versions."""
 
 

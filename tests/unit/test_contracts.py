@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_modelopt_ext.layouts import flashinfer, packages, weight_only
+from sglang_modelopt_ext.layouts import flashinfer, humming, packages, weight_only
 from sglang_modelopt_ext.layouts.blocks import swizzle_128x4
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from tests.support.contracts import bind, calls, decorator, evaluate, function, parameters, source_folder, version_of
@@ -26,6 +26,9 @@ FUNCTIONS = {
     "prepare_bf16_fp4_weights": (weight_only, WEIGHT_ONLY, "flashinfer"),
     "gemm_w4a16": (weight_only, QUACK, "quack.gemm_w4"),
     "prepare_w4_weight": (weight_only, QUACK, "quack.gemm_w4"),
+    "prepare_layer_config": (humming, "humming/transform.py", "humming.transform"),
+    "transform_humming_tensors": (humming, "humming/transform.py", "humming.transform"),
+    "humming_forward": (humming, "humming/forward.py", "humming.forward"),
 }
 
 
@@ -177,3 +180,37 @@ def test_quacks_scalar_may_be_in_device_memory() -> None:
     assert "value.data_ptr()" in keys["host_call_arg"]
     (infer,) = evaluate("quack/epilogue/frontend.py", "_infer_kind")
     assert infer("alpha", torch.ones(1), 64, 64) == "scalar"
+
+
+def fields(path: str, name: str) -> set[str]:
+    """The fields of a data class."""
+    tree = ast.parse((source_folder() / path).read_text())
+    (node,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
+    return {
+        item.target.id for item in node.body if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name)
+    }
+
+
+@pytest.mark.parametrize("name", ["HummingWeightSchema", "HummingInputSchema"])
+def test_hummings_schemas(name: str) -> None:
+    (call,) = calls(Path(str(humming.__file__)), name)
+    assert {keyword.arg for keyword in call.keywords} <= fields("humming/schema/humming.py", name)
+    schema = (source_folder() / "humming/schema/__init__.py").read_text()
+    assert f'"{name}",' in schema
+
+
+def test_hummings_formats() -> None:
+    """MXFP4's codes and scales go in as humming's own reader of MXFP4 passes them on."""
+    reader = (source_folder() / "humming/schema/mxfp4.py").read_text()
+    for line in (
+        "b_dtype=dtypes.float4e2m1",
+        "bs_dtype=dtypes.float8e8m0",
+        "weight_scale_group_size=32",
+        'tensors["weight"].view(torch.int32)',
+        "weight_scale.view(torch.float8_e8m0fnu)",
+    ):
+        assert line in reader
+    kernel = (source_folder() / "humming/kernel/humming.py").read_text()
+    assert "dtypes.float8e4m3: 89" in kernel
+    fold = ast.unparse(function("humming/transform.py", "process_fused_e8m0_scale"))
+    assert f"max_range_val = {humming.SPAN}" in fold

@@ -16,6 +16,7 @@ from sglang_modelopt_ext import dispatch, selfcheck
 from sglang_modelopt_ext.layouts import packages
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight
 from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
+from sglang_modelopt_ext.layouts.humming import Humming, layer_config
 from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
@@ -154,11 +155,83 @@ def gemm_w4a16(
     return (act.double() @ numbers.T * tensor_scale.double()).to(torch.bfloat16)[:, :n_out]
 
 
+def process_mxfp4_w4a8_weight(weight: torch.Tensor, offsets: torch.Tensor, inplace: bool) -> torch.Tensor:
+    """Codes under a scale that was raised by ``offsets``: those that are exact."""
+    assert inplace
+    codes = e2m1.unpack_codes(weight.view(torch.uint8))
+    lowered = scale_blocks(e2m1.decode(codes), torch.exp2(-offsets.view(codes.shape[0], -1).float()))
+    weight.view(torch.uint8).copy_(e2m1.pack_codes(e2m1.encode(lowered)))
+    return weight
+
+
+def transform_humming_tensors(config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Folds the exponents with humming's own function, and leaves everything in its place."""
+    (fold,) = evaluate(
+        "humming/transform.py",
+        "process_fused_e8m0_scale",
+        torch=torch,
+        dtypes=types.SimpleNamespace(int8="int8", float8e4m3="float8e4m3"),
+        WeightScale2Type=types.SimpleNamespace(CHANNEL="channel"),
+        ops=types.SimpleNamespace(process_mxfp4_w4a8_weight=process_mxfp4_w4a8_weight),
+    )
+    ones = torch.ones(config.shape_n, dtype=torch.bfloat16)
+    weight, scale, scale_2 = fold(config, tensors["weight"], tensors["weight_scale"], ones)
+    return {"weight": weight, "weight_scale": scale, "weight_scale_2": scale_2.to(torch.bfloat16)}
+
+
+def prepare_layer_config(**arguments: Any) -> Any:
+    assert arguments["torch_dtype"] == torch.bfloat16
+    assert arguments["weight_schema"] == {
+        "b_dtype": "float4e2m1",
+        "bs_dtype": "float8e8m0",
+        "weight_scale_group_size": 32,
+        "weight_scale_2_type": "channel",
+    }
+    return types.SimpleNamespace(
+        num_experts=0,
+        weight_scale_2_type="channel",
+        shape_n=arguments["shape_n"],
+        a_dtype=arguments["input_schema"]["a_dtype"],
+    )
+
+
+def humming_forward(
+    config: Any,
+    inputs: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_2: torch.Tensor,
+    input_scale: torch.Tensor,
+    locks: torch.Tensor,
+) -> torch.Tensor:
+    """A code times 2^scale is what humming keeps in E4M3: its exponent is at most 12, of which the last is for code 6 alone."""
+    assert inputs.dtype == torch.float8_e4m3fn
+    assert input_scale.shape == (inputs.shape[0], 1)
+    assert input_scale.dtype == torch.float32
+    assert locks.dtype == torch.int32
+    assert not locks.any()
+    exponent = weight_scale.view(torch.uint8).float()
+    used = scale_blocks(torch.ones(weight.shape[0], 8 * weight.shape[1]), exponent)
+    numbers = e2m1.decode(e2m1.unpack_codes(weight.view(torch.uint8)))
+    folded = numbers * torch.exp2(used - 7)  # into the range of E4M3
+    assert torch.equal(e4m3.round_to_e4m3(folded), folded)
+    y = inputs.double() @ (folded.double() * 2.0**7 * weight_scale_2.double()[:, None]).T
+    return (y * input_scale.double()).to(torch.bfloat16)
+
+
 @pytest.fixture(autouse=True)
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setitem(
         sys.modules, "flashinfer", module("flashinfer", mm_fp4, mm_mxfp8, mm_bf16_fp4, prepare_bf16_fp4_weights)
     )
+    monkeypatch.setitem(sys.modules, "humming", module("humming"))
+    schemas = module("humming.schema")
+    schemas.HummingWeightSchema = schemas.HummingInputSchema = dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "humming.schema", schemas)
+    transform = module("humming.transform", prepare_layer_config, transform_humming_tensors)
+    monkeypatch.setitem(sys.modules, "humming.transform", transform)
+    monkeypatch.setitem(sys.modules, "humming.forward", module("humming.forward", humming_forward))
+    layer_config.cache_clear()
     monkeypatch.setitem(sys.modules, "quack", module("quack"))
     monkeypatch.setitem(sys.modules, "quack.gemm_w4", module("quack.gemm_w4", gemm_w4a16, prepare_w4_weight))
     selfcheck._passed.clear()
@@ -194,6 +267,7 @@ CASES = [
     (FlashInferWeightOnly(), request("W4A16_NVFP4", "nvfp4_bs32")),
     (QuackWeightOnly(), request("W4A16_NVFP4", capability=90)),
     (QuackWeightOnly(), request("W4A16_NVFP4", "nvfp4_bs32", capability=90)),
+    (Humming(), request("W4A8_MXFP4_FP8", capability=90)),
 ]
 
 
@@ -212,6 +286,7 @@ def test_without_the_package(layout: Layout, asked: LinearRequest, monkeypatch: 
     assert "not 9.9" in str(layout.supports(LinearRequest(**fields | {"packages": other})))
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     monkeypatch.setitem(sys.modules, "quack.gemm_w4", None)
+    monkeypatch.setitem(sys.modules, "humming.transform", None)
     with pytest.raises(ValueError, match="does not run on cpu: import of"):
         selfcheck.check_layout(layout, asked, torch.device("cpu"))
 
@@ -235,6 +310,11 @@ def test_without_the_package(layout: Layout, asked: LinearRequest, monkeypatch: 
         (QuackWeightOnly(), request("W4A16_NVFP4"), "is for SM90"),
         (QuackWeightOnly(), request("W4A16_NVFP4", capability=90, k=96), "in 64s"),
         (QuackWeightOnly(), request("W4A16_AWQ", capability=90), "NVFP4"),
+        (Humming(), request("W4A8_MXFP4_FP8"), "is for SM89, SM90"),
+        (Humming(), request("W4A8_NVFP4_FP8", capability=90), "UE8M0"),
+        (Humming(), request("MXFP4", capability=90), "needs FP8 activations"),
+        (Humming(), request("W4A8_MXFP4_FP8", capability=90, dtype=torch.float16), "output"),
+        (Humming(), request("W4A8_MXFP4_FP8", capability=90, k=96), "K in 128s"),
     ],
 )
 def test_reasons(layout: Layout, asked: LinearRequest, reason: str) -> None:
@@ -282,7 +362,9 @@ def test_fused_shards(layout: Layout, asked: LinearRequest) -> None:
         values, row_scale = activation.quantize(x, scale)
         x = values if row_scale is None else values * row_scale
     else:
-        y = layout.matmul(prepared, x.to(torch.bfloat16), None, bias, torch.bfloat16)
+        operand = layout.operand(asked)
+        x = x.to(operand).float()
+        y = layout.matmul(prepared, x.to(operand), None, bias, torch.bfloat16)
     right = x.double() @ expected.T + bias.double()
     assert y.dtype == torch.bfloat16
     assert float((y.double() - right).norm() / right.norm()) < 2**-8  # two roundings to bf16
@@ -291,11 +373,40 @@ def test_fused_shards(layout: Layout, asked: LinearRequest) -> None:
             layout.prepare(shards(asked.scheme.weight.name, (128, 64), 256, one_scale=False))
 
 
-@pytest.mark.parametrize("layout", [FlashInferFp4(), FlashInferMxfp8(), FlashInferWeightOnly(), QuackWeightOnly()])
+@pytest.mark.parametrize(
+    "layout", [FlashInferFp4(), FlashInferMxfp8(), FlashInferWeightOnly(), QuackWeightOnly(), Humming()]
+)
 def test_shards_apart_may_be_too_uneven(layout: Layout) -> None:
-    weight = "mxfp8" if isinstance(layout, FlashInferMxfp8) else "nvfp4"
+    weight = {FlashInferMxfp8: "mxfp8", Humming: "mxfp4"}.get(type(layout), "nvfp4")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="rows of shards"):
-        layout.prepare(shards(weight, (48,), 256, one_scale=True))
+        layout.prepare(shards(weight, (44,), 256, one_scale=True))
+
+
+@pytest.mark.parametrize(
+    ("lowest", "highest", "reason"),
+    [
+        (100, 111, None),
+        (100, 112, "differ by more than 11"),
+        (19, 19, None),
+        (18, 18, "are below -108"),
+        (241, 252, None),
+    ],
+)
+def test_what_humming_holds(lowest: int, highest: int, reason: str | None) -> None:
+    """Every code under every exponent of a row, exactly, or a refusal; an empty block may have any exponent."""
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 256).repeat(8, 1)
+    exponents = torch.linspace(lowest, highest, 16).round().to(torch.uint8).repeat(8, 1)
+    codes[:, 16:32], exponents[:, 1] = 0x80, 0
+    shard = ShardWeight(WEIGHT_FORMATS["mxfp4"], {"weight": codes, "weight_scale": exponents})
+    layout = Humming()
+    if reason is not None:
+        with pytest.raises(ValueError, match=reason):
+            layout.prepare([shard])
+        return
+    prepared = layout.prepare([shard])
+    x = torch.eye(512)[::37].to(torch.float8_e4m3fn)
+    y = layout.matmul(prepared, x, None, None, torch.bfloat16)
+    assert torch.equal(y.float(), shard.decode().unit.T[::37].to(torch.bfloat16).float())
 
 
 @pytest.mark.parametrize("name", ["nvfp4_dynamic", "mxfp4_dynamic", "mxfp8_dynamic"])
@@ -346,5 +457,5 @@ def test_no_tokens() -> None:
             scale = torch.tensor(0.5) if asked.scheme.activation and asked.scheme.activation.tensors else None
             y = layout.matmul_blocks(prepared, blocks(asked, torch.zeros(0, 256), scale), None, torch.bfloat16)
         else:
-            y = layout.matmul(prepared, torch.zeros(0, 256, dtype=torch.bfloat16), None, None, torch.bfloat16)
+            y = layout.matmul(prepared, torch.zeros(0, 256).to(layout.operand(asked)), None, None, torch.bfloat16)
         assert y.shape == (0, 128)
