@@ -32,10 +32,14 @@ from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadam
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
 from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
+from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
+from sglang_modelopt_kernels.gemm.fp4.kernel import fp4_kernel
 from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_kernel
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
 from sglang_modelopt_kernels.gemm.tile.kernel import finish_kernel
+from sglang_modelopt_kernels.quantize.blocks import quantize as blocks
+from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kernel
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
 
 ARCHITECTURES = (80, 89, 90, 100, 103, 120)
@@ -131,6 +135,37 @@ def mxfp4_cases(arch: int) -> Iterator[Case]:
     operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
     for config in mxfp4.CONFIGS:
         yield product_case("mxfp4 fp8e4nv", mxfp4_kernel, config, operands, {}, "kind::mxf8f6f4.block_scale")
+
+
+def fp4_cases(arch: int) -> Iterator[Case]:
+    """FP4 on both sides, where the dispatch uses it."""
+    if arch < 100:
+        return
+    # sm_120 has one kind for both, and tells them apart by the inputs to a scale.
+    wanted = {16: "kind::mxf4nvf4.block_scale", 32: "kind::mxf4.block_scale"}
+    if arch >= 120:
+        wanted = {group: f"kind::mxf4nvf4.block_scale.scale_vec::{64 // group}X" for group in wanted}
+    for group, scale in ((16, "fp8e4nv"), (32, "u8")):
+        operands = {"x_ptr": "*u8", "w_ptr": "*u8", "s_ptr": f"*{scale}", "t_ptr": f"*{scale}"}
+        for config in fp4.configs(arch):
+            numerics = {"GROUP": group, "NATIVE": True}
+            yield product_case(f"fp4 e2m1/{group}", fp4_kernel, config, operands, numerics, wanted[group])
+
+
+def quantize_blocks_cases() -> Iterator[Case]:
+    """Smoothing and rounding under block scales, to codes in either layout of the scales and to numbers."""
+    for name, (group, element) in blocks.NUMERICS.items():
+        for values, swizzle in ((False, False), (False, True), (True, False)):
+            types = dict.fromkeys(("x_ptr", "smoothing_ptr"), "*bf16") | {
+                "input_scale_ptr": "*fp32",
+                "scale_ptr": "*u8",
+            }
+            types |= {"y_ptr": "*bf16" if values else "*u8"} | dict.fromkeys(("k", "stride", "scale_columns"), "i32")
+            constexprs = {"GROUP": group, "ELEMENT": element, "SMOOTH": True, "VALUES": values, "SWIZZLE": swizzle}
+            label = "values" if values else "codes, scales swizzled" if swizzle else "codes"
+            constexprs["BLOCKS"] = blocks.INPUTS // group
+            case = f"quantize_blocks {name} {label}"
+            yield Case(case, quantize_blocks_kernel, types, constexprs, {}, ("k", "stride", "scale_columns"))
 
 
 def other_cases(arch: int) -> Iterator[Case]:
@@ -229,7 +264,8 @@ def _attention_of(
 
 def cases(arch: int) -> list[Case]:
     """Everything that may run on ``arch``."""
-    return [*block_scaled_cases(arch), *mxfp4_cases(arch), *other_cases(arch), *attention_cases(arch)]
+    products = [*block_scaled_cases(arch), *mxfp4_cases(arch), *fp4_cases(arch)]
+    return [*products, *quantize_blocks_cases(), *other_cases(arch), *attention_cases(arch)]
 
 
 def quick(all_cases: list[Case]) -> list[Case]:
@@ -238,7 +274,7 @@ def quick(all_cases: list[Case]) -> list[Case]:
     products = [case for case in all_cases if case.matrix and case not in attention]
     first = {case.name.split(" ")[1]: case for case in reversed(products)}
     last = {case.name.split(" ")[1]: case for case in products}
-    others = [case for case in all_cases if not case.matrix and case not in attention]
+    others = [case for case in all_cases if not case.matrix and case not in attention and "swizzled" not in case.name]
     sample = [case for case in attention if case.name.endswith(tuple(f" {name} D=128" for name in QUICK_RECIPES))]
     return [*first.values(), *last.values(), *others, *sample]
 

@@ -17,6 +17,7 @@ from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
+from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.humming import Humming
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4
@@ -45,6 +46,7 @@ LAYOUTS: tuple[Layout, ...] = (
     FlashInferFp4(),
     FlashInferMxfp8(),
     FlashInferWeightOnly(),
+    BlackwellFp4(),
     BlockScaled(),
     Fp8(),
     # On SM90 ours are measured and these are not: they serve by name, or where a tuning file says that they are faster.

@@ -6,12 +6,12 @@ that reads its arguments differently would otherwise show as wrong logits only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 
-from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
 
 N, K = 128, 512
 TOKENS = (1, 24, 40, 80, 300)
@@ -40,59 +40,50 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
     )
     decoded = ShardWeight(request.scheme.weight, stored, request.math).decode()
     expected_weight = decoded.unit.double() * decoded.out_scale.double()
-    product = partial(_blocks_product, layout) if layout.takes_blocks else partial(_product, layout)
-    try:
-        prepared = layout.prepare([shard])
-        for m in TOKENS:
-            x, y = product(request, prepared, random, m, device)
-            expected = x @ expected_weight.T
-            error_of_token = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
-            if not error_of_token < TOLERANCE:
-                raise ValueError(f"is wrong on {device}: relative error {error_of_token:.2g} with {m} tokens")
-    except ValueError:
-        raise
-    except Exception as error:
-        # Kernels of other packages are compiled on first use, and fail in as many ways as there are packages.
-        reason = str(error).strip() or type(error).__name__
-        raise ValueError(f"does not run on {device}: {reason.splitlines()[0]}") from error
+    prepared: Mapping[str, torch.Tensor] = {}
+    for m in TOKENS:
+        # E4M3 numbers are numbers of every type that activations come in.
+        x = random(m, K).to(torch.float8_e4m3fn).to(torch.float32)
+        row_scale = random(m, 1).abs() + 0.5
+        try:
+            prepared = prepared or layout.prepare([shard])
+            y, exact = _multiply(layout, request, prepared, x, row_scale, device)
+            y = y.double().cpu()
+        except ValueError:
+            raise
+        except Exception as error:
+            # Kernels of other packages are compiled on first use, and fail in as many ways as there are packages.
+            reason = str(error).strip() or type(error).__name__
+            raise ValueError(f"does not run on {device}: {reason.splitlines()[0]}") from error
+        expected = exact @ expected_weight.T
+        error_of_token = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
+        if not error_of_token < TOLERANCE:
+            raise ValueError(f"is wrong on {device}: relative error {error_of_token:.2g} with {m} tokens")
     _passed.add(key)
 
 
-def _product(
+def _multiply(
     layout: Layout,
     request: LinearRequest,
     prepared: Mapping[str, torch.Tensor],
-    random: Callable[[int, int], torch.Tensor],
-    m: int,
+    x: torch.Tensor,
+    row_scale: torch.Tensor,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations ``[m, K]`` and the layout's output for them, float64 on the CPU."""
-    # E4M3 numbers are numbers of every type that activations come in.
-    x = random(m, K).to(torch.float8_e4m3fn)
-    row_scale = random(m, 1).abs() + 0.5
-    values = x.to(device).to(torch.float32).to(layout.operand(request))
-    y = layout.matmul(prepared, values, row_scale.to(device), None, request.dtype)
-    return x.double() * row_scale.double(), y.double().cpu()
+    """The layout's product for E4M3 numbers ``x`` times ``row_scale``, and the activations it then stands for, float64.
 
-
-def _blocks_product(
-    layout: Layout,
-    request: LinearRequest,
-    prepared: Mapping[str, torch.Tensor],
-    random: Callable[[int, int], torch.Tensor],
-    m: int,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Likewise for a layout that takes activations under block scales."""
+    A layout that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale.
+    """
+    if not isinstance(layout, BlockLayout):
+        values = x.to(device).to(layout.operand(request))
+        y = layout.matmul(prepared, values, row_scale.to(device), None, request.dtype)
+        return y, x.double() * row_scale.double()
     activation = request.scheme.activation
     if activation is None:
-        raise ValueError("takes rounded activations")
-    x = random(m, K) * (random(m, 1).abs() + 0.5)
-    scale = torch.full((), 2.0**-8, dtype=torch.float32, device="cpu") if activation.tensors else None
-    values, row_scale = activation.quantize(x, scale)
-    rounded = activation.blocks(x.to(device), None if scale is None else scale.to(device))
-    if rounded is None:
-        raise ValueError(f"takes codes under block scales, which {activation.name} has not")
-    y = layout.matmul_blocks(prepared, rounded, None, request.dtype)
-    wide = values.double() if row_scale is None else values.double() * row_scale.double()
-    return wide, y.double().cpu()
+        raise ValueError(f"{layout.name} took a layer with unrounded activations")
+    static = row_scale[0, 0] if activation.tensors else None
+    scale = None if static is None else static.to(device)
+    rounded = round_to_blocks(activation, x.to(device), None, scale, layout.swizzled)
+    numbers, scale = activation.quantize(x, static)
+    exact = numbers.double() if scale is None else numbers.double() * scale.double()
+    return layout.matmul_blocks(prepared, rounded, None, request.dtype), exact

@@ -12,8 +12,20 @@ import torch
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.layouts.packages import installed
 from sglang_modelopt_ext.schemes.base import LayerScheme
-from sglang_modelopt_kernels.formats.base import BlockActivation, BlockWeight, DecodedWeight, WeightFormat
+from sglang_modelopt_kernels.formats.base import (
+    ActivationFormat,
+    BlockActivation,
+    BlockWeight,
+    DecodedWeight,
+    WeightFormat,
+)
 from sglang_modelopt_kernels.formats.nvfp4 import round_unit_to_e4m3
+from sglang_modelopt_kernels.quantize.blocks import (
+    BLOCK_ACTIVATIONS,
+    naive_quantize_blocks,
+    naive_swizzle,
+    quantize_blocks,
+)
 
 FP8_ACTIVATIONS = ("fp8_static", "fp8_per_token")
 
@@ -68,8 +80,6 @@ class Layout(ABC):
     name: str
     takes_vocabulary = False
     """Whether it has :meth:`rows`."""
-    takes_blocks = False
-    """Whether it has :meth:`matmul_blocks` instead of :meth:`matmul`."""
 
     def supports(self, request: LinearRequest) -> str | None:
         """None, or the reason why not."""
@@ -89,6 +99,7 @@ class Layout(ABC):
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
         """The tensors kept for the shards, one below the other. Raises ValueError when the layout cannot hold them."""
 
+    @abstractmethod
     def matmul(
         self,
         prepared: Mapping[str, torch.Tensor],
@@ -98,8 +109,35 @@ class Layout(ABC):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """The layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
-        raise NotImplementedError(f"{self.name} takes activations as codes")
 
+    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+        """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
+        raise NotImplementedError(f"{self.name} does not take vocabulary layers")
+
+
+class BlockLayout(Layout):
+    """A layout whose product reads rounded activations as codes under block scales, not as numbers."""
+
+    swizzled = False
+    """Whether it reads the activations' block scales in tiles of 128 x 4: :func:`naive_swizzle`."""
+
+    def operand(self, request: LinearRequest) -> torch.dtype:
+        """That of the codes."""
+        del request
+        return torch.uint8
+
+    def matmul(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        values: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Raises NotImplementedError: :meth:`matmul_blocks` is its product."""
+        raise NotImplementedError(f"{self.name} reads activations as codes under block scales")
+
+    @abstractmethod
     def matmul_blocks(
         self,
         prepared: Mapping[str, torch.Tensor],
@@ -107,12 +145,28 @@ class Layout(ABC):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Likewise for activations under block scales. The sum may be rounded to ``out_dtype`` before the bias is added."""
-        raise NotImplementedError(f"{self.name} takes activations as numbers")
+        """The layer's output ``[M, N]``, rounded once; another package's kernel may round the sum before the bias, too."""
 
-    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
-        raise NotImplementedError(f"{self.name} does not take vocabulary layers")
+
+def round_to_blocks(
+    activation: ActivationFormat | None,
+    x: torch.Tensor,
+    smoothing: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    swizzled: bool = False,
+) -> BlockActivation:
+    """What a :class:`BlockLayout` multiplies: ``x * smoothing`` ``[M, K]`` in the format's codes, ``scale`` its static scale.
+
+    Block scales are in tiles where ``swizzled``, as :attr:`BlockLayout.swizzled` has it.
+
+    Raises ValueError when the activations have no codes under block scales.
+    """
+    if activation is None or activation.name not in BLOCK_ACTIVATIONS:
+        raise ValueError(f"{activation.name if activation else 'unrounded'} activations have no block scales")
+    if x.is_cuda:
+        return quantize_blocks(x, activation.name, smoothing, scale, swizzled)
+    rounded = naive_quantize_blocks(x, activation.name, smoothing, scale)
+    return dataclasses.replace(rounded, scale=naive_swizzle(rounded.scale)) if swizzled else rounded
 
 
 def fp8_objection(request: LinearRequest) -> str | None:

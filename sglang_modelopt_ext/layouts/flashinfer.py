@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight, one_scale
-from sglang_modelopt_ext.layouts.blocks import swizzle_128x4
+from sglang_modelopt_ext.layouts.base import BlockLayout, LinearRequest, ShardWeight, one_scale
 from sglang_modelopt_ext.layouts.packages import package_objection
 from sglang_modelopt_kernels.formats.base import BlockActivation
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 PACKAGE = "flashinfer-python"
 CAPABILITIES = (100, 103, 110, 120, 121)
@@ -47,7 +47,7 @@ def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return y if bias is None else (y.to(torch.float32) + bias.to(torch.float32)).to(y.dtype)
 
 
-class FlashInferFp4(Layout):
+class FlashInferFp4(BlockLayout):
     """FP4 weights and activations in FP4 matrix instructions: ``flashinfer.mm_fp4``.
 
     NVFP4 goes to its CUTLASS kernels, MXFP4 to its CuTe-DSL ones, the only ones for MXFP4 that plan nothing for each number of
@@ -55,7 +55,7 @@ class FlashInferFp4(Layout):
     """
 
     name = "flashinfer_mm_fp4"
-    takes_blocks = True
+    swizzled = True
     weights: Mapping[str, str] = {"nvfp4_dynamic": "nvfp4", "mxfp4_dynamic": "mxfp4"}
     """The weight format that goes with each activation format."""
 
@@ -69,11 +69,6 @@ class FlashInferFp4(Layout):
             return f"needs N and K in 32s, not {request.n} and {request.k}"
         return flashinfer_objection(request, CAPABILITIES if scheme.weight.name == "nvfp4" else (100, 103))
 
-    def operand(self, request: LinearRequest) -> torch.dtype:
-        """Two codes to a byte."""
-        del request
-        return torch.uint8
-
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
         """``codes`` uint8 ``[N, K / 2]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``."""
         codes = stored(shards, "weight")
@@ -81,7 +76,7 @@ class FlashInferFp4(Layout):
         scale = one_scale(shards) if "weight_scale_2" in shards[0].tensors else torch.ones(1, device=codes.device)
         return {
             "codes": codes,
-            "block_scale": swizzle_128x4(stored(shards, "weight_scale")),
+            "block_scale": naive_swizzle(stored(shards, "weight_scale")).view(torch.uint8),
             "out_scale": scale.to(torch.float32).expand(codes.shape[0]).contiguous(),
         }
 
@@ -96,7 +91,7 @@ class FlashInferFp4(Layout):
         is_mx = x.row_scale is None
         alpha = prepared["out_scale"][:1] if x.row_scale is None else prepared["out_scale"][:1] * x.row_scale
         weight = prepared["codes"], prepared["block_scale"]
-        y: torch.Tensor = _mm_fp4(x.codes, swizzle_128x4(x.scale), *weight, alpha, is_mx, out_dtype)
+        y: torch.Tensor = _mm_fp4(x.codes, x.scale.view(torch.uint8), *weight, alpha, is_mx, out_dtype)
         return add_bias(y, bias)
 
 
@@ -142,11 +137,11 @@ def _(
     return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
 
 
-class FlashInferMxfp8(Layout):
+class FlashInferMxfp8(BlockLayout):
     """MXFP8 weights and activations in block-scaled FP8 matrix instructions: ``flashinfer.mm_mxfp8``, its CUTLASS kernels."""
 
     name = "flashinfer_mm_mxfp8"
-    takes_blocks = True
+    swizzled = True
 
     def objection(self, request: LinearRequest) -> str | None:
         """MXFP8, N and K in 32s and from 128."""
@@ -170,7 +165,7 @@ class FlashInferMxfp8(Layout):
             raise ValueError(f"{codes.shape[0]} rows of shards that share a product are fewer than 128")
         return {
             "codes": codes,
-            "block_scale": swizzle_128x4(stored(shards, "weight_scale")).flatten(),
+            "block_scale": naive_swizzle(stored(shards, "weight_scale")).flatten(),
             "out_scale": torch.ones(codes.shape[0], dtype=torch.float32, device=codes.device),
         }
 
@@ -182,7 +177,7 @@ class FlashInferMxfp8(Layout):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """All scales are those of blocks."""
-        x_scale = swizzle_128x4(x.scale).flatten()
+        x_scale = x.scale.flatten()
         y: torch.Tensor = _mm_mxfp8(x.codes, x_scale, prepared["codes"], prepared["block_scale"], out_dtype)
         return add_bias(y, bias)
 

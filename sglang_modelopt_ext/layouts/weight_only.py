@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight, one_scale
-from sglang_modelopt_ext.layouts.blocks import swizzle_128x4
 from sglang_modelopt_ext.layouts.flashinfer import add_bias, check_rows, flashinfer_objection, stored
 from sglang_modelopt_ext.layouts.packages import package_objection
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 
 def weight_only_objection(request: LinearRequest) -> str | None:
@@ -63,7 +63,7 @@ class FlashInferWeightOnly(Layout):
 
         codes, scale = blocks_of_16(shards)
         alpha = one_scale(shards)
-        swizzled = swizzle_128x4(scale).view(torch.float8_e4m3fn)
+        swizzled = naive_swizzle(scale)
         codes, swizzled, kept = prepare_bf16_fp4_weights(codes, swizzled, alpha, backend="cute-dsl", block_size=16)
         if kept is not alpha:
             raise ValueError("prepare_bf16_fp4_weights changed the global scale")

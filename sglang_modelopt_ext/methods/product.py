@@ -18,11 +18,19 @@ from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
 from sglang_modelopt_ext.dispatch import candidates, served_scheme
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts.base import FP8_ACTIVATIONS, Layout, LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.base import (
+    FP8_ACTIVATIONS,
+    BlockLayout,
+    Layout,
+    LinearRequest,
+    ShardWeight,
+    round_to_blocks,
+)
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_layout
 from sglang_modelopt_ext.tuned import gpu_of
-from sglang_modelopt_kernels.formats.base import BlockActivation, ValueRule
+from sglang_modelopt_kernels.formats.base import ValueRule
+from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, round_blocks
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 
 logger = logging.getLogger(__name__)
@@ -197,23 +205,25 @@ class LinearProduct:
     ) -> torch.Tensor:
         prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
-        out_dtype = torch.float32 if self.scheme.low_rank else x.dtype
-        if self.layout.takes_blocks:
-            y = self.layout.matmul_blocks(prepared, self._blocks(x, inputs), bias, out_dtype)
-        else:
-            values, row_scale = self._round(x, inputs)
-            y = self.layout.matmul(prepared, values, row_scale, bias, out_dtype)
         if not self.scheme.low_rank:
-            return y
+            return self._multiply(prepared, inputs, x, bias, x.dtype)
+        y = self._multiply(prepared, inputs, x, bias, torch.float32)
         return (y + (_smooth(x, inputs) @ inputs[LORA_A].T) @ inputs[LORA_B].T).to(x.dtype)
 
-    def _blocks(self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> BlockActivation:
-        """The activations as codes under block scales, for a layout that reads these."""
-        activation = self.scheme.activation
-        rounded = None if activation is None else activation.blocks(_smooth(x, inputs), inputs.get(INPUT_SCALE))
-        if rounded is None:
-            raise RuntimeError(f"{self.layout.name} takes codes under block scales, which {self.prefix} has not")
-        return rounded
+    def _multiply(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        if isinstance(self.layout, BlockLayout):
+            smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+            rounded = round_to_blocks(self.scheme.activation, x, smoothing, scale, self.layout.swizzled)
+            return self.layout.matmul_blocks(prepared, rounded, bias, out_dtype)
+        values, row_scale = self._round(x, inputs)
+        return self.layout.matmul(prepared, values, row_scale, bias, out_dtype)
 
     def _round(self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The activations the layout reads, and their scale."""
@@ -231,6 +241,8 @@ class LinearProduct:
             values, row_scale = quantize_fp8(
                 x, smoothing, scale if is_static else None, None if is_static else scale, exact
             )
+        elif x.is_cuda and activation.name in BLOCK_ACTIVATIONS:
+            values, row_scale = round_blocks(x, activation.name, smoothing, scale, self._operand)
         else:
             values, row_scale = activation.quantize(_smooth(x, inputs), scale)
         return values.to(self._operand), row_scale

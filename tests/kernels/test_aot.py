@@ -35,6 +35,9 @@ def test_every_configuration_is_listed(arch: int) -> None:
     names = " ".join(case.name for case in aot.cases(arch))
     for kind, _ in aot.KINDS:
         assert all(str(config) in names for config in aot.configs(kind, arch))
+    listed = [case.name for case in aot.cases(arch) if case.name.startswith("fp4 ")]
+    expected = [f"fp4 e2m1/{group} {config}" for group in (16, 32) for config in aot.fp4.configs(arch)]
+    assert listed == (expected if arch >= 100 else [])
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

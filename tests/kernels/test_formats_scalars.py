@@ -188,4 +188,6 @@ class TestUE8M0:
     def test_zero_and_non_finite_blocks(self) -> None:
         amax = torch.tensor([0.0, math.inf, math.nan])
         assert ue8m0.activation_scale(amax, 6.0).tolist() == [0, 255, 255]
+        # The least subnormal numbers divided by 6 round to zero, and have the least scale as well.
+        assert ue8m0.activation_scale(torch.tensor([2.0**-149, 2.0**-147]), 6.0).tolist() == [0, 0]
         assert ue8m0.weight_scale(amax[:1], 6.0).tolist() == [0]

@@ -20,8 +20,9 @@ from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, QuantizedLinear, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, MXFP4_ACTIVATIONS
-from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight, round_to_blocks
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
+from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -148,6 +149,7 @@ def test_every_algorithm_is_covered() -> None:
     assert {read_checkpoint(folder_of(recipe, "llama")).config.algo for recipe in RECIPES} == SCHEMES.keys()
 
 
+FP4 = ("NVFP4_DEFAULT_CFG", "NVFP4_AWQ_LITE_CFG", "MXFP4_DEFAULT_CFG")
 INTERPRETED = [recipe for recipe in RECIPES if "4" in recipe.replace("W4A8_AWQ_BETA", "INT4")]
 
 
@@ -165,21 +167,40 @@ def interpreted_errors(folder: Path) -> float:
     return float(((y - right).norm(dim=1) / right.norm(dim=1)).max())
 
 
-def test_the_block_scaled_layout_in_the_interpreter() -> None:
-    """Real exports through ``prepare`` and ``matmul`` as a GPU would run them, shards with scales of their own merged."""
-    folders = [str(folder_of(recipe, "llama")) for recipe in INTERPRETED]
+def interpreted_fp4_errors(folder: Path) -> float:
+    """Likewise of the FP4 layout, on activations that the recipe rounds: against the stored tensors in float64."""
+    _, linears, stored = next(layers_of(folder))
+    layout, scheme = BlackwellFp4(), linears[0].scheme
+    request = LinearRequest(scheme, "cuda", 100, sum(linear.n for linear in linears), linears[0].k)
+    assert layout.supports(request) is None
+    prepared = layout.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
+    x = torch.randn(3, linears[0].k, generator=torch.Generator().manual_seed(0))
+    scale, smoothing = stored[0].get("input_scale"), stored[0].get("pre_quant_scale")
+    rounded = round_to_blocks(scheme.activation, x, smoothing, scale)
+    y = layout.matmul_blocks(prepared, rounded, None, torch.float32).double()
+    wide = x if smoothing is None else x * smoothing.float()
+    right = [naive_linear(wide, scheme.weight.decode(shard), scheme.activation, scale, None) for shard in stored]
+    expected = torch.cat(right, dim=1)
+    return float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+@pytest.mark.parametrize("function", ["interpreted_errors", "interpreted_fp4_errors"])
+def test_layouts_in_the_interpreter(function: str) -> None:
+    """Real exports through ``prepare`` and the product as a GPU would run them, shards with scales of their own merged."""
+    recipes = INTERPRETED if function == "interpreted_errors" else FP4
+    folders = [str(folder_of(recipe, "llama")) for recipe in recipes]
     script = (
         "import sys; from pathlib import Path\n"
-        "from tests.layers.test_products import interpreted_errors\n"
-        "print(*[interpreted_errors(Path(folder)) for folder in sys.argv[1:]])\n"
+        f"from tests.layers.test_products import {function} as errors\n"
+        "print(*[errors(Path(folder)) for folder in sys.argv[1:]])\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", script, *folders]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = [float(word) for word in done.stdout.split()]
-    assert len(errors) == len(INTERPRETED) >= 9
-    assert max(errors) < TOLERANCE[torch.float32], dict(zip(INTERPRETED, errors, strict=True))
+    assert len(errors) == len(recipes) >= (9 if recipes is INTERPRETED else 3)
+    assert max(errors) < TOLERANCE[torch.float32], dict(zip(recipes, errors, strict=True))
 
 
 @pytest.mark.gpu
@@ -195,7 +216,7 @@ def test_on_a_gpu(recipe: str, family: str, dtype: torch.dtype) -> None:
 def test_rounded_fp4_activations_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FP4_ACTIVATIONS.variable, "round")
     errors = check_export(folder_of(recipe, "llama"), torch.bfloat16, "cuda")
-    assert all("triton_block_scaled" in name for name in errors)
+    assert all("triton_block_scaled" in name or "triton_fp4" in name for name in errors)
     assert_within(errors, torch.bfloat16)
 
 

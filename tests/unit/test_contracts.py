@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sglang_modelopt_ext.layouts import flashinfer, humming, packages, weight_only
-from sglang_modelopt_ext.layouts.blocks import swizzle_128x4
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 from tests.support.contracts import bind, calls, decorator, evaluate, function, parameters, source_folder, version_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,7 +144,7 @@ def test_the_order_of_scales(rows: int, columns: int) -> None:
     """FlashInfer's own inverse gives back what we put in."""
     scale = torch.randint(0, 256, (rows, columns), dtype=torch.uint8)
     (unswizzle,) = evaluate(WEIGHT_ONLY, "_unswizzle_sf_128x4", torch=torch)
-    swizzled = swizzle_128x4(scale)
+    swizzled = naive_swizzle(scale)
     assert swizzled.shape == (-(-rows // 128) * 128, -(-columns // 4) * 4)
     assert torch.equal(unswizzle(swizzled, rows, columns), scale)
     assert int((swizzled != 0).sum()) == int((scale != 0).sum())
@@ -156,7 +156,7 @@ def test_the_length_of_mxfp8_scales() -> None:
 
     _, length = evaluate(GEMM, "_pad_up", "_mxfp8_swizzled_scale_len", SfLayout=SfLayout)
     for m, k in ((1, 128), (77, 160), (300, 4096)):
-        assert swizzle_128x4(torch.zeros(m, k // 32, dtype=torch.uint8)).numel() == length(m, k, SfLayout.layout_128x4)
+        assert naive_swizzle(torch.zeros(m, k // 32, dtype=torch.uint8)).numel() == length(m, k, SfLayout.layout_128x4)
 
 
 def test_quacks_nvfp4_is_modelopts() -> None:

@@ -14,14 +14,14 @@ import torch
 
 from sglang_modelopt_ext import dispatch, selfcheck
 from sglang_modelopt_ext.layouts import packages
-from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
 from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
 from sglang_modelopt_ext.layouts.humming import Humming, layer_config
 from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
-from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS, e2m1, e4m3, ue8m0
+from sglang_modelopt_kernels.formats import WEIGHT_FORMATS, e2m1, e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.formats.checks import scale_blocks
 from sglang_modelopt_kernels.gemm.dense import naive_linear
@@ -321,11 +321,8 @@ def test_reasons(layout: Layout, asked: LinearRequest, reason: str) -> None:
     assert reason in str(layout.supports(asked))
 
 
-def blocks(asked: LinearRequest, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
-    assert asked.scheme.activation is not None
-    rounded = asked.scheme.activation.blocks(x, scale)
-    assert rounded is not None
-    return rounded
+def blocks(layout: BlockLayout, asked: LinearRequest, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
+    return round_to_blocks(asked.scheme.activation, x, None, scale, layout.swizzled)
 
 
 def shards(weight: str, rows: Sequence[int], k: int, one_scale: bool) -> list[ShardWeight]:
@@ -354,11 +351,11 @@ def test_fused_shards(layout: Layout, asked: LinearRequest) -> None:
     expected = torch.cat([part.unit.double() * part.out_scale.double() for part in decoded])
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16).float()
     bias = torch.randn(192, generator=torch.Generator().manual_seed(5))
-    if layout.takes_blocks:
+    if isinstance(layout, BlockLayout):
         activation = asked.scheme.activation
         assert activation is not None
         scale = torch.tensor(0.002) if activation.tensors else None
-        y = layout.matmul_blocks(prepared, blocks(asked, x, scale), bias, torch.bfloat16)
+        y = layout.matmul_blocks(prepared, blocks(layout, asked, x, scale), bias, torch.bfloat16)
         values, row_scale = activation.quantize(x, scale)
         x = values if row_scale is None else values * row_scale
     else:
@@ -409,20 +406,6 @@ def test_what_humming_holds(lowest: int, highest: int, reason: str | None) -> No
     assert torch.equal(y.float(), shard.decode().unit.T[::37].to(torch.bfloat16).float())
 
 
-@pytest.mark.parametrize("name", ["nvfp4_dynamic", "mxfp4_dynamic", "mxfp8_dynamic"])
-def test_codes_are_the_recipes(name: str) -> None:
-    activation = ACTIVATION_FORMATS[name]
-    x = torch.randn(9, 128, generator=torch.Generator().manual_seed(6)) * torch.logspace(-4, 4, 9)[:, None]
-    scale = torch.tensor(0.03) if activation.tensors else None
-    values, row_scale = activation.quantize(x, scale)
-    rounded = activation.blocks(x, scale)
-    assert rounded is not None
-    numbers = e4m3.decode(rounded.codes) if name.startswith("mxfp8") else e2m1.decode(e2m1.unpack_codes(rounded.codes))
-    again = scale_blocks(numbers, scales(rounded.scale, name.startswith("mx")))
-    assert torch.equal(again, values)
-    assert rounded.row_scale is row_scale or torch.equal(rounded.row_scale, row_scale)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("algo", ["NVFP4", "NVFP4_AWQ", "MXFP8"])
 def test_a_layer_through_them(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole product, smoothing and rounding included, equals the recipe's."""
@@ -453,9 +436,9 @@ def test_a_layer_through_them(algo: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_no_tokens() -> None:
     for layout, asked in CASES:
         prepared = layout.prepare(shards(asked.scheme.weight.name, (128,), 256, one_scale=True))
-        if layout.takes_blocks:
+        if isinstance(layout, BlockLayout):
             scale = torch.tensor(0.5) if asked.scheme.activation and asked.scheme.activation.tensors else None
-            y = layout.matmul_blocks(prepared, blocks(asked, torch.zeros(0, 256), scale), None, torch.bfloat16)
+            y = layout.matmul_blocks(prepared, blocks(layout, asked, torch.zeros(0, 256), scale), None, torch.bfloat16)
         else:
             y = layout.matmul(prepared, torch.zeros(0, 256).to(layout.operand(asked)), None, None, torch.bfloat16)
         assert y.shape == (0, 128)

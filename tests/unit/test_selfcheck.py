@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -11,10 +12,12 @@ from sglang_modelopt_ext import dispatch, selfcheck
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.layouts.dense import Dense
+from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+from sglang_modelopt_kernels.gemm.fp4 import naive_fp4_linear
 
 
 class Wrong(Dense):
@@ -32,6 +35,21 @@ class Wrong(Dense):
         if y.shape[0] > 100:
             y[-1] *= self.factor
         return y
+
+
+class Blocks(BlackwellFp4):
+    """Multiplies codes on a CPU; with ``wrong`` it takes every block's scale for its neighbour's."""
+
+    def __init__(self, wrong: bool) -> None:
+        self.wrong = wrong
+
+    def objection(self, request: LinearRequest) -> str | None:
+        return super().objection(dataclasses.replace(request, device="cuda", capability=100))
+
+    def matmul_blocks(self, prepared, x, bias, out_dtype):  # type: ignore[no-untyped-def, override]
+        scale = prepared["block_scale"].roll(1, dims=1) if self.wrong else prepared["block_scale"]
+        y = naive_fp4_linear(x, prepared["codes"], scale, None) * prepared["out_scale"].double()
+        return (y if bias is None else y + bias.double()).to(out_dtype)
 
 
 class Broken(Dense):
@@ -77,6 +95,45 @@ def test_what_is_wrong_does_not(factor: float) -> None:
     with pytest.raises(ValueError, match=r"is wrong on cpu: relative error .* with 300 tokens"):
         selfcheck.check_layout(Wrong(factor), request("FP8", "fp8"), torch.device("cpu"))
     assert not selfcheck._passed
+
+
+@pytest.mark.parametrize(("algo", "weight"), [("NVFP4", "nvfp4"), ("MXFP4", "mxfp4")])
+def test_what_reads_codes(algo: str, weight: str) -> None:
+    """It gets activations in its own format, and what it makes of them is held to that format's numbers."""
+    asked = dataclasses.replace(request(algo, weight), dtype=torch.bfloat16)
+    assert Blocks(False).supports(asked) is None
+    selfcheck.check_layout(Blocks(False), asked, torch.device("cpu"))
+    with pytest.raises(ValueError, match="is wrong on cpu"):
+        selfcheck.check_layout(Blocks(True), asked, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("algo", ["NVFP4_AWQ", "NVFP4_SVD", "MXFP4"])
+def test_a_layer_whose_layout_reads_codes(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shards with scales of their own, smoothing, bias and low rank, against the reference layout's result."""
+    generator = torch.Generator().manual_seed(0)
+    scheme = SCHEMES[algo]
+    smoothing, rank = algo != "MXFP4", 4 if algo == "NVFP4_SVD" else 0
+    activation = scheme.activation_format()
+    layer = LayerScheme(algo, WEIGHT_FORMATS[scheme.weights[0]], activation, smoothing, rank)
+    shards = []
+    for scale in (0.002, 0.003):
+        shard = layer.weight.quantize(torch.randn(32, 96, generator=generator) * scale)
+        shard |= {"input_scale": torch.tensor(scale)} if activation and activation.tensors else {}
+        shard |= {"pre_quant_scale": torch.rand(96, generator=generator) + 0.5} if smoothing else {}
+        if rank:
+            shard["svdquant_lora_a"] = torch.randn(rank, 96, generator=generator) * 0.1
+            shard["svdquant_lora_b"] = torch.randn(32, rank, generator=generator) * 0.1
+        shards.append(shard)
+    x, bias = torch.randn(5, 96, generator=generator).bfloat16(), torch.randn(64, generator=generator).bfloat16()
+    results = []
+    for layout in (Blocks(False), Dense(torch.float32, ("cpu",))):
+        monkeypatch.setattr(dispatch, "LAYOUTS", (layout,))
+        product, module = LinearProduct(layer, "folder", "layer"), torch.nn.Module()
+        product.prepare(module, shards, 64, 96)
+        results.append(product.apply(module, x, bias).double())
+        assert product.layout is layout
+    error = (results[0] - results[1]).norm(dim=1) / results[1].norm(dim=1)
+    assert float(error.max()) < 2**-8  # each rounded to bf16 once
 
 
 def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

@@ -55,7 +55,8 @@ def activation_scale(amax: torch.Tensor, element_max: float) -> torch.Tensor:
 
     Source: ModelOpt 0.47, ``compute_scale_e8m0_NV`` in ``tensor_quant_mx.cu``, which reads the exponent from the bits.
     """
-    mantissa, exponent = torch.frexp(divide(amax, element_max))  # mantissa in [0.5, 1)
+    quotient = divide(amax, element_max)  # zero for an amax at the end of the subnormal numbers, too
+    mantissa, exponent = torch.frexp(quotient)  # mantissa in [0.5, 1)
     ceiling = torch.where(mantissa == 0.5, exponent - 1, exponent)
-    ceiling = torch.where(amax == 0, -BIAS, ceiling)
+    ceiling = torch.where(quotient == 0, -BIAS, ceiling)
     return torch.where(torch.isfinite(amax), encode(ceiling), NAN)

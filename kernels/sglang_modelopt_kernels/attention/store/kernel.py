@@ -6,28 +6,7 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.attention.kernel import turned
-from sglang_modelopt_kernels.quantize.fp8.kernel import _round_to_e4m3
-
-
-@triton.jit
-def _e4m3_byte(y, x):
-    """Float32 numbers ``y`` on E4M3's grid as its bytes, with the sign of ``x``, which they were rounded from; NaN is 0x7F."""
-    bits = y.to(tl.uint32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    normal = (magnitude >> 20) - ((127 - 7) << 3)
-    small = (tl.abs(y) * 512.0).to(tl.uint32)  # subnormals, in units of 2^-9
-    byte = tl.where(magnitude >= 0x3C800000, normal, small)
-    byte = byte | ((x.to(tl.uint32, bitcast=True) >> 24) & 0x80)
-    return tl.where(magnitude > 0x7F800000, 0x7F, byte).to(tl.uint8)
-
-
-@triton.jit
-def _e2m1_code(x):
-    """Float32 numbers as E2M1 codes, ties to even, saturating at 6; the code of a NaN means nothing."""
-    m = tl.abs(x)
-    code = (m > 0.25).to(tl.int32) + (m >= 0.75).to(tl.int32) + (m > 1.25).to(tl.int32) + (m >= 1.75).to(tl.int32)
-    code += (m > 2.5).to(tl.int32) + (m >= 3.5).to(tl.int32) + (m > 5.0).to(tl.int32)
-    return code | tl.where(x < 0, 8, 0)
+from sglang_modelopt_kernels.quantize.kernel import e2m1_code, e4m3_byte, round_to_e4m3
 
 
 @triton.jit
@@ -37,10 +16,10 @@ def _store_nvfp4(x, row, inside, code_ptr, scale_ptr, s, D: tl.constexpr, DP: tl
     # A maximum may lose a NaN. Neither NaN nor infinity is at most the largest float32.
     spoiled = tl.max(tl.where(magnitude <= 3.4028234663852886e38, 0, 1), axis=2)
     ratio = tl.div_rn(tl.max(magnitude, axis=2), 6.0 * s)
-    scale = _round_to_e4m3(tl.where(spoiled == 0, ratio, float("nan")))
+    scale = round_to_e4m3(tl.where(spoiled == 0, ratio, float("nan")))
     step = scale * s
     inverse_free = tl.where(step == 0.0, float("inf"), step)
-    code = _e2m1_code(tl.div_rn(blocks, tl.broadcast_to(inverse_free[:, :, None], (BT, DP // 16, 16))))
+    code = e2m1_code(tl.div_rn(blocks, tl.broadcast_to(inverse_free[:, :, None], (BT, DP // 16, 16))))
     # Planes: axis 2 is the plane, axis 3 the place in the element's group of four.
     code = tl.reshape(code, (BT, DP // 16, 4, 4))
     plane = tl.arange(0, 4)[None, None, :, None]
@@ -53,7 +32,7 @@ def _store_nvfp4(x, row, inside, code_ptr, scale_ptr, s, D: tl.constexpr, DP: tl
     block = tl.arange(0, DP // 16)
     at = scale_ptr + row[:, None] * (D // 16) + block[None, :]
     # NaN as 0xFF, which is NaN in float16 when it is read.
-    byte = tl.where(spoiled == 0, _e4m3_byte(scale, scale), 0xFF).to(tl.uint8)
+    byte = tl.where(spoiled == 0, e4m3_byte(scale, scale), 0xFF).to(tl.uint8)
     tl.store(at, byte, mask=inside[:, None] & (block < D // 16)[None, :])
 
 
@@ -104,7 +83,7 @@ def store_kernel(
         if FP4:
             _store_nvfp4(x, row, inside, k_code_ptr, k_block_ptr, s, D, DP, BT)
         else:
-            y = _e4m3_byte(_round_to_e4m3(x * tl.div_rn(1.0, s)), x)
+            y = e4m3_byte(round_to_e4m3(x * tl.div_rn(1.0, s)), x)
             tl.store(k_code_ptr + row[:, None] * D + channel[None, :], y, mask=mask)
     else:
         x = tl.load(v_ptr + wide[:, None] * v_stride + head * D + channel[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -114,7 +93,7 @@ def store_kernel(
         if FP4:
             _store_nvfp4(x, row, inside, v_code_ptr, v_block_ptr, s, D, DP, BT)
         else:
-            y = _e4m3_byte(_round_to_e4m3(x * tl.div_rn(1.0, s)), x)
+            y = e4m3_byte(round_to_e4m3(x * tl.div_rn(1.0, s)), x)
             tl.store(v_code_ptr + row[:, None] * D + channel[None, :], y, mask=mask)
 
 

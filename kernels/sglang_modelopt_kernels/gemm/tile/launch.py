@@ -66,10 +66,14 @@ def launch(
     epilogue: Epilogue,
     out_dtype: torch.dtype,
     plan: Plan,
-    **constexprs: Any,
+    per_entry: int = 1,
+    **arguments: Any,
 ) -> torch.Tensor:
-    """``[M, N]`` of ``out_dtype`` from a kernel over tiles of ``Y^T``, for activations ``x`` ``[M, K]`` and a weight of N rows."""
-    (m, k), n = x.shape, codes.shape[0]
+    """``[M, N]`` of ``out_dtype`` from a kernel over tiles of ``Y^T``, for activations ``x`` and a weight of N rows.
+
+    ``x`` is ``[M, K]``, or ``[M, K / per_entry]`` where an entry holds several inputs; ``arguments`` are those of the kernel's own.
+    """
+    m, k, n = x.shape[0], x.shape[1] * per_entry, codes.shape[0]
     config, split = plan
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
     partials = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else None
@@ -89,7 +93,7 @@ def launch(
         num_warps=config.warps,
         num_stages=config.stages,
         **epilogue.arguments(),
-        **constexprs,
+        **arguments,
     )
     if partials is not None:
         epilogue.finish(partials, y)

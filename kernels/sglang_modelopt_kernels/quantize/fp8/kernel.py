@@ -5,19 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def _round_to_e4m3(x):
-    """Float32 rounded to E4M3's grid, nearest even, saturating at 448; NaN stays NaN.
-
-    By arithmetic on float32, because sm_80 has no E4M3 and the interpreter's cast does not round to nearest. Adding and
-    subtracting 1.5 * 2^23 quanta rounds to the quantum: 2^-9 below 2^-6, and 2^(e - 3) under the exponent e above.
-    """
-    bits = x.to(tl.uint32, bitcast=True)
-    exponent = tl.maximum((bits >> 23) & 0xFF, 121)  # 121 is 2^-6; its quantum has exponent 118
-    magic = (((exponent + 20) << 23) | 0x00400000).to(tl.float32, bitcast=True)
-    clamped = tl.where(x > 448.0, 448.0, tl.where(x < -448.0, -448.0, x))
-    return tl.where(exponent > 135, clamped, (clamped + magic) - magic)
+from sglang_modelopt_kernels.quantize.kernel import round_to_e4m3
 
 
 @triton.jit
@@ -37,7 +25,7 @@ def quantize_static_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     x = _load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH)
-    y = _round_to_e4m3(x * inverse)
+    y = round_to_e4m3(x * inverse)
     tl.store(y_ptr + token * k + column, y.to(y_ptr.dtype.element_ty), mask=column < k)
 
 
@@ -76,5 +64,5 @@ def quantize_token_kernel(
     for start in range(0, k, BLOCK):
         column = start + tl.arange(0, BLOCK)
         x = _load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH)
-        y = _round_to_e4m3(x * inverse)
+        y = round_to_e4m3(x * inverse)
         tl.store(y_ptr + token * k + column, y.to(y_ptr.dtype.element_ty), mask=column < k)

@@ -1,0 +1,35 @@
+"""The naive twin: the formats' own rounding, one operation after the other."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS
+from sglang_modelopt_kernels.formats.base import BlockActivation
+
+
+def naive_quantize_blocks(
+    x: torch.Tensor, activation: str, smoothing: torch.Tensor | None = None, input_scale: torch.Tensor | None = None
+) -> BlockActivation:
+    """See :func:`quantize_blocks`. Raises ValueError for a format without blocks."""
+    wide = x.to(torch.float32)
+    if smoothing is not None:
+        wide = wide * smoothing.to(torch.float32)
+    rounded = ACTIVATION_FORMATS[activation].blocks(wide, input_scale)
+    if rounded is None:
+        raise ValueError(f"{activation} has no block scales")
+    return rounded
+
+
+def naive_swizzle(scale: torch.Tensor) -> torch.Tensor:
+    """Block scales ``[M, B]`` in tiles of 128 x 4, as the matrix instructions of Blackwell read them, padded with zeros.
+
+    The scale of row r and block c of a tile is byte ``16 (r % 32) + 4 (r / 32) + c`` of its 512 (PTX ISA, tcgen05, scale factors
+    with ``scale_vec::4X``; cuBLAS, "1D Block Scaling Factors Layout"). Tiles lie along the blocks first.
+    """
+    m, blocks = scale.shape
+    rows, columns = -(-m // 128) * 128, -(-blocks // 4) * 4
+    padded = torch.zeros((rows, columns), dtype=torch.uint8, device=scale.device)
+    padded[:m, :blocks] = scale.view(torch.uint8)
+    tiles = padded.view(rows // 128, 4, 32, columns // 4, 4)  # tile, r / 32, r % 32, tile, c
+    return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns).view(scale.dtype)

@@ -1,0 +1,177 @@
+"""The rounding as PyTorch operators. CUDA tensors, or CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+
+from sglang_modelopt_kernels.formats.base import BlockActivation
+
+from .kernel import quantize_blocks_kernel
+
+INPUTS = 2048
+"""Inputs of one token that a program rounds."""
+
+NUMERICS: dict[str, tuple[int, Literal["e2m1", "e4m3"]]] = {
+    "nvfp4_dynamic": (16, "e2m1"),
+    "mxfp4_dynamic": (32, "e2m1"),
+    "mxfp8_dynamic": (32, "e4m3"),
+}
+"""Of each activation format: inputs to a block scale, and the element."""
+BLOCK_ACTIVATIONS = tuple(NUMERICS)
+"""The activation formats that are rounded here."""
+VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _launch(
+    x: torch.Tensor,
+    activation: str,
+    smoothing: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    y: torch.Tensor,
+    scale: torch.Tensor | None,
+    swizzled: bool,
+) -> None:
+    (m, k), (group, element) = x.shape, NUMERICS[activation]
+    if m == 0 or k == 0:
+        return
+    x = x if x.stride(1) == 1 else x.contiguous()
+    blocks = min(INPUTS // group, triton.next_power_of_2(k // group))
+    # The kernel takes a pointer for what is absent and never reads through it.
+    quantize_blocks_kernel[(m, triton.cdiv(k // group, blocks))](
+        x,
+        y if smoothing is None else smoothing.contiguous(),
+        y if input_scale is None else input_scale,
+        y,
+        y if scale is None else scale,
+        k,
+        x.stride(0),
+        0 if scale is None else scale.shape[1],
+        GROUP=group,
+        ELEMENT=element,
+        SMOOTH=smoothing is not None,
+        VALUES=scale is None,
+        SWIZZLE=swizzled,
+        BLOCKS=blocks,
+    )
+
+
+@torch.library.custom_op("modelopt_ext::quantize_blocks", mutates_args=())
+def _quantize_blocks(
+    x: torch.Tensor,
+    activation: str,
+    smoothing: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    swizzled: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    codes, scale = _empty(x, activation, swizzled)
+    if swizzled:
+        scale.zero_()
+    _launch(x, activation, smoothing, input_scale, codes, scale, swizzled)
+    return codes, scale
+
+
+@_quantize_blocks.register_fake
+def _(
+    x: torch.Tensor,
+    activation: str,
+    smoothing: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    swizzled: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    del smoothing, input_scale
+    return _empty(x, activation, swizzled)
+
+
+def _empty(x: torch.Tensor, activation: str, swizzled: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    (m, k), (group, element) = x.shape, NUMERICS[activation]
+    rows, columns = (-(-m // 128) * 128, -(-k // group // 4) * 4) if swizzled else (m, k // group)
+    codes = x.new_empty((m, k // 2 if element == "e2m1" else k), dtype=torch.uint8)
+    return codes, x.new_empty((rows, columns), dtype=torch.uint8)
+
+
+@torch.library.custom_op("modelopt_ext::round_blocks", mutates_args=())
+def _round_blocks(
+    x: torch.Tensor,
+    activation: str,
+    smoothing: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    y = torch.empty(x.shape, dtype=out_dtype, device=x.device)
+    _launch(x, activation, smoothing, input_scale, y, None, False)
+    return y
+
+
+@_round_blocks.register_fake
+def _(
+    x: torch.Tensor,
+    activation: str,
+    smoothing: torch.Tensor | None,
+    input_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    del activation, smoothing, input_scale
+    return x.new_empty(x.shape, dtype=out_dtype)
+
+
+def _check(x: torch.Tensor, activation: str, smoothing: torch.Tensor | None, input_scale: torch.Tensor | None) -> None:
+    if activation not in NUMERICS:
+        raise ValueError(f"activation must be one of {', '.join(NUMERICS)}, got {activation}")
+    group = NUMERICS[activation][0]
+    if x.dim() != 2 or not x.is_floating_point() or x.shape[1] % group:
+        raise ValueError(f"x must be [M, K] floats with K in {group}s, got {tuple(x.shape)} {x.dtype}")
+    if smoothing is not None and smoothing.shape != x.shape[1:]:
+        raise ValueError(f"smoothing must be [{x.shape[1]}], got {tuple(smoothing.shape)}")
+    if (input_scale is not None) != (group == 16):
+        raise ValueError(f"input_scale must be {'given' if group == 16 else 'left out'} for {activation}")
+    if input_scale is not None and (input_scale.numel() != 1 or input_scale.dtype != torch.float32):
+        raise ValueError(f"input_scale must be one float32, got {tuple(input_scale.shape)} {input_scale.dtype}")
+
+
+def quantize_blocks(
+    x: torch.Tensor,
+    activation: str,
+    smoothing: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    swizzled: bool = False,
+) -> BlockActivation:
+    """``x * smoothing`` as codes and block scales, those of the activation format ``activation`` bit for bit.
+
+    Args:
+        x: ``[M, K]`` of a float type, K whole blocks; copied unless the entries of a row lie side by side.
+        activation: one of BLOCK_ACTIVATIONS; the formulas are in ``formats/``.
+        smoothing: ``[K]`` of a float type, multiplied in float32 first; None for 1.
+        input_scale: NVFP4's static scale, float32, one value.
+        swizzled: block scales ``[M, B]`` in tiles of 128 x 4, padded with zeros: :func:`naive_swizzle`.
+
+    Raises:
+        ValueError: an unknown format, or a shape or dtype that the kernel does not read.
+    """
+    _check(x, activation, smoothing, input_scale)
+    codes, scale = _quantize_blocks(x, activation, smoothing, input_scale, swizzled)
+    group, element = NUMERICS[activation]
+    codes = codes if element == "e2m1" else codes.view(torch.float8_e4m3fn)
+    row_scale = None if input_scale is None else input_scale.reshape(())
+    return BlockActivation(codes, scale.view(torch.float8_e4m3fn) if group == 16 else scale, row_scale)
+
+
+def round_blocks(
+    x: torch.Tensor,
+    activation: str,
+    smoothing: torch.Tensor | None = None,
+    input_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Likewise as numbers: ``code * block scale`` in ``out_dtype`` ``[M, K]``, and the ``input_scale``.
+
+    Raises:
+        ValueError: as :func:`quantize_blocks`, or a type that is not one of VALUE_DTYPES.
+    """
+    _check(x, activation, smoothing, input_scale)
+    if out_dtype not in VALUE_DTYPES:
+        raise ValueError(f"out_dtype must be float32, bf16 or float16, got {out_dtype}")
+    values: torch.Tensor = _round_blocks(x, activation, smoothing, input_scale, out_dtype)
+    return values, None if input_scale is None else input_scale.reshape(())

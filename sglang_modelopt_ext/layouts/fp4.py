@@ -1,0 +1,64 @@
+"""FP4 weights and activations on Blackwell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sglang_modelopt_ext.layouts.base import BlockLayout, LinearRequest, ShardWeight
+from sglang_modelopt_kernels.formats import e4m3, ue8m0
+from sglang_modelopt_kernels.formats.base import BlockActivation
+from sglang_modelopt_kernels.gemm.fp4 import fp4_linear
+
+_ACTIVATION_OF = {"nvfp4": "nvfp4_dynamic", "mxfp4": "mxfp4_dynamic"}
+
+
+class BlackwellFp4(BlockLayout):
+    """Weights as stored times activations of the same format: :mod:`sglang_modelopt_kernels.gemm.fp4`."""
+
+    name = "triton_fp4"
+
+    def objection(self, request: LinearRequest) -> str | None:
+        """NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on SM100, SM103 and SM120."""
+        scheme, activation = request.scheme, request.scheme.activation
+        if request.device != "cuda" or (request.capability or 0) // 10 not in (10, 12):
+            return "is for SM100, SM103 and SM120"
+        if scheme.weight.name not in _ACTIVATION_OF:
+            return f"has no matrix instruction for {scheme.weight.name} weights"
+        if activation is None or activation.name != _ACTIVATION_OF[scheme.weight.name]:
+            return f"needs {_ACTIVATION_OF[scheme.weight.name]} activations"
+        if request.dtype not in (torch.float16, torch.bfloat16):
+            return f"may sum at less than the precision of {request.dtype}"
+        return None
+
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]`` and ``out_scale`` float32 ``[N]``."""
+        codes = torch.cat([shard.tensors["weight"] for shard in shards])
+        scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
+        # The instruction reads E4M3 scales without their sign.
+        if scale.dtype == torch.uint8:
+            illegal = ue8m0.byte_is_nan(scale)
+        else:
+            illegal = e4m3.byte_is_nan(scale) | e4m3.byte_is_negative(scale)
+        if bool(illegal.any()):
+            raise ValueError("a block scale is NaN or negative")
+        one = torch.ones((), dtype=torch.float32, device=codes.device)
+        out_scale = [
+            shard.tensors.get("weight_scale_2", one).to(torch.float32).expand(shard.tensors["weight"].shape[0])
+            for shard in shards
+        ]
+        return {"codes": codes, "block_scale": scale, "out_scale": torch.cat(out_scale)}
+
+    def matmul_blocks(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        x: BlockActivation,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See :func:`fp4_linear`."""
+        y: torch.Tensor = fp4_linear(
+            x, prepared["codes"], prepared["block_scale"], prepared["out_scale"], bias, out_dtype
+        )
+        return y
