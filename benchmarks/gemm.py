@@ -8,7 +8,6 @@ or that the installed Triton does not compile, is named and left out. Last comes
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,31 +23,11 @@ from sglang_modelopt_kernels.gemm.fp4 import fp4_linear, naive_fp4_linear
 from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, naive_mxfp4_linear, pair_blocks
 from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, quantize_blocks
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
+from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
 
 SHAPES = {"8B gate_up": (28672, 4096), "8B down": (4096, 14336), "8B qkv": (6144, 4096), "70B down": (8192, 28672)}
 TOKENS = tuple(2**power for power in range(14))
 ROUNDING_TOKENS = (1, 64, 4096)
-COLD_BYTES = 200_000_000
-LAUNCHES = 20
-
-
-def median_us(call: Callable[[int], object]) -> float:
-    """Microseconds of one call, the median over replays of a graph of LAUNCHES calls."""
-    call(0)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for index in range(LAUNCHES):
-            call(index)
-    times = []
-    for _ in range(8):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / LAUNCHES * 1e3)
-    return statistics.median(times[1:])
 
 
 @dataclass(frozen=True)

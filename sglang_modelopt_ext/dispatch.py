@@ -16,10 +16,14 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
+from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
+from sglang_modelopt_ext.layouts.humming import Humming
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4, WidenedMxfp4
+from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.tuned import ranking
 
 BLACKWELL = 100
 """Compute capability times ten from which matrix instructions take FP4 activations."""
@@ -39,9 +43,16 @@ def served_scheme(scheme: LayerScheme, device: str, capability: int | None) -> L
 LAYOUTS: tuple[Layout, ...] = (
     BlackwellMxfp4(),
     WidenedMxfp4(),
+    # On Blackwell nothing of this package has run, and these have: where FlashInfer is installed, its kernels come first.
+    FlashInferFp4(),
+    FlashInferMxfp8(),
+    FlashInferWeightOnly(),
     BlackwellFp4(),
     BlockScaled(),
     Fp8(),
+    # On SM90 ours are measured and these are not: they serve by name, or where a tuning file says that they are faster.
+    QuackWeightOnly(),
+    Humming(),
     Dense(torch.bfloat16, ("cuda",)),
     Dense(torch.float32, ("cuda", "cpu")),
 )
@@ -50,10 +61,15 @@ LAYOUTS: tuple[Layout, ...] = (
 def candidates(request: LinearRequest, subject: str) -> list[Layout]:
     """The layouts that take ``request``, best first. Raises ModelOptExtError with every reason when there is none.
 
-    ``SGLANG_MODELOPT_EXT_GEMM`` limits them to the ones it names, in its order.
+    ``SGLANG_MODELOPT_EXT_GEMM`` limits them to the ones it names, in its order. Else those that a tuning file has times of for
+    the layer come first, by their times, and the others after them in the order of ``LAYOUTS``.
     """
     known = {layout.name: layout for layout in LAYOUTS}
-    wanted = GEMM.read().split(",") if GEMM.read() else list(known)
+    if GEMM.read():
+        wanted = GEMM.read().split(",")
+    else:
+        measured = [name for name in ranking(request) if name in known]
+        wanted = [*measured, *(name for name in known if name not in measured)]
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ModelOptExtError.at("environment", GEMM.variable, f"names among {', '.join(known)}", unknown[0])

@@ -65,13 +65,20 @@ GEMM = Setting(
     "Kernels that may serve linear layers, by the names of the support matrix, comma-separated, in order of preference; "
     "a layer none of them takes is an error. Empty: all, in the plugin's own order.",
 )
+TUNING = Setting(
+    "TUNING",
+    (),
+    "",
+    "A file made by `python -m sglang_modelopt_ext.tune`: the layouts that take a layer are tried in the order of their measured "
+    "times. It must be of this GPU and these versions, else it is not used and the log says why.",
+)
 ERROR_FILE = Setting(
     "ERROR_FILE",
     (),
     "",
     "Internal: the file through which a scheduler process tells the launching process why it stopped.",
 )
-SETTINGS = (W4A8_MATH, MXFP4_ACTIVATIONS, FP4_ACTIVATIONS, GEMM, ERROR_FILE)
+SETTINGS = (W4A8_MATH, MXFP4_ACTIVATIONS, FP4_ACTIVATIONS, GEMM, TUNING, ERROR_FILE)
 
 
 def w4a8_math() -> W4A8Math:

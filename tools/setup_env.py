@@ -21,7 +21,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections import deque
 from pathlib import Path
 
@@ -34,6 +36,9 @@ LOG = VENV / "setup.log"
 CPU_RUNTIME = ROOT / "cpu_runtime"
 REQUIREMENTS = CPU_RUNTIME / "requirements.txt"
 REQUIREMENTS_NO_DEPS = CPU_RUNTIME / "requirements-no-deps.txt"
+REQUIREMENTS_CONTRACTS = CPU_RUNTIME / "requirements-contracts.txt"
+CONTRACTS = VENV / "contracts"
+CONTRACT_FILE = re.compile(r"\.py$|/METADATA$|_gemm_cutlass\w*\.cu$")
 INSTALL_SHIMS = CPU_RUNTIME / "install_shims.py"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 
@@ -66,6 +71,7 @@ def main() -> int:
             make_venv(find_python(python), kind)
         write_stamp(kind)  # without the hash until everything is there
         install_cpu() if runtime == "cpu" else install_cuda()
+        unpack_contracts()
         write_stamp(complete)
         step(f"done: {VENV.relative_to(ROOT)} is ready ({runtime})")
     except SetupError as error:
@@ -167,6 +173,19 @@ def install_cuda() -> None:
     pip("install", "-e", f"{ROOT}[cuda,quantize,dev]")
 
 
+def unpack_contracts() -> None:
+    """The sources of GPU packages that the plugin calls, for the tests of its calls: never installed, never imported."""
+    step("unpacking the sources of the GPU kernels' packages (67 MB to download)")
+    if CONTRACTS.exists():
+        shutil.rmtree(CONTRACTS)
+    with tempfile.TemporaryDirectory() as folder:
+        pip("download", "--no-deps", "--only-binary=:all:", "--dest", folder, "-r", str(REQUIREMENTS_CONTRACTS))
+        for wheel in Path(folder).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                names = [name for name in archive.namelist() if CONTRACT_FILE.search(name)]
+                archive.extractall(CONTRACTS, members=names)
+
+
 def pinned(name: str) -> str:
     """The version of ``name`` in the requirements."""
     match = re.search(rf"^{re.escape(name)}==(\S+)$", REQUIREMENTS.read_text(), re.MULTILINE)
@@ -182,7 +201,8 @@ def inputs_hash() -> str:
     """
     digest = hashlib.sha256()
     shims = sorted(path for path in (CPU_RUNTIME / "shims").iterdir() if path.is_file())
-    for path in (Path(__file__), REQUIREMENTS, REQUIREMENTS_NO_DEPS, INSTALL_SHIMS, *shims):
+    requirements = (REQUIREMENTS, REQUIREMENTS_NO_DEPS, REQUIREMENTS_CONTRACTS)
+    for path in (Path(__file__), *requirements, INSTALL_SHIMS, *shims):
         digest.update(path.read_bytes())
     table = ""
     for line in (ROOT / "pyproject.toml").read_text().splitlines():

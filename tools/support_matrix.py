@@ -4,12 +4,15 @@
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 import sys
 from pathlib import Path
 
-from sglang_modelopt_ext.dispatch import candidates, served_scheme
+from sglang_modelopt_ext.dispatch import LAYOUTS, candidates, served_scheme
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts.base import LinearRequest
+from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
+from sglang_modelopt_ext.layouts.packages import VERSIONS
 from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -30,6 +33,11 @@ How it was established: the CPU column is run by the tests (every row layer by l
 `tests/layers/test_products.py`), and the kernels compile for every other column (`python -m benchmarks.aot`). The last column
 was read from SGLang 0.5.23's sources, not run.
 
+The GPU columns assume packages that SGLang 0.5.23 itself installs with CUDA:
+{packages}.
+Their kernels were run nowhere by this project: the calls are held against the packages' sources, and the places they have in the
+order are predicted, not measured. Where a package is missing, or its kernel does not pass the check at load, the next one serves.
+
 """
 
 
@@ -39,14 +47,22 @@ def kernel(scheme: Scheme, capability: int | None) -> str:
         return "*SGLang*"
     names = []
     for weight in scheme.weights:
-        layer = LayerScheme(scheme.algo, WEIGHT_FORMATS[weight], scheme.activation_format())
+        low_rank = 32 if scheme.low_rank else 0  # ModelOpt's default
+        layer = LayerScheme(scheme.algo, WEIGHT_FORMATS[weight], scheme.activation_format(), low_rank=low_rank)
         device = "cpu" if capability is None else "cuda"
-        request = LinearRequest(served_scheme(layer, device, capability), device, capability, 4096, 4096)
+        served = served_scheme(layer, device, capability)
+        request = LinearRequest(served, device, capability, 4096, 4096, packages=VERSIONS)
         try:
             names.append(candidates(request, "matrix")[0].name)
         except ModelOptExtError:
             names.append("none")
     return ", ".join(f"`{name}`" for name in dict.fromkeys(names))
+
+
+def summary(layout: Layout) -> str:
+    """The first line of a layout's description."""
+    line = (inspect.getdoc(layout) or "").splitlines()[0].removesuffix(".")
+    return re.sub(r":(?:mod|class|func):`([^`]+)`", r"`\1`", line).replace("``", "`")
 
 
 def render() -> str:
@@ -71,8 +87,18 @@ def render() -> str:
         "Notes:",
         "",
         *notes,
+        "",
+        "## Kernels",
+        "",
+        "In the order in which they are tried; `SGLANG_MODELOPT_EXT_GEMM` takes these names, and a tuning file",
+        "([tuning](tuning.md)) may order them otherwise.",
+        "",
+        "| name | what it is |",
+        "|---|---|",
+        *(f"| `{layout.name}` | {summary(layout)} |" for layout in LAYOUTS),
     ]
-    return HEAD + "\n".join([*lines, *tail]) + "\n"
+    packages = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
+    return HEAD.format(packages=packages) + "\n".join([*lines, *tail]) + "\n"
 
 
 def main() -> int:

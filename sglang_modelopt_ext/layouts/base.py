@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from sglang_modelopt_ext.env import W4A8Math
+from sglang_modelopt_ext.layouts.packages import installed
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_kernels.formats.base import (
     ActivationFormat,
@@ -19,7 +20,12 @@ from sglang_modelopt_kernels.formats.base import (
     WeightFormat,
 )
 from sglang_modelopt_kernels.formats.nvfp4 import round_unit_to_e4m3
-from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, naive_quantize_blocks, quantize_blocks
+from sglang_modelopt_kernels.quantize.blocks import (
+    BLOCK_ACTIVATIONS,
+    naive_quantize_blocks,
+    naive_swizzle,
+    quantize_blocks,
+)
 
 FP8_ACTIVATIONS = ("fp8_static", "fp8_per_token")
 
@@ -36,6 +42,8 @@ class LinearRequest:
         math: the numerics of its weights.
         dtype: the model's type.
         vocabulary: whether it is an embedding or an ``lm_head``, whose rows may be looked up.
+        gpu: the GPU's name, as tuning files have it.
+        packages: versions of other packages with kernels, by name, as :func:`installed` has them.
     """
 
     scheme: LayerScheme
@@ -46,6 +54,8 @@ class LinearRequest:
     math: W4A8Math = "exact"
     dtype: torch.dtype = torch.bfloat16
     vocabulary: bool = False
+    gpu: str = ""
+    packages: Mapping[str, str] = field(default_factory=installed, compare=False)
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,9 @@ class Layout(ABC):
 class BlockLayout(Layout):
     """A layout whose product reads rounded activations as codes under block scales, not as numbers."""
 
+    swizzled = False
+    """Whether it reads the activations' block scales in tiles of 128 x 4: :func:`naive_swizzle`."""
+
     def operand(self, request: LinearRequest) -> torch.dtype:
         """That of the codes."""
         del request
@@ -132,7 +145,7 @@ class BlockLayout(Layout):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """The layer's output ``[M, N]``, rounded once."""
+        """The layer's output ``[M, N]``, rounded once; another package's kernel may round the sum before the bias, too."""
 
 
 def round_to_blocks(
@@ -140,16 +153,20 @@ def round_to_blocks(
     x: torch.Tensor,
     smoothing: torch.Tensor | None,
     scale: torch.Tensor | None,
+    swizzled: bool = False,
 ) -> BlockActivation:
     """What a :class:`BlockLayout` multiplies: ``x * smoothing`` ``[M, K]`` in the format's codes, ``scale`` its static scale.
+
+    Block scales are in tiles where ``swizzled``, as :attr:`BlockLayout.swizzled` has it.
 
     Raises ValueError when the activations have no codes under block scales.
     """
     if activation is None or activation.name not in BLOCK_ACTIVATIONS:
         raise ValueError(f"{activation.name if activation else 'unrounded'} activations have no block scales")
     if x.is_cuda:
-        return quantize_blocks(x, activation.name, smoothing, scale)
-    return naive_quantize_blocks(x, activation.name, smoothing, scale)
+        return quantize_blocks(x, activation.name, smoothing, scale, swizzled)
+    rounded = naive_quantize_blocks(x, activation.name, smoothing, scale)
+    return dataclasses.replace(rounded, scale=naive_swizzle(rounded.scale)) if swizzled else rounded
 
 
 def fp8_objection(request: LinearRequest) -> str | None:
@@ -160,6 +177,14 @@ def fp8_objection(request: LinearRequest) -> str | None:
     if request.dtype not in (torch.float16, torch.bfloat16):
         return f"may sum at less than the precision of {request.dtype}"
     return None
+
+
+def one_scale(shards: Sequence[ShardWeight]) -> torch.Tensor:
+    """The float32 scale ``[1]`` that NVFP4 shards have in common. Raises ValueError when they have more than one."""
+    scales = torch.stack([shard.tensors["weight_scale_2"].to(torch.float32).reshape(()) for shard in shards])
+    if not bool((scales == scales[0]).all()):
+        raise ValueError("takes one global scale, and the shards have several")
+    return scales[:1].clone()
 
 
 def merge_decoded(shards: Sequence[ShardWeight]) -> DecodedWeight:

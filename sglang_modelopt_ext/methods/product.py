@@ -28,6 +28,7 @@ from sglang_modelopt_ext.layouts.base import (
 )
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_layout
+from sglang_modelopt_ext.tuned import gpu_of
 from sglang_modelopt_kernels.formats.base import ValueRule
 from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, round_blocks
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
@@ -99,7 +100,13 @@ class LinearProduct:
         return self._layout is not None
 
     def prepare(
-        self, layer: torch.nn.Module, shards: Sequence[Shard], n: int, k: int, vocabulary: bool = False
+        self,
+        layer: torch.nn.Module,
+        shards: Sequence[Shard],
+        n: int,
+        k: int,
+        vocabulary: bool = False,
+        layouts: Sequence[Layout] | None = None,
     ) -> None:
         """Puts the stored shards into the first layout that can hold them, as parameters of ``layer``.
 
@@ -108,13 +115,14 @@ class LinearProduct:
             shards: what is stored for each shard.
             n, k: output and input features of all of them.
             vocabulary: whether it is an embedding or an ``lm_head``.
+            layouts: the layouts to try, in order; None for those of the dispatch.
 
         Raises:
             ModelOptExtError: a value is illegal, or no kernel takes the layer, with the reason of each.
         """
         self._check_zero_blocks(shards)
-        request = self._request(shards[0]["weight"], n, k, vocabulary)
-        taking = candidates(request, self.prefix)
+        request = self.request(shards[0]["weight"].device, n, k, vocabulary)
+        taking = candidates(request, self.prefix) if layouts is None else layouts
         self.scheme = request.scheme
         self._input_names = (
             [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
@@ -141,13 +149,15 @@ class LinearProduct:
         expected = f"weights that a kernel with math {self.math} can hold"
         raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
 
-    def _request(self, weight: torch.Tensor, n: int, k: int, vocabulary: bool) -> LinearRequest:
+    def request(self, device: torch.device, n: int, k: int, vocabulary: bool = False) -> LinearRequest:
+        """What the dispatch is asked for the layer on ``device``; sizes as :meth:`prepare` has them."""
         capability = None
-        if weight.is_cuda:
-            major, minor = torch.cuda.get_device_capability(weight.device)
+        if device.type == "cuda":
+            major, minor = torch.cuda.get_device_capability(device)
             capability = 10 * major + minor
-        scheme = served_scheme(self.scheme, weight.device.type, capability)
-        return LinearRequest(scheme, weight.device.type, capability, n, k, self.math, self.dtype, vocabulary)
+        scheme = served_scheme(self.scheme, device.type, capability)
+        gpu = gpu_of(device)
+        return LinearRequest(scheme, device.type, capability, n, k, self.math, self.dtype, vocabulary, gpu)
 
     def _check_zero_blocks(self, shards: Sequence[Shard]) -> None:
         for spec in self.scheme.tensors:
@@ -210,7 +220,7 @@ class LinearProduct:
     ) -> torch.Tensor:
         if isinstance(self.layout, BlockLayout):
             smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
-            rounded = round_to_blocks(self.scheme.activation, x, smoothing, scale)
+            rounded = round_to_blocks(self.scheme.activation, x, smoothing, scale, self.layout.swizzled)
             return self.layout.matmul_blocks(prepared, rounded, bias, out_dtype)
         values, row_scale = self._round(x, inputs)
         return self.layout.matmul(prepared, values, row_scale, bias, out_dtype)

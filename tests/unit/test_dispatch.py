@@ -9,6 +9,7 @@ from sglang_modelopt_ext.dispatch import LAYOUTS, candidates, served_scheme
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.packages import VERSIONS
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
@@ -36,9 +37,12 @@ EXPECTED = {
 
 def request(algo: str, capability: int | None = 90, weight: str | None = None, **fields: object) -> LinearRequest:
     scheme = SCHEMES[algo]
-    layer = LayerScheme(algo, WEIGHT_FORMATS[weight or scheme.weights[0]], scheme.activation_format())
+    low_rank = 32 if scheme.low_rank else 0
+    layer = LayerScheme(
+        algo, WEIGHT_FORMATS[weight or scheme.weights[0]], scheme.activation_format(), low_rank=low_rank
+    )
     device = "cpu" if capability is None else "cuda"
-    arguments = {"n": 4096, "k": 4096} | fields
+    arguments = {"n": 4096, "k": 4096, "packages": {}} | fields
     return LinearRequest(served_scheme(layer, device, capability), device, capability, **arguments)  # type: ignore[arg-type]
 
 
@@ -58,6 +62,27 @@ def test_on_a_gpu(algo: str, capability: int) -> None:
         if algo in ("MXFP4", "NVFP4", "NVFP4_AWQ", "NVFP4_SVD") and capability >= 100:
             expected = "triton_fp4"
         assert candidates(request(algo, capability, weight), "layer")[0].name == expected
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("algo", EXPECTED)
+def test_with_the_packages_of_sglang(algo: str, capability: int) -> None:
+    """FlashInfer comes first on Blackwell, where nothing of ours has run; on SM90 nothing comes before what is measured."""
+    weight = SCHEMES[algo].weights[0]
+    names = [layout.name for layout in candidates(request(algo, capability, weight, packages=VERSIONS), "layer")]
+    ours = [layout.name for layout in candidates(request(algo, capability, weight), "layer")]
+    expected = None
+    if capability >= 100:
+        mxfp4 = "flashinfer_mm_fp4" if capability < 110 else None
+        fp4 = dict.fromkeys(("NVFP4", "NVFP4_AWQ"), "flashinfer_mm_fp4")
+        weight_only = {"W4A16_NVFP4": "flashinfer_mm_bf16_fp4"} if capability < 110 else {}
+        expected = (fp4 | weight_only | {"MXFP8": "flashinfer_mm_mxfp8", "MXFP4": mxfp4}).get(algo)
+    assert names[0] == (expected or ours[0])
+    assert [name for name in names if not name.startswith(("flashinfer", "humming", "quack"))] == ours
+    assert ("humming_mxfp4_fp8" in names) == (algo == "W4A8_MXFP4_FP8" and capability in (89, 90))
+    served = request(algo, 90).scheme
+    weight_only_on_hopper = capability == 90 and served.activation is None and not served.low_rank
+    assert ("quack_w4a16" in names) == (weight_only_on_hopper and weight.startswith("nvfp4"))
 
 
 @pytest.mark.parametrize("algo", EXPECTED)

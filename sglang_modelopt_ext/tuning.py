@@ -1,0 +1,296 @@
+"""Measures, on the GPU at hand, every layout that takes the layers of a checkpoint, and writes a tuning file.
+
+Layers are built as a server builds them (scheme, fused shards, a rank's part), with random weights: only shapes and formats are
+the checkpoint's. A layout is timed only after it passed the check every layout passes at load, and another one on the layer's own
+sizes; what is timed is the whole layer, from the model's activations to its output, in a captured CUDA graph.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import torch
+
+from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, canonical_name
+from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, Checkpoint, QuantizedLinear, read_checkpoint
+from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.dispatch import LAYOUTS
+from sglang_modelopt_ext.env import W4A8Math, w4a8_math
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
+from sglang_modelopt_ext.methods.product import INPUT_SCALE, LinearProduct
+from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
+from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.tuned import FORMAT, LayerKey, Result, TuningFile, gpu_of, key_of, objection, read, versions
+from sglang_modelopt_kernels.formats.base import DecodedWeight
+from sglang_modelopt_kernels.gemm.dense import naive_linear
+from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+ROW_PARALLEL = ("o_proj", "down_proj")
+"""Layers whose inputs are cut over the ranks; all others have their outputs cut."""
+
+CHECKED = 16
+"""Tokens and outputs at either end that are compared with float64 on the layer's own sizes."""
+TOLERANCE = 2.0**-6
+"""Relative, over a token's compared outputs: bf16 rounds them, and the activations, at most twice each."""
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+Timer = Callable[[Callable[[int], object]], float]
+"""Microseconds of ``call(index)`` for a call that takes the number of its repetition: :func:`median_us`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One kind of layer of a checkpoint: what a rank holds of it, and how many there are.
+
+    Attributes:
+        scheme: how it is quantized.
+        n, k: output and input features of a rank's part of the (fused) layer.
+        name: that of the first one.
+        count: how many layers of the model are alike.
+    """
+
+    scheme: LayerScheme
+    n: int
+    k: int
+    name: str
+    count: int = 1
+
+
+def layers_of(checkpoint: Checkpoint, tp_size: int = 1) -> list[Layer]:
+    """The kinds of quantized layers of one rank, in the order of the checkpoint; vocabulary layers, which one layout serves, apart.
+
+    Raises ModelOptExtError when ``tp_size`` does not divide a layer.
+    """
+    if tp_size < 1:
+        raise ModelOptExtError.at("command line", "--tp-size", "a positive number", tp_size)
+    kinds: dict[tuple[LayerScheme, int, int], Layer] = {}
+    for name, shards in _fused(checkpoint):
+        leaf = name.rpartition(".")[2]
+        if leaf in ROW_PARALLEL:
+            n, k = shards[0].n, _divided(shards[0].k, tp_size, name)
+        else:
+            n, k = sum(_outputs(checkpoint, shard, tp_size) for shard in shards), shards[0].k
+        key = shards[0].scheme, n, k
+        found = kinds.get(key)
+        kinds[key] = Layer(*key, name) if found is None else dataclasses.replace(found, count=found.count + 1)
+    return list(kinds.values())
+
+
+def _fused(checkpoint: Checkpoint) -> Iterator[tuple[str, list[QuantizedLinear]]]:
+    """The layers as SGLang fuses them, with their shards in order."""
+    seen = set()
+    for canonical, linear in checkpoint.linears.items():
+        parent, _, leaf = canonical.rpartition(".")
+        if canonical in seen or not parent or leaf.startswith("embed"):
+            continue
+        fused, names = next(((f, s) for f, s in FUSED_SHARDS.items() if leaf in s), (leaf, (leaf,)))
+        members = [canonical_name(f"{parent}.{name}") for name in names]
+        seen.update(members)
+        yield f"{parent}.{fused}", [checkpoint.linears[member] for member in members] if len(names) > 1 else [linear]
+
+
+def _outputs(checkpoint: Checkpoint, shard: QuantizedLinear, tp_size: int) -> int:
+    """Output features of one rank's part of a shard; ranks beyond the number of KV heads share these."""
+    if shard.name.endswith((".k_proj", ".v_proj")) and tp_size > 1:
+        config = read_json_object(checkpoint.folder / CONFIG_NAME)
+        heads = config.get("num_attention_heads")
+        head = config.get("head_dim") or (config["hidden_size"] // heads if heads else 0)
+        if head and shard.n // head < tp_size:
+            return int(head)
+    return _divided(shard.n, tp_size, shard.name)
+
+
+def _divided(size: int, tp_size: int, name: str) -> int:
+    if size % tp_size:
+        raise ModelOptExtError.at("command line", "--tp-size", f"a divisor of the {size} features of {name}", tp_size)
+    return size // tp_size
+
+
+def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type the checkpoint's model is served in. Raises ModelOptExtError when its configuration has none known here."""
+    config = read_json_object(checkpoint.folder / CONFIG_NAME)
+    name = config.get("dtype") or config.get("torch_dtype")
+    if name not in DTYPES:
+        raise ModelOptExtError.at(checkpoint.folder / CONFIG_NAME, "dtype", f"one of {', '.join(DTYPES)}", name)
+    return DTYPES[name]
+
+
+def tune(
+    folder: Path,
+    *,
+    tp_size: int = 1,
+    tokens: Sequence[int] = TOKENS,
+    device: str = "cuda",
+    timer: Timer = median_us,
+    layouts: Sequence[Layout] = LAYOUTS,
+    report: Callable[[str], object] = print,
+) -> TuningFile:
+    """Measures the layers of the checkpoint in ``folder``.
+
+    Args:
+        folder: the checkpoint.
+        tp_size: ranks that share every layer.
+        tokens: numbers of tokens to measure.
+        device: where.
+        timer: what measures one call.
+        layouts: what to measure, where it takes a layer.
+        report: gets one line for each layer and layout.
+
+    Raises:
+        ModelOptExtError: the checkpoint, or a size that ``tp_size`` does not divide.
+    """
+    checkpoint = read_checkpoint(folder)
+    where, dtype = torch.device(device), model_dtype(checkpoint)
+    results: dict[LayerKey, Result] = {}
+    for layer in layers_of(checkpoint, tp_size):
+        math: W4A8Math = w4a8_math() if SCHEMES[layer.scheme.algo].rounds_weight_to_fp8 else "exact"
+        asked = LinearProduct(layer.scheme, folder, layer.name, math, dtype).request(where, layer.n, layer.k)
+        if key_of(asked) in results:
+            continue
+        report(f"{layer.name} and its like ({layer.count}): {layer.scheme.describe()}, {layer.n} x {layer.k}")
+        times, refused = _measure(layer, asked, where, tokens, timer, layouts, report)
+        results[key_of(asked)] = Result(key_of(asked), times, refused)
+    return TuningFile(FORMAT, gpu_of(where), versions(), list(tokens), list(results.values()))
+
+
+def _measure(
+    layer: Layer,
+    asked: LinearRequest,
+    device: torch.device,
+    tokens: Sequence[int],
+    timer: Timer,
+    layouts: Sequence[Layout],
+    report: Callable[[str], object],
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    times: dict[str, list[float]] = {}
+    refused: dict[str, str] = {}
+    stored = random_shard(asked.scheme, layer.n, layer.k, asked.dtype, device)
+    sample = _Sample.of(asked.scheme, stored)
+    for layout in layouts:
+        if layout.supports(asked) is not None:
+            continue
+        try:
+            copies = _copies(layer, asked, layout, stored)
+            times[layout.name] = [_time(copies, sample, m, asked, timer) for m in tokens]
+            report(f"  {layout.name:24}" + "".join(f"{us:10.1f}" for us in times[layout.name]))
+        except ValueError as error:  # a layout that errs, or does not run, here
+            times.pop(layout.name, None)
+            refused[layout.name] = str(error)
+            report(f"  {layout.name:24} {error}")
+    return times, refused
+
+
+def random_shard(
+    scheme: LayerScheme, n: int, k: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """What a checkpoint would store for a random layer, on ``device``; activations of about unit size fit its scales."""
+    generator = torch.Generator(device).manual_seed(0)
+    weight = torch.randn(n, k, generator=generator, device=device) / k**0.5
+    stored = scheme.weight.quantize(weight.to(torch.bfloat16))
+    if scheme.activation is not None:
+        for spec in scheme.activation.tensors:
+            largest = 2688 if scheme.activation.name == "nvfp4_dynamic" else 448
+            stored[spec.name] = torch.full((), 4.0 / largest, device=device)
+    if scheme.smoothing:
+        stored[PRE_QUANT_SCALE.name] = (torch.rand(k, generator=generator, device=device) + 0.5).to(dtype)
+    if scheme.low_rank:
+        factors = {LORA_A: (scheme.low_rank, k), LORA_B: (n, scheme.low_rank)}
+        for name, shape in factors.items():
+            stored[name] = (torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5).to(dtype)
+    return stored
+
+
+@dataclasses.dataclass(frozen=True)
+class _Copy:
+    """The layer as a server would hold it."""
+
+    product: LinearProduct
+    module: torch.nn.Module
+
+    def apply(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product.apply(self.module, x)
+
+
+def _copies(layer: Layer, asked: LinearRequest, layout: Layout, stored: dict[str, torch.Tensor]) -> list[_Copy]:
+    """The layer as ``layout`` keeps it, as often as fills the cache. Raises ValueError as the check at load does."""
+    copies: list[_Copy] = []
+    wanted = 1
+    while len(copies) < wanted:
+        product = LinearProduct(layer.scheme, "tuning", layer.name, asked.math, asked.dtype)
+        copy = _Copy(product, torch.nn.Module())
+        product.prepare(copy.module, [stored], layer.n, layer.k, layouts=[layout])
+        copies.append(copy)
+        if stored["weight"].is_cuda:
+            wanted = COLD_BYTES // sum(p.numel() * p.element_size() for p in copy.module.parameters()) + 2
+    return copies
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sample:
+    """Some outputs of the layer in float64: the weight's rows at either end, and what goes into it."""
+
+    scheme: LayerScheme
+    rows: torch.Tensor
+    weight: DecodedWeight
+    inputs: dict[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, scheme: LayerScheme, stored: dict[str, torch.Tensor]) -> _Sample:
+        whole = scheme.weight.decode(stored)
+        rows = _ends(whole.unit.shape[0], whole.unit.device)
+        scale = whole.out_scale if whole.out_scale.dim() == 0 else whole.out_scale[rows]
+        inputs = {name: t for name, t in stored.items() if name in (INPUT_SCALE, PRE_QUANT_SCALE.name, LORA_A, LORA_B)}
+        return cls(scheme, rows, DecodedWeight(whole.unit[rows].clone(), scale), inputs)
+
+    def outputs(self, x: torch.Tensor) -> torch.Tensor:
+        """Float64 ``[M, rows]`` for ``x`` ``[M, K]``."""
+        wide = x.to(torch.float32)
+        if PRE_QUANT_SCALE.name in self.inputs:
+            wide = wide * self.inputs[PRE_QUANT_SCALE.name].to(torch.float32)
+        y = naive_linear(wide, self.weight, self.scheme.activation, self.inputs.get(INPUT_SCALE))
+        if self.scheme.low_rank:
+            y += wide.double() @ self.inputs[LORA_A].double().T @ self.inputs[LORA_B][self.rows].double().T
+        return y
+
+
+def _ends(size: int, device: torch.device) -> torch.Tensor:
+    """Up to CHECKED indices at either end of ``size``."""
+    last = torch.arange(max(size - CHECKED, CHECKED), max(size, CHECKED), device=device)
+    return torch.cat([torch.arange(min(CHECKED, size), device=device), last[last < size]])
+
+
+def _time(copies: Sequence[_Copy], sample: _Sample, m: int, asked: LinearRequest, timer: Timer) -> float:
+    """Microseconds of the layer for ``m`` tokens. Raises ValueError when it is wrong for them."""
+    device = sample.rows.device
+    x = torch.randn(m, asked.k, generator=torch.Generator(device).manual_seed(m), device=device).to(asked.dtype)
+    some = _ends(m, device)
+    expected = sample.outputs(x[some])
+    y = copies[0].apply(x)[some][:, sample.rows].double()
+    error = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
+    if not error < TOLERANCE:
+        raise ValueError(f"is wrong: relative error {error:.2g} with {m} tokens")
+    return timer(lambda index: copies[index % len(copies)].apply(x))
+
+
+def merge(path: Path, content: TuningFile) -> TuningFile:
+    """``content`` with the layers that the file at ``path`` has besides, if there is one.
+
+    Raises ModelOptExtError when that is no tuning file, or one of another GPU, other versions or other numbers of tokens.
+    """
+    if not path.exists():
+        return content
+    before = read(path)
+    reason = objection(before, content.gpu)
+    if reason is None and before.tokens != content.tokens:
+        reason = f"was measured for {before.tokens} tokens, these are {content.tokens}"
+    if reason is not None:
+        raise ModelOptExtError.at(path, "content", "a file that can be added to", f"one that {reason}")
+    measured = {result.layer for result in content.results}
+    kept = [result for result in before.results if result.layer not in measured]
+    return msgspec.structs.replace(content, results=[*kept, *content.results])

@@ -1,0 +1,106 @@
+"""Sources of GPU packages, read and never imported: where ``make setup`` unpacked them, their functions and our calls of them."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import functools
+import os
+import sys
+from collections.abc import Callable
+from email.parser import Parser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = "SGLANG_MODELOPT_EXT_TEST_CONTRACTS"
+
+
+def source_folder() -> Path:
+    """Where the sources are. A missing folder fails the test that asks."""
+    folder = Path(os.environ.get(FOLDER) or Path(sys.prefix) / "contracts")
+    if not folder.is_dir():
+        pytest.fail(f"no sources of GPU packages at {folder}: run `make setup`, or name another folder in {FOLDER}")
+    return folder
+
+
+def version_of(distribution: str) -> str:
+    """The version of an unpacked distribution. One that is missing fails the test that asks."""
+    found = sorted(source_folder().glob(f"{distribution.replace('-', '_')}-*.dist-info/METADATA"))
+    if len(found) != 1:
+        pytest.fail(f"{len(found)} unpacked distributions of {distribution} in {source_folder()}: run `make setup`")
+    return Parser().parsestr(found[0].read_text(encoding="utf-8"))["Version"]
+
+
+@functools.cache
+def parse(path: str) -> ast.Module:
+    """An unpacked module, by its path in the sources."""
+    return ast.parse((source_folder() / path).read_text(encoding="utf-8"))
+
+
+def function(path: str, name: str) -> ast.FunctionDef:
+    """A function of an unpacked module. Raises LookupError when there is none of that name."""
+    for node in parse(path).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return node
+    raise LookupError(f"{path} has no function {name}")
+
+
+def parameters(node: ast.FunctionDef) -> dict[str, str | None]:
+    """The parameters of a function with their defaults as source, None where one must be given."""
+    positional = [*node.args.posonlyargs, *node.args.args]
+    missing: list[ast.expr | None] = [None] * (len(positional) - len(node.args.defaults))
+    defaults = [*missing, *node.args.defaults, *node.args.kw_defaults]
+    names = [argument.arg for argument in [*positional, *node.args.kwonlyargs]]
+    return {
+        name: None if default is None else ast.unparse(default) for name, default in zip(names, defaults, strict=True)
+    }
+
+
+def bind(call: ast.Call, node: ast.FunctionDef) -> dict[str, str]:
+    """The arguments of ``call`` by parameter of ``node``, as source. Raises TypeError when Python would."""
+    positional = [argument.arg for argument in [*node.args.posonlyargs, *node.args.args]]
+    if len(call.args) > len(positional):
+        raise TypeError(f"{node.name} takes {len(positional)} positional arguments, the call has {len(call.args)}")
+    bound = {name: ast.unparse(value) for name, value in zip(positional, call.args, strict=False)}
+    known = parameters(node)
+    for keyword in call.keywords:
+        if keyword.arg is None or keyword.arg not in known or keyword.arg in bound:
+            raise TypeError(f"{node.name} does not take {keyword.arg} there")
+        bound[keyword.arg] = ast.unparse(keyword.value)
+    missing = [name for name, default in known.items() if default is None and name not in bound]
+    if missing:
+        raise TypeError(f"{node.name} needs {', '.join(missing)}")
+    return bound
+
+
+def calls(module: Path, name: str) -> list[ast.Call]:
+    """The calls of ``name`` in one of our own modules."""
+    tree = ast.parse(module.read_text(encoding="utf-8"))
+    return [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == name
+    ]
+
+
+def decorator(node: ast.FunctionDef, name: str) -> ast.Call:
+    """The decorator ``@name(...)`` of a function. Raises LookupError when it has none."""
+    for item in node.decorator_list:
+        if isinstance(item, ast.Call) and isinstance(item.func, ast.Name) and item.func.id == name:
+            return item
+    raise LookupError(f"{node.name} has no decorator {name}")
+
+
+def evaluate(path: str, *names: str, **scope: Any) -> list[Callable[..., Any]]:
+    """Functions of an unpacked module, run alone: their bodies with only ``scope`` and each other in sight."""
+    nodes = [copy.deepcopy(function(path, name)) for name in names]
+    for node in nodes:
+        node.decorator_list = []
+        node.returns = None
+        for argument in [*node.args.args, *node.args.kwonlyargs]:
+            argument.annotation = None
+    namespace: dict[str, Any] = dict(scope)
+    exec(compile(ast.Module([*nodes], type_ignores=[]), path, "exec"), namespace)
+    return [namespace[name] for name in names]
