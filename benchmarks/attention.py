@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks.gemm import COLD_BYTES, median_us, read_bandwidth
+from benchmarks.gemm import read_bandwidth
 from sglang_modelopt_kernels.attention.decode.decode import count_splits, decode_attention
 from sglang_modelopt_kernels.attention.extend import extend_attention
 from sglang_modelopt_kernels.attention.naive import naive_decode, naive_extend
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store import store_kv
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe
+from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
 
 HEADS = 8
 CONTEXTS, BATCHES = (1024, 8192, 32768, 131072), (1, 8, 32, 128)
