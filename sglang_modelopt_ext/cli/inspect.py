@@ -6,8 +6,8 @@ import argparse
 import json
 
 from sglang_modelopt_ext.cli.command import Command, Result
-from sglang_modelopt_ext.workflow.hub import find_model
 from sglang_modelopt_ext.workflow.inspect import Contents, LayerGroup, inspect_checkpoint
+from sglang_modelopt_ext.workflow.models import find_folder
 from sglang_modelopt_ext.workflow.table import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.target import find_target
 
@@ -72,8 +72,8 @@ class InspectResult(Result, frozen=True, kw_only=True):
         return "\n".join([*lines, *reasons])
 
     def _layers(self) -> str:
-        header = ("quantized layers", "algorithm", "weight", "activation", "kernel")
-        header += ("count", "N x K", "group", "extra", "size")
+        header = ["quantized layers", "algorithm", "weight", "activation", "kernel"]
+        header += ["count", "N x K", "group", "extra", "size"]
         return format_columns(header, [self._layer(group) for group in self.contents.layers], left=5)
 
     def _layer(self, group: LayerGroup) -> tuple[str, ...]:
@@ -122,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> InspectResult:
     """Inspects the checkpoint."""
     target = find_target(args.gpu)
-    folder = find_model(args.checkpoint, "CHECKPOINT")
+    folder = find_folder(args.checkpoint, "CHECKPOINT")
     return InspectResult(contents=inspect_checkpoint(folder, target, each_layer=args.layers, scales=args.scales))
 
 

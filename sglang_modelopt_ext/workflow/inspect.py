@@ -33,13 +33,13 @@ from sglang_modelopt_ext.integration.ownership import owned_family
 from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES, UMBRELLA
+from sglang_modelopt_ext.workflow.models import served_dtype, text_config
 from sglang_modelopt_ext.workflow.target import Target
 from sglang_modelopt_kernels.formats.base import ValueRule
 
 OURS, STOCK = "sglang-modelopt-ext", "SGLang"
 _VOCABULARY = ("lm_head", "embed_tokens")
 _UE8M0_BIAS = 127
-_MODEL_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class Range(msgspec.Struct, frozen=True, kw_only=True):
@@ -188,38 +188,29 @@ def inspect_checkpoint(folder: Path, target: Target, *, each_layer: bool = False
     ranges: dict[str, dict[str, Range]] = {}
     for linear in linears if scales else ():
         ranges[linear.name] = _scale_ranges(linear, problems)
-    model = _model_fields(folder)
+    architectures = (
+        read_json_object(folder / CONFIG_NAME).get("architectures") if (folder / CONFIG_NAME).exists() else ()
+    )
     owned = {stored.name for linear in linears for stored in linear.stored.values()}
     files = {tensor.file for tensor in tensors.values()}
     return Contents(
         folder=str(folder),
-        architecture=next(iter(model.get("architectures") or ()), None),
+        architecture=next(iter(architectures or ()), None),
         algo=config.algo if config else None,
         files=len(files),
         bytes=sum(tensor.num_bytes for tensor in tensors.values()),
         quantized_bytes=sum(tensors[name].num_bytes for name in owned),
         bits_per_weight=bits_per_weight(checkpoint) if checkpoint and linears else None,
         exclude_modules=list(config.exclude_modules) if config else [],
-        layers=_layer_groups(linears, target, serving.owner, _model_dtype(model), ranges, each_layer, problems),
+        layers=_layer_groups(
+            linears, target, serving.owner, served_dtype(folder, "auto"), ranges, each_layer, problems
+        ),
         plain=_plain_groups(tensors.values(), owned, each_layer),
-        kv_cache=_kv_cache(folder, config, model, problems),
+        kv_cache=_kv_cache(folder, config, problems),
         serving=serving,
         record=_record(folder),
         problems=list(dict.fromkeys(str(problem) for problem in problems)),
     )
-
-
-def _model_fields(folder: Path) -> Mapping[str, Any]:
-    file = folder / CONFIG_NAME
-    return read_json_object(file) if file.exists() else {}
-
-
-def _model_dtype(model: Mapping[str, Any]) -> torch.dtype:
-    """The type a server would compute in; SGLang serves float32 models in float16 unless told otherwise."""
-    text = model.get("text_config")
-    fields = text if isinstance(text, Mapping) else model
-    declared = fields.get("dtype", fields.get("torch_dtype"))
-    return torch.float16 if declared == "float32" else _MODEL_DTYPES.get(str(declared), torch.bfloat16)
 
 
 def _record(folder: Path) -> dict[str, Any]:
@@ -251,7 +242,7 @@ def _serving(folder: Path, config: QuantConfig | None, target: Target, problems:
         return serving(None, (), "no --quantization serves it (see the problems)")
     if owned is None:
         return serving(STOCK, (UMBRELLA,), "SGLang 0.5.23 serves it rightly there")
-    flags = dict.fromkeys((owned[0], UMBRELLA))
+    flags = [owned[0], *({UMBRELLA} - {owned[0]})]
     if config.algo is None:
         return serving(OURS, flags, "it quantizes its KV cache only, which SGLang refuses")
     if target.capability is None:
@@ -259,9 +250,7 @@ def _serving(folder: Path, config: QuantConfig | None, target: Target, problems:
     return serving(OURS, flags, "SGLang 0.5.23 does not serve it rightly there")
 
 
-def _kv_cache(
-    folder: Path, config: QuantConfig | None, model: Mapping[str, Any], problems: list[ModelOptExtError]
-) -> KVCache | None:
+def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptExtError]) -> KVCache | None:
     try:
         plan = kv_cache_plan(folder, config, "auto")
     except ModelOptExtError as error:
@@ -269,8 +258,7 @@ def _kv_cache(
         return None
     if plan is None:
         return None
-    text = model.get("text_config")
-    fields = text if isinstance(text, Mapping) else model
+    fields = text_config(folder)
     head_dim = fields.get("head_dim")
     if head_dim is None and fields.get("hidden_size") and fields.get("num_attention_heads"):
         head_dim = fields["hidden_size"] // fields["num_attention_heads"]
@@ -314,7 +302,8 @@ def _layer_groups(
     described = []
     for members in groups.values():
         first = members[0]
-        kernel, passed_over = None, {}
+        kernel: str | None = None
+        passed_over: dict[str, str] = {}
         if owner == OURS:
             kernel, passed_over = _kernel(first, target, dtype)
             if kernel is None:
