@@ -184,7 +184,7 @@ def survey_checkpoint(folder: Path, config: QuantConfig | None = None) -> tuple[
             linears[canonical_name(module)] = _describe(module, stored, config)
         except ModelOptExtError as error:
             problems.append(error)
-            incomplete.add(_parent(canonical_name(module)))
+            incomplete.add(canonical_name(module))
     checkpoint = Checkpoint(folder, config, tensors, linears)
     problems += _fused_problems(checkpoint, incomplete)
     kv_cache = next((name for name in sorted(tensors) if is_kv_cache_tensor(name)), None)
@@ -198,10 +198,6 @@ def survey_checkpoint(folder: Path, config: QuantConfig | None = None) -> tuple[
             )
         )
     return checkpoint, problems
-
-
-def _parent(module: str) -> str:
-    return module.rpartition(".")[0]
 
 
 def _quantized_modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
@@ -283,14 +279,14 @@ def _check_shape(tensor: StoredTensor, spec: TensorSpec, n: int, k: int) -> None
 
 
 def _fused_problems(checkpoint: Checkpoint, incomplete: Set[str]) -> list[ModelOptExtError]:
-    """One for each layer that SGLang fuses of shards that do not agree. Parents in ``incomplete`` are left out."""
+    """One for each layer that SGLang fuses of shards that do not agree; those with a shard in ``incomplete`` are left out."""
     problems = []
     for shards in FUSED_SHARDS.values():
         owners = {
             name.removesuffix(shard) for name in checkpoint.linears for shard in shards if name.endswith("." + shard)
         }
         for owner in sorted(owners):
-            if owner.removesuffix(".") in incomplete:
+            if any(owner + shard in incomplete for shard in shards):
                 continue
             try:
                 _check_fused(checkpoint, owner, shards)
