@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.calibration import read_documents
+from sglang_modelopt_ext.workflow.models import text_config
 from sglang_modelopt_ext.workflow.text import begin_token, builtin_texts, encode, split_windows, spread
 
 if TYPE_CHECKING:
@@ -43,11 +44,19 @@ def add_text_arguments(parser: argparse.ArgumentParser, samples: int, length: in
     group.add_argument("--sequence-length", type=int, default=length, help=f"tokens in a window (default: {length})")
 
 
-def text_windows(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The windows, evenly spread over the text. Raises ModelOptExtError when there are none."""
+def text_windows(args: argparse.Namespace, folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The windows, evenly spread over the text. Raises ModelOptExtError when there are none, or the model takes none so long."""
     for name in ("samples", "sequence_length"):
         if getattr(args, name) < 1:
             raise ModelOptExtError.at("command line", f"--{name.replace('_', '-')}", "1 or more", getattr(args, name))
+    longest = text_config(folder).get("max_position_embeddings")
+    if longest is not None and args.sequence_length >= longest:
+        raise ModelOptExtError.at(
+            "command line",
+            "--sequence-length",
+            f"less than the {longest} positions of {folder.name}",
+            args.sequence_length,
+        )
     texts: Sequence[str] = builtin_texts()
     if args.data:
         texts = [text for name in args.data for text in read_documents(name, tokenizer)]

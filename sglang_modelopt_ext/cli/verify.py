@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> VerifyResult:
     base = find_folder(args.base, "--base") if args.base else None
     served_dtype(folder, args.dtype)  # a wrong flag is known before a server is started
     tokenizer = load_tokenizer(folder)
-    windows = text_windows(args, tokenizer)
+    windows = text_windows(args, folder, tokenizer)
     served = _ask(args, folder, windows)
     found = verify(folder, served, windows, target, base=base, show=lambda token: tokenizer.decode([token]))
     return VerifyResult(verification=found)
