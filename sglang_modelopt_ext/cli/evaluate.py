@@ -130,7 +130,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names of tasks")
     group.add_argument("--task-folder", type=Path, metavar="DIR", help="with definitions of further tasks")
     group.add_argument("--limit", type=int, help="samples of each task (default: all)")
-    add_server_arguments(parser)
+    add_server_arguments(parser, "CHECKPOINT ...")
 
 
 def run(args: argparse.Namespace) -> EvaluateResult:
@@ -201,5 +201,10 @@ def _plot(rows: Sequence[Evaluation], file: Path) -> None:
 
 
 COMMAND = Command(
-    "evaluate", "Measure checkpoints on the same text and tasks, with intervals", add_arguments, run, EvaluateResult
+    "evaluate",
+    "Measure checkpoints on the same text and tasks, with intervals.",
+    add_arguments,
+    run,
+    EvaluateResult,
+    takes_rest=True,
 )

@@ -111,7 +111,7 @@ class InspectResult(Result, frozen=True, kw_only=True):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``inspect``."""
-    parser.add_argument("checkpoint", help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub")
     parser.add_argument("--gpu", help="where it is to be served: cpu, sm80, sm90, ... (default: this machine)")
     parser.add_argument("--layers", action="store_true", help="list every layer and tensor by itself")
     parser.add_argument(
@@ -126,4 +126,4 @@ def run(args: argparse.Namespace) -> InspectResult:
     return InspectResult(contents=inspect_checkpoint(folder, target, each_layer=args.layers, scales=args.scales))
 
 
-COMMAND = Command("inspect", "Show what is in a checkpoint and what will serve it", add_arguments, run, InspectResult)
+COMMAND = Command("inspect", "Show what is in a checkpoint and what will serve it.", add_arguments, run, InspectResult)

@@ -19,19 +19,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def add_server_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the servers are started."""
+def add_server_arguments(parser: argparse.ArgumentParser, positional: str) -> None:
+    """How the servers are started; ``positional`` is what the usage calls the subcommand's own arguments."""
+    parser.usage = f"%(prog)s {positional} [options] [-- arguments of the server]"
     group = parser.add_argument_group("the server")
     group.add_argument("--quantization", help="its --quantization (default: the checkpoint decides)")
     group.add_argument("--dtype", default="auto", help="its --dtype (default: auto)")
     group.add_argument("--kv-cache-dtype", default="auto", help="its --kv-cache-dtype (default: auto)")
-    group.add_argument("--tp-size", type=int, default=1, help="its --tp-size (default: 1)")
     group.add_argument("--log", type=Path, help="where its output goes (default: a temporary file, kept on failure)")
 
 
 def server_arguments(args: argparse.Namespace) -> list[str]:
-    """The same as SGLang's command line has them, but ``--quantization``."""
-    return ["--dtype", args.dtype, "--kv-cache-dtype", args.kv_cache_dtype, "--tp-size", str(args.tp_size)]
+    """The same as SGLang's command line has them, but ``--quantization``, and what stands behind ``--``."""
+    return ["--dtype", args.dtype, "--kv-cache-dtype", args.kv_cache_dtype, *args.rest]
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, samples: int, length: int, default: str) -> None:

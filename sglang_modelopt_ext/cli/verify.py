@@ -84,14 +84,14 @@ def _cells(difference: Difference) -> tuple[str, str, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``verify``."""
-    parser.add_argument("checkpoint", help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub")
     parser.add_argument("--base", help="the unquantized model, to show what quantization itself costs")
     parser.add_argument(
         "--url", help="ask this running server (such as http://127.0.0.1:30000) instead of starting one"
     )
     parser.add_argument("--gpu", help="where that server runs: cpu, sm90, ... (default: this machine)")
     add_text_arguments(parser, SAMPLES, SEQUENCE_LENGTH, "modules of Python's library")
-    add_server_arguments(parser)
+    add_server_arguments(parser, "CHECKPOINT")
 
 
 def run(args: argparse.Namespace) -> VerifyResult:
@@ -117,4 +117,11 @@ def _ask(args: argparse.Namespace, folder: Path, windows: list[list[int]]) -> Se
         return ask_server(server, windows)
 
 
-COMMAND = Command("verify", "Check that a server answers what the checkpoint says", add_arguments, run, VerifyResult)
+COMMAND = Command(
+    "verify",
+    "Check that a server answers what the checkpoint says.",
+    add_arguments,
+    run,
+    VerifyResult,
+    takes_rest=True,
+)
