@@ -24,6 +24,7 @@ from stdlib_lm.corpus import collect, read_heldout
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import W4A8
+from sglang_modelopt_ext.workflow.client import vocabulary_size
 from sglang_modelopt_ext.workflow.evaluate import (
     Logprobs,
     Plan,
@@ -33,7 +34,7 @@ from sglang_modelopt_ext.workflow.evaluate import (
     measure,
     positions_within,
 )
-from sglang_modelopt_ext.workflow.server import ServerProcess, kill_session, vocabulary_size
+from sglang_modelopt_ext.workflow.server import ServerProcess, kill_session
 from sglang_modelopt_ext.workflow.source import find_model
 from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread
 

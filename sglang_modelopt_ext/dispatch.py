@@ -58,11 +58,14 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 
-def candidates(request: LinearRequest, subject: str) -> list[Layout]:
-    """The layouts that take ``request``, best first. Raises ModelOptExtError with every reason when there is none.
+def objections(request: LinearRequest) -> dict[str, str | None]:
+    """Every layout that may serve, best first, with its reason not to take ``request``, None where it does.
 
     ``SGLANG_MODELOPT_EXT_GEMM`` limits them to the ones it names, in its order. Else those that a tuning file has times of for
     the layer come first, by their times, and the others after them in the order of ``LAYOUTS``.
+
+    Raises:
+        ModelOptExtError: the variable names a layout there is not.
     """
     known = {layout.name: layout for layout in LAYOUTS}
     if GEMM.read():
@@ -73,7 +76,13 @@ def candidates(request: LinearRequest, subject: str) -> list[Layout]:
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ModelOptExtError.at("environment", GEMM.variable, f"names among {', '.join(known)}", unknown[0])
-    reasons = {name: known[name].supports(request) for name in wanted}
+    return {name: known[name].supports(request) for name in wanted}
+
+
+def candidates(request: LinearRequest, subject: str) -> list[Layout]:
+    """The layouts that take ``request``, best first. Raises ModelOptExtError with every reason when there is none."""
+    reasons = objections(request)
+    known = {layout.name: layout for layout in LAYOUTS}
     taking = [known[name] for name, reason in reasons.items() if reason is None]
     if not taking:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())

@@ -6,7 +6,7 @@ model. Block scales are checked where they are loaded (:mod:`sglang_modelopt_ext
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,24 +162,42 @@ def read_checkpoint(folder: Path, config: QuantConfig | None = None) -> Checkpoi
         ModelOptExtError: anything about the files, the configuration, or the name, shape and dtype of a tensor that is not as
             the scheme declares it.
     """
+    checkpoint, problems = survey_checkpoint(folder, config)
+    if problems:
+        raise problems[0]
+    return checkpoint
+
+
+def survey_checkpoint(folder: Path, config: QuantConfig | None = None) -> tuple[Checkpoint, list[ModelOptExtError]]:
+    """The same without stopping at a layer that is wrong: the description of the others, and every fault found.
+
+    Raises:
+        ModelOptExtError: the files or the configuration cannot be read, so that nothing can be said of the layers.
+    """
     config = config or read_quant_config(folder)
     if config is None:
         raise ModelOptExtError.at(folder, "quantization_config", "a checkpoint exported by ModelOpt", "none")
     tensors = read_headers(folder)
-    linears = {}
+    linears, problems, incomplete = {}, [], set()
     for module, stored in _quantized_modules(tensors).items():
-        linears[canonical_name(module)] = _describe(module, stored, config)
+        try:
+            linears[canonical_name(module)] = _describe(module, stored, config)
+        except ModelOptExtError as error:
+            problems.append(error)
+            incomplete.add(canonical_name(module))
     checkpoint = Checkpoint(folder, config, tensors, linears)
-    _check_fused(checkpoint)
+    problems += _fused_problems(checkpoint, incomplete)
     kv_cache = next((name for name in sorted(tensors) if is_kv_cache_tensor(name)), None)
     if kv_cache and config.kv_cache_algo is None:
-        raise ModelOptExtError.at(
-            tensors[kv_cache].file,
-            kv_cache,
-            f"no KV cache tensors: {config.file.name} declares no kv_cache_quant_algo",
-            "one",
+        problems.append(
+            ModelOptExtError.at(
+                tensors[kv_cache].file,
+                kv_cache,
+                f"no KV cache tensors: {config.file.name} declares no kv_cache_quant_algo",
+                "one",
+            )
         )
-    return checkpoint
+    return checkpoint, problems
 
 
 def _quantized_modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
@@ -260,25 +278,37 @@ def _check_shape(tensor: StoredTensor, spec: TensorSpec, n: int, k: int) -> None
         raise ModelOptExtError.at(tensor.file, tensor.name, f"shape {list(expected)}", list(tensor.shape))
 
 
-def _check_fused(checkpoint: Checkpoint) -> None:
-    """The shards of a layer SGLang fuses must agree: same scheme, same optional tensors, same number of inputs."""
+def _fused_problems(checkpoint: Checkpoint, incomplete: Set[str]) -> list[ModelOptExtError]:
+    """One for each layer that SGLang fuses of shards that do not agree; those with a shard in ``incomplete`` are left out."""
+    problems = []
     for shards in FUSED_SHARDS.values():
         owners = {
             name.removesuffix(shard) for name in checkpoint.linears for shard in shards if name.endswith("." + shard)
         }
         for owner in sorted(owners):
-            present = [checkpoint.linears.get(owner + shard) for shard in shards]
-            first = next(linear for linear in present if linear is not None)
-            for shard, linear in zip(shards, present, strict=True):
-                name = first.name.rpartition(".")[0] + "." + shard
-                file = next(iter(first.stored.values())).file
-                if linear is None:
-                    if f"{name}.weight" in checkpoint.tensors:
-                        raise ModelOptExtError.at(
-                            file, f"{name}.weight", f"{first.scheme.algo}, as {first.name}", "unquantized"
-                        )
-                    raise ModelOptExtError.at(file, f"{name}.weight", f"a shard beside {first.name}", "none")
-                _check_same(first, linear)
+            if any(owner + shard in incomplete for shard in shards):
+                continue
+            try:
+                _check_fused(checkpoint, owner, shards)
+            except ModelOptExtError as error:
+                problems.append(error)
+    return problems
+
+
+def _check_fused(checkpoint: Checkpoint, owner: str, shards: tuple[str, ...]) -> None:
+    """The shards of a layer SGLang fuses must agree: same scheme, same optional tensors, same number of inputs."""
+    present = [checkpoint.linears.get(owner + shard) for shard in shards]
+    first = next(linear for linear in present if linear is not None)
+    for shard, linear in zip(shards, present, strict=True):
+        name = first.name.rpartition(".")[0] + "." + shard
+        file = next(iter(first.stored.values())).file
+        if linear is None:
+            if f"{name}.weight" in checkpoint.tensors:
+                raise ModelOptExtError.at(
+                    file, f"{name}.weight", f"{first.scheme.algo}, as {first.name}", "unquantized"
+                )
+            raise ModelOptExtError.at(file, f"{name}.weight", f"a shard beside {first.name}", "none")
+        _check_same(first, linear)
 
 
 def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
@@ -316,16 +346,21 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
     return 8 * stored / weights if weights else float(torch.bfloat16.itemsize * 8)
 
 
+def check_stored_values(linear: QuantizedLinear, spec: TensorSpec) -> torch.Tensor:
+    """The stored tensor ``spec`` of a layer, read and checked. Raises ModelOptExtError naming it when a value is illegal."""
+    stored = linear.stored[spec.name]
+    _, tensor = next(read_tensors([stored]))
+    check_values(stored.file, stored.name, tensor, spec.values)
+    if spec.values is ValueRule.BLOCK_SCALE_E4M3:
+        _, codes = next(read_tensors([linear.stored["weight"]]))
+        check_zero_blocks(stored.file, stored.name, codes, tensor)
+    return tensor
+
+
 def check_all_values(checkpoint: Checkpoint) -> None:
     """Checks every scale and every zero block of the checkpoint, one layer in memory at a time."""
     check_scalar_values(checkpoint)
     for linear in checkpoint.linears.values():
         for spec in linear.scheme.tensors:
-            if spec.is_scalar or spec.values is ValueRule.CODES or spec.name not in linear.stored:
-                continue
-            stored = linear.stored[spec.name]
-            _, tensor = next(read_tensors([stored]))
-            check_values(stored.file, stored.name, tensor, spec.values)
-            if spec.values is ValueRule.BLOCK_SCALE_E4M3:
-                _, codes = next(read_tensors([linear.stored["weight"]]))
-                check_zero_blocks(stored.file, stored.name, codes, tensor)
+            if not spec.is_scalar and spec.values is not ValueRule.CODES and spec.name in linear.stored:
+                check_stored_values(linear, spec)

@@ -21,6 +21,7 @@ from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.progress import ticking
 from sglang_modelopt_ext.workflow.server import ServerProcess
+from sglang_modelopt_ext.workflow.table import format_columns
 
 Logprobs = NDArray[np.float32]
 
@@ -166,13 +167,7 @@ def describe(folder: Path) -> tuple[str, float]:
 def format_table(rows: Sequence[Row]) -> str:
     """The rows as aligned columns under a header."""
     header = ("recipe", "size on disk", "bits/weight", "perplexity", "KL (nats)", "tokens/s")
-    cells = [header, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
-    lines = [
-        "  ".join(_pad(cell, width, i) for i, (cell, width) in enumerate(zip(line, widths, strict=True)))
-        for line in cells
-    ]
-    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+    return format_columns(header, [_cells(row) for row in rows])
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -185,10 +180,6 @@ def _cells(row: Row) -> tuple[str, ...]:
         divergence,
         f"{row.speed:.1f}",
     )
-
-
-def _pad(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column == 0 else cell.rjust(width)
 
 
 def format_legend(plan: Plan) -> str:

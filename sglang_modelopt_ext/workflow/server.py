@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import json
 import os
 import re
 import shutil
@@ -13,21 +11,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-import numpy as np
 import psutil
 import torch
-from numpy.typing import NDArray
 
-from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.client import ServerClient, open_url
 from sglang_modelopt_ext.workflow.progress import ticking
 
 TAIL_LINES = 20
@@ -36,14 +28,6 @@ _STOP_SECONDS = 10.0
 _TAIL_BYTES = 32_768
 _LOG_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] (?!.*GET /health)(.*)")
 _OUR_ERROR = re.compile(rf"{ModelOptExtError.__name__}: (.+)")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What the server made of one prompt: the new text and how many tokens it has."""
-
-    text: str
-    tokens: int
 
 
 def cpu_arguments(max_total_tokens: int = 8192) -> dict[str, str]:
@@ -60,7 +44,7 @@ def cpu_environment() -> dict[str, str]:
     return {"SGLANG_USE_CPU_ENGINE": "1"}
 
 
-class ServerProcess:
+class ServerProcess(ServerClient):
     """``python -m sglang.launch_server`` in a session of its own, ready when the ``with`` block begins.
 
     On leaving the block, also by an exception or Ctrl-C, every process of that session is ended.
@@ -86,12 +70,11 @@ class ServerProcess:
         timeout: float = 600.0,
         progress: bool = True,
     ) -> None:
-        self.model = model
+        self.port = _free_port()
+        super().__init__(f"http://127.0.0.1:{self.port}", model, timeout)
         self.log = log
-        self.timeout = timeout
         self.progress = progress
         self.on_cpu = not torch.cuda.is_available()
-        self.port = _free_port()
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port)]
         if quantization is not None:
@@ -157,7 +140,7 @@ class ServerProcess:
 
     def _is_ready(self) -> bool:
         try:
-            with _open(f"http://127.0.0.1:{self.port}/health", None, timeout=5.0):
+            with open_url(f"{self.url}/health", None, timeout=5.0):
                 return True
         except OSError:
             return False
@@ -187,6 +170,10 @@ class ServerProcess:
         last = tail[-1][:200] if tail else "an empty log"
         return ModelOptExtError.at(self.log, "server", "it to be running", f"{got}; last line: {last}")
 
+    def _unreachable(self, error: Exception) -> ModelOptExtError:
+        code = self._exit_code()
+        return self._failure(str(error) if code is None else f"exit code {code}")
+
     def stop(self) -> None:
         """Ends every process of the server's session: asks once, then kills what is left."""
         process, self._process = self._process, None
@@ -203,89 +190,6 @@ class ServerProcess:
             if self._scratch is not None:
                 shutil.rmtree(self._scratch, ignore_errors=True)
                 self._scratch = None
-
-    def generate(self, prompts: Sequence[str], max_new_tokens: int, *, ignore_eos: bool = False) -> list[Completion]:
-        """Greedy continuations of all prompts, sent as one batch."""
-        sampling = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
-        answers = self._post("/generate", {"text": list(prompts), "sampling_params": sampling})
-        return [Completion(answer["text"], answer["meta_info"]["completion_tokens"]) for answer in answers]
-
-    def input_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Log probability of every token of ``ids`` but the first, given those before it: ``[len(ids) - 1]``."""
-        scored = self._score(ids, 0, {})["input_token_logprobs"][1:]
-        if [entry[1] for entry in scored] != list(ids[1:]):
-            raise ModelOptExtError.at(self.log, "input_token_logprobs", "one entry for every token sent", "others")
-        return np.array([entry[0] for entry in scored], dtype=np.float32)
-
-    def full_vocab_logprobs(self, ids: Sequence[int], last: int | None = None) -> NDArray[np.float32]:
-        """Log probabilities over the whole vocabulary: ``[last, V]``, row ``-1`` for the last token of ``ids``.
-
-        Args:
-            ids: the tokens; the first one is never scored.
-            last: how many tokens at the end to score, by default all but the first. A row is 4 V bytes.
-        """
-        last = len(ids) - 1 if last is None else last
-        vocabulary = vocabulary_size(self.model)
-        options = {
-            "top_logprobs_num": vocabulary,
-            "return_flat_raw_top_logprobs": True,
-            "return_flat_raw_top_logprobs_b64": True,
-        }
-        info = self._score(ids, len(ids) - 1 - last, options)
-        shape = tuple(info["input_top_logprobs_shape"])
-        if shape != (last, vocabulary):
-            raise ModelOptExtError.at(self.log, "input_top_logprobs", f"shape {[last, vocabulary]}", list(shape))
-        values = np.frombuffer(base64.b64decode(info["input_top_logprobs_val_flat_b64"]), dtype=np.float32)
-        tokens = np.frombuffer(base64.b64decode(info["input_top_logprobs_idx_flat_b64"]), dtype=np.int32)
-        # Sorted by probability as they come; every token is in every row once.
-        rows = np.full(shape, np.nan, dtype=np.float32)
-        np.put_along_axis(rows, tokens.reshape(shape).astype(np.int64), values.reshape(shape), axis=1)
-        if np.isnan(rows).any():
-            raise ModelOptExtError.at(self.log, "input_top_logprobs", "a number for every token", "NaN or a gap")
-        return rows
-
-    def flush_cache(self) -> None:
-        """Forgets the prefixes of earlier requests."""
-        self._post("/flush_cache", {})
-
-    def _score(self, ids: Sequence[int], start: int, options: dict[str, Any]) -> dict[str, Any]:
-        payload = {
-            "input_ids": list(ids),
-            "sampling_params": {"temperature": 0.0, "max_new_tokens": 1},
-            "return_logprob": True,
-            "logprob_start_len": start,
-            **options,
-        }
-        info: dict[str, Any] = self._post("/generate", payload)["meta_info"]
-        return info
-
-    def _post(self, path: str, payload: dict[str, Any]) -> Any:
-        try:
-            with _open(f"http://127.0.0.1:{self.port}{path}", payload, self.timeout) as response:
-                text = response.read()
-        except urllib.error.HTTPError as error:
-            detail = error.read().decode("utf-8", errors="replace")[:300]
-            raise ModelOptExtError.at(self.log, path, "HTTP 200", f"{error.code} {detail}") from error
-        except OSError as error:
-            code = self._exit_code()
-            raise self._failure(str(error) if code is None else f"exit code {code}") from error
-        return json.loads(text) if text.startswith((b"{", b"[")) else None
-
-
-def vocabulary_size(model: Path) -> int:
-    """The number of logits of the model in a folder, as its configuration has it."""
-    config = read_json_object(model / "config.json")
-    size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
-    if not isinstance(size, int):
-        raise ModelOptExtError.at(model / "config.json", "vocab_size", "a number", size)
-    return size
-
-
-def _open(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
-    """An HTTP request that never goes through a proxy: the server is on this machine."""
-    data = None if payload is None else json.dumps(payload).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout)
 
 
 def _free_port() -> int:

@@ -38,6 +38,16 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[lis
     return [list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
 
 
+def builtin_texts() -> list[str]:
+    """Text that is on every machine, for checks that need some text and not a certain one: modules of Python's library."""
+    import bisect
+    import heapq
+    import inspect
+    import textwrap
+
+    return [inspect.getsource(module) for module in (heapq, textwrap, bisect)]
+
+
 def split_windows(documents: Sequence[Sequence[int]], length: int, begin: int | None) -> list[list[int]]:
     """Cuts every document into consecutive windows of ``length`` of its tokens, the last one shorter.
 

@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_support_matrix_is_not_stale() -> None:
-    command = [sys.executable, str(ROOT / "tools" / "support_matrix.py"), "--check"]
+@pytest.mark.parametrize("tool", ["support_matrix.py", "cli_reference.py"])
+def test_generated_pages_are_not_stale(tool: str) -> None:
+    command = [sys.executable, str(ROOT / "tools" / tool), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert result.returncode == 0, result.stderr
 

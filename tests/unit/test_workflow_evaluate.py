@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
+from sglang_modelopt_ext.workflow.client import Completion
 from sglang_modelopt_ext.workflow.evaluate import (
     Logprobs,
     Plan,
@@ -27,7 +28,7 @@ from sglang_modelopt_ext.workflow.evaluate import (
     perplexity,
     positions_within,
 )
-from sglang_modelopt_ext.workflow.server import Completion, ServerProcess
+from sglang_modelopt_ext.workflow.server import ServerProcess
 from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread
 from tests.support.models import BOS, SPECIAL_TOKENS, TinyModel, model_dir
 

@@ -18,7 +18,8 @@ import psutil
 import pytest
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.server import ServerProcess, kill_session, vocabulary_size
+from sglang_modelopt_ext.workflow.client import vocabulary_size
+from sglang_modelopt_ext.workflow.server import ServerProcess, kill_session
 
 # A process that starts a child, which starts a grandchild; all ignore the polite signals.
 FAMILY = """
@@ -142,7 +143,7 @@ def test_orphans_of_the_session_are_killed_too(tmp_path: Path) -> None:
 
 def answering(monkeypatch: pytest.MonkeyPatch, answer: Callable[[dict[str, Any]], Any]) -> None:
     """Replaces the HTTP requests."""
-    monkeypatch.setattr(ServerProcess, "_post", lambda self, path, payload: answer(payload))
+    monkeypatch.setattr(ServerProcess, "_request", lambda self, path, payload: answer(payload))
 
 
 def test_full_vocabulary_rows_are_put_in_token_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

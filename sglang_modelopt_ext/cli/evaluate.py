@@ -1,0 +1,210 @@
+"""``sglang-modelopt evaluate``: several checkpoints on the same text and tasks, with intervals."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import msgspec
+
+from sglang_modelopt_ext.cli.command import Command, Result
+from sglang_modelopt_ext.cli.serving import (
+    add_server_arguments,
+    add_text_arguments,
+    log_files,
+    server_arguments,
+    text_windows,
+)
+from sglang_modelopt_ext.workflow.evaluate import describe, folder_size
+from sglang_modelopt_ext.workflow.models import find_folder, served_dtype
+from sglang_modelopt_ext.workflow.plots import find_pyplot, plot_intervals
+from sglang_modelopt_ext.workflow.score import (
+    Interval,
+    Scores,
+    check_same_tokens,
+    divergence_interval,
+    perplexity_interval,
+    ratio_interval,
+    score,
+)
+from sglang_modelopt_ext.workflow.server import ServerProcess
+from sglang_modelopt_ext.workflow.table import format_bytes, format_columns
+from sglang_modelopt_ext.workflow.tasks import TaskScore, find_lm_eval, run_tasks
+from sglang_modelopt_ext.workflow.text import load_tokenizer
+
+SAMPLES, SEQUENCE_LENGTH = 32, 512
+
+
+class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
+    """One checkpoint.
+
+    Attributes:
+        checkpoint: as it was named.
+        algo: its quantization, or the type of an unquantized one.
+        bits_per_weight: stored bits for each weight of the quantized layers.
+        bytes: of all files in its folder.
+        perplexity: over the text.
+        ratio: its perplexity over the first checkpoint's, from paired windows; None for the first.
+        divergence: mean KL from the first checkpoint in nats; None for the first.
+        tasks: what lm-eval found.
+    """
+
+    checkpoint: str
+    algo: str
+    bits_per_weight: float
+    bytes: int
+    perplexity: Interval
+    ratio: Interval | None
+    divergence: Interval | None
+    tasks: list[TaskScore]
+
+
+class EvaluateResult(Result, frozen=True, kw_only=True):
+    """What ``evaluate`` measured.
+
+    Attributes:
+        tokens, windows: what the perplexity is over.
+        checkpoints: in the order they were named.
+        plot: the picture that was written, None without.
+    """
+
+    tokens: int
+    windows: int
+    checkpoints: list[Evaluation]
+    plot: str | None
+
+    def text(self) -> str:
+        """The tables."""
+        header = ["checkpoint", "quantization", "bits/weight", "size", "perplexity", "vs. first", "KL (nats)"]
+        rows = [
+            (
+                row.checkpoint,
+                row.algo,
+                f"{row.bits_per_weight:.2f}",
+                format_bytes(row.bytes),
+                _cell(row.perplexity, 3),
+                _cell(row.ratio, 4),
+                _cell(row.divergence, 5),
+            )
+            for row in self.checkpoints
+        ]
+        parts = [format_columns(header, rows, left=2)]
+        tasks = [
+            (row.checkpoint, found.task, found.metric, f"{found.value:.4f}", _stderr(found))
+            for row in self.checkpoints
+            for found in row.tasks
+        ]
+        if tasks:
+            parts.append(format_columns(("checkpoint", "task", "metric", "value", "stderr"), tasks, left=3))
+        parts.append(
+            f"over {self.tokens} tokens in {self.windows} windows; in brackets 95 % intervals from a bootstrap over windows,\n"
+            "paired for the comparison with the first checkpoint (perplexity / its perplexity)"
+        )
+        if self.plot:
+            parts.append(f"picture: {self.plot}")
+        return "\n\n".join(parts)
+
+
+def _cell(interval: Interval | None, digits: int) -> str:
+    if interval is None:
+        return "-"
+    return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+
+
+def _stderr(found: TaskScore) -> str:
+    return "-" if found.stderr is None else f"{found.stderr:.4f}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``evaluate``."""
+    parser.add_argument(
+        "checkpoints",
+        nargs="+",
+        metavar="CHECKPOINT",
+        help="folders or names on the Hub; others are compared to the first",
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the intervals (PNG)")
+    add_text_arguments(parser, SAMPLES, SEQUENCE_LENGTH, "modules of Python's library")
+    group = parser.add_argument_group("tasks (needs lm-eval)")
+    group.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names of tasks")
+    group.add_argument("--task-folder", type=Path, metavar="DIR", help="with definitions of further tasks")
+    group.add_argument("--limit", type=int, help="samples of each task (default: all)")
+    add_server_arguments(parser, "CHECKPOINT ...")
+
+
+def run(args: argparse.Namespace) -> EvaluateResult:
+    """Serves one checkpoint after the other, and measures them."""
+    folders = [find_folder(name, "CHECKPOINT") for name in args.checkpoints]
+    described = [describe(folder) for folder in folders]
+    # What cannot work is said before the first server starts.
+    if args.tasks:
+        find_lm_eval()
+    if args.plot:
+        find_pyplot()
+    windows = text_windows(args, folders[0], load_tokenizer(folders[0]))
+    for folder in folders:
+        served_dtype(folder, args.dtype)
+        check_same_tokens(text_windows(args, folder, load_tokenizer(folder)), windows, folder)
+    rows: list[Evaluation] = []
+    first: Scores | None = None
+    for name, folder, (algo, bits) in zip(args.checkpoints, folders, described, strict=True):
+        scores, tasks = _measure(args, folder, windows)
+        rows.append(
+            Evaluation(
+                checkpoint=name,
+                algo=algo,
+                bits_per_weight=bits,
+                bytes=folder_size(folder),
+                perplexity=perplexity_interval(scores),
+                ratio=ratio_interval(scores, first) if first else None,
+                divergence=divergence_interval(scores, first) if first else None,
+                tasks=tasks,
+            )
+        )
+        first = first or scores
+    if args.plot:
+        _plot(rows, args.plot)
+    return EvaluateResult(
+        tokens=sum(len(window) - 1 for window in windows),
+        windows=len(windows),
+        checkpoints=rows,
+        plot=str(args.plot) if args.plot else None,
+    )
+
+
+def _measure(
+    args: argparse.Namespace, folder: Path, windows: Sequence[Sequence[int]]
+) -> tuple[Scores, list[TaskScore]]:
+    with (
+        log_files(args.log) as log,
+        ServerProcess(folder, log=log, quantization=args.quantization, arguments=server_arguments(args)) as server,
+    ):
+        scores = score(server, windows)
+        tasks = run_tasks(server, args.tasks, folder=args.task_folder, limit=args.limit) if args.tasks else []
+    return scores, tasks
+
+
+def _plot(rows: Sequence[Evaluation], file: Path) -> None:
+    names = [f"{row.checkpoint} ({row.bits_per_weight:.2f} bits)" for row in rows]
+    panels: list[tuple[str, Sequence[str], Sequence[Interval]]] = [
+        ("perplexity", names, [row.perplexity for row in rows])
+    ]
+    for measure, intervals in (
+        ("perplexity / that of the first", [row.ratio for row in rows[1:]]),
+        ("KL from the first (nats)", [row.divergence for row in rows[1:]]),
+    ):
+        found = [interval for interval in intervals if interval is not None]
+        if found:
+            panels.append((measure, names[1:], found))
+    plot_intervals(panels, "95 % intervals over windows", file)
+
+
+COMMAND = Command(
+    "evaluate",
+    "Measure checkpoints on the same text and tasks, with intervals.",
+    add_arguments,
+    run,
+    EvaluateResult,
+    takes_rest=True,
+)

@@ -1,0 +1,129 @@
+"""``sglang-modelopt inspect``: what is in a checkpoint, and what will serve it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from sglang_modelopt_ext.cli.command import Command, Result
+from sglang_modelopt_ext.workflow.inspect import Contents, LayerGroup, inspect_checkpoint
+from sglang_modelopt_ext.workflow.models import find_folder
+from sglang_modelopt_ext.workflow.table import format_bytes, format_columns
+from sglang_modelopt_ext.workflow.target import find_target
+
+
+class InspectResult(Result, frozen=True, kw_only=True):
+    """What ``inspect`` found."""
+
+    contents: Contents
+
+    def passed(self) -> bool:
+        """Whether nothing is wrong with the checkpoint."""
+        return not self.contents.problems
+
+    def text(self) -> str:
+        """Tables of the layers and tensors between a summary and the problems."""
+        parts = [self._summary(), self._serving()]
+        if self.contents.layers:
+            parts.append(self._layers())
+        if any(group.scales for group in self.contents.layers):
+            parts.append(self._scales())
+        if self.contents.plain:
+            parts.append(self._plain())
+        if self.contents.record:
+            record = (f"  {name}: {json.dumps(value)}" for name, value in self.contents.record.items())
+            parts.append("\n".join(["recorded when it was made:", *record]))
+        problems = self.contents.problems
+        parts.append("\n".join([f"problems: {len(problems) or 'none'}", *(f"  {problem}" for problem in problems)]))
+        return "\n\n".join(parts)
+
+    def _summary(self) -> str:
+        found = self.contents
+        lines = [found.folder, f"  model: {found.architecture or 'no config.json'}"]
+        algo = found.algo or ("unquantized" if found.kv_cache is None else "KV cache only")
+        count = sum(group.count for group in found.layers)
+        bits = f", {count} layers, {found.bits_per_weight:.2f} bits per weight" if found.bits_per_weight else ""
+        lines.append(f"  quantization: {algo}{bits}")
+        quantized = f", {format_bytes(found.quantized_bytes)} of them in quantized layers" if found.layers else ""
+        lines.append(f"  weights: {format_bytes(found.bytes)} in {found.files} files{quantized}")
+        lines.append(f"  KV cache: {self._kv_cache()}")
+        if found.exclude_modules:
+            lines.append(f"  not quantized by declaration: {', '.join(found.exclude_modules)}")
+        return "\n".join(lines)
+
+    def _kv_cache(self) -> str:
+        cache = self.contents.kv_cache
+        if cache is None:
+            return "not quantized"
+        bits = f", {cache.bits:g} bits an entry" if cache.bits else ""
+        return f"{cache.recipe}{bits}, {cache.layers or 'no'} layers with scales of their own ({cache.source})"
+
+    def _serving(self) -> str:
+        serving = self.contents.serving
+        lines = [f"on {serving.target}: served by {serving.owner or 'nobody'}: {serving.why}"]
+        if serving.flags:
+            ways = " or ".join(f"--quantization {flag}" for flag in serving.flags)
+            lines.append(f"  {'to have it served by this package' if serving.owner == 'SGLang' else 'flags'}: {ways}")
+        lines += [f"  SGLang 0.5.23 alone, {algo}: {what}" for algo, what in serving.stock.items()]
+        reasons: dict[str, None] = {}
+        for group in self.contents.layers:
+            for name, reason in group.passed_over.items():
+                reasons[f"  {group.kernel or 'none'} and not {name} for {group.weight}: {name} {reason}"] = None
+        return "\n".join([*lines, *reasons])
+
+    def _layers(self) -> str:
+        header = ["quantized layers", "algorithm", "weight", "activation", "kernel"]
+        header += ["count", "N x K", "group", "extra", "size"]
+        return format_columns(header, [self._layer(group) for group in self.contents.layers], left=5)
+
+    def _layer(self, group: LayerGroup) -> tuple[str, ...]:
+        extra = [f"rank {group.low_rank}"] if group.low_rank else []
+        if group.smoothing:
+            extra.append("smoothing")
+        return (
+            group.name,
+            group.algo,
+            group.weight,
+            group.activation,
+            group.kernel or ("SGLang's" if self.contents.serving.owner == "SGLang" else "none"),
+            str(group.count),
+            f"{group.n} x {group.k}",
+            str(group.group_size or "-"),
+            " ".join(extra) or "-",
+            format_bytes(group.bytes),
+        )
+
+    def _scales(self) -> str:
+        rows = [
+            (group.name, name, f"{found.smallest:.4g}", f"{found.largest:.4g}")
+            for group in self.contents.layers
+            for name, found in group.scales.items()
+        ]
+        return format_columns(("scales", "tensor", "smallest", "largest"), rows, left=2)
+
+    def _plain(self) -> str:
+        rows = [
+            (group.name, group.dtype, str(group.count), str(group.shape), format_bytes(group.bytes))
+            for group in self.contents.plain
+        ]
+        return format_columns(("other tensors", "type", "count", "shape", "size"), rows, left=2)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``inspect``."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("--gpu", help="where it is to be served: cpu, sm80, sm90, ... (default: this machine)")
+    parser.add_argument("--layers", action="store_true", help="list every layer and tensor by itself")
+    parser.add_argument(
+        "--scales", action="store_true", help="read all scales, check them and show their ranges; else headers only"
+    )
+
+
+def run(args: argparse.Namespace) -> InspectResult:
+    """Inspects the checkpoint."""
+    target = find_target(args.gpu)
+    folder = find_folder(args.checkpoint, "CHECKPOINT")
+    return InspectResult(contents=inspect_checkpoint(folder, target, each_layer=args.layers, scales=args.scales))
+
+
+COMMAND = Command("inspect", "Show what is in a checkpoint and what will serve it.", add_arguments, run, InspectResult)

@@ -1,0 +1,127 @@
+"""``sglang-modelopt verify``: whether a server answers what the checkpoint says."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sglang_modelopt_ext.cli.command import Command, Result
+from sglang_modelopt_ext.cli.serving import (
+    add_server_arguments,
+    add_text_arguments,
+    log_files,
+    server_arguments,
+    text_windows,
+)
+from sglang_modelopt_ext.workflow.client import ServerClient
+from sglang_modelopt_ext.workflow.models import find_folder, served_dtype
+from sglang_modelopt_ext.workflow.server import ServerProcess
+from sglang_modelopt_ext.workflow.table import format_columns
+from sglang_modelopt_ext.workflow.target import find_target
+from sglang_modelopt_ext.workflow.text import load_tokenizer
+from sglang_modelopt_ext.workflow.verify import Difference, Served, Verification, ask_server, verify
+
+SAMPLES, SEQUENCE_LENGTH = 16, 128
+
+
+class VerifyResult(Result, frozen=True, kw_only=True):
+    """What ``verify`` found."""
+
+    verification: Verification
+
+    def passed(self) -> bool:
+        """Whether the server is within the limits."""
+        return not self.verification.failures
+
+    def text(self) -> str:
+        """The differences, the limits, the worst tokens, and the verdict."""
+        found = self.verification
+        cache = f", KV cache {found.kv_cache}" if found.kv_cache else ""
+        parts = [
+            f"{found.folder}\n  served in {found.dtype} on {found.target}{cache} ({found.server}, {found.served_model})\n"
+            f"  against its decoded export, at {found.tokens} tokens in {found.windows} windows",
+            self._differences(),
+        ]
+        if found.base:
+            parts.append(self._base())
+        parts.append(self._worst())
+        parts += [f"note: {note}" for note in found.notes]
+        parts.append("\n".join(f"FAILED: {failure}" for failure in found.failures) or "passed")
+        return "\n\n".join(parts)
+
+    def _differences(self) -> str:
+        found = self.verification
+        limits = (f"{found.limits['mean_abs_logprob']:.3g}", f"{found.limits['divergence']:.3g}", "-")
+        rows = [
+            ("the server", *_cells(found.served)),
+            (f"noise floor: {found.dtype} rounding", *_cells(found.rounding)),
+            ("served twice", *_cells(found.repeated)),
+            (f"limit: noise x {found.factor:g} (KL: x {found.factor**2:g})", *limits),
+        ]
+        return format_columns(("", "mean |d log p|", "KL (nats)", "same top token"), rows)
+
+    def _base(self) -> str:
+        base = self.verification.base
+        assert base is not None, "called where there is one"
+        rows = [
+            ("base model", f"{base.perplexity:.3f}", "-"),
+            ("decoded export", f"{base.export_perplexity:.3f}", f"{base.export_divergence:.5f}"),
+            ("the server", f"{base.served_perplexity:.3f}", f"{base.served_divergence:.5f}"),
+        ]
+        return format_columns((f"against {base.base}", "perplexity", "KL (nats)"), rows)
+
+    def _worst(self) -> str:
+        rows = [
+            (repr(token.text), str(token.window), str(token.position), f"{token.served:.4f}", f"{token.expected:.4f}")
+            for token in self.verification.worst
+        ]
+        return format_columns(("worst tokens", "window", "position", "served", "expected"), rows)
+
+
+def _cells(difference: Difference) -> tuple[str, str, str]:
+    return f"{difference.mean_abs_logprob:.3g}", f"{difference.divergence:.3g}", f"{difference.same_top:.4f}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of ``verify``."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub")
+    parser.add_argument("--base", help="the unquantized model, to show what quantization itself costs")
+    parser.add_argument(
+        "--url", help="ask this running server (such as http://127.0.0.1:30000) instead of starting one"
+    )
+    parser.add_argument("--gpu", help="where that server runs: cpu, sm90, ... (default: this machine)")
+    add_text_arguments(parser, SAMPLES, SEQUENCE_LENGTH, "modules of Python's library")
+    add_server_arguments(parser, "CHECKPOINT")
+
+
+def run(args: argparse.Namespace) -> VerifyResult:
+    """Asks a server, and compares."""
+    target = find_target(args.gpu)
+    folder = find_folder(args.checkpoint, "CHECKPOINT")
+    base = find_folder(args.base, "--base") if args.base else None
+    served_dtype(folder, args.dtype)  # a wrong flag is known before a server is started
+    tokenizer = load_tokenizer(folder)
+    windows = text_windows(args, folder, tokenizer)
+    served = _ask(args, folder, windows)
+    found = verify(folder, served, windows, target, base=base, show=lambda token: tokenizer.decode([token]))
+    return VerifyResult(verification=found)
+
+
+def _ask(args: argparse.Namespace, folder: Path, windows: list[list[int]]) -> Served:
+    if args.url:
+        return ask_server(ServerClient(args.url, folder), windows)
+    with (
+        log_files(args.log) as log,
+        ServerProcess(folder, log=log, quantization=args.quantization, arguments=server_arguments(args)) as server,
+    ):
+        return ask_server(server, windows)
+
+
+COMMAND = Command(
+    "verify",
+    "Check that a server answers what the checkpoint says.",
+    add_arguments,
+    run,
+    VerifyResult,
+    takes_rest=True,
+)

@@ -1,0 +1,404 @@
+"""What is in a checkpoint, what will serve it, and what is wrong with it; from headers, without loading it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from sglang_modelopt_ext.checkpoint.kv_cache import kv_cache_plan
+from sglang_modelopt_ext.checkpoint.quant_config import (
+    CONFIG_NAME,
+    OWN_KEY,
+    QUANT_CONFIG_NAME,
+    QuantConfig,
+    read_quant_config,
+)
+from sglang_modelopt_ext.checkpoint.reader import (
+    QuantizedLinear,
+    bits_per_weight,
+    check_stored_values,
+    is_kv_cache_tensor,
+    survey_checkpoint,
+)
+from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_json_object
+from sglang_modelopt_ext.dispatch import objections, served_scheme
+from sglang_modelopt_ext.env import w4a8_math
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.ownership import owned_family
+from sglang_modelopt_ext.layouts.base import LinearRequest
+from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
+from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES, UMBRELLA
+from sglang_modelopt_ext.workflow.models import served_dtype, text_config
+from sglang_modelopt_ext.workflow.target import Target
+from sglang_modelopt_kernels.formats.base import ValueRule
+
+OURS, STOCK = "sglang-modelopt-ext", "SGLang"
+_VOCABULARY = ("lm_head", "embed_tokens")
+_UE8M0_BIAS = 127
+
+
+class Range(msgspec.Struct, frozen=True, kw_only=True):
+    """The smallest and the largest of the numbers that a tensor, or all tensors of a group, store."""
+
+    smallest: float
+    largest: float
+
+
+class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Quantized layers that differ in their number only (one layer each with ``--layers``).
+
+    Attributes:
+        name: their name; ``[0-3,5]`` stands for those numbers.
+        count: how many.
+        algo: ModelOpt's algorithm.
+        weight, activation: the number formats, ``none`` where the input is not rounded.
+        n, k: output and input features of each.
+        group_size: inputs to a block scale, 0 without blocks.
+        smoothing: whether they store a ``pre_quant_scale``.
+        low_rank: SVDQuant's rank, 0 for none.
+        tensors: what each stores, as ``dtype [shape]`` by name.
+        bytes: of all of them.
+        kernel: what serves them on the target, None where nothing does or SGLang itself.
+        passed_over: kernels ahead of it, or all where none serves, and why they do not.
+        scales: with ``--scales``, the range of every tensor of numbers.
+    """
+
+    name: str
+    count: int
+    algo: str
+    weight: str
+    activation: str
+    n: int
+    k: int
+    group_size: int
+    smoothing: bool
+    low_rank: int
+    tensors: dict[str, str]
+    bytes: int
+    kernel: str | None
+    passed_over: dict[str, str]
+    scales: dict[str, Range]
+
+
+class PlainGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Tensors that are not quantized and differ in their number only."""
+
+    name: str
+    count: int
+    dtype: str
+    shape: list[int]
+    bytes: int
+
+
+class KVCache(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV cache the checkpoint asks for.
+
+    Attributes:
+        recipe: as in ``--kv-cache-dtype modelopt_<recipe>``.
+        source: where its scales are from.
+        layers: how many attention layers have scales of their own.
+        bits: stored for each key or value entry, block scales included, at the model's head_dim; None without it.
+    """
+
+    recipe: str
+    source: str
+    layers: int
+    bits: float | None
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """Who serves the checkpoint on the target.
+
+    Attributes:
+        target: ``cpu`` or such as ``sm90``.
+        owner: this package, or SGLang; None where the checkpoint is refused.
+        flags: the ``--quantization`` flags under which this package serves it.
+        why: one sentence.
+        stock: by algorithm, what SGLang 0.5.23 does without this package.
+    """
+
+    target: str
+    owner: str | None
+    flags: list[str]
+    why: str
+    stock: dict[str, str]
+
+
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything :func:`inspect_checkpoint` found.
+
+    Attributes:
+        folder: the checkpoint.
+        architecture: of config.json, None without one.
+        algo: ``quant_algo``, None for an unquantized checkpoint.
+        files, bytes: of its weights.
+        quantized_bytes: of the quantized layers.
+        bits_per_weight: stored for each of their weights, scales included; None where nothing is quantized.
+        exclude_modules: as declared.
+        layers: the quantized layers.
+        plain: the other tensors.
+        kv_cache: None where the cache is not quantized.
+        serving: who serves it.
+        record: what this package recorded when it made the checkpoint.
+        problems: everything the strict reader objects to.
+    """
+
+    folder: str
+    architecture: str | None
+    algo: str | None
+    files: int
+    bytes: int
+    quantized_bytes: int
+    bits_per_weight: float | None
+    exclude_modules: list[str]
+    layers: list[LayerGroup]
+    plain: list[PlainGroup]
+    kv_cache: KVCache | None
+    serving: Serving
+    record: dict[str, Any]
+    problems: list[str]
+
+
+def inspect_checkpoint(folder: Path, target: Target, *, each_layer: bool = False, scales: bool = False) -> Contents:
+    """Reads headers and configuration, with ``scales`` every scale as well.
+
+    Args:
+        folder: the checkpoint.
+        target: where it is to be served.
+        each_layer: list every layer and tensor by itself.
+        scales: read and check the scales, too, and give their ranges.
+
+    Raises:
+        ModelOptExtError: there is nothing to describe: no such files, or ones that cannot be read at all.
+    """
+    problems: list[ModelOptExtError] = []
+    config = read_quant_config(folder)
+    tensors = read_headers(folder)
+    checkpoint = None
+    if config is not None:
+        checkpoint, found = survey_checkpoint(folder, config)
+        problems += found
+    serving = _serving(folder, config, target, problems)
+    linears = list(checkpoint.linears.values()) if checkpoint else []
+    ranges: dict[str, dict[str, Range]] = {}
+    for linear in linears if scales else ():
+        ranges[linear.name] = _scale_ranges(linear, problems)
+    architectures = (
+        read_json_object(folder / CONFIG_NAME).get("architectures") if (folder / CONFIG_NAME).exists() else ()
+    )
+    owned = {stored.name for linear in linears for stored in linear.stored.values()}
+    files = {tensor.file for tensor in tensors.values()}
+    return Contents(
+        folder=str(folder),
+        architecture=next(iter(architectures or ()), None),
+        algo=config.algo if config else None,
+        files=len(files),
+        bytes=sum(tensor.num_bytes for tensor in tensors.values()),
+        quantized_bytes=sum(tensors[name].num_bytes for name in owned),
+        bits_per_weight=bits_per_weight(checkpoint) if checkpoint and linears else None,
+        exclude_modules=list(config.exclude_modules) if config else [],
+        layers=_layer_groups(
+            linears, target, serving.owner, served_dtype(folder, "auto"), ranges, each_layer, problems
+        ),
+        plain=_plain_groups(tensors.values(), owned, each_layer),
+        kv_cache=_kv_cache(folder, config, problems),
+        serving=serving,
+        record=_record(folder),
+        problems=list(dict.fromkeys(str(problem) for problem in problems)),
+    )
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    file = folder / QUANT_CONFIG_NAME
+    own = read_json_object(file).get(OWN_KEY) if file.exists() else None
+    return dict(own) if isinstance(own, Mapping) else {}
+
+
+def _algorithms(config: QuantConfig) -> list[str]:
+    if config.algo == MIXED_PRECISION:
+        return sorted({layer.algo for layer in config.quantized_layers.values()})
+    return [config.algo] if config.algo else []
+
+
+def _serving(folder: Path, config: QuantConfig | None, target: Target, problems: list[ModelOptExtError]) -> Serving:
+    def serving(owner: str | None, flags: Sequence[str], why: str) -> Serving:
+        algorithms = _algorithms(config) if config else []
+        stock = {algo: STOCK_BEHAVIOUR.get(algo, "unknown to this package") for algo in algorithms}
+        if config and config.algo is None and config.kv_cache_algo:
+            stock["KV cache only"] = "rejected: it has no quant_algo"
+        return Serving(target=target.name, owner=owner, flags=list(flags), why=why, stock=stock)
+
+    if config is None:
+        return serving(STOCK, (), "it was not quantized by ModelOpt")
+    try:
+        owned = owned_family(folder, None, target.capability)
+    except ModelOptExtError as error:
+        problems.append(error)
+        return serving(None, (), "no --quantization serves it (see the problems)")
+    if owned is None:
+        return serving(STOCK, (UMBRELLA,), "SGLang 0.5.23 serves it rightly there")
+    flags = [owned[0], *({UMBRELLA} - {owned[0]})]
+    if config.algo is None:
+        return serving(OURS, flags, "it quantizes its KV cache only, which SGLang refuses")
+    if target.capability is None:
+        return serving(OURS, flags, "SGLang has no CPU kernels for ModelOpt's formats")
+    return serving(OURS, flags, "SGLang 0.5.23 does not serve it rightly there")
+
+
+def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptExtError]) -> KVCache | None:
+    try:
+        plan = kv_cache_plan(folder, config, "auto")
+    except ModelOptExtError as error:
+        problems.append(error)
+        return None
+    if plan is None:
+        return None
+    fields = text_config(folder)
+    head_dim = fields.get("head_dim")
+    if head_dim is None and fields.get("hidden_size") and fields.get("num_attention_heads"):
+        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+    bits = 8 * plan.recipe.bytes_per_vector(head_dim) / head_dim if head_dim else None
+    return KVCache(recipe=plan.recipe.name, source=plan.source, layers=len(plan.layers), bits=bits)
+
+
+def _scale_ranges(linear: QuantizedLinear, problems: list[ModelOptExtError]) -> dict[str, Range]:
+    """The range of every tensor of numbers of a layer; its illegal values are added to ``problems``."""
+    found = {}
+    for spec in linear.scheme.tensors:
+        if spec.values is ValueRule.CODES or spec.name not in linear.stored:
+            continue
+        try:
+            tensor = check_stored_values(linear, spec)
+        except ModelOptExtError as error:
+            problems.append(error)
+            continue
+        numbers = tensor.float()
+        low, high = float(numbers.min()), float(numbers.max())
+        if spec.values is ValueRule.BLOCK_SCALE_UE8M0:
+            low, high = 2.0 ** (low - _UE8M0_BIAS), 2.0 ** (high - _UE8M0_BIAS)
+        found[spec.name] = Range(smallest=low, largest=high)
+    return found
+
+
+def _layer_groups(
+    linears: Iterable[QuantizedLinear],
+    target: Target,
+    owner: str | None,
+    dtype: torch.dtype,
+    ranges: Mapping[str, Mapping[str, Range]],
+    each_layer: bool,
+    problems: list[ModelOptExtError],
+) -> list[LayerGroup]:
+    groups: dict[Any, list[QuantizedLinear]] = {}
+    for linear in linears:
+        stored = tuple((name, tensor.dtype, tensor.shape) for name, tensor in sorted(linear.stored.items()))
+        pattern = linear.name if each_layer else _pattern(linear.name)
+        groups.setdefault((pattern, linear.scheme, linear.n, linear.k, stored), []).append(linear)
+    described = []
+    for members in groups.values():
+        first = members[0]
+        kernel: str | None = None
+        passed_over: dict[str, str] = {}
+        if owner == OURS:
+            kernel, passed_over = _kernel(first, target, dtype)
+            if kernel is None:
+                why = "; ".join(f"{name} {reason}" for name, reason in passed_over.items())
+                problems.append(
+                    ModelOptExtError.at(first.name, first.scheme.algo, f"a kernel that serves it on {target.name}", why)
+                )
+        described.append(
+            LayerGroup(
+                name=_joined_name([linear.name for linear in members]),
+                count=len(members),
+                algo=first.scheme.algo,
+                weight=first.scheme.weight.name,
+                activation=first.scheme.activation.name if first.scheme.activation else "none",
+                n=first.n,
+                k=first.k,
+                group_size=first.scheme.weight.group_size,
+                smoothing=first.scheme.smoothing,
+                low_rank=first.scheme.low_rank,
+                tensors={name: _header(tensor) for name, tensor in first.stored.items()},
+                bytes=sum(tensor.num_bytes for linear in members for tensor in linear.stored.values()),
+                kernel=kernel,
+                passed_over=passed_over,
+                scales=_joined_ranges([ranges[linear.name] for linear in members if linear.name in ranges]),
+            )
+        )
+    return described
+
+
+def _kernel(linear: QuantizedLinear, target: Target, dtype: torch.dtype) -> tuple[str | None, dict[str, str]]:
+    """The layout that dispatch would try first, and those before it with their reasons."""
+    scheme = served_scheme(linear.scheme, target.device, target.capability)
+    math = w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
+    vocabulary = linear.name.rpartition(".")[2] in _VOCABULARY
+    request = LinearRequest(scheme, target.device, target.capability, linear.n, linear.k, math, dtype, vocabulary)
+    passed_over: dict[str, str] = {}
+    for name, reason in objections(request).items():
+        if reason is None:
+            return name, passed_over
+        passed_over[name] = reason
+    return None, passed_over
+
+
+def _plain_groups(tensors: Iterable[StoredTensor], owned: set[str], each_layer: bool) -> list[PlainGroup]:
+    groups: dict[Any, list[StoredTensor]] = {}
+    for tensor in tensors:
+        if tensor.name not in owned and not is_kv_cache_tensor(tensor.name):
+            pattern = tensor.name if each_layer else _pattern(tensor.name)
+            groups.setdefault((pattern, tensor.dtype, tensor.shape), []).append(tensor)
+    return [
+        PlainGroup(
+            name=_joined_name([tensor.name for tensor in members]),
+            count=len(members),
+            dtype=str(members[0].dtype).removeprefix("torch."),
+            shape=list(members[0].shape),
+            bytes=sum(tensor.num_bytes for tensor in members),
+        )
+        for members in groups.values()
+    ]
+
+
+def _header(tensor: StoredTensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _pattern(name: str) -> str:
+    """``name`` with every number that is a part of its own taken out."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _joined_name(names: Sequence[str]) -> str:
+    """One name for several of one pattern: ``model.layers.[0-3,5].mlp.up_proj``.
+
+    Where more than one part differs (layers and experts), each such part lists its own numbers.
+    """
+    columns = list(zip(*(name.split(".") for name in names), strict=True))
+    return ".".join(column[0] if len(set(column)) == 1 else f"[{_runs(map(int, column))}]" for column in columns)
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _joined_ranges(ranges: Sequence[Mapping[str, Range]]) -> dict[str, Range]:
+    joined: dict[str, Range] = {}
+    for layer in ranges:
+        for name, found in layer.items():
+            known = joined.get(name, found)
+            joined[name] = Range(
+                smallest=min(known.smallest, found.smallest), largest=max(known.largest, found.largest)
+            )
+    return joined
