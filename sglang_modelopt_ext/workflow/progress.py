@@ -1,4 +1,4 @@
-"""Progress that stays visible: a ticking line for waits without a countable amount of work."""
+"""Progress that stays visible: a ticking line for waits without a countable amount of work, a watched bar for the others."""
 
 from __future__ import annotations
 
@@ -41,4 +41,38 @@ def ticking(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]
     finally:
         done.set()
         thread.join()
+        bar.close()
+
+
+@contextmanager
+def watching(label: str, total: int, done: Callable[[], int], unit: str, enabled: bool = True) -> Iterator[None]:
+    """Shows how much of work that somebody else's code does is done, with the time left, for as long as the block runs.
+
+    Args:
+        label: what is done.
+        total: how much there is.
+        done: how much of it is done; called from another thread.
+        unit: of the amounts.
+        enabled: whether to show anything.
+    """
+    seconds = _TERMINAL_SECONDS if sys.stderr.isatty() else _FILE_SECONDS
+    bar = tqdm(desc=label, total=total, unit=unit, dynamic_ncols=True, disable=not enabled)
+    ended = threading.Event()
+
+    def show() -> None:
+        bar.n = min(done(), total)
+        bar.refresh()
+
+    def watch() -> None:
+        while not ended.wait(seconds):
+            show()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        show()
         bar.close()

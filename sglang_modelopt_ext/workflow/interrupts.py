@@ -1,0 +1,46 @@
+"""Being asked to stop, by Ctrl-C or by a signal: the same exception, and tidying up that nothing cuts short."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def signals_interrupt() -> Iterator[None]:
+    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does. Ignored signals (nohup) stay ignored."""
+    with _handlers(_interrupt):
+        yield
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Inside, none of these signals has an effect: for tidying up."""
+    with _handlers(signal.SIG_IGN):
+        yield
+
+
+@contextmanager
+def _handlers(handler: object) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
+        yield
+        return
+    previous = {number: signal.getsignal(number) for number in ASKED_TO_STOP}
+    for number, old in previous.items():
+        if old not in (signal.SIG_IGN, None):
+            signal.signal(number, handler)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            if old not in (signal.SIG_IGN, None):
+                signal.signal(number, old)
