@@ -9,10 +9,11 @@ from collections.abc import Sequence
 import msgspec
 
 from sglang_modelopt_ext import __version__
+from sglang_modelopt_ext.cli import auto_quantize
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
 from sglang_modelopt_ext.errors import ModelOptExtError
 
-COMMANDS: tuple[Command, ...] = ()
+COMMANDS: tuple[Command, ...] = (auto_quantize.COMMAND,)
 """Every subcommand, in the order a user meets them."""
 
 

@@ -25,8 +25,17 @@ from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
+from sglang_modelopt_ext.workflow.source import import_modelopt
 
-GPUS: dict[str, int | None] = {"sm80": 80, "sm89": 89, "sm90": 90, "sm100": 100, "sm103": 103, "sm120": 120, "cpu": None}
+GPUS: dict[str, int | None] = {
+    "sm80": 80,
+    "sm89": 89,
+    "sm90": 90,
+    "sm100": 100,
+    "sm103": 103,
+    "sm120": 120,
+    "cpu": None,
+}
 """Targets and their compute capability times ten."""
 
 _SUFFIXES = ("", "_CFG", "_CONFIG", "_DEFAULT_CFG", "_LITE_CFG", "_BETA_CFG")
@@ -41,13 +50,13 @@ class Candidate:
         name: ModelOpt's configuration.
         config: that configuration, with the bits it stores as its ``effective_bits``.
         scheme: how a layer is quantized in it.
-        algorithm: how it is calibrated.
+        algorithm: ModelOpt's calibration algorithm with its options.
     """
 
     name: str
     config: dict[str, Any]
     scheme: LayerScheme
-    algorithm: str
+    algorithm: dict[str, Any]
 
     def cost(self, layer: Layer) -> int | None:
         """The bits it stores for ``layer``, every scale included; None when its blocks do not divide the layer."""
@@ -69,7 +78,7 @@ def this_gpu() -> str:
     return name
 
 
-def find_formats(names: Sequence[str]) -> list[Candidate]:
+def find_formats(names: Sequence[str], device: str) -> list[Candidate]:
     """The formats of these names, tried.
 
     A name is that of a ModelOpt configuration, with or without its ``_CFG``, ``_DEFAULT_CFG`` and the like; or of the algorithm
@@ -79,15 +88,7 @@ def find_formats(names: Sequence[str]) -> list[Candidate]:
         ModelOptExtError: no ModelOpt, an unknown name (with the nearest ones), a name given twice, or a format that a search
             over layers cannot use.
     """
-    with warnings.catch_warnings():
-        # Said on every import; what was tested is in this package's requirements.
-        warnings.filterwarnings("ignore", message="transformers .* is not tested")
-        try:
-            import modelopt.torch.quantization as mtq
-        except ImportError as error:
-            raise ModelOptExtError.at(
-                "modelopt", "import", "NVIDIA ModelOpt (pip install 'sglang-modelopt-ext[quantize]')", error
-            ) from error
+    mtq = import_modelopt()
     choices = sorted(mtq.config.choices)
     found: dict[str, Candidate] = {}
     for name in names:
@@ -98,7 +99,7 @@ def find_formats(names: Sequence[str]) -> list[Candidate]:
             raise ModelOptExtError.at("--formats", name, f"a ModelOpt format, such as {', '.join(near or short)}", name)
         if full in found:
             raise ModelOptExtError.at("--formats", name, "every format once", f"{full} twice")
-        found[full] = _try(full, getattr(mtq, full))
+        found[full] = _try(full, getattr(mtq, full), device)
     return list(found.values())
 
 
@@ -108,7 +109,7 @@ def _short(choice: str) -> str:
     return choice
 
 
-def _try(name: str, config: dict[str, Any]) -> Candidate:
+def _try(name: str, config: dict[str, Any], device: str) -> Candidate:
     from modelopt.torch.quantization.config import QuantizeConfig
     from modelopt.torch.quantization.model_quant import _AUTO_QUANTIZE_SUPPORTED_ALGORITHMS as ALLOWED
 
@@ -122,7 +123,7 @@ def _try(name: str, config: dict[str, Any]) -> Candidate:
     if any(entry.get("enable", True) for entry in config["quant_cfg"] if entry["quantizer_name"] in attention):
         raise ModelOptExtError.at("--formats", name, "a format of linear layers", "one that quantizes attention too")
     try:
-        algo, block, smoothing = _quantize_one_layer(QuantizeConfig(**copy.deepcopy(config)))
+        algo, block, smoothing = _quantize_one_layer(QuantizeConfig(**copy.deepcopy(config)), device)
     except Exception as error:  # ModelOpt fails with assertions and errors of every kind
         raise ModelOptExtError.at(
             "--formats", name, "a format ModelOpt can simulate and export", f"{type(error).__name__}: {error}"
@@ -131,19 +132,18 @@ def _try(name: str, config: dict[str, Any]) -> Candidate:
         expected = "a format for any linear layer"
         raise ModelOptExtError.at("--formats", name, expected, "one that picks layers by name or quantizes none")
     row = find_scheme(algo, f"--formats: {name}")
-    weight = row.weight_format(block or None, "--formats", name) if any(row.group_sizes) else row.weight_format(
-        None, "--formats", name
-    )
+    weight = row.weight_format(block if any(row.group_sizes) else None, "--formats", name)
     stored_blocks = {dim.per for spec in weight.tensors[1:] for dim in spec.dims if dim.per > 1}
     if stored_blocks != ({block} if block else set()):
         expected = f"blocks of {' or '.join(map(str, stored_blocks)) or 'no size'}, as {algo} is served"
         raise ModelOptExtError.at("--formats", name, expected, block or "none")
     scheme = LayerScheme(row.algo, weight, row.activation_format(), smoothing)
     costed = {**copy.deepcopy(config), "effective_bits": weight.bits_per_weight()}
-    return Candidate(name, costed, scheme, str(method or "none"))
+    steps = dict(algorithm) if isinstance(algorithm, dict) else {"method": algorithm or "none"}
+    return Candidate(name, costed, scheme, steps)
 
 
-def _quantize_one_layer(config: Any) -> tuple[str | None, int, bool]:
+def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, bool]:
     """ModelOpt's algorithm for a linear layer quantized like that (None: it is not), its block size, whether it is smoothed."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export.quant_utils import (
@@ -157,7 +157,8 @@ def _quantize_one_layer(config: Any) -> tuple[str | None, int, bool]:
     with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(_PROBE_SIZE, _PROBE_SIZE, bias=False, dtype=torch.bfloat16))
-        x = torch.randn(16, _PROBE_SIZE, dtype=torch.bfloat16)
+        model.to(device)
+        x = torch.randn(16, _PROBE_SIZE, dtype=torch.bfloat16).to(device)
         mtq.quantize(model, {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None})
         # As auto_quantize does it: the patterns see the names of a single layer's quantizers.
         set_quantizer_by_cfg(model[0], config.quant_cfg)

@@ -89,7 +89,9 @@ def _check_fused(folder: Path, groups: dict[str, list[Layer]]) -> None:
             parent, _, leaf = name.rpartition(".")
             for shard in shards if leaf in shards else ():
                 if group_of.get(f"{parent}.{shard}", group) != group:
-                    raise ModelOptExtError.at(folder, name, f"one group with {shard}, which SGLang fuses it with", "two")
+                    raise ModelOptExtError.at(
+                        folder, name, f"one group with {shard}, which SGLang fuses it with", "two"
+                    )
 
 
 def plan_groups(
@@ -126,7 +128,7 @@ def plan_groups(
             algo=candidate.scheme.algo,
             group_size=candidate.scheme.weight.group_size,
             bits=candidate.scheme.weight.bits_per_weight(),
-            algorithm=candidate.algorithm,
+            algorithm=str(candidate.algorithm["method"]),
             served_by=tuple(served[candidate.name][0]),
             served_as=served[candidate.name][1],
         )

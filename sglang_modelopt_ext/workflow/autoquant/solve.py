@@ -19,7 +19,9 @@ _LARGEST_SCORE = 1e6  # HiGHS stops within an absolute gap of 1e-6: this makes t
 _SECONDS = 60.0
 
 
-def solve(method: Method, costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], budget: float) -> list[int]:
+def solve(
+    method: Method, costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], budget: float
+) -> list[int]:
     """The chosen candidate of each group, by index.
 
     Args:

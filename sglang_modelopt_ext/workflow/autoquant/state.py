@@ -6,8 +6,8 @@ alone. A pickle, a torch file or any other JSON is refused by name.
 
 from __future__ import annotations
 
+import hashlib
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ import msgspec
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.solve import Method, solve
+from sglang_modelopt_ext.workflow.record import Calibration
 
 SCHEMA: Literal["sglang-modelopt-ext/autoquant/1"] = "sglang-modelopt-ext/autoquant/1"
 FILE_NAME = "autoquant.json"
@@ -25,27 +26,11 @@ UNQUANTIZED = "none"
 LmHead = Literal["excluded", "counted"]
 
 
-class Struct(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything in the file: unknown fields are errors."""
 
 
-class Data(Struct):
-    """Text the model was run on.
-
-    Attributes:
-        files: as they were named.
-        sha256: of the token windows, in order.
-        windows: how many.
-        tokens: how many tokens in all.
-    """
-
-    files: tuple[str, ...]
-    sha256: str
-    windows: int
-    tokens: int
-
-
-class Format(Struct):
+class Format(Struct, kw_only=True):
     """One candidate.
 
     Attributes:
@@ -67,7 +52,7 @@ class Format(Struct):
     served_as: str
 
 
-class Layer(Struct):
+class Layer(Struct, kw_only=True):
     """A linear layer: its name, outputs and inputs."""
 
     name: str
@@ -75,7 +60,7 @@ class Layer(Struct):
     k: int
 
 
-class Candidate(Struct):
+class Candidate(Struct, kw_only=True):
     """A format for one group.
 
     Attributes:
@@ -88,13 +73,13 @@ class Candidate(Struct):
     score: float | None
 
 
-class Group(Struct):
+class Group(Struct, kw_only=True):
     """Layers that get the same format, because a server fuses them.
 
     Attributes:
         name: as ModelOpt's search names it.
         layers: its layers.
-        excluded: left unquantized because a pattern says so; its bits count.
+        excluded: left unquantized, because a pattern says so or no format fits its sizes; its bits count.
         candidates: by name of the format, ``none`` among them.
     """
 
@@ -109,7 +94,7 @@ class Group(Struct):
         return sum(layer.n * layer.k for layer in self.layers)
 
 
-class State(Struct):
+class State(Struct, kw_only=True):
     """What a search measured.
 
     Attributes:
@@ -132,8 +117,8 @@ class State(Struct):
     model_sha256: str
     method: Method
     loss_scale: float
-    calibration: Data
-    scored: Data
+    calibration: Calibration
+    scored: Calibration
     gpu: str
     lm_head: LmHead
     excluded: tuple[str, ...]
@@ -153,6 +138,11 @@ class State(Struct):
         """The fewest bits for a weight that any choice reaches."""
         return sum(min(c.cost for c in group.candidates.values()) for group in self.groups) / self.weights
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything in it."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
     def with_scores(self, scores: Mapping[str, Mapping[str, float]], loss_scale: float) -> State:
         """The state with ``scores[group][format]``."""
         groups = []
@@ -163,7 +153,7 @@ class State(Struct):
         return msgspec.structs.replace(self, groups=tuple(groups), loss_scale=loss_scale)
 
 
-class Choice(Struct):
+class Choice(Struct, kw_only=True):
     """A format for every group, for one target.
 
     Attributes:
@@ -179,7 +169,7 @@ class Choice(Struct):
     formats: dict[str, str]
 
 
-class Measured(Struct):
+class Measured(Struct, kw_only=True):
     """What became of a choice.
 
     Attributes:
@@ -197,14 +187,14 @@ class Measured(Struct):
     perplexity: float | None
 
 
-class Result(Struct):
+class Result(Struct, kw_only=True):
     """One target: the choice, and what was measured of it."""
 
     choice: Choice
     measured: Measured
 
 
-class Report(Struct):
+class Report(Struct, kw_only=True):
     """The content of ``autoquant.json``.
 
     Attributes:
@@ -218,7 +208,7 @@ class Report(Struct):
     schema: Literal["sglang-modelopt-ext/autoquant/1"] = SCHEMA
     state: State
     results: tuple[Result, ...]
-    held_out: Data | None
+    held_out: Calibration | None
     unquantized_perplexity: float | None
 
 
@@ -226,7 +216,10 @@ def check_target(state: State, target: float) -> None:
     """Raises ModelOptExtError for a target no choice reaches, or one that leaves everything unquantized."""
     if not target < state.unquantized_bits:
         raise ModelOptExtError.at(
-            "--bits", f"{target:g}", f"less than {state.unquantized_bits}, the bits of an unquantized weight", f"{target:g}"
+            "--bits",
+            f"{target:g}",
+            f"less than {state.unquantized_bits}, the bits of an unquantized weight",
+            f"{target:g}",
         )
     if target < state.least_bits:
         left = [layer.name for group in state.groups if group.excluded for layer in group.layers]
@@ -266,16 +259,11 @@ def _score(state: State, candidate: Candidate) -> float:
     return candidate.score
 
 
-def write_report(file: Path, report: Report) -> None:
-    """Writes the file whole or not at all."""
-    write_json(file, report)
-
-
 def write_json(file: Path, content: msgspec.Struct) -> None:
     """Writes ``content`` beside ``file`` and renames it."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
-    os.replace(partial, file)
+    partial.replace(file)
 
 
 def read_report(file: Path) -> Report:
@@ -311,11 +299,16 @@ def _check(file: Path, state: State) -> None:
     for group in state.groups:
         if UNQUANTIZED not in group.candidates or not group.candidates.keys() - {UNQUANTIZED} <= formats:
             raise ModelOptExtError.at(
-                file, group.name, f"candidates among {', '.join([UNQUANTIZED, *sorted(formats)])}", list(group.candidates)
+                file,
+                group.name,
+                f"candidates among {', '.join([UNQUANTIZED, *sorted(formats)])}",
+                list(group.candidates),
             )
         for name, candidate in group.candidates.items():
             if candidate.cost <= 0:
-                raise ModelOptExtError.at(file, f"{group.name}: {name}: cost", "a positive number of bits", candidate.cost)
+                raise ModelOptExtError.at(
+                    file, f"{group.name}: {name}: cost", "a positive number of bits", candidate.cost
+                )
             if candidate.score is None or not 0 <= candidate.score < math.inf:
                 raise ModelOptExtError.at(
                     file, f"{group.name}: {name}: score", "a finite number, not negative", candidate.score
