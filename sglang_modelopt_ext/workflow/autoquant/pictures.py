@@ -73,7 +73,7 @@ def _choices(state: State, results: Sequence[Result]) -> Any:
     formats = [row.name for row in state.formats]
     palette = dict(zip(formats, (_COLOURS[i % len(_COLOURS)] for i in range(len(formats))), strict=True))
     palette[UNQUANTIZED] = _UNQUANTIZED_COLOUR
-    scores = [c.score for g in state.groups for n, c in g.candidates.items() if n != UNQUANTIZED and c.score]
+    scores = [c.score for g in state.groups for n, c in g.candidates.items() if n != UNQUANTIZED and c.score is not None and c.score > 0]
     low, high = (min(scores), max(scores)) if scores else (1.0, 1.0)
     norm = LogNorm(max(low, high * 1e-9), high if high > low else high * 10)
 
@@ -137,7 +137,7 @@ def _choices(state: State, results: Sequence[Result]) -> Any:
 def _trade_off(report: Report, measured: Sequence[Result]) -> Any:
     figure = matplotlib_figure()(figsize=(6.4, 4.2), layout="constrained")
     axis = figure.subplots()
-    points = sorted((_bits(result), result.measured.perplexity, result.choice.target) for result in measured)
+    points = sorted((_bits(result), result.measured.perplexity or 0.0, result.choice.target) for result in measured)
     axis.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=_COLOURS[0])
     for x, y, target in points:
         axis.annotate(f"target {target:g}", (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)

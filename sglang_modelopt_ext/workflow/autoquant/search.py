@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +30,7 @@ _SCALE_TRIES = 8
 _ROUNDING = 1e-3
 
 
-class Progress(Struct, kw_only=True):
+class Progress(Struct, frozen=True, kw_only=True):
     """How far scoring has come.
 
     Attributes:
@@ -336,6 +337,8 @@ def _extend(base: Any, search: Search) -> type:
         search.check_groups(self)
 
     def estimate(self: Any) -> None:
+        # Read back from its state file, this is a plain dict, and ModelOpt relies on the default.
+        self.candidate_stats = defaultdict(dict, self.candidate_stats)
         search.estimate(self, lambda: base.estimate_sensitivity_scores(self))
 
     def choose(self: Any, max_weight_size: float, verbose: bool = False) -> tuple[dict[str, dict[str, Any]], bool]:

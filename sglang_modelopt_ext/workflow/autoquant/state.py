@@ -30,7 +30,7 @@ class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything in the file: unknown fields are errors."""
 
 
-class Format(Struct, kw_only=True):
+class Format(Struct, frozen=True, kw_only=True):
     """One candidate.
 
     Attributes:
@@ -52,7 +52,7 @@ class Format(Struct, kw_only=True):
     served_as: str
 
 
-class Layer(Struct, kw_only=True):
+class Layer(Struct, frozen=True, kw_only=True):
     """A linear layer: its name, outputs and inputs."""
 
     name: str
@@ -60,7 +60,7 @@ class Layer(Struct, kw_only=True):
     k: int
 
 
-class Candidate(Struct, kw_only=True):
+class Candidate(Struct, frozen=True, kw_only=True):
     """A format for one group.
 
     Attributes:
@@ -73,7 +73,7 @@ class Candidate(Struct, kw_only=True):
     score: float | None
 
 
-class Group(Struct, kw_only=True):
+class Group(Struct, frozen=True, kw_only=True):
     """Layers that get the same format, because a server fuses them.
 
     Attributes:
@@ -94,7 +94,7 @@ class Group(Struct, kw_only=True):
         return sum(layer.n * layer.k for layer in self.layers)
 
 
-class State(Struct, kw_only=True):
+class State(Struct, frozen=True, kw_only=True):
     """What a search measured.
 
     Attributes:
@@ -153,7 +153,7 @@ class State(Struct, kw_only=True):
         return msgspec.structs.replace(self, groups=tuple(groups), loss_scale=loss_scale)
 
 
-class Choice(Struct, kw_only=True):
+class Choice(Struct, frozen=True, kw_only=True):
     """A format for every group, for one target.
 
     Attributes:
@@ -169,7 +169,7 @@ class Choice(Struct, kw_only=True):
     formats: dict[str, str]
 
 
-class Measured(Struct, kw_only=True):
+class Measured(Struct, frozen=True, kw_only=True):
     """What became of a choice.
 
     Attributes:
@@ -187,14 +187,14 @@ class Measured(Struct, kw_only=True):
     perplexity: float | None
 
 
-class Result(Struct, kw_only=True):
+class Result(Struct, frozen=True, kw_only=True):
     """One target: the choice, and what was measured of it."""
 
     choice: Choice
     measured: Measured
 
 
-class Report(Struct, kw_only=True):
+class Report(Struct, frozen=True, kw_only=True):
     """The content of ``autoquant.json``.
 
     Attributes:

@@ -26,7 +26,7 @@ from sglang_modelopt_ext.workflow.interrupts import undisturbed
 MANIFEST, SCORES, MODELOPT = "manifest.json", "scores.json", "modelopt.pth"
 
 
-class _Saved(Struct, kw_only=True):
+class _Saved(Struct, frozen=True, kw_only=True):
     manifest: str
     progress: Progress
 
