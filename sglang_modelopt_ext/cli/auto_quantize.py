@@ -44,6 +44,13 @@ class AutoQuantized(Result, frozen=True, kw_only=True):
         lines = [
             *_layers(self.report),
             "",
+            *_table(
+                [
+                    ("format", "bits", f"served on {state.gpu} by", "as"),
+                    *((_short(row.name), f"{row.bits:g}", row.served_by[0], row.served_as) for row in state.formats),
+                ]
+            ),
+            "",
             *_table([("target", "bits", "stored", "quantized", "perplexity", "checkpoint"), *map(self._row, results)]),
             "",
             f"bits:       for each weight of {sum(len(group.layers) for group in state.groups)} linear layers by cost,"

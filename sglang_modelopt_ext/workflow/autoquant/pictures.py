@@ -24,6 +24,7 @@ _COLOURS = (
     "#882255",
     "#999933",
 )
+_COLUMNS = 64  # layers beside each other; a larger model's panels go one below the other
 _UNQUANTIZED_COLOUR = "#bbbbbb"
 
 
@@ -70,56 +71,64 @@ def _choices(state: State, results: Sequence[Result]) -> Any:
     for group in state.groups:
         kind, place = short_name(group)
         kinds.setdefault(kind, []).append((place, group))
+    # A row of layers nobody chose for, such as the lm_head, shows nothing.
+    kinds = {kind: members for kind, members in kinds.items() if not all(group.excluded for _, group in members)}
     formats = [row.name for row in state.formats]
     palette = dict(zip(formats, (_COLOURS[i % len(_COLOURS)] for i in range(len(formats))), strict=True))
     palette[UNQUANTIZED] = _UNQUANTIZED_COLOUR
-    scores = [c.score for g in state.groups for n, c in g.candidates.items() if n != UNQUANTIZED and c.score is not None and c.score > 0]
+    scores = [
+        c.score for group in state.groups for c in group.candidates.values() if c.score is not None and c.score > 0
+    ]
     low, high = (min(scores), max(scores)) if scores else (1.0, 1.0)
     norm = LogNorm(max(low, high * 1e-9), high if high > low else high * 10)
 
-    widths = [max(len(members), 3) for members in kinds.values()]
-    cell = max(0.22, min(0.5, 24 / sum(widths)))
-    rows = len(formats), max(len(results), 1)
-    figure = matplotlib_figure()(
-        figsize=(3.2 + cell * sum(widths) + 0.3 * len(kinds), 2.2 + 0.42 * sum(rows)), layout="constrained"
-    )
-    axes = figure.subplots(2, len(kinds), squeeze=False, width_ratios=widths, height_ratios=rows, sharey="row")
+    longest = max(len(members) for members in kinds.values())
+    across = max(1, min(len(kinds), _COLUMNS // max(longest, 4)))
+    down = -(-len(kinds) // across)
+    cell = max(0.16, min(0.6, 20 / (across * max(longest, 4))))
+    heights = [len(formats), max(len(results), 1)] * down
+    size = (3.4 + across * (cell * max(longest, 4) + 0.3), 1.3 + 0.7 * down + 0.3 * sum(heights))
+    figure = matplotlib_figure()(figsize=size, layout="constrained")
+    axes = figure.subplots(2 * down, across, squeeze=False, height_ratios=heights)
+    colours = ListedColormap([palette[name] for name in [*formats, UNQUANTIZED]])
+    grid = {"edgecolors": "white", "linewidth": 0.8 if cell > 0.2 else 0.3}
     image = None
-    for column, (kind, members) in enumerate(kinds.items()):
-        top, bottom = axes[0][column], axes[1][column]
+    for number, (kind, members) in enumerate(kinds.items()):
+        row, column = 2 * (number // across), number % across
         table = np.full((len(formats), len(members)), np.nan)
         for x, (_, group) in enumerate(members):
             for y, name in enumerate(formats):
                 candidate = group.candidates.get(name)
                 if candidate is not None and candidate.score is not None:
                     table[y, x] = max(candidate.score, norm.vmin)
-        image = top.imshow(table, aspect="auto", cmap="viridis_r", norm=norm, interpolation="nearest")
+        codes = [
+            [[*formats, UNQUANTIZED].index(result.choice.formats[group.name]) for _, group in members]
+            for result in results
+        ]
+        top, bottom = axes[row][column], axes[row + 1][column]
+        image = top.pcolormesh(table, cmap="viridis_r", norm=norm, **grid)
+        bottom.pcolormesh(np.array(codes), cmap=colours, vmin=-0.5, vmax=len(formats) + 0.5, **grid)
         top.set_title(kind, fontsize=9)
-        top.set_facecolor("#eeeeee")
-        codes = np.array(
-            [
-                [[*formats, UNQUANTIZED].index(result.choice.formats[group.name]) for _, group in members]
-                for result in results
-            ]
-        ).reshape(len(results), len(members))
-        colours = ListedColormap([palette[name] for name in [*formats, UNQUANTIZED]])
-        bottom.imshow(codes, aspect="auto", cmap=colours, vmin=-0.5, vmax=len(formats) + 0.5, interpolation="nearest")
-        every = max(1, -(-len(members) // max(1, round(len(members) * cell / 0.25))))
-        ticks = list(range(0, len(members), every))
-        for axis in (top, bottom):
-            axis.set_xticks(ticks, [members[tick][0] for tick in ticks], fontsize=7)
-            axis.set_xticks(np.arange(-0.5, len(members)), minor=True)
-            axis.grid(which="minor", color="white", linewidth=0.8)
-            axis.tick_params(which="minor", length=0)
-        bottom.set_yticks(np.arange(-0.5, len(results)), minor=True)
-        bottom.set_xlabel("layer", fontsize=8)
-    axes[0][0].set_yticks(
-        range(len(formats)), [f"{row.name.removesuffix('_CFG')}  {row.bits:g} b" for row in state.formats], fontsize=8
-    )
-    labels = [f"target {result.choice.target:g}: {result.choice.bits:.3f} b" for result in results]
-    axes[1][0].set_yticks(range(len(results)), labels, fontsize=8)
+        every = max(1, -(-len(members) // max(1, int(len(members) * cell / 0.22))))
+        ticks = range(0, len(members), every)
+        top.set_xticks([])
+        bottom.set_xticks([tick + 0.5 for tick in ticks], [members[tick][0] for tick in ticks], fontsize=7)
+        for axis, labels in (
+            (top, [f"{row.name.removesuffix('_CFG')}  {row.bits:g} b" for row in state.formats]),
+            (bottom, [f"target {result.choice.target:g}: {result.choice.bits:.3f} b" for result in results]),
+        ):
+            axis.set_xlim(0, longest)  # cells of one size in every panel
+            axis.spines[:].set_visible(False)
+            axis.tick_params(length=0)
+            axis.set_yticks(np.arange(len(labels)) + 0.5, labels if column == 0 else [""] * len(labels), fontsize=8)
+            axis.invert_yaxis()
+    for left in range(len(kinds), across * down):
+        axes[2 * (left // across)][left % across].set_axis_off()
+        axes[2 * (left // across) + 1][left % across].set_axis_off()
     what = "squared gradient x change" if state.method == "gradient" else "KL, nats"
-    figure.colorbar(image, ax=axes[0].tolist(), label=f"sensitivity ({what})", pad=0.01)
+    bar = figure.colorbar(image, ax=axes.ravel().tolist(), pad=0.01, aspect=40)
+    bar.set_label(f"sensitivity\n({what})", fontsize=8)
+    bar.ax.tick_params(labelsize=7)
     used = [name for name in [*formats, UNQUANTIZED] if any(name in r.choice.formats.values() for r in results)]
     figure.legend(
         handles=[
