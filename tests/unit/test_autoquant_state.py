@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.autoquant import pictures
 from sglang_modelopt_ext.workflow.autoquant.pictures import CHOICES, TRADE_OFF, draw
 from sglang_modelopt_ext.workflow.autoquant.state import (
     Candidate,
@@ -168,13 +169,14 @@ def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes, message
     assert str(file) in str(caught.value)
 
 
-def test_pictures(tmp_path: Path) -> None:
-    """A large model's, with a group that is left alone and a score of zero: written, and nothing else left."""
+def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels one below the other, as a large model has them, with a group that is left alone and a score of zero."""
     kinds = ("self_attn.o_proj", "mlp.down_proj")
-    groups = [group(f"model.layers.{i}.{kind}", 10.0 ** (i / 8 - 4)) for i in range(70) for kind in kinds]
-    groups += [group("model.layers.70.mlp.down_proj", 0.0), group("lm_head", None, excluded=True)]
+    groups = [group(f"model.layers.{i}.{kind}", 10.0 ** (i / 8 - 4)) for i in range(8) for kind in kinds]
+    groups += [group("model.layers.8.mlp.down_proj", 0.0), group("lm_head", None, excluded=True)]
     large = state(*groups)
     assert [path.name for path in draw(tmp_path, report(TWO, 6.5))] == [CHOICES]
+    monkeypatch.setattr(pictures, "_COLUMNS", 12)
     drawn = draw(tmp_path, report(large, 5.0, 6.0, 8.0, perplexity=10.0))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((CHOICES, TRADE_OFF))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

@@ -80,7 +80,8 @@ def _choices(state: State, results: Sequence[Result]) -> Any:
         c.score for group in state.groups for c in group.candidates.values() if c.score is not None and c.score > 0
     ]
     low, high = (min(scores), max(scores)) if scores else (1.0, 1.0)
-    norm = LogNorm(max(low, high * 1e-9), high if high > low else high * 10)
+    floor = max(low, high * 1e-9)
+    norm = LogNorm(floor, high if high > low else high * 10)
 
     longest = max(len(members) for members in kinds.values())
     across = max(1, min(len(kinds), _COLUMNS // max(longest, 4)))
@@ -100,7 +101,7 @@ def _choices(state: State, results: Sequence[Result]) -> Any:
             for y, name in enumerate(formats):
                 candidate = group.candidates.get(name)
                 if candidate is not None and candidate.score is not None:
-                    table[y, x] = max(candidate.score, norm.vmin)
+                    table[y, x] = max(candidate.score, floor)
         codes = [
             [[*formats, UNQUANTIZED].index(result.choice.formats[group.name]) for _, group in members]
             for result in results
