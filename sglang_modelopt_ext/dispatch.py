@@ -1,4 +1,4 @@
-"""Which kernel serves a linear layer.
+"""Which kernel serves a linear layer, or the experts of a mixture.
 
 One step at load: a request (scheme, device, sizes) is offered to every layout in order; the first that has no objection to it
 and can hold the layer's weights gets the layer, and when none is left the error carries every objection. A layer holds
@@ -8,6 +8,8 @@ exactly one prepared copy of its weights. At run time the number of tokens picks
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
@@ -17,6 +19,7 @@ from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.layouts.fp8 import Fp8
+from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest, ReferenceExperts
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4
 from sglang_modelopt_ext.schemes.base import LayerScheme
 
@@ -43,6 +46,10 @@ LAYOUTS: tuple[Layout, ...] = (
     Dense(torch.float32, ("cuda", "cpu")),
 )
 
+EXPERT_LAYOUTS: tuple[ExpertLayout, ...] = (ReferenceExperts(),)
+
+AnyLayout = TypeVar("AnyLayout", Layout, ExpertLayout)
+
 
 def candidates(request: LinearRequest, subject: str) -> list[Layout]:
     """The layouts that take ``request``, best first. Raises ModelOptExtError with every reason when there is none.
@@ -55,6 +62,20 @@ def candidates(request: LinearRequest, subject: str) -> list[Layout]:
     if unknown:
         raise ModelOptExtError.at("environment", GEMM.variable, f"names among {', '.join(known)}", unknown[0])
     reasons = {name: known[name].supports(request) for name in wanted}
+    return _without_objection(known, reasons, request, subject)
+
+
+def expert_candidates(request: ExpertRequest, subject: str) -> list[ExpertLayout]:
+    """Likewise for the product of a layer's experts."""
+    known = {layout.name: layout for layout in EXPERT_LAYOUTS}
+    return _without_objection(
+        known, {name: layout.supports(request) for name, layout in known.items()}, request, subject
+    )
+
+
+def _without_objection(
+    known: Mapping[str, AnyLayout], reasons: Mapping[str, str | None], request: LinearRequest, subject: str
+) -> list[AnyLayout]:
     taking = [known[name] for name, reason in reasons.items() if reason is None]
     if not taking:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())
