@@ -1,0 +1,177 @@
+"""``Y^T = W X^T`` for the pairs of one block and the weight of their expert.
+
+Sums over 4-bit weights are those of the products for one weight. Numerics over 8-bit ones: E4M3 and int8 operands meet in matrix
+instructions of their own, where every product is exact (int8's sum too). Other activations meet the weight in their own type:
+E4M3's bits in the place of float16's or bf16's are the number times 2^-8 or 2^-120, which is 1 / DESCALE for float16 and made up
+for by a multiplication with a power of two, exact, in bf16.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_sum
+from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_sum
+from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
+
+
+@triton.jit
+def _e4m3_float16(u):
+    """Bytes of E4M3 in uint16 as float16 numbers, times 2^-8."""
+    return (((u & 0x80) << 8) | ((u & 0x7F) << 7)).to(tl.float16, bitcast=True)
+
+
+@triton.jit
+def _e4m3_bfloat16(u, scale, ASM: tl.constexpr):
+    """Bytes of E4M3 in uint16 as bf16 numbers, times 2^-120 and ``scale``, float32 powers of two."""
+    bits = ((u & 0x80) << 8) | ((u & 0x7F) << 4)
+    if ASM:
+        w = bits.to(tl.bfloat16, bitcast=True) * scale.to(tl.bfloat16)
+    else:
+        # The interpreter has no arithmetic of bf16: the same numbers in float32.
+        w = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True) * scale
+    return w
+
+
+@triton.jit
+def eight_bit_sum(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    row,
+    token,
+    k,
+    KIND: tl.constexpr,
+    MATH: tl.constexpr,
+    ASM: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64): float32 ``[BN, BM]`` times 1 / DESCALE.
+
+    ``w`` is E4M3 under MATH fp8, int8 for int8 weights, and else the bytes of E4M3.
+    """
+    input_ = tl.arange(0, BK)
+    GROUP: tl.constexpr = 32 if KIND == "e4m3_exponent" else BK
+    block = tl.arange(0, BK // GROUP)
+    blocks = tl.cdiv(k, GROUP).to(tl.int64)
+    # The interpreter multiplies the bits of bf16 operands, and has no E4M3: it gets the same numbers in float32.
+    BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
+    acc = tl.zeros((BN, BM), tl.int32 if MATH == "int8" else tl.float32)
+    for offset in range(0, k, BK):
+        w_at = w_ptr + row[:, None] * k + (offset + input_)[None, :]
+        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        s_at = s_ptr + row[:, None] * blocks + (offset // GROUP + block)[None, :]
+        if EVEN_K:
+            w = tl.load(w_at)
+            x = tl.load(x_at)
+        else:
+            w_inside = (offset + input_ < k)[None, :]
+            x_inside = (offset + input_ < k)[:, None]
+            w = tl.load(w_at, mask=w_inside, other=0.0 if MATH == "fp8" else 0)
+            x = tl.load(x_at, mask=x_inside, other=0 if MATH == "int8" else 0.0)
+        if MATH == "int8":
+            acc = tl.dot(w, x, acc)
+        elif MATH == "fp8":
+            if ASM:
+                # On Hopper the instruction keeps about 14 bits of a sum: promoted to float32 after every step.
+                acc = tl.dot(w, x, acc, max_num_imprecise_acc=BK)
+            else:
+                acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+        else:
+            if KIND == "int8":
+                if MATH == "f16":
+                    unit = w.to(tl.float16)
+                else:
+                    unit = w.to(BF16)
+            elif MATH == "f16":
+                unit = _e4m3_float16(w.to(tl.uint16))
+            elif KIND == "e4m3_exponent":
+                if EVEN_K:
+                    b = tl.load(s_at)
+                else:
+                    b = tl.load(s_at, mask=(offset + GROUP * block < k)[None, :], other=0)
+                scale = (b.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
+                scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP))
+                unit = _e4m3_bfloat16(w.to(tl.uint16), tl.reshape(scale, (BN, BK)), ASM)
+            else:
+                unit = _e4m3_bfloat16(w.to(tl.uint16), tl.full((BN, BK), 2.0**120, tl.float32), ASM)
+            x = x.to(tl.float16 if MATH == "f16" else BF16)
+            if KIND == "e4m3_float":
+                # One block per step: scale its sum.
+                acc += tl.dot(unit, x, input_precision="ieee") * tl.load(s_at)
+            else:
+                acc = tl.dot(unit, x, acc, input_precision="ieee")
+    return acc.to(tl.float32)
+
+
+@triton.jit
+def grouped_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    pairs_ptr,
+    owner_ptr,
+    row_scale_ptr,
+    out_scale_ptr,
+    y_ptr,
+    pairs,
+    experts,
+    n,
+    k,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    MATH: tl.constexpr,
+    ASM: tl.constexpr,
+    DESCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    SHARE: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One ``[BN, BM]`` tile of ``Y^T``. Blocks of pairs vary fastest, so that those of one expert share its weight in the cache."""
+    block = tl.program_id(0)
+    owner = tl.load(owner_ptr + block)
+    if owner < 0:
+        return
+    rows = tl.program_id(1) * BN + tl.arange(0, BN)
+    pair = tl.load(pairs_ptr + block.to(tl.int64) * BM + tl.arange(0, BM))
+    # Out of range rows and pairs read the last one: no mask in the loop, and nothing of theirs is stored.
+    row = tl.minimum(rows, n - 1).to(tl.int64)
+    last = tl.minimum(pair, pairs - 1).to(tl.int64)
+    if owner == experts:
+        nothing = tl.zeros((BN, BM), y_ptr.dtype.element_ty)
+        tl.store(y_ptr + last[None, :] * n + row[:, None], nothing, mask=(rows < n)[:, None] & (pair < pairs)[None, :])
+        return
+    first = owner.to(tl.int64) * n
+    token = last // SHARE
+    if KIND == "mxfp4":
+        acc = mxfp4_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, 0, k, EVEN_K, BN, BM, BK)
+    elif KIND == "e2m1_e4m3" or KIND == "e2m1_exponent" or KIND == "int4_float":
+        acc = block_scaled_sum(
+            x_ptr, w_ptr, s_ptr, first + row, token, k, 0, k, KIND, GROUP, MATH == "f16", ASM, EVEN_K, BN, BM, BK
+        )
+    else:
+        acc = eight_bit_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, KIND, MATH, ASM, EVEN_K, BN, BM, BK)
+    store_tile(
+        acc,
+        y_ptr,
+        rows,
+        pair,
+        tl.program_id(2),
+        pairs,
+        n,
+        row_scale_ptr,
+        out_scale_ptr + first,
+        out_scale_ptr,
+        1,
+        DESCALE,
+        HAS_ROW_SCALE,
+        False,
+        1,
+    )

@@ -1,0 +1,129 @@
+"""Which numerics and which configuration run, and the launch. CUDA tensors, or CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+
+from sglang_modelopt_kernels.gemm.block_scaled.launch import configs as block_scaled_configs
+from sglang_modelopt_kernels.gemm.block_scaled.launch import descale as block_scaled_descale
+from sglang_modelopt_kernels.gemm.mxfp4.linear import CONFIGS as MXFP4
+from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine
+from sglang_modelopt_kernels.moe.route import Routed
+
+from .kernel import grouped_kernel
+from .weights import GroupedWeight, Kind
+
+Math = Literal["f16", "bf16", "fp8", "int8"]
+"""The operands of the matrix instruction."""
+
+_WIDE = (
+    KernelConfig(64, 16, 128, 4, 3),
+    KernelConfig(64, 32, 128, 4, 3),
+    KernelConfig(64, 64, 128, 4, 2),
+    KernelConfig(64, 128, 128, 4, 2),
+)
+_NARROW = (
+    KernelConfig(64, 16, 256, 4, 3),
+    KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(128, 64, 128, 4, 3),
+    KernelConfig(128, 128, 128, 8, 3),
+)
+
+
+def math_of(kind: Kind, dtype: torch.dtype, capability: int) -> Math:
+    """The numerics of activations of ``dtype`` on compute capability ``capability`` (times ten).
+
+    Raises:
+        ValueError: the weights are not multiplied by such activations.
+    """
+    if kind == "mxfp4":
+        taken: dict[torch.dtype, Math] = {torch.float8_e4m3fn: "fp8"}
+    elif kind == "e4m3_exponent":
+        taken = {torch.bfloat16: "bf16"}  # float16 holds neither such weights nor such activations
+    else:
+        taken = {torch.float16: "f16", torch.bfloat16: "bf16"}
+        if kind == "int8":
+            taken[torch.int8] = "int8"
+        else:
+            # E4M3 numbers are float16 numbers; Triton has the type from sm_89 on.
+            taken[torch.float8_e4m3fn] = "fp8" if kind == "e4m3" and capability >= 89 else "f16"
+    if dtype not in taken:
+        raise ValueError(f"{kind} weights are multiplied by {' or '.join(map(str, taken))}, not {dtype}")
+    return taken[dtype]
+
+
+def descale(kind: Kind, math: Math) -> float:
+    """What the kernel's accumulators are multiplied by."""
+    if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
+        return block_scaled_descale(kind, math == "f16")
+    return 2.0**8 if kind in ("e4m3", "e4m3_float") and math == "f16" else 1.0
+
+
+def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
+    """The configurations of the kernel on compute capability ``capability`` (times ten), by pairs to a block, ascending."""
+    if kind == "mxfp4":
+        return MXFP4
+    if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
+        return block_scaled_configs(kind, capability)
+    return _NARROW if math in ("fp8", "int8") else _WIDE
+
+
+def choose_block(kind: Kind, dtype: torch.dtype, pairs: int, experts: int, capability: int) -> int:
+    """Pairs to a block, a function of the sizes alone: as many as an expert has on average, within what there is."""
+    known = [config.bm for config in configs(kind, math_of(kind, dtype, capability), capability)]
+    return next((block for block in known if pairs <= block * experts), known[-1])
+
+
+def run(
+    x: torch.Tensor,
+    weight: GroupedWeight,
+    routed: Routed,
+    pairs: int,
+    row_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Launches the kernel; arguments as :func:`grouped_linear`, for ``pairs`` pairs."""
+    capability = machine(x.device)[0]
+    math = math_of(weight.kind, x.dtype, capability)
+    config = next((config for config in configs(weight.kind, math, capability) if config.bm == routed.block), None)
+    if config is None:
+        raise ValueError(f"no configuration for {weight.kind} weights has blocks of {routed.block} pairs")
+    codes = weight.codes
+    if codes.dtype == torch.float8_e4m3fn and math != "fp8":
+        codes = codes.view(torch.uint8)
+    if x.dtype == torch.float8_e4m3fn and math != "fp8" and capability < 89:
+        x = x.to(torch.float16)  # exact; the type does not exist for Triton before sm_89
+    n, k, group = weight.n, weight.k, weight.group
+    y = torch.empty((pairs, n), dtype=out_dtype, device=x.device)
+    grouped_kernel[(routed.owner.shape[0], triton.cdiv(n, config.bn))](
+        x.contiguous(),
+        codes,
+        # The kernel takes a pointer for what is absent and never reads through it.
+        weight.out_scale if weight.scale is None else weight.scale,
+        routed.pairs,
+        routed.owner,
+        weight.out_scale if row_scale is None else row_scale.contiguous(),
+        weight.out_scale,
+        y,
+        pairs,
+        weight.experts,
+        n,
+        k,
+        KIND=weight.kind,
+        GROUP=group if weight.scale is not None else 0,
+        MATH=math,
+        ASM=x.is_cuda,
+        DESCALE=descale(weight.kind, math),
+        HAS_ROW_SCALE=row_scale is not None,
+        SHARE=pairs // x.shape[0],
+        EVEN_K=k % config.bk == 0,
+        BN=config.bn,
+        BM=config.bm,
+        BK=config.bk,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y
