@@ -1,9 +1,8 @@
 """``Y^T = W X^T`` for the pairs of one block and the weight of their expert.
 
 Sums over 4-bit weights are those of the products for one weight. Numerics over 8-bit ones: E4M3 and int8 operands meet in matrix
-instructions of their own, where every product is exact (int8's sum too). Other activations meet the weight in their own type:
-E4M3's bits in the place of float16's or bf16's are the number times 2^-8 or 2^-120, which is 1 / DESCALE for float16 and made up
-for by a multiplication with a power of two, exact, in bf16.
+instructions of their own, where every product is exact (int8's sum too). Other activations meet the weight in their own type, which
+holds it exactly. Where Triton has no E4M3, its bits in the place of float16's or bf16's are the number times 2^-8 or 2^-120.
 """
 
 from __future__ import annotations
@@ -17,21 +16,28 @@ from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
 
 
 @triton.jit
-def _e4m3_float16(u):
-    """Bytes of E4M3 in uint16 as float16 numbers, times 2^-8."""
-    return (((u & 0x80) << 8) | ((u & 0x7F) << 7)).to(tl.float16, bitcast=True)
+def _e4m3_float16(w, NATIVE: tl.constexpr):
+    """E4M3, or its bytes, as float16."""
+    if NATIVE:
+        unit = w.to(tl.float16)
+    else:
+        u = w.to(tl.uint16)
+        unit = ((((u & 0x80) << 8) | ((u & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0).to(tl.float16)
+    return unit
 
 
 @triton.jit
-def _e4m3_bfloat16(u, scale, ASM: tl.constexpr):
-    """Bytes of E4M3 in uint16 as bf16 numbers, times 2^-120 and ``scale``, float32 powers of two."""
+def _e4m3_bfloat16(w, scale, NATIVE: tl.constexpr, ASM: tl.constexpr):
+    """E4M3, or its bytes, times ``scale``, a float32 power of two, as bf16; as float32 in the interpreter."""
+    u = w.to(tl.uint8, bitcast=True).to(tl.uint16)
     bits = ((u & 0x80) << 8) | ((u & 0x7F) << 4)
-    if ASM:
-        w = bits.to(tl.bfloat16, bitcast=True) * scale.to(tl.bfloat16)
+    if not ASM:
+        unit = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True) * 2.0**120 * scale
+    elif NATIVE:
+        unit = w.to(tl.bfloat16) * scale.to(tl.bfloat16)
     else:
-        # The interpreter has no arithmetic of bf16: the same numbers in float32.
-        w = (bits.to(tl.uint32) << 16).to(tl.float32, bitcast=True) * scale
-    return w
+        unit = bits.to(tl.bfloat16, bitcast=True) * (scale * 2.0**120).to(tl.bfloat16)
+    return unit
 
 
 @triton.jit
@@ -44,15 +50,16 @@ def eight_bit_sum(
     k,
     KIND: tl.constexpr,
     MATH: tl.constexpr,
+    NATIVE: tl.constexpr,
     ASM: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64): float32 ``[BN, BM]`` times 1 / DESCALE.
+    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64): float32 ``[BN, BM]``.
 
-    ``w`` is E4M3 under MATH fp8, int8 for int8 weights, and else the bytes of E4M3.
+    ``w`` is int8 for int8 weights, else E4M3, or with NATIVE off its bytes.
     """
     input_ = tl.arange(0, BK)
     GROUP: tl.constexpr = 32 if KIND == "e4m3_exponent" else BK
@@ -71,7 +78,7 @@ def eight_bit_sum(
         else:
             w_inside = (offset + input_ < k)[None, :]
             x_inside = (offset + input_ < k)[:, None]
-            w = tl.load(w_at, mask=w_inside, other=0.0 if MATH == "fp8" else 0)
+            w = tl.load(w_at, mask=w_inside, other=0.0 if NATIVE and KIND != "int8" else 0)
             x = tl.load(x_at, mask=x_inside, other=0 if MATH == "int8" else 0.0)
         if MATH == "int8":
             acc = tl.dot(w, x, acc)
@@ -88,7 +95,7 @@ def eight_bit_sum(
                 else:
                     unit = w.to(BF16)
             elif MATH == "f16":
-                unit = _e4m3_float16(w.to(tl.uint16))
+                unit = _e4m3_float16(w, NATIVE)
             elif KIND == "e4m3_exponent":
                 if EVEN_K:
                     b = tl.load(s_at)
@@ -96,9 +103,9 @@ def eight_bit_sum(
                     b = tl.load(s_at, mask=(offset + GROUP * block < k)[None, :], other=0)
                 scale = (b.to(tl.uint32) << 23).to(tl.float32, bitcast=True)
                 scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP))
-                unit = _e4m3_bfloat16(w.to(tl.uint16), tl.reshape(scale, (BN, BK)), ASM)
+                unit = _e4m3_bfloat16(w, tl.reshape(scale, (BN, BK)), NATIVE, ASM)
             else:
-                unit = _e4m3_bfloat16(w.to(tl.uint16), tl.full((BN, BK), 2.0**120, tl.float32), ASM)
+                unit = _e4m3_bfloat16(w, tl.full((BN, BK), 1.0, tl.float32), NATIVE, ASM)
             x = x.to(tl.float16 if MATH == "f16" else BF16)
             if KIND == "e4m3_float":
                 # One block per step: scale its sum.
@@ -125,6 +132,7 @@ def grouped_kernel(
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     MATH: tl.constexpr,
+    NATIVE: tl.constexpr,
     ASM: tl.constexpr,
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
@@ -157,7 +165,7 @@ def grouped_kernel(
             x_ptr, w_ptr, s_ptr, first + row, token, k, 0, k, KIND, GROUP, MATH == "f16", ASM, EVEN_K, BN, BM, BK
         )
     else:
-        acc = eight_bit_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, KIND, MATH, ASM, EVEN_K, BN, BM, BK)
+        acc = eight_bit_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, KIND, MATH, NATIVE, ASM, EVEN_K, BN, BM, BK)
     store_tile(
         acc,
         y_ptr,

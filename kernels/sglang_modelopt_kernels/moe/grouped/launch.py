@@ -59,7 +59,7 @@ def descale(kind: Kind, math: Math) -> float:
     """What the kernel's accumulators are multiplied by."""
     if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
         return block_scaled_descale(kind, math == "f16")
-    return 2.0**8 if kind in ("e4m3", "e4m3_float") and math == "f16" else 1.0
+    return 1.0
 
 
 def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
@@ -68,6 +68,8 @@ def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]
         return MXFP4
     if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
         return block_scaled_configs(kind, capability)
+    if kind == "e4m3_float":
+        return _WIDE[:3]  # twice as many pairs spill
     return _NARROW if math in ("fp8", "int8") else _WIDE
 
 
@@ -92,10 +94,10 @@ def run(
     if config is None:
         raise ValueError(f"no configuration for {weight.kind} weights has blocks of {routed.block} pairs")
     codes = weight.codes
-    if codes.dtype == torch.float8_e4m3fn and math != "fp8":
-        codes = codes.view(torch.uint8)
-    if x.dtype == torch.float8_e4m3fn and math != "fp8" and capability < 89:
-        x = x.to(torch.float16)  # exact; the type does not exist for Triton before sm_89
+    native = capability >= 89  # Triton has no E4M3 before
+    if not native:
+        codes = codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
+        x = x.to(torch.float16) if x.dtype == torch.float8_e4m3fn else x  # exact
     n, k, group = weight.n, weight.k, weight.group
     y = torch.empty((pairs, n), dtype=out_dtype, device=x.device)
     grouped_kernel[(routed.owner.shape[0], triton.cdiv(n, config.bn))](
@@ -115,6 +117,7 @@ def run(
         KIND=weight.kind,
         GROUP=group if weight.scale is not None else 0,
         MATH=math,
+        NATIVE=native,
         ASM=x.is_cuda,
         DESCALE=descale(weight.kind, math),
         HAS_ROW_SCALE=row_scale is not None,

@@ -9,7 +9,7 @@ kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]
 ``mxfp4``               uint8, two codes to a byte     uint8, UE8M0                        MXFP4, tcgen05
 ``e4m3``                E4M3                           none                                FP8
 ``e4m3_float``          E4M3                           float32                             FP8 in blocks
-``e4m3_exponent``       E4M3                           uint8, ``b`` of ``2^(b - 247)``     MXFP8
+``e4m3_exponent``       E4M3                           uint8, ``b`` of ``2^(b - 127)``     MXFP8
 ``int8``                int8                           none                                INT8
 ======================  =============================  ==================================  ================
 
@@ -33,10 +33,8 @@ Kind = Literal["e2m1_e4m3", "e2m1_exponent", "int4_float", "mxfp4", "e4m3", "e4m
 """How codes and block scales are read."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-E4M3_TOP = 247
-"""The stored exponent of a row's largest MXFP8 scale: bf16's bits of 2^120, which E4M3's own bits in bf16's place lack."""
 E4M3_SPAN = 100
-"""Exponents that one row may span: the smallest E4M3 number times 2^-100 is a normal bf16 number still."""
+"""Exponents that one row of MXFP8 may span: the smallest E4M3 number times 2^-100 is a normal bf16 number still."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
     if bool((top - exponent > E4M3_SPAN).any()):
         raise ValueError(f"block scales of one row span 2^{int((top - exponent).max())}, more than 2^{E4M3_SPAN}")
     factor = torch.exp2((top - ue8m0.BIAS).to(torch.float64)).to(torch.float32)
-    stored = (exponent - top + E4M3_TOP).to(torch.uint8)
+    stored = (exponent - top + ue8m0.BIAS).to(torch.uint8)
     return GroupedWeight(codes, stored, factor.reshape(-1), "e4m3_exponent")
 
 
@@ -167,7 +165,7 @@ def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:
     if scale is None:
         return codes.double() if weight.kind == "int8" else e4m3.decode(codes).double()
     if weight.kind == "e4m3_float" or weight.kind == "e4m3_exponent":
-        wide = scale.double() if weight.kind == "e4m3_float" else torch.exp2(scale.double() - E4M3_TOP)
+        wide = scale.double() if weight.kind == "e4m3_float" else torch.exp2(scale.double() - ue8m0.BIAS)
         return e4m3.decode(codes).double() * wide.repeat_interleave(weight.group, dim=1)[:, : weight.k]
     if weight.kind == "mxfp4":
         exponents = torch.exp2(scale.to(torch.float64) - ue8m0.BIAS)
