@@ -147,12 +147,13 @@ GROUPED: tuple[tuple[grouped.Kind, int, str, str | None], ...] = (
     ("e4m3_float", 128, "*fp8e4nv", "*fp32"),
     ("e4m3_exponent", 32, "*fp8e4nv", "*u8"),
     ("int8", 0, "*i8", None),
+    ("bf16", 0, "*bf16", None),
 )
 
 
 def grouped_cases(arch: int) -> Iterator[Case]:
     """Every configuration of the product of all experts, eight rows to a token, and what stands around it."""
-    dtypes = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8"}
+    dtypes = {torch.float16: "fp16", torch.bfloat16: "bf16"}
     if arch >= 89:
         dtypes[torch.float8_e4m3fn] = "fp8e4nv"
     for kind, group, codes, scale in GROUPED:
@@ -183,7 +184,7 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                     own | {"BN": config.bn, "BM": config.bm, "BK": config.bk},
                     {"num_warps": config.warps, "num_stages": config.stages},
                     aligned=("n", "k"),
-                    matrix="kind::mxf8f6f4.block_scale" if kind == "mxfp4" else "small" if math == "int8" else "any",
+                    matrix="kind::mxf8f6f4.block_scale" if kind == "mxfp4" else "any",
                     weights=config.bn * config.bk,
                 )
     integers = dict.fromkeys(("pairs", "experts", "blocks"), "i32")
@@ -194,7 +195,7 @@ def grouped_cases(arch: int) -> Iterator[Case]:
     types = {"h_ptr": "*bf16", "y_ptr": "*bf16", "inner": "i32"}
     yield Case("swiglu", swiglu_kernel, types, {"BLOCK": 1024}, {}, ("inner",))
     types = {"y_ptr": "*bf16", "weight_ptr": "*fp32", "out_ptr": "*bf16", "n": "i32"}
-    yield Case("combine", combine_kernel, types, {"TOP_K": 8, "BLOCK": 1024}, {}, ("n",))
+    yield Case("combine", combine_kernel, types, {"HAS_WEIGHTS": True, "TOP_K": 8, "BLOCK": 1024}, {}, ("n",))
 
 
 def other_cases(arch: int) -> Iterator[Case]:

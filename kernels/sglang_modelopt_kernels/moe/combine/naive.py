@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 
 
-def naive_combine(y: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def naive_combine(y: torch.Tensor, top_k: int, weights: torch.Tensor | None = None) -> torch.Tensor:
     """See :func:`combine`; float64 ``[T, N]``."""
-    tokens, top_k = weights.shape
-    choices = y.to(torch.float64).reshape(tokens, top_k, -1)
-    return (choices * weights.to(torch.float64).unsqueeze(-1)).sum(dim=1)
+    choices = y.to(torch.float64).unflatten(0, (-1, top_k))
+    if weights is not None:
+        choices = choices * weights.to(torch.float64).unsqueeze(-1)
+    return choices.sum(dim=1)

@@ -4,7 +4,6 @@ from sglang_modelopt_kernels.moe.grouped.grouped import grouped_linear, tile
 from sglang_modelopt_kernels.moe.grouped.naive import naive_grouped_linear
 from sglang_modelopt_kernels.moe.grouped.weights import (
     GroupedWeight,
-    eight_bit,
     float_blocks,
     from_tensors,
     mxfp4_as_stored,
@@ -13,11 +12,11 @@ from sglang_modelopt_kernels.moe.grouped.weights import (
     stack,
     to_tensors,
     unpack,
+    whole,
 )
 
 __all__ = [
     "GroupedWeight",
-    "eight_bit",
     "float_blocks",
     "from_tensors",
     "grouped_linear",
@@ -29,4 +28,5 @@ __all__ = [
     "tile",
     "to_tensors",
     "unpack",
+    "whole",
 ]

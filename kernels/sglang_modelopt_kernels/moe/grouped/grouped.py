@@ -70,8 +70,8 @@ def grouped_linear(
     the sizes of what is allocated depend on the routing.
 
     Args:
-        x: ``[R, K]``, or ``[R / top_k, K]`` where the choices of a token read the same row. FP8 E4M3, float16 or bf16; int8 too for
-            int8 weights, E4M3 alone for ``mxfp4``, bf16 alone for ``e4m3_exponent``.
+        x: ``[R, K]``, or ``[R / top_k, K]`` where the choices of a token read the same row. FP8 E4M3, float16 or bf16;
+            E4M3 alone for ``mxfp4``, bf16 alone for ``e4m3_exponent`` and ``bf16``.
         weight: those of all experts.
         routed: the pairs, sorted in blocks of :func:`tile`.
         pairs: ``R``.

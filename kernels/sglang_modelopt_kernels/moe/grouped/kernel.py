@@ -1,8 +1,8 @@
 """``Y^T = W X^T`` for the pairs of one block and the weight of their expert.
 
-Sums over 4-bit weights are those of the products for one weight. Numerics over 8-bit ones: E4M3 and int8 operands meet in matrix
-instructions of their own, where every product is exact (int8's sum too). Other activations meet the weight in their own type, which
-holds it exactly. Where Triton has no E4M3, its bits in the place of float16's or bf16's are the number times 2^-8 or 2^-120.
+Sums over 4-bit weights are those of the products for one weight. Of the others, E4M3 meets E4M3 in a matrix instruction of its own,
+where every product is exact; other activations meet the weight in their own type, which holds it exactly. Where Triton has no E4M3,
+its bits in the place of float16's or bf16's are the number times 2^-8 or 2^-120.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _e4m3_bfloat16(w, scale, NATIVE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def eight_bit_sum(
+def whole_sum(
     x_ptr,
     w_ptr,
     s_ptr,
@@ -59,7 +59,7 @@ def eight_bit_sum(
 ):
     """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64): float32 ``[BN, BM]``.
 
-    ``w`` is int8 for int8 weights, else E4M3, or with NATIVE off its bytes.
+    A weight has whole bytes: bf16 or int8 as KIND says, else E4M3, or with NATIVE off its bytes.
     """
     input_ = tl.arange(0, BK)
     GROUP: tl.constexpr = 32 if KIND == "e4m3_exponent" else BK
@@ -67,7 +67,7 @@ def eight_bit_sum(
     blocks = tl.cdiv(k, GROUP).to(tl.int64)
     # The interpreter multiplies the bits of bf16 operands, and has no E4M3: it gets the same numbers in float32.
     BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
-    acc = tl.zeros((BN, BM), tl.int32 if MATH == "int8" else tl.float32)
+    acc = tl.zeros((BN, BM), tl.float32)
     for offset in range(0, k, BK):
         w_at = w_ptr + row[:, None] * k + (offset + input_)[None, :]
         x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
@@ -78,22 +78,17 @@ def eight_bit_sum(
         else:
             w_inside = (offset + input_ < k)[None, :]
             x_inside = (offset + input_ < k)[:, None]
-            w = tl.load(w_at, mask=w_inside, other=0.0 if NATIVE and KIND != "int8" else 0)
-            x = tl.load(x_at, mask=x_inside, other=0 if MATH == "int8" else 0.0)
-        if MATH == "int8":
-            acc = tl.dot(w, x, acc)
-        elif MATH == "fp8":
+            w = tl.load(w_at, mask=w_inside, other=0 if KIND == "int8" or not NATIVE else 0.0)
+            x = tl.load(x_at, mask=x_inside, other=0.0)
+        if MATH == "fp8":
             if ASM:
                 # On Hopper the instruction keeps about 14 bits of a sum: promoted to float32 after every step.
                 acc = tl.dot(w, x, acc, max_num_imprecise_acc=BK)
             else:
                 acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
         else:
-            if KIND == "int8":
-                if MATH == "f16":
-                    unit = w.to(tl.float16)
-                else:
-                    unit = w.to(BF16)
+            if KIND == "int8" or KIND == "bf16":
+                unit = w.to(tl.float16 if MATH == "f16" else BF16)
             elif MATH == "f16":
                 unit = _e4m3_float16(w, NATIVE)
             elif KIND == "e4m3_exponent":
@@ -112,7 +107,7 @@ def eight_bit_sum(
                 acc += tl.dot(unit, x, input_precision="ieee") * tl.load(s_at)
             else:
                 acc = tl.dot(unit, x, acc, input_precision="ieee")
-    return acc.to(tl.float32)
+    return acc
 
 
 @triton.jit
@@ -165,7 +160,7 @@ def grouped_kernel(
             x_ptr, w_ptr, s_ptr, first + row, token, k, 0, k, KIND, GROUP, MATH == "f16", ASM, EVEN_K, BN, BM, BK
         )
     else:
-        acc = eight_bit_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, KIND, MATH, NATIVE, ASM, EVEN_K, BN, BM, BK)
+        acc = whole_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, KIND, MATH, NATIVE, ASM, EVEN_K, BN, BM, BK)
     store_tile(
         acc,
         y_ptr,

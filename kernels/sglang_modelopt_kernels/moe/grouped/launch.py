@@ -16,21 +16,30 @@ from sglang_modelopt_kernels.moe.route import Routed
 from .kernel import grouped_kernel
 from .weights import GroupedWeight, Kind
 
-Math = Literal["f16", "bf16", "fp8", "int8"]
+Math = Literal["f16", "bf16", "fp8"]
 """The operands of the matrix instruction."""
 
-_WIDE = (
-    KernelConfig(64, 16, 128, 4, 3),
-    KernelConfig(64, 32, 128, 4, 3),
-    KernelConfig(64, 64, 128, 4, 2),
-    KernelConfig(64, 128, 128, 4, 2),
-)
-_NARROW = (
-    KernelConfig(64, 16, 256, 4, 3),
-    KernelConfig(64, 32, 256, 4, 3),
-    KernelConfig(128, 64, 128, 4, 3),
-    KernelConfig(128, 128, 128, 8, 3),
-)
+BLOCKS = (16, 64)
+"""Pairs to a block: few, as in decoding, and many. Of gathered rows, more spill where the weight is decoded in registers."""
+_DECODED = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 4, 2))
+_E4M3 = (KernelConfig(64, 16, 256, 4, 3), KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 128, 8, 3))
+_BF16 = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(128, 64, 64, 4, 3), KernelConfig(128, 128, 64, 8, 3))
+"""Not timed on any GPU: chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
+
+
+_FLOATS = (torch.float16, torch.bfloat16)
+TAKEN: dict[Kind, tuple[torch.dtype, ...]] = {
+    "e2m1_e4m3": (torch.float8_e4m3fn, *_FLOATS),
+    "e2m1_exponent": (torch.float8_e4m3fn, *_FLOATS),
+    "int4_float": (torch.float8_e4m3fn, *_FLOATS),
+    "mxfp4": (torch.float8_e4m3fn,),
+    "e4m3": (torch.float8_e4m3fn, torch.float16),
+    "e4m3_float": _FLOATS,
+    "e4m3_exponent": (torch.bfloat16,),  # float16 does not hold such weights
+    "int8": _FLOATS,
+    "bf16": (torch.bfloat16,),
+}
+"""The activations that a kind of weight is multiplied by."""
 
 
 def math_of(kind: Kind, dtype: torch.dtype, capability: int) -> Math:
@@ -39,20 +48,13 @@ def math_of(kind: Kind, dtype: torch.dtype, capability: int) -> Math:
     Raises:
         ValueError: the weights are not multiplied by such activations.
     """
-    if kind == "mxfp4":
-        taken: dict[torch.dtype, Math] = {torch.float8_e4m3fn: "fp8"}
-    elif kind == "e4m3_exponent":
-        taken = {torch.bfloat16: "bf16"}  # float16 holds neither such weights nor such activations
-    else:
-        taken = {torch.float16: "f16", torch.bfloat16: "bf16"}
-        if kind == "int8":
-            taken[torch.int8] = "int8"
-        else:
-            # E4M3 numbers are float16 numbers; Triton has the type from sm_89 on.
-            taken[torch.float8_e4m3fn] = "fp8" if kind == "e4m3" and capability >= 89 else "f16"
-    if dtype not in taken:
-        raise ValueError(f"{kind} weights are multiplied by {' or '.join(map(str, taken))}, not {dtype}")
-    return taken[dtype]
+    if dtype not in TAKEN[kind]:
+        raise ValueError(f"{kind} weights are multiplied by {' or '.join(map(str, TAKEN[kind]))}, not {dtype}")
+    if dtype == torch.bfloat16:
+        return "bf16"
+    # E4M3 numbers are float16 numbers; Triton has the type from sm_89 on.
+    native = dtype == torch.float8_e4m3fn and kind in ("e4m3", "mxfp4") and capability >= 89
+    return "fp8" if native else "f16"
 
 
 def descale(kind: Kind, math: Math) -> float:
@@ -65,12 +67,12 @@ def descale(kind: Kind, math: Math) -> float:
 def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
     """The configurations of the kernel on compute capability ``capability`` (times ten), by pairs to a block, ascending."""
     if kind == "mxfp4":
-        return MXFP4
+        return tuple(config for config in MXFP4 if config.bm != 32)
     if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
-        return block_scaled_configs(kind, capability)
-    if kind == "e4m3_float":
-        return _WIDE[:3]  # twice as many pairs spill
-    return _NARROW if math in ("fp8", "int8") else _WIDE
+        return tuple(config for config in block_scaled_configs(kind, capability) if config.bm in BLOCKS)
+    if kind == "bf16":
+        return _BF16
+    return _E4M3 if math == "fp8" else _DECODED
 
 
 def choose_block(kind: Kind, dtype: torch.dtype, pairs: int, experts: int, capability: int) -> int:

@@ -1,4 +1,4 @@
-"""What the grouped product reads: the weights of all experts of a layer, in one of eight kinds.
+"""What the grouped product reads: the weights of all experts of a layer, in one of nine kinds.
 
 ======================  =============================  ==================================  ================
 kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]``         for
@@ -11,6 +11,7 @@ kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]
 ``e4m3_float``          E4M3                           float32                             FP8 in blocks
 ``e4m3_exponent``       E4M3                           uint8, ``b`` of ``2^(b - 127)``     MXFP8
 ``int8``                int8                           none                                INT8
+``bf16``                bf16                           none                                any, decoded
 ======================  =============================  ==================================  ================
 
 The first three are those of :mod:`sglang_modelopt_kernels.gemm.block_scaled.packing`, the fourth that of :mod:`..gemm.mxfp4`.
@@ -29,7 +30,9 @@ from sglang_modelopt_kernels.formats.checks import scale_blocks
 from sglang_modelopt_kernels.gemm.block_scaled import packing
 from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight
 
-Kind = Literal["e2m1_e4m3", "e2m1_exponent", "int4_float", "mxfp4", "e4m3", "e4m3_float", "e4m3_exponent", "int8"]
+Kind = Literal[
+    "e2m1_e4m3", "e2m1_exponent", "int4_float", "mxfp4", "e4m3", "e4m3_float", "e4m3_exponent", "int8", "bf16"
+]
 """How codes and block scales are read."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -87,9 +90,9 @@ def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
     return GroupedWeight(codes, scale, torch.ones(codes.shape[0], device=codes.device), "mxfp4")
 
 
-def eight_bit(codes: torch.Tensor, out_scale: torch.Tensor) -> GroupedWeight:
-    """E4M3 or int8 codes ``[N, K]`` of one expert under float32 ``[N]``."""
-    return GroupedWeight(codes, None, out_scale, "int8" if codes.dtype == torch.int8 else "e4m3")
+def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> GroupedWeight:
+    """E4M3, int8 or bf16 numbers ``[N, K]`` of one expert under float32 ``[N]``."""
+    return GroupedWeight(codes, None, out_scale, _KIND_OF[codes.dtype, None])
 
 
 def float_blocks(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
@@ -137,6 +140,7 @@ _KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
     (torch.float8_e4m3fn, torch.float32): "e4m3_float",
     (torch.float8_e4m3fn, torch.uint8): "e4m3_exponent",
     (torch.int8, None): "int8",
+    (torch.bfloat16, None): "bf16",
 }
 
 
@@ -163,13 +167,13 @@ def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:
     codes = weight.codes[expert]
     scale = None if weight.scale is None else weight.scale[expert]
     if scale is None:
-        return codes.double() if weight.kind == "int8" else e4m3.decode(codes).double()
+        return e4m3.decode(codes).double() if weight.kind == "e4m3" else codes.double()
     if weight.kind == "e4m3_float" or weight.kind == "e4m3_exponent":
         wide = scale.double() if weight.kind == "e4m3_float" else torch.exp2(scale.double() - ue8m0.BIAS)
         return e4m3.decode(codes).double() * wide.repeat_interleave(weight.group, dim=1)[:, : weight.k]
     if weight.kind == "mxfp4":
         exponents = torch.exp2(scale.to(torch.float64) - ue8m0.BIAS)
         return scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)).to(torch.float64), exponents)
-    if weight.kind == "e4m3" or weight.kind == "int8":
+    if weight.kind == "e4m3" or weight.kind == "int8" or weight.kind == "bf16":
         raise ValueError(f"{weight.kind} weights have no block scales")
     return packing.unpack(PackedWeight(codes, scale, weight.out_scale[expert], weight.kind, weight.group))
