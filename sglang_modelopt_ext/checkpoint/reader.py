@@ -7,11 +7,12 @@ model. Block scales are checked where they are loaded (:mod:`sglang_modelopt_ext
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, read_experts
 from sglang_modelopt_ext.checkpoint.quant_config import (
     LayerQuantization,
     QuantConfig,
@@ -86,13 +87,15 @@ class Checkpoint:
         folder: where it is.
         config: what it declares.
         tensors: the header of every tensor, by name.
-        linears: every quantized linear layer, by :func:`canonical_name`.
+        linears: every quantized linear layer, by :func:`canonical_name`; each projection of an expert is one.
+        experts: the quantized experts of each layer, likewise.
     """
 
     folder: Path
     config: QuantConfig
     tensors: Mapping[str, StoredTensor]
     linears: Mapping[str, QuantizedLinear]
+    experts: Mapping[str, ExpertLayer] = field(default_factory=dict)
 
     def spec_of(self, tensor: str) -> TensorSpec | None:
         """The declaration of a stored tensor, None when it belongs to no quantized layer."""
@@ -169,7 +172,7 @@ def read_checkpoint(folder: Path, config: QuantConfig | None = None) -> Checkpoi
     linears = {}
     for module, stored in _quantized_modules(tensors).items():
         linears[canonical_name(module)] = _describe(module, stored, config)
-    checkpoint = Checkpoint(folder, config, tensors, linears)
+    checkpoint = Checkpoint(folder, config, tensors, linears, read_experts(linears, tensors))
     _check_fused(checkpoint)
     kv_cache = next((name for name in sorted(tensors) if is_kv_cache_tensor(name)), None)
     if kv_cache and config.kv_cache_algo is None:

@@ -21,7 +21,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import FP8_ACTIVATIONS, Layout, LinearRequest, ShardWeight
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_layout
-from sglang_modelopt_kernels.formats.base import ValueRule
+from sglang_modelopt_kernels.formats.base import ActivationFormat, ValueRule
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 
 logger = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ class LinearProduct:
         Raises:
             ModelOptExtError: a value is illegal, or no kernel takes the layer, with the reason of each.
         """
-        self._check_zero_blocks(shards)
+        check_blocks(self.where, self.prefix, self.scheme, shards)
         request = self._request(shards[0]["weight"], n, k, vocabulary)
         taking = candidates(request, self.prefix)
         self.scheme = request.scheme
@@ -122,7 +122,7 @@ class LinearProduct:
                 prepared = [layout.prepare(group) for group in weights]
             except ValueError as error:
                 reasons.append(f"{layout.name}: {error}")
-                _say_once(f"modelopt_ext: {request.scheme.describe()}: passed over {reasons[-1]}")
+                say_once(f"modelopt_ext: {request.scheme.describe()}: passed over {reasons[-1]}")
                 continue
             self._layout, self._operand = layout, layout.operand(request)
             self.groups = tuple(
@@ -134,18 +134,9 @@ class LinearProduct:
         raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
 
     def _request(self, weight: torch.Tensor, n: int, k: int, vocabulary: bool) -> LinearRequest:
-        capability = None
-        if weight.is_cuda:
-            major, minor = torch.cuda.get_device_capability(weight.device)
-            capability = 10 * major + minor
-        scheme = served_scheme(self.scheme, weight.device.type, capability)
-        return LinearRequest(scheme, weight.device.type, capability, n, k, self.math, self.dtype, vocabulary)
-
-    def _check_zero_blocks(self, shards: Sequence[Shard]) -> None:
-        for spec in self.scheme.tensors:
-            if spec.values is ValueRule.BLOCK_SCALE_E4M3:
-                for shard in shards:
-                    check_zero_blocks(self.where, f"{self.prefix}.{spec.name}", shard["weight"], shard[spec.name])
+        device, capability = device_of(weight)
+        scheme = served_scheme(self.scheme, device, capability)
+        return LinearRequest(scheme, device, capability, n, k, self.math, self.dtype, vocabulary)
 
     def _register(
         self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, prepared: dict[str, torch.Tensor]
@@ -187,31 +178,11 @@ class LinearProduct:
     ) -> torch.Tensor:
         prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
-        values, row_scale = self._round(x, inputs)
+        values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
         if not self.scheme.low_rank:
             return self.layout.matmul(prepared, values, row_scale, bias, x.dtype)
         y = self.layout.matmul(prepared, values, row_scale, bias, torch.float32)
-        return (y + (_smooth(x, inputs) @ inputs[LORA_A].T) @ inputs[LORA_B].T).to(x.dtype)
-
-    def _round(self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The activations the layout reads, and their scale."""
-        row_scale: torch.Tensor | None
-        activation, smoothing = self.scheme.activation, inputs.get(PRE_QUANT_SCALE.name)
-        if activation is None:
-            return (x if smoothing is None else _smooth(x, inputs)).to(self._operand), None
-        scale = inputs.get(INPUT_SCALE)
-        if self.rank_amax is not None:
-            amax = activation.token_amax(_smooth(x, inputs))
-            scale = scale if amax is None else self.rank_amax(amax)
-        if x.is_cuda and activation.name in FP8_ACTIVATIONS:
-            is_static = INPUT_SCALE in inputs
-            exact = self._operand if self._operand == torch.float8_e4m3fn else torch.float16
-            values, row_scale = quantize_fp8(
-                x, smoothing, scale if is_static else None, None if is_static else scale, exact
-            )
-        else:
-            values, row_scale = activation.quantize(_smooth(x, inputs), scale)
-        return values.to(self._operand), row_scale
+        return (y + (smooth(x, inputs) @ inputs[LORA_A].T) @ inputs[LORA_B].T).to(x.dtype)
 
     def rows(self, layer: torch.nn.Module, indices: torch.Tensor) -> torch.Tensor:
         """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
@@ -219,14 +190,68 @@ class LinearProduct:
         return self.layout.rows(prepared, indices).to(self.dtype)
 
 
+def device_of(tensor: torch.Tensor) -> tuple[str, int | None]:
+    """The kind of device ``tensor`` is on, and the compute capability times ten of a GPU."""
+    if not tensor.is_cuda:
+        return tensor.device.type, None
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return tensor.device.type, 10 * major + minor
+
+
+def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequence[Shard]) -> None:
+    """Raises ModelOptExtError where a shard has a zero block scale over codes that are not."""
+    for spec in scheme.tensors:
+        if spec.values is ValueRule.BLOCK_SCALE_E4M3:
+            for shard in shards:
+                check_zero_blocks(where, f"{prefix}.{spec.name}", shard["weight"], shard[spec.name])
+
+
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """A warning in the log, once in this process."""
     logger.warning(message)
 
 
-def _smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``x`` in float32, times its ``pre_quant_scale`` where there is one."""
     wide = x.to(torch.float32)
     return wide * inputs[PRE_QUANT_SCALE.name] if PRE_QUANT_SCALE.name in inputs else wide
+
+
+def round_input(
+    x: torch.Tensor,
+    activation: ActivationFormat | None,
+    operand: torch.dtype,
+    inputs: Mapping[str, torch.Tensor],
+    rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The activations a layout reads, and their scale.
+
+    Args:
+        x: the input ``[M, K]``.
+        activation: how it is rounded, None for not at all.
+        operand: the type the layout reads.
+        inputs: ``input_scale`` and ``pre_quant_scale``, as present: ``[]`` and ``[K]``, or one for each row, ``[M, 1]`` and
+            ``[M, K]``.
+        rank_amax: the maximum over the ranks that hold the other slices of the same rows.
+
+    Returns:
+        ``operand`` ``[M, K]``, and float32 ``[]`` or ``[M, 1]``, None for 1.
+    """
+    row_scale: torch.Tensor | None
+    smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+    if activation is None:
+        return (x if smoothing is None else smooth(x, inputs)).to(operand), None
+    amax = None
+    if rank_amax is not None and (own := activation.token_amax(smooth(x, inputs))) is not None:
+        amax = rank_amax(own)
+    for_all_rows = (scale is None or scale.numel() == 1) and (smoothing is None or smoothing.dim() == 1)
+    if x.is_cuda and activation.name in FP8_ACTIVATIONS and for_all_rows:
+        exact = operand if operand == torch.float8_e4m3fn else torch.float16
+        values, row_scale = quantize_fp8(x, smoothing, scale, amax, exact)
+    else:
+        values, row_scale = activation.quantize(smooth(x, inputs), scale if amax is None else amax)
+    return values.to(operand), row_scale
 
 
 def group_shards(shards: Sequence[Shard], names: Sequence[str]) -> list[list[int]]:
