@@ -20,6 +20,7 @@ from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest, ReferenceExperts
+from sglang_modelopt_ext.layouts.moe_grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4
 from sglang_modelopt_ext.schemes.base import LayerScheme
 
@@ -46,7 +47,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Dense(torch.float32, ("cuda", "cpu")),
 )
 
-EXPERT_LAYOUTS: tuple[ExpertLayout, ...] = (ReferenceExperts(),)
+EXPERT_LAYOUTS: tuple[ExpertLayout, ...] = (GroupedMxfp4(), GroupedDecoded(), GroupedBf16(), ReferenceExperts())
 
 AnyLayout = TypeVar("AnyLayout", Layout, ExpertLayout)
 

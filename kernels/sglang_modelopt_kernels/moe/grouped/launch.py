@@ -21,6 +21,7 @@ Math = Literal["f16", "bf16", "fp8"]
 
 BLOCKS = (16, 64)
 """Pairs to a block: few, as in decoding, and many. Of gathered rows, more spill where the weight is decoded in registers."""
+_INT4 = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 64, 128, 4, 2))
 _DECODED = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 4, 2))
 _E4M3 = (KernelConfig(64, 16, 256, 4, 3), KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 128, 8, 3))
 _BF16 = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(128, 64, 64, 4, 3), KernelConfig(128, 128, 64, 8, 3))
@@ -68,7 +69,9 @@ def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]
     """The configurations of the kernel on compute capability ``capability`` (times ten), by pairs to a block, ascending."""
     if kind == "mxfp4":
         return tuple(config for config in MXFP4 if config.bm != 32)
-    if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
+    if kind == "int4_float":
+        return _INT4
+    if kind in ("e2m1_e4m3", "e2m1_exponent"):
         return tuple(config for config in block_scaled_configs(kind, capability) if config.bm in BLOCKS)
     if kind == "bf16":
         return _BF16
