@@ -1,4 +1,4 @@
-"""Which kernel serves a linear layer.
+"""Which kernel serves a linear layer, or the experts of a mixture.
 
 One step at load: a request (scheme, device, sizes) is offered to every layout in order; the first that has no objection to it
 and can hold the layer's weights gets the layer, and when none is left the error carries every objection. A layer holds
@@ -8,6 +8,8 @@ exactly one prepared copy of its weights. At run time the number of tokens picks
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +22,8 @@ from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.humming import Humming
+from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest, ReferenceExperts
+from sglang_modelopt_ext.layouts.moe_grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.schemes.base import LayerScheme
@@ -57,6 +61,10 @@ LAYOUTS: tuple[Layout, ...] = (
     Dense(torch.float32, ("cuda", "cpu")),
 )
 
+EXPERT_LAYOUTS: tuple[ExpertLayout, ...] = (GroupedMxfp4(), GroupedDecoded(), GroupedBf16(), ReferenceExperts())
+
+AnyLayout = TypeVar("AnyLayout", Layout, ExpertLayout)
+
 
 def objections(request: LinearRequest) -> dict[str, str | None]:
     """Every layout that may serve, best first, with its reason not to take ``request``, None where it does.
@@ -81,8 +89,20 @@ def objections(request: LinearRequest) -> dict[str, str | None]:
 
 def candidates(request: LinearRequest, subject: str) -> list[Layout]:
     """The layouts that take ``request``, best first. Raises ModelOptExtError with every reason when there is none."""
-    reasons = objections(request)
     known = {layout.name: layout for layout in LAYOUTS}
+    return _without_objection(known, objections(request), request, subject)
+
+
+def expert_candidates(request: ExpertRequest, subject: str) -> list[ExpertLayout]:
+    """Likewise for the product of a layer's experts."""
+    known = {layout.name: layout for layout in EXPERT_LAYOUTS}
+    reasons = {name: layout.supports(request) for name, layout in known.items()}
+    return _without_objection(known, reasons, request, subject)
+
+
+def _without_objection(
+    known: Mapping[str, AnyLayout], reasons: Mapping[str, str | None], request: LinearRequest, subject: str
+) -> list[AnyLayout]:
     taking = [known[name] for name, reason in reasons.items() if reason is None]
     if not taking:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())

@@ -6,12 +6,14 @@ that reads its arguments differently would otherwise show as wrong logits only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
+from typing import TypeVar
 
 import torch
 
 from sglang_modelopt_ext.layouts.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
+from sglang_modelopt_ext.layouts.moe import NO_EXPERT, ExpertLayout, ExpertRequest, Routing
 
 N, K = 128, 512
 TOKENS = (1, 24, 40, 80, 300)
@@ -19,7 +21,12 @@ TOKENS = (1, 24, 40, 80, 300)
 TOLERANCE = 2.0**-7
 """Relative, over a token's outputs: twice the rounding of a bf16 result. A misread scale or code errs by a tenth and more."""
 
+EXPERTS, TOP_K = 5, 2
+"""Experts of the check; one of them gets no token."""
+
 _passed: set[tuple[object, ...]] = set()
+
+_Result = TypeVar("_Result")
 
 
 def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -> None:
@@ -31,34 +38,15 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
     key = (layout, request.scheme.weight.name, layout.operand(request), request.math, request.dtype, device)
     if key in _passed:
         return
-    # SGLang prepares layers under a default type and device of its own: neither is left to the default here.
-    random = partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
-    weight = random(N, K) * random(N, 1)
-    stored = request.scheme.weight.quantize(weight.to(torch.bfloat16))
-    shard = ShardWeight(
-        request.scheme.weight, {name: tensor.to(device) for name, tensor in stored.items()}, request.math
-    )
-    decoded = ShardWeight(request.scheme.weight, stored, request.math).decode()
-    expected_weight = decoded.unit.double() * decoded.out_scale.double()
-    prepared: Mapping[str, torch.Tensor] = {}
+    random = _generator()
+    shard, weight = _random_weight(random, request, device)
+    prepared = _run(partial(layout.prepare, [shard]), device)
     for m in TOKENS:
         # E4M3 numbers are numbers of every type that activations come in.
         x = random(m, K).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
-        try:
-            prepared = prepared or layout.prepare([shard])
-            y, exact = _multiply(layout, request, prepared, x, row_scale, device)
-            y = y.double().cpu()
-        except ValueError:
-            raise
-        except Exception as error:
-            # Kernels of other packages are compiled on first use, and fail in as many ways as there are packages.
-            reason = str(error).strip() or type(error).__name__
-            raise ValueError(f"does not run on {device}: {reason.splitlines()[0]}") from error
-        expected = exact @ expected_weight.T
-        error_of_token = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
-        if not error_of_token < TOLERANCE:
-            raise ValueError(f"is wrong on {device}: relative error {error_of_token:.2g} with {m} tokens")
+        y, exact = _run(partial(_multiply, layout, request, prepared, x, row_scale, device), device)
+        _compare(y, exact @ weight.T, device, m)
     _passed.add(key)
 
 
@@ -77,7 +65,7 @@ def _multiply(
     if not isinstance(layout, BlockLayout):
         values = x.to(device).to(layout.operand(request))
         y = layout.matmul(prepared, values, row_scale.to(device), None, request.dtype)
-        return y, x.double() * row_scale.double()
+        return y.double().cpu(), x.double() * row_scale.double()
     activation = request.scheme.activation
     if activation is None:
         raise ValueError(f"{layout.name} took a layer with unrounded activations")
@@ -86,4 +74,66 @@ def _multiply(
     rounded = round_to_blocks(activation, x.to(device), None, scale, layout.swizzled)
     numbers, scale = activation.quantize(x, static)
     exact = numbers.double() if scale is None else numbers.double() * scale.double()
-    return layout.matmul_blocks(prepared, rounded, None, request.dtype), exact
+    return layout.matmul_blocks(prepared, rounded, None, request.dtype).double().cpu(), exact
+
+
+def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: torch.device) -> None:
+    """Likewise with a few experts: one that gets no token, rows of no expert, and both shapes of activations."""
+    key = (layout, request.scheme.weight.name, layout.operand(request), request.math, request.dtype, device)
+    if key in _passed:
+        return
+    random = _generator()
+    shards, weights = zip(*(_random_weight(random, request, device) for _ in range(EXPERTS)), strict=True)
+    prepared = _run(partial(layout.prepare, [[shard] for shard in shards]), device)
+    for m in TOKENS:
+        experts = (random(m * TOP_K) * 1e6).long() % (EXPERTS - 1)
+        experts[:: max(m // 3, 2)] = NO_EXPERT
+        routing = Routing(experts.to(torch.int32).to(device), TOP_K)
+        x = random(m, K).to(torch.float8_e4m3fn)
+        row_scale = random(m * TOP_K, 1).abs() + 0.5
+        values = x.to(device).to(torch.float32).to(layout.operand(request))
+        rows = x.double().repeat_interleave(TOP_K, dim=0)
+        expected = torch.zeros(m * TOP_K, N, dtype=torch.float64)
+        for expert, weight in enumerate(weights):
+            expected[experts == expert] = rows[experts == expert] @ weight.T
+        expected *= row_scale.double()
+        for operand in (values, values.repeat_interleave(TOP_K, dim=0)):
+            arguments = (prepared, operand, row_scale.to(device), routing, request.dtype)
+            y = _run(lambda arguments=arguments: layout.matmul(*arguments).double().cpu(), device)
+            _compare(y, expected, device, m)
+    _passed.add(key)
+
+
+def _generator() -> Callable[..., torch.Tensor]:
+    # SGLang prepares layers under a default type and device of its own: neither is left to the default here.
+    return partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+
+
+def _random_weight(
+    random: Callable[..., torch.Tensor], request: LinearRequest, device: torch.device
+) -> tuple[ShardWeight, torch.Tensor]:
+    """A stored weight on ``device``, and what it stands for in float64."""
+    stored = request.scheme.weight.quantize((random(N, K) * random(N, 1)).to(torch.bfloat16))
+    decoded = ShardWeight(request.scheme.weight, stored, request.math).decode()
+    on_device = {name: tensor.to(device) for name, tensor in stored.items()}
+    weight = decoded.unit.double() * decoded.out_scale.double()
+    return ShardWeight(request.scheme.weight, on_device, request.math), weight
+
+
+def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
+    try:
+        return step()
+    except ValueError:
+        raise
+    except Exception as error:
+        # Kernels of other packages are compiled on first use, and fail in as many ways as there are packages.
+        reason = str(error).strip() or type(error).__name__
+        raise ValueError(f"does not run on {device}: {reason.splitlines()[0]}") from error
+
+
+def _compare(y: torch.Tensor, expected: torch.Tensor, device: torch.device, tokens: int) -> None:
+    size = expected.norm(dim=1)
+    # A row of zeros must be one.
+    error = float(((y - expected).norm(dim=1) / torch.where(size == 0, torch.finfo(torch.float64).tiny, size)).max())
+    if not error < TOLERANCE:
+        raise ValueError(f"is wrong on {device}: relative error {error:.2g} with {tokens} tokens")

@@ -7,11 +7,12 @@ model. Block scales are checked where they are loaded (:mod:`sglang_modelopt_ext
 from __future__ import annotations
 
 from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, is_expert, read_experts
 from sglang_modelopt_ext.checkpoint.quant_config import (
     LayerQuantization,
     QuantConfig,
@@ -86,13 +87,15 @@ class Checkpoint:
         folder: where it is.
         config: what it declares.
         tensors: the header of every tensor, by name.
-        linears: every quantized linear layer, by :func:`canonical_name`.
+        linears: every quantized linear layer, by :func:`canonical_name`; each projection of an expert is one.
+        experts: the quantized experts of each layer, likewise.
     """
 
     folder: Path
     config: QuantConfig
     tensors: Mapping[str, StoredTensor]
     linears: Mapping[str, QuantizedLinear]
+    experts: Mapping[str, ExpertLayer] = field(default_factory=dict)
 
     def spec_of(self, tensor: str) -> TensorSpec | None:
         """The declaration of a stored tensor, None when it belongs to no quantized layer."""
@@ -185,7 +188,12 @@ def survey_checkpoint(folder: Path, config: QuantConfig | None = None) -> tuple[
         except ModelOptExtError as error:
             problems.append(error)
             incomplete.add(canonical_name(module))
-    checkpoint = Checkpoint(folder, config, tensors, linears)
+    experts: Mapping[str, ExpertLayer] = {}
+    try:
+        experts = {} if any(map(is_expert, incomplete)) else read_experts(linears, tensors)
+    except ModelOptExtError as error:
+        problems.append(error)
+    checkpoint = Checkpoint(folder, config, tensors, linears, experts)
     problems += _fused_problems(checkpoint, incomplete)
     kv_cache = next((name for name in sorted(tensors) if is_kv_cache_tensor(name)), None)
     if kv_cache and config.kv_cache_algo is None:

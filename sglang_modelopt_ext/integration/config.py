@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, ExpertLayer
 from sglang_modelopt_ext.checkpoint.kv_cache import STOCK_FLAGS
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
@@ -32,6 +33,7 @@ from sglang_modelopt_ext.integration.folders import config_folder, weights_folde
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.ownership import gpu_capability, owned_family
 from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod
+from sglang_modelopt_ext.methods.moe import ExtFusedMoEMethod
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
 
@@ -40,6 +42,9 @@ if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
 
 logger = logging.getLogger(__name__)
+
+MIXTRAL_BLOCK, COMMON_BLOCK = "block_sparse_moe", "mlp"
+"""Mixtral's name of the block around its experts, and everyone else's."""
 
 SERVED_LOAD_FORMATS = ("auto", "safetensors", "dummy")
 """``--load-format`` values whose weights pass through the strict reader (or, for dummy, have none)."""
@@ -68,6 +73,7 @@ class ModelOptExtConfig(QuantizationConfig):
         self.checkpoint = checkpoint
         self.packed_modules_mapping = {**FUSED_SHARDS, **(packed_modules_mapping or {})}
         self.linears: dict[str, QuantizedLinear] = dict(checkpoint.linears) if checkpoint else {}
+        self.experts: dict[str, ExpertLayer] = dict(checkpoint.experts) if checkpoint else {}
         self.math = w4a8_math()
         # What SGLang reads under --kv-cache-dtype auto. Ours are declared before, so that this is its own FP8 cache.
         self.kv_cache_quant_algo = config.kv_cache_algo
@@ -110,6 +116,10 @@ class ModelOptExtConfig(QuantizationConfig):
             renamed = hf_to_sglang_mapper._map_name(linear.name)
             if renamed is not None:
                 self.linears.setdefault(canonical_name(renamed), linear)
+        for experts in list(self.experts.values()):
+            renamed = hf_to_sglang_mapper._map_name(experts.name)
+            if renamed is not None:
+                self.experts.setdefault(canonical_name(renamed), experts)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """The method for ``layer``; None where SGLang's own default is right."""
@@ -123,9 +133,7 @@ class ModelOptExtConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix) or UnquantizedLinearMethod()
         if isinstance(layer, FusedMoE):
-            raise ModelOptExtError.at(
-                prefix, "experts", "a dense model", "a mixture of experts, which is not served yet"
-            )
+            return self._experts_method(prefix)
         if isinstance(layer, VocabParallelEmbedding):  # lm_head too
             linear = self.linears.get(canonical_name(prefix))
             return self._method(linear.scheme, prefix, (linear.n,), linear.k) if linear else None
@@ -167,6 +175,31 @@ class ModelOptExtConfig(QuantizationConfig):
         assert scheme is not None, "a layer with quantized shards has a scheme"
         return self._method(scheme, prefix, tuple(linear.n for linear in linears), linears[0].k)
 
+    def _experts_method(self, prefix: str) -> ExtFusedMoEMethod | None:
+        names = expert_names(prefix)
+        stored = next((self.experts[name] for name in names if name in self.experts), None)
+        where = self.checkpoint.folder if self.checkpoint else self.config.file
+        if stored is not None:
+            return ExtFusedMoEMethod(stored.gate_up, stored.down, where, prefix, self.math, stored)
+        # Layers listed one by one count by any of their names; a pattern that excludes one excludes all.
+        declared = [
+            tuple(self.config.layer(f"{name}.0.{projection}") for projection in projections)
+            for name in names
+            for projections in EXPERT_PROJECTIONS
+        ]
+        mixed = self.config.algo == MIXED_PRECISION
+        quantized = next((layers for layers in declared if any(layers)), None)
+        if quantized is None or not (mixed or all(all(layers) for layers in declared)):
+            return None
+        if self.checkpoint is not None:
+            expected = f"experts of {self.config.algo}, or them in exclude_modules"
+            raise ModelOptExtError.at(where, prefix, expected, "neither")
+        gate, up, down = (layer_scheme(self.config, layer) if layer else None for layer in quantized)
+        gate_up = self._same(prefix, {gate, up})
+        if gate_up is None or down is None:
+            raise ModelOptExtError.at(where, prefix, "experts that are quantized whole", "some of their layers")
+        return ExtFusedMoEMethod(gate_up, down, where, prefix, self.math, None)
+
     def _same(self, prefix: str, schemes: set[LayerScheme | None]) -> LayerScheme | None:
         if len(schemes) > 1:
             names = sorted(scheme.describe() if scheme else "unquantized" for scheme in schemes)
@@ -182,6 +215,12 @@ class ModelOptExtConfig(QuantizationConfig):
         return ModelOptExtLinearMethod(
             scheme, where, prefix, self.math, SCHEMES[scheme.algo].rounds_weight_to_fp8, n, k
         )
+
+
+def expert_names(prefix: str) -> list[str]:
+    """What a checkpoint may call SGLang's expert layer ``prefix``, canonically: ModelOpt writes Mixtral's under two names."""
+    name = canonical_name(prefix)
+    return [name, name.replace(f".{MIXTRAL_BLOCK}.", f".{COMMON_BLOCK}.")] if f".{MIXTRAL_BLOCK}." in name else [name]
 
 
 def _verify_quantization(original: Callable[..., None], self: ModelConfig) -> None:
@@ -234,7 +273,24 @@ def _get_quant_config(
     return ModelOptExtConfig(family, config, checkpoint, packed_modules_mapping)
 
 
+def _get_model_architecture(original: Callable[..., Any], model_config: ModelConfig) -> Any:
+    quantization = model_config.quantization
+    if quantization not in FAMILIES:
+        return original(model_config)
+    try:
+        model_config.quantization = None
+        return original(model_config)
+    finally:
+        model_config.quantization = quantization
+
+
 HOOKS = (
+    Hook(
+        "sglang.srt.model_loader.utils.get_model_architecture",
+        ("model_config",),
+        "Mixtral would be built from a linear layer for each expert, by a class whose loader knows one of its names",
+        _get_model_architecture,
+    ),
     Hook(
         "sglang.srt.configs.model_config.ModelConfig._verify_quantization",
         ("self",),

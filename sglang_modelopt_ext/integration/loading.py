@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 
+from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, standard_name
 from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+from sglang_modelopt_ext.integration.config import COMMON_BLOCK, MIXTRAL_BLOCK, ModelOptExtConfig
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod, full_shard_sizes
+from sglang_modelopt_ext.methods.moe import GATE_UP, SHARDS, ExtFusedMoEMethod
+from sglang_modelopt_ext.methods.parameters import ExpertParameter
 
 logger = logging.getLogger(__name__)
 
@@ -27,13 +30,15 @@ UNUSED_BY_ANY_MODEL = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotar
 """Buffers some exporters store and every engine recomputes."""
 
 
-def quantized_modules(model: torch.nn.Module) -> list[tuple[torch.nn.Module, ModelOptExtLinearMethod]]:
-    """The linear layers of ``model`` that this package serves."""
+def quantized_modules(
+    model: torch.nn.Module,
+) -> list[tuple[torch.nn.Module, ModelOptExtLinearMethod | ExtFusedMoEMethod]]:
+    """The linear layers and the layers of experts of ``model`` that this package serves."""
     found = []
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         # LoRA wrappers pass the method of the layer inside on; the layer itself is listed too.
-        if isinstance(method, ModelOptExtLinearMethod) and not hasattr(module, "base_layer"):
+        if isinstance(method, (ModelOptExtLinearMethod, ExtFusedMoEMethod)) and not hasattr(module, "base_layer"):
             found.append((module, method))
     return found
 
@@ -48,12 +53,18 @@ def ext_config(model: torch.nn.Module) -> ModelOptExtConfig | None:
 
 
 def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[int, ...] | None:
-    """The stored shape of an unquantized linear layer's ``weight`` or any one's ``bias``; None where it is checked elsewhere.
+    """The stored shape of an unquantized layer's ``weight`` or any linear layer's ``bias``; None where it is checked elsewhere.
 
     SGLang's loaders assert shapes on a GPU, and on a CPU fill what a short tensor leaves open with zeros.
     """
     from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
+    if isinstance(module, FusedMoE) and name in ("w13_weight", "w2_weight"):
+        if isinstance(module.quant_method, ExtFusedMoEMethod):
+            return None
+        hidden, intermediate = module.hidden_size, module.intermediate_size_per_partition * module.moe_tp_size
+        return (hidden, intermediate) if name == "w2_weight" else (intermediate, hidden)
     if not isinstance(module, LinearBase) or name not in ("weight", "bias"):
         return None
     if name == "weight" and isinstance(module.quant_method, ModelOptExtLinearMethod):
@@ -79,6 +90,7 @@ class StrictLoad:
         self.used: set[str] = set()
         self.loads: dict[str, set[Any]] = {}
         self._by_memory: dict[int, str] = {}
+        self._names = _expert_names(model, checkpoint)
 
     def read(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Passes ``weights`` on, checking the values of every tensor of a quantized layer."""
@@ -95,7 +107,7 @@ class StrictLoad:
                 check_values(stored.file, name, tensor, spec.values)
             self.current = name
             self._by_memory[tensor.untyped_storage().data_ptr()] = name
-            yield standard_name(name), tensor
+            yield self._names(standard_name(name)), tensor
 
     @contextmanager
     def watch_parameters(self) -> Iterator[None]:
@@ -120,14 +132,23 @@ class StrictLoad:
 
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             source = self._by_memory.get(tensor.untyped_storage().data_ptr(), self.current)
-            if source is not None:
-                self.used.add(source)
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
-            self.loads.setdefault(parameter, set()).add(shard)
+            if "expert_id" in kwargs:  # the experts' loader, whose first other argument is the parameter's name
+                shard = kwargs["shard_id"]
             expected = unquantized_shape(module, name, shard)
             if expected is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
-            return loader(target, tensor, *args, **kwargs)
+            result = loader(target, tensor, *args, **kwargs)
+            written: set[Any]
+            if isinstance(target, ExpertParameter):
+                # Of experts that other ranks hold, nothing was read here.
+                written = {(expert, shard) for expert in result}
+            else:
+                written = {(kwargs["expert_id"], shard) if "expert_id" in kwargs else shard}
+            if source is not None and written:
+                self.used.add(source)
+            self.loads.setdefault(parameter, set()).update(written)
+            return result
 
         return load
 
@@ -163,14 +184,11 @@ class StrictLoad:
                 )
             if None in shards:
                 continue
-            module = modules[name.rpartition(".")[0]]
-            wanted: set[Any] = (
-                {"q", "k", "v"} if shards & {"q", "k", "v"} else set(range(len(getattr(module, "output_sizes", ()))))
-            )
+            wanted = _wanted_shards(modules[name.rpartition(".")[0]], name.rpartition(".")[2], shards)
             missing = sorted(map(str, wanted - shards))
             if missing:
                 raise ModelOptExtError.at(
-                    self.checkpoint.folder, name, "a tensor for every shard", f"none for {', '.join(missing)}"
+                    self.checkpoint.folder, name, "a tensor for every shard", f"none for {', '.join(missing[:3])}"
                 )
 
     def _used_anywhere(self) -> set[str]:
@@ -202,6 +220,38 @@ class StrictLoad:
                 "a tensor the model uses",
                 f"one nothing reads{more}",
             )
+
+
+def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> set[Any]:
+    """What must have been loaded into a fused parameter, of which ``found`` was."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+
+    if isinstance(module, FusedMoE):
+        # SGLang's own loader is called for every expert and drops those of other ranks.
+        own = isinstance(module.quant_method, ExtFusedMoEMethod)
+        count = module.num_local_experts if own else module.num_experts
+        shards = next((shards for product, shards in SHARDS.items() if parameter.startswith(f"{product}_")), ())
+        return {(expert, shard) for expert in range(count) for shard in shards}
+    if found & {"q", "k", "v"}:
+        return {"q", "k", "v"}
+    return set(range(len(getattr(module, "output_sizes", ()))))
+
+
+def _expert_names(model: torch.nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
+    """From a checkpoint's names to those the model's loader knows: ModelOpt writes Mixtral's experts under either."""
+    if not any(name.endswith(f".{MIXTRAL_BLOCK}.experts") for name, _ in model.named_modules()) or not any(
+        f".{COMMON_BLOCK}.experts." in name for name in checkpoint.tensors
+    ):
+        return lambda name: name
+    projections = dict(zip(*EXPERT_PROJECTIONS, strict=True))
+
+    def rename(name: str) -> str:
+        parts = [MIXTRAL_BLOCK if part == COMMON_BLOCK else part for part in name.split(".")]
+        if "experts" in parts:
+            parts = [projections.get(part, part) for part in parts]
+        return ".".join(parts)
+
+    return rename
 
 
 def _is_stock_kv_scale(modules: dict[str, torch.nn.Module], parameter: str) -> bool:
@@ -242,16 +292,24 @@ def _postprocess_weights(original: Callable[..., None], model: torch.nn.Module, 
 
 
 def log_schemes(model: torch.nn.Module) -> None:
-    """One line per scheme: how many layers, and which kernel serves them."""
+    """One line per scheme: how many layers (and experts, on this rank), and which kernel serves them."""
     from sglang.srt.utils import log_info_on_rank0
 
-    counts = Counter(
-        (method.scheme.describe(), method.math, method.layout.name)
-        for _, method in quantized_modules(model)
-        if method.layout
-    )
-    for (scheme, math, layout), count in sorted(counts.items()):
-        log_info_on_rank0(logger, f"modelopt_ext: {count} linear layers {scheme}, math {math}, kernel {layout}")
+    counts: Counter[tuple[str, str]] = Counter()
+    for _, method in quantized_modules(model):
+        if isinstance(method, ModelOptExtLinearMethod):
+            if method.layout:
+                counts[
+                    "linear layers", f"{method.scheme.describe()}, math {method.math}, kernel {method.layout.name}"
+                ] += 1
+            continue
+        for name, product in method.products.items():
+            if product.layout:
+                what = "gate and up" if name == GATE_UP else "down"
+                kind = f"layers of {method.experts} experts, {what}:"
+                counts[kind, f"{product.scheme.describe()}, math {product.math}, kernel {product.layout.name}"] += 1
+    for (kind, served), count in sorted(counts.items()):
+        log_info_on_rank0(logger, f"modelopt_ext: {count} {kind} {served}")
 
 
 def _initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:

@@ -160,11 +160,12 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         """Legal values for ``--load-format dummy``: random codes, every scale such that weights are small."""
         for spec in self.scheme.tensors:
             parameter = layer.get_parameter(spec.name)
-            _fill(parameter.data, spec)
+            fill_dummy(parameter.data, spec)
         self.verified = True
 
 
-def _fill(tensor: torch.Tensor, spec: TensorSpec) -> None:
+def fill_dummy(tensor: torch.Tensor, spec: TensorSpec) -> None:
+    """Legal values of ``spec`` for ``--load-format dummy``: random codes, scales that make weights small."""
     if spec.values is ValueRule.CODES:
         tensor.random_(0, 256) if tensor.dtype == torch.uint8 else tensor.zero_()
     elif spec.values is ValueRule.BLOCK_SCALE_UE8M0:

@@ -48,18 +48,7 @@ class ConcatParameter(BasevLLMParameter):
         return 0 if first.axis == "N" and first.per == 1 else None
 
     def _load(self, loaded: torch.Tensor, index: int, n_rank: int, k_rank: int) -> None:
-        target = self.shard(index)
-        for position, dim in enumerate(self.spec.dims):
-            if dim.axis is None or loaded.shape[position] == target.shape[position]:
-                continue
-            extent = self.shard_sizes[index] if dim.axis == "N" else self.k
-            if extent % dim.per:
-                raise ValueError(f"a rank's {dim.axis} = {extent} cuts through blocks of {dim.per}")
-            rank = n_rank if dim.axis == "N" else k_rank
-            loaded = loaded.narrow(position, rank * target.shape[position], target.shape[position])
-        if loaded.shape != target.shape:
-            raise ValueError(f"shape {tuple(loaded.shape)} does not fit {tuple(target.shape)}")
-        target.copy_(loaded)
+        copy_slice(self.spec, loaded, self.shard(index), self.shard_sizes[index], self.k, n_rank, k_rank)
 
     def load_column_parallel_weight(self, loaded_weight: torch.Tensor, tp_rank: int = 0, **_: Any) -> None:
         """Output features split over the ranks."""
@@ -78,6 +67,68 @@ class ConcatParameter(BasevLLMParameter):
     ) -> None:
         """q, k or v; ``num_heads`` consecutive ranks hold the same key and value heads."""
         self._load(loaded_weight, _QKV_INDEX[shard_id], tp_rank if shard_id == "q" else tp_rank // num_heads, 0)
+
+
+def copy_slice(
+    spec: TensorSpec, loaded: torch.Tensor, target: torch.Tensor, n: int, k: int, n_rank: int, k_rank: int
+) -> None:
+    """Copies this rank's slice of a stored tensor.
+
+    Args:
+        spec: the tensor's declaration.
+        loaded: the tensor as stored, of the whole layer.
+        target: this rank's.
+        n, k: output and input features of this rank.
+        n_rank, k_rank: which slice along each is this rank's.
+
+    Raises:
+        ValueError: the slice cuts through a block, or does not fit.
+    """
+    for position, dim in enumerate(spec.dims):
+        if dim.axis is None or loaded.shape[position] == target.shape[position]:
+            continue
+        extent = n if dim.axis == "N" else k
+        if extent % dim.per:
+            raise ValueError(f"a rank's {dim.axis} = {extent} cuts through blocks of {dim.per}")
+        rank = n_rank if dim.axis == "N" else k_rank
+        loaded = loaded.narrow(position, rank * target.shape[position], target.shape[position])
+    if loaded.shape != target.shape:
+        raise ValueError(f"shape {tuple(loaded.shape)} does not fit {tuple(target.shape)}")
+    target.copy_(loaded)
+
+
+class ExpertParameter(torch.nn.Parameter):
+    """One tensor of all experts of this rank: ``[experts, shards, *shape]``, unset."""
+
+    def __new__(cls, spec: TensorSpec, experts: int, shards: int, n: int, k: int) -> ExpertParameter:
+        """An unset parameter.
+
+        Args:
+            spec: the tensor's declaration.
+            experts: how many experts this rank holds.
+            shards: 2 for gate and up, 1 for down.
+            n, k: output and input features of one shard on this rank.
+
+        Raises:
+            ValueError: a block does not fit ``n`` or ``k``.
+        """
+        # The widest of several types holds what is stored in any of them.
+        dtype = max(spec.dtypes, key=lambda dtype: dtype.itemsize)
+        data = _unset((experts, shards, *spec.shape(n, k)), dtype)
+        parameter: ExpertParameter = torch.nn.Parameter._make_subclass(cls, data, False)
+        return parameter
+
+    def __init__(self, spec: TensorSpec, experts: int, shards: int, n: int, k: int) -> None:
+        self.spec = spec
+        self.n = n
+        self.k = k
+
+    def load(self, loaded: torch.Tensor, expert: int, shard: int, n_rank: int, k_rank: int) -> None:
+        """Copies one expert's stored tensor, cut for this rank; a scalar may be ``[1]``."""
+        target = self.data[expert, shard]
+        if self.spec.is_scalar:
+            loaded = loaded.reshape(())
+        copy_slice(self.spec, loaded, target, self.n, self.k, n_rank, k_rank)
 
 
 def make_parameter(

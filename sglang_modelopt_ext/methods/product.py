@@ -29,7 +29,7 @@ from sglang_modelopt_ext.layouts.base import (
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_layout
 from sglang_modelopt_ext.tuned import gpu_of
-from sglang_modelopt_kernels.formats.base import ValueRule
+from sglang_modelopt_kernels.formats.base import ActivationFormat, ValueRule
 from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, round_blocks
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 
@@ -120,7 +120,7 @@ class LinearProduct:
         Raises:
             ModelOptExtError: a value is illegal, or no kernel takes the layer, with the reason of each.
         """
-        self._check_zero_blocks(shards)
+        check_blocks(self.where, self.prefix, self.scheme, shards)
         request = self.request(shards[0]["weight"].device, n, k, vocabulary)
         taking = candidates(request, self.prefix) if layouts is None else layouts
         self.scheme = request.scheme
@@ -138,7 +138,7 @@ class LinearProduct:
                 prepared = [layout.prepare(group) for group in weights]
             except ValueError as error:
                 reasons.append(f"{layout.name}: {error}")
-                _say_once(f"modelopt_ext: {request.scheme.describe()}: passed over {reasons[-1]}")
+                say_once(f"modelopt_ext: {request.scheme.describe()}: passed over {reasons[-1]}")
                 continue
             self._layout, self._operand = layout, layout.operand(request)
             self.groups = tuple(
@@ -151,19 +151,10 @@ class LinearProduct:
 
     def request(self, device: torch.device, n: int, k: int, vocabulary: bool = False) -> LinearRequest:
         """What the dispatch is asked for the layer on ``device``; sizes as :meth:`prepare` has them."""
-        capability = None
-        if device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            capability = 10 * major + minor
+        capability = capability_of(device)
         scheme = served_scheme(self.scheme, device.type, capability)
         gpu = gpu_of(device)
         return LinearRequest(scheme, device.type, capability, n, k, self.math, self.dtype, vocabulary, gpu)
-
-    def _check_zero_blocks(self, shards: Sequence[Shard]) -> None:
-        for spec in self.scheme.tensors:
-            if spec.values is ValueRule.BLOCK_SCALE_E4M3:
-                for shard in shards:
-                    check_zero_blocks(self.where, f"{self.prefix}.{spec.name}", shard["weight"], shard[spec.name])
 
     def _register(
         self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, prepared: dict[str, torch.Tensor]
@@ -208,7 +199,7 @@ class LinearProduct:
         if not self.scheme.low_rank:
             return self._multiply(prepared, inputs, x, bias, x.dtype)
         y = self._multiply(prepared, inputs, x, bias, torch.float32)
-        return (y + (_smooth(x, inputs) @ inputs[LORA_A].T) @ inputs[LORA_B].T).to(x.dtype)
+        return (y + (smooth(x, inputs) @ inputs[LORA_A].T) @ inputs[LORA_B].T).to(x.dtype)
 
     def _multiply(
         self,
@@ -222,30 +213,8 @@ class LinearProduct:
             smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
             rounded = round_to_blocks(self.scheme.activation, x, smoothing, scale, self.layout.swizzled)
             return self.layout.matmul_blocks(prepared, rounded, bias, out_dtype)
-        values, row_scale = self._round(x, inputs)
+        values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
         return self.layout.matmul(prepared, values, row_scale, bias, out_dtype)
-
-    def _round(self, x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The activations the layout reads, and their scale."""
-        row_scale: torch.Tensor | None
-        activation, smoothing = self.scheme.activation, inputs.get(PRE_QUANT_SCALE.name)
-        if activation is None:
-            return (x if smoothing is None else _smooth(x, inputs)).to(self._operand), None
-        scale = inputs.get(INPUT_SCALE)
-        if self.rank_amax is not None:
-            amax = activation.token_amax(_smooth(x, inputs))
-            scale = scale if amax is None else self.rank_amax(amax)
-        if x.is_cuda and activation.name in FP8_ACTIVATIONS:
-            is_static = INPUT_SCALE in inputs
-            exact = self._operand if self._operand == torch.float8_e4m3fn else torch.float16
-            values, row_scale = quantize_fp8(
-                x, smoothing, scale if is_static else None, None if is_static else scale, exact
-            )
-        elif x.is_cuda and activation.name in BLOCK_ACTIVATIONS:
-            values, row_scale = round_blocks(x, activation.name, smoothing, scale, self._operand)
-        else:
-            values, row_scale = activation.quantize(_smooth(x, inputs), scale)
-        return values.to(self._operand), row_scale
 
     def rows(self, layer: torch.nn.Module, indices: torch.Tensor) -> torch.Tensor:
         """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
@@ -253,14 +222,70 @@ class LinearProduct:
         return self.layout.rows(prepared, indices).to(self.dtype)
 
 
+def capability_of(device: torch.device) -> int | None:
+    """The compute capability times ten of a GPU, None of anything else."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequence[Shard]) -> None:
+    """Raises ModelOptExtError where a shard has a zero block scale over codes that are not."""
+    for spec in scheme.tensors:
+        if spec.values is ValueRule.BLOCK_SCALE_E4M3:
+            for shard in shards:
+                check_zero_blocks(where, f"{prefix}.{spec.name}", shard["weight"], shard[spec.name])
+
+
 @functools.cache
-def _say_once(message: str) -> None:
+def say_once(message: str) -> None:
+    """A warning in the log, once in this process."""
     logger.warning(message)
 
 
-def _smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+def smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``x`` in float32, times its ``pre_quant_scale`` where there is one."""
     wide = x.to(torch.float32)
     return wide * inputs[PRE_QUANT_SCALE.name] if PRE_QUANT_SCALE.name in inputs else wide
+
+
+def round_input(
+    x: torch.Tensor,
+    activation: ActivationFormat | None,
+    operand: torch.dtype,
+    inputs: Mapping[str, torch.Tensor],
+    rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The activations a layout reads, and their scale.
+
+    Args:
+        x: the input ``[M, K]``.
+        activation: how it is rounded, None for not at all.
+        operand: the type the layout reads.
+        inputs: ``input_scale`` and ``pre_quant_scale``, as present: ``[]`` and ``[K]``, or one for each row, ``[M, 1]`` and
+            ``[M, K]``.
+        rank_amax: the maximum over the ranks that hold the other slices of the same rows.
+
+    Returns:
+        ``operand`` ``[M, K]``, and float32 ``[]`` or ``[M, 1]``, None for 1.
+    """
+    row_scale: torch.Tensor | None
+    smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+    if activation is None:
+        return (x if smoothing is None else smooth(x, inputs)).to(operand), None
+    amax = None
+    if rank_amax is not None and (own := activation.token_amax(smooth(x, inputs))) is not None:
+        amax = rank_amax(own)
+    for_all_rows = (scale is None or scale.numel() == 1) and (smoothing is None or smoothing.dim() == 1)
+    if x.is_cuda and activation.name in FP8_ACTIVATIONS and for_all_rows:
+        exact = operand if operand == torch.float8_e4m3fn else torch.float16
+        values, row_scale = quantize_fp8(x, smoothing, scale, amax, exact)
+    elif x.is_cuda and activation.name in BLOCK_ACTIVATIONS and for_all_rows:
+        values, row_scale = round_blocks(x, activation.name, smoothing, scale, operand)
+    else:
+        values, row_scale = activation.quantize(smooth(x, inputs), scale if amax is None else amax)
+    return values.to(operand), row_scale
 
 
 def group_shards(shards: Sequence[Shard], names: Sequence[str]) -> list[list[int]]:

@@ -150,12 +150,25 @@ def test_static_formats_saturate(name: str) -> None:
 
 @pytest.mark.parametrize("name", STATIC)
 def test_static_formats_need_exactly_one_scale(name: str) -> None:
-    for bad in (None, torch.ones(2)):
+    for bad in (None, torch.ones(2), torch.ones(2, 1)):
         with pytest.raises(ValueError, match="input_scale"):
             ACTIVATION_FORMATS[name].quantize(torch.ones(1, 32), bad)
     _, row_scale = ACTIVATION_FORMATS[name].quantize(torch.ones(1, 32), torch.ones(1))
     assert row_scale is not None
     assert row_scale.shape == ()
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_a_static_scale_for_each_row(name: str) -> None:
+    """Rows with scales of their own are rounded as each would be alone."""
+    number_format = ACTIVATION_FORMATS[name]
+    x = activation()
+    scales = torch.linspace(0.5, 2.0, len(x)).unsqueeze(1) * calibrated(name, x)
+    values, row_scale = number_format.quantize(x, scales)
+    assert row_scale is not None
+    assert torch.equal(row_scale, scales)
+    alone = [number_format.quantize(x[i : i + 1], scales[i])[0] for i in range(len(x))]
+    assert torch.equal(values, torch.cat(alone))
 
 
 def test_only_a_format_that_scales_tokens_has_a_token_amax() -> None:

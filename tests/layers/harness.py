@@ -90,7 +90,7 @@ def build(
     torch.set_default_dtype(dtype)
     try:
         with parallel_rank(rank, size):
-            _fill(model, config, checkpoint)
+            fill(model, config, checkpoint)
     finally:
         torch.set_default_dtype(previous)
     load(model, checkpoint)
@@ -106,9 +106,26 @@ def load(model: Namespace, checkpoint: Checkpoint) -> None:
         method.process_weights_after_loading(module)
 
 
-def _fill(model: Namespace, config: ModelOptExtConfig, checkpoint: Checkpoint) -> None:
+def fill(
+    model: Namespace,
+    config: ModelOptExtConfig,
+    checkpoint: Checkpoint,
+    skip: str | None = None,
+    rename: tuple[str, str] = ("", ""),
+) -> None:
+    """Puts the quantized linear layers, and a parameter for every tensor of other modules, into ``model``.
+
+    Args:
+        model: what is filled.
+        config: gives the layers their methods.
+        checkpoint: what is stored.
+        skip: modules with this in their names are left out.
+        rename: the part of a name that the model calls otherwise, and what it calls it.
+    """
     owned = set()
     for linear in checkpoint.linears.values():
+        if skip is not None and skip in linear.name:
+            continue
         if "embed" in linear.name or "lm_head" in linear.name:
             continue
         parent, _, name = linear.name.rpartition(".")
@@ -122,9 +139,10 @@ def _fill(model: Namespace, config: ModelOptExtConfig, checkpoint: Checkpoint) -
             ]
             model.put(prefix, _layer(name, [s.n for s in shards], linear.k, "bias" in linear.stored, config, prefix))
     for tensor in checkpoint.tensors.values():
-        if tensor.name not in owned:
+        if tensor.name not in owned and (skip is None or skip not in tensor.name):
             model.put(
-                tensor.name, torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+                tensor.name.replace(f".{rename[0]}.", f".{rename[1]}."),
+                torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False),
             )
 
 

@@ -25,8 +25,9 @@ from tests.support.cache import cached_folder, digest, source_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
+MOE_FAMILIES: tuple[Family, ...] = ("qwen3_moe", "mixtral")
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
@@ -43,6 +44,7 @@ class TinyModel:
     """Everything that decides the bytes of a model.
 
     Head counts and sizes are such that two tensor-parallel ranks get whole quantization blocks and one KV head each.
+    ``experts`` and ``top_k`` are those of a mixture, whose experts have ``intermediate`` features each.
     """
 
     family: Family = "llama"
@@ -57,6 +59,8 @@ class TinyModel:
     vocab: int = 512
     max_position: int = 2048
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    experts: int = 8
+    top_k: int = 2
 
     @property
     def name(self) -> str:
@@ -93,13 +97,21 @@ def build_model(spec: TinyModel) -> PreTrainedModel:
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+        "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
     }
     config_class, model_class = classes[spec.family]
     if spec.family == "qwen2" and spec.hidden != spec.heads * spec.head_dim:
         raise ValueError("Qwen2 has no head_dim of its own: hidden must be heads * head_dim")
     extra: dict[str, Any] = {} if spec.family == "qwen2" else {"head_dim": spec.head_dim}
-    if spec.family == "mistral":
+    if spec.family in ("mistral", "mixtral"):
         extra["sliding_window"] = None
+    if spec.family == "qwen3_moe":
+        extra |= {"num_experts": spec.experts, "moe_intermediate_size": spec.intermediate, "norm_topk_prob": True}
+    if spec.family == "mixtral":
+        extra["num_local_experts"] = spec.experts
+    if spec.family in MOE_FAMILIES:
+        extra["num_experts_per_tok"] = spec.top_k
     config = config_class(
         # ModelOpt's export reads architectures and fails without them.
         architectures=[model_class.__name__],
@@ -148,6 +160,10 @@ class _Weights:
             return self._target(kind[0] + "_proj", layer) * (1.0 + 0.2 * self._normal(name, shape))
         if kind in ("input_layernorm", "post_attention_layernorm"):
             return self._gain(name, shape[0], layer)
+        if parts[-2:] == ["gate", "weight"]:
+            return self._router(name, shape, layer)
+        if parts[-2] == "experts":
+            return self._experts(name, kind, shape, layer)
         if parts[-1] == "bias":
             return BIAS_SHARE[kind] * self._target(kind, layer) * self._normal(name, shape)
         return self._linear(name, shape, kind, layer)
@@ -199,15 +215,33 @@ class _Weights:
         weight = weight / (weight * magnitude).norm(dim=1, keepdim=True)
         return weight * self._target(kind, layer) * self._output_outliers(name, kind, rows).unsqueeze(1)
 
+    def _router(self, name: str, shape: tuple[int, ...], layer: int) -> torch.Tensor:
+        """Router logits of standard deviation 1: close enough that a token's experts weigh alike, and all of them are used."""
+        magnitude = self._input_magnitude(name.replace(".gate.", ".gate_proj."), "gate_proj", shape[1], layer)
+        return self._normal(name, shape) / (magnitude * shape[1] ** 0.5)
+
+    def _experts(self, name: str, kind: str, shape: tuple[int, ...], layer: int) -> torch.Tensor:
+        """All experts' weights, each drawn like a dense layer's; those of the odd experts are larger."""
+        parent = name.removesuffix(f".experts.{kind}")
+        parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+        rows = (shape[1] // len(parts), shape[2])
+        return torch.stack(
+            [
+                torch.cat([self._linear(f"{parent}.{expert}.{part}.weight", rows, part, layer) for part in parts])
+                * (1.0, 1.6)[expert % 2]
+                for expert in range(shape[0])
+            ]
+        )
+
     def _input_magnitude(self, name: str, kind: str, columns: int, layer: int) -> torch.Tensor:
         """About how large each input channel is."""
-        prefix = name.rsplit(".", 3)[0]
+        prefix = name.split(".mlp.")[0] if ".mlp." in name else name.rsplit(".", 3)[0]
         if kind in ("q_proj", "k_proj", "v_proj"):
             return self._gain(f"{prefix}.input_layernorm.weight", columns, layer)
         if kind in ("gate_proj", "up_proj"):
             return self._gain(f"{prefix}.post_attention_layernorm.weight", columns, layer)
         if kind == "down_proj":
-            up = self._output_outliers(f"{prefix}.mlp.up_proj.weight", "up_proj", columns)
+            up = self._output_outliers(name.replace("down_proj", "up_proj"), "up_proj", columns)
             return up * self._target("up_proj", layer)
         spec = self.spec
         value = self._output_outliers(f"{prefix}.self_attn.v_proj.weight", "v_proj", spec.kv_heads * spec.head_dim)

@@ -31,6 +31,9 @@ from tests.support.recipes import (
     to_e4m3,
 )
 
+EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
+MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
 KV_CACHE_TENSORS = (".k_scale", ".v_scale", ".k_bias", ".v_bias")
 
 
@@ -65,6 +68,23 @@ class QuantLinear(nn.Module):
             low_rank = smoothed @ self.parts["svdquant_lora_a"].to(torch.float32).T
             y = y + low_rank @ self.parts["svdquant_lora_b"].to(torch.float32).T
         return (y if self.bias_values is None else y + self.bias_values).to(x.dtype)
+
+
+class QuantExperts(nn.Module):
+    """The experts of a mixture, one after the other, in place of the Hugging Face module of the same name."""
+
+    def __init__(self, experts: Sequence[Sequence[QuantLinear]]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(nn.ModuleList(expert) for expert in experts)
+
+    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``[T, H]`` from ``[T, H]``, and for each token the numbers and the weights of its experts."""
+        y = torch.zeros_like(x)
+        for number, (gate, up, down) in enumerate(self.members):  # type: ignore[misc]
+            token, choice = torch.where(chosen == number)
+            hidden = nn.functional.silu(gate(x[token])) * up(x[token])
+            y.index_add_(0, token, (down(hidden) * weights[token, choice, None]).to(x.dtype))
+        return y
 
 
 class Reference:
@@ -102,7 +122,7 @@ class Reference:
         """The dequantized float32 weight of each quantized layer."""
         tensors: dict[str, torch.Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            tensors.update(load_file(path))
+            tensors.update({_common_name(name): tensor for name, tensor in load_file(path).items()})
         section = quantization(folder)
         cached: dict[str, torch.Tensor] = {}
         if section is not None:
@@ -114,6 +134,7 @@ class Reference:
             if section.get("quant_algo"):
                 self._quantize(section, tensors, math, activation)
                 self._decode_embedding(section, tensors)
+        self._stack_experts(tensors)
         if kv_cache not in ("none", "unquantized"):
             kv.install(self.model, kv_cache, cached)
         missing, unexpected = self.model.load_state_dict(tensors, strict=False)
@@ -123,28 +144,57 @@ class Reference:
             raise ValueError(f"{folder}: missing {missing}, not read {unexpected}")
 
     def _quantize(self, section: dict[str, Any], tensors: dict[str, torch.Tensor], math: Math, act: Activation) -> None:
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, nn.Linear):
+                layer = self._read(section, tensors, name, math, act)
+                if layer is None:
+                    continue
+                if (module.bias is None) != (layer.bias_values is None):
+                    raise ValueError(f"{name}: a bias too many or too few")
+                self.model.set_submodule(name, layer)
+            elif name.endswith(".experts"):
+                names = [[f"{name}.{number}.{part}" for part in EXPERT_PARTS] for number in range(module.num_experts)]
+                experts = [[self._read(section, tensors, part, math, act) for part in expert] for expert in names]
+                read = [[layer for layer in expert if layer is not None] for expert in experts]
+                if not any(read):
+                    continue
+                if any(len(expert) != len(EXPERT_PARTS) for expert in read):
+                    raise ValueError(f"{name}: some of the experts' layers are quantized, others are not")
+                self.model.set_submodule(name, QuantExperts(read))
+
+    def _read(
+        self, section: dict[str, Any], tensors: dict[str, torch.Tensor], name: str, math: Math, act: Activation
+    ) -> QuantLinear | None:
+        """The layer ``name`` out of ``tensors``, None when it is not quantized."""
         exclude = section.get("exclude_modules", section.get("ignore")) or []
-        linears = [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
-        for name in linears:
-            layer_section = section
-            if "quantized_layers" in section:
-                layer_section = section["quantized_layers"].get(name)
-            if layer_section is None or any(fnmatch.fnmatchcase(name, pattern) for pattern in exclude):
-                continue
-            algo = layer_section["quant_algo"].upper()
-            if algo not in RECIPES:
-                raise NotImplementedError(f"no reference for quant_algo {algo!r}")
-            recipe = RECIPES[algo]
-            prefix = name + "."
-            stored = [full for full in tensors if full.startswith(prefix)]
-            parts = {_short(full.removeprefix(prefix)): tensors.pop(full) for full in stored}
-            if parts.keys() - OPTIONAL != recipe.tensors:
-                raise ValueError(f"{name}: {sorted(parts)} are stored, {algo} wants {sorted(recipe.tensors)}")
-            layer = QuantLinear(recipe, parts, layer_section.get("group_size") or recipe.group, math, act)
-            if (self.model.get_submodule(name).bias is None) != (layer.bias_values is None):
-                raise ValueError(f"{name}: a bias too many or too few")
-            self.model.set_submodule(name, layer)
-            self.weights[name] = layer.weight_parts.dequantized()
+        layer_section = section
+        if "quantized_layers" in section:
+            listed = {_common_name(layer): entry for layer, entry in section["quantized_layers"].items()}
+            layer_section = listed.get(name)
+        if layer_section is None or any(fnmatch.fnmatchcase(name, _common_name(pattern)) for pattern in exclude):
+            return None
+        algo = layer_section["quant_algo"].upper()
+        if algo not in RECIPES:
+            raise NotImplementedError(f"no reference for quant_algo {algo!r}")
+        recipe = RECIPES[algo]
+        prefix = name + "."
+        stored = [full for full in tensors if full.startswith(prefix)]
+        parts = {_short(full.removeprefix(prefix)): tensors.pop(full) for full in stored}
+        if parts.keys() - OPTIONAL != recipe.tensors:
+            raise ValueError(f"{name}: {sorted(parts)} are stored, {algo} wants {sorted(recipe.tensors)}")
+        layer = QuantLinear(recipe, parts, layer_section.get("group_size") or recipe.group, math, act)
+        self.weights[name] = layer.weight_parts.dequantized()
+        return layer
+
+    def _stack_experts(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Unquantized experts, stored one by one, as the one tensor Hugging Face keeps for all of them."""
+        for name, module in self.model.named_modules():
+            if name.endswith(".experts") and not isinstance(module, QuantExperts):
+                gate, up, down = (
+                    torch.stack([tensors.pop(f"{name}.{number}.{part}.weight") for number in range(module.num_experts)])
+                    for part in EXPERT_PARTS
+                )
+                tensors[f"{name}.gate_up_proj"], tensors[f"{name}.down_proj"] = torch.cat([gate, up], dim=1), down
 
     def _decode_embedding(self, section: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         layer = section.get("quantized_layers", {}).get("model.embed_tokens")
@@ -171,6 +221,14 @@ class Reference:
         for _ in range(count):
             sequence.append(int(self.logprobs(sequence)[-1].argmax()))
         return sequence[len(ids) :]
+
+
+def _common_name(name: str) -> str:
+    """Mixtral's names of its experts as Qwen's, which Hugging Face's modules have."""
+    parts = ["mlp" if part == "block_sparse_moe" else part for part in name.split(".")]
+    if "experts" in parts:
+        parts = [MIXTRAL_PARTS.get(part, part) for part in parts]
+    return ".".join(parts)
 
 
 def _short(name: str) -> str:

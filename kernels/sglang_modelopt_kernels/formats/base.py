@@ -225,8 +225,9 @@ class ActivationFormat(ABC):
 
         Args:
             x: float32 ``[M, K]``.
-            scale: the static scale, float32 ``[]``; for a per-token format the :meth:`token_amax` of the whole tokens, float32
-                ``[M, 1]``, or None when ``x`` holds them whole; None for any other dynamic format.
+            scale: the static scale, float32 ``[]``, or ``[M, 1]`` where each row has its own (experts); for a per-token format
+                the :meth:`token_amax` of the whole tokens, float32 ``[M, 1]``, or None when ``x`` holds them whole; None for
+                any other dynamic format.
 
         Returns:
             ``(values, row_scale)``: float32 ``[M, K]`` and float32 ``[]`` or ``[M, 1]`` with ``x ~ values * row_scale``;

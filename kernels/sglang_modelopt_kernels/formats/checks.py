@@ -23,13 +23,21 @@ def check_activation(x: torch.Tensor, block: int = 1) -> None:
         raise ValueError(f"K = {x.shape[1]} is not a multiple of {block}")
 
 
-def static_scale(scale: torch.Tensor | None) -> torch.Tensor:
-    """The scale of a static format as float32 ``[]``. Raises ValueError when there is none, or more than one."""
+def static_scale(scale: torch.Tensor | None, rows: int) -> torch.Tensor:
+    """The scale of a static format as float32: ``[]``, or ``[rows, 1]`` where each of the rows has its own.
+
+    Raises ValueError when there is none, or another number of them.
+    """
     if scale is None:
         raise ValueError("a static activation format needs the input_scale of the checkpoint")
-    if scale.numel() != 1:
-        raise ValueError(f"a static activation format takes one input_scale, not {list(scale.shape)}")
-    return scale.to(torch.float32).reshape(())
+    wide = scale.to(torch.float32)
+    if scale.numel() == 1:
+        return wide.reshape(())
+    if scale.shape != (rows, 1):
+        raise ValueError(
+            f"a static activation format takes one input_scale or one for each row, not {list(scale.shape)}"
+        )
+    return wide
 
 
 def no_scale(scale: torch.Tensor | None) -> None:

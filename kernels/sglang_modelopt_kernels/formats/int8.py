@@ -68,7 +68,7 @@ class INT8StaticPerTensor(ActivationFormat):
         return (TensorSpec("input_scale", (torch.float32,), (), ValueRule.POSITIVE),)
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Integers in float32 ``[M, K]`` and the scale ``[]``. Raises ValueError without one scale."""
+        """Integers in float32 ``[M, K]`` and the scale, ``[]`` or ``[M, 1]``. Raises ValueError without a scale."""
         check_activation(x)
-        input_scale = static_scale(scale)
+        input_scale = static_scale(scale, x.shape[0])
         return round_to_int8(x * (1 / input_scale)), input_scale

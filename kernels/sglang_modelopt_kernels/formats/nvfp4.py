@@ -140,7 +140,7 @@ class NVFP4DynamicBlock(ActivationFormat):
 
         Args:
             x: float32 ``[M, K]``.
-            scale: the static ``input_scale``, float32 ``[]``.
+            scale: the static ``input_scale``, float32 ``[]`` or ``[M, 1]``.
 
         Returns:
             ``(codes, block_scale)``: uint8 ``[M, K]``, one code to a byte, and e4m3 ``[M, K / 16]``, NaN for a block
@@ -159,13 +159,16 @@ class NVFP4DynamicBlock(ActivationFormat):
         return codes, block_scale
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values code * block scale, float32 ``[M, K]``, and the ``input_scale`` ``[]``. Raises as :meth:`encode`."""
-        input_scale = static_scale(scale)
+        """Values code * block scale, float32 ``[M, K]``, and the ``input_scale``, ``[]`` or ``[M, 1]``.
+
+        Raises as :meth:`encode`.
+        """
+        input_scale = static_scale(scale, x.shape[0])
         codes, block_scale = self.encode(x, input_scale)
         return scale_blocks(e2m1.decode(codes), block_scale.to(torch.float32)), input_scale
 
     def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
         """Packed codes, E4M3 block scales and the ``input_scale``. Raises as :meth:`encode`."""
-        input_scale = static_scale(scale)
+        input_scale = static_scale(scale, x.shape[0])
         codes, block_scale = self.encode(x, input_scale)
         return BlockActivation(e2m1.pack_codes(codes), block_scale, input_scale)

@@ -99,47 +99,31 @@ def _scale_bfloat16(b, KIND: tl.constexpr):
 
 
 @triton.jit
-def block_scaled_kernel(
+def block_scaled_sum(
     x_ptr,
     w_ptr,
     s_ptr,
-    row_scale_ptr,
-    out_scale_ptr,
-    bias_ptr,
-    y_ptr,
-    m,
-    n,
+    row,
+    token,
     k,
-    row_step,
+    start,
+    end,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     F16: tl.constexpr,
     ASM: tl.constexpr,
-    DESCALE: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
-    split = tl.program_id(2)
-    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
-    row = tl.minimum(rows, n - 1).to(tl.int64)
-    token = tl.minimum(tokens, m - 1).to(tl.int64)
+    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]`` times 1 / DESCALE."""
     element = tl.arange(0, BK // 4)
     block = tl.arange(0, BK // GROUP)
     input_ = (element // 4) * 16 + element % 4
     blocks = (k // GROUP).to(tl.int64)
     quarter = (k // 4).to(tl.int64)
 
-    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
-    start = split * steps * BK
-    end = tl.minimum(start + steps * BK, k)
     # The interpreter multiplies the bits of bf16 operands: it gets the same numbers in float32.
     BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
     acc = tl.zeros((BN, BM), tl.float32)
@@ -205,6 +189,46 @@ def block_scaled_kernel(
             acc = tl.dot(w1, x1, acc, input_precision="ieee")
             acc = tl.dot(w2, x2, acc, input_precision="ieee")
             acc = tl.dot(w3, x3, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def block_scaled_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    row_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    row_step,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    F16: tl.constexpr,
+    ASM: tl.constexpr,
+    DESCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
+    row = tl.minimum(rows, n - 1).to(tl.int64)
+    token = tl.minimum(tokens, m - 1).to(tl.int64)
+    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
+    start = split * steps * BK
+    end = tl.minimum(start + steps * BK, k)
+    acc = block_scaled_sum(x_ptr, w_ptr, s_ptr, row, token, k, start, end, KIND, GROUP, F16, ASM, EVEN_K, BN, BM, BK)
     store_tile(
         acc,
         y_ptr,

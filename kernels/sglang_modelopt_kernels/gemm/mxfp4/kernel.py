@@ -14,6 +14,43 @@ from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
 
 
 @triton.jit
+def mxfp4_sum(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    row,
+    token,
+    k,
+    start,
+    end,
+    EVEN_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]``."""
+    pair = tl.arange(0, BK // 2)
+    block = tl.arange(0, BK // 32)
+    input_ = tl.arange(0, BK)
+    unit = tl.full((BM, BK // 32), 127, tl.uint8)  # 2^0
+    acc = tl.zeros((BN, BM), tl.float32)
+    for offset in range(start, end, BK):
+        w_at = w_ptr + row[:, None] * (k // 2) + (offset // 2 + pair)[None, :]
+        s_at = s_ptr + row[:, None] * (k // 32) + (offset // 32 + block)[None, :]
+        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        if EVEN_K:
+            w = tl.load(w_at)
+            s = tl.load(s_at)
+            x = tl.load(x_at)
+        else:
+            w = tl.load(w_at, mask=(offset + 2 * pair < k)[None, :], other=0)
+            s = tl.load(s_at, mask=(offset + 32 * block < k)[None, :], other=127)
+            x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
+        acc = tl.dot_scaled(w, s, "e2m1", x, unit, "e4m3", acc)
+    return acc
+
+
+@triton.jit
 def mxfp4_kernel(
     x_ptr,
     w_ptr,
@@ -42,28 +79,10 @@ def mxfp4_kernel(
     # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
-    pair = tl.arange(0, BK // 2)
-    block = tl.arange(0, BK // 32)
-    input_ = tl.arange(0, BK)
-    unit = tl.full((BM, BK // 32), 127, tl.uint8)  # 2^0
-
     steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
     start = split * steps * BK
     end = tl.minimum(start + steps * BK, k)
-    acc = tl.zeros((BN, BM), tl.float32)
-    for offset in range(start, end, BK):
-        w_at = w_ptr + row[:, None] * (k // 2) + (offset // 2 + pair)[None, :]
-        s_at = s_ptr + row[:, None] * (k // 32) + (offset // 32 + block)[None, :]
-        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
-        if EVEN_K:
-            w = tl.load(w_at)
-            s = tl.load(s_at)
-            x = tl.load(x_at)
-        else:
-            w = tl.load(w_at, mask=(offset + 2 * pair < k)[None, :], other=0)
-            s = tl.load(s_at, mask=(offset + 32 * block < k)[None, :], other=127)
-            x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
-        acc = tl.dot_scaled(w, s, "e2m1", x, unit, "e4m3", acc)
+    acc = mxfp4_sum(x_ptr, w_ptr, s_ptr, row, token, k, start, end, EVEN_K, BN, BM, BK)
     store_tile(
         acc,
         y_ptr,

@@ -1,0 +1,32 @@
+"""One product for all experts: every row times the weight of its expert, in any of the weight formats."""
+
+from sglang_modelopt_kernels.moe.grouped.grouped import grouped_linear, tile
+from sglang_modelopt_kernels.moe.grouped.naive import naive_grouped_linear
+from sglang_modelopt_kernels.moe.grouped.weights import (
+    GroupedWeight,
+    float_blocks,
+    from_tensors,
+    mxfp4_as_stored,
+    mxfp8,
+    packed,
+    stack,
+    to_tensors,
+    unpack,
+    whole,
+)
+
+__all__ = [
+    "GroupedWeight",
+    "float_blocks",
+    "from_tensors",
+    "grouped_linear",
+    "mxfp4_as_stored",
+    "mxfp8",
+    "naive_grouped_linear",
+    "packed",
+    "stack",
+    "tile",
+    "to_tensors",
+    "unpack",
+    "whole",
+]

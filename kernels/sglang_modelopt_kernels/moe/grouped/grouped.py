@@ -1,0 +1,110 @@
+"""The product of all experts as one PyTorch operator."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_modelopt_kernels.gemm.tile import machine
+from sglang_modelopt_kernels.moe.route import Routed, most_blocks
+
+from .launch import choose_block, math_of, run
+from .weights import KINDS, GroupedWeight
+
+
+def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int) -> int:
+    """The pairs to a block that :func:`route` should make for ``pairs`` pairs and activations of ``dtype``."""
+    return choose_block(weight.kind, dtype, pairs, weight.experts, machine(weight.codes.device)[0])
+
+
+@torch.library.custom_op("modelopt_ext::grouped_linear", mutates_args=())
+def _grouped_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    out_scale: torch.Tensor,
+    kind: str,
+    sorted_pairs: torch.Tensor,
+    owner: torch.Tensor,
+    block: int,
+    pairs: int,
+    row_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of weight: {kind!r}")
+    weight = GroupedWeight(codes, scale, out_scale, kind)
+    if pairs == 0:
+        return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
+    return run(x, weight, Routed(sorted_pairs, owner, block), pairs, row_scale, out_dtype)
+
+
+@_grouped_linear.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    out_scale: torch.Tensor,
+    kind: str,
+    sorted_pairs: torch.Tensor,
+    owner: torch.Tensor,
+    block: int,
+    pairs: int,
+    row_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    del scale, out_scale, kind, sorted_pairs, owner, block, row_scale
+    return x.new_empty((pairs, codes.shape[1]), dtype=out_dtype)
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weight: GroupedWeight,
+    routed: Routed,
+    pairs: int,
+    row_scale: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """``y[r] = (x[..] @ unit[e]^T) * row_scale[r] * out_scale[e]`` for the expert ``e`` of each pair ``r``.
+
+    Products are exact and the sum is float32 (FP8 matrix instructions keep about 13 bits of it on Hopper). Neither the host nor
+    the sizes of what is allocated depend on the routing.
+
+    Args:
+        x: ``[R, K]``, or ``[R / top_k, K]`` where the choices of a token read the same row. FP8 E4M3, float16 or bf16;
+            E4M3 alone for ``mxfp4``, bf16 alone for ``e4m3_exponent`` and ``bf16``.
+        weight: those of all experts.
+        routed: the pairs, sorted in blocks of :func:`tile`.
+        pairs: ``R``.
+        row_scale: float32 ``[R, 1]``; None for 1.
+        out_dtype: type of the result.
+
+    Returns:
+        ``[R, N]`` of ``out_dtype``, rounded once; zero in pairs that no expert here serves.
+
+    Raises:
+        ValueError: a dtype or shape that the kernel does not read.
+    """
+    if x.dim() != 2 or x.shape[1] != weight.k:
+        raise ValueError(f"x must be [R, {weight.k}], got {tuple(x.shape)}")
+    if (pairs == 0) != (x.shape[0] == 0) or (pairs and pairs % x.shape[0]):
+        raise ValueError(f"{pairs} pairs do not share {x.shape[0]} rows evenly")
+    math_of(weight.kind, x.dtype, machine(x.device)[0])
+    blocks = most_blocks(pairs, weight.experts, routed.block)
+    if routed.owner.shape != (blocks,) or routed.pairs.shape != (blocks * routed.block,):
+        raise ValueError(f"the pairs were sorted for another size: {routed.owner.shape[0]} blocks, not {blocks}")
+    if row_scale is not None and (row_scale.dtype != torch.float32 or row_scale.shape != (pairs, 1)):
+        raise ValueError(f"row_scale must be float32 [{pairs}, 1], got {tuple(row_scale.shape)} {row_scale.dtype}")
+    y: torch.Tensor = _grouped_linear(
+        x,
+        weight.codes,
+        weight.scale,
+        weight.out_scale,
+        weight.kind,
+        routed.pairs,
+        routed.owner,
+        routed.block,
+        pairs,
+        row_scale,
+        out_dtype,
+    )
+    return y

@@ -1,0 +1,137 @@
+"""Which numerics and which configuration run, and the launch. CUDA tensors, or CPU tensors under Triton's interpreter."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import triton
+
+from sglang_modelopt_kernels.gemm.block_scaled.launch import configs as block_scaled_configs
+from sglang_modelopt_kernels.gemm.block_scaled.launch import descale as block_scaled_descale
+from sglang_modelopt_kernels.gemm.mxfp4.linear import CONFIGS as MXFP4
+from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine
+from sglang_modelopt_kernels.moe.route import Routed
+
+from .kernel import grouped_kernel
+from .weights import GroupedWeight, Kind
+
+Math = Literal["f16", "bf16", "fp8"]
+"""The operands of the matrix instruction."""
+
+BLOCKS = (16, 64)
+"""Pairs to a block: few, as in decoding, and many. Of gathered rows, more spill where the weight is decoded in registers."""
+_INT4 = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 64, 128, 4, 2))
+_DECODED = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 4, 2))
+_E4M3 = (KernelConfig(64, 16, 256, 4, 3), KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 128, 8, 3))
+_BF16 = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(128, 64, 64, 4, 3), KernelConfig(128, 128, 64, 8, 3))
+"""Not timed on any GPU: chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
+
+
+_FLOATS = (torch.float16, torch.bfloat16)
+TAKEN: dict[Kind, tuple[torch.dtype, ...]] = {
+    "e2m1_e4m3": (torch.float8_e4m3fn, *_FLOATS),
+    "e2m1_exponent": (torch.float8_e4m3fn, *_FLOATS),
+    "int4_float": (torch.float8_e4m3fn, *_FLOATS),
+    "mxfp4": (torch.float8_e4m3fn,),
+    "e4m3": (torch.float8_e4m3fn, torch.float16),
+    "e4m3_float": _FLOATS,
+    "e4m3_exponent": (torch.bfloat16,),  # float16 does not hold such weights
+    "int8": _FLOATS,
+    "bf16": (torch.bfloat16,),
+}
+"""The activations that a kind of weight is multiplied by."""
+
+
+def math_of(kind: Kind, dtype: torch.dtype, capability: int) -> Math:
+    """The numerics of activations of ``dtype`` on compute capability ``capability`` (times ten).
+
+    Raises:
+        ValueError: the weights are not multiplied by such activations.
+    """
+    if dtype not in TAKEN[kind]:
+        raise ValueError(f"{kind} weights are multiplied by {' or '.join(map(str, TAKEN[kind]))}, not {dtype}")
+    if dtype == torch.bfloat16:
+        return "bf16"
+    # E4M3 numbers are float16 numbers; Triton has the type from sm_89 on.
+    native = dtype == torch.float8_e4m3fn and kind in ("e4m3", "mxfp4") and capability >= 89
+    return "fp8" if native else "f16"
+
+
+def descale(kind: Kind, math: Math) -> float:
+    """What the kernel's accumulators are multiplied by."""
+    if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
+        return block_scaled_descale(kind, math == "f16")
+    return 1.0
+
+
+def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
+    """The configurations of the kernel on compute capability ``capability`` (times ten), by pairs to a block, ascending."""
+    if kind == "mxfp4":
+        return tuple(config for config in MXFP4 if config.bm != 32)
+    if kind == "int4_float":
+        return _INT4
+    if kind in ("e2m1_e4m3", "e2m1_exponent"):
+        return tuple(config for config in block_scaled_configs(kind, capability) if config.bm in BLOCKS)
+    if kind == "bf16":
+        return _BF16
+    return _E4M3 if math == "fp8" else _DECODED
+
+
+def choose_block(kind: Kind, dtype: torch.dtype, pairs: int, experts: int, capability: int) -> int:
+    """Pairs to a block, a function of the sizes alone: as many as an expert has on average, within what there is."""
+    known = [config.bm for config in configs(kind, math_of(kind, dtype, capability), capability)]
+    return next((block for block in known if pairs <= block * experts), known[-1])
+
+
+def run(
+    x: torch.Tensor,
+    weight: GroupedWeight,
+    routed: Routed,
+    pairs: int,
+    row_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Launches the kernel; arguments as :func:`grouped_linear`, for ``pairs`` pairs."""
+    capability = machine(x.device)[0]
+    math = math_of(weight.kind, x.dtype, capability)
+    config = next((config for config in configs(weight.kind, math, capability) if config.bm == routed.block), None)
+    if config is None:
+        raise ValueError(f"no configuration for {weight.kind} weights has blocks of {routed.block} pairs")
+    codes = weight.codes
+    native = capability >= 89  # Triton has no E4M3 before
+    if not native:
+        codes = codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
+        x = x.to(torch.float16) if x.dtype == torch.float8_e4m3fn else x  # exact
+    n, k, group = weight.n, weight.k, weight.group
+    y = torch.empty((pairs, n), dtype=out_dtype, device=x.device)
+    grouped_kernel[(routed.owner.shape[0], triton.cdiv(n, config.bn))](
+        x.contiguous(),
+        codes,
+        # The kernel takes a pointer for what is absent and never reads through it.
+        weight.out_scale if weight.scale is None else weight.scale,
+        routed.pairs,
+        routed.owner,
+        weight.out_scale if row_scale is None else row_scale.contiguous(),
+        weight.out_scale,
+        y,
+        pairs,
+        weight.experts,
+        n,
+        k,
+        KIND=weight.kind,
+        GROUP=group if weight.scale is not None else 0,
+        MATH=math,
+        NATIVE=native,
+        ASM=x.is_cuda,
+        DESCALE=descale(weight.kind, math),
+        HAS_ROW_SCALE=row_scale is not None,
+        SHARE=pairs // x.shape[0],
+        EVEN_K=k % config.bk == 0,
+        BN=config.bn,
+        BM=config.bm,
+        BK=config.bk,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
+    return y

@@ -1,0 +1,179 @@
+"""What the grouped product reads: the weights of all experts of a layer, in one of nine kinds.
+
+======================  =============================  ==================================  ================
+kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]``         for
+======================  =============================  ==================================  ================
+``e2m1_e4m3``           int16, four planes             uint8, E4M3 bits                    NVFP4
+``e2m1_exponent``       int16, four planes             uint8, ``b`` of ``2^(b - 15)``      MXFP4
+``int4_float``          int16, four planes             float32                             INT4
+``mxfp4``               uint8, two codes to a byte     uint8, UE8M0                        MXFP4, tcgen05
+``e4m3``                E4M3                           none                                FP8
+``e4m3_float``          E4M3                           float32                             FP8 in blocks
+``e4m3_exponent``       E4M3                           uint8, ``b`` of ``2^(b - 127)``     MXFP8
+``int8``                int8                           none                                INT8
+``bf16``                bf16                           none                                any, decoded
+======================  =============================  ==================================  ================
+
+The first three are those of :mod:`sglang_modelopt_kernels.gemm.block_scaled.packing`, the fourth that of :mod:`..gemm.mxfp4`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
+from sglang_modelopt_kernels.formats.checks import scale_blocks
+from sglang_modelopt_kernels.gemm.block_scaled import packing
+from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight
+
+Kind = Literal[
+    "e2m1_e4m3", "e2m1_exponent", "int4_float", "mxfp4", "e4m3", "e4m3_float", "e4m3_exponent", "int8", "bf16"
+]
+"""How codes and block scales are read."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+E4M3_SPAN = 100
+"""Exponents that one row of MXFP8 may span: the smallest E4M3 number times 2^-100 is a normal bf16 number still."""
+
+
+@dataclass(frozen=True)
+class GroupedWeight:
+    """The weights of all experts, or of one (without the first dimension): ``W = code * block scale * out_scale``.
+
+    Attributes:
+        codes, scale: see the table above; ``scale`` None where there is none.
+        out_scale: float32 ``[E, N]``.
+        kind: how codes and scales are read.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor | None
+    out_scale: torch.Tensor
+    kind: Kind
+
+    @property
+    def n(self) -> int:
+        """Output features."""
+        return self.codes.shape[-2]
+
+    @property
+    def k(self) -> int:
+        """Input features."""
+        per = {torch.int16: 4, torch.uint8: 2}.get(self.codes.dtype, 1)
+        return self.codes.shape[-1] * per
+
+    @property
+    def experts(self) -> int:
+        """How many experts there are."""
+        return self.codes.shape[0]
+
+    @property
+    def group(self) -> int:
+        """Inputs to a block scale; K without them. The last block of ``e4m3_float`` may be short."""
+        if self.kind == "e4m3_float":
+            return 128
+        return self.k if self.scale is None else self.k // self.scale.shape[-1]
+
+
+def packed(weight: PackedWeight) -> GroupedWeight:
+    """A packed 4-bit weight of one expert."""
+    return GroupedWeight(weight.codes, weight.scale, weight.out_scale, weight.kind)
+
+
+def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
+    """An MXFP4 weight of one expert as stored: uint8 ``[N, K / 2]`` and ``[N, K / 32]``. Raises ValueError for a NaN scale."""
+    _no_nan(scale)
+    return GroupedWeight(codes, scale, torch.ones(codes.shape[0], device=codes.device), "mxfp4")
+
+
+def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> GroupedWeight:
+    """E4M3, int8 or bf16 numbers ``[N, K]`` of one expert under float32 ``[N]``."""
+    return GroupedWeight(codes, None, out_scale, _KIND_OF[codes.dtype, None])
+
+
+def float_blocks(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
+    """E4M3 codes ``[N, K]`` of one expert under float32 ``[N, ceil(K / 128)]``."""
+    return GroupedWeight(codes, scale, torch.ones_like(scale[:, 0]), "e4m3_float")
+
+
+def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
+    """E4M3 codes ``[N, K]`` of one expert under UE8M0 ``[N, K / 32]``; exact, or refused.
+
+    Raises:
+        ValueError: a scale is NaN, or a row's scales span more than the kernel's range, or are at the end of float32's.
+    """
+    _no_nan(scale)
+    exponent = scale.to(torch.int32)
+    top = exponent.amax(dim=1, keepdim=True)
+    if bool((top - exponent > E4M3_SPAN).any()):
+        raise ValueError(f"block scales of one row span 2^{int((top - exponent).max())}, more than 2^{E4M3_SPAN}")
+    factor = torch.exp2((top - ue8m0.BIAS).to(torch.float64)).to(torch.float32)
+    stored = (exponent - top + ue8m0.BIAS).to(torch.uint8)
+    return GroupedWeight(codes, stored, factor.reshape(-1), "e4m3_exponent")
+
+
+def _no_nan(scale: torch.Tensor) -> None:
+    if bool(ue8m0.byte_is_nan(scale).any()):
+        raise ValueError("a UE8M0 block scale is NaN")
+
+
+def stack(experts: Sequence[GroupedWeight]) -> GroupedWeight:
+    """The weights of single experts as one. Raises ValueError when they differ in kind or shape."""
+    kinds = {(one.kind, one.codes.shape, None if one.scale is None else one.scale.shape) for one in experts}
+    if len(kinds) != 1:
+        raise ValueError(f"experts of one layer differ: {sorted(map(str, kinds))}")
+    scale = None if experts[0].scale is None else torch.stack([one.scale for one in experts if one.scale is not None])
+    codes, out_scale = (torch.stack([getattr(one, name) for one in experts]) for name in ("codes", "out_scale"))
+    return GroupedWeight(codes, scale, out_scale, experts[0].kind)
+
+
+_KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
+    (torch.int16, torch.float8_e4m3fn): "e2m1_e4m3",
+    (torch.int16, torch.uint8): "e2m1_exponent",
+    (torch.int16, torch.float32): "int4_float",
+    (torch.uint8, torch.uint8): "mxfp4",
+    (torch.float8_e4m3fn, None): "e4m3",
+    (torch.float8_e4m3fn, torch.float32): "e4m3_float",
+    (torch.float8_e4m3fn, torch.uint8): "e4m3_exponent",
+    (torch.int8, None): "int8",
+    (torch.bfloat16, None): "bf16",
+}
+
+
+def to_tensors(weight: GroupedWeight) -> dict[str, torch.Tensor]:
+    """All of a weight: its kind is told by the types of ``codes`` and ``block_scale``."""
+    tensors = {"codes": weight.codes, "out_scale": weight.out_scale}
+    if weight.scale is not None:
+        is_e4m3 = weight.kind == "e2m1_e4m3"
+        tensors["block_scale"] = weight.scale.view(torch.float8_e4m3fn) if is_e4m3 else weight.scale
+    return tensors
+
+
+def from_tensors(tensors: Mapping[str, torch.Tensor]) -> GroupedWeight:
+    """The inverse of :func:`to_tensors`; copies nothing."""
+    codes, scale = tensors["codes"], tensors.get("block_scale")
+    kind = _KIND_OF[codes.dtype, None if scale is None else scale.dtype]
+    if scale is not None and kind == "e2m1_e4m3":
+        scale = scale.view(torch.uint8)
+    return GroupedWeight(codes, scale, tensors["out_scale"], kind)
+
+
+def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:
+    """One expert's weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
+    codes = weight.codes[expert]
+    scale = None if weight.scale is None else weight.scale[expert]
+    if scale is None:
+        return e4m3.decode(codes).double() if weight.kind == "e4m3" else codes.double()
+    if weight.kind == "e4m3_float" or weight.kind == "e4m3_exponent":
+        wide = scale.double() if weight.kind == "e4m3_float" else torch.exp2(scale.double() - ue8m0.BIAS)
+        return e4m3.decode(codes).double() * wide.repeat_interleave(weight.group, dim=1)[:, : weight.k]
+    if weight.kind == "mxfp4":
+        exponents = torch.exp2(scale.to(torch.float64) - ue8m0.BIAS)
+        return scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)).to(torch.float64), exponents)
+    if weight.kind == "e4m3" or weight.kind == "int8" or weight.kind == "bf16":
+        raise ValueError(f"{weight.kind} weights have no block scales")
+    return packing.unpack(PackedWeight(codes, scale, weight.out_scale[expert], weight.kind, weight.group))

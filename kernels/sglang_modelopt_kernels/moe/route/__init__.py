@@ -1,0 +1,6 @@
+"""Pairs sorted by expert, in blocks of one expert each."""
+
+from sglang_modelopt_kernels.moe.route.naive import naive_route
+from sglang_modelopt_kernels.moe.route.route import Routed, most_blocks, route
+
+__all__ = ["Routed", "most_blocks", "naive_route", "route"]

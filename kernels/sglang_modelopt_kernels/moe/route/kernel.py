@@ -1,0 +1,57 @@
+"""Sorting pairs by expert: a counting sort, of which every expert does its own part."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _load_experts(experts_ptr, pair, pairs, experts):
+    """The experts of some pairs; ``experts`` for nobody's and for what is no pair."""
+    expert = tl.load(experts_ptr + pair, mask=pair < pairs, other=-1)
+    return tl.where((expert >= 0) & (expert < experts), expert, experts).to(tl.int32)
+
+
+@triton.jit
+def route_kernel(
+    experts_ptr,
+    sorted_ptr,
+    owner_ptr,
+    pairs,
+    experts,
+    blocks,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    """The blocks of one expert; of nobody's pairs for the last program, which also marks the blocks that are left over.
+
+    Every program counts all pairs, so that none waits for another, and writes in order of the pairs.
+    """
+    own = tl.program_id(0)
+    bins = tl.arange(0, BINS)
+    counts = tl.zeros((BINS,), tl.int32)
+    for start in range(0, pairs, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        counts += tl.histogram(_load_experts(experts_ptr, pair, pairs, experts), BINS)
+    # What fills up the last chunk was counted as nobody's.
+    counts -= tl.where(bins == experts, tl.cdiv(pairs, CHUNK) * CHUNK - pairs, 0)
+    needed = (counts + BLOCK - 1) // BLOCK
+    first = tl.sum(tl.where(bins < own, needed, 0))
+    last = first + tl.sum(tl.where(bins == own, needed, 0))
+    at = first * BLOCK
+    for start in range(0, pairs, CHUNK):
+        pair = start + tl.arange(0, CHUNK)
+        mine = ((_load_experts(experts_ptr, pair, pairs, experts) == own) & (pair < pairs)).to(tl.int32)
+        tl.store(sorted_ptr + at + tl.cumsum(mine) - 1, pair, mask=mine > 0)
+        at += tl.sum(mine)
+    padding = at + tl.arange(0, BLOCK)
+    tl.store(sorted_ptr + padding, pairs, mask=padding < last * BLOCK)
+    for start in range(first, last, BLOCK):
+        block = start + tl.arange(0, BLOCK)
+        tl.store(owner_ptr + block, own, mask=block < last)
+    if own == experts:
+        for start in range(last, blocks, CHUNK):
+            block = start + tl.arange(0, CHUNK)
+            tl.store(owner_ptr + block, -1, mask=block < blocks)

@@ -1,0 +1,153 @@
+"""The experts of a mixture as a checkpoint stores them: one linear layer for each expert and projection.
+
+ModelOpt unpacks fused experts when it exports: ``<experts>.<number>.<projection>``, with Qwen's names of the projections or
+Mixtral's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.base import LayerScheme
+
+if TYPE_CHECKING:
+    from sglang_modelopt_ext.checkpoint.reader import QuantizedLinear
+    from sglang_modelopt_ext.checkpoint.tensors import StoredTensor
+
+EXPERT_PROJECTIONS: tuple[tuple[str, str, str], ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""Gate, up and down, in each naming scheme."""
+
+_EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
+
+
+@dataclass(frozen=True)
+class ExpertLayer:
+    """All experts of one layer, found to agree.
+
+    Attributes:
+        name: their common name in the checkpoint, such as ``model.layers.0.mlp.experts``.
+        projections: the names of gate, up and down.
+        count: how many there are.
+        gate_up: how every expert's gate and up are quantized.
+        down: likewise down.
+        hidden: input features of gate and up, and output features of down.
+        intermediate: the reverse.
+    """
+
+    name: str
+    projections: tuple[str, str, str]
+    count: int
+    gate_up: LayerScheme
+    down: LayerScheme
+    hidden: int
+    intermediate: int
+
+
+def is_expert(module: str) -> bool:
+    """Whether a module is a projection of an expert, by its name."""
+    return _EXPERT.fullmatch(module) is not None
+
+
+def read_experts(linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, StoredTensor]) -> dict[str, ExpertLayer]:
+    """The quantized expert layers of a checkpoint, by :func:`canonical_name`.
+
+    Args:
+        linears: the checkpoint's quantized linear layers, by canonical name.
+        tensors: the headers of all of its tensors.
+
+    Raises:
+        ModelOptExtError: an expert or a projection is missing or unquantized, or experts of a layer disagree.
+    """
+    found: dict[str, dict[int, dict[str, QuantizedLinear]]] = {}
+    for linear in linears.values():
+        match = _EXPERT.fullmatch(linear.name)
+        if match:
+            experts = found.setdefault(match["layer"], {})
+            experts.setdefault(int(match["number"]), {})[match["projection"]] = linear
+    layers = {canonical_name(name): _describe(name, experts, tensors) for name, experts in found.items()}
+    _check_counts(list(layers.values()), found)
+    return layers
+
+
+def _describe(
+    name: str, experts: Mapping[int, Mapping[str, QuantizedLinear]], tensors: Mapping[str, StoredTensor]
+) -> ExpertLayer:
+    first_number = min(experts)
+    some = next(iter(experts[first_number].values()))
+    file = next(iter(some.stored.values())).file
+    used = {projection for expert in experts.values() for projection in expert}
+    projections = next((names for names in EXPERT_PROJECTIONS if used <= set(names)), None)
+    if projections is None:
+        known = " or ".join(", ".join(names) for names in EXPERT_PROJECTIONS)
+        raise ModelOptExtError.at(file, f"{name}.{first_number}", f"experts with {known}", ", ".join(sorted(used)))
+    stored = _stored_numbers(name, tensors)
+    for number in range(max(stored) + 1):
+        for projection in projections:
+            module = f"{name}.{number}.{projection}"
+            if projection not in experts.get(number, {}):
+                kept = f"{module}.weight" in tensors
+                raise ModelOptExtError.at(
+                    tensors[f"{module}.weight"].file if kept else file,
+                    f"{module}.weight",
+                    f"{some.scheme.algo}, as {some.name}" if kept else f"an expert beside {some.name}",
+                    "unquantized" if kept else "none",
+                )
+    gate, up, down = ([experts[number][projection] for number in sorted(experts)] for projection in projections)
+    for group in ((*gate, *up), tuple(down)):
+        for linear in group:
+            _check_same(group[0], linear)
+    if (down[0].n, down[0].k) != (gate[0].k, gate[0].n):
+        raise ModelOptExtError.at(
+            file, f"{down[0].name}.weight", f"{gate[0].k} outputs and {gate[0].n} inputs", [down[0].n, down[0].k]
+        )
+    return ExpertLayer(name, projections, len(experts), gate[0].scheme, down[0].scheme, gate[0].k, gate[0].n)
+
+
+def _stored_numbers(name: str, tensors: Mapping[str, StoredTensor]) -> set[int]:
+    """The numbers of the experts that have any tensor, quantized or not."""
+    prefix = name + "."
+    return {
+        int(number)
+        for tensor in tensors
+        if tensor.startswith(prefix) and (number := tensor.removeprefix(prefix).partition(".")[0]).isdigit()
+    }
+
+
+def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
+    """Experts that one product serves: the same scheme, tensors and sizes."""
+    file = next(iter(linear.stored.values())).file
+    if linear.scheme != first.scheme:
+        raise ModelOptExtError.at(
+            file, linear.name, f"{first.scheme.describe()}, as {first.name}", linear.scheme.describe()
+        )
+    if (linear.n, linear.k) != (first.n, first.k):
+        raise ModelOptExtError.at(
+            file,
+            f"{linear.name}.weight",
+            f"{[first.n, first.k]} outputs and inputs, as {first.name}",
+            [linear.n, linear.k],
+        )
+    differ = sorted(set(first.stored) ^ set(linear.stored))
+    if differ:
+        owner, other = (first, linear) if differ[0] in first.stored else (linear, first)
+        raise ModelOptExtError.at(file, f"{other.name}.{differ[0]}", f"a tensor, as {owner.name} has", "none")
+    if "bias" in linear.stored:
+        raise ModelOptExtError.at(file, f"{linear.name}.bias", "experts without a bias", "one")
+
+
+def _check_counts(layers: list[ExpertLayer], found: Mapping[str, Mapping[int, Mapping[str, QuantizedLinear]]]) -> None:
+    """Every layer has the same number of experts, as in every model there is."""
+    for layer in layers[1:]:
+        if layer.count != layers[0].count:
+            linear = next(iter(found[layer.name][0].values()))
+            raise ModelOptExtError.at(
+                next(iter(linear.stored.values())).file,
+                layer.name,
+                f"{layers[0].count} experts, as {layers[0].name}",
+                layer.count,
+            )

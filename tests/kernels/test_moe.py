@@ -1,0 +1,408 @@
+"""The kernels for mixtures of experts against their naive twins: in Triton's interpreter, and, marked ``gpu``, on CUDA."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sglang_modelopt_kernels.formats import WEIGHT_FORMATS, ue8m0
+from sglang_modelopt_kernels.gemm.block_scaled import pack
+from sglang_modelopt_kernels.gemm.dense import prepare_dense
+from sglang_modelopt_kernels.moe import grouped
+from sglang_modelopt_kernels.moe.combine import combine, naive_combine
+from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear, unpack
+from sglang_modelopt_kernels.moe.grouped import grouped as grouped_op
+from sglang_modelopt_kernels.moe.grouped import launch as grouped_launch
+from sglang_modelopt_kernels.moe.grouped.weights import KINDS
+from sglang_modelopt_kernels.moe.route import Routed, most_blocks, naive_route, route
+from sglang_modelopt_kernels.moe.swiglu import naive_swiglu, swiglu
+
+DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16, "bf16": torch.bfloat16}
+FORMATS = {
+    # kind: a format that is kept so
+    "e2m1_e4m3/16": "nvfp4",
+    "e2m1_e4m3/32": "nvfp4_w4a8",
+    "e2m1_exponent": "mxfp4",
+    "int4_float": "int4_awq",
+    "mxfp4": "mxfp4",
+    "e4m3": "fp8_per_channel",
+    "e4m3_float": "fp8_block",
+    "e4m3_exponent": "mxfp8",
+    "int8": "int8_per_channel",
+    "bf16": "nvfp4",
+}
+
+
+WHOLE = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def one_expert(kind: str, n: int, k: int, generator: torch.Generator) -> GroupedWeight:
+    """A random weight, its rows of uneven size, as the reference quantizer stores it."""
+    number = WEIGHT_FORMATS[FORMATS[kind]]
+    weight = torch.randn(n, k, generator=generator) * torch.randn(n, 1, generator=generator).exp()
+    stored = number.quantize(weight)
+    if kind == "mxfp4":
+        return grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"])
+    if kind == "e4m3_exponent":
+        return grouped.mxfp8(stored["weight"], stored["weight_scale"])
+    if kind == "e4m3_float":
+        rows = stored["weight_scale"].reshape(-(-n // 128), -1).repeat_interleave(128, dim=0)[:n]
+        return grouped.float_blocks(stored["weight"], rows.contiguous())
+    if kind in WHOLE:
+        return grouped.whole(*prepare_dense(number.decode(stored), WHOLE[kind]))
+    blocks = number.blocks(stored)
+    assert blocks is not None
+    return grouped.packed(pack(blocks))
+
+
+def moved(weight: GroupedWeight, device: str) -> GroupedWeight:
+    scale = None if weight.scale is None else weight.scale.to(device)
+    return GroupedWeight(weight.codes.to(device), scale, weight.out_scale.to(device), weight.kind)
+
+
+def activations(rows: int, k: int, dtype: str, generator: torch.Generator) -> torch.Tensor:
+    return (torch.randn(rows, k, generator=generator) * 20).to(DTYPES[dtype])
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Every new float tensor starts as NaN, and every integer one as its largest number."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A product: ``spread`` says where pairs go: everywhere, to one expert, or to nobody too."""
+
+    kind: str
+    dtype: str
+    tokens: int
+    top_k: int = 2
+    experts: int = 4
+    n: int = 70
+    k: int = 288
+    shared: bool = True
+    spread: str = "nobody"
+    block: int | None = None
+
+
+def tolerance(k: int) -> float:
+    """As for one weight: relative to the sum of magnitudes, whose float32 sum of exact products errs by k * 2^-24."""
+    return (2 * k + 16) * 2.0**-24
+
+
+def choices(case: Case, generator: torch.Generator) -> torch.Tensor:
+    pairs = case.tokens * case.top_k
+    if case.spread == "one":
+        return torch.full((pairs,), case.experts - 1, dtype=torch.int32)
+    lowest = -1 if case.spread == "nobody" else 0
+    return torch.randint(
+        lowest, case.experts - 1, (pairs,), generator=generator, dtype=torch.int32
+    )  # none for the last
+
+
+def check(case: Case, device: str, out_dtype: torch.dtype = torch.float32) -> float:
+    """The largest error of an output, relative to the sum of magnitudes; infinite where an output is not written or not zero."""
+    generator = torch.Generator().manual_seed(case.tokens + case.n)
+    on_cpu = grouped.stack([one_expert(case.kind, case.n, case.k, generator) for _ in range(case.experts)])
+    owners = choices(case, generator)
+    pairs = owners.shape[0]
+    x = activations(case.tokens if case.shared else pairs, case.k, case.dtype, generator)
+    row_scale = (torch.rand(pairs, 2, generator=generator) + 0.5)[:, :1] if case.tokens % 2 else None
+    weight = moved(on_cpu, device)
+    block = case.block or grouped.tile(weight, x.dtype, pairs)
+    with poisoned():
+        routed = route(owners.to(device), case.experts, block)
+        scale = None if row_scale is None else row_scale.to(device)
+        y = grouped_linear(x.to(device), weight, routed, pairs, scale, out_dtype).double().cpu()
+    expected = naive_grouped_linear(x, on_cpu, owners, row_scale)
+    units = [
+        unpack(on_cpu, expert).abs() * on_cpu.out_scale[expert].double().unsqueeze(1) for expert in range(case.experts)
+    ]
+    nobody = (owners < 0) | (owners >= case.experts)
+    if bool(y.isnan().any()) or bool((y[nobody] != 0).any()):
+        return float("inf")
+    wide = x.to(torch.float32).double().abs().repeat_interleave(pairs // x.shape[0], dim=0)
+    scales = torch.ones(pairs, 1) if row_scale is None else row_scale
+    worst = 0.0
+    for pair in (~nobody).nonzero().flatten().tolist():
+        bound = units[int(owners[pair])] @ wide[pair] * float(scales[pair])
+        worst = max(worst, float(((y[pair] - expected[pair]).abs() / bound.clamp(min=1e-300)).max()))
+    return worst
+
+
+def routed_wrongly(owners: torch.Tensor, experts: int, block: int, device: str) -> bool:
+    """Whether :func:`route` differs from the naive twin, or leaves a block unmarked."""
+    with poisoned():
+        routed = route(owners.to(device), experts, block)
+    found = []
+    pairs = owners.shape[0]
+    for index, owner in enumerate(routed.owner.tolist()):
+        if owner < 0:
+            continue
+        members = routed.pairs[index * block : (index + 1) * block].tolist()
+        found.append((owner, [pair for pair in members if pair != pairs]))
+    unused = [owner for owner in routed.owner.tolist() if not 0 <= owner <= experts]
+    return found != naive_route(owners, experts, block) or any(owner != -1 for owner in unused)
+
+
+EVERY = [(kind, name_of(dtype)) for kind in FORMATS for dtype in grouped_launch.TAKEN[kind.split("/")[0]]]  # type: ignore[index]
+INTERPRETED = [
+    *[Case(kind, dtype, 5, spread="all", k=384 if kind == "int4_float" else 288) for kind, dtype in EVERY],
+    Case("e2m1_e4m3/16", "fp8", 3, shared=False),
+    Case("e2m1_exponent", "bf16", 20, spread="one", block=64),
+    Case("e4m3", "fp8", 1, top_k=1, experts=1, spread="one"),
+    Case("e4m3_float", "bf16", 2, n=140, k=200),  # a short block of inputs
+    Case("e4m3", "fp8", 40, top_k=3, experts=2, n=34, k=272, block=64),
+    Case("int8", "fp16", 4, top_k=8, experts=16, n=20, k=80, shared=False),
+    Case("mxfp4", "fp8", 4, n=130, k=544),
+]
+OLDER = [
+    Case("e4m3", "fp8", 3),
+    Case("e4m3_float", "bf16", 3),
+    Case("e4m3_float", "fp16", 3),
+    Case("e4m3_exponent", "bf16", 3),
+]
+"""As on sm_80, which reads E4M3 by its bits."""
+ROUTED = [
+    # pairs, experts, pairs to a block, lowest and highest number of an expert
+    (1, 1, 16, 0, 0),
+    (16, 4, 16, 0, 3),
+    (40, 8, 16, -1, 9),
+    (70, 3, 32, 1, 1),
+    (5, 100, 16, -1, 99),
+    (300, 5, 16, -1, 4),
+    (200, 4, 64, -1, -1),
+]
+
+
+def rowwise(device: str) -> list[float]:
+    """Largest relative errors of SwiGLU and of the weighted sum, in float32, in units of what is tolerated."""
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(7, 2 * 1030, generator=generator) * 5
+    h[0, :4] = torch.tensor([0.0, -200.0, 200.0, -1e30])
+    y = torch.randn(5 * 3, 1030, generator=generator)
+    weights = torch.rand(5, 3, generator=generator)
+    with poisoned():
+        activated = swiglu(h.to(device)).double().cpu()
+        summed = combine(y.to(device), 3, weights.to(device), torch.float32).double().cpu()
+        plain = combine(y.to(device), 3, None, torch.float32).double().cpu()
+    expected = naive_swiglu(h)
+    # exp, a sum, a quotient and a product of float32; below its normal numbers, their distance.
+    errors = [((activated - expected).abs() / (expected.abs() * 2.0**-20 + 2.0**-126)).max()]
+    for found, factor in ((summed, weights), (plain, None)):
+        bound = naive_combine(y.abs(), 3, factor) * 4 * 2.0**-24
+        errors.append(((found - naive_combine(y, 3, factor)).abs() / bound).max())
+    return [float(error) for error in errors]
+
+
+def everything(device: str) -> list[list[Any]]:
+    """Errors of the products in units of what is tolerated, whether pairs were sorted wrongly, errors of the rest."""
+    generator = torch.Generator().manual_seed(0)
+    errors = [check(case, device) / tolerance(case.k) for case in INTERPRETED]
+    wrong = []
+    for pairs, experts, block, low, high in ROUTED:
+        owners = torch.randint(low, high + 1, (pairs,), generator=generator)
+        wrong.append(routed_wrongly(owners, experts, block, device))
+    return [errors, wrong, rowwise(device)]
+
+
+def older() -> list[float]:
+    """Likewise as on sm_80, in the interpreter."""
+    grouped_launch.machine = grouped_op.machine = lambda device: (80, 108)  # type: ignore[assignment]
+    return [check(case, "cpu") / tolerance(case.k) for case in OLDER]
+
+
+def test_in_the_interpreter() -> None:
+    """One process for all cases: Triton decides at import whether it interprets."""
+    script = (
+        "import json, sys, importlib.util as u\n"
+        f"spec = u.spec_from_file_location('cases', {str(Path(__file__))!r}); cases = u.module_from_spec(spec)\n"
+        "sys.modules['cases'] = cases; spec.loader.exec_module(cases)\n"
+        "print(json.dumps([*cases.everything('cpu'), cases.older()]))\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    errors, wrong, rest, on_older = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == len(INTERPRETED)
+    assert len(on_older) == len(OLDER)
+    assert max(errors) < 1, dict(zip(map(str, INTERPRETED), errors, strict=True))
+    assert max(on_older) < 1, dict(zip(map(str, OLDER), on_older, strict=True))
+    assert wrong == [False] * len(ROUTED)
+    assert max(rest) < 1, rest
+
+
+def test_every_kind_is_covered() -> None:
+    assert {kind.split("/")[0] for kind in FORMATS} == set(KINDS) == set(grouped_launch.TAKEN)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_weight_survives(kind: str) -> None:
+    """What is kept is what the format decodes, and is told apart by its tensors."""
+    generator = torch.Generator().manual_seed(1)
+    experts = [one_expert(kind, 130, 384, generator) for _ in range(2)]
+    weight = grouped.stack(experts)
+    again = grouped.from_tensors(grouped.to_tensors(weight))
+    assert again.kind == weight.kind == kind.split("/")[0]
+    assert (again.n, again.k, again.experts) == (130, 384, 2)
+    generator = torch.Generator().manual_seed(1)
+    for expert in range(2):
+        number = WEIGHT_FORMATS[FORMATS[kind]]
+        source = torch.randn(130, 384, generator=generator) * torch.randn(130, 1, generator=generator).exp()
+        decoded = number.decode(number.quantize(source))
+        expected = decoded.unit.double() * decoded.out_scale.double()
+        kept = unpack(again, expert) * again.out_scale[expert].double().unsqueeze(1)
+        # Formats with float32 block scales round code * scale to float32; what is kept does not.
+        torch.testing.assert_close(kept, expected, rtol=2.0**-24 if kind.endswith("float") else 0, atol=0)
+
+
+def test_mxfp8_of_too_wide_a_range_is_refused() -> None:
+    codes = torch.ones(2, 64).to(torch.float8_e4m3fn)
+    scale = torch.tensor([[127, 27], [200, 100]], dtype=torch.uint8)
+    weight = grouped.stack([grouped.mxfp8(codes, scale)])
+    expected = torch.exp2(scale.double() - ue8m0.BIAS).repeat_interleave(32, dim=1)
+    assert torch.equal(unpack(weight, 0) * weight.out_scale[0].double().unsqueeze(1), expected)
+    scale[0, 1] = 26
+    with pytest.raises(ValueError, match=r"span 2\^101"):
+        grouped.mxfp8(codes, scale)
+    scale[0, 1] = 255
+    for refuse in (lambda: grouped.mxfp8(codes, scale), lambda: grouped.mxfp4_as_stored(codes, scale)):
+        with pytest.raises(ValueError, match="NaN"):
+            refuse()
+
+
+def test_experts_that_differ_are_refused() -> None:
+    generator = torch.Generator().manual_seed(0)
+    with pytest.raises(ValueError, match="experts of one layer differ"):
+        grouped.stack([one_expert(kind, 32, 128, generator) for kind in ("e4m3", "int8")])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(-1, 9), min_size=1, max_size=200), st.integers(1, 9), st.sampled_from([1, 16, 64]))
+def test_blocks_are_never_too_few(owners: list[int], experts: int, block: int) -> None:
+    assert len(naive_route(torch.tensor(owners), experts, block)) <= most_blocks(len(owners), experts, block)
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_follow_the_load(kind: Any, capability: int) -> None:
+    for dtype in grouped_launch.TAKEN[kind]:
+        blocks = [
+            grouped_launch.choose_block(kind, dtype, pairs, 128, capability) for pairs in (8, 2048, 8192, 1 << 20)
+        ]
+        assert blocks == sorted(blocks)
+        assert blocks[0] == 16
+        assert blocks[-1] >= 64
+
+
+def test_what_would_be_misread_is_refused() -> None:
+    weight = grouped.stack([one_expert("e4m3", 16, 64, torch.Generator().manual_seed(0))])
+    x = torch.zeros(2, 64, dtype=torch.float16)
+    owner, pairs = torch.zeros(2, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+    routed = Routed(pairs, owner, 16)
+    for arguments, message in (
+        ((x[:, :32], weight, routed, 2), r"x must be \[R, 64\]"),
+        ((x, weight, routed, 3), "share"),
+        ((x.bfloat16(), weight, routed, 2), "e4m3 weights are multiplied by"),
+        ((x, weight, Routed(pairs, owner[:1], 16), 2), "sorted for another size"),
+        ((x, weight, routed, 2, torch.ones(2)), "row_scale"),
+        ((x, weight, routed, 2, torch.ones(2, 1, dtype=torch.float16)), "row_scale"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            grouped_linear(*arguments)  # type: ignore[arg-type]
+    for arguments in ((owner.float(), 1, 16), (owner, 0, 16), (owner, 1, 24), (owner.reshape(1, 2), 1, 16)):
+        with pytest.raises(ValueError, match=r"experts must|needs an expert"):
+            route(*arguments)
+    for h in (torch.zeros(2, 3), torch.zeros(4), torch.zeros(2, 4, dtype=torch.float64)):
+        with pytest.raises(ValueError, match="h must"):
+            swiglu(h)
+    with pytest.raises(ValueError, match="y must"):
+        combine(torch.zeros(3, 4), 2, None, torch.float32)
+    with pytest.raises(ValueError, match="weights must"):
+        combine(torch.zeros(4, 4), 2, torch.zeros(4, 1), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 3, 33, 300])
+@pytest.mark.parametrize(("kind", "dtype"), EVERY)
+def test_on_a_gpu(kind: str, dtype: str, tokens: int) -> None:
+    if kind == "mxfp4" and torch.cuda.get_device_capability()[0] != 10:
+        pytest.skip("tcgen05 is for SM100 and SM103")
+    # FP8 matrix instructions keep about 13 bits of a sum on Hopper.
+    matrix = 2.0**-12 if kind in ("e4m3", "mxfp4") and dtype == "fp8" else 0.0
+    for spread, shared in (("nobody", True), ("one", False)):
+        case = Case(kind, dtype, tokens, top_k=4, experts=8, n=258, k=1152, spread=spread, shared=shared)
+        assert check(case, "cuda") < tolerance(case.k) + matrix
+        assert check(case, "cuda", torch.bfloat16) < tolerance(case.k) + matrix + 2.0**-8
+
+
+@pytest.mark.gpu
+def test_the_rest_on_a_gpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for pairs, experts, block, low, high in [*ROUTED, (40000, 128, 64, -1, 127), (9000, 256, 16, 0, 255)]:
+        owners = torch.randint(low, high + 1, (pairs,), generator=generator)
+        assert not routed_wrongly(owners, experts, block, "cuda")
+    assert max(rowwise("cuda")) < 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 70])
+def test_under_cuda_graph_capture(tokens: int) -> None:
+    """A graph follows the routing that is written into its inputs afterwards."""
+    generator = torch.Generator().manual_seed(0)
+    on_cpu = grouped.stack([one_expert("e2m1_e4m3/16", 64, 512, generator) for _ in range(4)])
+    weight = moved(on_cpu, "cuda")
+    x = activations(tokens, 512, "bf16", generator)
+    owners = torch.zeros(2 * tokens, dtype=torch.int32, device="cuda")
+    inputs = x.cuda()
+
+    def product() -> torch.Tensor:
+        routed = route(owners, 4, grouped.tile(weight, inputs.dtype, 2 * tokens))
+        return grouped_linear(inputs, weight, routed, 2 * tokens, None, torch.float32)
+
+    product()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = product()
+    chosen = torch.randint(-1, 4, (2 * tokens,), generator=generator, dtype=torch.int32)
+    owners.copy_(chosen)
+    y.fill_(float("nan"))
+    graph.replay()
+    expected = naive_grouped_linear(x, on_cpu, chosen)
+    assert float((y.double().cpu() - expected).norm() / expected.norm()) < 1e-5
+
+
+@pytest.mark.gpu
+def test_operators_are_well_formed() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = moved(grouped.stack([one_expert("e4m3_float", 32, 128, generator) for _ in range(2)]), "cuda")
+    owners = torch.tensor([0, 1, -1, 1], dtype=torch.int32, device="cuda")
+    operators = torch.ops.modelopt_ext
+    torch.library.opcheck(operators.route_pairs.default, (owners, 2, 16))
+    routed = route(owners, 2, 16)
+    x = activations(4, 128, "bf16", generator).cuda()
+    tensors = (x, weight.codes, weight.scale, weight.out_scale, weight.kind, routed.pairs, routed.owner)
+    torch.library.opcheck(operators.grouped_linear.default, (*tensors, 16, 4, None, torch.bfloat16))
+    torch.library.opcheck(operators.swiglu.default, (x,))
+    torch.library.opcheck(operators.combine_experts.default, (x, 2, None, torch.bfloat16))
