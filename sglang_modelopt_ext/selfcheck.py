@@ -98,10 +98,22 @@ def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: to
             expected[experts == expert] = rows[experts == expert] @ weight.T
         expected *= row_scale.double()
         for operand in (values, values.repeat_interleave(TOP_K, dim=0)):
-            arguments = (prepared, operand, row_scale.to(device), routing, request.dtype)
-            y = _run(lambda arguments=arguments: layout.matmul(*arguments).double().cpu(), device)
+            scale = row_scale.to(device)
+            y = _run(partial(_multiply_experts, layout, request, prepared, operand, scale, routing), device)
             _compare(y, expected, device, m)
     _passed.add(key)
+
+
+def _multiply_experts(
+    layout: ExpertLayout,
+    request: ExpertRequest,
+    prepared: Mapping[str, torch.Tensor],
+    values: torch.Tensor,
+    row_scale: torch.Tensor,
+    routing: Routing,
+) -> torch.Tensor:
+    # Copied here, where an error of a kernel that was launched shows.
+    return layout.matmul(prepared, values, row_scale, routing, request.dtype).double().cpu()
 
 
 def _generator() -> Callable[..., torch.Tensor]:
