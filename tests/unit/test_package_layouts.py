@@ -4,6 +4,7 @@ checks, reads scales and codes in the package's order, and computes in float64.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackW
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.tuning import random_shard
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS, e2m1, e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.formats.checks import scale_blocks
@@ -220,7 +222,10 @@ def humming_forward(
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu"):  # the packages' own
+        yield
+        return
     monkeypatch.setitem(
         sys.modules, "flashinfer", module("flashinfer", mm_fp4, mm_mxfp8, mm_bf16_fp4, prepare_bf16_fp4_weights)
     )
@@ -246,7 +251,7 @@ def module(name: str, *functions: Callable[..., Any]) -> types.ModuleType:
     return made
 
 
-def request(algo: str, weight: str | None = None, capability: int = 100, **fields: Any) -> LinearRequest:
+def asked_for(algo: str, weight: str | None = None, capability: int = 100, **fields: Any) -> LinearRequest:
     scheme = SCHEMES[algo]
     layer = LayerScheme(
         algo,
@@ -259,15 +264,15 @@ def request(algo: str, weight: str | None = None, capability: int = 100, **field
 
 
 CASES = [
-    (FlashInferFp4(), request("NVFP4")),
-    (FlashInferFp4(), request("NVFP4_AWQ", capability=120)),
-    (FlashInferFp4(), request("MXFP4", dtype=torch.float16)),
-    (FlashInferMxfp8(), request("MXFP8")),
-    (FlashInferWeightOnly(), request("W4A16_NVFP4")),
-    (FlashInferWeightOnly(), request("W4A16_NVFP4", "nvfp4_bs32")),
-    (QuackWeightOnly(), request("W4A16_NVFP4", capability=90)),
-    (QuackWeightOnly(), request("W4A16_NVFP4", "nvfp4_bs32", capability=90)),
-    (Humming(), request("W4A8_MXFP4_FP8", capability=90)),
+    (FlashInferFp4(), asked_for("NVFP4")),
+    (FlashInferFp4(), asked_for("NVFP4_AWQ", capability=120)),
+    (FlashInferFp4(), asked_for("MXFP4", dtype=torch.float16)),
+    (FlashInferMxfp8(), asked_for("MXFP8")),
+    (FlashInferWeightOnly(), asked_for("W4A16_NVFP4")),
+    (FlashInferWeightOnly(), asked_for("W4A16_NVFP4", "nvfp4_bs32")),
+    (QuackWeightOnly(), asked_for("W4A16_NVFP4", capability=90)),
+    (QuackWeightOnly(), asked_for("W4A16_NVFP4", "nvfp4_bs32", capability=90)),
+    (Humming(), asked_for("W4A8_MXFP4_FP8", capability=90)),
 ]
 
 
@@ -294,27 +299,27 @@ def test_without_the_package(layout: Layout, asked: LinearRequest, monkeypatch: 
 @pytest.mark.parametrize(
     ("layout", "asked", "reason"),
     [
-        (FlashInferFp4(), request("NVFP4", capability=90), "is for SM100"),
-        (FlashInferFp4(), request("MXFP4", capability=120), "is for SM100, SM103"),
-        (FlashInferFp4(), request("NVFP4", n=144), "in 32s"),
-        (FlashInferFp4(), request("NVFP4", dtype=torch.float32), "float32 output"),
-        (FlashInferFp4(), request("NVFP4_SVD", low_rank=32), "low-rank"),
-        (FlashInferFp4(), request("W4A16_NVFP4"), "unrounded"),
-        (FlashInferFp4(), request("W4A8_MXFP4_FP8"), "fp8_per_token"),
-        (FlashInferFp4(), request("NVFP4", vocabulary=True), "vocabulary"),
-        (FlashInferMxfp8(), request("MXFP8", k=96), "from 128"),
-        (FlashInferMxfp8(), request("FP8"), "MXFP8"),
-        (FlashInferWeightOnly(), request("W4A16_NVFP4", capability=120), "is for SM100, SM103"),
-        (FlashInferWeightOnly(), request("W4A16_NVFP4", dtype=torch.float16), "bf16"),
-        (FlashInferWeightOnly(), request("W4A8_NVFP4_FP8"), "unrounded"),
-        (QuackWeightOnly(), request("W4A16_NVFP4"), "is for SM90"),
-        (QuackWeightOnly(), request("W4A16_NVFP4", capability=90, k=96), "in 64s"),
-        (QuackWeightOnly(), request("W4A16_AWQ", capability=90), "NVFP4"),
-        (Humming(), request("W4A8_MXFP4_FP8"), "is for SM89, SM90"),
-        (Humming(), request("W4A8_NVFP4_FP8", capability=90), "UE8M0"),
-        (Humming(), request("MXFP4", capability=90), "needs FP8 activations"),
-        (Humming(), request("W4A8_MXFP4_FP8", capability=90, dtype=torch.float16), "output"),
-        (Humming(), request("W4A8_MXFP4_FP8", capability=90, k=96), "K in 128s"),
+        (FlashInferFp4(), asked_for("NVFP4", capability=90), "is for SM100"),
+        (FlashInferFp4(), asked_for("MXFP4", capability=120), "is for SM100, SM103"),
+        (FlashInferFp4(), asked_for("NVFP4", n=144), "in 32s"),
+        (FlashInferFp4(), asked_for("NVFP4", dtype=torch.float32), "float32 output"),
+        (FlashInferFp4(), asked_for("NVFP4_SVD", low_rank=32), "low-rank"),
+        (FlashInferFp4(), asked_for("W4A16_NVFP4"), "unrounded"),
+        (FlashInferFp4(), asked_for("W4A8_MXFP4_FP8"), "fp8_per_token"),
+        (FlashInferFp4(), asked_for("NVFP4", vocabulary=True), "vocabulary"),
+        (FlashInferMxfp8(), asked_for("MXFP8", k=96), "from 128"),
+        (FlashInferMxfp8(), asked_for("FP8"), "MXFP8"),
+        (FlashInferWeightOnly(), asked_for("W4A16_NVFP4", capability=120), "is for SM100, SM103"),
+        (FlashInferWeightOnly(), asked_for("W4A16_NVFP4", dtype=torch.float16), "bf16"),
+        (FlashInferWeightOnly(), asked_for("W4A8_NVFP4_FP8"), "unrounded"),
+        (QuackWeightOnly(), asked_for("W4A16_NVFP4"), "is for SM90"),
+        (QuackWeightOnly(), asked_for("W4A16_NVFP4", capability=90, k=96), "in 64s"),
+        (QuackWeightOnly(), asked_for("W4A16_AWQ", capability=90), "NVFP4"),
+        (Humming(), asked_for("W4A8_MXFP4_FP8"), "is for SM89, SM90"),
+        (Humming(), asked_for("W4A8_NVFP4_FP8", capability=90), "UE8M0"),
+        (Humming(), asked_for("MXFP4", capability=90), "needs FP8 activations"),
+        (Humming(), asked_for("W4A8_MXFP4_FP8", capability=90, dtype=torch.float16), "output"),
+        (Humming(), asked_for("W4A8_MXFP4_FP8", capability=90, k=96), "K in 128s"),
     ],
 )
 def test_reasons(layout: Layout, asked: LinearRequest, reason: str) -> None:
@@ -412,7 +417,7 @@ def test_a_layer_through_them(algo: str, monkeypatch: pytest.MonkeyPatch) -> Non
     layout = FlashInferMxfp8() if algo == "MXFP8" else FlashInferFp4()
     monkeypatch.setattr(dispatch, "LAYOUTS", (layout,))
     monkeypatch.setattr(type(layout), "supports", lambda *_: None)
-    asked = request(algo)
+    asked = asked_for(algo)
     scheme = LayerScheme(algo, asked.scheme.weight, asked.scheme.activation, smoothing=algo == "NVFP4_AWQ")
     generator = torch.Generator().manual_seed(7)
     stored = asked.scheme.weight.quantize(torch.randn(128, 256, generator=generator))
@@ -442,3 +447,34 @@ def test_no_tokens() -> None:
         else:
             y = layout.matmul(prepared, torch.zeros(0, 256).to(layout.operand(asked)), None, None, torch.bfloat16)
         assert y.shape == (0, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("layout", "asked"), CASES)
+def test_on_a_gpu(layout: Layout, asked: LinearRequest) -> None:
+    """The package's own kernel, eagerly and in a captured graph, where package and GPU are there."""
+    product = LinearProduct(asked.scheme, "folder", "layer", dtype=asked.dtype)
+    device = torch.device("cuda")
+    here = product.request(device, 1024, 2048)
+    reason = layout.supports(dataclasses.replace(here, scheme=asked.scheme))
+    if reason is not None:
+        pytest.skip(f"{layout.name} {reason}")
+    module = torch.nn.Module()
+    stored = random_shard(asked.scheme, here.n, here.k, asked.dtype, device)
+    product.prepare(module, [stored], here.n, here.k, layouts=[layout])
+    for m in (1, 7, 64, 300):
+        x = torch.randn(m, here.k, generator=torch.Generator().manual_seed(m)).to(asked.dtype)
+        target = x.to(device)
+        y = product.apply(module, target)
+        wide = {name: tensor.cpu() for name, tensor in stored.items()}
+        right = naive_linear(
+            x.float(), asked.scheme.weight.decode(wide), product.scheme.activation, wide.get("input_scale")
+        )
+        assert float(((y.double().cpu() - right).norm(dim=1) / right.norm(dim=1)).max()) < 2**-8
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = product.apply(module, target)
+        target.mul_(0.5)
+        replayed.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(replayed, product.apply(module, target))
