@@ -19,8 +19,8 @@ TOKENS = (1, 24, 40, 80, 300)
 SIZES = 16
 """Powers of two that the rows of the layer differ by."""
 TOLERANCE = 2.0**-7
-"""Relative, over a token's outputs and over an output's tokens: twice the rounding of a bf16 result. A misread scale or code errs by
-a tenth and more."""
+"""Relative, over a token's outputs and over an output's tokens: twice the rounding of a bf16 result. A misread scale or code
+errs by a tenth and more."""
 
 _passed: set[tuple[object, ...]] = set()
 
