@@ -35,7 +35,7 @@ from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
 from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
 from sglang_modelopt_kernels.gemm.fp4.kernel import fp4_kernel
 from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
-from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_kernel
+from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_kernel, mxfp4_widened_kernel
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
 from sglang_modelopt_kernels.gemm.tile.kernel import finish_kernel
 from sglang_modelopt_kernels.quantize.blocks import quantize as blocks
@@ -130,11 +130,15 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
 
 def mxfp4_cases(arch: int) -> Iterator[Case]:
     """The block-scaled matrix instruction, where the dispatch uses it."""
-    if matrix_instruction(arch) != "tcgen05":
-        return
     operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
-    for config in mxfp4.CONFIGS:
-        yield product_case("mxfp4 fp8e4nv", mxfp4_kernel, config, operands, {}, "kind::mxf8f6f4.block_scale")
+    if matrix_instruction(arch) == "tcgen05":
+        for config in mxfp4.CONFIGS:
+            yield product_case("mxfp4 fp8e4nv", mxfp4_kernel, config, operands, {}, "kind::mxf8f6f4.block_scale")
+    elif arch >= 120:
+        numerics = {"ASM": True, "DESCALE": mxfp4.WIDENED_DESCALE}
+        wanted = "kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3"
+        for config in mxfp4.PAIRED_CONFIGS:
+            yield product_case("mxfp4 fp8e4nv", mxfp4_widened_kernel, config, operands, numerics, wanted)
 
 
 def fp4_cases(arch: int) -> Iterator[Case]:

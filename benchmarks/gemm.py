@@ -1,46 +1,171 @@
-"""The block-scaled product on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.gemm``. Needs torch and Triton only.
+"""The products with 4-bit weights on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.gemm``.
 
-First every format is checked against its naive twin in float64 on fresh random data, then every case is timed under a CUDA
-graph whose launches go through enough copies of the weight to miss the cache; medians of 7 replays. Peers in the same run: bf16
-cuBLAS and, from sm_89, FP8 ``torch._scaled_mm`` with a scale for each row.
+Needs torch and Triton only. First every product is checked against its naive twin in float64 on fresh random data, then every case
+is timed under a CUDA graph whose launches go through enough copies of the weight to miss the cache; medians of 7 replays. Peers
+in the same run: bf16 cuBLAS and, from sm_89, FP8 ``torch._scaled_mm`` with scales of rows. A product that is not for this GPU,
+or that the installed Triton does not compile, is named and left out. Last comes the rounding of activations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import triton
+from triton.errors import TritonError
 
-from sglang_modelopt_kernels.formats.base import BlockWeight
-from sglang_modelopt_kernels.gemm.block_scaled import PackedWeight, block_scaled_linear, naive_block_scaled_linear, pack
+from sglang_modelopt_kernels.formats.base import BlockActivation, BlockWeight
+from sglang_modelopt_kernels.gemm.block_scaled import block_scaled_linear, naive_block_scaled_linear, pack
+from sglang_modelopt_kernels.gemm.fp4 import fp4_linear, naive_fp4_linear
+from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, naive_mxfp4_linear, pair_blocks
+from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, quantize_blocks
+from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
 
 SHAPES = {"8B gate_up": (28672, 4096), "8B down": (4096, 14336), "8B qkv": (6144, 4096), "70B down": (8192, 28672)}
 TOKENS = tuple(2**power for power in range(14))
-KINDS = ("nvfp4", "mxfp4", "int4")
+ROUNDING_TOKENS = (1, 64, 4096)
 
 
-def random_weight(kind: str, n: int, k: int) -> PackedWeight:
-    """A random packed weight of small values."""
+@dataclass(frozen=True)
+class Product:
+    """One product.
+
+    Attributes:
+        wants: what it runs on, by compute capability times ten.
+        weight: a random weight ``(n, k)``, by name.
+        activations: random activations ``(m, k)``.
+        run: the product of ``(activations, weight)``, and the type of the result.
+        naive: the same in float64.
+        tolerance: of the largest relative error; on instructions that were not run yet, what bf16 still hides.
+    """
+
+    wants: Callable[[int], bool]
+    weight: Callable[[int, int], Mapping[str, Any]]
+    activations: Callable[[int, int], Any]
+    run: Callable[[Any, Mapping[str, Any], torch.dtype], torch.Tensor]
+    naive: Callable[[Any, Mapping[str, Any]], torch.Tensor]
+    tolerance: float = 1e-5
+
+
+def random_codes(n: int, k: int) -> torch.Tensor:
+    """Two random codes to a byte."""
+    return torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+
+
+def random_scale(kind: str, n: int, k: int) -> torch.Tensor:
+    """Random block scales as stored."""
+    if kind == "mxfp4":
+        return torch.randint(118, 128, (n, k // 32), device="cuda").to(torch.uint8)
+    return (torch.rand(n, k // 16, device="cuda") + 0.5).to(torch.float8_e4m3fn)
+
+
+def packed_weight(kind: str, n: int, k: int) -> dict[str, Any]:
+    """A random weight of the block-scaled product, of small values."""
     one = torch.full((), 2.0**-6, device="cuda")
     codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
-    if kind == "nvfp4":
-        scale = (torch.rand(n, k // 16, device="cuda") + 0.5).to(torch.float8_e4m3fn)
-        return pack(BlockWeight(codes, scale, one, "e2m1", 16))
-    if kind == "mxfp4":
-        scale = torch.randint(118, 128, (n, k // 32), device="cuda").to(torch.uint8)
-        return pack(BlockWeight(codes, scale, one, "e2m1", 32))
-    return pack(BlockWeight(codes.to(torch.int8) - 8, torch.rand(n, k // 128, device="cuda") + 0.5, one, "int4", 128))
+    if kind == "int4":
+        scale = torch.rand(n, k // 128, device="cuda") + 0.5
+        packed = pack(BlockWeight(codes.to(torch.int8) - 8, scale, one, "int4", 128))
+    else:
+        packed = pack(BlockWeight(codes, random_scale(kind, n, k), one, "e2m1", 32 if kind == "mxfp4" else 16))
+    return {"weight": packed, "codes": packed.codes, "scale": packed.scale}
 
 
-def check(kind: str, m: int) -> float:
+def stored_weight(kind: str, n: int, k: int) -> dict[str, Any]:
+    """A random weight as ModelOpt stores it, and for SM120 with its blocks in pairs."""
+    codes = random_codes(n, k)
+    weight = {"codes": codes, "scale": random_scale(kind, n, k), "out_scale": torch.ones(n, device="cuda")}
+    return weight | ({"paired": pair_blocks(codes)} if capability() >= 120 else {})
+
+
+def random_fp8(m: int, k: int) -> torch.Tensor:
+    """Random E4M3 activations."""
+    return torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
+
+
+def run_mxfp4(x: torch.Tensor, weight: Mapping[str, Any], out_dtype: torch.dtype) -> torch.Tensor:
+    """MXFP4 with FP8 activations in block-scaled instructions."""
+    codes, paired = weight.get("paired", weight["codes"]), "paired" in weight
+    return mxfp4_linear(x, codes, weight["scale"], weight["out_scale"], None, None, out_dtype, paired)
+
+
+def block_scaled(kind: str) -> Product:
+    """Codes decoded in registers."""
+    return Product(
+        lambda _: True,
+        partial(packed_weight, kind),
+        random_fp8,
+        lambda x, weight, out_dtype: block_scaled_linear(x, weight["weight"], out_dtype=out_dtype),
+        lambda x, weight: naive_block_scaled_linear(x, weight["weight"]),
+    )
+
+
+def fp4(kind: str) -> Product:
+    """FP4 on both sides."""
+    return Product(
+        lambda capability: capability // 10 in (10, 12),
+        partial(stored_weight, kind),
+        lambda m, k: BlockActivation(random_codes(m, k), random_scale(kind, m, k), None),
+        lambda x, weight, out_dtype: fp4_linear(
+            x, weight["codes"], weight["scale"], weight["out_scale"], None, out_dtype
+        ),
+        lambda x, weight: naive_fp4_linear(x, weight["codes"], weight["scale"]),
+        2.0**-10,
+    )
+
+
+PRODUCTS = {
+    "nvfp4": block_scaled("nvfp4"),
+    "mxfp4": block_scaled("mxfp4"),
+    "int4": block_scaled("int4"),
+    "mxfp4 x fp8": Product(
+        lambda capability: capability // 10 in (10, 12),
+        partial(stored_weight, "mxfp4"),
+        random_fp8,
+        run_mxfp4,
+        lambda x, weight: naive_mxfp4_linear(x, weight["codes"], weight["scale"]),
+        2.0**-10,
+    ),
+    "nvfp4 x nvfp4": fp4("nvfp4"),
+    "mxfp4 x mxfp4": fp4("mxfp4"),
+}
+"""By name; the first three are block-scaled with FP8 activations."""
+
+
+def capability() -> int:
+    """The GPU's compute capability times ten."""
+    major, minor = torch.cuda.get_device_capability()
+    return 10 * major + minor
+
+
+def check(product: Product, m: int) -> float:
     """The largest relative error (of the row's norm) over a small odd problem."""
-    weight = random_weight(kind, 1030, 2048)
-    x = torch.randn(m, 2048, device="cuda").to(torch.float8_e4m3fn)
-    y = block_scaled_linear(x, weight, out_dtype=torch.float32)
-    expected = naive_block_scaled_linear(x, weight)
+    weight, x = product.weight(1030, 2048), product.activations(m, 2048)
+    y, expected = product.run(x, weight, torch.float32), product.naive(x, weight)
     return float(((y.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+def usable() -> dict[str, Product]:
+    """The products that run here. Raises SystemExit when one is wrong."""
+    right = {}
+    for name, product in PRODUCTS.items():
+        if not product.wants(capability()):
+            print(f"{name}: not measured, not for SM{capability()}")
+            continue
+        try:
+            errors = [check(product, m) for m in (1, 3, 17, 64, 200, 600)]
+        except (RuntimeError, TritonError) as error:
+            print(f"{name}: not measured, does not run: {(str(error).splitlines() or [''])[0]}")
+            continue
+        print(f"{name}: largest relative error {max(errors):.1e} of float64")
+        if not max(errors) < product.tolerance:
+            raise SystemExit(f"{name} is wrong: {errors}")
+        right[name] = product
+    return right
 
 
 def read_bandwidth() -> float:
@@ -75,41 +200,61 @@ def time_fp8(n: int, k: int) -> list[float]:
     return times
 
 
-def time_ours(kind: str, n: int, k: int) -> tuple[list[float], int]:
-    """Likewise of the block-scaled product, and the stored bytes of one weight."""
+def time_ours(product: Product, n: int, k: int) -> tuple[list[float], int]:
+    """Likewise of one of ours, and the stored bytes of one weight."""
     copies = 2 * COLD_BYTES // (n * k) + 2
-    weights = [random_weight(kind, n, k) for _ in range(copies)]
-    stored = sum(t.numel() * t.element_size() for t in (weights[0].codes, weights[0].scale))
+    weights = [product.weight(n, k) for _ in range(copies)]
+    stored = sum(weights[0][name].nbytes for name in ("codes", "scale"))
     times = []
     for m in TOKENS:
-        x = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
-        times.append(median_us(lambda i, x=x: block_scaled_linear(x, weights[i % copies])))
+        x = product.activations(m, k)
+        times.append(median_us(lambda i, x=x: product.run(x, weights[i % copies], torch.bfloat16)))
     return times, stored
 
 
+def time_rounding() -> None:
+    """Prints a line for each activation format and size: bf16 activations with smoothing, in one pass."""
+    print(f"{'rounding':>16}{'M':>6}{'K':>7}{'us':>9}{'GB/s':>7}")
+    for name in ("fp8_per_token", *BLOCK_ACTIVATIONS):
+        if name == "fp8_per_token" and capability() < 89:
+            continue
+        scale = torch.full((), 0.01, device="cuda") if name == "nvfp4_dynamic" else None
+        for m in ROUNDING_TOKENS:
+            for k in (4096, 14336):
+                copies = COLD_BYTES // (2 * m * k) + 2 if m > 64 else 2
+                xs = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
+                smoothing = torch.rand(k, device="cuda", dtype=torch.bfloat16) + 0.5
+                if name == "fp8_per_token":
+                    us = median_us(lambda i, xs=xs, smoothing=smoothing: quantize_fp8(xs[i % len(xs)], smoothing))
+                    written = m * k
+                else:
+                    call = partial(quantize_blocks, activation=name, smoothing=smoothing, input_scale=scale)
+                    us = median_us(lambda i, xs=xs, call=call: call(xs[i % len(xs)]))
+                    rounded = call(xs[0])
+                    written = rounded.codes.nbytes + rounded.scale.nbytes
+                print(f"{name:>16}{m:6}{k:7}{us:9.1f}{(2 * m * k + written) / us / 1e3:7.0f}", flush=True)
+
+
 def main() -> None:
-    """Checks, then prints one line per shape, format and number of tokens."""
+    """Checks, then prints one line per shape, product and number of tokens."""
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
-    print(f"read bandwidth {bandwidth:.2f} TB/s; activations fp8 e4m3, output bf16")
-    for kind in KINDS:
-        errors = [check(kind, m) for m in (1, 3, 17, 64, 200, 600)]
-        print(f"{kind}: largest relative error {max(errors):.1e} of float64")
-        if not max(errors) < 1e-5:
-            raise SystemExit(f"{kind} is wrong: {errors}")
+    print(f"read bandwidth {bandwidth:.2f} TB/s; activations fp8 e4m3 but in products named otherwise, output bf16")
+    products = usable()
     headings = f"{'us':>9}{'GB/s':>7}{'TFLOP/s':>9}{'of read':>9}{'bf16 us':>9}{'fp8 us':>9}{'/bf16':>7}{'/fp8':>7}"
-    print(f"{'shape':11}{'format':>7}{'M':>6}{headings}")
+    print(f"{'shape':11}{'format':>14}{'M':>6}{headings}")
     for shape, (n, k) in SHAPES.items():
         bf16, fp8 = time_bf16(n, k), time_fp8(n, k)
-        for kind in KINDS:
-            ours, stored = time_ours(kind, n, k)
+        for name, product in products.items():
+            ours, stored = time_ours(product, n, k)
             for m, us, bf16_us, fp8_us in zip(TOKENS, ours, bf16, fp8, strict=True):
                 rate, flops = stored / us / 1e3, 2 * m * n * k / us / 1e6
                 print(
-                    f"{shape:11}{kind:>7}{m:6}{us:9.1f}{rate:7.0f}{flops:9.1f}{rate / bandwidth / 1e3:9.2f}"
+                    f"{shape:11}{name:>14}{m:6}{us:9.1f}{rate:7.0f}{flops:9.1f}{rate / bandwidth / 1e3:9.2f}"
                     f"{bf16_us:9.1f}{fp8_us:9.1f}{us / bf16_us:7.2f}{us / fp8_us:7.2f}",
                     flush=True,
                 )
+    time_rounding()
 
 
 if __name__ == "__main__":

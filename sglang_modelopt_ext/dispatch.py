@@ -20,7 +20,7 @@ from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.humming import Humming
-from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4
+from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.tuned import ranking
@@ -42,6 +42,7 @@ def served_scheme(scheme: LayerScheme, device: str, capability: int | None) -> L
 
 LAYOUTS: tuple[Layout, ...] = (
     BlackwellMxfp4(),
+    WidenedMxfp4(),
     # On Blackwell nothing of this package has run, and these have: where FlashInfer is installed, its kernels come first.
     FlashInferFp4(),
     FlashInferMxfp8(),

@@ -8,21 +8,26 @@ import torch
 
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight, fp8_objection
 from sglang_modelopt_kernels.formats import ue8m0
-from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear
+from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, pair_blocks
 
 
-class BlackwellMxfp4(Layout):
-    """MXFP4 weights as stored, in block-scaled matrix instructions: :mod:`sglang_modelopt_kernels.gemm.mxfp4`."""
+class Mxfp4(Layout):
+    """MXFP4 weights with FP8 activations in block-scaled matrix instructions: :mod:`sglang_modelopt_kernels.gemm.mxfp4`."""
 
-    name = "triton_mxfp4_tcgen05"
+    architectures: tuple[str, ...]
+    """The GPUs it is for."""
+    paired: bool
+    """Whether it keeps the codes as :func:`pair_blocks` has them."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """MXFP4 weights with FP8 activations on SM100 and SM103."""
-        scheme = request.scheme
-        if request.device != "cuda" or not 100 <= (request.capability or 0) < 110:
-            return "is for SM100 and SM103"
+        """MXFP4 weights with FP8 activations on its architectures, under pairs of blocks where it pairs them."""
+        scheme, capability = request.scheme, request.capability or 0
+        if request.device != "cuda" or f"SM{capability}" not in self.architectures:
+            return f"is for {' and '.join(self.architectures)}"
         if scheme.weight.name != "mxfp4":
             return f"{scheme.weight.name} weights have no UE8M0 block scales"
+        if self.paired and request.k % 64:
+            return f"needs K in 64s, not {request.k}"
         return fp8_objection(request)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
@@ -32,7 +37,8 @@ class BlackwellMxfp4(Layout):
 
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
         """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``, which is 1."""
-        codes = torch.cat([shard.tensors["weight"] for shard in shards])
+        stored = [shard.tensors["weight"] for shard in shards]
+        codes = torch.cat([pair_blocks(part) for part in stored] if self.paired else stored)
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
         if bool(ue8m0.byte_is_nan(scale).any()):
             raise ValueError("a UE8M0 block scale is NaN")
@@ -49,5 +55,21 @@ class BlackwellMxfp4(Layout):
     ) -> torch.Tensor:
         """See :func:`mxfp4_linear`."""
         weight = prepared["codes"], prepared["block_scale"], prepared["out_scale"]
-        y: torch.Tensor = mxfp4_linear(values, *weight, row_scale, bias, out_dtype)
+        y: torch.Tensor = mxfp4_linear(values, *weight, row_scale, bias, out_dtype, self.paired)
         return y
+
+
+class BlackwellMxfp4(Mxfp4):
+    """The codes as stored."""
+
+    name = "triton_mxfp4_tcgen05"
+    architectures = ("SM100", "SM103")
+    paired = False
+
+
+class WidenedMxfp4(Mxfp4):
+    """The codes widened to E4M3 in registers, where no instruction mixes the two."""
+
+    name = "triton_mxfp4_mma"
+    architectures = ("SM120", "SM121")
+    paired = True

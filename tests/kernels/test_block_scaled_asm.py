@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from sglang_modelopt_kernels.formats import e2m1
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import _planes_bfloat16
 from sglang_modelopt_kernels.gemm.block_scaled.packing import EXPONENT_BOTTOM, EXPONENT_TOP
+from sglang_modelopt_kernels.gemm.mxfp4.kernel import widen
 from sglang_modelopt_kernels.planes import packing
 from sglang_modelopt_kernels.planes.kernel import planes_float16
 
@@ -77,11 +78,11 @@ INSTRUCTIONS: dict[str, Callable[..., Words]] = {
 }
 
 
-def emulate(source: str, *inputs: Words) -> list[Words]:
-    """Runs the one ``inline_asm_elementwise`` of a function with four outputs. Raises KeyError for an unknown instruction."""
+def emulate(source: str, *inputs: Words, outputs: int = 4) -> list[Words]:
+    """Runs the one ``inline_asm_elementwise`` of a function. Raises KeyError for an unknown instruction."""
     found = re.search(r'inline_asm_elementwise\(\s*"""\{(.*?)\}"""', source, re.S)
     assert found is not None
-    registers: dict[str, Words] = {f"${4 + index}": word for index, word in enumerate(inputs)}
+    registers: dict[str, Words] = {f"${outputs + index}": word for index, word in enumerate(inputs)}
 
     def read(operand: str) -> Words:
         return np.uint32(int(operand, 0)) if operand[0].isdigit() else registers[operand]  # type: ignore[return-value]
@@ -92,7 +93,7 @@ def emulate(source: str, *inputs: Words) -> list[Words]:
             continue
         target, *arguments = (operand.strip() for operand in operands.split(","))
         registers[target] = INSTRUCTIONS[name](*(read(argument) for argument in arguments))
-    return [registers[f"${plane}"] for plane in range(4)]
+    return [registers[f"${plane}"] for plane in range(outputs)]
 
 
 def expected_planes(words: Halves) -> list[NDArray[np.float64]]:
@@ -132,6 +133,21 @@ def test_every_word_under_every_scale(case: str) -> None:
             got_low, got_high = read((word & 0xFFFF).astype(np.uint16)), read((word >> 16).astype(np.uint16))
             assert np.array_equal(got_low, right_low[plane] * unit * scale), (plane, scale)
             assert np.array_equal(got_high, right_high[plane] * unit * other), (plane, other)
+
+
+def test_every_byte_widened() -> None:
+    """MXFP4's kernel for SM120: a register holds four bytes of two codes, each a code times 2^-6 in E4M3."""
+    first = np.arange(256, dtype=np.uint32)
+    words = first | first[::-1] << np.uint32(8) | (first ^ np.uint32(90)) << np.uint32(16) | first << np.uint32(24)
+    low, high = emulate(widen.src, words, outputs=2)
+    for shift in (0, 8, 16, 24):
+        codes = torch.from_numpy((words >> np.uint32(shift) & np.uint32(255)).astype(np.uint8))
+        for half, of_byte in ((low, codes & 15), (high, codes >> 4)):
+            byte = torch.from_numpy((half >> np.uint32(shift) & np.uint32(255)).astype(np.uint8))
+            values = byte.view(torch.float8_e4m3fn).float()
+            right = e2m1.decode(of_byte) * 2.0**-6
+            assert torch.equal(values, right)
+            assert torch.equal(values.signbit(), right.signbit())
 
 
 def test_a_wrong_mask_is_found() -> None:

@@ -12,15 +12,15 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, naive_mxfp4_linear
-from sglang_modelopt_kernels.gemm.mxfp4.linear import CONFIGS, run
+from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, naive_mxfp4_linear, pair_blocks
+from sglang_modelopt_kernels.gemm.mxfp4.linear import CONFIGS, PAIRED_CONFIGS, run
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, choose
 
 TOLERANCE = 1e-6
 """Float32 sums of some hundred exact products, relative to the sum of their magnitudes."""
 
 
-def error(m: int, n: int, k: int, device: str, plan: Any = None) -> float:
+def error(m: int, n: int, k: int, device: str, plan: Any = None, paired: bool = False) -> float:
     """The largest error of any output, relative to the sum of the magnitudes of its products."""
     generator = torch.Generator().manual_seed(m + n + k)
     codes = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)
@@ -29,10 +29,11 @@ def error(m: int, n: int, k: int, device: str, plan: Any = None) -> float:
     row_scale = (torch.rand(m, 2, generator=generator) + 0.5)[:, :1] if m % 2 else None
     bias = torch.randn(n, generator=generator) if n % 2 == 0 else None
     ones = torch.ones(n)
-    moved = [None if t is None else t.to(device) for t in (x, codes, scale, ones, row_scale, bias)]
+    kept = pair_blocks(codes) if paired else codes
+    moved = [None if t is None else t.to(device) for t in (x, kept, scale, ones, row_scale, bias)]
     chosen = None if plan is None else (KernelConfig(*plan[:5]), plan[5])
     torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors start as NaN
-    y = run(*moved, torch.float32, chosen).double().cpu()  # type: ignore[arg-type]
+    y = run(*moved, torch.float32, paired, chosen).double().cpu()  # type: ignore[arg-type]
     torch.use_deterministic_algorithms(False)
     assert not bool(y.isnan().any()), "not every output was written"
     expected = naive_mxfp4_linear(x, codes, scale, row_scale, bias)
@@ -48,18 +49,26 @@ CASES: list[tuple[int, int, int, Any]] = [
 ]
 
 
+PAIRED_CASES: list[tuple[int, int, int, Any]] = [
+    *[(m, n, k, None) for m, n, k in [(1, 66, 256), (3, 34, 64), (17, 65, 320), (40, 64, 576)]],
+    (5, 70, 2112, (64, 16, 128, 4, 3, 4)),
+    (130, 32, 256, (128, 128, 128, 8, 3, 1)),
+]
+
+
 def test_in_the_interpreter() -> None:
     script = (
         "import json, sys, importlib.util as u\n"
         f"spec = u.spec_from_file_location('cases', {str(Path(__file__))!r}); cases = u.module_from_spec(spec)\n"
         "spec.loader.exec_module(cases)\n"
-        "print(json.dumps([cases.error(*case[:3], 'cpu', case[3]) for case in cases.CASES]))\n"
+        "every = [(case, False) for case in cases.CASES] + [(case, True) for case in cases.PAIRED_CASES]\n"
+        "print(json.dumps([cases.error(*case[:3], 'cpu', case[3], paired) for case, paired in every]))\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == len(CASES)
+    assert len(errors) == len(CASES) + len(PAIRED_CASES)
     assert max(errors) < TOLERANCE, errors
 
 
@@ -72,12 +81,36 @@ def test_on_a_gpu(case: tuple[int, int, int, Any]) -> None:
     assert error(case[0], case[1], case[2], "cuda", case[3]) < 2**-12
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*PAIRED_CASES, (16, 4096, 4096, None), (1000, 512, 4096, None)], ids=str)
+def test_paired_on_a_gpu(case: tuple[int, int, int, Any]) -> None:
+    if torch.cuda.get_device_capability()[0] != 12:
+        pytest.skip("the widened kernel is for SM120")
+    assert error(case[0], case[1], case[2], "cuda", case[3], True) < 2**-12
+
+
+def test_pairs() -> None:
+    """Byte j of 32 holds inputs j and 32 + j of 64, counted one by one."""
+    codes = torch.randint(0, 256, (3, 64), dtype=torch.uint8)
+    paired = pair_blocks(codes)
+    for row in range(3):
+        for byte in range(64):
+            low = byte // 32 * 64 + byte % 32
+            for half, k in ((paired[row, byte] & 15, low), (paired[row, byte] >> 4, low + 32)):
+                stored = codes[row, k // 2]
+                assert half == (stored >> 4 if k % 2 else stored & 15)
+
+
+@pytest.mark.parametrize("configs", [CONFIGS, PAIRED_CONFIGS], ids=["stored", "paired"])
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 65, 5000])
-def test_choice(m: int) -> None:
-    config, split = choose(CONFIGS, m, 4096, 4096, 148)
-    assert config in CONFIGS
-    assert m <= config.bm or config is CONFIGS[-1]
+def test_choice(m: int, configs: tuple[KernelConfig, ...]) -> None:
+    config, split = choose(configs, m, 4096, 4096, 148)
+    assert config in configs
+    assert m <= config.bm or config is configs[-1]
     assert split in (1, 2, 4, 8, 16)
+
+
+_ROWS_OF_96 = {"codes": torch.zeros(8, 48, dtype=torch.uint8), "scale": torch.zeros(8, 3, dtype=torch.uint8)}
 
 
 @pytest.mark.parametrize(
@@ -87,12 +120,13 @@ def test_choice(m: int) -> None:
         ({"x": torch.zeros(2, 32).to(torch.float8_e4m3fn)}, "x must"),
         ({"scale": torch.zeros(8, 3, dtype=torch.uint8)}, "codes and scale"),
         ({"scale": torch.zeros(8, 2)}, "codes and scale"),
+        ({"paired": True, "x": torch.zeros(2, 96).to(torch.float8_e4m3fn)} | _ROWS_OF_96, "K must be in 64s"),
         ({"out_scale": torch.ones(7)}, "out_scale"),
         ({"row_scale": torch.ones(3)}, "row_scale"),
         ({"bias": torch.ones(9)}, "bias"),
     ],
 )
-def test_what_would_be_misread_is_refused(change: dict[str, torch.Tensor], message: str) -> None:
+def test_what_would_be_misread_is_refused(change: dict[str, Any], message: str) -> None:
     arguments = {
         "x": torch.zeros(2, 64).to(torch.float8_e4m3fn),
         "codes": torch.zeros(8, 32, dtype=torch.uint8),

@@ -57,6 +57,8 @@ def test_on_a_gpu(algo: str, capability: int) -> None:
         expected = EXPECTED[algo][capability >= 89]
         if algo == "W4A8_MXFP4_FP8" and capability in (100, 103):
             expected = "triton_mxfp4_tcgen05"
+        if algo == "W4A8_MXFP4_FP8" and capability == 120:
+            expected = "triton_mxfp4_mma"
         if algo in ("MXFP4", "NVFP4", "NVFP4_AWQ", "NVFP4_SVD") and capability >= 100:
             expected = "triton_fp4"
         assert candidates(request(algo, capability, weight), "layer")[0].name == expected
@@ -101,6 +103,7 @@ def test_on_a_cpu(algo: str) -> None:
         ("W4A16_AWQ", {"vocabulary": True}, FP32),
         ("NVFP4", {"capability": 100, "dtype": torch.float32}, BLOCK),
         ("NVFP4", {"capability": 110}, BLOCK),
+        ("W4A8_MXFP4_FP8", {"capability": 120, "k": 4128}, BLOCK),
         ("FP8", {"n": 4104}, BF16),
         ("FP8", {"dtype": torch.float32}, BF16),
         ("FP8", {"vocabulary": True}, BF16),

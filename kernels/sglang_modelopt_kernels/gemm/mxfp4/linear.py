@@ -7,7 +7,7 @@ import torch
 from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, check_epilogue, choose, launch, machine
 from sglang_modelopt_kernels.gemm.tile.launch import Plan
 
-from .kernel import mxfp4_kernel
+from .kernel import mxfp4_kernel, mxfp4_widened_kernel
 
 CONFIGS = (
     KernelConfig(128, 16, 256, 4, 3),
@@ -15,7 +15,25 @@ CONFIGS = (
     KernelConfig(128, 64, 256, 4, 3),
     KernelConfig(128, 128, 128, 8, 3),
 )
+PAIRED_CONFIGS = (
+    KernelConfig(64, 16, 256, 4, 3),
+    KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(128, 64, 128, 8, 3),
+    KernelConfig(128, 128, 128, 8, 2),
+)
 """By tokens, ascending. Not timed on any GPU: chosen by what compiles to ``mxf8f6f4`` without spilling (``benchmarks.aot``)."""
+
+WIDENED_DESCALE = 64.0
+"""Codes are widened to E4M3 times 2^-6."""
+
+
+def pair_blocks(codes: torch.Tensor) -> torch.Tensor:
+    """Stored codes ``[N, K / 2]``, K in 64s, with every second block in the high halves of the bytes of the one before it.
+
+    Byte j of 32 holds inputs j and 32 + j of 64, so that each half of the bytes is whole blocks in order.
+    """
+    even, odd = codes.unflatten(1, (-1, 2, 16)).unbind(2)  # the bytes of a pair's first and second block
+    return torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(1)
 
 
 def run(
@@ -26,12 +44,16 @@ def run(
     row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    paired: bool = False,
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as :func:`mxfp4_linear`, ``plan`` instead of the one chosen by size."""
     (m, k), n = x.shape, codes.shape[0]
-    plan = plan or choose(CONFIGS, m, n, k, machine(x.device)[1])
-    return launch(mxfp4_kernel, x.contiguous(), codes, scale, Epilogue(out_scale, row_scale, bias), out_dtype, plan)
+    plan = plan or choose(PAIRED_CONFIGS if paired else CONFIGS, m, n, k, machine(x.device)[1])
+    kernel = mxfp4_widened_kernel if paired else mxfp4_kernel
+    own = {"ASM": x.is_cuda} if paired else {}
+    epilogue = Epilogue(out_scale, row_scale, bias, WIDENED_DESCALE if paired else 1.0)
+    return launch(kernel, x.contiguous(), codes, scale, epilogue, out_dtype, plan, **own)
 
 
 @torch.library.custom_op("modelopt_ext::mxfp4_linear", mutates_args=())
@@ -43,10 +65,11 @@ def _mxfp4_linear(
     row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    paired: bool,
 ) -> torch.Tensor:
     if x.shape[0] == 0:
         return torch.empty((0, codes.shape[0]), dtype=out_dtype, device=x.device)
-    return run(x, codes, scale, out_scale, row_scale, bias, out_dtype)
+    return run(x, codes, scale, out_scale, row_scale, bias, out_dtype, paired)
 
 
 @_mxfp4_linear.register_fake
@@ -58,8 +81,9 @@ def _(
     row_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    paired: bool,
 ) -> torch.Tensor:
-    del scale, out_scale, row_scale, bias
+    del scale, out_scale, row_scale, bias, paired
     return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
 
 
@@ -71,6 +95,7 @@ def mxfp4_linear(
     row_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    paired: bool = False,
 ) -> torch.Tensor:
     """``(x @ W^T) * row_scale * out_scale + bias`` with ``W = code * 2^(scale - 127)`` (OCP MX v1.0).
 
@@ -82,6 +107,7 @@ def mxfp4_linear(
         row_scale: float32, one value or ``[M, 1]``; None for 1.
         bias: ``[N]`` or None.
         out_dtype: type of the result.
+        paired: whether ``codes`` come from :func:`pair_blocks`, for SM120; K is then in 64s.
 
     Returns:
         ``[M, N]`` of ``out_dtype``.
@@ -96,8 +122,10 @@ def mxfp4_linear(
         raise ValueError(
             f"codes and scale must be uint8 [N, K / 2] and [N, K / 32], got {codes.shape} and {scale.shape}"
         )
+    if paired and k % 64:
+        raise ValueError(f"K must be in 64s where blocks are paired, got {k}")
     if out_scale.shape != (n,) or out_scale.dtype != torch.float32:
         raise ValueError(f"out_scale must be float32 [{n}], got {tuple(out_scale.shape)} {out_scale.dtype}")
     check_epilogue(x.shape[0], n, row_scale, bias)
-    y: torch.Tensor = _mxfp4_linear(x, codes, scale, out_scale, row_scale, bias, out_dtype)
+    y: torch.Tensor = _mxfp4_linear(x, codes, scale, out_scale, row_scale, bias, out_dtype, paired)
     return y
