@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from sglang_modelopt_ext.layouts.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
+from sglang_modelopt_ext.schemes.base import LORA_B
 
 N, K = 128, 512
 TOKENS = (1, 24, 40, 80, 300)
@@ -40,6 +41,8 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
     sizes = torch.exp2(6.0 - torch.arange(N, device="cpu") % SIZES).to(torch.float32).unsqueeze(1)
     weight = random(N, K) * sizes
     stored = request.scheme.weight.quantize(weight.to(torch.bfloat16))
+    if isinstance(layout, BlockLayout) and layout.takes_low_rank:
+        stored[LORA_B] = (random(N, request.scheme.low_rank) * sizes).to(torch.bfloat16)
     shard = ShardWeight(
         request.scheme.weight, {name: tensor.to(device) for name, tensor in stored.items()}, request.math
     )
@@ -50,9 +53,10 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
         # E4M3 numbers are numbers of every type that activations come in.
         x = random(m, K).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
+        down = random(m, request.scheme.low_rank) if LORA_B in stored else None
         try:
             prepared = prepared or layout.prepare([shard])
-            y, exact = _multiply(layout, request, prepared, x, row_scale, device)
+            y, exact = _multiply(layout, request, prepared, x, row_scale, down, device)
             y = y.double().cpu()
         except ValueError:
             raise
@@ -61,6 +65,8 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
             reason = str(error).strip() or type(error).__name__
             raise ValueError(f"does not run on {device}: {reason.splitlines()[0]}") from error
         expected = exact @ expected_weight.T
+        if down is not None:
+            expected += down.double() @ stored[LORA_B].double().T
         worst = _relative_error(y, expected, dim=1)
         if m >= N // 8:  # an output of fewer tokens may be small because its products cancel
             worst = torch.maximum(worst, _relative_error(y, expected, dim=0))
@@ -80,11 +86,13 @@ def _multiply(
     prepared: Mapping[str, torch.Tensor],
     x: torch.Tensor,
     row_scale: torch.Tensor,
+    down: torch.Tensor | None,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The layout's product for E4M3 numbers ``x`` times ``row_scale``, and the activations it then stands for, float64.
 
-    A layout that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale.
+    A layout that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale,
+    and ``down`` for its low-rank branch, where it has one.
     """
     if not isinstance(layout, BlockLayout):
         values = x.to(device).to(layout.operand(request))
@@ -98,4 +106,6 @@ def _multiply(
     rounded = round_to_blocks(activation, x.to(device), None, scale, layout.swizzled)
     numbers, scale = activation.quantize(x, static)
     exact = numbers.double() if scale is None else numbers.double() * scale.double()
+    if down is not None:
+        return layout.matmul_low_rank(prepared, rounded, down.to(device), None, request.dtype), exact
     return layout.matmul_blocks(prepared, rounded, None, request.dtype), exact
