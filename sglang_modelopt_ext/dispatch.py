@@ -18,7 +18,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
-from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
+from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8, FlashInferSvdquant
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.humming import Humming
@@ -49,6 +49,7 @@ LAYOUTS: tuple[Layout, ...] = (
     WidenedMxfp4(),
     # On Blackwell nothing of this package has run, and these have: where FlashInfer is installed, its kernels come first.
     FlashInferFp4(),
+    FlashInferSvdquant(),
     FlashInferMxfp8(),
     FlashInferWeightOnly(),
     BlackwellFp4(),

@@ -14,12 +14,16 @@ import torch
 
 from sglang_modelopt_ext.layouts.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
 from sglang_modelopt_ext.layouts.moe import NO_EXPERT, ExpertLayout, ExpertRequest, Routing
+from sglang_modelopt_ext.schemes.base import LORA_B
 
 N, K = 128, 512
 TOKENS = (1, 24, 40, 80, 300)
 """One number of tokens, or more, for each way the layouts of ``dispatch.py`` choose by it."""
+SIZES = 16
+"""Powers of two that the rows of the layer differ by."""
 TOLERANCE = 2.0**-7
-"""Relative, over a token's outputs: twice the rounding of a bf16 result. A misread scale or code errs by a tenth and more."""
+"""Relative, over a token's outputs and over an output's tokens: twice the rounding of a bf16 result. A misread scale or code
+errs by a tenth and more."""
 
 EXPERTS, TOP_K = 5, 2
 """Experts of the check; one of them gets no token."""
@@ -39,14 +43,19 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
     if key in _passed:
         return
     random = _generator()
-    shard, weight = _random_weight(random, request, device)
+    low_rank = request.scheme.low_rank if isinstance(layout, BlockLayout) and layout.takes_low_rank else 0
+    shard, weight, factor = _random_weight(random, request, device, low_rank)
     prepared = _run(partial(layout.prepare, [shard]), device)
     for m in TOKENS:
         # E4M3 numbers are numbers of every type that activations come in.
         x = random(m, K).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
-        y, exact = _run(partial(_multiply, layout, request, prepared, x, row_scale, device), device)
-        _compare(y, exact @ weight.T, device, m)
+        down = random(m, low_rank) if low_rank else None
+        y, exact = _run(partial(_multiply, layout, request, prepared, x, row_scale, down, device), device)
+        expected = exact @ weight.T
+        if down is not None and factor is not None:
+            expected += down.double() @ factor.T
+        _compare(y, expected, device, m)
     _passed.add(key)
 
 
@@ -56,11 +65,13 @@ def _multiply(
     prepared: Mapping[str, torch.Tensor],
     x: torch.Tensor,
     row_scale: torch.Tensor,
+    down: torch.Tensor | None,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The layout's product for E4M3 numbers ``x`` times ``row_scale``, and the activations it then stands for, float64.
 
-    A layout that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale.
+    A layout that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale,
+    and ``down`` for its low-rank branch, where it has one.
     """
     if not isinstance(layout, BlockLayout):
         values = x.to(device).to(layout.operand(request))
@@ -74,7 +85,11 @@ def _multiply(
     rounded = round_to_blocks(activation, x.to(device), None, scale, layout.swizzled)
     numbers, scale = activation.quantize(x, static)
     exact = numbers.double() if scale is None else numbers.double() * scale.double()
-    return layout.matmul_blocks(prepared, rounded, None, request.dtype).double().cpu(), exact
+    if down is None:
+        y = layout.matmul_blocks(prepared, rounded, None, request.dtype)
+    else:
+        y = layout.matmul_low_rank(prepared, rounded, down.to(device), None, request.dtype)
+    return y.double().cpu(), exact
 
 
 def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: torch.device) -> None:
@@ -83,7 +98,7 @@ def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: to
     if key in _passed:
         return
     random = _generator()
-    shards, weights = zip(*(_random_weight(random, request, device) for _ in range(EXPERTS)), strict=True)
+    shards, weights, _ = zip(*(_random_weight(random, request, device) for _ in range(EXPERTS)), strict=True)
     prepared = _run(partial(layout.prepare, [[shard] for shard in shards]), device)
     for m in TOKENS:
         experts = (random(m * TOP_K) * 1e6).long() % (EXPERTS - 1)
@@ -122,14 +137,21 @@ def _generator() -> Callable[..., torch.Tensor]:
 
 
 def _random_weight(
-    random: Callable[..., torch.Tensor], request: LinearRequest, device: torch.device
-) -> tuple[ShardWeight, torch.Tensor]:
-    """A stored weight on ``device``, and what it stands for in float64."""
-    stored = request.scheme.weight.quantize((random(N, K) * random(N, 1)).to(torch.bfloat16))
+    random: Callable[..., torch.Tensor], request: LinearRequest, device: torch.device, low_rank: int = 0
+) -> tuple[ShardWeight, torch.Tensor, torch.Tensor | None]:
+    """A stored weight on ``device``; what it stands for in float64; and likewise the second low-rank factor, where it has one.
+
+    Its rows have every size that block scales have, subnormal ones included, and outputs that float16 holds.
+    """
+    sizes = torch.exp2(6.0 - torch.arange(N, device="cpu") % SIZES).to(torch.float32).unsqueeze(1)
+    stored = request.scheme.weight.quantize((random(N, K) * sizes).to(torch.bfloat16))
     decoded = ShardWeight(request.scheme.weight, stored, request.math).decode()
-    on_device = {name: tensor.to(device) for name, tensor in stored.items()}
     weight = decoded.unit.double() * decoded.out_scale.double()
-    return ShardWeight(request.scheme.weight, on_device, request.math), weight
+    if low_rank:
+        stored[LORA_B] = (random(N, low_rank) * sizes).to(torch.bfloat16)
+    on_device = {name: tensor.to(device) for name, tensor in stored.items()}
+    factor = stored[LORA_B].double() if low_rank else None
+    return ShardWeight(request.scheme.weight, on_device, request.math), weight, factor
 
 
 def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
@@ -144,8 +166,14 @@ def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
 
 
 def _compare(y: torch.Tensor, expected: torch.Tensor, device: torch.device, tokens: int) -> None:
-    size = expected.norm(dim=1)
-    # A row of zeros must be one.
-    error = float(((y - expected).norm(dim=1) / torch.where(size == 0, torch.finfo(torch.float64).tiny, size)).max())
-    if not error < TOLERANCE:
-        raise ValueError(f"is wrong on {device}: relative error {error:.2g} with {tokens} tokens")
+    worst = _relative_error(y, expected, dim=1)
+    if tokens >= N // 8:  # an output of fewer tokens may be small because its products cancel
+        worst = torch.maximum(worst, _relative_error(y, expected, dim=0))
+    if not bool(worst < TOLERANCE):
+        raise ValueError(f"is wrong on {device}: relative error {float(worst):.2g} with {tokens} tokens")
+
+
+def _relative_error(y: torch.Tensor, expected: torch.Tensor, dim: int) -> torch.Tensor:
+    """The largest error of a row or column of outputs, NaN where one is; relative to its norm. A row of zeros must be one."""
+    size = expected.norm(dim=dim)
+    return ((y - expected).norm(dim=dim) / torch.where(size == 0, torch.finfo(torch.float64).tiny, size)).max()

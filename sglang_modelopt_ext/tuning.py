@@ -27,7 +27,7 @@ from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_ext.tuned import FORMAT, LayerKey, Result, TuningFile, gpu_of, key_of, objection, read, versions
 from sglang_modelopt_kernels.formats.base import DecodedWeight
 from sglang_modelopt_kernels.gemm.dense import naive_linear
-from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
+from sglang_modelopt_kernels.timing import COLD_BYTES, LAUNCHES, median_us
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -63,7 +63,7 @@ class Layer:
 
 
 def layers_of(checkpoint: Checkpoint, tp_size: int = 1) -> list[Layer]:
-    """The kinds of quantized layers of one rank, in the order of the checkpoint; vocabulary layers, which one layout serves, apart.
+    """The kinds of quantized layers of one rank, in the order of the checkpoint, without the vocabulary: one layout takes that.
 
     Raises ModelOptExtError when ``tp_size`` does not divide a layer.
     """
@@ -218,7 +218,7 @@ class _Copy:
 
 
 def _copies(layer: Layer, asked: LinearRequest, layout: Layout, stored: dict[str, torch.Tensor]) -> list[_Copy]:
-    """The layer as ``layout`` keeps it, as often as fills the cache. Raises ValueError as the check at load does."""
+    """The layer as ``layout`` keeps it, as often as fills the cache, or is called. Raises ValueError as the check at load does."""
     copies: list[_Copy] = []
     wanted = 1
     while len(copies) < wanted:
@@ -227,7 +227,8 @@ def _copies(layer: Layer, asked: LinearRequest, layout: Layout, stored: dict[str
         product.prepare(copy.module, [stored], layer.n, layer.k, layouts=[layout])
         copies.append(copy)
         if stored["weight"].is_cuda:
-            wanted = COLD_BYTES // sum(p.numel() * p.element_size() for p in copy.module.parameters()) + 2
+            size = sum(p.numel() * p.element_size() for p in copy.module.parameters())
+            wanted = min(COLD_BYTES // size + 2, LAUNCHES)
     return copies
 
 

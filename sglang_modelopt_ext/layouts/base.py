@@ -120,6 +120,8 @@ class BlockLayout(Layout):
 
     swizzled = False
     """Whether it reads the activations' block scales in tiles of 128 x 4: :func:`naive_swizzle`."""
+    takes_low_rank = False
+    """Whether it has :meth:`matmul_low_rank`; its :meth:`prepare` then keeps the shards' ``svdquant_lora_b``."""
 
     def operand(self, request: LinearRequest) -> torch.dtype:
         """That of the codes."""
@@ -146,6 +148,17 @@ class BlockLayout(Layout):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """The layer's output ``[M, N]``, rounded once; another package's kernel may round the sum before the bias, too."""
+
+    def matmul_low_rank(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        x: BlockActivation,
+        down: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Likewise plus ``down @ svdquant_lora_b^T``, the shards' factors on a diagonal, for float32 ``down`` ``[M, R]``."""
+        raise NotImplementedError(f"{self.name} has no low-rank branch")
 
 
 def round_to_blocks(

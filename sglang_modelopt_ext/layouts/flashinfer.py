@@ -12,6 +12,7 @@ import torch
 
 from sglang_modelopt_ext.layouts.base import BlockLayout, LinearRequest, ShardWeight, one_scale
 from sglang_modelopt_ext.layouts.packages import package_objection
+from sglang_modelopt_ext.schemes.base import LORA_B
 from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
@@ -21,13 +22,11 @@ CAPABILITIES = (100, 103, 110, 120, 121)
 
 
 def flashinfer_objection(request: LinearRequest, capabilities: Sequence[int]) -> str | None:
-    """What all of these products ask: the GPU, the package, the model's type, and no low-rank branch on a float32 sum."""
+    """What all of these products ask: the GPU, the package and the model's type."""
     if request.device != "cuda" or request.capability not in capabilities:
         return f"is for {', '.join(f'SM{capability}' for capability in capabilities)}"
     if request.dtype not in (torch.float16, torch.bfloat16):
         return f"has no {request.dtype} output"
-    if request.scheme.low_rank:
-        return "has no float32 output for a low-rank branch"
     return package_objection(PACKAGE, request.packages)
 
 
@@ -67,6 +66,8 @@ class FlashInferFp4(BlockLayout):
             return f"does not multiply {scheme.weight.name} weights by {activation} activations"
         if request.n % 32 or request.k % 32:
             return f"needs N and K in 32s, not {request.n} and {request.k}"
+        if scheme.low_rank:
+            return "has no float32 output for a low-rank branch"
         return flashinfer_objection(request, CAPABILITIES if scheme.weight.name == "nvfp4" else (100, 103))
 
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
@@ -135,6 +136,87 @@ def _(
 ) -> torch.Tensor:
     del x_scale, block_scale, alpha, is_mx
     return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
+
+
+class FlashInferSvdquant(FlashInferFp4):
+    """NVFP4 weights and activations with SVDQuant's branch in the same product: ``flashinfer.mm_nvfp4_svdquant``.
+
+    What enters the branch's second factor is rounded to bf16, as it is where ModelOpt simulates a bf16 model.
+    """
+
+    name = "flashinfer_svdquant"
+    takes_low_rank = True
+    multiple = 32
+    """Of the rank."""
+
+    def objection(self, request: LinearRequest) -> str | None:
+        """NVFP4 layers of bf16 models with a rank in 32s, N and K in 32s."""
+        scheme = request.scheme
+        if scheme.weight.name != "nvfp4" or scheme.activation is None or scheme.activation.name != "nvfp4_dynamic":
+            return "multiplies NVFP4 weights by NVFP4 activations only"
+        if not scheme.low_rank or scheme.low_rank % self.multiple:
+            return f"needs a rank in {self.multiple}s, not {scheme.low_rank}"
+        if request.n % 32 or request.k % 32:
+            return f"needs N and K in 32s, not {request.n} and {request.k}"
+        if request.dtype != torch.bfloat16:
+            return f"has no {request.dtype} output"
+        return flashinfer_objection(request, (100, 103, 120, 121))
+
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """As :meth:`FlashInferFp4.prepare`, and ``up`` bf16 ``[N, R]``: the shards' second factors on a diagonal."""
+        factors = [shard.tensors[LORA_B].to(torch.float32) for shard in shards]
+        up = torch.block_diag(*factors).to(torch.bfloat16)
+        if not torch.equal(up.to(torch.float32), torch.block_diag(*factors)):
+            raise ValueError(f"{LORA_B} is not exact in bf16")
+        return {**super().prepare(shards), "up": up}
+
+    def matmul_low_rank(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        x: BlockActivation,
+        down: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """FlashInfer's sum is scaled as a whole: ``down`` is divided by the scale, in float32, before it is rounded."""
+        if x.row_scale is None:
+            raise ValueError("NVFP4 activations have an input_scale")
+        alpha = prepared["out_scale"][:1] * x.row_scale
+        scaled = (down / alpha).to(torch.bfloat16)
+        weight = prepared["codes"], prepared["block_scale"]
+        y: torch.Tensor = _mm_svdquant(x.codes, x.scale.view(torch.uint8), *weight, alpha, scaled, prepared["up"])
+        return add_bias(y, bias).to(out_dtype)
+
+
+@torch.library.custom_op("modelopt_ext::flashinfer_mm_nvfp4_svdquant", mutates_args=())
+def _mm_svdquant(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    alpha: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+) -> torch.Tensor:
+    from flashinfer import mm_nvfp4_svdquant
+
+    if x.shape[0] == 0:
+        return down.new_empty((0, codes.shape[0]))
+    return mm_nvfp4_svdquant(x, codes, x_scale, block_scale, alpha, down, up, backend="auto")
+
+
+@_mm_svdquant.register_fake
+def _(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    alpha: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+) -> torch.Tensor:
+    del x_scale, block_scale, alpha, up
+    return down.new_empty((x.shape[0], codes.shape[0]))
 
 
 class FlashInferMxfp8(BlockLayout):

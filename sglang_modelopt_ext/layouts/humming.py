@@ -57,11 +57,15 @@ class Humming(Layout):
         rows = codes.shape[0]
         tensors = {"weight": codes.view(torch.int32), "weight_scale": scale.view(torch.float8_e8m0fnu)}
         made = transform_humming_tensors(layer_config(rows, 2 * codes.shape[1]), tensors)
-        return {
+        prepared = {
             **{name: made[name] for name in ("weight", "weight_scale", "weight_scale_2")},
             "locks": torch.zeros(LOCKS, dtype=torch.int32, device=codes.device),
             "out_scale": torch.ones(rows, dtype=torch.float32, device=codes.device),
         }
+        # humming compiles for every size of a layer: now, and not with the first token.
+        zeros = torch.zeros(1, 2 * codes.shape[1], dtype=torch.uint8, device=codes.device).view(torch.float8_e4m3fn)
+        self.matmul(prepared, zeros, None, None, torch.bfloat16)
+        return prepared
 
     def matmul(
         self,

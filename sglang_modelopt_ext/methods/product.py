@@ -29,7 +29,7 @@ from sglang_modelopt_ext.layouts.base import (
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_layout
 from sglang_modelopt_ext.tuned import gpu_of
-from sglang_modelopt_kernels.formats.base import ActivationFormat, ValueRule
+from sglang_modelopt_kernels.formats.base import ActivationFormat, BlockActivation, ValueRule
 from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, round_blocks
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 
@@ -163,7 +163,8 @@ class LinearProduct:
         inputs = {name: shards[0][name].clone() for name in self._input_names if name in shards[0]}
         if self.scheme.low_rank:
             inputs[LORA_A] = torch.cat([shard[LORA_A].to(torch.float32) for shard in shards])
-            inputs[LORA_B] = torch.block_diag(*(shard[LORA_B].to(torch.float32) for shard in shards))
+            if not (isinstance(self.layout, BlockLayout) and self.layout.takes_low_rank):
+                inputs[LORA_B] = torch.block_diag(*(shard[LORA_B].to(torch.float32) for shard in shards))
         prefix = f"{self.layout.name}_{first}_"
         for name, tensor in (prepared | inputs).items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
@@ -198,8 +199,15 @@ class LinearProduct:
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
         if not self.scheme.low_rank:
             return self._multiply(prepared, inputs, x, bias, x.dtype)
+        down = smooth(x, inputs) @ inputs[LORA_A].T
+        if isinstance(self.layout, BlockLayout) and self.layout.takes_low_rank:
+            return self.layout.matmul_low_rank(prepared, self._blocks(self.layout, inputs, x), down, bias, x.dtype)
         y = self._multiply(prepared, inputs, x, bias, torch.float32)
-        return (y + (smooth(x, inputs) @ inputs[LORA_A].T) @ inputs[LORA_B].T).to(x.dtype)
+        return (y + down @ inputs[LORA_B].T).to(x.dtype)
+
+    def _blocks(self, layout: BlockLayout, inputs: Mapping[str, torch.Tensor], x: torch.Tensor) -> BlockActivation:
+        smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+        return round_to_blocks(self.scheme.activation, x, smoothing, scale, layout.swizzled)
 
     def _multiply(
         self,
@@ -210,9 +218,7 @@ class LinearProduct:
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         if isinstance(self.layout, BlockLayout):
-            smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
-            rounded = round_to_blocks(self.scheme.activation, x, smoothing, scale, self.layout.swizzled)
-            return self.layout.matmul_blocks(prepared, rounded, bias, out_dtype)
+            return self.layout.matmul_blocks(prepared, self._blocks(self.layout, inputs, x), bias, out_dtype)
         values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
         return self.layout.matmul(prepared, values, row_scale, bias, out_dtype)
 

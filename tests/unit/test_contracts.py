@@ -17,11 +17,13 @@ from tests.support.contracts import bind, calls, decorator, evaluate, function, 
 ROOT = Path(__file__).resolve().parents[2]
 GEMM = "flashinfer/gemm/gemm_base.py"
 WEIGHT_ONLY = "flashinfer/gemm/gemm_bf16_fp4.py"
+SVDQUANT = "flashinfer/gemm/gemm_svdquant.py"
 QUACK = "quack/gemm_w4.py"
 FUNCTIONS = {
     # function: the module that imports it, the source that has it, the module it is imported from
     "mm_fp4": (flashinfer, GEMM, "flashinfer"),
     "mm_mxfp8": (flashinfer, GEMM, "flashinfer"),
+    "mm_nvfp4_svdquant": (flashinfer, SVDQUANT, "flashinfer"),
     "mm_bf16_fp4": (weight_only, WEIGHT_ONLY, "flashinfer"),
     "prepare_bf16_fp4_weights": (weight_only, WEIGHT_ONLY, "flashinfer"),
     "gemm_w4a16": (weight_only, QUACK, "quack.gemm_w4"),
@@ -96,6 +98,10 @@ def test_what_the_calls_say() -> None:
     assert (fp4["a"], fp4["b"], fp4["a_descale"], fp4["b_descale"]) == ("x", "codes.T", "x_scale", "block_scale.T")
     assert (fp4["alpha"], fp4["out_dtype"]) == ("alpha", "out_dtype")
     assert fp4["backend"] == "'cute-dsl' if is_mx else 'cutlass'"
+    svdquant = bound("mm_nvfp4_svdquant")
+    assert [svdquant[name] for name in ("b", "d", "l1")] == ["codes", "down", "up"]
+    constant = (source_folder() / SVDQUANT).read_text()
+    assert f"SVDQUANT_LORA_RANK_GRANULARITY = {flashinfer.FlashInferSvdquant.multiple}\n" in constant
     mxfp8 = bound("mm_mxfp8")
     assert (mxfp8["a"], mxfp8["b"], mxfp8["a_descale"], mxfp8["b_descale"]) == (
         "x",
@@ -116,6 +122,9 @@ def test_architectures() -> None:
     assert {100, 103} <= capabilities(fp4["cute-dsl"])
     assert ours <= capabilities(mxfp8["cutlass"])
     assert {100, 103} <= capabilities(weight["cute-dsl"], WEIGHT_ONLY)
+    svdquant = requirements("mm_nvfp4_svdquant")
+    assert {100, 103} <= capabilities(svdquant["cutlass"], SVDQUANT)
+    assert {120, 121} <= capabilities(svdquant["cute-dsl"], SVDQUANT)
     (layout,) = evaluate(WEIGHT_ONLY, "_cute_dsl_uses_sm100_layout")
     assert layout(10, 0)
     assert layout(10, 3)

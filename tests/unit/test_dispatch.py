@@ -74,7 +74,7 @@ def test_with_the_packages_of_sglang(algo: str, capability: int) -> None:
     expected = None
     if capability >= 100:
         mxfp4 = "flashinfer_mm_fp4" if capability < 110 else None
-        fp4 = dict.fromkeys(("NVFP4", "NVFP4_AWQ"), "flashinfer_mm_fp4")
+        fp4 = dict.fromkeys(("NVFP4", "NVFP4_AWQ"), "flashinfer_mm_fp4") | {"NVFP4_SVD": "flashinfer_svdquant"}
         weight_only = {"W4A16_NVFP4": "flashinfer_mm_bf16_fp4"} if capability < 110 else {}
         expected = (fp4 | weight_only | {"MXFP8": "flashinfer_mm_mxfp8", "MXFP4": mxfp4}).get(algo)
     assert names[0] == (expected or ours[0])

@@ -4,6 +4,7 @@ checks, reads scales and codes in the package's order, and computes in float64.
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +14,16 @@ import pytest
 import torch
 
 from sglang_modelopt_ext import dispatch, selfcheck
+from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts import packages
 from sglang_modelopt_ext.layouts.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
-from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8
+from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8, FlashInferSvdquant
 from sglang_modelopt_ext.layouts.humming import Humming, layer_config
 from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.methods.product import LinearProduct
-from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.tuning import random_shard
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS, e2m1, e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.formats.checks import scale_blocks
@@ -69,6 +72,30 @@ def mm_fp4(a: torch.Tensor, b: torch.Tensor, *args: Any, **kwargs: Any) -> torch
     assert b_descale.T.is_contiguous()
     y = fp4(a, a_descale, mx) @ fp4(b.T, b_descale.T, mx).T
     return (y * alpha.double()).to(out_dtype)
+
+
+def mm_nvfp4_svdquant(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_sf: torch.Tensor,
+    b_sf: torch.Tensor,
+    alpha: torch.Tensor,
+    d: torch.Tensor,
+    l1: torch.Tensor,
+    backend: str,
+) -> torch.Tensor:
+    """``alpha * (a @ b^T + d @ l1^T)``."""
+    check = evaluate(
+        "flashinfer/gemm/gemm_svdquant.py",
+        "_check_mm_nvfp4_svdquant_problem",
+        "_swizzled_sf_size",
+        "_pad_up",
+        torch=torch,
+        SVDQUANT_LORA_RANK_GRANULARITY=32,
+    )[0]
+    assert check(a, b, a_sf, b_sf, alpha, d, l1, backend=backend)
+    y = fp4(a, a_sf, False) @ fp4(b, b_sf, False).T + d.double() @ l1.double().T
+    return (y * alpha.double()).to(torch.bfloat16)
 
 
 def mm_mxfp8(a: torch.Tensor, b: torch.Tensor, a_descale: Any, b_descale: Any, **kwargs: Any) -> torch.Tensor:
@@ -220,9 +247,14 @@ def humming_forward(
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.node.get_closest_marker("gpu"):  # the packages' own
+        yield
+        return
     monkeypatch.setitem(
-        sys.modules, "flashinfer", module("flashinfer", mm_fp4, mm_mxfp8, mm_bf16_fp4, prepare_bf16_fp4_weights)
+        sys.modules,
+        "flashinfer",
+        module("flashinfer", mm_fp4, mm_nvfp4_svdquant, mm_mxfp8, mm_bf16_fp4, prepare_bf16_fp4_weights),
     )
     monkeypatch.setitem(sys.modules, "humming", module("humming"))
     schemas = module("humming.schema")
@@ -246,7 +278,7 @@ def module(name: str, *functions: Callable[..., Any]) -> types.ModuleType:
     return made
 
 
-def request(algo: str, weight: str | None = None, capability: int = 100, **fields: Any) -> LinearRequest:
+def asked_for(algo: str, weight: str | None = None, capability: int = 100, **fields: Any) -> LinearRequest:
     scheme = SCHEMES[algo]
     layer = LayerScheme(
         algo,
@@ -259,15 +291,16 @@ def request(algo: str, weight: str | None = None, capability: int = 100, **field
 
 
 CASES = [
-    (FlashInferFp4(), request("NVFP4")),
-    (FlashInferFp4(), request("NVFP4_AWQ", capability=120)),
-    (FlashInferFp4(), request("MXFP4", dtype=torch.float16)),
-    (FlashInferMxfp8(), request("MXFP8")),
-    (FlashInferWeightOnly(), request("W4A16_NVFP4")),
-    (FlashInferWeightOnly(), request("W4A16_NVFP4", "nvfp4_bs32")),
-    (QuackWeightOnly(), request("W4A16_NVFP4", capability=90)),
-    (QuackWeightOnly(), request("W4A16_NVFP4", "nvfp4_bs32", capability=90)),
-    (Humming(), request("W4A8_MXFP4_FP8", capability=90)),
+    (FlashInferFp4(), asked_for("NVFP4")),
+    (FlashInferFp4(), asked_for("NVFP4_AWQ", capability=120)),
+    (FlashInferFp4(), asked_for("MXFP4", dtype=torch.float16)),
+    (FlashInferSvdquant(), asked_for("NVFP4_SVD", low_rank=32)),
+    (FlashInferMxfp8(), asked_for("MXFP8")),
+    (FlashInferWeightOnly(), asked_for("W4A16_NVFP4")),
+    (FlashInferWeightOnly(), asked_for("W4A16_NVFP4", "nvfp4_bs32")),
+    (QuackWeightOnly(), asked_for("W4A16_NVFP4", capability=90)),
+    (QuackWeightOnly(), asked_for("W4A16_NVFP4", "nvfp4_bs32", capability=90)),
+    (Humming(), asked_for("W4A8_MXFP4_FP8", capability=90)),
 ]
 
 
@@ -294,27 +327,31 @@ def test_without_the_package(layout: Layout, asked: LinearRequest, monkeypatch: 
 @pytest.mark.parametrize(
     ("layout", "asked", "reason"),
     [
-        (FlashInferFp4(), request("NVFP4", capability=90), "is for SM100"),
-        (FlashInferFp4(), request("MXFP4", capability=120), "is for SM100, SM103"),
-        (FlashInferFp4(), request("NVFP4", n=144), "in 32s"),
-        (FlashInferFp4(), request("NVFP4", dtype=torch.float32), "float32 output"),
-        (FlashInferFp4(), request("NVFP4_SVD", low_rank=32), "low-rank"),
-        (FlashInferFp4(), request("W4A16_NVFP4"), "unrounded"),
-        (FlashInferFp4(), request("W4A8_MXFP4_FP8"), "fp8_per_token"),
-        (FlashInferFp4(), request("NVFP4", vocabulary=True), "vocabulary"),
-        (FlashInferMxfp8(), request("MXFP8", k=96), "from 128"),
-        (FlashInferMxfp8(), request("FP8"), "MXFP8"),
-        (FlashInferWeightOnly(), request("W4A16_NVFP4", capability=120), "is for SM100, SM103"),
-        (FlashInferWeightOnly(), request("W4A16_NVFP4", dtype=torch.float16), "bf16"),
-        (FlashInferWeightOnly(), request("W4A8_NVFP4_FP8"), "unrounded"),
-        (QuackWeightOnly(), request("W4A16_NVFP4"), "is for SM90"),
-        (QuackWeightOnly(), request("W4A16_NVFP4", capability=90, k=96), "in 64s"),
-        (QuackWeightOnly(), request("W4A16_AWQ", capability=90), "NVFP4"),
-        (Humming(), request("W4A8_MXFP4_FP8"), "is for SM89, SM90"),
-        (Humming(), request("W4A8_NVFP4_FP8", capability=90), "UE8M0"),
-        (Humming(), request("MXFP4", capability=90), "needs FP8 activations"),
-        (Humming(), request("W4A8_MXFP4_FP8", capability=90, dtype=torch.float16), "output"),
-        (Humming(), request("W4A8_MXFP4_FP8", capability=90, k=96), "K in 128s"),
+        (FlashInferFp4(), asked_for("NVFP4", capability=90), "is for SM100"),
+        (FlashInferFp4(), asked_for("MXFP4", capability=120), "is for SM100, SM103"),
+        (FlashInferFp4(), asked_for("NVFP4", n=144), "in 32s"),
+        (FlashInferFp4(), asked_for("NVFP4", dtype=torch.float32), "float32 output"),
+        (FlashInferFp4(), asked_for("NVFP4_SVD", low_rank=32), "low-rank"),
+        (FlashInferSvdquant(), asked_for("NVFP4_SVD", low_rank=16), "a rank in 32s, not 16"),
+        (FlashInferSvdquant(), asked_for("NVFP4"), "a rank in 32s, not 0"),
+        (FlashInferSvdquant(), asked_for("NVFP4_SVD", low_rank=32, dtype=torch.float16), "output"),
+        (FlashInferSvdquant(), asked_for("NVFP4_SVD", low_rank=32, capability=110), "is for SM100, SM103, SM120"),
+        (FlashInferFp4(), asked_for("W4A16_NVFP4"), "unrounded"),
+        (FlashInferFp4(), asked_for("W4A8_MXFP4_FP8"), "fp8_per_token"),
+        (FlashInferFp4(), asked_for("NVFP4", vocabulary=True), "vocabulary"),
+        (FlashInferMxfp8(), asked_for("MXFP8", k=96), "from 128"),
+        (FlashInferMxfp8(), asked_for("FP8"), "MXFP8"),
+        (FlashInferWeightOnly(), asked_for("W4A16_NVFP4", capability=120), "is for SM100, SM103"),
+        (FlashInferWeightOnly(), asked_for("W4A16_NVFP4", dtype=torch.float16), "bf16"),
+        (FlashInferWeightOnly(), asked_for("W4A8_NVFP4_FP8"), "unrounded"),
+        (QuackWeightOnly(), asked_for("W4A16_NVFP4"), "is for SM90"),
+        (QuackWeightOnly(), asked_for("W4A16_NVFP4", capability=90, k=96), "in 64s"),
+        (QuackWeightOnly(), asked_for("W4A16_AWQ", capability=90), "NVFP4"),
+        (Humming(), asked_for("W4A8_MXFP4_FP8"), "is for SM89, SM90"),
+        (Humming(), asked_for("W4A8_NVFP4_FP8", capability=90), "UE8M0"),
+        (Humming(), asked_for("MXFP4", capability=90), "needs FP8 activations"),
+        (Humming(), asked_for("W4A8_MXFP4_FP8", capability=90, dtype=torch.float16), "output"),
+        (Humming(), asked_for("W4A8_MXFP4_FP8", capability=90, k=96), "K in 128s"),
     ],
 )
 def test_reasons(layout: Layout, asked: LinearRequest, reason: str) -> None:
@@ -339,6 +376,8 @@ def shards(weight: str, rows: Sequence[int], k: int, one_scale: bool) -> list[Sh
             part = {name: t[start : start + count] if t.dim() else t for name, t in together.items()}
             stored.append(part)
             start += count
+    for tensors, count in zip(stored, rows, strict=True):  # read by the layout with a low-rank branch, and by it alone
+        tensors[LORA_B] = torch.randn(count, 32, generator=generator).to(torch.bfloat16)
     return [ShardWeight(form, tensors) for tensors in stored]
 
 
@@ -370,9 +409,7 @@ def test_fused_shards(layout: Layout, asked: LinearRequest) -> None:
             layout.prepare(shards(asked.scheme.weight.name, (128, 64), 256, one_scale=False))
 
 
-@pytest.mark.parametrize(
-    "layout", [FlashInferFp4(), FlashInferMxfp8(), FlashInferWeightOnly(), QuackWeightOnly(), Humming()]
-)
+@pytest.mark.parametrize("layout", [layout for layout, _ in CASES])
 def test_shards_apart_may_be_too_uneven(layout: Layout) -> None:
     weight = {FlashInferMxfp8: "mxfp8", Humming: "mxfp4"}.get(type(layout), "nvfp4")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="rows of shards"):
@@ -412,7 +449,7 @@ def test_a_layer_through_them(algo: str, monkeypatch: pytest.MonkeyPatch) -> Non
     layout = FlashInferMxfp8() if algo == "MXFP8" else FlashInferFp4()
     monkeypatch.setattr(dispatch, "LAYOUTS", (layout,))
     monkeypatch.setattr(type(layout), "supports", lambda *_: None)
-    asked = request(algo)
+    asked = asked_for(algo)
     scheme = LayerScheme(algo, asked.scheme.weight, asked.scheme.activation, smoothing=algo == "NVFP4_AWQ")
     generator = torch.Generator().manual_seed(7)
     stored = asked.scheme.weight.quantize(torch.randn(128, 256, generator=generator))
@@ -433,6 +470,38 @@ def test_a_layer_through_them(algo: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert float((y.double() - right).norm() / right.norm()) < 2**-9
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_low_rank_layer(shared: bool) -> None:
+    """Fused shards with factors of their own; with input scales of their own, too, they are computed apart."""
+    layout = FlashInferSvdquant()
+    scheme = dataclasses.replace(asked_for("NVFP4_SVD", low_rank=32).scheme, smoothing=True)
+    parts, smoothing = [], torch.rand(256) + 0.5
+    for index, part in enumerate(shards("nvfp4", (128, 64), 256, one_scale=True)):
+        factor = torch.randn(32, 256).to(torch.bfloat16)
+        input_scale = torch.tensor(0.002 if shared else 0.002 * (index + 1))
+        parts.append({**part.tensors, LORA_A: factor, "input_scale": input_scale, "pre_quant_scale": smoothing})
+    product, module_ = LinearProduct(scheme, "folder", "layer"), torch.nn.Module()
+    product.prepare(module_, parts, 192, 256, layouts=[layout])
+    assert len(product.groups) == (1 if shared else 2)
+    assert not [name for name, _ in module_.named_parameters() if LORA_B in name], "one copy of each factor"
+    x, bias = torch.randn(5, 256).to(torch.bfloat16), torch.randn(192).to(torch.bfloat16)
+    y = product.apply(module_, x, bias)
+    wide = x.float() * smoothing
+    right = torch.cat(
+        [
+            naive_linear(wide, scheme.weight.decode(part), scheme.activation, part["input_scale"])
+            + wide.double() @ part[LORA_A].double().T @ part[LORA_B].double().T
+            for part in parts
+        ],
+        dim=1,
+    )
+    right += bias.double()
+    assert float(((y.double() - right).norm(dim=1) / right.norm(dim=1)).max()) < 2**-8
+    parts[0][LORA_B] = parts[0][LORA_B].float() * 1.001
+    with pytest.raises(ModelOptExtError, match="svdquant_lora_b is not exact in bf16"):
+        LinearProduct(scheme, "folder", "layer").prepare(torch.nn.Module(), parts, 192, 256, layouts=[layout])
+
+
 def test_no_tokens() -> None:
     for layout, asked in CASES:
         prepared = layout.prepare(shards(asked.scheme.weight.name, (128,), 256, one_scale=True))
@@ -442,3 +511,36 @@ def test_no_tokens() -> None:
         else:
             y = layout.matmul(prepared, torch.zeros(0, 256).to(layout.operand(asked)), None, None, torch.bfloat16)
         assert y.shape == (0, 128)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("layout", "asked"), CASES)
+def test_on_a_gpu(layout: Layout, asked: LinearRequest) -> None:
+    """The package's own kernel, eagerly and in a captured graph, where package and GPU are there."""
+    product = LinearProduct(asked.scheme, "folder", "layer", dtype=asked.dtype)
+    device = torch.device("cuda")
+    here = product.request(device, 1024, 2048)
+    reason = layout.supports(dataclasses.replace(here, scheme=asked.scheme))
+    if reason is not None:
+        pytest.skip(f"{layout.name} {reason}")
+    module = torch.nn.Module()
+    stored = random_shard(asked.scheme, here.n, here.k, asked.dtype, device)
+    product.prepare(module, [stored], here.n, here.k, layouts=[layout])
+    for m in (1, 7, 64, 300):
+        x = torch.randn(m, here.k, generator=torch.Generator().manual_seed(m)).to(asked.dtype)
+        target = x.to(device)
+        y = product.apply(module, target)
+        wide = {name: tensor.cpu() for name, tensor in stored.items()}
+        right = naive_linear(
+            x.float(), asked.scheme.weight.decode(wide), product.scheme.activation, wide.get("input_scale")
+        )
+        if asked.scheme.low_rank:
+            right += x.double() @ wide[LORA_A].double().T @ wide[LORA_B].double().T
+        assert float(((y.double().cpu() - right).norm(dim=1) / right.norm(dim=1)).max()) < 2**-8
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = product.apply(module, target)
+        target.mul_(0.5)
+        replayed.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(replayed, product.apply(module, target))

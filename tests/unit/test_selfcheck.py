@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 
 from sglang_modelopt_ext import dispatch, selfcheck
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts.base import LinearRequest
+from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
 from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.methods.product import LinearProduct
@@ -57,6 +57,15 @@ class Broken(Dense):
 
     def matmul(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
         raise RuntimeError("no kernel image is available\nfor execution on the device")
+
+
+class Flushed(Dense):
+    """Loses the smallest of its outputs, as a kernel does that takes subnormal scales for zero."""
+
+    def matmul(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
+        y = super().matmul(*arguments).clone()  # type: ignore[arg-type]
+        y[:, selfcheck.SIZES - 1 :: selfcheck.SIZES] = 0.0
+        return y
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +143,25 @@ def test_a_layer_whose_layout_reads_codes(algo: str, monkeypatch: pytest.MonkeyP
         assert product.layout is layout
     error = (results[0] - results[1]).norm(dim=1) / results[1].norm(dim=1)
     assert float(error.max()) < 2**-8  # each rounded to bf16 once
+
+
+@pytest.mark.parametrize(("algo", "weight"), [("NVFP4", "nvfp4"), ("W4A8_MXFP4_FP8", "mxfp4"), ("MXFP8", "mxfp8")])
+def test_small_outputs_count(algo: str, weight: str) -> None:
+    with pytest.raises(ValueError, match=r"is wrong on cpu: relative error 1 with 24 tokens"):
+        selfcheck.check_layout(Flushed(torch.float32, ("cpu",)), request(algo, weight), torch.device("cpu"))
+
+
+def test_block_scales_of_every_size() -> None:
+    """Of the check's own layer: E4M3 block scales below the smallest normal number, and not only those."""
+    seen: list[torch.Tensor] = []
+
+    class Looking(Dense):
+        def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+            seen.append(shards[0].tensors["weight_scale"].float())
+            return super().prepare(shards)
+
+    selfcheck.check_layout(Looking(torch.float32, ("cpu",)), request("NVFP4", "nvfp4"), torch.device("cpu"))
+    assert float(seen[0].min()) < 2.0**-6 < 2.0**4 < float(seen[0].max())
 
 
 def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
