@@ -16,6 +16,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
+from sglang_modelopt_ext.layouts.folded import FoldedMxfp4
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4, WidenedMxfp4
@@ -41,6 +42,7 @@ LAYOUTS: tuple[Layout, ...] = (
     WidenedMxfp4(),
     BlackwellFp4(),
     BlockScaled(),
+    FoldedMxfp4(),  # behind the measured one until it is measured itself
     Fp8(),
     Dense(torch.bfloat16, ("cuda",)),
     Dense(torch.float32, ("cuda", "cpu")),
