@@ -414,10 +414,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--quick", action="store_true", help="one configuration of each product")
+    parser.add_argument("--only", nargs="*", default=[], help="kernels whose names start with one of these")
     parser.add_argument("--here", action="store_true", help="compile in this process")
     arguments = parser.parse_args()
     if arguments.here:
-        return int(sum(run_architecture(arch, quick if arguments.quick else list) for arch in arguments.arch) > 0)
+        names = tuple(f"{name} " for name in arguments.only)
+
+        def select(every: list[Case]) -> list[Case]:
+            chosen = quick(every) if arguments.quick else every
+            return [case for case in chosen if case.name.startswith(names)] if names else chosen
+
+        return int(sum(run_architecture(arch, select) for arch in arguments.arch) > 0)
     print(f"triton {triton.__version__}")
     print(
         f"{'':7}{'kernel and configuration':58}{'regs':>5}{'spill':>7}{'shared':>8}/{'limit':7}{'i/w':>7}  instruction"
@@ -425,7 +432,8 @@ def main() -> int:
     worst = 0
     for arch in arguments.arch:
         command = [sys.executable, "-m", "benchmarks.aot", "--here", "--arch", str(arch)]
-        done = subprocess.run([*command, *(["--quick"] if arguments.quick else [])], env=os.environ, check=False)
+        chosen = [*(["--quick"] if arguments.quick else []), *(["--only", *arguments.only] if arguments.only else [])]
+        done = subprocess.run([*command, *chosen], env=os.environ, check=False)
         if done.returncode not in (0, 1):
             print(f"sm_{arch}: the compiler stopped with {done.returncode}")
         worst = max(worst, int(done.returncode != 0))
