@@ -8,6 +8,7 @@ spills or shared memory is exceeded. Each architecture compiles in a process of 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import re
 import subprocess
@@ -33,6 +34,8 @@ from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadam
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
 from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
+from sglang_modelopt_kernels.gemm.folded import linear as folded
+from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_kernel
 from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
 from sglang_modelopt_kernels.gemm.fp4.kernel import fp4_kernel
 from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
@@ -77,6 +80,7 @@ class Case:
         matrix: what the PTX of its matrix instruction must contain; "any" for the architecture's own, "small" for that or
             ``mma.sync``, where a tile has few columns; empty for none.
         weights: weights one iteration of the main loop reads, 0 where there is no loop over weights.
+        words: whether inline assembly reads words of four bytes along a row, which its operands' layout must then hold whole.
     """
 
     name: str
@@ -87,6 +91,7 @@ class Case:
     aligned: tuple[str, ...] = ()
     matrix: str = ""
     weights: int = 0
+    words: bool = False
 
 
 @dataclass
@@ -145,6 +150,18 @@ def mxfp4_cases(arch: int) -> Iterator[Case]:
         wanted = "kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3"
         for config in mxfp4.PAIRED_CONFIGS:
             yield product_case("mxfp4 fp8e4nv", mxfp4_widened_kernel, config, operands, numerics, wanted)
+
+
+def folded_cases(arch: int) -> Iterator[Case]:
+    """MXFP4 made E4M3 in registers, before Blackwell."""
+    if arch not in (89, 90):
+        return
+    operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
+    for config in folded.configs(arch):
+        case = product_case("folded fp8e4nv", folded_kernel, config, operands, {"ASM": True}, "e4m3")
+        yield dataclasses.replace(case, words=True)
+    types = dict.fromkeys(("w_ptr", "s_ptr", "y_ptr"), "*u8") | dict.fromkeys(("first", "n", "k"), "i32")
+    yield Case("unfold fp8", unfold_kernel, types, {"ASM": True, "BN": 8}, {}, ("k",), words=True)
 
 
 def fp4_cases(arch: int) -> Iterator[Case]:
@@ -333,7 +350,13 @@ def _attention_of(
 
 def cases(arch: int) -> list[Case]:
     """Everything that may run on ``arch``."""
-    products = [*block_scaled_cases(arch), *mxfp4_cases(arch), *fp4_cases(arch), *grouped_cases(arch)]
+    products = [
+        *block_scaled_cases(arch),
+        *mxfp4_cases(arch),
+        *folded_cases(arch),
+        *fp4_cases(arch),
+        *grouped_cases(arch),
+    ]
     return [*products, *quantize_blocks_cases(), *other_cases(arch), *attention_cases(arch)]
 
 
@@ -380,11 +403,22 @@ def compile_case(case: Case, arch: int) -> Result:
         result.problems.append(f"no {wanted}")
     if case.matrix and not _MATRIX_SASS.search(sass):
         result.problems.append("no matrix instruction in the machine code")
+    if case.words and not holds_words(compiled.asm["ttgir"]):
+        result.problems.append("inline assembly on parts of words")
     if spilled:
         result.problems.append(f"spills {spilled} bytes")
     if result.shared > SHARED_MEMORY[arch]:
         result.problems.append(f"shared memory above {SHARED_MEMORY[arch]}")
     return result
+
+
+def holds_words(ttgir: str) -> bool:
+    """Whether every operand of inline assembly has four bytes along a row in one register."""
+    blocked = r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[1, (\d+)\].*order = \[1, 0\]\}>"
+    whole = {name for name, size in re.findall(blocked, ttgir, re.M) if int(size) % 4 == 0}
+    assembly = [line for line in ttgir.splitlines() if "elementwise_inline_asm" in line]
+    operands = [operand for line in assembly for operand in re.findall(r"tensor<\d+x\d+xi8, (#[^>]+>?)>", line)]
+    return bool(operands) and all("kWidth = 4" in operand or operand in whole for operand in operands)
 
 
 def inspect(cubin: bytes) -> tuple[int, int, str]:
@@ -451,10 +485,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--quick", action="store_true", help="one configuration of each product")
+    parser.add_argument("--only", nargs="*", default=[], help="kernels whose names start with one of these")
     parser.add_argument("--here", action="store_true", help="compile in this process")
     arguments = parser.parse_args()
     if arguments.here:
-        return int(sum(run_architecture(arch, quick if arguments.quick else list) for arch in arguments.arch) > 0)
+        names = tuple(f"{name} " for name in arguments.only)
+
+        def select(every: list[Case]) -> list[Case]:
+            chosen = quick(every) if arguments.quick else every
+            return [case for case in chosen if case.name.startswith(names)] if names else chosen
+
+        return int(sum(run_architecture(arch, select) for arch in arguments.arch) > 0)
     print(f"triton {triton.__version__}")
     print(
         f"{'':7}{'kernel and configuration':58}{'regs':>5}{'spill':>7}{'shared':>8}/{'limit':7}{'i/w':>7}  instruction"
@@ -462,7 +503,8 @@ def main() -> int:
     worst = 0
     for arch in arguments.arch:
         command = [sys.executable, "-m", "benchmarks.aot", "--here", "--arch", str(arch)]
-        done = subprocess.run([*command, *(["--quick"] if arguments.quick else [])], env=os.environ, check=False)
+        chosen = [*(["--quick"] if arguments.quick else []), *(["--only", *arguments.only] if arguments.only else [])]
+        done = subprocess.run([*command, *chosen], env=os.environ, check=False)
         if done.returncode not in (0, 1):
             print(f"sm_{arch}: the compiler stopped with {done.returncode}")
         worst = max(worst, int(done.returncode != 0))

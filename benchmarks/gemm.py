@@ -19,6 +19,7 @@ from triton.errors import TritonError
 
 from sglang_modelopt_kernels.formats.base import BlockActivation, BlockWeight
 from sglang_modelopt_kernels.gemm.block_scaled import block_scaled_linear, naive_block_scaled_linear, pack
+from sglang_modelopt_kernels.gemm.folded import fold, folded_linear
 from sglang_modelopt_kernels.gemm.fp4 import fp4_linear, naive_fp4_linear
 from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, naive_mxfp4_linear, pair_blocks
 from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, quantize_blocks
@@ -82,6 +83,13 @@ def stored_weight(kind: str, n: int, k: int) -> dict[str, Any]:
     return weight | ({"paired": pair_blocks(codes)} if capability() >= 120 else {})
 
 
+def folded_weight(n: int, k: int) -> dict[str, Any]:
+    """A random MXFP4 weight, packed for the folded product and as stored."""
+    codes, scale = random_codes(n, k), random_scale("mxfp4", n, k)
+    packed = fold(codes, scale)
+    return {"weight": packed, "codes": packed.codes, "scale": packed.exponent, "stored": (codes, scale)}
+
+
 def random_fp8(m: int, k: int) -> torch.Tensor:
     """Random E4M3 activations."""
     return torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn)
@@ -122,6 +130,14 @@ PRODUCTS = {
     "nvfp4": block_scaled("nvfp4"),
     "mxfp4": block_scaled("mxfp4"),
     "int4": block_scaled("int4"),
+    "mxfp4 folded": Product(
+        lambda capability: capability in (89, 90),
+        folded_weight,
+        random_fp8,
+        lambda x, weight, out_dtype: folded_linear(x, weight["weight"], out_dtype=out_dtype),
+        lambda x, weight: naive_mxfp4_linear(x, *weight["stored"]),
+        2.0**-10,
+    ),
     "mxfp4 x fp8": Product(
         lambda capability: capability // 10 in (10, 12),
         partial(stored_weight, "mxfp4"),

@@ -19,6 +19,7 @@ from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8, FlashInferSvdquant
+from sglang_modelopt_ext.layouts.folded import FoldedMxfp4
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.humming import Humming
@@ -54,6 +55,7 @@ LAYOUTS: tuple[Layout, ...] = (
     FlashInferWeightOnly(),
     BlackwellFp4(),
     BlockScaled(),
+    FoldedMxfp4(),  # behind the measured one until it is measured itself
     Fp8(),
     # On SM90 ours are measured and these are not: they serve by name, or where a tuning file says that they are faster.
     QuackWeightOnly(),

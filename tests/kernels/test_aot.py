@@ -35,6 +35,8 @@ def test_every_configuration_is_listed(arch: int) -> None:
     names = " ".join(case.name for case in aot.cases(arch))
     for kind, _ in aot.KINDS:
         assert all(str(config) in names for config in aot.configs(kind, arch))
+    folded = [str(config) for config in aot.folded.configs(arch)] if arch in (89, 90) else []
+    assert [case.name.split()[-1] for case in aot.cases(arch) if case.name.startswith("folded ")] == folded
     listed = [case.name for case in aot.cases(arch) if case.name.startswith("fp4 ")]
     expected = [f"fp4 e2m1/{group} {config}" for group in (16, 32) for config in aot.fp4.configs(arch)]
     assert listed == (expected if arch >= 100 else [])
@@ -47,6 +49,21 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(aot.SHARED_MEMORY, 90, -1)
     broken = aot.Case(case.name, case.kernel, case.types, case.constexprs, case.options, case.aligned, matrix="any")
     assert len(aot.compile_case(broken, 90).problems) == 3
+
+
+def test_parts_of_words_are_found() -> None:
+    """Inline assembly that takes four bytes of a row as one register, under layouts that do and do not hold them together."""
+    head = """#blocked = #ttg.blocked<{sizePerThread = [1, 16], threadsPerWarp = [1, 32], warpsPerCTA = [4, 1], order = [1, 0]}>
+#blocked1 = #ttg.blocked<{sizePerThread = [16, 1], threadsPerWarp = [8, 4], warpsPerCTA = [1, 4], order = [0, 1]}>
+#blocked2 = #ttg.blocked<{sizePerThread = [1, 2], threadsPerWarp = [8, 4], warpsPerCTA = [1, 4], order = [1, 0]}>
+"""
+    line = "%0 = tt.elementwise_inline_asm {{}} %1 : tensor<8x256xi8, {0}> -> tensor<8x256xi8, {0}>"
+    register = "#ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>"
+    for layout, holds in (("#blocked", True), ("#blocked1", False), ("#blocked2", False)):
+        assert aot.holds_words(head + line.format(layout)) == holds
+    for width, holds in ((4, True), (2, False)):
+        assert aot.holds_words(head + line.format(register.format(width))) == holds
+    assert not aot.holds_words(head)
 
 
 def test_the_main_loop_is_the_one_with_matrix_instructions() -> None:

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from sglang_modelopt_kernels.formats import e2m1
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import _planes_bfloat16
 from sglang_modelopt_kernels.gemm.block_scaled.packing import EXPONENT_BOTTOM, EXPONENT_TOP
+from sglang_modelopt_kernels.gemm.folded import fold
+from sglang_modelopt_kernels.gemm.folded.kernel import folded_e4m3
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import widen
 from sglang_modelopt_kernels.planes import packing
 from sglang_modelopt_kernels.planes.kernel import planes_float16
@@ -67,12 +69,25 @@ def lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
     return result
 
 
+def prmt(a: Words, b: Words, selector: Words) -> Words:
+    """Four of the eight bytes of ``b`` and ``a``, by the nibbles of the selector, none of which asks for signs (PTX ISA, prmt)."""
+    result = np.zeros_like(selector)
+    for place in range(4):
+        index = selector >> np.uint32(4 * place) & np.uint32(15)
+        assert bool((index < 8).all())
+        word = np.where(index < 4, a, b)
+        result |= (word >> (np.uint32(8) * (index & np.uint32(3))) & np.uint32(255)) << np.uint32(8 * place)
+    return result
+
+
 INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
     "lop3.b32": lop3,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "prmt.b32": prmt,
     "mul.rn.f16x2": both_halves(lambda a, b: a * b, as_float16, to_float16),
     "fma.rn.bf16x2": both_halves(lambda a, b, c: a * b + c, as_bfloat16, to_bfloat16),
 }
@@ -148,6 +163,21 @@ def test_every_byte_widened() -> None:
             right = e2m1.decode(of_byte) * 2.0**-6
             assert torch.equal(values, right)
             assert torch.equal(values.signbit(), right.signbit())
+
+
+@pytest.mark.parametrize("exponent", range(1, 13))
+def test_every_word_folded(exponent: int) -> None:
+    """MXFP4 made E4M3: every pair of codes in every place of a word, as the packing lays them, under every exponent."""
+    pairs = torch.arange(256, dtype=torch.uint8)
+    stored = torch.stack([pairs.roll(37 * place) for place in range(16)], dim=1)
+    weight = fold(stored, torch.full((256, 1), 100, dtype=torch.uint8))
+    words = weight.codes.numpy().view(np.uint32)
+    low, high = emulate(folded_e4m3.src, words, np.full_like(words, exponent * 0x01010101), outputs=2)
+    got = np.concatenate([half.view(np.uint8) for half in (low, high)], axis=1)
+    values = torch.from_numpy(got).view(torch.float8_e4m3fn).double()
+    codes = e2m1.decode(e2m1.unpack_codes(stored)).double()
+    assert torch.equal(values, codes * 2.0 ** (exponent - 6))
+    assert torch.equal(values.signbit(), codes.signbit())
 
 
 def test_a_wrong_mask_is_found() -> None:

@@ -9,10 +9,15 @@ from sglang_modelopt_ext.dispatch import LAYOUTS, candidates, served_scheme
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
+from sglang_modelopt_ext.layouts.folded import FoldedMxfp4
+from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
+from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.layouts.packages import VERSIONS
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+from sglang_modelopt_kernels.gemm.folded import FoldedWeight, unfold
+from sglang_modelopt_kernels.gemm.mxfp4 import pair_blocks
 
 BLOCK, FP8, BF16, FP32 = "triton_block_scaled", "fp8_scaled_mm", "dense_bfloat16", "dense_float32"
 EXPECTED = {
@@ -183,6 +188,54 @@ def test_an_override(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GEMM.variable, "cutlass")
     with pytest.raises(ModelOptExtError, match=r"SGLANG_MODELOPT_EXT_GEMM: expected names among .*, got cutlass"):
         candidates(request("FP8"), "layer")
+
+
+def test_by_name_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folded layout comes after the measured one, until it is measured itself, and is there for whoever names it."""
+    folded = "triton_mxfp4_folded"
+    names = [layout.name for layout in candidates(request("W4A8_MXFP4_FP8", 90), "layer")]
+    assert names.index(BLOCK) < names.index(folded)
+    monkeypatch.setenv(GEMM.variable, f"{folded},{BLOCK}")
+    for algo, capability, first in (
+        ("W4A8_MXFP4_FP8", 89, folded),
+        ("W4A8_MXFP4_FP8", 90, folded),
+        ("W4A8_MXFP4_FP8", 80, BLOCK),
+        ("W4A8_NVFP4_FP8", 90, BLOCK),
+        ("MXFP4", 90, BLOCK),
+    ):
+        assert candidates(request(algo, capability), "layer")[0].name == first
+
+
+def test_mxfp4_layouts_keep_the_weight() -> None:
+    """Two shards through ``prepare``: what each layout keeps is the stored weight, in its order."""
+    weight = WEIGHT_FORMATS["mxfp4"]
+    generator = torch.Generator().manual_seed(0)
+    stored = [weight.quantize(torch.randn(n, 128, generator=generator) * n) for n in (16, 8)]
+    expected = torch.cat([weight.decode(shard).unit for shard in stored])
+    shards = [ShardWeight(weight, shard) for shard in stored]
+    folded = FoldedMxfp4().prepare(shards)
+    unit = unfold(FoldedWeight(folded["codes"], folded["exponent"], folded["out_scale"]))
+    assert torch.equal((unit * folded["out_scale"].unsqueeze(1)).float(), expected)
+    plain, paired = BlackwellMxfp4().prepare(shards), WidenedMxfp4().prepare(shards)
+    assert torch.equal(weight.decode({"weight": plain["codes"], "weight_scale": plain["block_scale"]}).unit, expected)
+    assert torch.equal(paired["codes"], pair_blocks(plain["codes"]))
+    assert torch.equal(paired["block_scale"], plain["block_scale"])
+    fp4 = BlackwellFp4().prepare(shards)
+    assert torch.equal(fp4["codes"], plain["codes"])
+    assert bool((fp4["out_scale"] == 1).all())
+
+
+def test_fp4_keeps_the_scales_of_its_shards() -> None:
+    weight = WEIGHT_FORMATS["nvfp4"]
+    stored = [weight.quantize(torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) * n) for n in (16, 8)]
+    kept = BlackwellFp4().prepare([ShardWeight(weight, shard) for shard in stored])
+    assert (
+        kept["out_scale"].tolist()
+        == [float(stored[0]["weight_scale_2"])] * 16 + [float(stored[1]["weight_scale_2"])] * 8
+    )
+    stored[1]["weight_scale"].view(torch.uint8)[0, 0] = 0x81  # negative, which the instruction would not see
+    with pytest.raises(ValueError, match="a block scale is NaN or negative"):
+        BlackwellFp4().prepare([ShardWeight(weight, shard) for shard in stored])
 
 
 def test_every_reason_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,8 +34,9 @@ _E2M1 = {
         KernelConfig(128, 128, 256, 8, 2),
     ),
     "tcgen05": (
-        KernelConfig(64, 16, 256, 4, 3),
-        KernelConfig(64, 32, 256, 4, 3),
+        # mma.sync with two warps here too: half the instructions a weight of a tile that is written to tensor memory first
+        KernelConfig(64, 16, 128, 2, 3),
+        KernelConfig(64, 32, 128, 2, 3),
         KernelConfig(128, 64, 128, 8, 2),
         KernelConfig(64, 128, 128, 4, 2),
     ),

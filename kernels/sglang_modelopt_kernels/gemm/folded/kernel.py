@@ -1,0 +1,161 @@
+"""``Y^T = W X^T`` over E4M3 weights that are made of E2M1 codes and exponents in registers, in FP8 matrix instructions.
+
+The eight magnitudes under one exponent are eight bytes, of which ``prmt`` picks four at a time with the codes as selectors. The
+weight is the operand with the long side, because decoding has few tokens. Every product is exact; each step of BK inputs is summed
+by the matrix instruction, which keeps fewer bits than float32 (on Hopper about 13), and added to the rest in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
+
+
+@triton.jit
+def folded_e4m3(codes, exponent, ASM: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Packed bytes (``packing.py``) and their exponents, both ``[ROWS, BYTES]``, as E4M3: inputs 0..15 and 16..31 of each block.
+
+    The assembly takes a word of four bytes along the row at a time, so the operand's layout must hold whole words.
+    """
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            """{ .reg .b32 e, a, b, c;
+            and.b32 e, $3, 0xff;
+            mad.lo.u32 a, e, 0x08080800, 0x0c080000;
+            mad.lo.u32 b, e, 0x08080808, 0x1c181410;
+            and.b32 c, $2, 0x77777777;
+            prmt.b32 e, a, b, c;
+            shr.u32 c, c, 16;
+            prmt.b32 a, a, b, c;
+            shl.b32 b, $2, 4;
+            lop3.b32 $0, b, 0x80808080, e, 0xea;
+            lop3.b32 $1, $2, 0x80808080, a, 0xea; }""",
+            "=&r,=r,r,r",
+            args=[codes, exponent],
+            dtype=(tl.uint8, tl.uint8),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        word = tl.reshape(codes, (ROWS, BYTES // 4, 2, 2))
+        even, odd = tl.split(word)  # bytes 0 and 2, 1 and 3
+        even, odd = tl.permute(even, (0, 2, 1)), tl.permute(odd, (0, 2, 1))
+        # Input 4 q + i has its magnitude in nibble i of the word: the low nibbles of a byte come before the high ones.
+        first, second = tl.split(tl.permute(even, (0, 2, 1)))
+        third, fourth = tl.split(tl.permute(odd, (0, 2, 1)))
+        low = _in_order(first & 7, first >> 4 & 7, third & 7, third >> 4 & 7, ROWS, BYTES)
+        high = _in_order(second & 7, second >> 4 & 7, fourth & 7, fourth >> 4 & 7, ROWS, BYTES)
+        low = _fold(low, exponent) | ((codes & 0x08) << 4)
+        high = _fold(high, exponent) | (codes & 0x80)
+    return low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
+
+
+@triton.jit
+def _in_order(a, b, c, d, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """Four tensors ``[ROWS, BYTES / 4]`` one entry after the other."""
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, BYTES))
+
+
+@triton.jit
+def _fold(magnitude, exponent):
+    """Magnitudes 0..7 of E2M1 under exponents 1..12 as bytes of E4M3."""
+    base = tl.where(magnitude >= 2, magnitude << 2, 0)
+    return tl.where(magnitude == 0, 0, base + (exponent << 3)).to(tl.uint8)
+
+
+@triton.jit
+def folded_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    row_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    row_step,
+    ASM: tl.constexpr,
+    DESCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
+    row = tl.minimum(rows, n - 1).to(tl.int64)
+    token = tl.minimum(tokens, m - 1).to(tl.int64)
+    byte = tl.arange(0, BK // 2)
+    block = tl.arange(0, BK // 32)
+    input_ = (byte // 16) * 32 + byte % 16
+
+    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
+    start = split * steps * BK
+    end = tl.minimum(start + steps * BK, k)
+    acc = tl.zeros((BN, BM), tl.float32)
+    for offset in range(start, end, BK):
+        w_at = w_ptr + row[:, None] * (k // 2) + (offset // 2 + byte)[None, :]
+        s_at = s_ptr + row[:, None] * (k // 32) + (offset // 32 + block)[None, :]
+        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        if EVEN_K:
+            w = tl.load(w_at)
+            s = tl.load(s_at)
+            x_low = tl.load(x_at)
+            x_high = tl.load(x_at + 16)
+        else:
+            # K is whole blocks.
+            inside = (offset + input_ < k)[:, None]
+            w = tl.load(w_at, mask=(offset + 2 * byte < k)[None, :], other=0)
+            s = tl.load(s_at, mask=(offset + 32 * block < k)[None, :], other=1)
+            x_low = tl.load(x_at, mask=inside, other=0.0)
+            x_high = tl.load(x_at + 16, mask=inside, other=0.0)
+        exponent = tl.reshape(tl.broadcast_to(s[:, :, None], (BN, BK // 32, 16)), (BN, BK // 2))
+        w_low, w_high = folded_e4m3(w, exponent, ASM, BN, BK // 2)
+        if not ASM:
+            # The interpreter multiplies the bits of E4M3 operands: it gets the same numbers in float32.
+            w_low, w_high = w_low.to(tl.float32), w_high.to(tl.float32)
+            x_low, x_high = x_low.to(tl.float32), x_high.to(tl.float32)
+        part = tl.dot(w_low, x_low, input_precision="ieee")
+        acc += tl.dot(w_high, x_high, part, input_precision="ieee")
+    store_tile(
+        acc,
+        y_ptr,
+        rows,
+        tokens,
+        split,
+        m,
+        n,
+        row_scale_ptr,
+        out_scale_ptr,
+        bias_ptr,
+        row_step,
+        DESCALE,
+        HAS_ROW_SCALE,
+        HAS_BIAS,
+        SPLIT_K,
+    )
+
+
+@triton.jit
+def unfold_kernel(w_ptr, s_ptr, y_ptr, first, n, k, ASM: tl.constexpr, BN: tl.constexpr):
+    """Rows ``first .. first + n`` of the unit weight as bytes of E4M3, ``[n, K]``, 512 inputs to a program."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
+    byte = tl.program_id(1) * 256 + tl.arange(0, 256)
+    inside = (rows < n)[:, None] & (byte < k // 2)[None, :]
+    w = tl.load(w_ptr + row[:, None] * (k // 2) + byte[None, :], mask=inside, other=0)
+    exponent = tl.load(s_ptr + row[:, None] * (k // 32) + (byte // 16)[None, :], mask=inside, other=1)
+    low, high = folded_e4m3(w, exponent, ASM, BN, 256)
+    at = y_ptr + rows.to(tl.int64)[:, None] * k + ((byte // 16) * 32 + byte % 16)[None, :]
+    tl.store(at, low.to(tl.uint8, bitcast=True), mask=inside)
+    tl.store(at + 16, high.to(tl.uint8, bitcast=True), mask=inside)
