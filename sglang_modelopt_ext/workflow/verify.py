@@ -161,6 +161,12 @@ def ask_server(server: ServerClient, windows: Sequence[Sequence[int]], *, progre
     )
 
 
+def check_base(base: Path) -> None:
+    """Raises ModelOptExtError when the model that a checkpoint is to be compared with is quantized itself."""
+    if read_quant_config(base) is not None:
+        raise ModelOptExtError.at(base, "--base", "the unquantized model", "a quantized one")
+
+
 def verify(
     folder: Path,
     served: Served,
@@ -183,8 +189,10 @@ def verify(
         progress: show progress on standard error.
 
     Raises:
-        ModelOptExtError: a checkpoint that cannot be read, or a base model with another vocabulary.
+        ModelOptExtError: a checkpoint that cannot be read, or a base model that is quantized or has another vocabulary.
     """
+    if base:
+        check_base(base)
     kv_cache, notes = _kv_cache(folder, served, target)
     # The truth has more precision than the server.
     exact = torch.float64 if served.dtype == torch.float32 else torch.float32
@@ -290,8 +298,6 @@ def _against_base(
     targets: Sequence[NDArray[np.int64]],
     progress: bool,
 ) -> AgainstBase:
-    if read_quant_config(base) is not None:
-        raise ModelOptExtError.at(base, "--base", "the unquantized model", "a quantized one")
     rows = _reference(base, torch.float32, Target(None), None, windows, served, "the base model", progress)
 
     def of(model: Sequence[Logprobs]) -> float:
