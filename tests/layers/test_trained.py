@@ -80,9 +80,6 @@ def test_reads_and_computes_what_was_trained(trained: tuple[Path, torch.Tensor],
     own = ReferenceModel(folder)
     got = torch.cat([torch.from_numpy(own.logprobs(ids)) for ids in windows])
     moved = difference(got, logprobs(Reference(MODEL), windows))
-    print(
-        f"moved {moved}; independent {difference(got, logprobs(Reference(folder), windows))}; simulated {difference(got, simulated)}"
-    )
     # Two readings of the export agree, it is what ModelOpt simulated while training, and not what it was before.
     assert difference(got, logprobs(Reference(folder), windows)).divergence < moved.divergence / 100
     assert difference(got, simulated).divergence < moved.divergence / 10
