@@ -184,8 +184,15 @@ class Calibrator:
             for batch in tqdm(batches, desc="calibrating", unit="batch", dynamic_ncols=True, disable=not shown):
                 model(batch.to(self.model.device), use_cache=False)
 
-        with watching_activations(self.model, self.where), modelopt_messages(), torch.no_grad():
-            mtq.calibrate(self.model, options, None if self.data is None else forward)
+        try:
+            with watching_activations(self.model, self.where), modelopt_messages(), torch.no_grad():
+                mtq.calibrate(self.model, options, None if self.data is None else forward)
+        except ModelOptExtError:
+            raise
+        except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+            raise ModelOptExtError.at(
+                self.where, step["method"], "ModelOpt to calibrate with it", f"{type(error).__name__}: {error}"[:300]
+            ) from error
 
 
 @contextlib.contextmanager

@@ -113,9 +113,7 @@ def _unserved(got: str) -> ModelOptExtError:
 
 def group_size(module: Any) -> int:
     """Inputs under one block scale of the weight, 0 without blocks."""
-    weights: Any = module.weight_quantizer
-    first = weights[0] if isinstance(weights, torch.nn.Sequential) else weights
-    blocks: Any = first.block_sizes or {}
+    blocks: Any = _first(module.weight_quantizer).block_sizes or {}
     return int(blocks.get(-1) or 0)
 
 
@@ -191,7 +189,7 @@ def resolve_steps(model: torch.nn.Module, steps: Sequence[Mapping[str, Any]]) ->
 
 def _int8(module: Any) -> bool:
     return all(
-        quantizers.is_on(quantizer) and quantizer.num_bits == 8 and not quantizer.block_sizes
+        quantizers.is_on(quantizer) and getattr(quantizer, "num_bits", None) == 8 and not quantizer.block_sizes
         for quantizer in (module.weight_quantizer, module.input_quantizer)
     )
 
@@ -206,14 +204,27 @@ def _searches_mse(step: Mapping[str, Any]) -> Callable[[Any], bool]:
     return takes
 
 
-def _in_static_blocks(module: Any) -> bool:
-    weights: Any = module.weight_quantizer
-    first = weights[0] if isinstance(weights, torch.nn.Sequential) else weights
-    return first.block_sizes is not None and not first.is_mx_format
+def _first(quantizer: Any) -> Any:
+    """The quantizer, or the one that decides the stored scales where there are two."""
+    return quantizer[0] if isinstance(quantizer, torch.nn.Sequential) else quantizer
+
+
+def _takes_clip(module: Any) -> bool:
+    """Blocks along the inputs under scales that are stored, with one largest magnitude to clip."""
+    weights = _first(module.weight_quantizer)
+    blocks = weights.block_sizes or {}
+    return bool(blocks.get(-1)) and not blocks.get(-2) and not weights.is_mx_format and not weights.is_nvfp4_static
+
+
+def _takes_scaling(module: Any) -> bool:
+    """Weights that can be rounded again for every scale tried, and inputs whose maximum can be taken by channel."""
+    inputs, weights = module.input_quantizer, _first(module.weight_quantizer)
+    by_token = quantizers.is_on(inputs) and -1 in (inputs.block_sizes or {}) and inputs.block_sizes[-1] is None
+    return not by_token and not weights.is_nvfp4_static and not (weights.block_sizes or {}).get(-2)
 
 
 def step_takes(step: Mapping[str, Any]) -> tuple[Callable[[Any], bool], str]:
-    """Which linear layers a calibration step does something to, and what it needs, in words."""
+    """Which linear layers a calibration step does something right to, and what it needs, in words."""
     method = step["method"]
     if method == SMOOTHQUANT:
         return _int8, "INT8 or static FP8 weights and activations"
@@ -222,8 +233,18 @@ def step_takes(step: Mapping[str, Any]) -> tuple[Callable[[Any], bool], str]:
     if method in ("mse", "local_hessian"):
         sweep = "static NVFP4 weights, or algorithm.fp8_scale_sweep=false"
         return _searches_mse(step), sweep if step.get("fp8_scale_sweep") else "weights under static scales"
-    if method in ("awq_clip", "awq_full"):
-        return _in_static_blocks, "weights in blocks under a static scale"
+    if method == "awq_clip":
+        return _takes_clip, "weights in one-dimensional blocks under dynamic NVFP4 or integer scales"
+    if method == "awq_full":
+        return (
+            lambda module: _takes_clip(module) and _takes_scaling(module),
+            "weights in one-dimensional blocks under dynamic NVFP4 or integer scales",
+        )
     if method == "svdquant":
-        return (lambda module: _ALGOS.get(_format(module)) in _FP4), "NVFP4 weights and activations"
+        return (
+            lambda module: _ALGOS.get(_format(module)) in _FP4 and _takes_scaling(module),
+            "dynamic NVFP4 weights and activations",
+        )
+    if method == "awq_lite":
+        return _takes_scaling, "weights without static NVFP4 or two-dimensional blocks, activations not scaled by token"
     return (lambda module: True), "quantized linear layers"

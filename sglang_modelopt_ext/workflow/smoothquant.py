@@ -46,7 +46,7 @@ def register() -> None:
 def takes(module: Any) -> bool:
     """Whether a linear layer's weight and input are quantized as this algorithm needs: static FP8, one scale a tensor."""
     return all(
-        getattr(quantizer, "is_enabled", False) and quantizer.is_fp8 and not quantizer._dynamic
+        getattr(quantizer, "is_fp8", False) and quantizer.is_enabled and not quantizer._dynamic
         for quantizer in (module.weight_quantizer, module.input_quantizer)
     )
 
