@@ -32,7 +32,10 @@ FACTOR = 2.0
 """How much more than rounding alone a server may be off by; its square for the divergence, which is quadratic in it."""
 
 RESOLUTION = 1e-5
-"""Nats below which nothing is called a difference: 2^-17, what float32 keeps of log probabilities of 16 to 32 and their sums."""
+"""Nats below which no log probability is called different: float32 keeps 2e-6 of those from 16 to 32, and their sums less."""
+
+NORMALIZATION = 1e-7
+"""Likewise for the divergence: what probabilities add up to in float32, beside 1, enters it as it is."""
 
 BUDGET = 1 << 26
 """Log probabilities kept of each model: 256 MB."""
@@ -205,7 +208,7 @@ def verify(
     repeated = compare(served.rows[:1], [served.again], targets[:1])
     limits = {
         "mean_abs_logprob": FACTOR * max(rounding.mean_abs_logprob, repeated.mean_abs_logprob, RESOLUTION),
-        "divergence": FACTOR**2 * max(rounding.divergence, repeated.divergence, RESOLUTION**2),
+        "divergence": FACTOR**2 * max(rounding.divergence, repeated.divergence, NORMALIZATION),
     }
     # Written so that NaN fails.
     failures = [
