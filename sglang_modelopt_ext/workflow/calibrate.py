@@ -123,6 +123,10 @@ class Calibrator:
                 f"one of {', '.join(AGREEING[:3])} with several processes: ModelOpt brings no other's results together",
                 f"{self.processes.world} processes",
             )
+        if self.processes.world > 1 and (cache := quantizers.kv_cache(self.model)[1]) is not None and cache.affine:
+            raise ModelOptExtError.at(
+                "--kv", "affine", "one process: ModelOpt does not bring the biases together", f"{self.processes.world}"
+            )
         takes, needs = checks.step_takes(step)
         linears = [
             (name, module)
@@ -227,12 +231,17 @@ def work_folder(output: Path, inputs: Mapping[str, Any]) -> Path:
 
 @contextlib.contextmanager
 def tidy(work: Path | None) -> Iterator[None]:
-    """Removes a work folder that is still empty when the block ends by an error: there is nothing to go on from."""
+    """When the block ends by an error, says what a work folder is good for, or removes one that is still empty."""
     try:
         yield
     except BaseException:
-        if work is not None and not any(work.iterdir()):
-            work.rmdir()
+        if work is not None:
+            if (done := resume_point(work)) > 0:
+                tqdm.write(
+                    f"{work} keeps {done} calibrated layers; the same command goes on from there", file=sys.stderr
+                )
+            elif not any(work.iterdir()):
+                work.rmdir()
         raise
 
 

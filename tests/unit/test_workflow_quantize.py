@@ -26,7 +26,7 @@ from sglang_modelopt_ext.workflow import quantize as module
 from sglang_modelopt_ext.workflow.export import check_space
 from sglang_modelopt_ext.workflow.quantize import Options, Quantized, quantize
 from sglang_modelopt_ext.workflow.recipes import Changes
-from sglang_modelopt_ext.workflow.record import Record, Selection, read_record
+from sglang_modelopt_ext.workflow.record import Calibration, KVCache, LayerFormat, Record, Selection, read_record
 from tests.support.models import TinyModel, model_dir, random_ids
 from tests.support.reference import Reference
 
@@ -106,6 +106,18 @@ class TestComplete:
         plan = kv_cache_plan(folder, read_quant_config(folder), "auto")
         assert plan is not None
         assert plan.recipe.rotate
+
+    def test_every_field_is_documented(self) -> None:
+        page = (Path(__file__).resolve().parents[2] / "docs" / "quantize.md").read_text(encoding="utf-8")
+        rows = {line.split("|")[1].strip().strip("`"): line for line in page.splitlines() if line.startswith("| `")}
+        assert set(Record.__struct_fields__) <= rows.keys()
+        for name, part in (
+            ("calibration", Calibration),
+            ("kv_cache", KVCache),
+            ("selection", Selection),
+            ("formats", LayerFormat),
+        ):
+            assert all(f"`{field}`" in rows[name] for field in part.__struct_fields__), name
 
     def test_model_card_and_tokenizer(self, model: Path, data: str, tmp_path: Path) -> None:
         options = Options(recipe="fp8", data=(data,), sequence_length=32, device="cpu")
