@@ -34,6 +34,7 @@ from sglang_modelopt_ext.workflow.evaluate import (
     positions_within,
 )
 from sglang_modelopt_ext.workflow.server import ServerProcess, kill_session, vocabulary_size
+from sglang_modelopt_ext.workflow.source import find_model
 from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread
 
 HERE = Path(__file__).resolve().parent
@@ -50,7 +51,6 @@ CALIBRATION_FILES = 16
 SPEED_BATCH, SPEED_TOKENS = 8, 128
 # Log probabilities kept for the divergence: 64 MB as float32, every position of the shipped model's windows.
 DIVERGENCE_VALUES = 1 << 24
-HUB_FILES = ["*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.tiktoken", "chat_template*"]
 PACKAGES = ("sglang-modelopt-ext", "sglang", "nvidia-modelopt", "torch", "transformers")
 
 
@@ -71,19 +71,6 @@ class Clock:
         return time.perf_counter() - self._begin
 
 
-def find_model(name: str) -> Path:
-    """The model's folder, downloaded from the Hugging Face Hub when ``name`` is no folder."""
-    if Path(name).is_dir():
-        return Path(name).resolve()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
-    except (OSError, HFValidationError, ValueError) as error:
-        raise ModelOptExtError.at("MODEL", name, "a folder or a model on the Hugging Face Hub", error) from error
-
-
 def write_calibration(folder: Path) -> list[Path]:
     """Writes some of the standard library's modules, none of them held out, for ModelOpt to calibrate on."""
     heldout = {document.path for document in read_heldout(HELDOUT)}
@@ -91,15 +78,15 @@ def write_calibration(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = []
     for document in spread(documents, CALIBRATION_FILES):
-        files.append(folder / document.path.replace("/", "."))
+        files.append(folder / f"{document.path.replace('/', '.')}.txt")
         files[-1].write_text(document.text, encoding="utf-8")
     return files
 
 
 def quantize(model: Path, recipe: str, texts: Sequence[Path], output: Path, log: Path) -> None:
     """Runs ModelOpt in a process of its own: it changes transformers for good. Its progress goes to the terminal."""
-    command = [sys.executable, "-m", "sglang_modelopt_ext.workflow.quantize", str(model), "--recipe", recipe]
-    command += ["--output", str(output), "--overwrite", "--max-windows", "32", "--text", *map(str, texts)]
+    command = [sys.executable, "-m", "sglang_modelopt_ext.cli", "quantize", str(model), "--recipe", recipe]
+    command += ["--output", str(output), "--overwrite", "--samples", "32", "--data", *map(str, texts)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
         # A session of its own, so that Ctrl-C reaches it once, from here, and it can tidy up.
@@ -182,7 +169,7 @@ def run(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / ".gitignore").write_text("*\n", encoding="utf-8")
     clock.step(f"model {args.model}, calibration and held-out text")
-    model = find_model(args.model)
+    model = find_model(args.model).resolve()
     texts = write_calibration(args.output / "calibration")
     plan = make_plan(model, args.context, args.windows)
     for recipe in RECIPES:

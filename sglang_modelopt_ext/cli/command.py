@@ -34,6 +34,7 @@ class Command:
         add_arguments: adds its own arguments; ``--json`` is added for every subcommand.
         run: does it. Raises ModelOptExtError for bad input.
         result: the type of what ``run`` returns.
+        takes_rest: whether ``run`` wants what stands behind ``--``, as ``args.rest``.
     """
 
     name: str
@@ -41,3 +42,4 @@ class Command:
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Result]
     result: type[Result]
+    takes_rest: bool = False

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 import msgspec
 
 from sglang_modelopt_ext import __version__
-from sglang_modelopt_ext.cli import auto_quantize
+from sglang_modelopt_ext.cli import auto_quantize, quantize, serve
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.interrupts import signals_interrupt
 
-COMMANDS: tuple[Command, ...] = (auto_quantize.COMMAND,)
+COMMANDS: tuple[Command, ...] = (quantize.COMMAND, auto_quantize.COMMAND, serve.COMMAND)
 """Every subcommand, in the order a user meets them."""
 
 
@@ -35,9 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a subcommand; returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
-    args = build_parser().parse_args(argv)
+    own, rest = _split(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    args = parser.parse_args(own, argparse.Namespace(rest=rest))
+    if rest and not args.chosen.takes_rest:
+        parser.error(f"{args.command} takes no arguments behind --")
     try:
-        result = args.chosen.run(args)
+        with signals_interrupt():
+            result = args.chosen.run(args)
     except ModelOptExtError as error:
         print(error.one_line(), file=sys.stderr)
         return BAD_INPUT
@@ -46,3 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     print(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() if args.json else result.text())
     return OK if result.passed() else CHECK_FAILED
+
+
+def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments before and behind the first ``--``."""
+    at = list(argv).index("--") if "--" in argv else len(argv)
+    return list(argv[:at]), list(argv[at + 1 :])

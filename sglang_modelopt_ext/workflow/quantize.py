@@ -1,298 +1,279 @@
-"""Quantizes a model with NVIDIA ModelOpt into a checkpoint this package has read back and found valid.
-
-Command line::
-
-    python -m sglang_modelopt_ext.workflow.quantize MODEL --recipe W4A8_NVFP4_FP8 --text calibration.txt --output DIR
-"""
+"""From an unquantized model to a checkpoint this package has read back and found valid, with NVIDIA ModelOpt."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import copy
 import os
-import shutil
-import sys
-import tempfile
-import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from sglang_modelopt_ext import __version__
-from sglang_modelopt_ext.checkpoint.quant_config import OWN_KEY, QUANT_CONFIG_NAME, ROUNDS_ACTIVATIONS
-from sglang_modelopt_ext.checkpoint.reader import bits_per_weight, check_all_values, read_checkpoint
-from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow import modelopt_cpu
+from sglang_modelopt_ext.workflow import calibration, checks, quantizers
+from sglang_modelopt_ext.workflow.calibrate import Calibrator, Outcome, Processes, remove_work, tidy, work_folder
+from sglang_modelopt_ext.workflow.calibration import CalibrationData, load_calibration
+from sglang_modelopt_ext.workflow.digest import folder_digest
+from sglang_modelopt_ext.workflow.export import Exported, check_output, check_space, export_checkpoint
 from sglang_modelopt_ext.workflow.progress import ticking
-from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread
+from sglang_modelopt_ext.workflow.recipes import NONE, Changes, build, find_recipe
+from sglang_modelopt_ext.workflow.record import Origin, Selection, package_versions
+from sglang_modelopt_ext.workflow.source import default_device, find_model, import_modelopt, load_model
+from sglang_modelopt_ext.workflow.text import load_tokenizer
 
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.tiktoken",
-    "chat_template*",
-)
-_CONFIG_SUFFIXES = ("", "_CFG", "_CONFIG")
+_PATIENCE = timedelta(hours=24)
+"""How long the other processes wait for the one that exports."""
 
 
 @dataclass(frozen=True)
-class QuantizedModel:
-    """What :func:`quantize` wrote.
+class Options:
+    """Everything that decides what :func:`quantize` makes.
 
     Attributes:
-        folder: the checkpoint.
-        algo: its ``quant_algo``.
-        linears: how many linear layers are quantized.
-        bits_per_weight: stored bits for each of their weights, scales included.
+        recipe: see :mod:`~sglang_modelopt_ext.workflow.recipes`; ``none`` quantizes the KV cache only.
+        changes: what is different from the recipe.
+        selection: which layers are left out. Its overrides are those of ``changes``.
+        data: calibration files and data sets.
+        samples: windows of data; None for the default, or fewer where there are fewer.
+        sequence_length, batch_size, seed: see :func:`~sglang_modelopt_ext.workflow.calibration.load_calibration`.
+        device: ``cpu``, ``cuda``, or ``auto`` for accelerate's choice over all GPUs; None for CUDA where there is one.
+        trust_remote_code: run the model's own code.
+        layerwise: calibrate layer by layer where it can be, and keep the progress.
     """
 
-    folder: Path
-    algo: str
-    linears: int
-    bits_per_weight: float
+    recipe: str
+    changes: Changes = field(default_factory=Changes)
+    selection: Selection = field(default_factory=Selection)
+    data: tuple[str, ...] = ()
+    samples: int | None = None
+    sequence_length: int = calibration.SEQUENCE_LENGTH
+    batch_size: int = calibration.BATCH_SIZE
+    seed: int = calibration.SEED
+    device: str | None = None
+    trust_remote_code: bool = False
+    layerwise: bool = True
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What :func:`quantize` did.
+
+    Attributes:
+        exported: the checkpoint.
+        outcome: of the calibration.
+    """
+
+    exported: Exported
+    outcome: Outcome
 
 
 def quantize(
-    model: Path,
-    recipe: str,
+    model: str,
     output: Path,
-    calibration_texts: Sequence[str],
+    options: Options,
     *,
-    window: int = 512,
-    max_windows: int = 64,
-    device: str | None = None,
     overwrite: bool = False,
+    quality: dict[str, float] | None = None,
     progress: bool = True,
-) -> QuantizedModel:
-    """Calibrates ``model`` on text, quantizes it with ModelOpt and exports it to ``output``.
+) -> Quantized | None:
+    """Calibrates a model, quantizes it and exports it to ``output``, which is a whole valid checkpoint or as it was.
 
-    The export is written to a folder beside ``output``, read back with the strict reader, every scale checked, and only
-    then renamed: ``output`` is a whole, valid checkpoint or is left as it was.
+    Under ``torchrun`` the processes share the data, and the first one exports.
 
     Args:
-        model: folder of the unquantized Hugging Face model.
-        recipe: a ``modelopt.torch.quantization`` configuration, with or without its ``_CFG``.
-        output: folder to write.
-        calibration_texts: documents, cut into windows as by :func:`~sglang_modelopt_ext.workflow.text.split_windows`.
-        window: tokens in a calibration window.
-        max_windows: how many windows to run, spread evenly over the text.
-        device: where to calibrate, by default CUDA where there is a GPU.
+        model: folder or Hugging Face name of the unquantized model.
+        output: folder to make.
+        options: what to make.
         overwrite: replace the checkpoint in ``output``.
+        quality: measured figures for the record and the model card.
         progress: show progress on standard error.
 
+    Returns:
+        What was done; None in every process but the first.
+
     Raises:
-        ModelOptExtError: no ModelOpt, an unknown recipe, an output that exists, or a model ModelOpt cannot export.
+        ModelOptExtError: bad input of any kind; ``output`` is then as it was.
     """
-    _check_folders(model, output, overwrite)
+    source = find_model(model, options.trust_remote_code)
+    check_output(source, output, overwrite)
     with ticking("importing ModelOpt", progress):
-        config = find_config(recipe)
-    tokenizer = load_tokenizer(model)
-    windows = spread(split_windows(encode(tokenizer, calibration_texts), window, begin_token(tokenizer)), max_windows)
-    if not windows:
-        raise ModelOptExtError.at("calibration text", "tokens", "at least one window of text", "none")
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
-    try:
-        _run_modelopt(model, recipe, config, windows, scratch, device, progress)
-        _copy_tokenizer(model, scratch)
-        with ticking("checking the export", progress):
-            checkpoint = read_checkpoint(scratch)
-            check_all_values(checkpoint)
-        _make_readable(scratch)
-        _move_into_place(scratch, output)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    algo = checkpoint.config.algo or "none"
-    return QuantizedModel(output, algo, len(checkpoint.linears), bits_per_weight(checkpoint))
-
-
-def find_config(recipe: str) -> dict[str, Any]:
-    """ModelOpt's configuration of that name. Raises ModelOptExtError when ModelOpt is missing or does not know it."""
-    with warnings.catch_warnings():
-        # Said on every import; what was tested is in this package's requirements.
-        warnings.filterwarnings("ignore", message="transformers .* is not tested")
-        try:
-            import modelopt.torch.quantization as mtq
-        except ImportError as error:
-            raise ModelOptExtError.at(
-                "modelopt", "import", "NVIDIA ModelOpt (pip install 'sglang-modelopt-ext[quantize]')", error
-            ) from error
-    for suffix in _CONFIG_SUFFIXES:
-        if recipe.upper() + suffix in mtq.config.choices:
-            config: dict[str, Any] = getattr(mtq, recipe.upper() + suffix)
-            return config
-    raise ModelOptExtError.at("--recipe", recipe, f"one of {', '.join(sorted(mtq.config.choices))}", "no such name")
-
-
-def _check_folders(model: Path, output: Path, overwrite: bool) -> None:
-    if not (model / "config.json").is_file():
-        raise ModelOptExtError.at(model, "config.json", "a folder with a Hugging Face model", "no such file")
-    if output.resolve() == model.resolve() or output.resolve() in model.resolve().parents:
-        raise ModelOptExtError.at(output, "output", "another folder than the model's", "that one")
-    if not os.path.lexists(output):
-        return
-    if not overwrite:
-        raise ModelOptExtError.at(output, "output", "a folder that does not exist, or overwrite", "an existing one")
-    # Never delete a folder that holds something else.
-    if not output.is_dir() or (any(output.iterdir()) and not (output / "config.json").is_file()):
-        raise ModelOptExtError.at(output, "output", "an old checkpoint to overwrite", "something else")
-
-
-def _run_modelopt(
-    folder: Path,
-    recipe: str,
-    config: dict[str, Any],
-    windows: Sequence[Sequence[int]],
-    scratch: Path,
-    device: str | None,
-    progress: bool,
-) -> None:
-    import modelopt.torch.quantization as mtq
-    from modelopt.torch.export import export_hf_checkpoint
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
-
-    messages: Any = transformers_logging
-    messages.disable_progress_bar()
-    messages.set_verbosity_error()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    calibrated = False
-
-    def calibrate(model: torch.nn.Module) -> None:
-        nonlocal calibrated
-        calibrated = True
-        for ids in tqdm(windows, desc="calibrating", unit="window", dynamic_ncols=True, disable=not progress):
-            model(torch.tensor([list(ids)], device=device), use_cache=False)
-
-    try:
-        with ticking("loading the model", progress):
-            model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-            model.to(device).eval()
-        simulated = modelopt_cpu.install(device)
-        with torch.no_grad():
-            mtq.quantize(model, config, calibrate)
-        rounds_activations = _rounds_activations(model)
-        if progress and not calibrated:
-            tqdm.write(f"{recipe} needs no calibration: nothing was run on the text", file=sys.stderr)
-        with ticking("exporting", progress), torch.no_grad():
-            export_hf_checkpoint(model, export_dir=scratch)
-        simulation = modelopt_cpu.NAME if simulated else "cuda"
-        _record(
-            scratch / QUANT_CONFIG_NAME,
-            {"recipe": recipe, "simulation": simulation, ROUNDS_ACTIVATIONS: rounds_activations},
+        recipe, config = find_recipe(options.recipe)
+        config = build(config, options.changes)
+        check_config(recipe, config)
+    with _processes(options.device) as (processes, device):
+        data = _load_data(source, options, progress and processes.rank == 0)
+        loaded, simulation = load_model(
+            source, device, trust_remote_code=options.trust_remote_code, progress=progress and processes.rank == 0
         )
-    except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+        torch.manual_seed(options.seed)
+        steps = prepare(loaded, recipe, config, options.selection)
+        check_space(output, quantizers.expected_bytes(loaded))
+        needed = bool(steps) and needs_data(loaded, steps)
+        if needed and data is None:
+            raise ModelOptExtError.at("command line", "--data", f"calibration data for {recipe}", "none")
+        outcome = Outcome()
+        if steps:
+            work = None
+            if options.layerwise and needed and processes.world == 1:
+                work = work_folder(output, _inputs(source, config, options, data))
+            calibrator = Calibrator(
+                loaded, data if needed else None, source, work, processes, options.layerwise, progress
+            )
+            with tidy(work):
+                outcome = calibrator.run(steps)
+        if processes.rank:
+            return None
+        origin = Origin(
+            recipe=recipe,
+            base_model=model,
+            algorithm=tuple(steps),
+            calibration=data.record if data is not None and needed else None,
+            simulation=simulation,
+            selection=_selection(options),
+            smoothed=outcome.smoothed,
+            searched=outcome.searched,
+        )
+        exported = export_checkpoint(
+            loaded, source, output, origin, overwrite=overwrite, quality=quality, progress=progress
+        )
+    remove_work(output)
+    return Quantized(exported, outcome)
+
+
+def _selection(options: Options) -> Selection:
+    chosen = options.selection
+    return Selection(mlp_only=chosen.mlp_only, exclude=chosen.exclude, overrides=options.changes.overrides)
+
+
+def _load_data(source: Path, options: Options, progress: bool) -> CalibrationData | None:
+    if not options.data:
+        return None
+    return load_calibration(
+        options.data,
+        load_tokenizer(source),
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        progress=progress,
+    )
+
+
+def prepare(model: Any, recipe: str, config: dict[str, Any], selection: Selection) -> list[dict[str, Any]]:
+    """Puts a recipe's quantizers into a model and checks what came of it. Returns the calibration steps that fit it.
+
+    Raises:
+        ModelOptExtError: nothing to quantize, or something that cannot be exported or served.
+    """
+    entries = [*config["quant_cfg"], *checks.selection_entries(model, selection)]
+    insert_quantizers(model, recipe, entries)
+    checks.check_model(model, recipe, [step["method"] for step in config["algorithm"]])
+    return checks.resolve_steps(model, config["algorithm"])
+
+
+def insert_quantizers(model: Any, recipe: str, entries: list[dict[str, Any]]) -> None:
+    """ModelOpt's conversion of a model, uncalibrated. Raises ModelOptExtError where the entries quantize nothing."""
+    mtq = import_modelopt()
+    from sglang_modelopt_ext.workflow.calibrate import modelopt_messages
+
+    try:
+        with modelopt_messages():
+            mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
+    except (RuntimeError, ValueError, AssertionError) as error:
         raise ModelOptExtError.at(
-            folder, recipe, "ModelOpt to quantize and export it", f"{type(error).__name__}: {error}"
+            "--recipe",
+            recipe,
+            "layers or a KV cache in this model to quantize",
+            f"{type(error).__name__}: {error}"[:300],
         ) from error
 
 
-def _rounds_activations(model: torch.nn.Module) -> bool:
-    """Whether any linear layer's input is rounded; to be asked before the export, which takes quantizers away."""
-    inputs = [module for name, module in model.named_modules() if name.endswith(".input_quantizer")]
-    return any(bool(getattr(module, "is_enabled", False)) for module in inputs)
+def check_config(recipe: str, config: dict[str, Any]) -> dict[str, str]:
+    """Refuses a recipe that no model could be served with, before one is loaded: it is put on a stand-in of one layer.
 
+    Returns:
+        The algorithm of each layer of the stand-in; empty where the recipe is for models of another kind.
 
-def _record(file: Path, facts: dict[str, Any]) -> None:
-    """Adds to hf_quant_config.json what ModelOpt's export loses, under a key that other tools ignore.
-
-    ``simulation`` says how ModelOpt's CUDA-only quantizers were simulated while calibrating.
+    Raises:
+        ModelOptExtError: a format that cannot be exported or served.
     """
-    content = read_json_object(file)
-    content[OWN_KEY] = {"version": __version__, **facts}
-    file.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files as they are; loading and saving it could change them."""
-    for pattern in TOKENIZER_FILES:
-        for file in source.glob(pattern):
-            if file.is_file():
-                shutil.copy(file, target / file.name)
-
-
-def _make_readable(folder: Path) -> None:
-    """Gives the folder and its files the permissions of newly made ones; temporary ones are the owner's alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.rglob("*"):
-        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
-
-
-def _move_into_place(scratch: Path, output: Path) -> None:
-    if not os.path.lexists(output):
-        scratch.rename(output)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent)) / output.name
-    output.rename(old)
+    model = stand_in()
     try:
-        scratch.rename(output)
-    except OSError:
-        old.rename(output)
-        raise
-    finally:
-        shutil.rmtree(old.parent, ignore_errors=True)
+        insert_quantizers(model, recipe, copy.deepcopy(config["quant_cfg"]))
+    except ModelOptExtError:
+        return {}  # its patterns may name layers that only other architectures have
+    return checks.check_model(model, recipe, [step["method"] for step in config["algorithm"]])
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m sglang_modelopt_ext.workflow.quantize",
-        description="Quantize a Hugging Face model with NVIDIA ModelOpt and check what it exported.",
-    )
-    parser.add_argument("model", type=Path, help="folder of the unquantized model")
-    parser.add_argument("--recipe", required=True, help="a ModelOpt configuration, such as W4A8_NVFP4_FP8")
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="calibration text, one document a file")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--window", type=int, default=512, help="tokens in a calibration window (default: 512)")
-    parser.add_argument("--max-windows", type=int, default=64, help="windows to run (default: 64)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is a GPU)")
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --output")
-    return parser.parse_args(argv)
+def stand_in() -> Any:
+    """A Llama of one layer, small enough to be quantized in a moment, wide enough for blocks of 128."""
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    args = parse_args(argv)
-    try:
-        texts = [_read_text(file) for file in args.text]
-        done = quantize(
-            args.model,
-            args.recipe,
-            args.output,
-            texts,
-            window=args.window,
-            max_windows=args.max_windows,
-            device=args.device,
-            overwrite=args.overwrite,
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=256,
+            intermediate_size=256,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=128,
+            architectures=["LlamaForCausalLM"],
         )
-    except ModelOptExtError as error:
-        print(error.one_line(), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
-    print(f"{done.folder}: {done.algo}, {done.linears} linear layers, {done.bits_per_weight:.2f} bits per weight")
-    return 0
+    ).eval()
 
 
-def _read_text(file: Path) -> str:
+def needs_data(model: Any, steps: list[dict[str, Any]]) -> bool:
+    """Whether calibration has to run the model: for static activation scales, or for a search that looks at outputs."""
+    if any(step["method"] not in ("max", "mse") for step in steps):
+        return True
+    from modelopt.torch.quantization.model_calib import _needs_activation_forward_for_max_calib
+
+    return bool(_needs_activation_forward_for_max_calib(model))
+
+
+def _inputs(source: Path, config: dict[str, Any], options: Options, data: CalibrationData | None) -> dict[str, Any]:
+    """What decides the result of a calibration."""
+    return {
+        "model": folder_digest(source, ("*.safetensors", CONFIG_NAME)),
+        "config": config,
+        "mlp_only": options.selection.mlp_only,
+        "exclude": options.selection.exclude,
+        "data": None if data is None else data.record.sha256,
+        "batch_size": options.batch_size,
+        "device": options.device or default_device(),
+        "seed": options.seed,
+        "versions": package_versions(),
+    }
+
+
+@contextmanager
+def _processes(device: str | None) -> Iterator[tuple[Processes, str]]:
+    """The processes ``torchrun`` started, joined for the block, and this one's device."""
+    device = device or default_device()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or not torch.distributed.is_available():
+        yield Processes(), device
+        return
+    if device == "auto":
+        raise ModelOptExtError.at("command line", "--device", "cpu or cuda with several processes", device)
+    backend = "gloo"
+    if device.startswith("cuda"):
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local)
+        backend, device = "nccl", f"cuda:{local}"
+    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
     try:
-        return file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelOptExtError.at(file, "--text", "a readable UTF-8 file", error) from error
+        processes = Processes(torch.distributed.get_rank(), world)
+        yield processes, device
+        # The others wait, so that a launcher that sees one process end does not end the one that writes.
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+__all__ = ["NONE", "Options", "Quantized", "quantize"]

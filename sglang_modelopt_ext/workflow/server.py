@@ -46,6 +46,20 @@ class Completion:
     tokens: int
 
 
+def cpu_arguments(max_total_tokens: int = 8192) -> dict[str, str]:
+    """What the server has to be told where there is no GPU."""
+    return {
+        "--device": "cpu",
+        "--attention-backend": "torch_native",
+        "--max-total-tokens": str(max_total_tokens),
+    }
+
+
+def cpu_environment() -> dict[str, str]:
+    """The variables the server needs where there is no GPU."""
+    return {"SGLANG_USE_CPU_ENGINE": "1"}
+
+
 class ServerProcess:
     """``python -m sglang.launch_server`` in a session of its own, ready when the ``with`` block begins.
 
@@ -83,8 +97,8 @@ class ServerProcess:
         if quantization is not None:
             self.command += ["--quantization", quantization]
         if self.on_cpu:
-            self.command += ["--device", "cpu", "--attention-backend", "torch_native"]
-            self.command += ["--max-total-tokens", str(max_total_tokens)]
+            for name, value in cpu_arguments(max_total_tokens).items():
+                self.command += [name, value]
         self.command += arguments
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: str | None = None
@@ -118,7 +132,7 @@ class ServerProcess:
         environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ, "TMPDIR": self._scratch}
         environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
         if self.on_cpu:
-            environment["SGLANG_USE_CPU_ENGINE"] = "1"
+            environment.update(cpu_environment())
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(

@@ -80,6 +80,10 @@ class TestWheel:
         assert (info / "licenses" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
         assert not {requirement_name(line) for line in pyproject["project"]["dependencies"]} & {"sglang", "torch"}
         assert (info / "entry_points.txt").read_text().split() == [
+            "[console_scripts]",
+            "sglang-modelopt",
+            "=",
+            "sglang_modelopt_ext.cli.main:main",
             "[sglang.srt.plugins]",
             "modelopt_ext",
             "=",

@@ -30,7 +30,7 @@ def test_nothing_held_out_is_calibrated_on(demo: ModuleType, tmp_path: Path) -> 
     heldout = demo.read_heldout(demo.HELDOUT)
     assert len(files) == demo.CALIBRATION_FILES
     assert len(heldout) > 5
-    assert not {file.name for file in files} & {document.path.replace("/", ".") for document in heldout}
+    assert not {file.name for file in files} & {f"{document.path.replace('/', '.')}.txt" for document in heldout}
     assert not {file.read_text(encoding="utf-8") for file in files} & {document.text for document in heldout}
 
 

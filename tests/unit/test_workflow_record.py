@@ -13,11 +13,9 @@ from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow import modelopt_cpu
-from sglang_modelopt_ext.workflow.quantize import quantize
+from sglang_modelopt_ext.workflow.quantize import Options, quantize
 from tests.support import edits
 from tests.support.models import TinyModel, model_dir
-
-TEXT = ["def add(a, b):\n    return a + b\n" * 40]
 
 
 @pytest.mark.parametrize(("recipe", "rounds"), [("MXFP4_DEFAULT", True), ("MXFP4_MLP_WEIGHT_ONLY", False)])
@@ -25,9 +23,10 @@ def test_our_own_mxfp4_exports_say_whether_they_round_activations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str, rounds: bool
 ) -> None:
     folder = tmp_path / "export"
-    quantize(model_dir(TinyModel()), recipe, folder, TEXT, window=32, max_windows=2, progress=False)
+    quantize(str(model_dir(TinyModel())), folder, Options(recipe), progress=False)
     own = json.loads((folder / edits.QUANT_CONFIG).read_text())[OWN_KEY]
     assert own["recipe"] == recipe
+    assert own["calibration"] is None, "nothing is run for a recipe whose scales are all dynamic"
     assert own["rounds_activations"] is rounds
     assert own["simulation"] == ("cuda" if torch.cuda.is_available() else "cpu")
     schemes = {linear.scheme.activation for linear in read_checkpoint(folder).linears.values()}

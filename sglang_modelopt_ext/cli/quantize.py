@@ -1,0 +1,185 @@
+"""``sglang-modelopt quantize``: from a bf16 model to a checkpoint that has been read back and found valid."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from sglang_modelopt_ext.cli.command import Command, Result
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow import calibration
+from sglang_modelopt_ext.workflow.listing import KVRow, RecipeRow, format_recipes, list_kv_caches, list_recipes
+from sglang_modelopt_ext.workflow.quantize import Options, quantize
+from sglang_modelopt_ext.workflow.recipes import ALGORITHMS, NONE, Changes
+from sglang_modelopt_ext.workflow.record import Record, Selection
+
+
+class QuantizeResult(Result, frozen=True, kw_only=True, tag="quantized"):
+    """A checkpoint that was made.
+
+    Attributes:
+        folder: where it is.
+        quant_algo: what it declares; None where only the KV cache is quantized.
+        linears: how many linear layers are quantized.
+        bits_per_weight: stored bits for each of their weights, scales included.
+        size: bytes of its weights.
+        layerwise: whether it was calibrated layer by layer.
+        resumed_from: decoder layers that an earlier, interrupted run had done.
+        record: everything that is recorded in the checkpoint.
+    """
+
+    folder: str
+    quant_algo: str | None
+    linears: int
+    bits_per_weight: float | None
+    size: int
+    layerwise: bool
+    resumed_from: int
+    record: Record
+
+    def text(self) -> str:
+        """One line."""
+        parts = [f"{self.quant_algo}, {self.linears} linear layers"] if self.quant_algo else []
+        if self.bits_per_weight is not None:
+            parts.append(f"{self.bits_per_weight:.2f} bits per weight")
+        if self.record.kv_cache_recipe:
+            parts.append(f"KV cache {self.record.kv_cache_recipe}")
+        if self.resumed_from:
+            parts.append(f"resumed after {self.resumed_from} layers")
+        return f"{self.folder}: {', '.join([*parts, f'{self.size / 1e6:.1f} MB'])}"
+
+
+class RecipeList(Result, frozen=True, kw_only=True, tag="recipes"):
+    """What ``--list`` shows.
+
+    Attributes:
+        recipes: for layers.
+        kv_caches: for the KV cache.
+    """
+
+    recipes: list[RecipeRow]
+    kv_caches: list[KVRow]
+
+    def text(self) -> str:
+        """Two tables."""
+        return format_recipes(self.recipes, self.kv_caches)
+
+
+class OtherProcess(Result, frozen=True, kw_only=True, tag="other process"):
+    """What a process that only helped to calibrate has to say."""
+
+    rank: int
+
+    def text(self) -> str:
+        """One line."""
+        return f"process {self.rank}: done; the first process wrote the checkpoint"
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that say what to make of a model; ``serve`` has them too."""
+    recipe = parser.add_argument_group("what to make")
+    recipe.add_argument(
+        "--recipe", help="name of a ModelOpt configuration, preset or recipe, or a recipe file (see --list)"
+    )
+    recipe.add_argument(
+        "--kv", help=f"recipe of the KV cache, such as fp8 or nvfp4_rotate; {NONE} for none (see --list)"
+    )
+    recipe.add_argument(
+        "--calibration-algorithm", metavar="NAME", help=f"instead of the recipe's: {', '.join(ALGORITHMS)}"
+    )
+    recipe.add_argument("--alpha", type=float, help="of SmoothQuant, 0 to 1: how much moves into the weights")
+    recipe.add_argument("--mlp-only", action="store_true", help="quantize the linear layers of the MLPs only")
+    recipe.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave these layers unquantized; may be repeated",
+    )
+    recipe.add_argument(
+        "--override",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a field of the recipe, such as algorithm.alpha_step=0.05; may be repeated",
+    )
+    data = parser.add_argument_group("calibration")
+    data.add_argument(
+        "--data", nargs="+", default=[], help=f"{', '.join(calibration.SUFFIXES)} files, or names of data sets"
+    )
+    data.add_argument(
+        "--samples",
+        type=int,
+        help=f"windows of data to run (default: {calibration.SAMPLES}, or all if there are fewer)",
+    )
+    data.add_argument(
+        "--sequence-length",
+        type=int,
+        default=calibration.SEQUENCE_LENGTH,
+        help="tokens in a window (default: %(default)s)",
+    )
+    data.add_argument(
+        "--batch-size", type=int, default=calibration.BATCH_SIZE, help="windows at a time (default: %(default)s)"
+    )
+    data.add_argument("--seed", type=int, default=calibration.SEED, help="chooses other windows (default: %(default)s)")
+    data.add_argument("--device", help="cpu, cuda, or auto for all GPUs (default: cuda where there is a GPU)")
+    data.add_argument(
+        "--no-layerwise",
+        action="store_true",
+        help="calibrate the whole model at once, and keep no progress to resume from",
+    )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def options(args: argparse.Namespace) -> Options:
+    """What the arguments of :func:`add_recipe_arguments` say. Raises ModelOptExtError where they say nothing."""
+    if args.recipe is None and args.kv in (None, NONE):
+        raise ModelOptExtError.at("command line", "--recipe", "a recipe, or a KV cache's with --kv", "neither")
+    return Options(
+        recipe=args.recipe or NONE,
+        changes=Changes(args.kv, args.calibration_algorithm, args.alpha, tuple(args.override)),
+        selection=Selection(mlp_only=args.mlp_only, exclude=tuple(args.exclude)),
+        data=tuple(args.data),
+        samples=args.samples,
+        sequence_length=args.sequence_length,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+        layerwise=not args.no_layerwise,
+    )
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="folder or Hugging Face name of the unquantized model")
+    parser.add_argument("--list", action="store_true", help="show the recipes and end")
+    add_recipe_arguments(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--output", "--export-dir", type=Path, help="folder to make")
+    output.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --output")
+
+
+def _run(args: argparse.Namespace) -> Result:
+    if args.list:
+        return RecipeList(recipes=list_recipes(), kv_caches=list_kv_caches())
+    for name, value in (("MODEL", args.model), ("--output", args.output)):
+        if value is None:
+            raise ModelOptExtError.at("command line", name, "a value", "none")
+    done = quantize(args.model, args.output, options(args), overwrite=args.overwrite)
+    if done is None:
+        return OtherProcess(rank=int(os.environ["RANK"]))
+    exported = done.exported
+    return QuantizeResult(
+        folder=str(exported.folder),
+        quant_algo=exported.checkpoint.config.algo,
+        linears=len(exported.checkpoint.linears),
+        bits_per_weight=exported.record.bits_per_weight,
+        size=exported.size,
+        layerwise=done.outcome.layerwise,
+        resumed_from=done.outcome.resumed_from,
+        record=exported.record,
+    )
+
+
+COMMAND = Command("quantize", "Quantize a model with NVIDIA ModelOpt.", _add_arguments, _run, QuantizeResult)

@@ -1,0 +1,68 @@
+"""Digests of files and folders by content, remembered for as long as a file does not change."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+
+_BLOCK = 1 << 22
+_MEMORY = "digests.json"
+
+
+def folder_digest(folder: Path, patterns: Iterable[str], memory: Path | None = None) -> str:
+    """sha256 over the names and contents of a folder's files that match the patterns.
+
+    Args:
+        folder: the folder; files below it in other folders do not count.
+        patterns: of file names.
+        memory: a folder where the digests of large files are kept, by path, size and time of change; None to read them all.
+
+    Raises:
+        ModelOptExtError: a file that cannot be read.
+    """
+    files = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    known = _recall(memory)
+    digests = {}
+    for file in files:
+        real, status = file.resolve(), file.stat()
+        key = f"{real}:{status.st_size}:{status.st_mtime_ns}:{status.st_ino}"
+        if key not in known:
+            try:
+                known[key] = file_digest(file)
+            except OSError as error:
+                raise ModelOptExtError.at(file, "file", "a readable one", error) from error
+        digests[file.name] = known[key]
+    _remember(memory, known)
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def file_digest(file: Path) -> str:
+    """sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _recall(memory: Path | None) -> dict[str, str]:
+    known: dict[str, str] = {}
+    if memory is not None:
+        with contextlib.suppress(OSError, ValueError):
+            known = dict(json.loads((memory / _MEMORY).read_text(encoding="utf-8")))
+    return known
+
+
+def _remember(memory: Path | None, known: dict[str, str]) -> None:
+    if memory is None:
+        return
+    memory.mkdir(parents=True, exist_ok=True)
+    temporary = memory / f"{_MEMORY}.{os.getpid()}"
+    temporary.write_text(json.dumps(known), encoding="utf-8")
+    temporary.replace(memory / _MEMORY)

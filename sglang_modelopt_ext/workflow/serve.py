@@ -1,0 +1,114 @@
+"""One command from an unquantized model to a running server: quantized once, kept by content, served by the stock server."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.digest import file_digest, folder_digest
+from sglang_modelopt_ext.workflow.export import check_folder
+from sglang_modelopt_ext.workflow.quantize import Options, quantize
+from sglang_modelopt_ext.workflow.record import package_versions
+from sglang_modelopt_ext.workflow.server import cpu_arguments, cpu_environment
+from sglang_modelopt_ext.workflow.source import CODE_FILES, HUB_FILES, default_device, find_model
+
+DEFAULT_CACHE = Path("~/.cache/sglang-modelopt")
+_OWN = ("--model-path", "--model", "--quantization", "--kv-cache-dtype", "--load-format")
+"""Arguments of the server that the checkpoint decides."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A server that can be started.
+
+    Attributes:
+        folder: the checkpoint.
+        cached: whether it was there already.
+        command: of the server.
+        environment: variables it needs beside those that are set.
+    """
+
+    folder: Path
+    cached: bool
+    command: tuple[str, ...]
+    environment: dict[str, str]
+
+    def run(self) -> None:
+        """Becomes the server: the exit code of this process is the server's."""
+        os.execve(self.command[0], self.command, {**os.environ, **self.environment})
+
+
+def prepare(
+    model: str, options: Options, cache: Path, arguments: Sequence[str] = (), *, progress: bool = True
+) -> Launch:
+    """Quantizes a model, unless that was done before, and says how the result is served.
+
+    Args:
+        model: folder or Hugging Face name of the unquantized model.
+        options: what to make of it.
+        cache: where checkpoints are kept.
+        arguments: further arguments of ``python -m sglang.launch_server``.
+        progress: show progress on standard error.
+
+    Raises:
+        ModelOptExtError: bad input of any kind.
+    """
+    for argument in arguments:
+        if argument.partition("=")[0] in _OWN:
+            raise ModelOptExtError.at("command line", argument, "arguments the checkpoint does not decide", argument)
+    cache = cache.expanduser()
+    source = find_model(model, options.trust_remote_code)
+    folder = cache / f"{source.resolve().name}-{Path(options.recipe).stem}-{cache_key(source, options, cache)[:16]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        cached = folder.is_dir()
+        if cached:
+            check_folder(folder)
+        else:
+            quantize(model, folder, options, progress=progress)
+    return Launch(folder, cached, *server_command(folder, arguments, options.trust_remote_code))
+
+
+def cache_key(source: Path, options: Options, cache: Path) -> str:
+    """sha256 over the content of the model and of the calibration files, the options, and the packages' versions."""
+    data = [file_digest(Path(name)) if Path(name).is_file() else name for name in options.data]
+    code = CODE_FILES if options.trust_remote_code else ()
+    parts = (
+        folder_digest(source, (*HUB_FILES, *code), cache),
+        options,
+        options.device or default_device(),
+        data,
+        package_versions(),
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def server_command(
+    folder: Path, arguments: Sequence[str], trust_remote_code: bool = False
+) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The command of the stock server for a checkpoint, and the variables it needs. Both caches and layers are detected."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder)]
+    command += ["--trust-remote-code"] if trust_remote_code else []
+    on_cpu = not torch.cuda.is_available()
+    if on_cpu:
+        given = {argument.partition("=")[0] for argument in arguments}
+        for name, value in cpu_arguments().items():
+            command += [name, value] if name not in given else []
+    return (*command, *arguments), (cpu_environment() if on_cpu else {})
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time makes a checkpoint; the others wait for it."""
+    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
