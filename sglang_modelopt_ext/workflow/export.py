@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,7 @@ def export_checkpoint(
     *,
     overwrite: bool = False,
     quality: dict[str, float] | None = None,
+    finish: Callable[[Path, Checkpoint, Record], Record] | None = None,
     progress: bool = True,
 ) -> Exported:
     """Exports a model with ModelOpt's quantizers in it, calibrated, to ``output``.
@@ -114,6 +115,7 @@ def export_checkpoint(
         origin: how the model came to be.
         overwrite: replace the checkpoint that is in ``output``.
         quality: measured figures for the record and the card.
+        finish: given the temporary folder, the checkpoint in it and its record; may add files, returns the record to write.
         progress: show progress on standard error.
 
     Raises:
@@ -143,6 +145,8 @@ def export_checkpoint(
                 quality=quality or {},
                 **{field: getattr(origin, field) for field in Origin.__struct_fields__},
             )
+            if finish is not None:
+                record = finish(scratch, checkpoint, record)
             write_record(scratch, record)
             size = sum(file.stat().st_size for file in scratch.glob("*.safetensors"))
             (scratch / CARD_NAME).write_text(render_card(output, record, size), encoding="utf-8")

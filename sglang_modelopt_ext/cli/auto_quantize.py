@@ -1,0 +1,205 @@
+"""``sglang-modelopt auto-quantize``: a format for every layer."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sglang_modelopt_ext.cli.command import Command, Result
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.autoquant.solve import METHODS
+from sglang_modelopt_ext.workflow.autoquant.state import FILE_NAME, UNQUANTIZED, Report
+from sglang_modelopt_ext.workflow.autoquant.state import Result as Solved
+
+GPUS = ("sm80", "sm89", "sm90", "sm100", "sm103", "sm120", "cpu")
+_FIXED = (
+    "formats",
+    "method",
+    "gpu",
+    "lm_head",
+    "exclude",
+    "loss_scale",
+    "samples",
+    "sequence_length",
+    "seed",
+    "score_samples",
+)
+
+
+class AutoQuantized(Result, frozen=True, kw_only=True):
+    """What a search chose.
+
+    Attributes:
+        output: the folder that was made, None where nothing was written.
+        report: what ``autoquant.json`` holds.
+    """
+
+    output: str | None
+    report: Report
+
+    def text(self) -> str:
+        """The choice of every layer, then a line for each target."""
+        state, results = self.report.state, self.report.results
+        lm_head = "counted, unquantized" if state.lm_head == "counted" else "unquantized and not counted"
+        lines = [
+            *_layers(self.report),
+            "",
+            *_table(
+                [
+                    ("format", "bits", f"served on {state.gpu} by", "as"),
+                    *((_short(row.name), f"{row.bits:g}", row.served_by[0], row.served_as) for row in state.formats),
+                ]
+            ),
+            "",
+            *_table([("target", "bits", "stored", "quantized", "perplexity", "checkpoint"), *map(self._row, results)]),
+            "",
+            f"bits:       for each weight of {sum(len(group.layers) for group in state.groups)} linear layers by cost,"
+            f" every scale included; lm_head {lm_head}",
+            "stored:     the same, measured from the bytes of the checkpoint; quantized: of its quantized layers only",
+        ]
+        if (held_out := self.report.held_out) is not None:
+            lines.append(
+                f"perplexity: of ModelOpt's fake-quantized model on {held_out.tokens} held-out tokens;"
+                f" unquantized {self.report.unquantized_perplexity:.4f}"
+            )
+        if self.output is not None:
+            lines.append(f"written:    {Path(self.output) / FILE_NAME} and pictures beside it")
+        return "\n".join(lines)
+
+    def _row(self, result: Solved) -> tuple[str, ...]:
+        measured = result.measured
+        folder = "-" if measured.folder is None or self.output is None else str(Path(self.output) / measured.folder)
+        figures = (measured.stored_bits, measured.quantized_bits, measured.perplexity)
+        cells = ("-" if value is None else f"{value:.4f}" for value in figures)
+        return f"{result.choice.target:g}", f"{result.choice.bits:.4f}", *cells, folder
+
+
+def _layers(report: Report) -> list[str]:
+    header = ("layers", "score by format", *(f"target {result.choice.target:g}" for result in report.results))
+    rows = [header]
+    for group in report.state.groups:
+        scores = [f"{_short(name)} {c.score:.3g}" for name, c in group.candidates.items() if name != UNQUANTIZED]
+        first, *others = (layer.name for layer in group.layers)
+        names = "+".join([first, *(name.rpartition(".")[2] for name in others)])
+        chosen = (_short(result.choice.formats[group.name]) for result in report.results)
+        rows.append((names, ", ".join(scores) or "left unquantized", *chosen))
+    return _table(rows)
+
+
+def _short(name: str) -> str:
+    return "unquantized" if name == UNQUANTIZED else name.removesuffix("_CFG")
+
+
+def _table(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Its arguments."""
+    parser.add_argument("model", nargs="?", help="folder of the unquantized model, or its name on the Hugging Face Hub")
+    parser.add_argument(
+        "--bits", "--target-bits", dest="targets", type=float, nargs="+", required=True, metavar="F",
+        help="bits for each weight, scales included; several for several checkpoints",
+    )  # fmt: skip
+    parser.add_argument("--output", "--export-dir", type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument("--formats", metavar="A,B", help="candidates, such as W4A8_NVFP4_FP8,FP8,NVFP4_AWQ")
+    parser.add_argument(
+        "--data", nargs="+", metavar="F", help="text to calibrate on: .txt, .jsonl, .parquet or a data set"
+    )
+    parser.add_argument("--held-out", nargs="+", metavar="F", help="text to measure on (default: a fifth of --data)")
+    parser.add_argument("--method", choices=METHODS, help="how sensitivity is scored (default: gradient)")
+    parser.add_argument("--gpu", choices=GPUS, help="where the result is to be served (default: this machine)")
+    parser.add_argument(
+        "--lm-head", choices=("excluded", "counted"),
+        help="whether the lm_head, which stays unquantized, counts in the bits (default: excluded)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exclude", action="append", metavar="PATTERN",
+        help="leave these layers unquantized; their bits count; may be repeated",
+    )  # fmt: skip
+    parser.add_argument(
+        "--from-state", type=Path, metavar="FILE", help=f"choose from the {FILE_NAME} of an earlier run"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on with the interrupted search for this --output")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an older result, or drop an interrupted search"
+    )
+    parser.add_argument("--no-export", action="store_true", help="choose, measure and draw, but write no checkpoint")
+    parser.add_argument("--samples", type=int, help="windows to calibrate on (default: 128)")
+    parser.add_argument("--score-samples", type=int, help="windows of them to score (default: 32)")
+    parser.add_argument("--sequence-length", type=int, help="text tokens in a window (default: 512)")
+    parser.add_argument("--seed", type=int, help="which windows are taken from longer data (default: 0)")
+    parser.add_argument("--loss-scale", type=float, help="for the gradients (default: found on the first window)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda where there is a GPU)")
+
+
+def run(args: argparse.Namespace) -> AutoQuantized:
+    """Searches, or chooses anew from a state. Raises ModelOptExtError for bad input."""
+    _check(args)
+    from sglang_modelopt_ext.workflow.autoquant.run import Request, Texts, export_again, search, solve_again
+
+    if args.from_state is not None and args.output is None:
+        return AutoQuantized(output=None, report=solve_again(args.from_state, args.targets))
+    texts = {name: getattr(args, name) for name in ("samples", "score_samples", "sequence_length", "seed")}
+    request = Request(
+        model=args.model,
+        targets=tuple(args.targets),
+        output=args.output,
+        formats=tuple(name.strip() for name in (args.formats or "").split(",") if name.strip()),
+        texts=Texts(
+            data=tuple(args.data or ()),
+            held_out=tuple(args.held_out or ()),
+            **{name: value for name, value in texts.items() if value is not None},
+        ),
+        method=args.method or "gradient",
+        gpu=args.gpu,
+        lm_head=args.lm_head or "excluded",
+        excluded=tuple(args.exclude or ()),
+        loss_scale=args.loss_scale,
+        device=args.device,
+        export=not args.no_export,
+        resume=args.resume,
+        overwrite=args.overwrite,
+    )
+    report = search(request) if args.from_state is None else export_again(args.from_state, request)
+    return AutoQuantized(output=str(args.output), report=report)
+
+
+def _check(args: argparse.Namespace) -> None:
+    for target in args.targets:
+        if not target > 0:
+            raise ModelOptExtError.at("--bits", f"{target:g}", "a positive number", f"{target:g}")
+    if len(set(args.targets)) != len(args.targets):
+        raise ModelOptExtError.at("--bits", "targets", "each of them once", args.targets)
+    if args.loss_scale is not None and not 0 < args.loss_scale < float("inf"):
+        raise ModelOptExtError.at("--loss-scale", "value", "a positive number", args.loss_scale)
+    if args.score_samples is not None and args.score_samples < 1:
+        raise ModelOptExtError.at("--score-samples", "value", "1 or more", args.score_samples)
+    if args.from_state is None:
+        needed = {"MODEL": args.model, "--output": args.output, "--formats": args.formats, "--data": args.data}
+        for name, value in needed.items():
+            if not value:
+                raise ModelOptExtError.at("command line", name, "a value: only --from-state does without", "none")
+        return
+    for name in _FIXED:
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ModelOptExtError.at(
+                "command line", flag, "no such flag beside --from-state, which has its own", "one"
+            )
+    if args.resume:
+        raise ModelOptExtError.at("command line", "--resume", "no such flag beside --from-state", "one")
+    if args.output is not None and args.model is None:
+        raise ModelOptExtError.at("command line", "MODEL", "the model, which --output needs", "none")
+    if args.output is None and (args.model or args.data or args.held_out or args.no_export):
+        raise ModelOptExtError.at("command line", "--output", "a folder, for measuring or exporting the choice", "none")
+
+
+COMMAND = Command(
+    name="auto-quantize",
+    help="choose a format for every layer within a number of bits, and quantize the model so",
+    add_arguments=add_arguments,
+    run=run,
+    result=AutoQuantized,
+)

@@ -1,0 +1,193 @@
+"""The formats a search may choose from: what each is called, what it stores, and what serves it.
+
+Nothing is listed here: a format is tried on a small linear layer with ModelOpt itself, and what ModelOpt then says of that
+layer is looked up in the scheme table.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+import math
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang_modelopt_ext.dispatch import candidates, served_scheme
+from sglang_modelopt_ext.env import w4a8_math
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layouts.base import LinearRequest
+from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
+from sglang_modelopt_ext.workflow.autoquant.state import Layer
+from sglang_modelopt_ext.workflow.source import import_modelopt
+
+GPUS: dict[str, int | None] = {
+    "sm80": 80,
+    "sm89": 89,
+    "sm90": 90,
+    "sm100": 100,
+    "sm103": 103,
+    "sm120": 120,
+    "cpu": None,
+}
+"""Targets and their compute capability times ten."""
+
+_SUFFIXES = ("", "_CFG", "_CONFIG", "_DEFAULT_CFG", "_LITE_CFG", "_BETA_CFG")
+_PROBE_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A format that was tried.
+
+    Attributes:
+        name: ModelOpt's configuration.
+        config: that configuration, with the bits it stores as its ``effective_bits``.
+        scheme: how a layer is quantized in it.
+        algorithm: ModelOpt's calibration algorithm with its options.
+    """
+
+    name: str
+    config: dict[str, Any]
+    scheme: LayerScheme
+    algorithm: dict[str, Any]
+
+    def cost(self, layer: Layer) -> int | None:
+        """The bits it stores for ``layer``, every scale included; None when its blocks do not divide the layer."""
+        try:
+            shapes = [(spec.shape(layer.n, layer.k), spec.dtypes[0]) for spec in self.scheme.tensors]
+        except ValueError:
+            return None
+        return sum(8 * dtype.itemsize * math.prod(shape) for shape, dtype in shapes)
+
+
+def this_gpu() -> str:
+    """The target that this machine is: ``cpu`` without a GPU. Raises ModelOptExtError for a GPU that is none of :data:`GPUS`."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    major, minor = torch.cuda.get_device_capability()
+    name = f"sm{major}{minor}"
+    if name not in GPUS:
+        raise ModelOptExtError.at("--gpu", "default", f"this machine's GPU to be one of {', '.join(GPUS)}", name)
+    return name
+
+
+def find_formats(names: Sequence[str], device: str) -> list[Candidate]:
+    """The formats of these names, tried.
+
+    A name is that of a ModelOpt configuration, with or without its ``_CFG``, ``_DEFAULT_CFG`` and the like; or of the algorithm
+    it exports, such as ``NVFP4_AWQ``. Case does not matter.
+
+    Raises:
+        ModelOptExtError: no ModelOpt, an unknown name (with the nearest ones), a name given twice, or a format that a search
+            over layers cannot use.
+    """
+    mtq = import_modelopt()
+    choices = sorted(mtq.config.choices)
+    found: dict[str, Candidate] = {}
+    for name in names:
+        full = next((name.upper() + suffix for suffix in _SUFFIXES if name.upper() + suffix in choices), None)
+        if full is None:
+            short = {_short(choice): choice for choice in choices}
+            near = difflib.get_close_matches(name.upper(), [*short, *choices], n=3, cutoff=0.4)
+            raise ModelOptExtError.at("--formats", name, f"a ModelOpt format, such as {', '.join(near or short)}", name)
+        if full in found:
+            raise ModelOptExtError.at("--formats", name, "every format once", f"{full} twice")
+        found[full] = _try(full, getattr(mtq, full), device)
+    return list(found.values())
+
+
+def _short(choice: str) -> str:
+    for suffix in _SUFFIXES[:0:-1]:
+        choice = choice.removesuffix(suffix)
+    return choice
+
+
+def _try(name: str, config: dict[str, Any], device: str) -> Candidate:
+    from modelopt.torch.quantization.config import QuantizeConfig
+    from modelopt.torch.quantization.model_quant import _AUTO_QUANTIZE_SUPPORTED_ALGORITHMS as ALLOWED
+
+    algorithm = config.get("algorithm")
+    method = algorithm.get("method") if isinstance(algorithm, dict) else algorithm
+    if method not in ALLOWED:
+        raise ModelOptExtError.at(
+            "--formats", name, "a calibration that ModelOpt's auto_quantize allows", f"{method}; quantize with it alone"
+        )
+    attention = [entry["quantizer_name"] for entry in config["quant_cfg"] if "bmm" in entry["quantizer_name"]]
+    if any(entry.get("enable", True) for entry in config["quant_cfg"] if entry["quantizer_name"] in attention):
+        raise ModelOptExtError.at("--formats", name, "a format of linear layers", "one that quantizes attention too")
+    try:
+        algo, block, smoothing = _quantize_one_layer(QuantizeConfig(**copy.deepcopy(config)), device)
+    except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+        raise ModelOptExtError.at(
+            "--formats", name, "a format ModelOpt can simulate and export", f"{type(error).__name__}: {error}"
+        ) from error
+    if algo is None:
+        expected = "a format for any linear layer"
+        raise ModelOptExtError.at("--formats", name, expected, "one that picks layers by name or quantizes none")
+    row = find_scheme(algo, f"--formats: {name}")
+    weight = row.weight_format(block if any(row.group_sizes) else None, "--formats", name)
+    stored_blocks = {dim.per for spec in weight.tensors[1:] for dim in spec.dims if dim.per > 1}
+    if stored_blocks != ({block} if block else set()):
+        expected = f"blocks of {' or '.join(map(str, stored_blocks)) or 'no size'}, as {algo} is served"
+        raise ModelOptExtError.at("--formats", name, expected, block or "none")
+    scheme = LayerScheme(row.algo, weight, row.activation_format(), smoothing)
+    costed = {**copy.deepcopy(config), "effective_bits": weight.bits_per_weight()}
+    steps = dict(algorithm) if isinstance(algorithm, dict) else {"method": algorithm or "none"}
+    return Candidate(name, costed, scheme, steps)
+
+
+def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, bool]:
+    """ModelOpt's algorithm for a linear layer quantized like that (None: it is not), its block size, whether it is smoothed."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export.quant_utils import (
+        get_quantization_format,
+        get_weight_block_size,
+        process_layer_quant_config,
+    )
+    from modelopt.torch.quantization.conversion import set_quantizer_by_cfg
+    from modelopt.torch.quantization.model_quant import calibrate
+
+    with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(_PROBE_SIZE, _PROBE_SIZE, bias=False, dtype=torch.bfloat16))
+        model.to(device)
+        x = torch.randn(16, _PROBE_SIZE, dtype=torch.bfloat16).to(device)
+        mtq.quantize(model, {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None})
+        # As auto_quantize does it: the patterns see the names of a single layer's quantizers.
+        set_quantizer_by_cfg(model[0], config.quant_cfg)
+        calibrate(model, algorithm=config.algorithm, forward_loop=lambda model: model(x))
+    block = int(get_weight_block_size(model[0]))
+    kind = get_quantization_format(model[0])
+    described = process_layer_quant_config({"layer.quantization": kind, "layer.awq_block_size": block})
+    smoothing = getattr(model[0].input_quantizer, "_pre_quant_scale", None) is not None
+    return described["quant_algo"] if kind is not None else None, block, smoothing
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """ModelOpt prints to standard output, which belongs to the result: inside, that goes to standard error."""
+    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Received custom quantization formats")
+        yield
+
+
+def serving(candidate: Candidate, layer: Layer, gpu: str, dtype: torch.dtype) -> tuple[list[str], str]:
+    """The kernels that serve ``layer`` in that format on ``gpu``, best first, and what they compute.
+
+    Raises:
+        ModelOptExtError: none does; with the reason of each.
+    """
+    capability = GPUS[gpu]
+    device = "cpu" if capability is None else "cuda"
+    scheme = served_scheme(candidate.scheme, device, capability)
+    math_ = w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
+    request = LinearRequest(scheme, device, capability, layer.n, layer.k, math_, dtype)
+    layouts = candidates(request, f"--formats: {candidate.name} on {gpu}, {layer.name}")
+    return [layout.name for layout in layouts], scheme.describe()

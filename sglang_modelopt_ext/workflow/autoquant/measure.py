@@ -1,0 +1,125 @@
+"""Text a search is run on and measured on, and what is measured of its choices."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+from tqdm import tqdm
+
+from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
+from sglang_modelopt_ext.checkpoint.reader import Checkpoint
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.autoquant.state import State
+from sglang_modelopt_ext.workflow.calibration import SAMPLES, CalibrationData, load_calibration, tokens_digest
+from sglang_modelopt_ext.workflow.text import spread
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SCORE_SAMPLES, HELD_OUT_SAMPLES = 32, 32
+"""Windows that are scored, and that perplexity is measured on, where the user says nothing."""
+
+_EVERY = 5  # without a text of its own, every fifth window is held out
+
+
+def load_texts(
+    data: Sequence[str],
+    held_out: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    samples: int | None,
+    sequence_length: int,
+    seed: int,
+    progress: bool = True,
+) -> tuple[CalibrationData, CalibrationData]:
+    """The windows to calibrate on and those to measure on, which have none in common.
+
+    Args:
+        data: files or data sets to calibrate on.
+        held_out: those to measure on; empty to keep every fifth window of ``data`` for it.
+        tokenizer: of the model.
+        samples: windows to calibrate on, None for as many as there are up to the default of ``quantize``.
+        sequence_length: text tokens in a window.
+        seed: which windows are taken from longer data.
+        progress: show progress on standard error.
+
+    Raises:
+        ModelOptExtError: text that cannot be read or is too short.
+    """
+    common: dict[str, Any] = {"sequence_length": sequence_length, "seed": seed, "progress": progress}
+    if held_out:
+        measured = load_calibration(held_out, tokenizer, **common)
+        windows = spread(measured.windows, HELD_OUT_SAMPLES)
+        return load_calibration(data, tokenizer, samples=samples, **common), part(measured, windows)
+    wanted = SAMPLES if samples is None else samples
+    both = load_calibration(data, tokenizer, samples=_with_held_out(samples), **common)
+    both = part(both, spread(both.windows, _with_held_out(wanted) or wanted))
+    kept = [window for index, window in enumerate(both.windows) if index % _EVERY == _EVERY - 1]
+    rest = [window for index, window in enumerate(both.windows) if index % _EVERY != _EVERY - 1]
+    if not kept:
+        raise ModelOptExtError.at(
+            "--data",
+            ", ".join(data),
+            f"{_EVERY} windows of {sequence_length} tokens, to hold one out (or --held-out, or a shorter --sequence-length)",
+            len(both.windows),
+        )
+    return part(both, rest), part(both, spread(kept, HELD_OUT_SAMPLES))
+
+
+def _with_held_out(samples: int | None) -> int | None:
+    return None if samples is None else samples + -(-samples // (_EVERY - 1))
+
+
+def part(data: CalibrationData, windows: Sequence[Sequence[int]]) -> CalibrationData:
+    """Some of the windows, as data of their own."""
+    record = msgspec.structs.replace(
+        data.record, samples=len(windows), tokens=sum(map(len, windows)), sha256=tokens_digest(windows)
+    )
+    return CalibrationData(tuple(tuple(window) for window in windows), record)
+
+
+@torch.inference_mode()
+def perplexity(model: Any, batches: Sequence[torch.Tensor], device: str, *, label: str, progress: bool = True) -> float:
+    """``exp`` of the mean negative log probability of every token but the first of each window; sums in float64."""
+    total, count = 0.0, 0
+    for batch in tqdm(batches, desc=label, unit="window", dynamic_ncols=True, disable=not progress):
+        ids = batch.to(device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float().flatten(0, 1)
+        losses = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        total += float(losses.double().sum())
+        count += losses.numel()
+    value = math.exp(total / count) if total / count < 700 else math.inf
+    if not math.isfinite(value):
+        raise ModelOptExtError.at("held-out text", label, "a finite perplexity", value)
+    return value
+
+
+def stored_bits(checkpoint: Checkpoint, state: State) -> float:
+    """Stored bits for each weight that counts, scales included, measured from the checkpoint's tensors."""
+    stored = 0
+    for layer in (layer for group in state.groups for layer in group.layers):
+        linear = checkpoint.linears.get(canonical_name(layer.name))
+        plain = checkpoint.tensors.get(f"{layer.name}.weight")
+        if linear is not None:
+            stored += 8 * sum(tensor.num_bytes for name, tensor in linear.stored.items() if name != "bias")
+        elif plain is not None:
+            stored += 8 * plain.num_bytes
+        else:  # an lm_head tied to the embedding is stored as that
+            stored += layer.n * layer.k * state.unquantized_bits
+    return stored / state.weights
+
+
+def check_choice(checkpoint: Checkpoint, state: State, formats: dict[str, str]) -> None:
+    """Raises ModelOptExtError unless every layer of the checkpoint has the algorithm that was chosen for it."""
+    algos = {row.name: row.algo for row in state.formats}
+    for group in state.groups:
+        expected = algos.get(formats[group.name], "no quantization")
+        for layer in group.layers:
+            linear = checkpoint.linears.get(canonical_name(layer.name))
+            got = "no quantization" if linear is None else linear.scheme.algo
+            if got != expected:
+                raise ModelOptExtError.at(checkpoint.folder, layer.name, f"{expected}, as chosen", got)

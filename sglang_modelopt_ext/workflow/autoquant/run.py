@@ -1,0 +1,420 @@
+"""``auto-quantize`` from beginning to end: plan, search, choose, measure, export, report."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow import modelopt_cpu
+from sglang_modelopt_ext.workflow.autoquant import formats as candidate_formats
+from sglang_modelopt_ext.workflow.autoquant.layers import model_digest, plan_groups, read_linears
+from sglang_modelopt_ext.workflow.autoquant.measure import (
+    SCORE_SAMPLES,
+    check_choice,
+    load_texts,
+    part,
+    perplexity,
+    stored_bits,
+)
+from sglang_modelopt_ext.workflow.autoquant.pictures import draw, matplotlib_figure
+from sglang_modelopt_ext.workflow.autoquant.search import Scoring, Search, group_scores
+from sglang_modelopt_ext.workflow.autoquant.solve import Method
+from sglang_modelopt_ext.workflow.autoquant.state import (
+    FILE_NAME,
+    UNQUANTIZED,
+    Choice,
+    LmHead,
+    Measured,
+    Report,
+    Result,
+    State,
+    check_target,
+    choose,
+    read_report,
+    write_json,
+)
+from sglang_modelopt_ext.workflow.autoquant.work import Work, work_folder
+from sglang_modelopt_ext.workflow.calibration import SEED, SEQUENCE_LENGTH, CalibrationData
+from sglang_modelopt_ext.workflow.export import check_output, export_checkpoint, move_into_place, partial_folder
+from sglang_modelopt_ext.workflow.progress import ticking
+from sglang_modelopt_ext.workflow.record import Origin, Record, package_versions, read_record
+from sglang_modelopt_ext.workflow.source import default_device, find_model, load_model, watching_activations
+from sglang_modelopt_ext.workflow.text import load_tokenizer, spread
+
+RECIPE = "auto_quantize"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Texts:
+    """What the model is calibrated, scored and measured on; None and empty are the defaults."""
+
+    data: tuple[str, ...] = ()
+    held_out: tuple[str, ...] = ()
+    samples: int | None = None
+    score_samples: int = SCORE_SAMPLES
+    sequence_length: int = SEQUENCE_LENGTH
+    seed: int = SEED
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A search.
+
+    Attributes:
+        model: folder or name of the unquantized model.
+        targets: bits for each weight.
+        output: the folder to make. One target: the checkpoint itself; several: a folder for each of them.
+        formats: names of the candidates.
+        texts: what it is run on.
+        method: how sensitivity is scored.
+        gpu: the target, None for this machine.
+        lm_head: whether the unquantized ``lm_head`` counts.
+        excluded: patterns of layers to leave unquantized.
+        loss_scale: for the gradients, None to find one.
+        device: where to run, by default CUDA where there is a GPU.
+        export: False to choose, measure and draw only.
+        resume: go on with an interrupted search for ``output``.
+        overwrite: replace what an earlier run left in ``output``.
+        progress: show progress on standard error.
+    """
+
+    model: str
+    targets: tuple[float, ...]
+    output: Path
+    formats: tuple[str, ...]
+    texts: Texts
+    method: Method = "gradient"
+    gpu: str | None = None
+    lm_head: LmHead = "excluded"
+    excluded: tuple[str, ...] = ()
+    loss_scale: float | None = None
+    device: str | None = None
+    export: bool = True
+    resume: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+
+def search(request: Request) -> Report:
+    """Searches, and does what :class:`Request` says with every target.
+
+    Raises:
+        ModelOptExtError: anything the user can put right, before the model is loaded where that is possible.
+    """
+    matplotlib_figure()
+    device = request.device or default_device()
+    folder = find_model(request.model)
+    output = request.output
+    _check_place(folder, output, request)
+    modelopt_cpu.install(device)
+    with ticking("trying the formats", request.progress):
+        formats = candidate_formats.find_formats(request.formats, device)
+        linears = read_linears(folder)
+        gpu = request.gpu or candidate_formats.this_gpu()
+        rows, groups = plan_groups(linears, formats, gpu, request.excluded, request.lm_head)
+    texts = request.texts
+    calibration, held_out = load_texts(
+        texts.data,
+        texts.held_out,
+        load_tokenizer(folder),
+        samples=texts.samples,
+        sequence_length=texts.sequence_length,
+        seed=texts.seed,
+        progress=request.progress,
+    )
+    scored = part(calibration, spread(calibration.windows, texts.score_samples))
+    plan = State(
+        model=request.model,
+        model_sha256=model_digest(folder),
+        method=request.method,
+        loss_scale=request.loss_scale or 0.0,
+        calibration=calibration.record,
+        scored=scored.record,
+        gpu=gpu,
+        lm_head=request.lm_head,
+        excluded=request.excluded,
+        unquantized_bits=linears.dtype.itemsize * 8,
+        simulation=modelopt_cpu.NAME if device != "cuda" else "cuda",
+        versions=package_versions(),
+        formats=rows,
+        groups=groups,
+    )
+    for target in request.targets:
+        check_target(plan, target)
+    with work_folder(output, plan, resume=request.resume, overwrite=request.overwrite) as work:
+        run = _Run(request, folder, device, formats, calibration, held_out, work, plan)
+        return run.all_targets(scored)
+
+
+def solve_again(file: Path, targets: Sequence[float]) -> Report:
+    """New targets from the state in ``file`` alone: no model, no text, seconds. Raises ModelOptExtError."""
+    state = read_report(file).state
+    nothing = Measured(folder=None, algo=None, stored_bits=None, quantized_bits=None, perplexity=None)
+    results = tuple(Result(choice=choose(state, target), measured=nothing) for target in targets)
+    return Report(state=state, results=results, held_out=None, unquantized_perplexity=None)
+
+
+def export_again(file: Path, request: Request) -> Report:
+    """New targets from the state in ``file``, measured and exported. Only calibration is run again.
+
+    ``request`` names the same model and text; of the rest, what the state records counts.
+
+    Raises:
+        ModelOptExtError: the state is of another model or of other text.
+    """
+    matplotlib_figure()
+    state = read_report(file).state
+    device = request.device or default_device()
+    folder = find_model(request.model)
+    _check_place(folder, request.output, request)
+    choices = [choose(state, target) for target in request.targets]
+    if (digest := model_digest(folder)) != state.model_sha256:
+        raise ModelOptExtError.at(
+            folder, "model", f"the one {file} was made of ({state.model_sha256[:12]})", digest[:12]
+        )
+    texts = request.texts
+    calibration, held_out = load_texts(
+        texts.data or state.calibration.data,
+        texts.held_out,
+        load_tokenizer(folder),
+        samples=state.calibration.samples,
+        sequence_length=state.calibration.sequence_length,
+        seed=state.calibration.seed,
+        progress=request.progress,
+    )
+    if calibration.record.sha256 != state.calibration.sha256:
+        expected = f"the text {file} was calibrated on (sha256 {state.calibration.sha256[:12]})"
+        raise ModelOptExtError.at(
+            "--data", ", ".join(calibration.record.data), expected, calibration.record.sha256[:12]
+        )
+    modelopt_cpu.install(device)
+    used = [row.name for row in state.formats if any(row.name in choice.formats.values() for choice in choices)]
+    with ticking("trying the formats", request.progress):
+        formats = candidate_formats.find_formats(used, device)
+    return _Run(request, folder, device, formats, calibration, held_out, None, state).all_targets(None)
+
+
+def _check_place(model: Path, output: Path, request: Request) -> None:
+    if len(request.targets) > 1 or not request.export:
+        holds = output.is_dir() and any(output.iterdir())
+        if holds and not request.overwrite and not request.resume:
+            raise ModelOptExtError.at(
+                output, "output", "an empty folder, a new one or --overwrite", "a folder with files"
+            )
+        if holds and not request.resume and not (output / FILE_NAME).is_file():
+            raise ModelOptExtError.at(
+                output, "output", "the result of an earlier search to overwrite", "something else"
+            )
+    elif not (request.resume and output.is_dir()):
+        check_output(model, output, request.overwrite)
+
+
+@dataclass
+class _Run:
+    request: Request
+    folder: Path
+    device: str
+    formats: list[candidate_formats.Candidate]
+    calibration: CalibrationData
+    held_out: CalibrationData
+    work: Work | None
+    state: State
+    unquantized: float | None = None
+    model: Any = None
+
+    def all_targets(self, scored: CalibrationData | None) -> Report:
+        request = self.request
+        self._load()
+        with watching_activations(self.model, self.folder):
+            self.unquantized = self._perplexity("perplexity, unquantized")
+        results = []
+        for target in request.targets:
+            results.append(self._one_target(target, scored))
+            self.model = None
+        report = self._report(results)
+        if not request.export:
+            with partial_folder(request.output) as scratch:
+                scratch.chmod(0o777 & ~_umask())
+                self._write(scratch, report)
+                move_into_place(scratch, request.output)
+        elif len(request.targets) > 1:
+            self._write(request.output, report)
+        return report
+
+    def _load(self) -> None:
+        if self.model is None:
+            self.model, simulation = load_model(self.folder, self.device, progress=self.request.progress)
+            assert self.work is None or simulation == self.state.simulation, "one device, one simulation"
+
+    def _perplexity(self, label: str) -> float:
+        return perplexity(self.model, self.held_out.batches(), self.device, label=label, progress=self.request.progress)
+
+    def _take_scores(self) -> None:
+        """The state with the scores in the work folder."""
+        if self.work is not None:
+            scores = group_scores(self.work.plan.groups, self.work.progress)
+            self.state = self.work.plan.with_scores(scores, self.work.progress.loss_scale)
+
+    def _one_target(self, target: float, scored: CalibrationData | None) -> Result:
+        scoring = None
+        if self.work is not None and scored is not None:
+            if self.work.progress.windows == len(scored.windows):  # of an interrupted run
+                self._take_scores()
+                if (
+                    before := _exported_before(self._folder(target), self.state, choose(self.state, target))
+                ) is not None:
+                    return before
+            scoring = Scoring(scored.batches(), self.request.loss_scale, self.work.progress, self.work.save)
+        self._load()
+        choice: Choice | None = None
+
+        def pick() -> dict[str, str]:
+            nonlocal choice
+            self._take_scores()
+            choice = choose(self.state, target)
+            return choice.formats
+
+        try:
+            Search(
+                model=self.model,
+                method=self.state.method,
+                groups=self.state.groups,
+                formats=self.formats,
+                calibration=self.calibration.batches(),
+                scoring=scoring,
+                checkpoint=self.work.checkpoint if self.work is not None else None,
+                pick=pick,
+                device=self.device,
+            ).run()
+        except (ModelOptExtError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+            raise ModelOptExtError.at(
+                self.folder, RECIPE, "ModelOpt to search over it", f"{type(error).__name__}: {error}"
+            ) from error
+        assert choice is not None, "ModelOpt asked for the choice"
+        quality = self._perplexity(f"perplexity at {target:g} bits")
+        if not self.request.export:
+            return Result(choice=choice, measured=_measured(quality))
+        return self._export(choice, quality)
+
+    def _export(self, choice: Choice, quality: float) -> Result:
+        request = self.request
+        several, output = len(request.targets) > 1, self._folder(choice.target)
+        result = Result(choice=choice, measured=_measured(quality))
+
+        def finish(scratch: Path, checkpoint: Checkpoint, record: Record) -> Record:
+            nonlocal result
+            check_choice(checkpoint, self.state, choice.formats)
+            measured = Measured(
+                folder=output.name if several else ".",
+                algo=checkpoint.config.algo,
+                stored_bits=stored_bits(checkpoint, self.state),
+                quantized_bits=bits_per_weight(checkpoint),
+                perplexity=quality,
+            )
+            result = Result(choice=choice, measured=measured)
+            if not several:
+                self._write(scratch, self._report([result]))
+            return msgspec.structs.replace(record, search=_recorded(self.state, result))
+
+        used = [candidate for candidate in self.formats if candidate.name in choice.formats.values()]
+        origin = Origin(
+            recipe=RECIPE,
+            base_model=request.model,
+            algorithm=tuple({"format": candidate.name, **candidate.algorithm} for candidate in used),
+            calibration=self.calibration.record,
+            simulation=self.state.simulation,
+            smoothed=sum(
+                len(group.layers)
+                for group in self.state.groups
+                for candidate in used
+                if candidate.scheme.smoothing and choice.formats[group.name] == candidate.name
+            ),
+            search=_recorded(self.state, result),
+        )
+        export_checkpoint(
+            self.model,
+            self.folder,
+            output,
+            origin,
+            overwrite=request.overwrite,
+            quality=self._quality(quality),
+            finish=finish,
+            progress=request.progress,
+        )
+        return result
+
+    def _folder(self, target: float) -> Path:
+        output = self.request.output
+        return output / f"{target:g}-bits" if len(self.request.targets) > 1 else output
+
+    def _quality(self, quality: float) -> dict[str, float]:
+        """For the record and the model card: both are of ModelOpt's fake-quantized model, on the same windows."""
+        figures = {"perplexity (fake-quantized, held-out text)": quality}
+        if self.unquantized is not None:
+            figures["perplexity (unquantized, held-out text)"] = self.unquantized
+        return figures
+
+    def _report(self, results: Sequence[Result]) -> Report:
+        return Report(
+            state=self.state,
+            results=tuple(results),
+            held_out=self.held_out.record,
+            unquantized_perplexity=self.unquantized,
+        )
+
+    def _write(self, folder: Path, report: Report) -> None:
+        with ticking("drawing", self.request.progress):
+            draw(folder, report)
+        write_json(folder / FILE_NAME, report)
+
+
+def _measured(quality: float) -> Measured:
+    return Measured(folder=None, algo=None, stored_bits=None, quantized_bits=None, perplexity=quality)
+
+
+def _recorded(state: State, result: Result) -> dict[str, Any]:
+    """What the checkpoint records of the search that chose its formats."""
+    return {
+        "method": state.method,
+        "target_bits": result.choice.target,
+        "chosen_bits": result.choice.bits,
+        "stored_bits": result.measured.stored_bits,
+        "lm_head": state.lm_head,
+        "excluded": list(state.excluded),
+        "loss_scale": state.loss_scale,
+        "scored": msgspec.to_builtins(state.scored),
+        "gpu": state.gpu,
+        "state_sha256": state.digest,
+        "groups": {
+            group.name: {
+                "format": result.choice.formats[group.name],
+                "scores": {name: c.score for name, c in group.candidates.items() if name != UNQUANTIZED},
+            }
+            for group in state.groups
+        },
+        "measured": msgspec.to_builtins(result.measured),
+    }
+
+
+def _exported_before(output: Path, state: State, choice: Choice) -> Result | None:
+    """What an interrupted run measured of the same choice from the same state, when its checkpoint is there."""
+    record = read_record(output) if output.is_dir() else None
+    found = record.search if record is not None else None
+    if found is None or found.get("state_sha256") != state.digest or found.get("target_bits") != choice.target:
+        return None
+    return Result(choice=choice, measured=msgspec.convert(found["measured"], Measured))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

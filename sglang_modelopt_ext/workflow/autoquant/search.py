@@ -1,0 +1,366 @@
+"""Drives ModelOpt's ``mtq.auto_quantize``: its calibration, its scores, its choice of quantizers.
+
+Four methods of ModelOpt 0.47's searchers are extended, by subclasses that stand in for them while a call lasts: the groups
+are compared with the plan before any work; scores are saved after every few windows and go on from there; the state file of
+ModelOpt is replaced whole or not at all; and the formats are those that :mod:`.solve` chose from our own costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.autoquant.formats import Candidate, quiet
+from sglang_modelopt_ext.workflow.autoquant.solve import Method
+from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, Struct
+
+SAVE_SECONDS = 5.0
+_SCALE_STEP = 2.0**12
+_SCALE_TRIES = 8
+_ROUNDING = 1e-3
+
+
+class Progress(Struct, frozen=True, kw_only=True):
+    """How far scoring has come.
+
+    Attributes:
+        windows: how many are done.
+        loss_scale: what the loss is multiplied by.
+        sums: by format and module, ModelOpt's sums over the windows that are done, loss scale included.
+    """
+
+    windows: int = 0
+    loss_scale: float = 1.0
+    sums: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
+
+
+def group_scores(groups: Sequence[Group], progress: Progress) -> dict[str, dict[str, float]]:
+    """The score of every group in every format, free of the loss scale.
+
+    Raises:
+        ModelOptExtError: a score is missing or no finite number, or all of them are zero.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    for group in groups:
+        for name in group.candidates.keys() - {UNQUANTIZED}:
+            sums = progress.sums.get(name, {})
+            parts = [sums[layer.name] for layer in group.layers if layer.name in sums]
+            value = sum(parts) / progress.loss_scale**2 if parts else math.nan
+            if -_ROUNDING < value < 0:  # a divergence of nothing, summed in float32
+                value = 0.0
+            if not 0 <= value < math.inf:
+                raise ModelOptExtError.at("auto_quantize", f"{group.name}: {name}: score", "a finite number", value)
+            scores.setdefault(group.name, {})[name] = value
+    if not any(value for row in scores.values() for value in row.values()):
+        raise ModelOptExtError.at(
+            "auto_quantize", "scores", "some that are not zero", "zero for every layer and format"
+        )
+    return scores
+
+
+@dataclass
+class Scoring:
+    """The windows to score, and where the sums are kept.
+
+    Attributes:
+        batches: int64 ``[1, T]`` each.
+        loss_scale: a fixed one, or None to find one under which the scores are of the order of 1.
+        done: what an earlier run has done.
+        save: keeps the progress; called after the first window and then every few seconds.
+    """
+
+    batches: Sequence[torch.Tensor]
+    loss_scale: float | None
+    done: Progress
+    save: Callable[[Progress], None]
+
+
+@dataclass
+class Search:
+    """One call of ``mtq.auto_quantize``.
+
+    Attributes:
+        model: the unquantized model; it is quantized when the call is over.
+        method: how ModelOpt scores.
+        groups: the plan.
+        formats: the candidates.
+        calibration: int64 ``[B, T]`` each.
+        scoring: None to take the pick as it is.
+        checkpoint: ModelOpt's own state file, in a folder of ours alone; None for no such file.
+        pick: once the scores are kept, the format of each group by name.
+        device: of the model.
+    """
+
+    model: Any
+    method: Method
+    groups: Sequence[Group]
+    formats: Sequence[Candidate]
+    calibration: Sequence[torch.Tensor]
+    scoring: Scoring | None
+    checkpoint: Path | None
+    pick: Callable[[], Mapping[str, str]]
+    device: str
+    recipes: dict[Any, str] = field(default_factory=dict)
+    in_scoring: bool = False
+    scale: float = 1.0
+
+    def run(self) -> None:
+        """Calibrates, scores and quantizes the model.
+
+        Raises:
+            ModelOptExtError: ModelOpt groups the layers otherwise, or a score is no number.
+        """
+        import modelopt.torch.quantization as mtq
+        from modelopt.torch.quantization.algorithms import QuantRecipe
+
+        self.recipes = {QuantRecipe(quant_cfg=None): UNQUANTIZED}
+        for candidate in self.formats:
+            self.recipes[QuantRecipe(quant_cfg=candidate.config, name=candidate.name)] = candidate.name
+        names = {candidate.name: candidate.config for candidate in self.formats}
+        restricted = [
+            {
+                "module_name_patterns": [layer.name for layer in group.layers],
+                "quantization_formats": [names[name] for name in self._offered(group)],
+            }
+            for group in self.groups
+            if 0 < len(self._offered(group)) < len(names)
+        ]
+        steps = len(self.scoring.batches) if self.scoring else 0
+        with quiet(), _standing_in(self):
+            mtq.auto_quantize(
+                self.model,
+                constraints={"effective_bits": 16.0},
+                quantization_formats=list(names.values()),
+                data_loader=_Loader(self),
+                forward_step=self._forward,
+                loss_func=self._loss,
+                disabled_layers=self._left_alone(),
+                num_calib_steps=len(self.calibration),
+                num_score_steps=steps,
+                method=self.method,
+                checkpoint=None if self.checkpoint is None else str(self.checkpoint),
+                module_search_spaces=restricted,
+            )
+
+    def _offered(self, group: Group) -> list[str]:
+        return [candidate.name for candidate in self.formats if candidate.name in group.candidates]
+
+    def _left_alone(self) -> list[str]:
+        searched = {layer.name for group in self.groups if self._offered(group) for layer in group.layers}
+        linears = [name for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)]
+        return [name for name in linears if name not in searched]
+
+    def _forward(self, model: Any, batch: torch.Tensor) -> torch.Tensor:
+        with contextlib.nullcontext() if self.in_scoring else torch.no_grad():
+            logits: torch.Tensor = model(input_ids=batch, use_cache=False).logits
+        return logits
+
+    def _loss(self, logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+        """Mean negative log probability of the tokens of ``batch``, times the loss scale."""
+        return self.scale * torch.nn.functional.cross_entropy(
+            logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten()
+        )
+
+    def check_groups(self, searcher: Any) -> None:
+        """Raises ModelOptExtError unless ModelOpt searches over the groups of the plan."""
+        planned = {frozenset(layer.name for layer in group.layers) for group in self.groups if self._offered(group)}
+        found = {
+            frozenset(hparam.quant_module_names) for _, hparam in _hparams(searcher.model) if len(hparam.choices) > 1
+        }
+        if planned != found:
+            differ = sorted(min(names) for names in planned ^ found)
+            raise ModelOptExtError.at(
+                "auto_quantize", differ[0], "the groups of a dense model", "other ones in ModelOpt"
+            )
+
+    def estimate(self, searcher: Any, measure: Callable[[], None]) -> None:
+        """Runs ``measure``, ModelOpt's scoring, over the windows that are not done, and keeps the scores.
+
+        Raises:
+            ModelOptExtError: the scores are no numbers, or all zero, whatever the loss scale.
+        """
+        if self.scoring is None:
+            return
+        done = self.scoring.done
+        self.in_scoring = True
+        try:
+            if done.windows == 0:
+                self.scale = self._find_scale(searcher, measure)
+            else:
+                self.scale = done.loss_scale
+            _restore(searcher.model, self.recipes, done.sums)
+            left = len(self.scoring.batches) - done.windows
+            if left:
+                searcher.config["num_score_steps"] = left
+                measure()
+            self._save(searcher.model, len(self.scoring.batches))
+        finally:
+            self.in_scoring = False
+
+    def _find_scale(self, searcher: Any, measure: Callable[[], None]) -> float:
+        """A power of two under which the largest score of one window is about 1; scores go with its square.
+
+        The gradients of a small loss are lost in half precision, and their squares in any.
+        """
+        assert self.scoring is not None
+        if self.scoring.loss_scale is not None or self.method != "gradient":
+            return self.scoring.loss_scale or 1.0
+        searcher.config["num_score_steps"] = 1
+        scale, every = 1.0, self.scoring.batches
+        self.scoring.batches = every[:1]
+        try:
+            for _ in range(_SCALE_TRIES):
+                self.scale = scale
+                _restore(searcher.model, self.recipes, {})
+                measure()
+                sums = [value for row in _sums(searcher.model, self.recipes).values() for value in row.values()]
+                if not all(math.isfinite(value) for value in sums):
+                    scale /= _SCALE_STEP
+                elif not any(sums):
+                    scale *= _SCALE_STEP
+                else:
+                    return float(scale * 2.0 ** round(-math.log2(max(sums)) / 2))
+        finally:
+            self.scoring.batches = every
+        raise ModelOptExtError.at(
+            "auto_quantize", "scores", "finite ones that are not all zero, at some loss scale", sums[0]
+        )
+
+    def _save(self, model: Any, windows: int) -> None:
+        assert self.scoring is not None
+        self.scoring.save(Progress(windows=windows, loss_scale=self.scale, sums=_sums(model, self.recipes)))
+
+    def batches(self, model: Any) -> Iterator[torch.Tensor]:
+        """What one pass of ModelOpt over its data loader gets."""
+        if not self.in_scoring or self.scoring is None:
+            yield from (batch.to(self.device) for batch in self.calibration)
+            return
+        first, last = self.scoring.done.windows, 0.0
+        for done, batch in enumerate(self.scoring.batches[first:], first):
+            # Being asked for the next window, ModelOpt has added up the one before.
+            if done > first and time.monotonic() - last >= SAVE_SECONDS:
+                self._save(model, done)
+                last = time.monotonic()
+            yield batch.to(self.device)
+
+    def chosen(self, searcher: Any) -> dict[str, dict[str, Any]]:
+        """ModelOpt's description of the picked formats."""
+        picked = self.pick()
+        info = {}
+        for name, hparam in _hparams(searcher.model):
+            wanted = picked.get(hparam.name, UNQUANTIZED)
+            recipe = next(recipe for recipe in hparam.choices if self.recipes[recipe] == wanted)
+            info[name] = {"format": recipe, "costs": hparam.get_cost(recipe), "scores": 0.0}
+        return info
+
+
+@dataclass
+class _Loader:
+    search: Search
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return self.search.batches(self.search.model)
+
+
+def _hparams(model: Any) -> list[tuple[str, Any]]:
+    from modelopt.torch.opt.utils import named_hparams
+    from modelopt.torch.quantization.algorithms import QuantRecipeHparam
+
+    return [
+        (name, hparam) for name, hparam in named_hparams(model, unique=True) if isinstance(hparam, QuantRecipeHparam)
+    ]
+
+
+def _sums(model: Any, recipes: Mapping[Any, str]) -> dict[str, dict[str, float]]:
+    """What ModelOpt has added up, by format and module."""
+    names = {module: name for name, module in model.named_modules()}
+    sums: dict[str, dict[str, float]] = {}
+    for _, hparam in _hparams(model):
+        for recipe, modules in hparam._importance_dict.items():
+            for module, value in modules.items():
+                if value is not None:
+                    sums.setdefault(recipes[recipe], {})[names[module]] = float(value)
+    return sums
+
+
+def _restore(model: Any, recipes: Mapping[Any, str], sums: Mapping[str, Mapping[str, float]]) -> None:
+    """The opposite of :func:`_sums`; what is not in ``sums`` starts anew."""
+    names = {module: name for name, module in model.named_modules()}
+    device = next(model.parameters()).device
+    for _, hparam in _hparams(model):
+        for recipe, modules in hparam._importance_dict.items():
+            for module in modules:
+                value = sums.get(recipes[recipe], {}).get(names[module])
+                modules[module] = None if value is None else torch.tensor(value, dtype=torch.float32, device=device)
+
+
+@contextlib.contextmanager
+def _standing_in(search: Search) -> Iterator[None]:
+    """Inside, ``mtq.auto_quantize`` uses searchers that report to ``search``."""
+    from modelopt.torch.quantization import model_quant
+    from modelopt.torch.quantization.algorithms import QuantRecipe
+
+    names = ("AutoQuantizeGradientSearcher", "AutoQuantizeKLDivSearcher")
+    originals = {name: getattr(model_quant, name) for name in names}
+    name_of = QuantRecipe.get_auto_name_for_config
+
+    def named(config: Any) -> str | None:
+        own = next((candidate.name for candidate in search.formats if config == candidate.config), None)
+        return own or name_of(config)
+
+    try:
+        QuantRecipe.get_auto_name_for_config = staticmethod(named)  # what progress bars call our configurations
+        for name, original in originals.items():
+            setattr(model_quant, name, _extend(original, search))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(model_quant, name, original)
+        QuantRecipe.get_auto_name_for_config = staticmethod(name_of)
+        # ModelOpt turns the folding of smoothing off for a search, and on again at its end only.
+        QuantRecipe.fold_pqs_to_weights(torch.nn.Identity())
+
+
+def _extend(base: Any, search: Search) -> type:
+    def insert(self: Any, *args: Any, **kwargs: Any) -> None:
+        base.insert_hparams_after_merge_rules(self, *args, **kwargs)
+        search.check_groups(self)
+
+    def estimate(self: Any) -> None:
+        # Read back from its state file, this is a plain dict, and ModelOpt relies on the default.
+        self.candidate_stats = defaultdict(dict, self.candidate_stats)
+        search.estimate(self, lambda: base.estimate_sensitivity_scores(self))
+
+    def choose(self: Any, max_weight_size: float, verbose: bool = False) -> tuple[dict[str, dict[str, Any]], bool]:
+        del max_weight_size, verbose
+        return search.chosen(self), True
+
+    def save(self: Any, verbose: bool = False) -> None:
+        checkpoint = self.config["checkpoint"]
+        if checkpoint is None:
+            return
+        partial = Path(checkpoint).with_suffix(".partial.pth")
+        self.config["checkpoint"] = str(partial)
+        try:
+            base.save_search_checkpoint(self, verbose)
+        finally:
+            self.config["checkpoint"] = checkpoint
+        partial.replace(checkpoint)
+
+    methods = {
+        "insert_hparams_after_merge_rules": insert,
+        "estimate_sensitivity_scores": estimate,
+        "run_search_with_stats": choose,
+        "save_search_checkpoint": save,
+    }
+    return type(base.__name__, (base,), methods)

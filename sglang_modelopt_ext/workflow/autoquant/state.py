@@ -1,0 +1,315 @@
+"""The state of a search: what was measured, as JSON that anyone can read and nothing executes.
+
+``DIR/autoquant.json`` is a :class:`Report`: the state, and what was chosen from it. Targets are solved anew from the state
+alone. A pickle, a torch file or any other JSON is refused by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.autoquant.solve import Method, solve
+from sglang_modelopt_ext.workflow.record import Calibration
+
+SCHEMA: Literal["sglang-modelopt-ext/autoquant/1"] = "sglang-modelopt-ext/autoquant/1"
+FILE_NAME = "autoquant.json"
+UNQUANTIZED = "none"
+"""The candidate that leaves a group as it is."""
+
+LmHead = Literal["excluded", "counted"]
+
+
+class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of everything in the file: unknown fields are errors."""
+
+
+class Format(Struct, frozen=True, kw_only=True):
+    """One candidate.
+
+    Attributes:
+        name: ModelOpt's configuration.
+        algo: the ``quant_algo`` its export declares.
+        group_size: inputs under one block scale, 0 without blocks.
+        bits: stored bits for a weight, block scales included, scales of whole tensors and smoothing not.
+        algorithm: how ModelOpt calibrates it.
+        served_by: the kernels that serve it on the target GPU in the layers of this model, best first.
+        served_as: what they compute, for example without rounding FP4 activations before Blackwell.
+    """
+
+    name: str
+    algo: str
+    group_size: int
+    bits: float
+    algorithm: str
+    served_by: tuple[str, ...]
+    served_as: str
+
+
+class Layer(Struct, frozen=True, kw_only=True):
+    """A linear layer: its name, outputs and inputs."""
+
+    name: str
+    n: int
+    k: int
+
+
+class Candidate(Struct, frozen=True, kw_only=True):
+    """A format for one group.
+
+    Attributes:
+        cost: the bits its layers store, every scale included; an upper bound where ModelOpt folds the smoothing of AWQ into
+            the layer before.
+        score: what it hurts, in the unit of the method, None as long as nothing was measured.
+    """
+
+    cost: int
+    score: float | None
+
+
+class Group(Struct, frozen=True, kw_only=True):
+    """Layers that get the same format, because a server fuses them.
+
+    Attributes:
+        name: as ModelOpt's search names it.
+        layers: its layers.
+        excluded: left unquantized, because a pattern says so or no format fits its sizes; its bits count.
+        candidates: by name of the format, ``none`` among them.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+    excluded: bool
+    candidates: dict[str, Candidate]
+
+    @property
+    def weights(self) -> int:
+        """How many weights its layers have."""
+        return sum(layer.n * layer.k for layer in self.layers)
+
+
+class State(Struct, frozen=True, kw_only=True):
+    """What a search measured.
+
+    Attributes:
+        model: folder of the unquantized model, as it was named.
+        model_sha256: of its configuration and weights.
+        method: ``gradient`` (a score is the sum of (gradient x change of a layer's output)^2 over the scored tokens) or
+            ``kl_div`` (a score is KL(unquantized || this group quantized), summed over the scored tokens, in nats).
+        loss_scale: what the loss was multiplied by while scoring; the scores are free of it.
+        calibration, scored: the text of the two steps.
+        gpu: the target.
+        lm_head: whether the unquantized ``lm_head`` counts in bits for each weight.
+        excluded: the patterns of layers left unquantized.
+        unquantized_bits: bits of a weight that is not quantized.
+        simulation: how ModelOpt's CUDA-only quantizers were simulated, ``cpu`` (torch versions of this package) or ``cuda``.
+        versions: of the packages that measured.
+        formats, groups: the candidates, and the layers in the order of the model.
+    """
+
+    model: str
+    model_sha256: str
+    method: Method
+    loss_scale: float
+    calibration: Calibration
+    scored: Calibration
+    gpu: str
+    lm_head: LmHead
+    excluded: tuple[str, ...]
+    unquantized_bits: int
+    simulation: str
+    versions: dict[str, str]
+    formats: tuple[Format, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def weights(self) -> int:
+        """Weights that count."""
+        return sum(group.weights for group in self.groups)
+
+    @property
+    def least_bits(self) -> float:
+        """The fewest bits for a weight that any choice reaches."""
+        return sum(min(c.cost for c in group.candidates.values()) for group in self.groups) / self.weights
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything in it."""
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
+
+    def with_scores(self, scores: Mapping[str, Mapping[str, float]], loss_scale: float) -> State:
+        """The state with ``scores[group][format]``."""
+        groups = []
+        for group in self.groups:
+            measured = {UNQUANTIZED: 0.0, **scores.get(group.name, {})}
+            candidates = {name: Candidate(cost=c.cost, score=measured[name]) for name, c in group.candidates.items()}
+            groups.append(msgspec.structs.replace(group, candidates=candidates))
+        return msgspec.structs.replace(self, groups=tuple(groups), loss_scale=loss_scale)
+
+
+class Choice(Struct, frozen=True, kw_only=True):
+    """A format for every group, for one target.
+
+    Attributes:
+        target: bits for a weight that were asked for.
+        bits: what the choice costs, by the state's costs.
+        score: the sum of its scores (``gradient``) or the largest one (``kl_div``).
+        formats: the format of every group by name; ``none`` is unquantized.
+    """
+
+    target: float
+    bits: float
+    score: float
+    formats: dict[str, str]
+
+
+class Measured(Struct, frozen=True, kw_only=True):
+    """What became of a choice.
+
+    Attributes:
+        folder: the checkpoint, relative to the report, None where nothing was exported.
+        algo: its ``quant_algo``.
+        stored_bits: bits stored for each weight that counts, measured from the checkpoint's tensors.
+        quantized_bits: likewise over its quantized layers only (``bits_per_weight`` of the checkpoint).
+        perplexity: of ModelOpt's fake-quantized model on the held-out text.
+    """
+
+    folder: str | None
+    algo: str | None
+    stored_bits: float | None
+    quantized_bits: float | None
+    perplexity: float | None
+
+
+class Result(Struct, frozen=True, kw_only=True):
+    """One target: the choice, and what was measured of it."""
+
+    choice: Choice
+    measured: Measured
+
+
+class Report(Struct, frozen=True, kw_only=True):
+    """The content of ``autoquant.json``.
+
+    Attributes:
+        schema: which version of this file it is.
+        state: what targets are solved from.
+        results: one for each target.
+        held_out: the text perplexity was measured on, None where it was not.
+        unquantized_perplexity: of the model as it was.
+    """
+
+    schema: Literal["sglang-modelopt-ext/autoquant/1"] = SCHEMA
+    state: State
+    results: tuple[Result, ...]
+    held_out: Calibration | None
+    unquantized_perplexity: float | None
+
+
+def check_target(state: State, target: float) -> None:
+    """Raises ModelOptExtError for a target no choice reaches, or one that leaves everything unquantized."""
+    if not target < state.unquantized_bits:
+        raise ModelOptExtError.at(
+            "--bits",
+            f"{target:g}",
+            f"less than {state.unquantized_bits}, the bits of an unquantized weight",
+            f"{target:g}",
+        )
+    if target < state.least_bits:
+        left = [layer.name for group in state.groups if group.excluded for layer in group.layers]
+        counted = f" with {len(left)} unquantized layers counted ({', '.join(left[:3])}{', ...' * (len(left) > 3)})"
+        raise ModelOptExtError.at(
+            "--bits",
+            f"{target:g}",
+            f"at least {_round_up(state.least_bits)}, the fewest the formats reach{counted if left else ''}",
+            f"{target:g}",
+        )
+
+
+def _round_up(bits: float) -> str:
+    return f"{math.ceil(bits * 10000 - 1e-6) / 10000:g}"
+
+
+def choose(state: State, target: float) -> Choice:
+    """The best choice of at most ``target`` bits for a weight. Raises ModelOptExtError when there is none."""
+    check_target(state, target)
+    names = [list(group.candidates) for group in state.groups]
+    candidates = [list(group.candidates.values()) for group in state.groups]
+    costs = [[candidate.cost for candidate in group] for group in candidates]
+    scores = [[_score(state, candidate) for candidate in group] for group in candidates]
+    picked = solve(state.method, costs, scores, target * state.weights)
+    chosen = [scores[g][c] for g, c in enumerate(picked)]
+    return Choice(
+        target=target,
+        bits=sum(costs[g][c] for g, c in enumerate(picked)) / state.weights,
+        score=sum(chosen) if state.method == "gradient" else max(chosen),
+        formats={group.name: names[g][picked[g]] for g, group in enumerate(state.groups)},
+    )
+
+
+def _score(state: State, candidate: Candidate) -> float:
+    if candidate.score is None:
+        raise ModelOptExtError.at(state.model, "scores", "a finished search", "one that has not measured every layer")
+    return candidate.score
+
+
+def write_json(file: Path, content: msgspec.Struct) -> None:
+    """Writes ``content`` beside ``file`` and renames it."""
+    partial = file.with_name(f".{file.name}.partial")
+    partial.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
+    partial.replace(file)
+
+
+def read_report(file: Path) -> Report:
+    """Reads and checks an ``autoquant.json``.
+
+    Raises:
+        ModelOptExtError: the file cannot be read, is a pickle or other JSON, or its numbers make no sense.
+    """
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise ModelOptExtError.at(file, "--from-state", f"a readable {FILE_NAME}", error) from error
+    if content[:2] == b"PK" or content[:1] == b"\x80":
+        kind = "a torch checkpoint (pickle)" if content[:2] == b"PK" else "a pickle"
+        raise ModelOptExtError.at(
+            file, "--from-state", f"the {FILE_NAME} of an earlier run", f"{kind}, which is never read"
+        )
+    try:
+        report = msgspec.json.decode(content, type=Report)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ModelOptExtError.at(file, "--from-state", f"the {FILE_NAME} of an earlier run", error) from error
+    _check(file, report.state)
+    return report
+
+
+def _check(file: Path, state: State) -> None:
+    formats = {row.name for row in state.formats}
+    if not state.groups or not state.weights:
+        raise ModelOptExtError.at(file, "groups", "layers that count", "none")
+    names = [group.name for group in state.groups]
+    if len(set(names)) != len(names):
+        raise ModelOptExtError.at(file, "groups", "names that differ", "one twice")
+    for group in state.groups:
+        if UNQUANTIZED not in group.candidates or not group.candidates.keys() - {UNQUANTIZED} <= formats:
+            raise ModelOptExtError.at(
+                file,
+                group.name,
+                f"candidates among {', '.join([UNQUANTIZED, *sorted(formats)])}",
+                list(group.candidates),
+            )
+        for name, candidate in group.candidates.items():
+            if candidate.cost <= 0:
+                raise ModelOptExtError.at(
+                    file, f"{group.name}: {name}: cost", "a positive number of bits", candidate.cost
+                )
+            if candidate.score is None or not 0 <= candidate.score < math.inf:
+                raise ModelOptExtError.at(
+                    file, f"{group.name}: {name}: score", "a finite number, not negative", candidate.score
+                )

@@ -1,0 +1,137 @@
+"""The private folder of a search that goes on, or was interrupted: ``.NAME.autoquant`` beside the output folder.
+
+It holds what the run was asked for (``manifest.json``), how far scoring has come (``scores.json``), and ModelOpt's own state
+with its calibration (``modelopt.pth``). Only the user who runs it may read the folder, and it is used again only by a run
+that was asked for exactly the same, the bytes of the model and the tokens of the text included.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from tqdm import tqdm
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.autoquant.search import Progress
+from sglang_modelopt_ext.workflow.autoquant.state import State, Struct, write_json
+from sglang_modelopt_ext.workflow.interrupts import undisturbed
+
+MANIFEST, SCORES, MODELOPT = "manifest.json", "scores.json", "modelopt.pth"
+
+
+class _Saved(Struct, frozen=True, kw_only=True):
+    manifest: str
+    progress: Progress
+
+
+@dataclass
+class Work:
+    """The folder of one run.
+
+    Attributes:
+        folder: where it is.
+        plan: what the run was asked for: the state without scores.
+        progress: how far scoring has come.
+    """
+
+    folder: Path
+    plan: State
+    progress: Progress
+
+    @property
+    def checkpoint(self) -> Path:
+        """ModelOpt's own state file."""
+        return self.folder / MODELOPT
+
+    def save(self, progress: Progress) -> None:
+        """Keeps the progress."""
+        self.progress = progress
+        write_json(self.folder / SCORES, _Saved(manifest=self.plan.digest, progress=progress))
+
+
+@contextlib.contextmanager
+def work_folder(output: Path, plan: State, *, resume: bool, overwrite: bool) -> Iterator[Work]:
+    """The work folder for ``output``; it is removed when the block ends well and left for ``--resume`` otherwise.
+
+    Raises:
+        ModelOptExtError: an interrupted search is there and was not mentioned, none is there to resume, or it was another one.
+    """
+    folder = output.parent / f".{output.name}.autoquant"
+    exists = os.path.lexists(folder)
+    if exists and not resume and not overwrite:
+        raise ModelOptExtError.at(
+            folder, "output", "--resume to go on, or --overwrite to drop it", "an interrupted search"
+        )
+    if resume and not exists:
+        raise ModelOptExtError.at(folder, "--resume", "an interrupted search", "none")
+    if exists:
+        _check_private(folder)
+    if exists and not resume:
+        with _locked(folder):
+            shutil.rmtree(folder)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=resume)
+    except OSError as error:
+        raise ModelOptExtError.at(folder, "output", "a folder that can be made", error) from error
+    with _locked(folder):
+        progress = _read(folder, plan) if resume else Progress()
+        if not (folder / MANIFEST).exists():
+            write_json(folder / MANIFEST, plan)
+        try:
+            yield Work(folder, plan, progress)
+        except KeyboardInterrupt:
+            tqdm.write(f"the search is kept in {folder}: --resume goes on", file=sys.stderr)
+            raise
+        with undisturbed():
+            shutil.rmtree(folder)
+
+
+def _check_private(folder: Path) -> None:
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise ModelOptExtError.at(
+            folder, "--resume", "a folder of this user alone", "another kind of file, owner or mode"
+        )
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ModelOptExtError.at(folder, "output", "one search at a time", "one that is running") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _read(folder: Path, plan: State) -> Progress:
+    manifest = folder / MANIFEST
+    if not manifest.exists():  # killed before it was written: nothing was done
+        return Progress()
+    try:
+        then = msgspec.json.decode(manifest.read_bytes(), type=State)
+        if then.digest != plan.digest:
+            fields = [name for name in State.__struct_fields__ if getattr(then, name) != getattr(plan, name)]
+            raise ModelOptExtError.at(
+                manifest, ", ".join(fields), "what the interrupted search was asked for", "another"
+            )
+        if not (folder / SCORES).exists():
+            return Progress()
+        saved = msgspec.json.decode((folder / SCORES).read_bytes(), type=_Saved)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ModelOptExtError.at(folder, "--resume", "the files of an interrupted search", error) from error
+    if saved.manifest != plan.digest:
+        raise ModelOptExtError.at(folder / SCORES, "manifest", plan.digest, saved.manifest)
+    return saved.progress
