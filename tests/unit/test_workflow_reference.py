@@ -66,6 +66,14 @@ def test_unquantized() -> None:
     check(model_dir(TinyModel("qwen3", tied=True)))
 
 
+def test_a_stored_head_of_a_tied_model_is_not_read(tmp_path: Path) -> None:
+    source = model_dir(TinyModel("qwen3", tied=True))
+    head = {"lm_head.weight": torch.full((512, 256), 7.0, dtype=torch.bfloat16)}
+    folder = edits.copy_with(source, tmp_path / "model", [edits.add_tensors(head)])
+    found = apart(ReferenceModel(folder), Reference(source))
+    assert found.median < FP32_MEDIAN, str(found)
+
+
 def test_quantized_vocabulary(tmp_path: Path) -> None:
     source = export(model_dir(TinyModel("llama")), "NVFP4_FP8_MHA_CONFIG")
     changes = [
