@@ -276,7 +276,7 @@ def test_ctrl_c_and_resume(
 
 def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process killed while it scores leaves what the next one needs."""
-    model, output, windows = model_dir(TinyModel(layers=1)), tmp_path / "out", 48
+    model, output, windows = model_dir(TinyModel(layers=1)), tmp_path / "out", 32
     more = ("--score-samples", str(windows), "--samples", str(windows))
     command = [sys.executable, "-m", "sglang_modelopt_ext.cli", *arguments(model, output, *more)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -298,10 +298,15 @@ def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert names(tmp_path) == {"out"}
 
 
-def test_several_targets_and_kl(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint for each, the counted lm_head, an excluded layer, both pictures, the text result."""
+def test_several_targets_and_kl(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint for each, the counted lm_head, an excluded layer, both pictures, the text result.
+
+    Interrupted between the two, it keeps the first checkpoint and does not make it again.
+    """
     output = tmp_path / "out"
-    more = (
+    more = [
         "--method",
         "kl_div",
         "--lm-head",
@@ -310,8 +315,22 @@ def test_several_targets_and_kl(model: Path, tmp_path: Path, capsys: pytest.Capt
         "*layers.1.mlp.down_proj",
         "--score-samples",
         "2",
-    )
-    assert main(arguments(model, output, *more, bits="9.5 8.5")) == 0
+    ]
+    command = arguments(model, output, *more, bits="9.5 8.5")
+
+    def interrupted(*args: Any, label: str, **options: Any) -> float:
+        if "8.5" in label:
+            raise KeyboardInterrupt
+        return perplexity(*args, label=label, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sglang_modelopt_ext.workflow.autoquant.run.perplexity", interrupted)
+        assert main(command) == 130
+    assert names(output) == {"9.5-bits"}
+    inode = (output / "9.5-bits" / "model.safetensors").stat().st_ino
+    assert main([*command, "--resume"]) == 0
+    assert (output / "9.5-bits" / "model.safetensors").stat().st_ino == inode
+    assert names(tmp_path) == {"out"}
     assert names(output) == {"autoquant.json", "autoquant.png", "autoquant-perplexity.png", "9.5-bits", "8.5-bits"}
     report = read_report(output / "autoquant.json")
     for result in report.results:
