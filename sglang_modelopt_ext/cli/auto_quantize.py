@@ -114,7 +114,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--lm-head", choices=("excluded", "counted"),
         help="whether the lm_head, which stays unquantized, counts in the bits (default: excluded)",
     )  # fmt: skip
-    parser.add_argument("--exclude", nargs="+", metavar="PATTERN", help="layers to leave unquantized; their bits count")
+    parser.add_argument(
+        "--exclude", action="append", metavar="PATTERN",
+        help="leave these layers unquantized; their bits count; may be repeated",
+    )  # fmt: skip
     parser.add_argument(
         "--from-state", type=Path, metavar="FILE", help=f"choose from the {FILE_NAME} of an earlier run"
     )
@@ -135,7 +138,6 @@ def run(args: argparse.Namespace) -> AutoQuantized:
     """Searches, or chooses anew from a state. Raises ModelOptExtError for bad input."""
     _check(args)
     from sglang_modelopt_ext.workflow.autoquant.run import Request, Texts, export_again, search, solve_again
-    from sglang_modelopt_ext.workflow.interrupts import signals_interrupt
 
     if args.from_state is not None and args.output is None:
         return AutoQuantized(output=None, report=solve_again(args.from_state, args.targets))
@@ -160,8 +162,7 @@ def run(args: argparse.Namespace) -> AutoQuantized:
         resume=args.resume,
         overwrite=args.overwrite,
     )
-    with signals_interrupt():
-        report = search(request) if args.from_state is None else export_again(args.from_state, request)
+    report = search(request) if args.from_state is None else export_again(args.from_state, request)
     return AutoQuantized(output=str(args.output), report=report)
 
 

@@ -26,7 +26,9 @@ def add_server_arguments(parser: argparse.ArgumentParser, positional: str) -> No
     group.add_argument("--quantization", help="its --quantization (default: the checkpoint decides)")
     group.add_argument("--dtype", default="auto", help="its --dtype (default: auto)")
     group.add_argument("--kv-cache-dtype", default="auto", help="its --kv-cache-dtype (default: auto)")
-    group.add_argument("--log", type=Path, help="where its output goes (default: a temporary file, kept on failure)")
+    group.add_argument(
+        "--log", type=Path, help="where its output goes, replaced by each (default: a temporary file, kept on failure)"
+    )
 
 
 def server_arguments(args: argparse.Namespace) -> list[str]:

@@ -19,7 +19,7 @@ from sglang_modelopt_ext.workflow.server import ServerProcess
 from sglang_modelopt_ext.workflow.table import format_columns
 from sglang_modelopt_ext.workflow.target import find_target
 from sglang_modelopt_ext.workflow.text import load_tokenizer
-from sglang_modelopt_ext.workflow.verify import Difference, Served, Verification, ask_server, verify
+from sglang_modelopt_ext.workflow.verify import Difference, Served, Verification, ask_server, check_base, verify
 
 SAMPLES, SEQUENCE_LENGTH = 16, 128
 
@@ -99,7 +99,10 @@ def run(args: argparse.Namespace) -> VerifyResult:
     target = find_target(args.gpu)
     folder = find_folder(args.checkpoint, "CHECKPOINT")
     base = find_folder(args.base, "--base") if args.base else None
-    served_dtype(folder, args.dtype)  # a wrong flag is known before a server is started
+    # What is wrong is said before a server is started.
+    served_dtype(folder, args.dtype)
+    if base:
+        check_base(base)
     tokenizer = load_tokenizer(folder)
     windows = text_windows(args, folder, tokenizer)
     served = _ask(args, folder, windows)

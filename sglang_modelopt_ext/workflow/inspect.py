@@ -16,9 +16,11 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
     OWN_KEY,
     QUANT_CONFIG_NAME,
     QuantConfig,
+    canonical_name,
     read_quant_config,
 )
 from sglang_modelopt_ext.checkpoint.reader import (
+    Checkpoint,
     QuantizedLinear,
     bits_per_weight,
     check_stored_values,
@@ -182,7 +184,7 @@ def inspect_checkpoint(folder: Path, target: Target, *, each_layer: bool = False
     checkpoint = None
     if config is not None:
         checkpoint, found = survey_checkpoint(folder, config)
-        problems += found
+        problems += [*found, *_left_unquantized(checkpoint)]
     serving = _serving(folder, config, target, problems)
     linears = list(checkpoint.linears.values()) if checkpoint else []
     ranges: dict[str, dict[str, Range]] = {}
@@ -211,6 +213,22 @@ def inspect_checkpoint(folder: Path, target: Target, *, each_layer: bool = False
         record=_record(folder),
         problems=list(dict.fromkeys(str(problem) for problem in problems)),
     )
+
+
+def _left_unquantized(checkpoint: Checkpoint) -> list[ModelOptExtError]:
+    """Layers that are declared as quantized, as their siblings are, and stored as they were; a server refuses them."""
+    config = checkpoint.config
+    leaves = {name.rpartition(".")[2] for name in checkpoint.linears}
+    problems = []
+    for tensor in checkpoint.tensors.values():
+        module, _, name = tensor.name.rpartition(".")
+        # What stores a scale is described already, or is a problem of its own.
+        plain = name == "weight" and len(tensor.shape) == 2 and f"{module}.weight_scale" not in checkpoint.tensors
+        known = canonical_name(module) in checkpoint.linears or module.rpartition(".")[2] not in leaves
+        if plain and not known and tensor.dtype.itemsize > 1 and config.layer(module) is not None:
+            expected = f"a {config.algo} layer, or it in exclude_modules"
+            problems.append(ModelOptExtError.at(tensor.file, tensor.name, expected, "neither"))
+    return problems
 
 
 def _record(folder: Path) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from sglang_modelopt_kernels.formats.kv_cache import KVRecipe, rotate
 
 _ATTENTION = "sglang_modelopt_ext_reference"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)
+_HEAD = "lm_head.weight"
 
 
 class DecodedLinear(nn.Module):
@@ -152,6 +153,8 @@ class ReferenceModel:
         names = {canonical_name(name): name for name in parameters}
         headers = checkpoint.tensors if checkpoint else read_headers(self.folder)
         wanted = [t for t in headers.values() if t.name not in owned and not is_kv_cache_tensor(t.name)]
+        if tied:  # SGLang does not read a head that is the embedding
+            wanted = [t for t in wanted if t.name != _HEAD]
         loaded = set()
         with torch.no_grad():
             for name, weight in decoded.items():
@@ -166,7 +169,7 @@ class ReferenceModel:
                     )
                 parameters[parameter].copy_(tensor)
                 loaded.add(parameter)
-        missing = sorted(set(parameters) - loaded - ({"lm_head.weight"} if tied else set()))
+        missing = sorted(set(parameters) - loaded - ({_HEAD} if tied else set()))
         if missing:
             raise ModelOptExtError.at(self.folder, missing[0], "a tensor for every parameter of the model", "none")
 

@@ -32,7 +32,10 @@ FACTOR = 2.0
 """How much more than rounding alone a server may be off by; its square for the divergence, which is quadratic in it."""
 
 RESOLUTION = 1e-5
-"""Nats below which nothing is called a difference: 2^-17, what float32 keeps of log probabilities of 16 to 32 and their sums."""
+"""Nats below which no log probability is called different: float32 keeps 2e-6 of those from 16 to 32, and their sums less."""
+
+NORMALIZATION = 1e-7
+"""Likewise for the divergence: what probabilities add up to in float32, beside 1, enters it as it is."""
 
 BUDGET = 1 << 26
 """Log probabilities kept of each model: 256 MB."""
@@ -161,6 +164,12 @@ def ask_server(server: ServerClient, windows: Sequence[Sequence[int]], *, progre
     )
 
 
+def check_base(base: Path) -> None:
+    """Raises ModelOptExtError when the model that a checkpoint is to be compared with is quantized itself."""
+    if read_quant_config(base) is not None:
+        raise ModelOptExtError.at(base, "--base", "the unquantized model", "a quantized one")
+
+
 def verify(
     folder: Path,
     served: Served,
@@ -183,8 +192,10 @@ def verify(
         progress: show progress on standard error.
 
     Raises:
-        ModelOptExtError: a checkpoint that cannot be read, or a base model with another vocabulary.
+        ModelOptExtError: a checkpoint that cannot be read, or a base model that is quantized or has another vocabulary.
     """
+    if base:
+        check_base(base)
     kv_cache, notes = _kv_cache(folder, served, target)
     # The truth has more precision than the server.
     exact = torch.float64 if served.dtype == torch.float32 else torch.float32
@@ -197,7 +208,7 @@ def verify(
     repeated = compare(served.rows[:1], [served.again], targets[:1])
     limits = {
         "mean_abs_logprob": FACTOR * max(rounding.mean_abs_logprob, repeated.mean_abs_logprob, RESOLUTION),
-        "divergence": FACTOR**2 * max(rounding.divergence, repeated.divergence, RESOLUTION**2),
+        "divergence": FACTOR**2 * max(rounding.divergence, repeated.divergence, NORMALIZATION),
     }
     # Written so that NaN fails.
     failures = [
@@ -290,8 +301,6 @@ def _against_base(
     targets: Sequence[NDArray[np.int64]],
     progress: bool,
 ) -> AgainstBase:
-    if read_quant_config(base) is not None:
-        raise ModelOptExtError.at(base, "--base", "the unquantized model", "a quantized one")
     rows = _reference(base, torch.float32, Target(None), None, windows, served, "the base model", progress)
 
     def of(model: Sequence[Logprobs]) -> float:

@@ -14,6 +14,29 @@ from tests.support.models import TinyModel, model_dir
 
 pytestmark = pytest.mark.full
 
+SEARCHED = (
+    "W4A8_NVFP4_FP8",
+    "W4A8_MXFP4_FP8",
+    "W4A8_AWQ",
+    "INT4_AWQ",
+    "INT4_BLOCKWISE_WEIGHT_ONLY",
+    "NVFP4",
+    "NVFP4_FOUR_OVER_SIX",
+    "NVFP4_AWQ_CLIP",
+    "NVFP4_AWQ",
+    "NVFP4_AWQ_FULL",
+    "W4A16_NVFP4",
+    "MXFP4",
+    "MXFP8",
+    "FP8",
+    "FP8_PER_CHANNEL_PER_TOKEN",
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY",
+    "INT8",
+    "INT8_SMOOTHQUANT",
+    "INT8_WEIGHT_ONLY",
+)
+"""What ``auto-quantize`` takes, in any mix."""
+
 mxfp4_rounds_activations = test_recipes.mxfp4_rounds_activations
 
 
@@ -54,3 +77,43 @@ def test_auto_quantize(tmp_path: Path) -> None:
     algos = {linear.scheme.algo for linear in read_checkpoint(folder).linears.values()}
     assert len(algos) > 1
     check_layers(folder)
+
+
+def test_every_format_in_one_mix(tmp_path: Path) -> None:
+    """Each format a search may choose from, side by side in one export: read strictly, served as the reference decodes it."""
+    from sglang_modelopt_ext.workflow.autoquant.formats import find_formats
+    from sglang_modelopt_ext.workflow.autoquant.layers import plan_groups, read_linears
+    from sglang_modelopt_ext.workflow.autoquant.search import Search
+    from sglang_modelopt_ext.workflow.export import export_checkpoint
+    from sglang_modelopt_ext.workflow.record import Origin
+    from sglang_modelopt_ext.workflow.source import load_model
+
+    source = model_dir(TinyModel(layers=5))
+    model, simulation = load_model(source, "cpu", progress=False)
+    formats = find_formats(SEARCHED, "cpu")
+    _, groups = plan_groups(read_linears(source), formats, "cpu", (), "excluded")
+    chosen = {group.name: formats[index % len(formats)] for index, group in enumerate(groups)}
+    assert len(groups) >= len(formats)
+    Search(
+        model=model,
+        method="gradient",
+        groups=groups,
+        formats=formats,
+        calibration=[tokens for batch in calibration_tokens(512, 0)[:2] for tokens in batch.split(1)],
+        scoring=None,
+        checkpoint=None,
+        pick=lambda: {name: candidate.name for name, candidate in chosen.items()},
+        device="cpu",
+    ).run()
+    origin = Origin(recipe="mix", base_model=str(source), algorithm=(), calibration=None, simulation=simulation)
+    exported = export_checkpoint(model, source, tmp_path / "out", origin, progress=False)
+    for group in groups:
+        for layer in group.layers:
+            linear = exported.checkpoint.linears[layer.name.removeprefix("model.")]
+            assert linear.scheme.algo == chosen[group.name].scheme.algo
+            stored = 8 * sum(tensor.num_bytes for tensor in linear.stored.values())
+            cost = chosen[group.name].cost(layer)
+            assert cost is not None
+            # The smoothing of AWQ may be folded into a norm: 16 bits for each input.
+            assert cost - 16 * layer.k <= stored <= cost, f"{layer.name}: {chosen[group.name].name}"
+    check_layers(exported.folder)

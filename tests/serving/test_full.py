@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
+from sglang_modelopt_ext.cli.main import main
 from tests.serving.checks import check_batch_against_single, check_logprobs, check_prefill_against_decode
 from tests.support import edits
 from tests.support.exports import export
@@ -92,6 +94,18 @@ def test_mxfp4_activations() -> None:
     folder = export(model_dir(TinyModel("mistral")), "MXFP4_DEFAULT_CFG")
     env = {"SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS": "mxfp4"}
     with Server(folder, dtype="float32", args=("--quantization", "modelopt_mxfp4"), env=env) as server:
+        check_logprobs(server, folder, "float32")
+
+
+def test_auto_quantized(tmp_path: Path) -> None:
+    """A mix that a search chose is served as an independent reading of it computes, smoothing included."""
+    text = Path(__file__).resolve().parents[2] / "examples/stdlib_lm/heldout.txt"
+    command = ["auto-quantize", str(model_dir(TinyModel())), "--formats", "W4A8_NVFP4_FP8,FP8,NVFP4_AWQ", "--bits", "6"]
+    sizes = ["--samples", "12", "--score-samples", "8", "--sequence-length", "48"]
+    folder = tmp_path / "out"
+    assert main([*command, *sizes, "--data", str(text), "--output", str(folder), "--device", "cpu"]) == 0
+    assert read_checkpoint(folder).config.algo == "MIXED_PRECISION"
+    with Server(folder, dtype="float32") as server:
         check_logprobs(server, folder, "float32")
 
 

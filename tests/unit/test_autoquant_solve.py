@@ -42,7 +42,7 @@ def best_by_trying(method: Method, costs: Table, scores: Table, budget: float) -
 
 @pytest.mark.parametrize("method", METHODS)
 @given(problem=problems())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 def test_nothing_allowed_is_better(method: Method, problem: tuple[Table, Table, float]) -> None:
     costs, scores, budget = problem
     choice = solve(method, costs, scores, budget)
@@ -70,7 +70,7 @@ def large_problem(groups: int) -> tuple[Table, Table]:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_large_model_takes_seconds(method: Method) -> None:
-    costs, scores = large_problem(320)
+    costs, scores = large_problem(160)
     weights = sum(row[-1] for row in costs) / 16
     begin = time.process_time()
     choices = [solve(method, costs, scores, bits * weights) for bits in (4.5, 5.0, 6.0, 8.0)]

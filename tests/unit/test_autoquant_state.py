@@ -17,6 +17,7 @@ from sglang_modelopt_ext.workflow.autoquant import pictures
 from sglang_modelopt_ext.workflow.autoquant.pictures import CHOICES, TRADE_OFF, draw
 from sglang_modelopt_ext.workflow.autoquant.state import (
     Candidate,
+    Choice,
     Format,
     Group,
     Layer,
@@ -180,3 +181,9 @@ def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = draw(tmp_path, report(large, 5.0, 6.0, 8.0, perplexity=10.0))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((CHOICES, TRADE_OFF))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+@pytest.mark.parametrize("part", [Report, State, Format, Group, Layer, Candidate, Choice, Measured, Result])
+def test_every_field_is_documented(part: type[msgspec.Struct]) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "auto-quantize.md").read_text(encoding="utf-8")
+    assert not [field for field in part.__struct_fields__ if f"`{field}`" not in page]

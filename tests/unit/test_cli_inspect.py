@@ -150,6 +150,21 @@ def test_every_problem_is_listed(capsys: pytest.CaptureFixture[str], folder: Pat
     assert f"problems: {len(found['problems'])}" in capsys.readouterr().out
 
 
+def test_a_layer_that_was_left_as_it_was(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj"
+    changes = [
+        edits.drop_tensors(f"{name}.*"),
+        edits.add_tensors({f"{name}.weight": torch.zeros(256, 512, dtype=torch.bfloat16)}),
+    ]
+    bad = edits.copy_with(folder, tmp_path / "bad", changes)
+    found = inspect(capsys, bad, code=1)
+    assert len(found["problems"]) == 1
+    assert f"{name}.weight: expected a W4A8_NVFP4_FP8 layer, or it in exclude_modules" in found["problems"][0]
+    edits.set_config({"exclude_modules": ["lm_head", name]})(bad)
+    edits.set_embedded_config({"ignore": ["lm_head", name]})(bad)
+    assert inspect(capsys, bad)["problems"] == []
+
+
 def test_scales(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
     tensors = edits.read_tensors(folder)
     found = inspect(capsys, folder, "--scales")

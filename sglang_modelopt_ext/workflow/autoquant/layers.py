@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +9,13 @@ from typing import Any
 
 import torch
 
+from sglang_modelopt_ext.checkpoint.quant_config import matches
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS
-from sglang_modelopt_ext.checkpoint.tensors import read_headers
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate as FormatCandidate
 from sglang_modelopt_ext.workflow.autoquant.formats import serving
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Candidate, Format, Group, Layer, LmHead
-
-_SAMPLES, _SAMPLE_BYTES = 64, 4096
+from sglang_modelopt_ext.workflow.digest import folder_digest
 
 
 @dataclass(frozen=True)
@@ -107,7 +104,7 @@ def plan_groups(
     served: dict[str, tuple[list[str], str]] = {}
     groups = []
     for name, layers in linears.groups.items():
-        left = any(fnmatch.fnmatchcase(layer.name, pattern) for layer in layers for pattern in excluded)
+        left = any(matches(pattern, layer.name) for layer in layers for pattern in excluded)
         costs = {} if left else _fitting(layers, formats)
         for candidate in formats:
             for layer in layers if candidate.name in costs else ():
@@ -140,7 +137,7 @@ def plan_groups(
 def _check_patterns(linears: Linears, excluded: Sequence[str]) -> None:
     names = [layer.name for layers in linears.groups.values() for layer in layers]
     for pattern in excluded:
-        if not fnmatch.filter(names, pattern):
+        if not any(matches(pattern, name) for name in names):
             raise ModelOptExtError.at("--exclude", pattern, f"a pattern of layers such as {names[0]}", "no such layer")
 
 
@@ -159,18 +156,5 @@ def _group(name: str, layers: tuple[Layer, ...], costs: dict[str, int]) -> Group
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 of a model: its config.json, and of each safetensors file the size, the header and 64 samples of 4 KiB.
-
-    Seconds on any size of model; a change of every weight, as training makes, is noticed.
-    """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for tensor in read_headers(folder).values():
-        digest.update(f"{tensor.name} {tensor.dtype} {tensor.shape}\n".encode())
-    for file in sorted(folder.glob("*.safetensors")):
-        size = file.stat().st_size
-        digest.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as content:
-            for sample in range(_SAMPLES):
-                content.seek(sample * size // _SAMPLES)
-                digest.update(content.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+    """SHA-256 over a model's configuration and weights."""
+    return folder_digest(folder, ("config.json", "*.safetensors"))

@@ -99,7 +99,7 @@ class State(Struct, frozen=True, kw_only=True):
 
     Attributes:
         model: folder of the unquantized model, as it was named.
-        model_sha256: of its configuration, its tensors' headers and samples of their bytes.
+        model_sha256: of its configuration and weights.
         method: ``gradient`` (a score is the sum of (gradient x change of a layer's output)^2 over the scored tokens) or
             ``kl_div`` (a score is KL(unquantized || this group quantized), summed over the scored tokens, in nats).
         loss_scale: what the loss was multiplied by while scoring; the scores are free of it.

@@ -12,11 +12,13 @@ import fcntl
 import os
 import shutil
 import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.search import Progress
@@ -84,7 +86,11 @@ def work_folder(output: Path, plan: State, *, resume: bool, overwrite: bool) -> 
         progress = _read(folder, plan) if resume else Progress()
         if not (folder / MANIFEST).exists():
             write_json(folder / MANIFEST, plan)
-        yield Work(folder, plan, progress)
+        try:
+            yield Work(folder, plan, progress)
+        except KeyboardInterrupt:
+            tqdm.write(f"the search is kept in {folder}: --resume goes on", file=sys.stderr)
+            raise
         with undisturbed():
             shutil.rmtree(folder)
 
