@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -180,6 +181,26 @@ def distinct_shard_scales(folder: Path) -> None:
             for name in fnmatch.filter(tensors, f"*.{layer}.{suffix}"):
                 tensors[name] = tensors[name] * factor
     write_tensors(tensors, folder)
+
+
+def distinct_expert_scales(gate_beside_up: bool = False) -> Edit:
+    """Gives every expert, and gate and up of each, scales of their own, as producers other than ModelOpt write them.
+
+    With ``gate_beside_up`` gate and up keep the input scale of their expert in common, so that they can share a product.
+    """
+
+    def apply(tensors: Tensors) -> None:
+        for name in list(tensors):
+            match = re.fullmatch(r".*\.experts\.(\d+)\.(\w+)\.(weight_scale_2|input_scale)", name)
+            if match is None:
+                continue
+            number, layer, kind = int(match[1]), match[2], match[3]
+            factor = 1.0 + 0.31 * number
+            if layer in ("up_proj", "w3") and (kind == "weight_scale_2" or not gate_beside_up):
+                factor *= 1.83
+            tensors[name] = tensors[name] * factor
+
+    return edit_tensors(apply)
 
 
 def _matching(tensors: Tensors, pattern: str) -> list[str]:
