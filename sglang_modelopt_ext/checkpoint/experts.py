@@ -127,12 +127,12 @@ def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
             f"{[first.n, first.k]} outputs and inputs, as {first.name}",
             [linear.n, linear.k],
         )
+    if "bias" in linear.stored:
+        raise ModelOptExtError.at(file, f"{linear.name}.bias", "experts without a bias", "one")
     differ = sorted(set(first.stored) ^ set(linear.stored))
     if differ:
         owner, other = (first, linear) if differ[0] in first.stored else (linear, first)
         raise ModelOptExtError.at(file, f"{other.name}.{differ[0]}", f"a tensor, as {owner.name} has", "none")
-    if "bias" in linear.stored:
-        raise ModelOptExtError.at(file, f"{linear.name}.bias", "experts without a bias", "one")
 
 
 def _check_counts(layers: list[ExpertLayer], found: Mapping[str, Mapping[int, Mapping[str, QuantizedLinear]]]) -> None:

@@ -129,7 +129,7 @@ def map_tensors(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) ->
     """Replaces every tensor whose name matches the pattern by ``change(tensor)``, of any dtype and shape."""
 
     def apply(tensors: Tensors) -> None:
-        for name in _matching(tensors, pattern):
+        for name in matching(tensors, pattern):
             tensors[name] = change(tensors[name])
 
     return edit_tensors(apply)
@@ -140,7 +140,7 @@ def scale_tensors(factors: Mapping[str, float]) -> Edit:
 
     def apply(tensors: Tensors) -> None:
         for pattern, factor in factors.items():
-            for name in _matching(tensors, pattern):
+            for name in matching(tensors, pattern):
                 tensors[name] = (tensors[name].float() * factor).to(tensors[name].dtype)
 
     return edit_tensors(apply)
@@ -150,7 +150,7 @@ def drop_tensors(pattern: str) -> Edit:
     """Removes every tensor whose name matches the pattern."""
 
     def apply(tensors: Tensors) -> None:
-        for name in _matching(tensors, pattern):
+        for name in matching(tensors, pattern):
             del tensors[name]
 
     return edit_tensors(apply)
@@ -203,7 +203,8 @@ def distinct_expert_scales(gate_beside_up: bool = False) -> Edit:
     return edit_tensors(apply)
 
 
-def _matching(tensors: Tensors, pattern: str) -> list[str]:
+def matching(tensors: Tensors, pattern: str) -> list[str]:
+    """The names that match the pattern, at least one."""
     names = fnmatch.filter(tensors, pattern)
     if not names:
         raise KeyError(f"no tensor matches {pattern}")
@@ -221,7 +222,7 @@ def shard(files: int = 2, duplicate: str | None = None) -> Edit:
 
     def edit(folder: Path) -> None:
         tensors = read_tensors(folder)
-        copies = _matching(tensors, duplicate) if duplicate is not None else []
+        copies = matching(tensors, duplicate) if duplicate is not None else []
         write_tensors({}, folder)
         (folder / WEIGHTS).unlink()
         where = {name: i % files for i, name in enumerate(sorted(tensors))}
