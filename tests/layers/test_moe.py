@@ -16,7 +16,7 @@ from sglang.srt.runtime_context import get_parallel
 
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
-from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
+from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS, W4A8_MATH
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
 from sglang_modelopt_ext.integration.loading import quantized_modules
@@ -61,7 +61,7 @@ MORE_RECIPES = (
     "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG",
 )
 """Presets that differ from one of those above in how scales are searched, or in which other layers are quantized."""
-ELSEWHERE = {"MXFP4_MLP_WEIGHT_ONLY_CFG": "test_mxfp4_activations", "NVFP4_FP8_MHA_CONFIG": "tests/serving"}
+ELSEWHERE = {"MXFP4_MLP_WEIGHT_ONLY_CFG": "test_mxfp4_activations", "NVFP4_FP8_MHA_CONFIG": "test_quantized_vocabulary"}
 EXPORT_FAILS = {
     *(
         "INT4_AWQ_CFG",
@@ -198,6 +198,24 @@ def test_smoothing_of_experts(tmp_path: Path) -> None:
 def test_mixed_precision(tmp_path: Path, family: Family) -> None:
     """Experts and attention in different formats."""
     check_experts(mixed_checkpoint(family, tmp_path / "mixed"))
+
+
+def test_quantized_vocabulary(tmp_path: Path) -> None:
+    """NVFP4 experts in the mix that ModelOpt itself writes; its KV cache is taken out."""
+    changes = [
+        edits.drop_embedded_config,
+        edits.set_file_config({"kv_cache_quant_algo": None}),
+        edits.drop_tensors("*.[kv]_scale"),
+    ]
+    source = export(model_dir(tiny("mixtral")), "NVFP4_FP8_MHA_CONFIG")
+    layers = check_experts(edits.copy_with(source, tmp_path / "checkpoint", changes))
+    assert {layer.quant_method.schemes["w13"].algo for layer in layers.values()} == {"NVFP4"}
+
+
+def test_fp8_math(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other numerics of W4A8_NVFP4_FP8 reach the experts."""
+    monkeypatch.setenv(W4A8_MATH.variable, "fp8")
+    check_experts(export(model_dir(tiny("mixtral")), W4A8), math="fp8")
 
 
 @pytest.mark.parametrize("unused", [(0, 1), (3, 2)])

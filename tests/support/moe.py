@@ -37,7 +37,9 @@ def mixed_checkpoint(
         tensors.update({name: tensor for name, tensor in other.items() if ".self_attn." in name})
         for name in [name for name in tensors if name.endswith(".weight_scale")]:
             section = sections["a" if ".self_attn." in name else "e"]
-            layers[name.removesuffix(".weight_scale")] = {
+            module = name.removesuffix(".weight_scale")
+            experts = module.partition(".experts.")  # ModelOpt lists all experts of a layer as one
+            layers[experts[0] + ".experts" if experts[1] else module] = {
                 "quant_algo": section["quant_algo"],
                 "group_size": section.get("group_size"),
             }

@@ -170,7 +170,8 @@ class Reference:
         layer_section = section
         if "quantized_layers" in section:
             listed = {_common_name(layer): entry for layer, entry in section["quantized_layers"].items()}
-            layer_section = listed.get(name)
+            # ModelOpt lists all experts of a layer under one name.
+            layer_section = listed.get(name, listed.get(name.rpartition(".experts.")[0] + ".experts"))
         if layer_section is None or any(fnmatch.fnmatchcase(name, _common_name(pattern)) for pattern in exclude):
             return None
         algo = layer_section["quant_algo"].upper()
