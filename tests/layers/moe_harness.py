@@ -30,6 +30,7 @@ from tests.layers.harness import Namespace, load, parallel_rank
 NAMES = {
     "mixtral": ("block_sparse_moe", ("w1", "w2", "w3")),
     "qwen3_moe": ("mlp", ("gate_proj", "down_proj", "up_proj")),
+    "qwen2_moe": ("mlp", ("gate_proj", "down_proj", "up_proj")),
 }
 """By model type: SGLang's block of experts, and what its loader calls gate, down and up."""
 

@@ -218,10 +218,24 @@ def test_fp8_math(monkeypatch: pytest.MonkeyPatch) -> None:
     check_experts(export(model_dir(tiny("mixtral")), W4A8), math="fp8")
 
 
-@pytest.mark.parametrize("unused", [(0, 1), (3, 2)])
-def test_experts_without_tokens(unused: tuple[int, int]) -> None:
+def test_a_shared_expert() -> None:
+    """Qwen2-MoE: the expert that every token goes to is linear layers like any other, beside the routed ones."""
+    folder = export(model_dir(tiny("qwen2_moe")), W4A8)
+    check_experts(folder)
+    model, checkpoint = build(folder)
+    reference = Reference(folder).model
+    assert len(checkpoint.experts) == 2
+    for number in range(2):
+        name = f"model.layers.{number}.mlp.shared_expert.down_proj"
+        layer = model.get_submodule(name)
+        x = layer_inputs(layer.input_size, torch.float32)
+        assert relative_error(layer.quant_method.apply(layer, x), reference.get_submodule(name)(x)) < FLIP_TOLERANCE
+
+
+@pytest.mark.parametrize(("recipe", "unused"), [(W4A8, (0, 1)), ("NVFP4_DEFAULT_CFG", (3, 2))])
+def test_experts_without_tokens(recipe: str, unused: tuple[int, int]) -> None:
     """Two experts get every token, the others none; and a batch without tokens."""
-    folder = export(model_dir(tiny("qwen3_moe")), W4A8)
+    folder = export(model_dir(tiny("qwen3_moe")), recipe)
     name, layer = next(iter(expert_layers(build(folder)[0]).items()))
     x = layer_inputs(layer.hidden_size, torch.float32)
     used = [number for number in range(EXPERTS) if number not in unused]

@@ -82,6 +82,8 @@ class QuantExperts(nn.Module):
         y = torch.zeros_like(x)
         for number, (gate, up, down) in enumerate(self.members):  # type: ignore[misc]
             token, choice = torch.where(chosen == number)
+            if len(token) == 0:
+                continue
             hidden = nn.functional.silu(gate(x[token])) * up(x[token])
             y.index_add_(0, token, (down(hidden) * weights[token, choice, None]).to(x.dtype))
         return y
