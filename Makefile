@@ -3,6 +3,7 @@
 #   RUNTIME=cpu|cuda    what to install (default: cuda where nvidia-smi lists a GPU)
 #   MODEL=DIR           the model for `make demo`
 #   ARGS="..."          more arguments for the test and demo targets
+#   JOBS=2              test processes at a time (a file's tests share one; a server takes up to 2 GB)
 
 BIN := .venv/bin
 # Any Python 3.8 can run tools/setup_env.py. `python3` may be a pyenv shim that fails, hence the trial.
@@ -10,6 +11,8 @@ BOOT = $(shell for p in python3 python3.11 python3.12 /usr/bin/python3; do $$p -
 # The console script, not `python -m pytest`: that puts the repository root on sys.path, where the folder kernels/ would
 # be importable as `kernels`, the name of a Hugging Face package.
 PYTEST := $(BIN)/pytest
+JOBS ?= 2
+PARALLEL := -n $(JOBS) --dist loadfile
 
 export PYTHON RUNTIME MODEL
 
@@ -38,10 +41,10 @@ format: setup ## Format the code and fix what ruff can fix
 	$(BIN)/ruff format .
 
 test: setup ## Run the fast tests
-	$(PYTEST) -m "not full and not gpu" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not full and not gpu" $(ARGS)
 
 test-full: setup ## Run all tests that need no GPU
-	$(PYTEST) -m "not gpu" $(ARGS)
+	$(PYTEST) $(PARALLEL) -m "not gpu" $(ARGS)
 
 test-gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS)

@@ -42,7 +42,8 @@ UNQUANTIZED_KV = ("bf16", "bfloat16")
 """Values of ``--kv-cache-dtype`` that leave a checkpoint's KV cache quantization unused."""
 
 STOCK_FP8_KV = "fp8_e4m3"
-"""SGLang's own flag for what the recipe ``fp8`` is."""
+STOCK_FLAGS: dict[str, str] = {STOCK_FP8_KV: "fp8", "nvfp4": "nvfp4"}
+"""SGLang's own flags and the recipe each is."""
 
 KV_ALGOS: dict[str, tuple[str, ...]] = {
     "FP8": ("fp8", "fp8_affine"),
@@ -124,7 +125,7 @@ def kv_cache_plan(folder: Path, config: QuantConfig | None, flag: str) -> KVCach
         return None
     if wanted is not None and wanted.name in recipes and wanted.affine == recipe.affine:
         recipe = wanted
-    elif flag not in ("auto", FLAG_PREFIX + recipe.name) and (flag, recipe.name) != (STOCK_FP8_KV, "fp8"):
+    elif flag not in ("auto", FLAG_PREFIX + recipe.name) and STOCK_FLAGS.get(flag) != recipe.name:
         fitting = sorted(FLAG_PREFIX + name for name in recipes if KV_RECIPES[name].affine == recipe.affine)
         raise ModelOptExtError.at(
             "command line",

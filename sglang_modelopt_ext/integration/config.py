@@ -11,7 +11,7 @@ import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, ExpertLayer
-from sglang_modelopt_ext.checkpoint.kv_cache import STOCK_FP8_KV
+from sglang_modelopt_ext.checkpoint.kv_cache import STOCK_FLAGS
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
     QUANT_CONFIG_NAME,
@@ -142,10 +142,10 @@ class ModelOptExtConfig(QuantizationConfig):
         return None
 
     def _has_stock_kv_scales(self) -> bool:
-        """Whether attention layers need the ``k_scale`` and ``v_scale`` of SGLang's FP8 cache."""
+        """Whether attention layers need the ``k_scale`` and ``v_scale`` of SGLang's own quantized caches."""
         from sglang.srt.runtime_context import get_model
 
-        return self.config.kv_cache_algo is not None and get_model().kv_cache_dtype in ("auto", STOCK_FP8_KV)
+        return self.config.kv_cache_algo is not None and get_model().kv_cache_dtype in ("auto", *STOCK_FLAGS)
 
     def _shards(self, prefix: str) -> list[str]:
         parent, _, name = prefix.rpartition(".")

@@ -1,7 +1,8 @@
 """Quantized KV caches in SGLang: which recipe, checked before anything starts, and the pool that holds it.
 
-The plan of a cache comes from the checkpoint's folder and the flag alone, whoever serves the weights. On a GPU the plain FP8 cache
-is SGLang's own, with the checkpoint's scales loaded here; every other recipe, and every recipe on a CPU, is a pool of ours.
+The plan of a cache comes from the checkpoint's folder and the flag alone, whoever serves the weights. On a GPU the plain FP8 cache,
+and NVFP4 under SGLang's own flag for it, are SGLang's, with the checkpoint's scales loaded here; everything else, and every recipe
+on a CPU, is a pool of ours.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from sglang_modelopt_ext.checkpoint.kv_cache import (
     FLAG_PREFIX,
     KV_FLAGS,
+    STOCK_FLAGS,
     STOCK_FP8_KV,
     KVCachePlan,
     check_head_dim,
@@ -75,9 +77,9 @@ def plan_for(model_path: str, revision: str | None, flag: str) -> KVCachePlan | 
     return kv_cache_plan(folder, read_quant_config(folder), flag)
 
 
-def is_stock(plan: KVCachePlan, device: str) -> bool:
-    """Whether SGLang's own FP8 pool holds the cache."""
-    return device == "cuda" and plan.recipe.name == "fp8"
+def is_stock(plan: KVCachePlan, device: str, flag: str) -> bool:
+    """Whether a pool of SGLang's own holds the cache: FP8, and NVFP4 where its flag (Blackwell only) asks for it."""
+    return device == "cuda" and (plan.recipe.name == "fp8" or flag in STOCK_FLAGS)
 
 
 def declare(server_args: Any) -> None:
@@ -89,7 +91,7 @@ def declare(server_args: Any) -> None:
     if plan is None:
         return
     device = _device(args)
-    if is_stock(plan, device):
+    if is_stock(plan, device, args.kv_cache_dtype):
         if args.kv_cache_dtype in KV_FLAGS:
             declare_resolution(server_args, __name__, kv_cache_dtype=STOCK_FP8_KV)
         return
@@ -159,10 +161,12 @@ def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_laye
     from sglang.srt.runtime_context import get_parallel, get_server_args
     from sglang.srt.utils import log_info_on_rank0
 
+    from sglang_modelopt_ext.kv.layers import check_sinks
     from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
 
     config = self.model_config
     recipe = KV_FLAGS[self.kv_cache_dtype_str]
+    check_sinks(self.model)
     check_head_dim(recipe, config.head_dim, config.model_path)
     if recipe.rotate and config.head_dim > MOST_ROTATED and self.device == "cuda":
         raise ModelOptExtError.at(
@@ -228,12 +232,16 @@ def _get_all_weights(
 
 
 def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan | None) -> None:
-    """Writes a plain FP8 plan into the ``k_scale`` and ``v_scale`` of SGLang's own cache, where the model has them."""
+    """Writes the plan of a cache of SGLang's own into the ``k_scale`` and ``v_scale`` of its layers, where the model has them.
+
+    Its NVFP4 cache expects amax / 2688 there (``NVFP4KVCacheMethod.load_scales_from_model``), while exports store amax / 448.
+    """
     from sglang.srt.runtime_context import get_model
 
     from sglang_modelopt_ext.kv.layers import attention_layers
 
-    if plan is None or plan.recipe.name != "fp8" or get_model().kv_cache_dtype not in ("auto", STOCK_FP8_KV):
+    flag = get_model().kv_cache_dtype
+    if plan is None or plan.recipe.name != ("fp8" if flag == "auto" else STOCK_FLAGS.get(flag)):
         return
     for name, module in attention_layers(model):
         if not isinstance(module.k_scale, torch.nn.Parameter):

@@ -20,6 +20,17 @@ def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield name.rpartition(".")[0], module
 
 
+SINKS = ("sinks", "attention_sink_bias")
+"""SGLang's names of the learned logits that take a share of every softmax."""
+
+
+def check_sinks(model: torch.nn.Module) -> None:
+    """Raises ModelOptExtError for a model with attention sinks, which nothing that reads a cache of ours adds."""
+    for name, _ in model.named_parameters():
+        if name.rpartition(".")[2] in SINKS:
+            raise ModelOptExtError.at("command line", "--kv-cache-dtype", "auto or bf16 with attention sinks", name)
+
+
 def local_heads(bias: torch.Tensor, heads: int, rank: int, size: int, where: str) -> torch.Tensor:
     """This rank's part of a bias.
 

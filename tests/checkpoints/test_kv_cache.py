@@ -14,7 +14,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import OWN_KEY, QUANT_CONFIG_NA
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
 from tests.support import edits
-from tests.support.kv_exports import PRESETS, kv_export
+from tests.support.kv_exports import CAST_PRESETS, PRESETS, cast_export, kv_export
 
 W4A8 = "W4A8_NVFP4_FP8_CFG"
 EXPORTED_AS = {"nvfp4_rotate": "nvfp4"}
@@ -102,11 +102,11 @@ def test_megatron_names_and_scales(tmp_path: Path, recipe: str) -> None:
         assert megatron.layers[name].v_scale == pytest.approx(layer.v_scale, rel=2e-7)
 
 
-@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
-def test_cast_presets_store_no_scales(tmp_path: Path, recipe: str) -> None:
-    folder = edits.copy_with(kv_export(recipe), tmp_path / "cast", [edits.drop_tensors("*_proj.[kv]_scale")])
-    found = plan(folder)
+@pytest.mark.parametrize("recipe", CAST_PRESETS)
+def test_cast_presets_store_no_scales(recipe: str) -> None:
+    found = plan(cast_export(recipe))
     assert found is not None
+    assert found.source == "hf_quant_config.json, no scales stored, amax 448"
     assert found.layer("model.layers.7.self_attn").k_scale == 448 / RANGE[recipe]
 
 
@@ -137,8 +137,9 @@ def test_what_is_sglangs_own_business(tmp_path: Path, flag: str) -> None:
         ("fp8_affine", "modelopt_fp8"),
         ("fp8_affine", "fp8_e4m3"),
         ("fp8", "fp8_e5m2"),
-        ("nvfp4", "nvfp4"),
+        ("nvfp4", "fp8_e4m3"),
         ("nvfp4", "fp4_mx_block16"),
+        ("nvfp4_affine", "nvfp4"),
         ("nvfp4_affine", "modelopt_nvfp4"),
         ("nvfp4_affine", "modelopt_nvfp4_rotate"),
     ],
@@ -147,9 +148,11 @@ def test_flags_that_contradict_the_checkpoint(recipe: str, flag: str) -> None:
     refused(kv_export(recipe), rf"--kv-cache-dtype: expected auto, modelopt_{recipe}.* or bf16 .*, got {flag}", flag)
 
 
-def test_sglangs_own_name_of_the_plain_fp8_cache() -> None:
-    found = plan(kv_export("fp8"), "fp8_e4m3")
+@pytest.mark.parametrize(("recipe", "flag"), [("fp8", "fp8_e4m3"), ("nvfp4", "nvfp4")])
+def test_sglangs_own_names_of_the_plain_caches(recipe: str, flag: str) -> None:
+    found = plan(kv_export(recipe), flag)
     assert found is not None
+    assert found.recipe.name == recipe
     assert found.layers
 
 

@@ -97,13 +97,22 @@ def build(
     return model, checkpoint
 
 
-def load(model: Namespace, checkpoint: Checkpoint) -> None:
-    """Loads ``checkpoint`` strictly and prepares the layers."""
+def load(model: Namespace, checkpoint: Checkpoint, elsewhere: set[str] | None = None) -> set[str]:
+    """Loads ``checkpoint`` strictly, prepares the layers, and returns the tensors that were used.
+
+    ``elsewhere`` stands for what other ranks report to have used.
+    """
     weights = ((stored.name, tensor) for stored, tensor in read_tensors(list(checkpoint.tensors.values())))
-    StrictLoad(model, checkpoint).run(model.load_weights, weights)
+    strict = StrictLoad(model, checkpoint)
+    if elsewhere is not None:
+        with mock.patch.object(strict, "_used_anywhere", return_value=elsewhere):
+            strict.run(model.load_weights, weights)
+    else:
+        strict.run(model.load_weights, weights)
     for module, method in quantized_modules(model):
         method.verified = True
         method.process_weights_after_loading(module)
+    return strict.used
 
 
 def fill(
@@ -141,7 +150,8 @@ def fill(
     for tensor in checkpoint.tensors.values():
         if tensor.name not in owned and (skip is None or skip not in tensor.name):
             model.put(
-                tensor.name.replace(f".{rename[0]}.", f".{rename[1]}."), torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False)
+                tensor.name.replace(f".{rename[0]}.", f".{rename[1]}."),
+                torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=False),
             )
 
 

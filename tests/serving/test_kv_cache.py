@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from tests.serving.checks import (
     check_prefill_against_decode,
     median_apart,
 )
-from tests.support.kv_exports import PRESETS, kv_export
+from tests.support.kv_exports import CAST_PRESETS, PRESETS, cast_export, kv_export
 from tests.support.models import FAMILIES, Family, TinyModel, model_dir, random_ids
 from tests.support.reference import Reference, difference
 from tests.support.server import Server, failing_start
@@ -130,6 +131,34 @@ def test_at_the_bf16_noise_floor(recipe: str) -> None:
     folder = kv_export(recipe, "qwen3", W4A8)
     with Server(folder, dtype="bfloat16", args=flags(recipe)) as server:
         check_logprobs(server, folder, "bfloat16", kv_cache=recipe)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", CAST_PRESETS)
+def test_presets_without_calibration(recipe: str) -> None:
+    folder = cast_export(recipe, "llama", W4A8)
+    with Server(folder, dtype="float32") as server:
+        check_logprobs(server, folder, "float32", kv_cache=recipe)
+        check_prefill_against_decode(server)
+        assert f"modelopt_ext: KV cache {recipe}, hf_quant_config.json, no scales stored, amax 448" in server.output()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("args", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no overlap"])
+def test_retracted_requests(args: tuple[str, ...]) -> None:
+    """Requests whose cache is taken away and made again while they decode, with and without overlap scheduling."""
+    folder = kv_export("nvfp4_affine", "qwen3")
+    prompts, count = [random_ids(20 + 7 * i, seed=100 + i, vocab=511) for i in range(6)], 24
+    reference = Reference(folder, kv_cache="nvfp4_affine")
+    with Server(folder, dtype="float32", args=args, env={"SGLANG_TEST_RETRACT": "1"}) as server:
+        served, expected = [], []
+        for ids, answer in zip(prompts, server.batch(prompts, count), strict=True):
+            info = answer["meta_info"]
+            assert info["completion_tokens"] == count
+            served += [entry[0] for entry in info["output_token_logprobs"]]
+            expected += reference.input_logprobs([*ids, *answer["output_ids"]]).tolist()[-count:]
+        assert re.search(r"#retracted_reqs: [1-9]", server.output()), "no request was retracted"
+    assert median_apart(served, expected) < FP32_MEDIAN
 
 
 @pytest.mark.full

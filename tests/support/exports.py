@@ -35,7 +35,7 @@ class Variant:
 
     Attributes:
         calibration_seed: decides the random tokens of the calibration.
-        kv_cache: the name of a ModelOpt configuration of the KV cache to merge, such as ``FP8_KV_CFG``.
+        kv_cache: a ModelOpt configuration or preset of the KV cache to merge, such as ``FP8_KV_CFG`` or ``fp8_cast``.
         algorithm: replaces the calibration algorithm of the recipe.
         exclude: patterns of module names to leave unquantized, such as ``*layers.0.mlp*``.
         max_shard_size: makes ModelOpt write several files, such as ``"300KB"``.
@@ -105,6 +105,14 @@ def _configuration(mtq: Any, recipe: str | Mapping[str, Any], variant: Variant) 
     if variant.kv_cache is not None:
         from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
 
-        config = update_quant_cfg_with_kv_cache_quant(config, getattr(mtq, variant.kv_cache)["quant_cfg"])
+        config = update_quant_cfg_with_kv_cache_quant(config, _kv_configuration(mtq, variant.kv_cache)["quant_cfg"])
     config["quant_cfg"] += [{"quantizer_name": pattern, "enable": False} for pattern in variant.exclude]
     return config
+
+
+def _kv_configuration(mtq: Any, name: str) -> dict[str, Any]:
+    """A KV cache by the name of its configuration, or of its preset: the ``_cast`` ones have no other."""
+    from modelopt.recipe.presets import KV_QUANT_CFG_CHOICES
+
+    found: dict[str, Any] = KV_QUANT_CFG_CHOICES[name] if name in KV_QUANT_CFG_CHOICES else getattr(mtq, name)
+    return found

@@ -17,11 +17,23 @@ PRESETS = {
 }
 """ModelOpt's configuration of each recipe."""
 
+CAST_PRESETS = {"fp8": "fp8_cast", "nvfp4": "nvfp4_cast"}
+"""The recipes that have a preset without calibration, which stores no scales."""
+
 UNQUANTIZED: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
 """A configuration that quantizes nothing, to merge a KV cache into."""
 
 
 def kv_export(recipe: str, family: Family = "llama", weights: str | None = None, **fields: Any) -> Path:
     """The export of a tiny model with that KV recipe; ``weights`` is the preset of its layers, None for none."""
+    return _export(PRESETS[recipe], family, weights, **fields)
+
+
+def cast_export(recipe: str, family: Family = "llama", weights: str | None = None) -> Path:
+    """Likewise by the preset without calibration."""
+    return _export(CAST_PRESETS[recipe], family, weights)
+
+
+def _export(preset: str, family: Family, weights: str | None, **fields: Any) -> Path:
     model = model_dir(TinyModel(family, **fields))
-    return export(model, UNQUANTIZED if weights is None else weights, Variant(kv_cache=PRESETS[recipe]))
+    return export(model, UNQUANTIZED if weights is None else weights, Variant(kv_cache=preset))

@@ -17,7 +17,7 @@ pytest.importorskip("sglang")
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, KVLayer
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import kv_cache
-from sglang_modelopt_ext.kv.layers import local_heads, rank_layers
+from sglang_modelopt_ext.kv.layers import check_sinks, local_heads, rank_layers
 from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 from tests.support.kv_exports import PRESETS, kv_export
@@ -86,22 +86,26 @@ def test_every_attention_layer_gets_its_numbers() -> None:
         rank_layers(attention_model(layers=3), full_plan("fp8_affine"), rank=1, size=2)
 
 
+def test_attention_sinks_are_refused() -> None:
+    model = attention_model()
+    check_sinks(model)
+    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    with pytest.raises(ModelOptExtError, match=r"expected auto or bf16 with attention sinks, got .*1.self_attn.sinks"):
+        check_sinks(model)
+
+
 def test_scales_of_sglangs_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     import sglang.srt.runtime_context
 
     flag = SimpleNamespace(kv_cache_dtype="auto")
     monkeypatch.setattr(sglang.srt.runtime_context, "get_model", lambda: flag)
-    plan = full_plan("fp8")
-    model = attention_model(scales=True)
-    kv_cache.set_stock_scales(model, plan)
-    attention = model.model.layers[1].self_attn.attn
-    assert (float(attention.k_scale), float(attention.v_scale)) == (1.5, 1.25)
-    attention.quant_method = None
-    for unscaled in ("bf16", "modelopt_fp8", "fp8_e5m2"):
-        flag.kv_cache_dtype = unscaled
-        untouched = attention_model(scales=True)
-        kv_cache.set_stock_scales(untouched, plan)
-        assert float(untouched.model.layers[0].self_attn.attn.k_scale) == -1.0, "a scale on an unscaled pool"
+    for recipe, scaled in (("fp8", ("auto", "fp8_e4m3")), ("nvfp4", ("nvfp4",)), ("nvfp4_rotate", ())):
+        for flag.kv_cache_dtype in ("auto", "fp8_e4m3", "nvfp4", "bf16", "modelopt_fp8", "modelopt_nvfp4", "fp8_e5m2"):
+            model = attention_model(scales=True)
+            kv_cache.set_stock_scales(model, full_plan(recipe))
+            attention = model.model.layers[1].self_attn.attn
+            found = (float(attention.k_scale), float(attention.v_scale))
+            assert found == ((1.5, 1.25) if flag.kv_cache_dtype in scaled else (-1.0, -1.0)), (recipe, flag)
 
 
 @pytest.mark.parametrize("recipe", KV_RECIPES)
@@ -111,6 +115,20 @@ def test_size_of_a_token(recipe: str) -> None:
     buffers = method.create_buffers(size=10, head_num=3, head_dim=64, layer_num=2, device="cpu")
     tensors = [t for name in ("k_buffer", "v_buffer", "k_scale_buffer", "v_scale_buffer") for t in buffers[name] or []]
     assert sum(t.numel() * t.itemsize for t in tensors) == 10 * method.compute_cell_size(3, 64, 2, kv_size=2)
+
+
+@pytest.mark.parametrize(("recipe", "size"), [("fp8", 256), ("fp8_affine", 256), ("nvfp4", 144), ("nvfp4_rotate", 144)])
+def test_what_sglang_divides_the_memory_by(recipe: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes of a token at head_dim 128, from SGLang's own sizing with our hook: 2 and 3.56 times the tokens of bf16's 512."""
+    import sglang.srt.model_executor.pool_configurator as pools
+    import sglang.srt.runtime_context
+
+    parallel = SimpleNamespace(attn_tp_size=2, attn_dcp_size=1)
+    monkeypatch.setattr(sglang.srt.runtime_context, "get_parallel", lambda: parallel)
+    model = SimpleNamespace(get_num_kv_heads=lambda tp, dcp: 8 // tp // dcp, head_dim=128)
+    layers = SimpleNamespace(kv_cache_dtype_str=f"modelopt_{recipe}", model_config=model)
+    stock = pools.DefaultPoolConfigurator._compute_cell_size
+    assert kv_cache._compute_cell_size(stock, None, layers, num_layers=3) == 3 * 4 * size
 
 
 RESOLVE = """
@@ -208,6 +226,17 @@ def test_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     else:
         exported = {"nvfp4_rotate": "nvfp4"}.get(recipe, recipe)
         assert (view.kv_cache_dtype, view.attention_backend) == (f"modelopt_{exported}", "triton")
+
+
+def test_sglangs_nvfp4_cache_is_its_own_on_a_gpu() -> None:
+    """``--kv-cache-dtype nvfp4`` stays as it is; SGLang says which GPUs it is for. On a CPU it is ours."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.server_args import ServerArgs
+
+    for device, expected in (("cuda", "nvfp4"), ("cpu", "modelopt_nvfp4")):
+        args = ServerArgs(model_path=str(kv_export("nvfp4")), device=device, kv_cache_dtype="nvfp4")
+        kv_cache.declare(args)
+        assert resolving_view(args).kv_cache_dtype == expected
 
 
 def test_our_name_of_sglangs_cache_on_a_gpu() -> None:
