@@ -360,15 +360,20 @@ def cases(arch: int) -> list[Case]:
     return [*products, *quantize_blocks_cases(), *other_cases(arch), *attention_cases(arch)]
 
 
+QUICK_GROUPED = ("grouped e2m1_e4m3/16 bf16", "grouped mxfp4/32 fp8e4nv")
+
+
 def quick(all_cases: list[Case]) -> list[Case]:
-    """A sample: of each kind of product the smallest and the largest configuration, of attention some recipes in one head size."""
+    """A sample: of each kind of product the smallest and the largest configuration, of attention and of experts some."""
     attention = [case for case in all_cases if " D=" in case.name]
-    products = [case for case in all_cases if case.matrix and case not in attention]
+    experts = [case for case in all_cases if case.name.startswith("grouped ")]
+    products = [case for case in all_cases if case.matrix and case not in attention and case not in experts]
     first = {case.name.split(" ")[1]: case for case in reversed(products)}
     last = {case.name.split(" ")[1]: case for case in products}
     others = [case for case in all_cases if not case.matrix and case not in attention and "swizzled" not in case.name]
     sample = [case for case in attention if case.name.endswith(tuple(f" {name} D=128" for name in QUICK_RECIPES))]
-    return [*first.values(), *last.values(), *others, *sample]
+    of_experts = [next((case for case in experts if case.name.startswith(name)), None) for name in QUICK_GROUPED]
+    return [*first.values(), *last.values(), *others, *sample, *(case for case in of_experts if case)]
 
 
 def compile_case(case: Case, arch: int) -> Result:

@@ -6,12 +6,11 @@ Mixtral's.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
+from sglang_modelopt_ext.checkpoint.quant_config import EXPERT, canonical_name
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
 
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 EXPERT_PROJECTIONS: tuple[tuple[str, str, str], ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Gate, up and down, in each naming scheme."""
-
-_EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
 
 
 @dataclass(frozen=True)
@@ -65,17 +62,21 @@ def read_experts(linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, S
     """
     found: dict[str, dict[int, dict[str, QuantizedLinear]]] = {}
     for linear in linears.values():
-        match = _EXPERT.fullmatch(linear.name)
+        match = EXPERT.fullmatch(linear.name)
         if match:
             experts = found.setdefault(match["layer"], {})
             experts.setdefault(int(match["number"]), {})[match["projection"]] = linear
-    layers = {canonical_name(name): _describe(name, experts, tensors) for name, experts in found.items()}
+    numbers = _stored_numbers(tensors) if found else {}
+    layers = {
+        canonical_name(name): _describe(name, experts, max(numbers[name]) + 1, tensors)
+        for name, experts in found.items()
+    }
     _check_counts(list(layers.values()), found)
     return layers
 
 
 def _describe(
-    name: str, experts: Mapping[int, Mapping[str, QuantizedLinear]], tensors: Mapping[str, StoredTensor]
+    name: str, experts: Mapping[int, Mapping[str, QuantizedLinear]], count: int, tensors: Mapping[str, StoredTensor]
 ) -> ExpertLayer:
     first_number = min(experts)
     some = next(iter(experts[first_number].values()))
@@ -85,8 +86,7 @@ def _describe(
     if projections is None:
         known = " or ".join(", ".join(names) for names in EXPERT_PROJECTIONS)
         raise ModelOptExtError.at(file, f"{name}.{first_number}", f"experts with {known}", ", ".join(sorted(used)))
-    stored = _stored_numbers(name, tensors)
-    for number in range(max(stored) + 1):
+    for number in range(count):
         for projection in projections:
             module = f"{name}.{number}.{projection}"
             if projection not in experts.get(number, {}):
@@ -108,14 +108,14 @@ def _describe(
     return ExpertLayer(name, projections, len(experts), gate[0].scheme, down[0].scheme, gate[0].k, gate[0].n)
 
 
-def _stored_numbers(name: str, tensors: Mapping[str, StoredTensor]) -> set[int]:
-    """The numbers of the experts that have any tensor, quantized or not."""
-    prefix = name + "."
-    return {
-        int(number)
-        for tensor in tensors
-        if tensor.startswith(prefix) and (number := tensor.removeprefix(prefix).partition(".")[0]).isdigit()
-    }
+def _stored_numbers(tensors: Iterable[str]) -> dict[str, set[int]]:
+    """By layer: the numbers of the experts that have any tensor, quantized or not."""
+    numbers: dict[str, set[int]] = {}
+    for tensor in tensors:
+        match = EXPERT.fullmatch(tensor.rpartition(".")[0])
+        if match:
+            numbers.setdefault(match["layer"], set()).add(int(match["number"]))
+    return numbers
 
 
 def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
@@ -132,12 +132,12 @@ def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
             f"{[first.n, first.k]} outputs and inputs, as {first.name}",
             [linear.n, linear.k],
         )
+    if "bias" in linear.stored:
+        raise ModelOptExtError.at(file, f"{linear.name}.bias", "experts without a bias", "one")
     differ = sorted(set(first.stored) ^ set(linear.stored))
     if differ:
         owner, other = (first, linear) if differ[0] in first.stored else (linear, first)
         raise ModelOptExtError.at(file, f"{other.name}.{differ[0]}", f"a tensor, as {owner.name} has", "none")
-    if "bias" in linear.stored:
-        raise ModelOptExtError.at(file, f"{linear.name}.bias", "experts without a bias", "one")
 
 
 def _check_counts(layers: list[ExpertLayer], found: Mapping[str, Mapping[int, Mapping[str, QuantizedLinear]]]) -> None:

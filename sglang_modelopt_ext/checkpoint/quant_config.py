@@ -8,6 +8,8 @@ exclusions ``ignore``. Where both are there they must not contradict each other;
 from __future__ import annotations
 
 import fnmatch
+import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,9 @@ ROUNDS_ACTIVATIONS = "rounds_activations"
 
 KV_CACHE_RECIPE = "kv_cache_recipe"
 """Under :data:`OWN_KEY`: the KV cache's recipe, which tells a rotated cache from a plain one."""
+
+EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
+"""The name of one projection of one expert."""
 
 _NOT_NAMED = ("model", "language_model")
 
@@ -94,10 +99,14 @@ class QuantConfig:
         if self.algo != MIXED_PRECISION:
             return LayerQuantization(self.algo, self.group_size)
         wanted = canonical_name(module)
-        for name, quantization in self.quantized_layers.items():
-            if canonical_name(name) == wanted:
-                return quantization
-        return None
+        expert = EXPERT.fullmatch(wanted)
+        # ModelOpt lists all experts of a layer as the one module they are in Hugging Face's model.
+        return self._listed.get(wanted) or (self._listed.get(expert["layer"]) if expert else None)
+
+    @functools.cached_property
+    def _listed(self) -> dict[str, LayerQuantization]:
+        """``quantized_layers`` by canonical name; a large mixture lists tens of thousands."""
+        return {canonical_name(name): quantization for name, quantization in self.quantized_layers.items()}
 
 
 def is_modelopt_section(section: object) -> bool:

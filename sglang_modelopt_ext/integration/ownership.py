@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.quant_config import QuantConfig, read_quant_config
-from sglang_modelopt_ext.checkpoint.tensors import read_headers
+from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QuantConfig, read_quant_config
+from sglang_modelopt_ext.checkpoint.tensors import read_headers, read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
@@ -24,6 +24,9 @@ STOCK_MODELOPT_FLAGS = frozenset({"modelopt_fp4", "modelopt_fp8", STOCK_MIXED_FL
 
 STOCK_MIXED_ALGOS = frozenset({"NVFP4", "W4A16_NVFP4", "FP8"})
 """What SGLang 0.5.23 reads rightly in a mix, as long as one layer is NVFP4."""
+
+ATTENTION_LAYER = "model.layers.0.self_attn.q_proj"
+"""The layer that tells whether a model's attention is quantized."""
 
 STOCK_GROUP_SIZE = 16
 """The only NVFP4 group size SGLang 0.5.23 serves."""
@@ -120,7 +123,26 @@ def stock_serves(config: QuantConfig, folder: Path, capability: int | None) -> b
     group_sizes = {layer.group_size for layer in layers} | {config.group_size}
     if any(size not in (None, STOCK_GROUP_SIZE) for size in group_sizes):
         return False
+    # SGLang gives all layers of an expert one method, and asserts on a Mixtral whose attention is not quantized.
+    if _mixes_an_expert(config) or (not config.layer(ATTENTION_LAYER) and _model_type(folder) == "mixtral"):
+        return False
     # SGLang multiplies by pre_quant_scale for NVFP4_AWQ alone; elsewhere it would be dropped.
     if algos == {"NVFP4_AWQ"} or not any(folder.glob("*.safetensors")):  # a hub model that is not downloaded yet
         return True
     return not any(name.endswith(f".{PRE_QUANT_SCALE.name}") for name in read_headers(folder))
+
+
+def _mixes_an_expert(config: QuantConfig) -> bool:
+    """Whether the experts of a layer have projections of different algorithms."""
+    algos: dict[str, set[str]] = {}
+    for name, layer in config.quantized_layers.items():
+        block, experts, _ = name.partition(".experts.")
+        if experts:
+            algos.setdefault(block, set()).add(layer.algo)
+    return any(len(found) > 1 for found in algos.values())
+
+
+def _model_type(folder: Path) -> str | None:
+    file = folder / CONFIG_NAME
+    value = read_json_object(file).get("model_type") if file.exists() else None
+    return value if isinstance(value, str) else None

@@ -212,6 +212,8 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                 self.prefix, "routing", "the weights and numbers of each token's experts", "another form"
             )
         x, (weights, numbers, _) = dispatch_output.hidden_states, dispatch_output.topk_output
+        if x.shape[0] == 0:
+            return StandardCombineInput(hidden_states=torch.zeros_like(x))
         top_k = numbers.shape[1]
         routing = Routing(numbers.reshape(-1).to(torch.int32), top_k)
         row_weights = weights.reshape(-1, 1).to(torch.float32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,17 @@ def test_every_configuration_is_listed(arch: int) -> None:
     listed = [case.name for case in aot.cases(arch) if case.name.startswith("fp4 ")]
     expected = [f"fp4 e2m1/{group} {config}" for group in (16, 32) for config in aot.fp4.configs(arch)]
     assert listed == (expected if arch >= 100 else [])
+    for kind, dtypes in aot.grouped.TAKEN.items():
+        for dtype in dtypes:
+            if kind == "mxfp4" and arch not in (100, 103):
+                continue
+            math = aot.grouped.math_of(kind, dtype, arch)
+            chosen = [str(config) for config in aot.grouped.configs(kind, math, arch)]
+            # E4M3 activations are float16 ones before sm_89.
+            name = {"torch.float8_e4m3fn": "fp8e4nv" if arch >= 89 else "fp16", "torch.float16": "fp16"}.get(
+                str(dtype), "bf16"
+            )
+            assert all(re.search(rf"grouped {kind}/\d+ {name} {config}", names) for config in chosen)
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

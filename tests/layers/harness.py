@@ -97,13 +97,22 @@ def build(
     return model, checkpoint
 
 
-def load(model: Namespace, checkpoint: Checkpoint) -> None:
-    """Loads ``checkpoint`` strictly and prepares the layers."""
+def load(model: Namespace, checkpoint: Checkpoint, elsewhere: set[str] | None = None) -> set[str]:
+    """Loads ``checkpoint`` strictly, prepares the layers, and returns the tensors that were used.
+
+    ``elsewhere`` stands for what other ranks report to have used.
+    """
     weights = ((stored.name, tensor) for stored, tensor in read_tensors(list(checkpoint.tensors.values())))
-    StrictLoad(model, checkpoint).run(model.load_weights, weights)
+    strict = StrictLoad(model, checkpoint)
+    if elsewhere is not None:
+        with mock.patch.object(strict, "_used_anywhere", return_value=elsewhere):
+            strict.run(model.load_weights, weights)
+    else:
+        strict.run(model.load_weights, weights)
     for module, method in quantized_modules(model):
         method.verified = True
         method.process_weights_after_loading(module)
+    return strict.used
 
 
 def fill(

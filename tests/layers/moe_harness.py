@@ -30,6 +30,7 @@ from tests.layers.harness import Namespace, load, parallel_rank
 NAMES = {
     "mixtral": ("block_sparse_moe", ("w1", "w2", "w3")),
     "qwen3_moe": ("mlp", ("gate_proj", "down_proj", "up_proj")),
+    "qwen2_moe": ("mlp", ("gate_proj", "down_proj", "up_proj")),
 }
 """By model type: SGLang's block of experts, and what its loader calls gate, down and up."""
 
@@ -56,6 +57,7 @@ class MoeNamespace(Namespace):
     def __init__(self, mapping: list[tuple[str, str, int, str]]) -> None:
         super().__init__()
         self.mapping = mapping
+        self.used: set[str] = set()
 
     def load_weights(self, weights: Any) -> None:
         """Experts by SGLang's own table of names; the rest as in a dense model."""
@@ -102,7 +104,9 @@ def build(
                     ),
                 )
             harness.fill(model, config, checkpoint, skip=".experts.", rename=("mlp", block))
-            load(model, checkpoint)
+            # The other ranks' experts are nothing to this one: what the ranks read together is for a test to ask.
+            elsewhere = set(checkpoint.tensors) if ep > 1 else None
+            model.used = load(model, checkpoint, elsewhere)
     finally:
         torch.set_default_dtype(previous)
     return model, checkpoint

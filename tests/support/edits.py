@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -128,7 +129,7 @@ def map_tensors(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) ->
     """Replaces every tensor whose name matches the pattern by ``change(tensor)``, of any dtype and shape."""
 
     def apply(tensors: Tensors) -> None:
-        for name in _matching(tensors, pattern):
+        for name in matching(tensors, pattern):
             tensors[name] = change(tensors[name])
 
     return edit_tensors(apply)
@@ -139,7 +140,7 @@ def scale_tensors(factors: Mapping[str, float]) -> Edit:
 
     def apply(tensors: Tensors) -> None:
         for pattern, factor in factors.items():
-            for name in _matching(tensors, pattern):
+            for name in matching(tensors, pattern):
                 tensors[name] = (tensors[name].float() * factor).to(tensors[name].dtype)
 
     return edit_tensors(apply)
@@ -149,7 +150,7 @@ def drop_tensors(pattern: str) -> Edit:
     """Removes every tensor whose name matches the pattern."""
 
     def apply(tensors: Tensors) -> None:
-        for name in _matching(tensors, pattern):
+        for name in matching(tensors, pattern):
             del tensors[name]
 
     return edit_tensors(apply)
@@ -182,7 +183,28 @@ def distinct_shard_scales(folder: Path) -> None:
     write_tensors(tensors, folder)
 
 
-def _matching(tensors: Tensors, pattern: str) -> list[str]:
+def distinct_expert_scales(gate_beside_up: bool = False) -> Edit:
+    """Gives every expert, and gate and up of each, scales of their own, as producers other than ModelOpt write them.
+
+    With ``gate_beside_up`` gate and up keep the input scale of their expert in common, so that they can share a product.
+    """
+
+    def apply(tensors: Tensors) -> None:
+        for name in list(tensors):
+            match = re.fullmatch(r".*\.experts\.(\d+)\.(\w+)\.(weight_scale_2|input_scale)", name)
+            if match is None:
+                continue
+            number, layer, kind = int(match[1]), match[2], match[3]
+            factor = 1.0 + 0.31 * number
+            if layer in ("up_proj", "w3") and (kind == "weight_scale_2" or not gate_beside_up):
+                factor *= 1.83
+            tensors[name] = tensors[name] * factor
+
+    return edit_tensors(apply)
+
+
+def matching(tensors: Tensors, pattern: str) -> list[str]:
+    """The names that match the pattern, at least one."""
     names = fnmatch.filter(tensors, pattern)
     if not names:
         raise KeyError(f"no tensor matches {pattern}")
@@ -200,7 +222,7 @@ def shard(files: int = 2, duplicate: str | None = None) -> Edit:
 
     def edit(folder: Path) -> None:
         tensors = read_tensors(folder)
-        copies = _matching(tensors, duplicate) if duplicate is not None else []
+        copies = matching(tensors, duplicate) if duplicate is not None else []
         write_tensors({}, folder)
         (folder / WEIGHTS).unlink()
         where = {name: i % files for i, name in enumerate(sorted(tensors))}

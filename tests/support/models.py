@@ -25,9 +25,10 @@ from tests.support.cache import cached_folder, digest, source_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen2_moe"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
 MOE_FAMILIES: tuple[Family, ...] = ("qwen3_moe", "mixtral")
+"""Besides these there is Qwen2-MoE, which has a shared expert beside the routed ones."""
 
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
@@ -99,18 +100,22 @@ def build_model(spec: TinyModel) -> PreTrainedModel:
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
         "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
         "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
+        "qwen2_moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
     }
     config_class, model_class = classes[spec.family]
-    if spec.family == "qwen2" and spec.hidden != spec.heads * spec.head_dim:
+    if spec.family in ("qwen2", "qwen2_moe") and spec.hidden != spec.heads * spec.head_dim:
         raise ValueError("Qwen2 has no head_dim of its own: hidden must be heads * head_dim")
-    extra: dict[str, Any] = {} if spec.family == "qwen2" else {"head_dim": spec.head_dim}
+    extra: dict[str, Any] = {} if spec.family in ("qwen2", "qwen2_moe") else {"head_dim": spec.head_dim}
     if spec.family in ("mistral", "mixtral"):
         extra["sliding_window"] = None
     if spec.family == "qwen3_moe":
         extra |= {"num_experts": spec.experts, "moe_intermediate_size": spec.intermediate, "norm_topk_prob": True}
+    if spec.family == "qwen2_moe":
+        sizes = {"moe_intermediate_size": spec.intermediate, "shared_expert_intermediate_size": spec.intermediate}
+        extra |= {"num_experts": spec.experts, "decoder_sparse_step": 1} | sizes
     if spec.family == "mixtral":
         extra["num_local_experts"] = spec.experts
-    if spec.family in MOE_FAMILIES:
+    if spec.family in (*MOE_FAMILIES, "qwen2_moe"):
         extra["num_experts_per_tok"] = spec.top_k
     config = config_class(
         # ModelOpt's export reads architectures and fails without them.
@@ -160,7 +165,7 @@ class _Weights:
             return self._target(kind[0] + "_proj", layer) * (1.0 + 0.2 * self._normal(name, shape))
         if kind in ("input_layernorm", "post_attention_layernorm"):
             return self._gain(name, shape[0], layer)
-        if parts[-2:] == ["gate", "weight"]:
+        if parts[-2] in ("gate", "shared_expert_gate"):
             return self._router(name, shape, layer)
         if parts[-2] == "experts":
             return self._experts(name, kind, shape, layer)
@@ -217,7 +222,7 @@ class _Weights:
 
     def _router(self, name: str, shape: tuple[int, ...], layer: int) -> torch.Tensor:
         """Router logits of standard deviation 1: close enough that a token's experts weigh alike, and all of them are used."""
-        magnitude = self._input_magnitude(name.replace(".gate.", ".gate_proj."), "gate_proj", shape[1], layer)
+        magnitude = self._input_magnitude(name.replace("gate.", "gate_proj."), "gate_proj", shape[1], layer)
         return self._normal(name, shape) / (magnitude * shape[1] ** 0.5)
 
     def _experts(self, name: str, kind: str, shape: tuple[int, ...], layer: int) -> torch.Tensor:

@@ -82,6 +82,8 @@ class QuantExperts(nn.Module):
         y = torch.zeros_like(x)
         for number, (gate, up, down) in enumerate(self.members):  # type: ignore[misc]
             token, choice = torch.where(chosen == number)
+            if len(token) == 0:
+                continue
             hidden = nn.functional.silu(gate(x[token])) * up(x[token])
             y.index_add_(0, token, (down(hidden) * weights[token, choice, None]).to(x.dtype))
         return y
@@ -170,7 +172,8 @@ class Reference:
         layer_section = section
         if "quantized_layers" in section:
             listed = {_common_name(layer): entry for layer, entry in section["quantized_layers"].items()}
-            layer_section = listed.get(name)
+            # ModelOpt lists all experts of a layer under one name.
+            layer_section = listed.get(name, listed.get(name.rpartition(".experts.")[0] + ".experts"))
         if layer_section is None or any(fnmatch.fnmatchcase(name, _common_name(pattern)) for pattern in exclude):
             return None
         algo = layer_section["quant_algo"].upper()

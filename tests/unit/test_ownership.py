@@ -79,6 +79,27 @@ def test_mixed_precision(tmp_path: Path, layers: dict[str, Any], capability: int
         assert (owned_family(folder, flag, capability) is not None) == ours
 
 
+@pytest.mark.parametrize(("down", "ours"), [("NVFP4", False), ("FP8", True)])
+def test_projections_of_an_expert_that_differ_make_it_ours(tmp_path: Path, down: str, ours: bool) -> None:
+    """SGLang gives a layer's experts the method of the first projection it finds."""
+    layers = {
+        f"model.layers.0.mlp.experts.{number}.{name}": {"quant_algo": algo}
+        for number in range(2)
+        for name, algo in (("gate_proj", "NVFP4"), ("up_proj", "NVFP4"), ("down_proj", down))
+    }
+    folder = checkpoint(tmp_path, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    assert (owned_family(folder, None, 100) is not None) == ours
+
+
+@pytest.mark.parametrize(("model_type", "ours"), [("mixtral", True), ("qwen3_moe", False)])
+def test_a_mixtral_whose_attention_is_not_quantized_is_ours(tmp_path: Path, model_type: str, ours: bool) -> None:
+    """SGLang 0.5.23 fails on it with an assertion."""
+    section = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "model.layers.0.self_attn*"]}
+    folder = checkpoint(tmp_path, section)
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    assert (owned_family(folder, None, 100) is not None) == ours
+
+
 @pytest.mark.parametrize("flag", ["modelopt_fp4", "modelopt_fp8", "fp8", "modelopt_mxfp4", "awq"])
 def test_a_flag_that_does_not_fit_is_refused_with_the_one_that_does(tmp_path: Path, flag: str) -> None:
     folder = checkpoint(tmp_path, {"quant_algo": "W4A8_NVFP4_FP8"})

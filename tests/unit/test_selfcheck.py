@@ -13,6 +13,8 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
 from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
+from sglang_modelopt_ext.layouts.moe import ExpertRequest, ReferenceExperts
+from sglang_modelopt_ext.methods.experts import ExpertProduct
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -179,3 +181,55 @@ def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
         ModelOptExtError, match=r"wrong: is wrong on cpu.*; dense_float32: does not run on cpu: no kernel image"
     ):
         other.prepare(torch.nn.Module(), [stored], 64, 256)
+
+
+def expert_request(algo: str, weight: str) -> ExpertRequest:
+    layer = LayerScheme(algo, WEIGHT_FORMATS[weight], SCHEMES[algo].activation_format())
+    return ExpertRequest(layer, "cpu", None, 64, 256, dtype=torch.float32, experts=2, top_k=1)
+
+
+@pytest.mark.parametrize(("algo", "weight"), [(row.algo, weight) for row in SCHEMES.values() for weight in row.weights])
+def test_what_serves_experts_passes(algo: str, weight: str) -> None:
+    asked = expert_request(algo, weight)
+    selfcheck.check_expert_layout(dispatch.expert_candidates(asked, "layer")[0], asked, torch.device("cpu"))
+    assert len(selfcheck._passed) == 1
+
+
+class WrongExperts(ReferenceExperts):
+    """Right for most experts, or most rows."""
+
+    name = "wrong_experts"
+
+    def __init__(self, fault: str) -> None:
+        self.fault = fault
+
+    def matmul(self, prepared, values, row_scale, routing, out_dtype):  # type: ignore[no-untyped-def]
+        if self.fault == "last expert":
+            routing = dataclasses.replace(routing, experts=torch.where(routing.experts == 3, 2, routing.experts))
+        y = super().matmul(prepared, values, row_scale, routing, out_dtype)
+        if self.fault == "no expert":
+            y[routing.experts == -1] = 1e-3
+        if self.fault == "shared rows" and values.shape[0] != routing.rows:
+            y = y.flip(0)
+        return y
+
+
+@pytest.mark.parametrize("fault", ["last expert", "no expert", "shared rows"])
+def test_what_is_wrong_for_some_experts_does_not(fault: str) -> None:
+    with pytest.raises(ValueError, match="is wrong on cpu: relative error"):
+        selfcheck.check_expert_layout(WrongExperts(fault), expert_request("FP8", "fp8"), torch.device("cpu"))
+    assert not selfcheck._passed
+
+
+def test_the_next_layout_serves_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = ReferenceExperts()
+    stored = WEIGHT_FORMATS["fp8"].quantize(torch.randn(64, 256)) | {"input_scale": torch.tensor(0.1)}
+    for layouts, served in (((WrongExperts("no expert"), right), True), ((WrongExperts("no expert"),), False)):
+        monkeypatch.setattr(dispatch, "EXPERT_LAYOUTS", layouts)
+        product = ExpertProduct(expert_request("FP8", "fp8").scheme, "folder", "experts.w2", dtype=torch.float32)
+        if served:
+            product.prepare(torch.nn.Module(), "w2", [[stored], [stored]], 64, 256, 1)
+            assert product.layout is right
+        else:
+            with pytest.raises(ModelOptExtError, match=r"experts\.w2\.weight: expected .* got wrong_experts: is wrong"):
+                product.prepare(torch.nn.Module(), "w2", [[stored], [stored]], 64, 256, 1)

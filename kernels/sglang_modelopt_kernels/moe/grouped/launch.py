@@ -23,8 +23,9 @@ BLOCKS = (16, 64)
 """Pairs to a block: few, as in decoding, and many. Of gathered rows, more spill where the weight is decoded in registers."""
 _INT4 = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 64, 128, 4, 2))
 _DECODED = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 4, 2))
-_E4M3 = (KernelConfig(64, 16, 256, 4, 3), KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 128, 8, 3))
-_BF16 = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(128, 64, 64, 4, 3), KernelConfig(128, 128, 64, 8, 3))
+_FLOAT = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 8, 2))
+_E4M3 = (KernelConfig(64, 16, 256, 4, 3), KernelConfig(128, 64, 128, 8, 3), KernelConfig(64, 128, 128, 8, 3))
+_BF16 = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(128, 64, 64, 4, 3), KernelConfig(64, 128, 64, 8, 3))
 """Not timed on any GPU: chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
 
 
@@ -67,15 +68,12 @@ def descale(kind: Kind, math: Math) -> float:
 
 def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
     """The configurations of the kernel on compute capability ``capability`` (times ten), by pairs to a block, ascending."""
-    if kind == "mxfp4":
-        return tuple(config for config in MXFP4 if config.bm != 32)
-    if kind == "int4_float":
-        return _INT4
-    if kind in ("e2m1_e4m3", "e2m1_exponent"):
-        return tuple(config for config in block_scaled_configs(kind, capability) if config.bm in BLOCKS)
-    if kind == "bf16":
-        return _BF16
-    return _E4M3 if math == "fp8" else _DECODED
+    if kind in ("mxfp4", "e2m1_e4m3", "e2m1_exponent"):
+        known = MXFP4 if kind == "mxfp4" else block_scaled_configs(kind, capability)
+        return tuple(config for config in known if config.bm in BLOCKS)
+    if math == "fp8":
+        return _E4M3
+    return {"int4_float": _INT4, "e4m3_float": _FLOAT, "bf16": _BF16}.get(kind, _DECODED)
 
 
 def choose_block(kind: Kind, dtype: torch.dtype, pairs: int, experts: int, capability: int) -> int:

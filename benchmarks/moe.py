@@ -1,0 +1,225 @@
+"""The experts' kernels on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.moe``. Needs torch and Triton only.
+
+First a whole layer of experts (sorting, gate and up, SwiGLU, down, weighted sum) is checked against float32 on fresh random data,
+for every kind of weight; then it is timed under a CUDA graph, the median of 7 replays, whose launches alternate between two layers
+and eight routings. Peers in the same run: bf16 by ``torch._grouped_mm``, or one ``torch.mm`` for each expert where this torch has
+none, and FP8 by ``torch._scaled_grouped_mm``. Peers are given rows already sorted, and do the two products alone. One that does
+not run prints ``-`` and never counts as beaten.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from benchmarks.gemm import median_us, read_bandwidth
+from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+from sglang_modelopt_kernels.gemm.block_scaled import pack
+from sglang_modelopt_kernels.gemm.dense import prepare_dense
+from sglang_modelopt_kernels.moe import grouped
+from sglang_modelopt_kernels.moe.combine import combine
+from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, unpack
+from sglang_modelopt_kernels.moe.route import route
+from sglang_modelopt_kernels.moe.swiglu import swiglu
+
+
+@dataclass(frozen=True)
+class Model:
+    """The experts of one layer."""
+
+    experts: int
+    top_k: int
+    hidden: int
+    inner: int
+
+
+MODELS = {"Qwen3-30B-A3B": Model(128, 8, 2048, 768), "Mixtral-8x7B": Model(8, 2, 4096, 14336)}
+SMALL = Model(6, 2, 512, 384)
+TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
+FORMATS = {
+    # name: weight format, activations
+    "nvfp4": ("nvfp4", torch.bfloat16),
+    "nvfp4 fp8": ("nvfp4_w4a8", torch.float8_e4m3fn),
+    "mxfp4 fp8": ("mxfp4", torch.float8_e4m3fn),
+    "int4": ("int4_awq", torch.bfloat16),
+    "fp8": ("fp8_per_channel", torch.float8_e4m3fn),
+    "mxfp8": ("mxfp8", torch.bfloat16),
+    "int8": ("int8_per_channel", torch.bfloat16),
+    "bf16": ("fp8", torch.bfloat16),
+}
+
+
+def random_weight(name: str, experts: int, n: int, k: int) -> GroupedWeight:
+    """Random weights of ``experts`` experts in a format of FORMATS; one random expert serves several, which cost the same."""
+    number = WEIGHT_FORMATS[FORMATS[name][0]]
+    blackwell = torch.cuda.get_device_capability()[0] == 10
+    different = []
+    for _ in range(min(experts, 4)):
+        stored = number.quantize(torch.randn(n, k, device="cuda") / k**0.5)
+        blocks = number.blocks(stored)
+        if name == "mxfp4 fp8" and blackwell:
+            different.append(grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"]))
+        elif blocks is not None:
+            different.append(grouped.packed(pack(blocks)))
+        elif name == "mxfp8":
+            different.append(grouped.mxfp8(stored["weight"], stored["weight_scale"]))
+        else:
+            kept = {"fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}[name]
+            different.append(grouped.whole(*prepare_dense(number.decode(stored), kept)))
+    return grouped.stack([different[expert % len(different)] for expert in range(experts)])
+
+
+def layer(
+    x: torch.Tensor, gate_up: GroupedWeight, down: GroupedWeight, chosen: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    """The experts of one layer in bf16, for activations already rounded; the hidden ones are cast, not scaled."""
+    pairs = chosen.shape[0]
+    routed = route(chosen, gate_up.experts, grouped.tile(gate_up, x.dtype, pairs))
+    hidden = swiglu(grouped_linear(x, gate_up, routed, pairs))
+    y = grouped_linear(hidden.to(x.dtype), down, routed, pairs)
+    return combine(y, weights.shape[1], weights, torch.bfloat16)
+
+
+def random_routing(tokens: int, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
+    """Distinct experts for each token, int32 ``[T * top_k]``, and weights that sum to one."""
+    weights, chosen = torch.rand(tokens, model.experts, device="cuda").topk(model.top_k)
+    return chosen.reshape(-1).to(torch.int32), weights / weights.sum(dim=1, keepdim=True)
+
+
+def check(name: str, tokens: int) -> float:
+    """The relative error of a small layer, of which a reference in float32 takes the same roundings to bf16 and FP8."""
+    dtype, model = FORMATS[name][1], SMALL
+    gate_up = random_weight(name, model.experts, 2 * model.inner, model.hidden)
+    down = random_weight(name, model.experts, model.hidden, model.inner)
+    chosen, weights = random_routing(tokens, model)
+    x = torch.randn(tokens, model.hidden, device="cuda").to(dtype)
+    y = layer(x, gate_up, down, chosen, weights).float()
+    units = [[unpack(w, e) * w.out_scale[e].double().unsqueeze(1) for e in range(w.experts)] for w in (gate_up, down)]
+    expected = torch.zeros(tokens, model.hidden, device="cuda")
+    for pair, expert in enumerate(chosen.tolist()):
+        token, choice = divmod(pair, model.top_k)
+        h = (units[0][expert].float() @ x[token].float()).bfloat16().float()
+        hidden = (torch.nn.functional.silu(h[: model.inner]) * h[model.inner :]).bfloat16().to(dtype).float()
+        expected[token] += weights[token, choice] * (units[1][expert].float() @ hidden).bfloat16().float()
+    return float((y - expected).norm() / expected.norm())
+
+
+def time_ours(name: str, model: Model) -> list[float]:
+    """Microseconds of a whole layer for each of TOKENS."""
+    shapes = ((2 * model.inner, model.hidden), (model.hidden, model.inner))
+    first = [random_weight(name, model.experts, n, k) for n, k in shapes]
+    # Two layers, and routings that differ from launch to launch, are more than the cache holds.
+    layers = [first, [random_weight(name, model.experts, n, k) for n, k in shapes]]
+    times = []
+    for tokens in TOKENS:
+        x = torch.randn(tokens, model.hidden, device="cuda").to(FORMATS[name][1])
+        routings = [random_routing(tokens, model) for _ in range(8)]
+
+        def call(index: int, x: torch.Tensor = x, routings: list[tuple[torch.Tensor, torch.Tensor]] = routings) -> None:
+            layer(x, *layers[index % len(layers)], *routings[index % len(routings)])
+
+        times.append(median_us(call))
+    return times
+
+
+def time_peer(model: Model, fp8: bool) -> list[float | None]:
+    """Microseconds of the two products over sorted rows, None where torch has none that runs here."""
+    dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
+    sizes = ((2 * model.inner, model.hidden), (model.hidden, model.inner))
+    base = [torch.randn(n, k, device="cuda").to(dtype) for n, k in sizes]
+    weights = [[one.expand(model.experts, *one.shape).contiguous() for one in base] for _ in range(2)]
+    scales = [torch.ones(model.experts, n, device="cuda") for n, _ in sizes]
+    times: list[float | None] = []
+    for tokens in TOKENS:
+        chosen, _ = random_routing(tokens, model)
+        counts = torch.bincount(chosen.long(), minlength=model.experts)
+        ends = counts.cumsum(0).to(torch.int32)
+        rows = tokens * model.top_k
+        inputs = [torch.randn(rows, k, device="cuda").to(dtype) for _, k in sizes]
+        ones = torch.ones(rows, device="cuda")
+        call = _peer(inputs, weights, scales, ones, ends, counts.tolist(), fp8)
+        times.append(None if call is None else median_us(call))
+    return times
+
+
+def _peer(
+    inputs: list[torch.Tensor],
+    weights: list[list[torch.Tensor]],
+    scales: list[torch.Tensor],
+    ones: torch.Tensor,
+    ends: torch.Tensor,
+    counts: list[int],
+    fp8: bool,
+) -> Callable[[int], None] | None:
+    """The best of what torch offers, tried once."""
+
+    def grouped_mm(index: int) -> None:
+        for x, w in zip(inputs, weights[index % 2], strict=True):
+            torch._grouped_mm(x, w.transpose(1, 2), offs=ends)
+
+    def scaled(index: int) -> None:
+        for x, w, scale in zip(inputs, weights[index % 2], scales, strict=True):
+            torch._scaled_grouped_mm(x, w.transpose(1, 2), ones, scale, offs=ends, out_dtype=torch.bfloat16)
+
+    def each(index: int) -> None:
+        for x, w in zip(inputs, weights[index % 2], strict=True):
+            for expert, part in enumerate(x.split(counts)):
+                if part.shape[0]:
+                    torch.mm(part, w[expert].T)
+
+    for call in (scaled,) if fp8 else (grouped_mm, each):
+        try:
+            call(0)
+            torch.cuda.synchronize()
+        except (AttributeError, RuntimeError, NotImplementedError, ValueError):
+            continue
+        return call
+    return None
+
+
+def main() -> None:
+    """Checks, then prints a line for each model, format and number of tokens, and a small table."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the check and the first model alone")
+    arguments = parser.parse_args()
+    names = list(FORMATS)
+    if torch.cuda.get_device_capability() < (8, 9):
+        names = [name for name in names if FORMATS[name][1] != torch.float8_e4m3fn]
+    bandwidth = read_bandwidth()
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
+    print(f"read bandwidth {bandwidth:.2f} TB/s; whole layer of experts, output bf16")
+    for name in names:
+        errors = [check(name, tokens) for tokens in (1, 17, 150, 400)]
+        print(f"{name}: largest relative error {max(errors):.1e} of float32")
+        # Values at the edge of a rounding to bf16 or, between the products, to FP8 fall either way.
+        if not max(errors) < (0.02 if FORMATS[name][1] == torch.float8_e4m3fn else 0.005):
+            raise SystemExit(f"{name} is wrong: {errors}")
+    print(
+        f"{'model':15}{'format':>10}{'tokens':>8}{'us':>9}{'TFLOP/s':>9}{'bf16 us':>9}{'fp8 us':>9}{'/bf16':>7}{'/fp8':>7}"
+    )
+    table = []
+    for label, model in list(MODELS.items())[: 1 if arguments.quick else None]:
+        bf16, fp8 = time_peer(model, False), time_peer(model, True)
+        for name in names:
+            ours = time_ours(name, model)
+            ratios = []
+            for tokens, us, base, eight in zip(TOKENS, ours, bf16, fp8, strict=True):
+                flops = 6 * tokens * model.top_k * model.hidden * model.inner / us / 1e6
+                peers = "".join(f"{'-' if peer is None else f'{peer:.1f}':>9}" for peer in (base, eight))
+                shares = "".join(f"{'-' if peer is None else f'{us / peer:.2f}':>7}" for peer in (base, eight))
+                print(f"{label:15}{name:>10}{tokens:8}{us:9.1f}{flops:9.1f}{peers}{shares}", flush=True)
+                ratios.append("-" if base is None else f"{us / base:.2f}")
+            table.append(f"| {label} | {name} | " + " | ".join(ratios) + " |")
+            torch.cuda.empty_cache()
+    print("\nRatio of time to bf16 by tokens (below 1 is faster):\n")
+    print(f"| model | format | {' | '.join(map(str, TOKENS))} |")
+    print("|---" * (len(TOKENS) + 2) + "|")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Checkpoints of tiny mixtures of experts that several tests share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from tests.support import edits
+from tests.support.exports import export
+from tests.support.models import Family, TinyModel, model_dir
+
+EXPERTS, TOP_K = 4, 2
+
+
+def tiny(family: Family, **fields: int) -> TinyModel:
+    """A mixture small enough to export in a second, whose halves are whole blocks of every format."""
+    return TinyModel(family, **{"intermediate": 256, "experts": EXPERTS, "top_k": TOP_K} | fields)  # type: ignore[arg-type]
+
+
+def mixed_checkpoint(
+    family: Family, target: Path, experts: str = "W4A8_NVFP4_FP8_CFG", attention: str = "FP8_DEFAULT_CFG"
+) -> Path:
+    """A MIXED_PRECISION checkpoint of two exports: the experts of one, the attention layers of the other."""
+    folders = {part: export(model_dir(tiny(family)), recipe) for part, recipe in (("e", experts), ("a", attention))}
+    sections = {
+        part: json.loads((folder / edits.QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
+        for part, folder in folders.items()
+    }
+    other = edits.read_tensors(folders["a"])
+    layers: dict[str, dict[str, object]] = {}
+
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".self_attn." in name]:
+            del tensors[name]
+        tensors.update({name: tensor for name, tensor in other.items() if ".self_attn." in name})
+        for name in [name for name in tensors if name.endswith(".weight_scale")]:
+            section = sections["a" if ".self_attn." in name else "e"]
+            module = name.removesuffix(".weight_scale")
+            experts = module.partition(".experts.")  # ModelOpt lists all experts of a layer as one
+            layers[experts[0] + ".experts" if experts[1] else module] = {
+                "quant_algo": section["quant_algo"],
+                "group_size": section.get("group_size"),
+            }
+
+    folder = edits.copy_with(folders["e"], target, [edits.drop_embedded_config, edits.edit_tensors(mix)])
+    section = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "exclude_modules": edits.REMOVE}
+    edits.set_file_config(section)(folder)
+    return folder
