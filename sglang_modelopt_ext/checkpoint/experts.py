@@ -47,7 +47,7 @@ class ExpertLayer:
 
 def is_expert(module: str) -> bool:
     """Whether a module is a projection of an expert, by its name."""
-    return _EXPERT.fullmatch(module) is not None
+    return EXPERT.fullmatch(module) is not None
 
 
 def read_experts(linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, StoredTensor]) -> dict[str, ExpertLayer]:
