@@ -86,7 +86,7 @@ def write_calibration(folder: Path) -> list[Path]:
 def quantize(model: Path, recipe: str, texts: Sequence[Path], output: Path, log: Path) -> None:
     """Runs ModelOpt in a process of its own: it changes transformers for good. Its progress goes to the terminal."""
     command = [sys.executable, "-m", "sglang_modelopt_ext.cli", "quantize", str(model), "--recipe", recipe]
-    command += ["--output", str(output), "--overwrite", "--samples", "32", "--data", *map(str, texts)]
+    command += ["--output", str(output), "--overwrite", "--samples", "32", "--no-layerwise", "--data", *map(str, texts)]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as stream:
         # A session of its own, so that Ctrl-C reaches it once, from here, and it can tidy up.

@@ -112,9 +112,10 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
         modules = dict(model.named_modules())
         algos = {algo: checks.group_size(modules[layer]) for layer, algo in found.items()}
     except ModelOptExtError as error:
-        problem = str(error)
-    if "layers or a KV cache in this model" in problem:
-        problem = "no layer of a dense model: for a mixture of experts, which is not served yet"
+        # The rest of the message names the stand-in's layers.
+        problem = "unknown to a server: " + str(error).rpartition(", got ")[2]
+        if "nothing would be quantized" in str(error):
+            problem = "no layer of a dense model: for a mixture of experts, which is not served yet"
     flags = {SCHEMES[algo].flag for algo in algos}
     return RecipeRow(
         name=name,
