@@ -10,7 +10,8 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import ActivationFormat, Dim, TensorSpec, ValueRule, WeightFormat
 
-_MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# The first one is the type a server keeps such a tensor in: float32 holds all three exactly.
+_MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PRE_QUANT_SCALE = TensorSpec("pre_quant_scale", _MODEL_DTYPES, (Dim("K"),), ValueRule.POSITIVE)
 """AWQ's and SmoothQuant's smoothing: ``y = Q(x * pre_quant_scale) @ Q(W)^T``, W already divided by it."""

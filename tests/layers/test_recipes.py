@@ -239,13 +239,14 @@ def test_low_rank_under_the_other_names(tmp_path: Path) -> None:
     check_layers(edits.copy_with(source, tmp_path / "checkpoint", [edits.edit_tensors(rename)]))
 
 
-def test_fp8_with_smoothing(tmp_path: Path) -> None:
-    """FP8 layers with a pre_quant_scale nobody declares."""
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
+def test_fp8_with_smoothing(tmp_path: Path, stored: torch.dtype) -> None:
+    """FP8 layers with a pre_quant_scale nobody declares, in whatever type the model it was made of had."""
 
     def smooth(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.endswith(".weight_scale")]:
             k = tensors[name.replace("_scale", "")].shape[1]
-            tensors[name.replace("weight_scale", "pre_quant_scale")] = torch.linspace(0.25, 4.0, k).to(torch.bfloat16)
+            tensors[name.replace("weight_scale", "pre_quant_scale")] = torch.linspace(0.251, 4.0, k).to(stored)
 
     source = export(model_dir(MODEL), "FP8_DEFAULT_CFG")
     check_layers(edits.copy_with(source, tmp_path / "checkpoint", [edits.edit_tensors(smooth)]))
