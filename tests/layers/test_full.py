@@ -112,7 +112,7 @@ def test_every_format_in_one_mix(tmp_path: Path) -> None:
             linear = exported.checkpoint.linears[layer.name.removeprefix("model.")]
             assert linear.scheme.algo == chosen[group.name].scheme.algo
             stored = 8 * sum(tensor.num_bytes for tensor in linear.stored.values())
-            cost = chosen[group.name].cost(layer)
+            cost = chosen[group.name].cost(layer, torch.bfloat16)
             assert cost is not None
             # The smoothing of AWQ may be folded into a norm: 16 bits for each input.
             assert cost - 16 * layer.k <= stored <= cost, f"{layer.name}: {chosen[group.name].name}"

@@ -22,7 +22,7 @@ from sglang_modelopt_ext.dispatch import candidates, served_scheme
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest
-from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
 from sglang_modelopt_ext.workflow.source import import_modelopt
@@ -58,13 +58,15 @@ class Candidate:
     scheme: LayerScheme
     algorithm: dict[str, Any]
 
-    def cost(self, layer: Layer) -> int | None:
-        """The bits it stores for ``layer``, every scale included; None when its blocks do not divide the layer."""
+    def cost(self, layer: Layer, dtype: torch.dtype) -> int | None:
+        """The bits it stores for ``layer`` of a model in ``dtype``, every scale included; None when its blocks do not divide it."""
         try:
-            shapes = [(spec.shape(layer.n, layer.k), spec.dtypes[0]) for spec in self.scheme.tensors]
+            shapes = [(spec, math.prod(spec.shape(layer.n, layer.k))) for spec in self.scheme.tensors]
         except ValueError:
             return None
-        return sum(8 * dtype.itemsize * math.prod(shape) for shape, dtype in shapes)
+        # ModelOpt stores the smoothing in the model's type.
+        types = [dtype if spec is PRE_QUANT_SCALE else spec.dtypes[0] for spec, _ in shapes]
+        return sum(8 * kind.itemsize * entries for kind, (_, entries) in zip(types, shapes, strict=True))
 
 
 def this_gpu() -> str:

@@ -105,7 +105,7 @@ def plan_groups(
     groups = []
     for name, layers in linears.groups.items():
         left = any(matches(pattern, layer.name) for layer in layers for pattern in excluded)
-        costs = {} if left else _fitting(layers, formats)
+        costs = {} if left else _fitting(layers, formats, linears.dtype)
         for candidate in formats:
             for layer in layers if candidate.name in costs else ():
                 found, scheme = serving(candidate, layer, gpu, linears.dtype)
@@ -141,10 +141,10 @@ def _check_patterns(linears: Linears, excluded: Sequence[str]) -> None:
             raise ModelOptExtError.at("--exclude", pattern, f"a pattern of layers such as {names[0]}", "no such layer")
 
 
-def _fitting(layers: Sequence[Layer], formats: Sequence[FormatCandidate]) -> dict[str, int]:
+def _fitting(layers: Sequence[Layer], formats: Sequence[FormatCandidate], dtype: torch.dtype) -> dict[str, int]:
     costs = {}
     for candidate in formats:
-        each = [candidate.cost(layer) for layer in layers]
+        each = [candidate.cost(layer, dtype) for layer in layers]
         if None not in each:
             costs[candidate.name] = sum(cost for cost in each if cost is not None)
     return costs
