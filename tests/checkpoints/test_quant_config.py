@@ -164,3 +164,15 @@ def test_canonical_names(name: str, canonical: str) -> None:
 )
 def test_exclusion_patterns(pattern: str, module: str, expected: bool) -> None:
     assert matches(pattern, module) is expected
+
+
+@pytest.mark.parametrize("name", ["model.layers.0.mlp.experts", "model.layers.0.mlp.experts.2.up_proj"])
+def test_a_mix_lists_experts_together_or_one_by_one(name: str) -> None:
+    section = {"quant_algo": "MIXED_PRECISION", "quantized_layers": {name: {"quant_algo": "NVFP4", "group_size": 16}}}
+    config = parse_quant_config(section, Path("hf_quant_config.json"))
+    listed = config.layer("model.layers.0.mlp.experts.2.up_proj")
+    assert listed is not None
+    assert (listed.algo, listed.group_size) == ("NVFP4", 16)
+    assert (config.layer("model.layers.0.mlp.experts.1.up_proj") is None) == name.endswith("up_proj")
+    for other in ("model.layers.1.mlp.experts.2.up_proj", "model.layers.0.mlp.shared_experts.up_proj"):
+        assert config.layer(other) is None

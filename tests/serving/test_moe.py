@@ -56,8 +56,6 @@ def test_mixed_precision(tmp_path: Path) -> None:
         ("mixtral", "INT8_SMOOTHQUANT_CFG", 2, 1),
         ("qwen3_moe", "FP8_DEFAULT_CFG", 2, 2),
         ("qwen3_moe", "MXFP8_DEFAULT_CFG", 2, 1),
-        ("qwen2_moe", NVFP4, 1, 1),
-        ("qwen2_moe", MXFP4, 2, 2),
     ],
 )
 def test_over_ranks(family: Family, recipe: str, tp: int, ep: int) -> None:
