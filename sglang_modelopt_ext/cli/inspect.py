@@ -31,7 +31,7 @@ class InspectResult(Result, frozen=True, kw_only=True):
         if self.contents.plain:
             parts.append(self._plain())
         if self.contents.record:
-            record = (f"  {name}: {json.dumps(value)}" for name, value in self.contents.record.items())
+            record = (f"  {name}: {_shortened(name, value)}" for name, value in self.contents.record.items())
             parts.append("\n".join(["recorded when it was made:", *record]))
         problems = self.contents.problems
         parts.append("\n".join([f"problems: {len(problems) or 'none'}", *(f"  {problem}" for problem in problems)]))
@@ -107,6 +107,19 @@ class InspectResult(Result, frozen=True, kw_only=True):
             for group in self.contents.plain
         ]
         return format_columns(("other tensors", "type", "count", "shape", "size"), rows, left=2)
+
+
+MOST_CHARACTERS = 160
+"""Of a recorded value; ``--json`` has it whole."""
+
+
+def _shortened(name: str, value: object) -> str:
+    if name == "formats" and isinstance(value, list):
+        value = [
+            {**part, "layers": len(part["layers"])} if isinstance(part.get("layers"), list) else part for part in value
+        ]
+    text = json.dumps(value)
+    return text if len(text) <= MOST_CHARACTERS else text[:MOST_CHARACTERS] + " ..."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

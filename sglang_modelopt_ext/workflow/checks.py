@@ -15,6 +15,7 @@ from sglang_modelopt_ext.workflow import quantizers, smoothquant
 from sglang_modelopt_ext.workflow.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
 from sglang_modelopt_ext.workflow.record import Selection
 
+_QUANTIZERS = ("weight_quantizer", "input_quantizer", "output_quantizer")
 _MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe"})
 
 # ModelOpt's names of formats, as its exporter finds them in a layer, and the algorithms they are exported as.
@@ -57,6 +58,8 @@ def selection_entries(model: torch.nn.Module, selection: Selection) -> list[dict
         ModelOptExtError: a pattern that names no linear layer, or a model whose MLPs are not called so.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)]
+    experts = {name for name, _ in quantizers.fused_experts(model)}
+    names += sorted(experts)
     left_out: list[str] = []
     for pattern in selection.exclude:
         found = [name for name in names if matches(pattern, name)]
@@ -71,9 +74,9 @@ def selection_entries(model: torch.nn.Module, selection: Selection) -> list[dict
             raise ModelOptExtError.at("command line", "--mlp-only", "a model with layers under 'mlp'", names[0])
         left_out += others
     return [
-        {"quantizer_name": f"{name}.{kind}_quantizer", "enable": False}
+        {"quantizer_name": f"{name}.{pattern}", "enable": False}
         for name in dict.fromkeys(left_out)
-        for kind in ("weight", "input", "output")
+        for pattern in (["*quantizer*"] if name in experts else _QUANTIZERS)
     ]
 
 
@@ -142,7 +145,7 @@ def _check_input(module: Any, algo: str) -> None:
 
 
 def check_model(model: torch.nn.Module, recipe: str, methods: Sequence[str]) -> dict[str, str]:
-    """The algorithm of every quantized linear layer of a model with quantizers, by name.
+    """The algorithm of every quantized linear layer of a model with quantizers, by name. Experts are judged by their export.
 
     Raises:
         ModelOptExtError: nothing is quantized, something cannot be exported or served, or shards of a layer SGLang fuses differ.
@@ -156,7 +159,8 @@ def check_model(model: torch.nn.Module, recipe: str, methods: Sequence[str]) -> 
         if quantizers.is_on(getattr(module, "output_quantizer", None)):
             raise ModelOptExtError.at(recipe, name, "no quantizer on a layer's output: no server has one", "one")
     cache, _ = quantizers.kv_cache(model)
-    if not algos and cache is None:
+    experts = any(quantizers.quantizes_experts(module) for _, module in quantizers.fused_experts(model))
+    if not algos and not experts and cache is None:
         raise ModelOptExtError.at(recipe, "model", "a layer or a KV cache to quantize", "none that the recipe names")
     _check_fused(model, algos)
     return algos

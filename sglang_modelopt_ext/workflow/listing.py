@@ -28,6 +28,9 @@ from sglang_modelopt_ext.workflow.recipes import (
 _SIDE = 4096
 """Inputs and outputs of the layer whose stored bits are counted."""
 
+OTHER_MODELS = "names no layer of a dense Llama: judged with the model it is for"
+"""Of recipes for experts, or for the layers of one architecture."""
+
 
 class RecipeRow(msgspec.Struct, frozen=True, kw_only=True):
     """One recipe.
@@ -40,7 +43,7 @@ class RecipeRow(msgspec.Struct, frozen=True, kw_only=True):
         activations: how the inputs of the layers are rounded.
         kv_cache: recipe of the KV cache, or None.
         calibration: ModelOpt's calibration algorithms, in order.
-        served: whether a server with this package can serve it.
+        served: whether a server with this package can serve it, as far as a dense Llama tells.
         served_by: the ``--quantization`` flag of this package, or why it cannot be served.
         stock: what SGLang itself does with it.
     """
@@ -101,7 +104,7 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
     """The row of a recipe."""
     methods: tuple[str, ...] = ()
     algos: dict[str, int] = {}
-    kv_recipe, problem = None, ""
+    kv_recipe, problem, elsewhere = None, "", False
     try:
         built = build(config, Changes())
         methods = tuple(step["method"] for step in built["algorithm"])
@@ -114,8 +117,7 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
     except ModelOptExtError as error:
         # The rest of the message names the stand-in's layers.
         problem = "unknown to a server: " + str(error).rpartition(", got ")[2]
-        if "nothing would be quantized" in str(error):
-            problem = "no layer of a dense model: for a mixture of experts, which is not served yet"
+        elsewhere = "nothing would be quantized" in str(error)
     flags = {SCHEMES[algo].flag for algo in algos}
     return RecipeRow(
         name=name,
@@ -125,8 +127,8 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
         activations=tuple(dict.fromkeys(_activation(algo, modules, found) for algo in algos)) if algos else (),
         kv_cache=kv_recipe,
         calibration=methods or (NONE,),
-        served=not problem,
-        served_by=problem or (" or ".join(sorted(flags)) or "--kv-cache-dtype auto"),
+        served=elsewhere or not problem,
+        served_by=OTHER_MODELS if elsewhere else problem or (" or ".join(sorted(flags)) or "--kv-cache-dtype auto"),
         stock="; ".join(STOCK_BEHAVIOUR[algo] for algo in algos),
     )
 

@@ -11,6 +11,9 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.record import KVCache
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""Parameters of fused experts in transformers; ModelOpt's quantizers of them are named after these."""
+
 _KV_FORMATS = {(4, 3): "fp8", (2, 1): "nvfp4"}
 
 
@@ -21,16 +24,31 @@ def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def fused_experts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module that keeps the weights of a layer's experts together, ``[experts, ..., ...]``, with its name."""
+    for name, module in model.named_modules():
+        if any(
+            key in EXPERT_WEIGHTS and parameter is not None and parameter.dim() == 3
+            for key, parameter in module._parameters.items()
+        ):
+            yield name, module
+
+
+def quantizes_experts(module: Any) -> bool:
+    """Whether the weights of any of a module's experts are quantized."""
+    return any(is_on(getattr(module, f"{key}_weight_quantizers", None)) for key in EXPERT_WEIGHTS)
+
+
 def is_on(quantizer: Any) -> bool:
-    """Whether a quantizer, or any of a sequence of them, quantizes."""
-    if isinstance(quantizer, torch.nn.Sequential):
+    """Whether a quantizer, or any of several of them, quantizes."""
+    if isinstance(quantizer, torch.nn.Sequential | torch.nn.ModuleList):
         return any(is_on(part) for part in quantizer)
     return bool(getattr(quantizer, "is_enabled", False))
 
 
 def rounds_activations(model: torch.nn.Module) -> bool:
-    """Whether any linear layer's input is rounded; to be asked before the export, which takes quantizers away."""
-    return any(is_on(module) for name, module in model.named_modules() if name.endswith(".input_quantizer"))
+    """Whether the input of any linear layer or expert is rounded; to be asked before the export, which takes quantizers away."""
+    return any(is_on(module) for name, module in model.named_modules() if name.endswith("input_quantizer"))
 
 
 def kv_cache(model: torch.nn.Module) -> tuple[str | None, KVCache | None]:

@@ -28,6 +28,7 @@ from sglang_modelopt_ext.workflow.quantize import Options, Quantized, quantize
 from sglang_modelopt_ext.workflow.recipes import Changes
 from sglang_modelopt_ext.workflow.record import Calibration, KVCache, LayerFormat, Record, Selection, read_record
 from tests.support.models import TinyModel, model_dir, random_ids
+from tests.support.moe import tiny
 from tests.support.reference import Reference
 
 RECIPE = "W4A8_NVFP4_FP8"
@@ -75,6 +76,32 @@ def old_checkpoint(folder: Path) -> Path:
 def not_started(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when a model is loaded."""
     monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))
+
+
+class TestExperts:
+    """A mixture of experts, whose weights transformers keeps together."""
+
+    @pytest.fixture(scope="class")
+    def mixture(self) -> Path:
+        """A tiny Qwen3-MoE."""
+        return model_dir(tiny("qwen3_moe"))
+
+    def test_experts_only(self, mixture: Path, data: str, tmp_path: Path) -> None:
+        done = run(mixture, tmp_path / "out", data, "NVFP4_EXPERTS_ONLY")
+        linears = done.exported.checkpoint.linears
+        assert linears
+        assert all(".experts." in name for name in linears)
+        assert done.exported.record.rounds_activations, "the experts' inputs are"
+
+    def test_an_excluded_parent_takes_its_experts_along(self, mixture: Path, data: str, tmp_path: Path) -> None:
+        done = run(mixture, tmp_path / "out", data, selection=Selection(exclude=("model.layers.0",)))
+        assert {name.split(".")[1] for name in done.exported.checkpoint.linears} == {"1"}
+        assert done.exported.checkpoint.experts.keys() == {"layers.1.mlp.experts"}
+
+    def test_what_modelopt_cannot_export(self, mixture: Path, data: str, tmp_path: Path) -> None:
+        with pytest.raises(ModelOptExtError, match="NVFP4_AWQ_LITE: expected a recipe ModelOpt can export"):
+            run(mixture, tmp_path / "out", data, "NVFP4_AWQ_LITE", layerwise=False)
+        assert not names(tmp_path)
 
 
 class TestComplete:
