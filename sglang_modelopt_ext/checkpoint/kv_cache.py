@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,9 +24,10 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
     OWN_KEY,
     QuantConfig,
     canonical_name,
+    text_config,
 )
 from sglang_modelopt_ext.checkpoint.reader import KV_CACHE_NAMES, is_kv_cache_tensor
-from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_json_object, read_tensors
+from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
 from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_kernels.formats.base import ValueRule
@@ -238,23 +238,14 @@ def _read_layer(recipe: KVRecipe, found: Mapping[str, StoredTensor]) -> KVLayer:
     return KVLayer(scales["k_scale"], scales["v_scale"], biases.get("k_bias"), biases.get("v_bias"))
 
 
-def _text_fields(folder: Path) -> Mapping[str, Any]:
-    """The language model's fields of config.json, empty without one."""
-    if not (folder / CONFIG_NAME).exists():
-        return {}
-    content = read_json_object(folder / CONFIG_NAME)
-    text = content.get("text_config")
-    return text if isinstance(text, Mapping) else content
-
-
 def is_latent(folder: Path) -> bool:
     """Whether the model caches latent vectors (MLA), which have one scale and are SGLang's own business."""
-    return _text_fields(folder).get("kv_lora_rank") is not None
+    return text_config(folder).get("kv_lora_rank") is not None
 
 
 def _check_heads(folder: Path, recipe: KVRecipe, layers: Mapping[str, KVLayer]) -> None:
     """Head counts and sizes against config.json, where it states them."""
-    fields = _text_fields(folder)
+    fields = text_config(folder)
     queries = fields.get("num_attention_heads")
     heads = fields.get("num_key_value_heads") or queries
     head_dim = fields.get("head_dim")

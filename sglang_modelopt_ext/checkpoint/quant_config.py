@@ -109,6 +109,15 @@ class QuantConfig:
         return {canonical_name(name): quantization for name, quantization in self.quantized_layers.items()}
 
 
+def text_config(folder: Path) -> Mapping[str, Any]:
+    """The language model's fields of config.json, empty without one."""
+    if not (folder / CONFIG_NAME).exists():
+        return {}
+    content = read_json_object(folder / CONFIG_NAME)
+    text = content.get("text_config")
+    return text if isinstance(text, Mapping) else content
+
+
 def is_modelopt_section(section: object) -> bool:
     """Whether a ``quantization_config`` of config.json was written by ModelOpt."""
     if not isinstance(section, Mapping):

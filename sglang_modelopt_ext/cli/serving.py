@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.calibration import read_documents
-from sglang_modelopt_ext.workflow.models import text_config
 from sglang_modelopt_ext.workflow.text import begin_token, builtin_texts, encode, split_windows, spread
 
 if TYPE_CHECKING:

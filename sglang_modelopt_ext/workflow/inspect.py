@@ -18,6 +18,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
     QuantConfig,
     canonical_name,
     read_quant_config,
+    text_config,
 )
 from sglang_modelopt_ext.checkpoint.reader import (
     Checkpoint,
@@ -35,7 +36,7 @@ from sglang_modelopt_ext.integration.ownership import owned_family
 from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES, UMBRELLA
-from sglang_modelopt_ext.workflow.models import served_dtype, text_config
+from sglang_modelopt_ext.workflow.models import served_dtype
 from sglang_modelopt_ext.workflow.target import Target
 from sglang_modelopt_kernels.formats.base import ValueRule
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
-from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.source import HUB_FILES
 
@@ -44,15 +41,6 @@ def find_folder(name: str, flag: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except (OSError, HFValidationError, ValueError) as error:
         raise ModelOptExtError.at("command line", f"{flag} {name}", expected, error) from error
-
-
-def text_config(folder: Path) -> Mapping[str, Any]:
-    """The language model's fields of config.json, empty without one."""
-    if not (folder / CONFIG_NAME).exists():
-        return {}
-    content = read_json_object(folder / CONFIG_NAME)
-    text = content.get("text_config")
-    return text if isinstance(text, Mapping) else content
 
 
 def served_dtype(folder: Path, flag: str) -> torch.dtype:

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 
+from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.client import ServerClient
-from sglang_modelopt_ext.workflow.models import text_config
 
 
 class TaskScore(msgspec.Struct, frozen=True, kw_only=True):
