@@ -160,8 +160,8 @@ def folded_cases(arch: int) -> Iterator[Case]:
     for config in folded.configs(arch):
         case = product_case("folded fp8e4nv", folded_kernel, config, operands, {"ASM": True}, "e4m3")
         yield dataclasses.replace(case, words=True)
-    types = dict.fromkeys(("w_ptr", "s_ptr", "y_ptr"), "*u8") | dict.fromkeys(("first", "n", "k"), "i32")
-    yield Case("unfold fp8", unfold_kernel, types, {"ASM": True, "BN": 8}, {}, ("k",), words=True)
+    types = {"w_ptr": "*i32", "s_ptr": "*u8", "y_ptr": "*i32"} | dict.fromkeys(("first", "n", "k"), "i32")
+    yield Case("unfold fp8", unfold_kernel, types, {"ASM": True, "BN": 8}, {}, ("k",))
 
 
 def fp4_cases(arch: int) -> Iterator[Case]:

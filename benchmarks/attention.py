@@ -2,8 +2,8 @@
 
 Needs torch and Triton only. First every recipe is checked against its naive twin in float64 on fresh random data. Then each case is
 timed under a CUDA graph whose launches go through enough copies of the cache to miss the GPU's; medians of 7 replays. Peers in the
-same run: FlashInfer's paged decode in FP8 and bf16 where it can be imported (else ``-``), and for new tokens over a prefix torch's
-flash attention on an unquantized, contiguous copy.
+same run, ``-`` where they cannot be imported: FlashInfer's paged decode in FP8 and bf16; for new tokens over a prefix SGLang's
+Triton kernel on a bf16 cache, and torch's flash attention on an unquantized, contiguous copy.
 """
 
 from __future__ import annotations
@@ -160,12 +160,37 @@ def decode_rows(bandwidth: float, quick: bool) -> None:
             torch.cuda.empty_cache()
 
 
+def stock_extend(
+    new: list[torch.Tensor], full: list[torch.Tensor], spans: list[torch.Tensor], indices: torch.Tensor
+) -> float | None:
+    """Microseconds of SGLang's Triton kernel over a bf16 cache, None without SGLang.
+
+    Args:
+        new: queries, keys, values and output of the new tokens.
+        full: keys and values of the prefix, ``[slots, H, D]``.
+        spans: where new tokens and prefix begin and end.
+        indices: slots of the prefix.
+    """
+    try:
+        from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+    except ImportError:
+        return None
+    tokens = new[0].shape[0]
+    # Slots as SGLang's pool has them, int64.
+    slots = indices.long()
+    return median_us(lambda _: extend_attention_fwd(*new, *full, *spans, slots, None, True, None, tokens, 1.0, 1.0))
+
+
 def extend_rows() -> None:
-    """Prints new tokens over a packed prefix, with torch's flash attention on unquantized keys and values beside it."""
+    """Prints new tokens over a packed prefix, beside what attends to unquantized keys and values."""
     from torch.nn.attention.bias import causal_lower_right
     from torch.nn.functional import scaled_dot_product_attention
 
-    print(f"{'extend':14}{'D':>4}{'prefix':>8}{'new':>6}{'us':>9}{'TFLOP/s':>9}{'bf16 sdpa us':>14}{'sdpa/ours':>11}")
+    print(
+        f"{'extend':14}{'D':>4}{'prefix':>8}{'new':>6}{'us':>9}{'TFLOP/s':>9}{'stock us':>10}{'bf16 sdpa us':>14}",
+        end="",
+    )
+    print(f"{'stock/ours':>12}{'sdpa/ours':>11}")
     for head_dim, prefix, new in ((128, 8192, 2048), (128, 32768, 2048), (128, 2048, 512), (64, 8192, 2048)):
         q = torch.randn(new, 4 * HEADS, head_dim, device="cuda", dtype=torch.bfloat16)
         k, v = (torch.randn(new, HEADS, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -174,20 +199,24 @@ def extend_rows() -> None:
         wide = q.transpose(0, 1)[None].contiguous()
         bias = causal_lower_right(new, prefix + new)
         whole = [x.repeat_interleave(4, dim=1) for x in full]
-        peer = median_us(lambda _, wide=wide, whole=whole, bias=bias: scaled_dot_product_attention(wide, *whole, bias))
+        sdpa = median_us(lambda _, wide=wide, whole=whole, bias=bias: scaled_dot_product_attention(wide, *whole, bias))
+        indices = torch.randperm(prefix, device="cuda").to(torch.int32)
+        spans = [torch.tensor([0, count], device="cuda", dtype=torch.int32) for count in (new, prefix)]
+        cached = [x[0, :, :prefix].transpose(0, 1).contiguous() for x in full]
+        stock = stock_extend([q, k, v, out], cached, spans, indices)
         flops = 4 * 4 * HEADS * head_dim * (new * prefix + new * new / 2)
         for name, recipe in KV_RECIPES.items():
             keys, values = empty(recipe, prefix, head_dim, True), empty(recipe, prefix, head_dim, False)
-            indices = torch.randperm(prefix, device="cuda").to(torch.int32)
-            spans = [torch.tensor([0, count], device="cuda", dtype=torch.int32) for count in (new, prefix)]
             operands = (q, k, v, out, keys, values, *spans, indices)
 
             def run(_: int, operands: tuple[Any, ...] = operands, new: int = new) -> None:
                 extend_attention(*operands, None, True, None, new)
 
             us = median_us(run)
+            peer = f"{'-':>10}" if stock is None else f"{stock:10.1f}"
+            ratio = f"{'-':>12}" if stock is None else f"{stock / us:12.2f}"
             print(
-                f"{name:14}{head_dim:4}{prefix:8}{new:6}{us:9.1f}{flops / us / 1e6:9.1f}{peer:14.1f}{peer / us:11.2f}",
+                f"{name:14}{head_dim:4}{prefix:8}{new:6}{us:9.1f}{flops / us / 1e6:9.1f}{peer}{sdpa:14.1f}{ratio}{sdpa / us:11.2f}",
                 flush=True,
             )
 

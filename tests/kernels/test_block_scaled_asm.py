@@ -18,7 +18,7 @@ from sglang_modelopt_kernels.formats import e2m1
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import _planes_bfloat16
 from sglang_modelopt_kernels.gemm.block_scaled.packing import EXPONENT_BOTTOM, EXPONENT_TOP
 from sglang_modelopt_kernels.gemm.folded import fold
-from sglang_modelopt_kernels.gemm.folded.kernel import folded_e4m3
+from sglang_modelopt_kernels.gemm.folded.kernel import FOLD
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import widen
 from sglang_modelopt_kernels.planes import packing
 from sglang_modelopt_kernels.planes.kernel import planes_float16
@@ -94,8 +94,8 @@ INSTRUCTIONS: dict[str, Callable[..., Words]] = {
 
 
 def emulate(source: str, *inputs: Words, outputs: int = 4) -> list[Words]:
-    """Runs the one ``inline_asm_elementwise`` of a function. Raises KeyError for an unknown instruction."""
-    found = re.search(r'inline_asm_elementwise\(\s*"""\{(.*?)\}"""', source, re.S)
+    """Runs the one ``inline_asm_elementwise`` of a function, or the assembly itself. Raises KeyError for an unknown instruction."""
+    found = re.search(r'(?:inline_asm_elementwise\(\s*"""|^)\{(.*?)\}', source, re.S)
     assert found is not None
     registers: dict[str, Words] = {f"${outputs + index}": word for index, word in enumerate(inputs)}
 
@@ -172,7 +172,7 @@ def test_every_word_folded(exponent: int) -> None:
     stored = torch.stack([pairs.roll(37 * place) for place in range(16)], dim=1)
     weight = fold(stored, torch.full((256, 1), 100, dtype=torch.uint8))
     words = weight.codes.numpy().view(np.uint32)
-    low, high = emulate(folded_e4m3.src, words, np.full_like(words, exponent * 0x01010101), outputs=2)
+    low, high = emulate(FOLD.value, words, np.full_like(words, exponent * 0x01010101), outputs=2)
     got = np.concatenate([half.view(np.uint8) for half in (low, high)], axis=1)
     values = torch.from_numpy(got).view(torch.float8_e4m3fn).double()
     codes = e2m1.decode(e2m1.unpack_codes(stored)).double()

@@ -84,7 +84,9 @@ def test_in_the_interpreter() -> None:
 def test_on_a_gpu(case: tuple[int, int, int, Any]) -> None:
     if torch.cuda.get_device_capability() not in ((8, 9), (9, 0)):
         pytest.skip("the kernel is for SM89 and SM90")
-    assert error(case[0], case[1], case[2], "cuda", case[3]) < 2**-12  # what FP8 instructions keep of a sum on Hopper
+    # Hopper's FP8 instructions cut each of 32 products at 2^-13 of the largest, on average by half of that; relative to the sum of
+    # all magnitudes that is 2^-14 times the largest over the mean one, which is below 8 for these codes and normal activations.
+    assert error(case[0], case[1], case[2], "cuda", case[3]) < 2**-11
 
 
 @pytest.mark.gpu

@@ -396,7 +396,8 @@ def test_under_cuda_graph_capture(tokens: int) -> None:
 @pytest.mark.gpu
 def test_operators_are_well_formed() -> None:
     generator = torch.Generator().manual_seed(0)
-    weight = moved(grouped.stack([one_expert("e4m3_float", 32, 128, generator) for _ in range(2)]), "cuda")
+    # Codes in bytes: PyTorch's check of operators multiplies the tensors it is given, which E4M3 has no kernel for.
+    weight = moved(grouped.stack([one_expert("e2m1_e4m3/16", 32, 128, generator) for _ in range(2)]), "cuda")
     owners = torch.tensor([0, 1, -1, 1], dtype=torch.int32, device="cuda")
     operators = torch.ops.modelopt_ext
     torch.library.opcheck(operators.route_pairs.default, (owners, 2, 16))

@@ -37,8 +37,8 @@ def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> ExtendConfi
         return ExtendConfig(32, 32, 8, 1 if arch == 90 else 2)
     if arch != 90:
         return ExtendConfig(64, 32, 8, 2)
-    if head_dim <= 64 and not number.block:
-        return ExtendConfig(64, 64, 4, 3)
+    if head_dim <= 64:
+        return ExtendConfig(128, 64, 4, 2 if number.block else 3)
     return ExtendConfig(128, 128, 8, 2)
 
 

@@ -12,6 +12,21 @@ import triton.language as tl
 
 from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
 
+FOLD: tl.constexpr = tl.constexpr(
+    """{ .reg .b32 e, a, b, c;
+    and.b32 e, $3, 0xff;
+    mad.lo.u32 a, e, 0x08080800, 0x0c080000;
+    mad.lo.u32 b, e, 0x08080808, 0x1c181410;
+    and.b32 c, $2, 0x77777777;
+    prmt.b32 e, a, b, c;
+    shr.u32 c, c, 16;
+    prmt.b32 a, a, b, c;
+    shl.b32 b, $2, 4;
+    lop3.b32 $0, b, 0x80808080, e, 0xea;
+    lop3.b32 $1, $2, 0x80808080, a, 0xea; }"""
+)
+"""A word of eight codes and its exponent to two words of four numbers."""
+
 
 @triton.jit
 def folded_e4m3(codes, exponent, ASM: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
@@ -21,17 +36,7 @@ def folded_e4m3(codes, exponent, ASM: tl.constexpr, ROWS: tl.constexpr, BYTES: t
     """
     if ASM:
         low, high = tl.inline_asm_elementwise(
-            """{ .reg .b32 e, a, b, c;
-            and.b32 e, $3, 0xff;
-            mad.lo.u32 a, e, 0x08080800, 0x0c080000;
-            mad.lo.u32 b, e, 0x08080808, 0x1c181410;
-            and.b32 c, $2, 0x77777777;
-            prmt.b32 e, a, b, c;
-            shr.u32 c, c, 16;
-            prmt.b32 a, a, b, c;
-            shl.b32 b, $2, 4;
-            lop3.b32 $0, b, 0x80808080, e, 0xea;
-            lop3.b32 $1, $2, 0x80808080, a, 0xea; }""",
+            FOLD,
             "=&r,=r,r,r",
             args=[codes, exponent],
             dtype=(tl.uint8, tl.uint8),
@@ -147,15 +152,36 @@ def folded_kernel(
 
 
 @triton.jit
+def _fold_words(word, exponent, ASM: tl.constexpr):
+    """Words of eight codes and their exponents, int32, to two words of four E4M3 each."""
+    if ASM:
+        low, high = tl.inline_asm_elementwise(
+            FOLD, "=&r,=r,r,r", args=[word, exponent], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
+        )
+    else:
+        low = (word & 0x08080808) << 4
+        high = word & -0x7F7F7F80  # 0x80808080
+        for nibble in tl.static_range(4):
+            low |= _fold(word >> 4 * nibble & 7, exponent).to(tl.int32) << 8 * nibble
+            high |= _fold(word >> 16 + 4 * nibble & 7, exponent).to(tl.int32) << 8 * nibble
+    return low, high
+
+
+@triton.jit
 def unfold_kernel(w_ptr, s_ptr, y_ptr, first, n, k, ASM: tl.constexpr, BN: tl.constexpr):
-    """Rows ``first .. first + n`` of the unit weight as bytes of E4M3, ``[n, K]``, 512 inputs to a program."""
+    """Rows ``first .. first + n`` of the unit weight as E4M3, ``[n, K]``, 512 inputs to a program.
+
+    Codes and numbers go as whole words, int32: bytes of a tensor lie in registers as the compiler likes.
+    """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
-    byte = tl.program_id(1) * 256 + tl.arange(0, 256)
-    inside = (rows < n)[:, None] & (byte < k // 2)[None, :]
-    w = tl.load(w_ptr + row[:, None] * (k // 2) + byte[None, :], mask=inside, other=0)
-    exponent = tl.load(s_ptr + row[:, None] * (k // 32) + (byte // 16)[None, :], mask=inside, other=1)
-    low, high = folded_e4m3(w, exponent, ASM, BN, 256)
-    at = y_ptr + rows.to(tl.int64)[:, None] * k + ((byte // 16) * 32 + byte % 16)[None, :]
-    tl.store(at, low.to(tl.uint8, bitcast=True), mask=inside)
-    tl.store(at + 16, high.to(tl.uint8, bitcast=True), mask=inside)
+    word = tl.program_id(1) * 64 + tl.arange(0, 64)
+    inside = (rows < n)[:, None] & (word < k // 8)[None, :]
+    w = tl.load(w_ptr + row[:, None] * (k // 8) + word[None, :], mask=inside, other=0)
+    exponent = tl.load(s_ptr + row[:, None] * (k // 32) + (word // 4)[None, :], mask=inside, other=1)
+    low, high = _fold_words(w, exponent.to(tl.int32), ASM)
+    # Of each block of four words the low halves come first: stored together, in 16 bytes at a time.
+    both = tl.permute(tl.reshape(tl.join(low, high), (BN, 16, 4, 2)), (0, 1, 3, 2))
+    out = tl.program_id(1) * 128 + tl.arange(0, 128)
+    at = y_ptr + rows.to(tl.int64)[:, None] * (k // 4) + out[None, :]
+    tl.store(at, tl.reshape(both, (BN, 128)), mask=(rows < n)[:, None] & (out < k // 4)[None, :])
