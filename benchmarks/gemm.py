@@ -2,8 +2,9 @@
 
 Needs torch and Triton only. First every product is checked against its naive twin in float64 on fresh random data, then every case
 is timed under a CUDA graph whose launches go through enough copies of the weight to miss the cache; medians of 7 replays. Peers
-in the same run: bf16 cuBLAS and, from sm_89, FP8 ``torch._scaled_mm`` with scales of rows. A product that is not for this GPU,
-or that the installed Triton does not compile, is named and left out. Last comes the rounding of activations.
+in the same run: bf16 cuBLAS and, from sm_89, FP8 ``torch._scaled_mm`` with scales of rows; humming and quack where they are
+installed (and this package, whose adapters call them). A product that is not for this GPU, or that does not run, is named as not
+measured and left out. Last comes the rounding of activations.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 import triton
 from triton.errors import TritonError
 
+from sglang_modelopt_kernels.formats import e2m1
 from sglang_modelopt_kernels.formats.base import BlockActivation, BlockWeight
 from sglang_modelopt_kernels.gemm.block_scaled import block_scaled_linear, naive_block_scaled_linear, pack
 from sglang_modelopt_kernels.gemm.folded import fold, folded_linear
@@ -42,6 +44,7 @@ class Product:
         run: the product of ``(activations, weight)``, and the type of the result.
         naive: the same in float64.
         tolerance: of the largest relative error; on instructions that were not run yet, what bf16 still hides.
+        rows: outputs of the odd problem it is checked on.
     """
 
     wants: Callable[[int], bool]
@@ -50,6 +53,7 @@ class Product:
     run: Callable[[Any, Mapping[str, Any], torch.dtype], torch.Tensor]
     naive: Callable[[Any, Mapping[str, Any]], torch.Tensor]
     tolerance: float = 1e-5
+    rows: int = 1030
 
 
 def random_codes(n: int, k: int) -> torch.Tensor:
@@ -126,6 +130,46 @@ def fp4(kind: str) -> Product:
     )
 
 
+def humming_weight(n: int, k: int) -> dict[str, Any]:
+    """A random MXFP4 weight in humming's packing, by this package's adapter, and as stored. Raises ImportError without humming."""
+    from sglang_modelopt_ext.layouts.base import ShardWeight
+    from sglang_modelopt_ext.layouts.humming import Humming
+    from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+
+    codes, scale = random_codes(n, k), random_scale("mxfp4", n, k)
+    stored = ShardWeight(WEIGHT_FORMATS["mxfp4"], {"weight": codes, "weight_scale": scale})
+    prepared = Humming().prepare([stored])
+    sizes = {"codes": prepared["weight"], "scale": prepared["weight_scale"]}
+    return {"layout": Humming(), "prepared": prepared, "stored": (codes, scale), **sizes}
+
+
+def quack_weight(n: int, k: int) -> dict[str, Any]:
+    """A random NVFP4 weight in quack's packing, likewise, and as stored. Raises ImportError without quack."""
+    from sglang_modelopt_ext.layouts.base import ShardWeight
+    from sglang_modelopt_ext.layouts.weight_only import QuackWeightOnly
+    from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+
+    codes, scale = random_codes(n, k), random_scale("nvfp4", n, k)
+    one = torch.ones((), device="cuda")
+    tensors = {"weight": codes, "weight_scale": scale, "weight_scale_2": one}
+    prepared = QuackWeightOnly().prepare([ShardWeight(WEIGHT_FORMATS["nvfp4"], tensors)])
+    sizes = {"codes": codes, "scale": scale}
+    return {"layout": QuackWeightOnly(), "prepared": prepared, "stored": (codes, scale), **sizes}
+
+
+def run_package(x: torch.Tensor, weight: Mapping[str, Any], out_dtype: torch.dtype) -> torch.Tensor:
+    """The product of another package, which rounds to bf16."""
+    y: torch.Tensor = weight["layout"].matmul(weight["prepared"], x, None, None, torch.bfloat16)
+    return y.to(out_dtype)
+
+
+def naive_nvfp4(x: torch.Tensor, weight: Mapping[str, Any]) -> torch.Tensor:
+    """The product in float64 of activations and stored NVFP4."""
+    codes, scale = weight["stored"]
+    values = e2m1.decode(e2m1.unpack_codes(codes)).double() * scale.double().repeat_interleave(16, dim=1)
+    return x.double() @ values.T
+
+
 PRODUCTS = {
     "nvfp4": block_scaled("nvfp4"),
     "mxfp4": block_scaled("mxfp4"),
@@ -138,6 +182,24 @@ PRODUCTS = {
         lambda x, weight: naive_mxfp4_linear(x, *weight["stored"]),
         2.0**-10,
     ),
+    "humming mxfp4": Product(
+        lambda capability: capability in (89, 90),
+        humming_weight,
+        random_fp8,
+        run_package,
+        lambda x, weight: naive_mxfp4_linear(x, *weight["stored"]),
+        2.0**-8,
+        1040,
+    ),
+    "quack nvfp4": Product(
+        lambda capability: capability == 90,
+        quack_weight,
+        lambda m, k: torch.randn(m, k, device="cuda", dtype=torch.bfloat16),
+        run_package,
+        naive_nvfp4,
+        2.0**-8,
+        1024,
+    ),
     "mxfp4 x fp8": Product(
         lambda capability: capability // 10 in (10, 12),
         partial(stored_weight, "mxfp4"),
@@ -149,7 +211,7 @@ PRODUCTS = {
     "nvfp4 x nvfp4": fp4("nvfp4"),
     "mxfp4 x mxfp4": fp4("mxfp4"),
 }
-"""By name; the first three are block-scaled with FP8 activations."""
+"""By name; the first three are block-scaled with FP8 activations, those of humming and quack are peers."""
 
 
 def capability() -> int:
@@ -160,7 +222,7 @@ def capability() -> int:
 
 def check(product: Product, m: int) -> float:
     """The largest relative error (of the row's norm) over a small odd problem."""
-    weight, x = product.weight(1030, 2048), product.activations(m, 2048)
+    weight, x = product.weight(product.rows, 2048), product.activations(m, 2048)
     y, expected = product.run(x, weight, torch.float32), product.naive(x, weight)
     return float(((y.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
@@ -174,7 +236,7 @@ def usable() -> dict[str, Product]:
             continue
         try:
             errors = [check(product, m) for m in (1, 3, 17, 64, 200, 600)]
-        except (RuntimeError, TritonError) as error:
+        except (ImportError, RuntimeError, TritonError) as error:
             print(f"{name}: not measured, does not run: {(str(error).splitlines() or [''])[0]}")
             continue
         print(f"{name}: largest relative error {max(errors):.1e} of float64")
@@ -257,6 +319,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"read bandwidth {bandwidth:.2f} TB/s; activations fp8 e4m3 but in products named otherwise, output bf16")
     products = usable()
+    print("marlin: not measured, it rounds scales that the recipes keep (docs/roadmap.md)")
     headings = f"{'us':>9}{'GB/s':>7}{'TFLOP/s':>9}{'of read':>9}{'bf16 us':>9}{'fp8 us':>9}{'/bf16':>7}{'/fp8':>7}"
     print(f"{'shape':11}{'format':>14}{'M':>6}{headings}")
     for shape, (n, k) in SHAPES.items():

@@ -1,6 +1,6 @@
-"""Quantizes a small language model with ModelOpt, serves it with SGLang, and shows what that costs and saves.
+"""Quantizes small language models with ModelOpt, serves them with SGLang, and shows what that costs and saves.
 
-python examples/demo.py                       # the model in examples/stdlib_lm, on a CPU or a GPU
+python examples/demo.py                       # the two models in examples/stdlib_lm, on a CPU or a GPU
 MODEL=Qwen/Qwen2.5-0.5B python examples/demo.py   # any Llama or Qwen model: a folder or a name on the Hugging Face Hub
 """
 
@@ -40,8 +40,11 @@ from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenize
 
 HERE = Path(__file__).resolve().parent
 SHIPPED_MODEL = HERE / "stdlib_lm" / "model"
+SHIPPED_MOE = HERE / "stdlib_lm" / "moe_model"
 HELDOUT = HERE / "stdlib_lm" / "heldout.txt"
 RECIPES = ("W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8")
+SHIPPED = ((SHIPPED_MODEL, RECIPES), (SHIPPED_MOE, RECIPES[:1]))
+"""Models and their recipes where none is asked for: a dense one and a mixture of experts."""
 PROMPTS = (
     "def read_lines(path):\n",
     "class Stack:\n    def __init__(self):\n",
@@ -162,33 +165,39 @@ def versions() -> str:
     return "versions: " + ", ".join(found)
 
 
-def run(args: argparse.Namespace) -> None:
-    """The whole demo."""
-    clock = Clock(3 + 2 * len(RECIPES))
-    load = os.getloadavg()[0]
-    logs = args.output / "logs"
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / ".gitignore").write_text("*\n", encoding="utf-8")
-    clock.step(f"model {args.model}, calibration and held-out text")
-    model = find_model(args.model).resolve()
+def try_model(model: Path, recipes: Sequence[str], args: argparse.Namespace, clock: Clock) -> None:
+    """Quantizes one model to every recipe, serves it unquantized and quantized, and prints its answers and its table."""
+    output = args.output / model.name
+    logs = output / "logs"
+    clock.step(f"{model}: calibration and held-out text")
     texts = write_calibration(args.output / "calibration")
     plan = make_plan(model, args.context, args.windows)
-    for recipe in RECIPES:
-        clock.step(f"quantizing to {recipe} with NVIDIA ModelOpt")
-        quantize(model, recipe, texts, args.output / recipe, logs / f"quantize-{recipe}.log")
+    for recipe in recipes:
+        clock.step(f"{model.name}: quantizing to {recipe} with NVIDIA ModelOpt")
+        quantize(model, recipe, texts, output / recipe, logs / f"quantize-{recipe}.log")
 
-    clock.step("serving the unquantized model")
+    clock.step(f"{model.name}: serving it unquantized")
     row, texts_of, reference = serve(model, None, plan, None, logs / "serve-unquantized.log")
     rows, answers = [row], [texts_of]
-    for recipe in RECIPES:
-        clock.step(f"serving {recipe} with --quantization {W4A8}")
-        row, texts_of, _ = serve(args.output / recipe, W4A8, plan, reference, logs / f"serve-{recipe}.log")
+    for recipe in recipes:
+        clock.step(f"{model.name}: serving {recipe} with --quantization {W4A8}")
+        row, texts_of, _ = serve(output / recipe, W4A8, plan, reference, logs / f"serve-{recipe}.log")
         rows.append(row)
         answers.append(texts_of)
-
-    clock.step("results")
     print_answers(rows, answers)
-    print(f"\n{format_table(rows)}\n\n{format_legend(plan)}\n{hardware()}\n{versions()}")
+    print(f"\n{model}\n\n{format_table(rows)}\n\n{format_legend(plan)}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole demo."""
+    chosen = SHIPPED if args.model is None else ((find_model(args.model), RECIPES),)
+    clock = Clock(sum(2 + 2 * len(recipes) for _, recipes in chosen))
+    load = os.getloadavg()[0]
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / ".gitignore").write_text("*\n", encoding="utf-8")
+    for model, recipes in chosen:
+        try_model(model.resolve(), recipes, args, clock)
+    print(f"\n{hardware()}\n{versions()}")
     print(f"load average when the run began: {load:.1f}; tokens/s suffer from every other busy process")
     print(f"checkpoints and logs: {args.output}; whole run {clock.elapsed():.0f} s")
 
@@ -198,8 +207,8 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--model",
-        default=os.environ.get("MODEL") or str(SHIPPED_MODEL),
-        help="folder or Hugging Face name of a Llama or Qwen model (default: $MODEL, else the shipped one)",
+        default=os.environ.get("MODEL") or None,
+        help="folder or Hugging Face name of a Llama, Qwen or Mixtral model (default: $MODEL, else the two shipped ones)",
     )
     parser.add_argument("--output", type=Path, default=HERE / "demo-output", help="where checkpoints and logs go")
     parser.add_argument(

@@ -30,6 +30,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -55,7 +56,32 @@ def llama_config(bos: int, eos: int) -> PreTrainedConfig:
     )
 
 
-ARCHITECTURES: dict[str, Callable[[int, int], PreTrainedConfig]] = {"llama": llama_config}
+def qwen3_moe_config(bos: int, eos: int) -> PreTrainedConfig:
+    """A mixture of eight experts of which each token takes two, with as many parameters as the Llama."""
+    return Qwen3MoeConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        moe_intermediate_size=128,
+        num_experts=8,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        bos_token_id=bos,
+        eos_token_id=eos,
+        experts_implementation="eager",  # the others have no deterministic kernels
+    )
+
+
+ARCHITECTURES: dict[str, Callable[[int, int], PreTrainedConfig]] = {
+    "llama": llama_config,
+    "qwen3_moe": qwen3_moe_config,
+}
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:

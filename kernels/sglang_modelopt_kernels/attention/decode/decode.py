@@ -40,14 +40,17 @@ def count_splits(requests: int, heads: int, processors: int, most: int) -> int:
 
 
 def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> DecodeConfig:
-    """The configuration for a format on an architecture; fixed, so that a request's result does not depend on its batch."""
+    """The configuration for a format on an architecture; fixed, so that a request's result does not depend on its batch.
+
+    For SM90 the best of 24 on an H100 over batches of 1, 8 and 32 requests of 8192 tokens.
+    """
     if head_dim > 128:
         return DecodeConfig(64 if number.block else 32, 2, 3)
     if arch != 90:  # measured there only
         return DecodeConfig(64, 2, 3)
     if number.block:
-        return DecodeConfig(64, 1, 2)
-    return DecodeConfig(128, 4, 3) if head_dim <= 64 else DecodeConfig(64, 2, 1)
+        return DecodeConfig(64, 1, 2) if head_dim <= 64 else DecodeConfig(128, 2, 2)
+    return DecodeConfig(128, 4, 3 if head_dim <= 64 else 1)
 
 
 def decode_attention(
