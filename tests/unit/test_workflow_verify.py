@@ -86,7 +86,7 @@ def first_rank(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-@pytest.mark.parametrize("recipe", ["INT8_DEFAULT_CFG", "MXFP4_DEFAULT_CFG", "W4A8_NVFP4_FP8_CFG"])
+@pytest.mark.parametrize("recipe", ["INT8_DEFAULT_CFG", "MXFP4_DEFAULT_CFG"])
 @pytest.mark.parametrize("layer", ["0.self_attn.k_proj", "1.self_attn.o_proj", "1.mlp.up_proj"])
 def test_one_ranks_wrong_scale_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recipe: str, layer: str) -> None:
     """In float32, where the limit of the means allows for ties, half of one layer's scales x 1.25 (MXFP4: / 2)."""
