@@ -51,14 +51,15 @@ class VerifyResult(Result, frozen=True, kw_only=True):
 
     def _differences(self) -> str:
         found = self.verification
-        limits = (f"{found.limits['mean_abs_logprob']:.3g}", f"{found.limits['divergence']:.3g}", "-")
+        mean, median, divergence = (f"{limit:.3g}" for limit in found.limits.values())
         rows = [
             ("the server", *_cells(found.served)),
             (f"noise floor: {found.dtype} rounding", *_cells(found.rounding)),
+            *([("  and its ties rounded otherwise", *_cells(found.ties))] if found.ties else []),
             ("served twice", *_cells(found.repeated)),
-            (f"limit: noise x {found.factor:g} (KL: x {found.factor**2:g})", *limits),
+            (f"limit: noise x {found.factor:g} (KL: x {found.factor**2:g})", mean, median, "-", divergence, "-"),
         ]
-        return format_columns(("", "mean |d log p|", "KL (nats)", "same top token"), rows)
+        return format_columns(("", "mean |d log p|", "median", "3rd quartile", "KL (nats)", "same top token"), rows)
 
     def _base(self) -> str:
         base = self.verification.base
@@ -78,8 +79,14 @@ class VerifyResult(Result, frozen=True, kw_only=True):
         return format_columns(("worst tokens", "window", "position", "served", "expected"), rows)
 
 
-def _cells(difference: Difference) -> tuple[str, str, str]:
-    return f"{difference.mean_abs_logprob:.3g}", f"{difference.divergence:.3g}", f"{difference.same_top:.4f}"
+def _cells(difference: Difference) -> list[str]:
+    found = (
+        difference.mean_abs_logprob,
+        difference.median_abs_logprob,
+        difference.upper_quartile_abs_logprob,
+        difference.divergence,
+    )
+    return [*(f"{value:.3g}" for value in found), f"{difference.same_top:.4f}"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ the reference's type, 4 bytes a weight in float32.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,11 @@ _ATTENTION = "sglang_modelopt_ext_reference"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 _HEAD = "lm_head.weight"
 
+TIE = 8 * 2.0**-23
+"""How near the middle of two codes, relative to itself, a number may lie for float32 to round it either way: 8 units in the last
+place. Of the error that the inputs of quantized layers have in float32, 90 % and more lies within it
+(``tests/unit/test_workflow_verify.py`` measures it)."""
+
 
 class DecodedLinear(nn.Module):
     """``y = Q(x * smoothing) W^T + low rank + bias``, the input rounded from float32, the rest in ``dtype`` or float32.
@@ -42,10 +47,12 @@ class DecodedLinear(nn.Module):
         linear: the layer.
         target: the device whose server is compared: it decides whether FP4 activations are rounded.
         dtype: of the matrix products; float32 at least.
+        ties: round as :func:`other_side`.
     """
 
-    def __init__(self, linear: QuantizedLinear, target: Target, dtype: torch.dtype) -> None:
+    def __init__(self, linear: QuantizedLinear, target: Target, dtype: torch.dtype, ties: bool = False) -> None:
         super().__init__()
+        self.ties = ties
         tensors = {stored.name: tensor for stored, tensor in read_tensors(list(linear.stored.values()))}
         parts = {name: tensors[stored.name] for name, stored in linear.stored.items()}
         self.scheme = served_scheme(linear.scheme, target.device, target.capability)
@@ -69,10 +76,25 @@ class DecodedLinear(nn.Module):
         return y.to(x.dtype).reshape(*x.shape[:-1], -1)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
-        if self.scheme.activation is None:
+        activation = self.scheme.activation
+        if activation is None:
             return x.to(self.inner)
-        values, scale = self.scheme.activation.quantize(x.to(torch.float32), self.input_scale)
-        return values.to(self.inner) if scale is None else values.to(self.inner) * scale.to(self.inner)
+
+        def read_back(x: torch.Tensor) -> torch.Tensor:
+            values, scale = activation.quantize(x, self.input_scale)
+            return values.to(self.inner) if scale is None else values.to(self.inner) * scale.to(self.inner)
+
+        wide = x.to(torch.float32)
+        return other_side(read_back, wide) if self.ties else read_back(wide)
+
+
+def other_side(read_back: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    """``read_back(x)``, a rounding to a number format, but what lies within :data:`TIE` of a tie is rounded the other way.
+
+    Blocks whose scale is as near to another one are rounded under that. ``x`` is float32.
+    """
+    exact, larger, smaller = read_back(x), read_back(x * (1 + TIE)), read_back(x * (1 - TIE))
+    return torch.where((larger - exact).abs() >= (smaller - exact).abs(), larger, smaller)
 
 
 def decode_weight(linear: QuantizedLinear, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -95,6 +117,7 @@ class ReferenceModel:
             server's roundings amount to.
         target: the device of the server that is compared.
         kv_cache: how keys and values are rounded, None where they are not.
+        ties: round activations, keys and values as :func:`other_side`: all that a right float32 server may round otherwise.
 
     Raises:
         ModelOptExtError: a tensor is missing, nothing reads one, or transformers does not know the model.
@@ -106,6 +129,7 @@ class ReferenceModel:
         dtype: torch.dtype = torch.float32,
         target: Target | None = None,
         kv_cache: KVCachePlan | None = None,
+        ties: bool = False,
     ) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -121,12 +145,14 @@ class ReferenceModel:
         checkpoint = None
         if quantization is not None and quantization.algo is not None:
             checkpoint = read_checkpoint(folder, quantization)
-        tensors = self._load_quantized(checkpoint, target or Target(None), dtype) if checkpoint else {}
+        tensors = self._load_quantized(checkpoint, target or Target(None), dtype, ties) if checkpoint else {}
         self._load_others(checkpoint, tensors, config.tie_word_embeddings)
         if kv_cache is not None:
-            round_cached_vectors(self.model, kv_cache)
+            round_cached_vectors(self.model, kv_cache, ties)
 
-    def _load_quantized(self, checkpoint: Checkpoint, target: Target, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    def _load_quantized(
+        self, checkpoint: Checkpoint, target: Target, dtype: torch.dtype, ties: bool
+    ) -> dict[str, torch.Tensor]:
         """Replaces the quantized linear layers. Returns the decoded weights of layers of another kind, the embedding."""
         modules = {canonical_name(name): name for name, _ in self.model.named_modules()}
         decoded = {}
@@ -138,7 +164,7 @@ class ReferenceModel:
                 got = f"{list(shape)} in the model" if name else "no such layer in the model"
                 raise ModelOptExtError.at(self.folder, linear.name, f"a layer [{linear.n}, {linear.k}]", got)
             if isinstance(module, nn.Linear):
-                self.model.set_submodule(name, DecodedLinear(linear, target, dtype))
+                self.model.set_submodule(name, DecodedLinear(linear, target, dtype, ties))
             else:
                 parts = {n: next(read_tensors([stored]))[1] for n, stored in linear.stored.items()}
                 decoded[f"{name}.weight"] = decode_weight(linear, parts)
@@ -183,8 +209,11 @@ class ReferenceModel:
         return found
 
 
-def round_cached_vectors(model: Any, plan: KVCachePlan) -> None:
-    """Makes a Hugging Face model attend over keys and values as the cache of ``plan`` gives them back, the newest included."""
+def round_cached_vectors(model: Any, plan: KVCachePlan, ties: bool = False) -> None:
+    """Makes a Hugging Face model attend over keys and values as the cache of ``plan`` gives them back, the newest included.
+
+    ``ties``: as :func:`other_side` rounds them.
+    """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -196,8 +225,10 @@ def round_cached_vectors(model: Any, plan: KVCachePlan) -> None:
         layer = module.kv_plan.layer(names[id(module)])
         recipe = module.kv_plan.recipe
         # Only keys are rotated.
-        key = _as_cached(key, recipe, layer.k_scale, layer.k_bias)
-        value = _as_cached(value, dataclasses.replace(recipe, rotate=False), layer.v_scale, layer.v_bias)
+        key = _as_cached(key, recipe, layer.k_scale, layer.k_bias, module.kv_ties)
+        value = _as_cached(
+            value, dataclasses.replace(recipe, rotate=False), layer.v_scale, layer.v_bias, module.kv_ties
+        )
         key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
         scores = query @ key.transpose(2, 3) * kwargs["scaling"] + mask
         wide = torch.promote_types(scores.dtype, torch.float32)
@@ -206,13 +237,13 @@ def round_cached_vectors(model: Any, plan: KVCachePlan) -> None:
 
     for module in model.modules():
         if hasattr(module, "num_key_value_groups"):
-            module.kv_plan = plan
+            module.kv_plan, module.kv_ties = plan, ties
     ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     model.config._attn_implementation = _ATTENTION
 
 
-def _as_cached(x: torch.Tensor, recipe: KVRecipe, scale: float, bias: torch.Tensor | None) -> torch.Tensor:
+def _as_cached(x: torch.Tensor, recipe: KVRecipe, scale: float, bias: torch.Tensor | None, ties: bool) -> torch.Tensor:
     """``x`` ``[B, H, T, D]`` written to a cache and read back."""
     wide = x.to(torch.float32)
     if recipe.rotate:
@@ -220,7 +251,12 @@ def _as_cached(x: torch.Tensor, recipe: KVRecipe, scale: float, bias: torch.Tens
     if bias is not None:
         wide = wide - bias[:, None]
     static = torch.tensor(scale, dtype=torch.float32)
-    read: torch.Tensor = recipe.format.decode(*recipe.format.encode(wide, static), static)
+
+    def read_back(x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = recipe.format.decode(*recipe.format.encode(x, static), static)
+        return found
+
+    read = other_side(read_back, wide) if ties else read_back(wide)
     if bias is not None:
         read = read + bias[:, None]
     return (rotate(read) if recipe.rotate else read).to(x.dtype)

@@ -112,4 +112,4 @@ def test_short_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
         other = edits.copy_with(folder, tmp_path / "other", [change])
         code, found = verify(str(other))
         assert code == 1
-        assert len(found["failures"]) == 2
+        assert len(found["failures"]) == 3
