@@ -1,0 +1,505 @@
+"""Bias and rotation around SGLang's own attention: the algebra against float64, and where it is chosen and refused.
+
+There is no Blackwell GPU here. SGLang's backends and pools are the real ones; PyTorch stands in for the kernels they call
+(``tests/support/sglang_attention.py``), so that what is proven is what goes in and what is done with what comes out.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, KVLayer
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration import kv_cache
+from sglang_modelopt_ext.kv import wrapped
+from sglang_modelopt_ext.kv.layers import rank_layers
+from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
+from tests.support.kv import hadamard
+from tests.support.kv_exports import PRESETS, kv_export
+from tests.support.models import TinyModel, model_dir
+from tests.support.recipes import round_nvfp4, to_e4m3
+from tests.support.sglang_attention import (
+    PAGE,
+    Batch,
+    Kernels,
+    causal,
+    flashinfer_backend,
+    forward,
+    make_pool,
+    replace_kernels,
+    softmax_product,
+    trtllm_backend,
+)
+
+D, HEADS, QUERIES = 64, 2, 6
+RANGE = {"fp8": 448.0, "nvfp4": 2688.0}
+TRT, FLASH = "trtllm_mha", "flashinfer"
+SERVED = [
+    ("fp8_affine", TRT, TRT, True),
+    ("nvfp4_affine", TRT, TRT, True),
+    ("nvfp4_rotate", TRT, TRT, True),
+    ("fp8_affine", FLASH, FLASH, False),
+    ("fp8_affine", FLASH, TRT, False),
+    ("nvfp4_affine", FLASH, TRT, False),
+    ("nvfp4_rotate", FLASH, TRT, False),
+    ("nvfp4_affine", FLASH, TRT, True),
+    ("nvfp4_rotate", FLASH, TRT, True),
+]
+"""Recipe, prefill and decode backend, and whether the GPU is SM100 (SM103 counts as one) or SM120."""
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Kernels]:
+    yield replace_kernels(monkeypatch)
+
+
+class Scene:
+    """One attention layer with its cache on SGLang's backends, and the same in float64 from unrounded keys and values."""
+
+    def __init__(
+        self,
+        kernels: Kernels,
+        recipe: str,
+        backends: tuple[str, str],
+        sm100: bool,
+        ragged: bool = True,
+        seed: int = 0,
+        window: int = -1,
+    ) -> None:
+        self.recipe, self.backends, self.sm100, self.ragged, self.window = recipe, backends, sm100, ragged, window
+        self.kernels = kernels
+        self.number = recipe.partition("_")[0]
+        self.random = torch.Generator().manual_seed(seed)
+        bias = [3.0 * self.noise(HEADS, D) if "affine" in recipe else torch.zeros(HEADS, D) for _ in range(2)]
+        self.bias = bias
+        self.turn = hadamard(D) if "rotate" in recipe else torch.eye(D)
+        self.raw = torch.zeros(2, 20 * PAGE, HEADS, D)
+        amax = 5.0 if "affine" in recipe else 8.0
+        self.scales = [amax / RANGE[self.number], 1.25 * amax / RANGE[self.number]]
+        self.layer, self.plan_layers = self.make_layer()
+        pool = make_pool(self.number == "nvfp4", backends, sm100, HEADS, D, pages=19)
+        recipe_row = KV_RECIPES[recipe]
+        if self.number == "nvfp4":
+            wrapped.set_nvfp4_scales(pool.quant_method, self.plan_layers, sm100)
+        else:
+            wrapped.set_fp8_scales(self.model, self.plan_layers)
+        around = wrapped.around_layers(recipe_row, self.plan_layers, self.model, "cpu")
+        kernels.native = self.number == "nvfp4" and sm100
+        self.served = []
+        for name in backends:
+            flash = name == FLASH
+            made = (
+                flashinfer_backend(pool, kernels)
+                if flash
+                else trtllm_backend(pool, backends, sm100, QUERIES, torch.float32)
+            )
+            wrapped.wrap(made, around)
+            self.served.append(made)
+
+    def noise(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.random)
+
+    def make_layer(self) -> tuple[Any, dict[int, KVLayer]]:
+        from sglang.srt.layers.radix_attention import RadixAttention
+
+        self.model = torch.nn.Module()
+        self.model.anchor = torch.nn.Parameter(torch.zeros(1))
+        self.model.attn = RadixAttention(QUERIES, D, D**-0.5, HEADS, 0, sliding_window_size=self.window)
+        affine = "affine" in self.recipe
+        return self.model.attn, {0: KVLayer(*self.scales, *(self.bias if affine else (None, None)))}
+
+    def run(self, slots: list[torch.Tensor], new: list[int], decode: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """A pass with fresh queries, keys and values for the new tokens: what is served and what float64 says, ``[T, Hq, D]``."""
+        batch = Batch(slots, new)
+        keys, values = (self.noise(sum(new), HEADS, D) + bias for bias in self.bias)
+        queries = self.noise(sum(new), QUERIES, D)
+        self.raw[0, batch.write], self.raw[1, batch.write] = keys, values
+        backend = self.served[1 if decode else 0]
+        given = queries.clone(), keys.clone(), values.clone()
+        out = forward(backend, self.kernels, batch, self.layer, *given, decode, self.ragged)
+        assert all(torch.equal(a, b) for a, b in zip(given, (queries, keys, values), strict=True)), (
+            "the model's tensors"
+        )
+        parts = zip(slots, new, batch.parts(queries), strict=True)
+        return out.view(-1, QUERIES, D), torch.cat([self.reference(q, at, count, decode) for at, count, q in parts])
+
+    def cached(self, x: torch.Tensor, side: int) -> torch.Tensor:
+        """What the pool holds of ``x`` ``[N, H, D]``, its scale in it."""
+        turned = x @ self.turn if side == 0 else x
+        wide, scale = turned - self.bias[side], torch.tensor(self.scales[side])
+        if self.number == "fp8":
+            return to_e4m3(wide / scale) * scale
+        values, step = round_nvfp4(wide, {"input_scale": scale * (6.0 if self.sm100 else 1.0)})
+        return values * step
+
+    def reference(self, q: torch.Tensor, slots: torch.Tensor, new: int, decode: bool) -> torch.Tensor:
+        flash = self.backends[decode] == FLASH
+        workspace = flash and not decode and self.number == "nvfp4"
+        seen = []
+        for side in range(2):
+            x = self.raw[side, slots]
+            stored = self.cached(x, side)
+            turned = x @ self.turn if side == 0 else x
+            if workspace:
+                stored = to_e4m3(stored.bfloat16().float())
+            if flash and not decode and (self.ragged or workspace):
+                chunk = (turned - self.bias[side])[len(x) - new :]
+                stored[len(x) - new :] = chunk if self.ragged else to_e4m3(chunk)
+            back = stored.double() + self.bias[side].double()
+            seen.append(back @ self.turn.double() if side == 0 else back)
+        if not flash and self.sm100:
+            q = to_e4m3(q @ self.turn) @ self.turn
+        return softmax_product(q, *seen, D**-0.5, causal(new, len(slots), self.window))[0]
+
+    def error(self, served: torch.Tensor, expected: torch.Tensor, decode: bool) -> float:
+        """Of the worst entry, over what it may be: float32 roundings, or those of an E4M3 output that has no bias yet."""
+        apart = (served.double() - expected).abs()
+        fp8_output = self.number == "nvfp4" and self.sm100 and self.backends[decode] == TRT
+        if not fp8_output:
+            return float(apart.max() / (2e-5 * expected.abs().max()))
+        own = (expected - self.bias[1].repeat_interleave(QUERIES // HEADS, 0).double()).abs()
+        return float((apart / (2**-4 * own + 2**-10 + 1e-6 * expected.abs())).max())
+
+
+def pages(*order: int) -> torch.Tensor:
+    return (torch.tensor(order)[:, None] * PAGE + torch.arange(PAGE)).flatten()
+
+
+def whole_story(scene: Scene) -> dict[str, float]:
+    """Two prompts, the rest of the first in a second chunk beside a prompt that hits its first page, three decoded tokens each."""
+    first, second, third = pages(7, 2, 11), pages(4, 9), pages(7, 5, 1)
+    errors = {}
+    errors["prefill"] = scene.error(*scene.run([first[:20], second[:22]], [20, 22]), decode=False)
+    errors["chunk and cache hit"] = scene.error(*scene.run([first[:37], third[:25]], [17, 9]), decode=False)
+    for step in range(3):
+        at = [first[: 38 + step], second[: 23 + step], third[: 26 + step]]
+        errors[f"decode {step}"] = scene.error(*scene.run(at, [1, 1, 1], decode=True), decode=True)
+    return errors
+
+
+@pytest.mark.parametrize(("recipe", "prefill", "decode", "sm100"), SERVED)
+def test_against_float64(kernels: Kernels, recipe: str, prefill: str, decode: str, sm100: bool) -> None:
+    errors = whole_story(Scene(kernels, recipe, (prefill, decode), sm100))
+    assert max(errors.values()) < 1.0, errors
+    assert {name for name, _ in kernels.calls} >= {"ragged", "paged"} if prefill == FLASH else True
+
+
+@pytest.mark.parametrize("recipe", ["fp8_affine", "nvfp4_affine", "nvfp4_rotate"])
+def test_flashinfers_paged_prefill(kernels: Kernels, recipe: str) -> None:
+    """The new tokens in the cache (FP8), or beside the cached prefix in its E4M3 copy (NVFP4)."""
+    errors = whole_story(Scene(kernels, recipe, (FLASH, TRT), False, ragged=False))
+    assert max(errors.values()) < 1.0, errors
+    assert "ragged" not in {name for name, _ in kernels.calls}
+
+
+@pytest.mark.parametrize("recipe", ["fp8_affine", "nvfp4_rotate"])
+def test_sliding_windows(kernels: Kernels, recipe: str) -> None:
+    errors = whole_story(Scene(kernels, recipe, (TRT, TRT), True, window=11))
+    assert max(errors.values()) < 1.0, errors
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fault"),
+    [
+        ("fp8_affine", {"out_bias": None}),
+        ("fp8_affine", {"k_bias": None}),
+        ("nvfp4_affine", {"out_bias": None}),
+        ("nvfp4_rotate", {"rotate": False}),
+    ],
+)
+def test_a_fault_shows(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, recipe: str, fault: dict[str, Any]) -> None:
+    import dataclasses
+
+    stock = wrapped.around_layers
+    monkeypatch.setattr(
+        wrapped,
+        "around_layers",
+        lambda *args: {index: dataclasses.replace(layer, **fault) for index, layer in stock(*args).items()},
+    )
+    assert max(whole_story(Scene(kernels, recipe, (TRT, TRT), True)).values()) > 3.0
+
+
+def test_the_heads_of_every_rank(kernels: Kernels) -> None:
+    """Two KV heads over four ranks, each on two: a rank's output is its part of the whole model's."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    bias = [torch.randn(2, D, generator=torch.Generator().manual_seed(side)) for side in (1, 2)]
+    plan = KVCachePlan(KV_RECIPES["fp8_affine"], "test", {"layers.0.self_attn": KVLayer(1.0, 1.0, *bias)})
+    for rank in range(4):
+        model = torch.nn.Module()
+        model.layers = torch.nn.ModuleList([torch.nn.Module()])
+        model.layers[0].self_attn = torch.nn.Module()
+        model.layers[0].self_attn.attn = RadixAttention(2, D, 1.0, 1, 0)
+        layers = rank_layers(model, plan, rank, 4)
+        around = wrapped.around_layers(plan.recipe, layers, model, "cpu")[0]
+        assert around.k_bias is not None
+        assert torch.equal(around.k_bias, bias[0][rank // 2 : rank // 2 + 1])
+        expected = bias[1].repeat_interleave(4, 0)[2 * rank : 2 * rank + 2].flatten()
+        assert torch.equal(around.output(torch.zeros(3, 2 * D)), expected.expand(3, -1))
+
+
+def test_beyond_the_calibrated_range(kernels: Kernels) -> None:
+    """SGLang's FlashInfer path converts keys with ``Tensor.to``, which makes NaN where the recipe saturates."""
+    scene = Scene(kernels, "fp8_affine", (FLASH, FLASH), False)
+    scene.noise = lambda *shape: 40.0 * torch.ones(shape)  # type: ignore[method-assign]
+    at = pages(3)
+    scene.run([at[:4]], [4])
+    served, expected = scene.run([at[:5]], [1], decode=True)
+    assert torch.isfinite(served).all()
+    assert scene.error(served, expected, decode=True) < 1.0
+
+
+def test_the_output_is_a_buffer_of_sglangs(kernels: Kernels) -> None:
+    """The bias is added where SGLang asked for the output, not in a copy it does not look at."""
+    out = torch.zeros(2, QUERIES * D)
+    scene = Scene(kernels, "fp8_affine", (TRT, TRT), True)
+    around = wrapped.around_layers(KV_RECIPES["fp8_affine"], scene.plan_layers, scene.model, "cpu")[0]
+    assert around.output(out) is out
+    assert out.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["forward_decode", "forward_extend"])
+def test_sglangs_signatures(name: str) -> None:
+    """Every class that may call or be called: ours goes between two of SGLang's own."""
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+    from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
+    from sglang.srt.layers.attention.hybrid_attn_backend import HybridAttnBackend
+    from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
+
+    wanted = ["q", "k", "v", "layer", "forward_batch", "save_kv_cache"]
+    for backend in (AttentionBackend, FlashInferAttnBackend, HybridAttnBackend, TRTLLMHAAttnBackend):
+        assert list(inspect.signature(getattr(backend, name)).parameters)[1:7] == wanted, backend
+    assert list(inspect.signature(wrapped.WrappedForward.__call__).parameters)[1:7] == wanted
+
+
+def test_extras_are_refused() -> None:
+    layer = SimpleNamespace(layer_id=0, head_dim=D)
+    call = wrapped.WrappedForward(lambda *args, **kwargs: torch.zeros(1), {})
+    with pytest.raises(ModelOptExtError, match="expected a call without extras under a bias or a rotation, got sinks"):
+        call(torch.zeros(1, D), None, None, layer, None, sinks=torch.zeros(2), k_rope=None)
+
+
+def one_layer(**fields: Any) -> torch.nn.Module:
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    model = torch.nn.Module()
+    model.attn = RadixAttention(4, D, 1.0, 2, 0, **fields)
+    return model
+
+
+def test_attention_that_is_refused() -> None:
+    from sglang.srt.layers.radix_attention import AttentionType
+
+    wrapped.check_attention(one_layer(sliding_window_size=8), torch.bfloat16)
+    for fields, message in (
+        ({"logit_cap": 30.0}, "a logit cap"),
+        ({"is_cross_attention": True}, "attention that is no decoder's"),
+        ({"attn_type": AttentionType.ENCODER_ONLY}, "attention that is no decoder's"),
+    ):
+        with pytest.raises(ModelOptExtError, match=message):
+            wrapped.check_attention(one_layer(**fields), torch.bfloat16)
+    with pytest.raises(ModelOptExtError, match=r"triton for a model of torch.float32"):
+        wrapped.check_attention(one_layer(), torch.float32)
+
+
+def test_a_range_that_flashinfers_prefill_has_not() -> None:
+    recipe = KV_RECIPES["nvfp4_affine"]
+    layers = {3: KVLayer(500 / 2688, 1 / 2688)}
+    wrapped.check_range(recipe, layers, TRT)
+    wrapped.check_range(recipe, {3: KVLayer(448 / 2688, 1.0 / 2688)}, FLASH)
+    wrapped.check_range(KV_RECIPES["fp8_affine"], {3: KVLayer(500 / 448, 1.0)}, FLASH)
+    with pytest.raises(ModelOptExtError, match="layer 3: k_scale, v_scale: expected an amax up to 448"):
+        wrapped.check_range(recipe, layers, FLASH)
+
+
+def test_scales_of_sglangs_nvfp4_cache() -> None:
+    """In its method, where its kernels read them; a layer's own stay at 1, or FlashInfer's prefill would take them twice."""
+    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod
+
+    method = NVFP4KVCacheMethod(num_layers=2, device="cpu", native_scale_layout=False)
+    layers = {0: KVLayer(0.5, 1.0), 1: KVLayer(0.25, 2.0)}
+    for sm100, factor in ((False, 1.0), (True, 6.0)):
+        wrapped.set_nvfp4_scales(method, layers, sm100)
+        assert [method.get_bmm_scales(index) for index in range(2)] == [
+            (0.5 * factor, factor),
+            (0.25 * factor, 2 * factor),
+        ]
+        assert method.k_scales_gpu.tolist() == [0.5 * factor, 0.25 * factor]
+        assert method.v_scales_gpu.tolist() == [factor, 2.0 * factor]
+
+
+def test_scales_of_sglangs_fp8_cache() -> None:
+    from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
+
+    for quantized in (False, True):
+        model = one_layer()
+        model.anchor = torch.nn.Parameter(torch.zeros(1))
+        if quantized:
+            BaseKVCacheMethod(SimpleNamespace()).create_weights(model.attn)
+        wrapped.set_fp8_scales(model, {0: KVLayer(0.5, 0.25)})
+        assert (float(model.attn.k_scale), float(model.attn.v_scale)) == (0.5, 0.25)
+        assert (model.attn.k_scale_float, model.attn.v_scale_float) == (0.5, 0.25)
+        if quantized:  # as after an update of the weights
+            BaseKVCacheMethod(SimpleNamespace()).process_weights_after_loading(model.attn)
+            assert (model.attn.k_scale_float, model.attn.v_scale_float) == (0.5, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "backends", "sm100", "expected"),
+    [
+        (
+            "fp8_affine",
+            (TRT, TRT),
+            True,
+            "prefill by trtllm_mha of SGLang, queries rounded to E4M3 without a scale; "
+            "decode by trtllm_mha of SGLang, queries rounded to E4M3 without a scale",
+        ),
+        (
+            "nvfp4_rotate",
+            (FLASH, TRT),
+            True,
+            "prefill by flashinfer of SGLang, cached prefix read as E4M3 without a scale (up to 448); "
+            "decode by trtllm_mha of SGLang, queries and outputs rounded to E4M3 without a scale",
+        ),
+        (
+            "nvfp4_affine",
+            (FLASH, TRT),
+            False,
+            "prefill by flashinfer of SGLang, cached prefix read as E4M3 without a scale (up to 448); "
+            "decode by trtllm_mha of SGLang, queries unrounded",
+        ),
+        (
+            "fp8_affine",
+            (FLASH, FLASH),
+            True,
+            "prefill by flashinfer of SGLang, queries unrounded; decode by flashinfer of SGLang, queries unrounded",
+        ),
+    ],
+)
+def test_what_the_log_says(recipe: str, backends: tuple[str, str], sm100: bool, expected: str) -> None:
+    assert wrapped.attention_note(KV_RECIPES[recipe], backends, sm100) == expected
+
+
+def arguments(recipe: str | None, **fields: Any) -> Any:
+    from sglang.srt.server_args import ServerArgs
+
+    folder = model_dir(TinyModel()) if recipe is None else kv_export(recipe)
+    return ServerArgs(model_path=str(folder), **{"device": "cuda", **fields})
+
+
+def settled(args: Any) -> tuple[str, str | None, str | None]:
+    """What our step declares: the flag SGLang goes on with, the attention backend, and the recipe around its cache."""
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    kv_cache.declare(args)
+    view, plan = resolving_view(args), kv_cache.wrapped_plan(args)
+    return view.kv_cache_dtype, view.attention_backend, None if plan is None else plan.recipe.name
+
+
+@pytest.mark.parametrize("backend", [TRT, FLASH])
+@pytest.mark.parametrize("recipe", [recipe for recipe in PRESETS if recipe != "fp8"])
+def test_named_by_the_user(recipe: str, backend: str) -> None:
+    """SGLang's flag for the number format, and so its checks, pool and kernels; the recipe is found again from both flags."""
+    own = {"fp8": "fp8_e4m3", "nvfp4": "nvfp4"}[recipe.partition("_")[0]]
+    flags = {"kv_cache_dtype": f"modelopt_{recipe}"} if recipe == "nvfp4_rotate" else {}
+    assert settled(arguments(recipe, attention_backend=backend, **flags)) == (own, backend, recipe)
+    for phase in ("prefill", "decode"):
+        args = arguments(recipe, **{f"{phase}_attention_backend": backend}, **flags)
+        assert settled(args) == (own, None, recipe)
+
+
+def test_never_by_itself() -> None:
+    """Without a name, on a CPU, or with the name of ours: the kernels of this package."""
+    assert settled(arguments("fp8_affine")) == ("modelopt_fp8_affine", "triton", None)
+    assert settled(arguments("nvfp4_affine", attention_backend="triton")) == ("modelopt_nvfp4_affine", "triton", None)
+    on_cpu = arguments("nvfp4_affine", device="cpu", attention_backend=FLASH)
+    assert settled(on_cpu) == ("modelopt_nvfp4_affine", FLASH, None)
+    with pytest.raises(ModelOptExtError, match="expected torch_native or triton with --kv-cache-dtype modelopt_nvfp4"):
+        kv_cache.check_backends(on_cpu)
+
+
+def test_plain_caches_have_nothing_around_them() -> None:
+    assert settled(arguments("fp8", attention_backend=TRT)) == ("auto", TRT, None)
+    assert settled(arguments("nvfp4", attention_backend=TRT, kv_cache_dtype="nvfp4")) == ("nvfp4", TRT, None)
+    assert settled(arguments(None, attention_backend=TRT)) == ("auto", TRT, None)
+    assert settled(arguments(None, attention_backend=TRT, kv_cache_dtype="modelopt_fp8")) == ("fp8_e4m3", TRT, None)
+
+
+def test_a_mixture_of_ours_and_sglangs_is_refused() -> None:
+    args = arguments("fp8_affine", prefill_attention_backend="triton", decode_attention_backend=TRT)
+    assert settled(args) == ("fp8_e4m3", None, "fp8_affine")
+    with pytest.raises(
+        ModelOptExtError,
+        match="expected flashinfer or trtllm_mha with --kv-cache-dtype modelopt_fp8_affine, got triton",
+    ):
+        kv_cache.check_backends(args)
+
+
+def test_what_was_not_worked_out_is_refused() -> None:
+    args = arguments("fp8_affine", attention_backend=TRT, enable_hierarchical_cache=True)
+    with pytest.raises(
+        ModelOptExtError, match=r"--enable-hierarchical-cache: expected it unset .* nobody worked it out"
+    ):
+        kv_cache.declare(args)
+
+
+@pytest.mark.parametrize(
+    ("asked", "sm100", "expected"),
+    [(TRT, True, (TRT, TRT)), (FLASH, True, (FLASH, TRT)), (FLASH, False, (FLASH, TRT)), (TRT, False, None)],
+)
+def test_sglang_goes_on_with_its_own_rules(asked: str, sm100: bool, expected: tuple[str, str] | None) -> None:
+    """NVFP4: decode is TensorRT-LLM's, prefill what was asked for, and native prefill is for SM100 alone."""
+    from sglang.srt.arg_groups.kv_cache_hook import handle_nvfp4_prefill_kv_dequant_dtype
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+    from sglang.srt.runtime_context import override_platform
+
+    args = arguments("nvfp4_affine", attention_backend=asked)
+    kv_cache.declare(args)
+    with override_platform(is_sm100=sm100, is_sm120=not sm100):
+        if expected is None:
+            with pytest.raises(ValueError, match="requires SM100"):
+                handle_nvfp4_prefill_kv_dequant_dtype(args)
+            return
+        handle_nvfp4_prefill_kv_dequant_dtype(args)
+    assert attention_backends_of(resolved_view(args)) == expected
+
+
+def test_the_backend_that_is_made(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import sglang.srt.runtime_context
+
+    class Stock:
+        def forward_decode(self) -> None: ...
+        def forward_extend(self) -> None: ...
+
+    monkeypatch.setattr(
+        sglang.srt.runtime_context, "get_parallel", lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1)
+    )
+    model = torch.nn.Module()
+    model.model = torch.nn.Module()
+    model.model.layers = torch.nn.ModuleList()
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    for index in range(2):
+        layer = torch.nn.Module()
+        layer.self_attn = torch.nn.Module()
+        layer.self_attn.attn = RadixAttention(4, D, 1.0, 2, index)
+        model.model.layers.append(layer)
+    for recipe, wraps in (("fp8", False), ("fp8_affine", True)):
+        args = arguments(recipe, attention_backend=TRT)
+        kv_cache.declare(args)
+        runner = SimpleNamespace(server_args=args, model=model, device="cpu")
+        made = kv_cache._wrapped_backend(lambda runner: Stock(), runner)
+        assert type(made) is Stock
+        assert isinstance(made.forward_decode, wrapped.WrappedForward) == wraps
+        assert isinstance(made.forward_extend, wrapped.WrappedForward) == wraps
+        if wraps:
+            assert made.forward_decode.layers.keys() == {0, 1}
