@@ -112,6 +112,8 @@ def declare(server_args: Any) -> None:
     """Settles the flag and the attention backend before SGLang picks defaults. Raises ModelOptExtError for a bad combination."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
+    if wrapped_plan(server_args) is not None:
+        return  # settled before: the flag is SGLang's by now
     args = resolving_view(server_args)
     plan = plan_for(args.model_path, args.revision, args.kv_cache_dtype)
     if plan is None:

@@ -15,8 +15,9 @@ attention over it is the recipe's:
   sinks (they keep their share of the softmax when the keys' logits shift, and the weights do not sum to one), attention that is
   not a decoder's. Those are refused; this package's own kernels add the bias back before the cap.
 
-Keys and values are cut at what the recipe can hold (amax) first: SGLang converts some of them with ``Tensor.to``, which makes NaN
-of what is beyond the range of E4M3, where the recipe saturates.
+Keys and values are cut at what the recipe can hold (amax) first. SGLang's scale for NVFP4 on SM100, amax / 448, would let six times
+that through; and ``Tensor.to``, by which SGLang writes FP8 for FlashInfer, makes NaN of what is out of range in some versions of
+PyTorch.
 """
 
 from __future__ import annotations
@@ -156,7 +157,7 @@ def wrap(backend: Any, layers: Mapping[int, Around]) -> None:
 
 
 def check_range(recipe: KVRecipe, layers: Mapping[int, KVLayer], prefill: str) -> None:
-    """Raises ModelOptExtError where FlashInfer's prefill would read a cached prefix out of E4M3's range: it has no scale there."""
+    """Raises ModelOptExtError where FlashInfer's prefill would cut a cached prefix, which it reads as E4M3 without a scale."""
     if not recipe.format.block or prefill != "flashinfer":
         return
     for index, layer in layers.items():
@@ -204,9 +205,9 @@ def set_nvfp4_scales(method: Any, layers: Mapping[int, KVLayer], sm100: bool) ->
     """Writes scales where SGLang's NVFP4 cache has them: in its method, and nowhere else.
 
     FlashInfer's prefill reads a copy of the cached prefix with the scale already in it, and multiplies the logits by
-    ``k_scale_float`` of the layer once more: that must stay at 1. On SM100 SGLang's scale is amax / 448, so that code times block
-    scale stays in the range of E4M3; elsewhere it is the recipe's amax / 2688. ``load_scales_from_model`` does the same to scales
-    it finds on layers, except to one of exactly 1.
+    ``k_scale_float`` of the layer once more: that must stay at 1. On SM100 the scale is amax / 448, which SGLang says its kernel
+    expects; elsewhere it is the recipe's amax / 2688. ``load_scales_from_model`` does the same to scales it finds on layers, except
+    to one of exactly 1.
     """
     from sglang.srt.layers.quantization.kvfp4_tensor import E2M1_MAX
 

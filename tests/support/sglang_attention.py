@@ -1,7 +1,8 @@
 """SGLang's FlashInfer and TensorRT-LLM backends on a CPU: its own code and its own pools, with PyTorch in the place of the kernels.
 
-Only what needs the hardware is replaced, each by what its source says it computes: FlashInfer's attention, SGLang's fused FP8 write
-(``fused_fp8_qkv_kv_cache.cuh``) and the NVFP4 quantizer, scatter and dequantizer. Attention runs in float64 over the bytes of the pool.
+Only what needs the hardware is replaced, each by what its source says it computes: FlashInfer's attention, SGLang's fused FP8
+write (``fused_fp8_qkv_kv_cache.cuh``) and the NVFP4 quantizer, scatter and dequantizer. Attention runs in float64 over the bytes of
+the pool.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PAGE = 16
 def softmax_product(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in float64: ``[M, Hq, D]`` over ``[N, H, D]`` under ``mask`` ``[M, N]``; the output and its log-sum-exp ``[M, Hq]``."""
+    """Attention in float64: ``[M, Hq, D]`` over ``[N, H, D]`` under ``mask`` ``[M, N]``; the output and log-sum-exp."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
     logits = torch.einsum("mhd,nhd->mhn", q.double(), k) * scale
@@ -76,7 +77,7 @@ def _plain_v_scales(native: torch.Tensor) -> torch.Tensor:
     return native[:, :, *nvfp4_v_scale_swizzle_indices(token, index, width)]
 
 
-def _decode(kv: Any, scales: Any, native: bool) -> list[torch.Tensor]:
+def decode_kv(kv: Any, scales: Any, native: bool) -> list[torch.Tensor]:
     """The keys and values that a TensorRT-LLM kernel is handed, float32 ``[slots, H, D]``, without their scales."""
     if scales is None:
         return [_pages(x.view(torch.uint8)).view(E4M3).float() for x in kv]
@@ -102,7 +103,7 @@ class Kernels:
         """``trtllm_batch_decode_with_kv_cache`` and ``trtllm_batch_context_with_kv_cache``."""
         self.calls.append((name, given))
         assert given["sinks"] is None
-        keys, values = _decode(given["kv_cache"], given["kv_cache_sf"], self.native)
+        keys, values = decode_kv(given["kv_cache"], given["kv_cache_sf"], self.native)
         query, lengths = given["query"], given["seq_lens"].tolist()
         starts = given["cum_seq_lens_q"].tolist() if "cum_seq_lens_q" in given else list(range(len(lengths) + 1))
         rows = []
