@@ -95,7 +95,7 @@ def around_layers(
         model: with the attention layers, whose query heads are asked for.
         device: of attention.
     """
-    place = torch.device(device)
+    place = torch.empty(0, device=device).device  # with its index, which "cuda" has not
     found = {}
     for _, module in attention_layers(model):
         layer = layers[module.layer_id]

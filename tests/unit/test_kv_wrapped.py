@@ -6,6 +6,7 @@ There is no Blackwell GPU here. SGLang's backends and pools are the real ones; P
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -213,8 +214,6 @@ def test_sliding_windows(kernels: Kernels, recipe: str) -> None:
     ],
 )
 def test_a_fault_shows(kernels: Kernels, monkeypatch: pytest.MonkeyPatch, recipe: str, fault: dict[str, Any]) -> None:
-    import dataclasses
-
     stock = wrapped.around_layers
     monkeypatch.setattr(
         wrapped,
@@ -269,6 +268,29 @@ def test_the_output_is_a_buffer_of_sglangs(kernels: Kernels) -> None:
     around = wrapped.around_layers(KV_RECIPES["fp8_affine"], scene.plan_layers, scene.model, "cpu")[0]
     assert around.output(out) is out
     assert out.abs().sum() > 0
+
+
+@pytest.mark.parametrize("recipe", ["fp8_affine", "nvfp4_rotate"])
+@pytest.mark.parametrize("dtype", wrapped.DTYPES)
+def test_types_of_a_model_are_kept(kernels: Kernels, recipe: str, dtype: torch.dtype) -> None:
+    """Computed in float32, rounded once to the model's type."""
+    scene = Scene(kernels, recipe, (TRT, TRT), True)
+    around = wrapped.around_layers(KV_RECIPES[recipe], scene.plan_layers, scene.model, "cpu")[0]
+    around = dataclasses.replace(around, k_limit=100.0, v_limit=100.0)
+    k, q, out = (scene.noise(5, heads, D).to(dtype) for heads in (HEADS, QUERIES, QUERIES))
+    turn = scene.turn.double()
+    for found, expected in (
+        (around.keys(k), k.double() @ turn - scene.bias[0]),
+        (around.values(k), k.double() - scene.bias[1]),
+        (around.queries(q.flatten(1), D).view(q.shape), q.double() @ turn),
+        (
+            around.output(out.clone().flatten(1)).view(out.shape),
+            out.double() + scene.bias[1].repeat_interleave(QUERIES // HEADS, 0),
+        ),
+    ):
+        assert found.dtype == dtype
+        step = torch.finfo(dtype).eps
+        assert ((found.double() - expected).abs() <= step / 2 * expected.abs() + 1e-5).all()
 
 
 @pytest.mark.parametrize("name", ["forward_decode", "forward_extend"])
