@@ -249,9 +249,9 @@ def _set_scales_of_sglangs_cache(configurator: Any, method: Any) -> None:
         wrapped.check_attention(model, config.dtype)
         check_head_dim(recipe, config.head_dim, config.model_path)
     if recipe.format.block:
-        wrapped.set_nvfp4_scales(method, layers, sm100)
+        wrapped.set_nvfp4_scales(method, model, layers, sm100)
     else:
-        wrapped.set_fp8_scales(model, layers)
+        wrapped.set_layer_scales(model, layers)
     note = wrapped.attention_note(recipe, backends, sm100)
     log_info_on_rank0(logger, f"modelopt_ext: KV cache {recipe.name}, {plan.source}; {note}; not run on hardware yet")
 
@@ -313,15 +313,20 @@ def _get_all_weights(
 
 
 def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan | None) -> None:
-    """Writes the plan of a plain FP8 cache into the ``k_scale`` and ``v_scale`` of its layers, where the model has them."""
+    """Writes the plan of a cache of SGLang's own into the ``k_scale`` and ``v_scale`` of its layers, where the model has them.
+
+    Its NVFP4 caches expect amax / 2688 there, while exports store amax / 448; the pool of plain attention takes them away
+    again (:func:`_set_scales_of_sglangs_cache`). Layers that are set up already, as in an update of the weights, stay as they are.
+    """
     from sglang.srt.runtime_context import get_model
 
     from sglang_modelopt_ext.kv.layers import attention_layers
 
-    if plan is None or plan.recipe.name != "fp8" or get_model().kv_cache_dtype not in ("auto", STOCK_FP8_KV):
+    flag = get_model().kv_cache_dtype
+    if plan is None or plan.recipe.name != ("fp8" if flag == "auto" else STOCK_FLAGS.get(flag)):
         return
     for name, module in attention_layers(model):
-        if not isinstance(module.k_scale, torch.nn.Parameter):
+        if not isinstance(module.k_scale, torch.nn.Parameter) or module.k_scale_float is not None:
             continue
         layer = plan.layer(name)
         module.k_scale.data.fill_(layer.k_scale)
@@ -423,6 +428,12 @@ HOOKS = (
         ("self", "max_total_num_tokens", "req_to_token_pool", "mha_pool_class", "mla_pool_class", "dsa_pool_class"),
         "a hybrid linear-attention pool would hold codes as numbers",
         _refuse_pool("linear attention"),
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_minimax_sparse_kv_pool",
+        ("self", "max_total_num_tokens"),
+        "a pool of sparse attention would hold codes as numbers, or vectors without what is done around them",
+        _refuse_pool("sparse attention"),
     ),
     Hook(
         "sglang.srt.model_loader.loader.DefaultModelLoader._get_all_weights",

@@ -188,7 +188,7 @@ def check_attention(model: torch.nn.Module, dtype: torch.dtype) -> None:
             raise ModelOptExtError.at(where, "--attention-backend", f"{expected} attention that is no decoder's", name)
 
 
-def set_fp8_scales(model: torch.nn.Module, layers: Mapping[int, KVLayer]) -> None:
+def set_layer_scales(model: torch.nn.Module, layers: Mapping[int, KVLayer]) -> None:
     """Writes scales where SGLang's FP8 cache has them: on its attention layers, as tensors and as numbers."""
     for _, module in attention_layers(model):
         for name, scale in (("k_scale", layers[module.layer_id].k_scale), ("v_scale", layers[module.layer_id].v_scale)):
@@ -201,13 +201,12 @@ def set_fp8_scales(model: torch.nn.Module, layers: Mapping[int, KVLayer]) -> Non
             setattr(module, f"{name}_float", scale)
 
 
-def set_nvfp4_scales(method: Any, layers: Mapping[int, KVLayer], sm100: bool) -> None:
-    """Writes scales where SGLang's NVFP4 cache has them: in its method, and nowhere else.
+def set_nvfp4_scales(method: Any, model: torch.nn.Module, layers: Mapping[int, KVLayer], sm100: bool) -> None:
+    """Writes scales where SGLang's NVFP4 cache has them: in its method. On the layers they become 1.
 
     FlashInfer's prefill reads a copy of the cached prefix with the scale already in it, and multiplies the logits by
-    ``k_scale_float`` of the layer once more: that must stay at 1. On SM100 the scale is amax / 448, which SGLang says its kernel
-    expects; elsewhere it is the recipe's amax / 2688. ``load_scales_from_model`` does the same to scales it finds on layers, except
-    to one of exactly 1.
+    ``k_scale_float`` of the layer once more. On SM100 the scale is amax / 448, which SGLang says its kernel expects; elsewhere it is
+    the recipe's amax / 2688. ``load_scales_from_model`` does the same to what it finds on layers, except to exactly 1.
     """
     from sglang.srt.layers.quantization.kvfp4_tensor import E2M1_MAX
 
@@ -217,6 +216,7 @@ def set_nvfp4_scales(method: Any, layers: Mapping[int, KVLayer], sm100: bool) ->
         for name, scale in pairs:
             getattr(method, f"{name}_float")[index] = scale
             getattr(method, f"{name}_gpu")[index] = scale
+    set_layer_scales(model, dict.fromkeys(layers, KVLayer(1.0, 1.0)))
 
 
 def attention_note(recipe: KVRecipe, backends: tuple[str, str], sm100: bool) -> str:

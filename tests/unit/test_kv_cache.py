@@ -94,18 +94,23 @@ def test_attention_sinks_are_refused() -> None:
         check_sinks(model)
 
 
-def test_scales_of_sglangs_fp8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scales_of_sglangs_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     import sglang.srt.runtime_context
 
     flag = SimpleNamespace(kv_cache_dtype="auto")
     monkeypatch.setattr(sglang.srt.runtime_context, "get_model", lambda: flag)
-    for recipe, scaled in (("fp8", ("auto", "fp8_e4m3")), ("fp8_affine", ()), ("nvfp4", ()), ("nvfp4_rotate", ())):
+    for recipe, scaled in (("fp8", ("auto", "fp8_e4m3")), ("nvfp4", ("nvfp4",)), ("nvfp4_rotate", ())):
         for flag.kv_cache_dtype in ("auto", "fp8_e4m3", "nvfp4", "bf16", "modelopt_fp8", "modelopt_nvfp4", "fp8_e5m2"):
             model = attention_model(scales=True)
             kv_cache.set_stock_scales(model, full_plan(recipe))
             attention = model.model.layers[1].self_attn.attn
             found = (float(attention.k_scale), float(attention.v_scale))
             assert found == ((1.5, 1.25) if flag.kv_cache_dtype in scaled else (-1.0, -1.0)), (recipe, flag)
+    attention.k_scale_float = 1.0
+    attention.k_scale.data.fill_(1.0)
+    flag.kv_cache_dtype = "nvfp4"
+    kv_cache.set_stock_scales(model, full_plan("nvfp4"))
+    assert float(attention.k_scale) == 1.0, "an update of the weights"
 
 
 @pytest.mark.parametrize("recipe", KV_RECIPES)

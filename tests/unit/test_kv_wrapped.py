@@ -19,7 +19,7 @@ pytest.importorskip("sglang")
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, KVLayer
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.kv import wrapped
-from sglang_modelopt_ext.kv.layers import rank_layers
+from sglang_modelopt_ext.kv.layers import attention_layers, rank_layers
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 from tests.support.kv import hadamard
 from tests.support.recipes import round_nvfp4, to_e4m3
@@ -86,9 +86,9 @@ class Scene:
         pool = make_pool(self.number == "nvfp4", backends, sm100, HEADS, D, pages=19)
         recipe_row = KV_RECIPES[recipe]
         if self.number == "nvfp4":
-            wrapped.set_nvfp4_scales(pool.quant_method, self.plan_layers, sm100)
+            wrapped.set_nvfp4_scales(pool.quant_method, self.model, self.plan_layers, sm100)
         else:
-            wrapped.set_fp8_scales(self.model, self.plan_layers)
+            wrapped.set_layer_scales(self.model, self.plan_layers)
         around = wrapped.around_layers(recipe_row, self.plan_layers, self.model, "cpu")
         kernels.native = self.number == "nvfp4" and sm100
         self.served = []
@@ -348,13 +348,18 @@ def test_a_range_that_flashinfers_prefill_has_not() -> None:
 
 
 def test_scales_of_sglangs_nvfp4_cache() -> None:
-    """In its method, where its kernels read them; a layer's own stay at 1, or FlashInfer's prefill would take them twice."""
+    """In its method, where its kernels read them; a layer's own become 1, or FlashInfer's prefill would take them twice."""
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod
 
     method = NVFP4KVCacheMethod(num_layers=2, device="cpu", native_scale_layout=False)
-    layers = {0: KVLayer(0.5, 1.0), 1: KVLayer(0.25, 2.0)}
+    layers, model = {0: KVLayer(0.5, 1.0), 1: KVLayer(0.25, 2.0)}, torch.nn.Module()
+    model.first, model.second = one_layer().attn, one_layer().attn
+    model.second.layer_id = 1
+    model.anchor = torch.nn.Parameter(torch.zeros(1))
     for sm100, factor in ((False, 1.0), (True, 6.0)):
-        wrapped.set_nvfp4_scales(method, layers, sm100)
+        wrapped.set_nvfp4_scales(method, model, layers, sm100)
+        for _, module in attention_layers(model):
+            assert (module.k_scale_float, module.v_scale_float, float(module.k_scale)) == (1.0, 1.0, 1.0)
         assert [method.get_bmm_scales(index) for index in range(2)] == [
             (0.5 * factor, factor),
             (0.25 * factor, 2 * factor),
@@ -371,7 +376,7 @@ def test_scales_of_sglangs_fp8_cache() -> None:
         model.anchor = torch.nn.Parameter(torch.zeros(1))
         if quantized:
             BaseKVCacheMethod(SimpleNamespace()).create_weights(model.attn)
-        wrapped.set_fp8_scales(model, {0: KVLayer(0.5, 0.25)})
+        wrapped.set_layer_scales(model, {0: KVLayer(0.5, 0.25)})
         assert (float(model.attn.k_scale), float(model.attn.v_scale)) == (0.5, 0.25)
         assert (model.attn.k_scale_float, model.attn.v_scale_float) == (0.5, 0.25)
         if quantized:  # as after an update of the weights

@@ -140,7 +140,7 @@ def configured(monkeypatch: pytest.MonkeyPatch, args: Any, model: torch.nn.Modul
 
 @pytest.mark.parametrize("given", ["auto", "nvfp4", "modelopt_nvfp4_rotate"])
 def test_the_plans_scales_reach_sglangs_nvfp4_cache(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    """Under SGLang's own flag as well, and never on the layers."""
+    """Under SGLang's own flag as well, and not on the layers."""
     model = tree()
     method = configured(monkeypatch, arguments("nvfp4", attention_backend=TRT, kv_cache_dtype=given), model)
     plan = kv_cache.plan_for(str(kv_export("nvfp4")), None, "auto")
@@ -148,7 +148,7 @@ def test_the_plans_scales_reach_sglangs_nvfp4_cache(monkeypatch: pytest.MonkeyPa
     for index in range(2):
         layer = plan.layer(f"model.layers.{index}.self_attn")
         assert method.get_bmm_scales(index) == pytest.approx((layer.k_scale * 6, layer.v_scale * 6), rel=1e-12)
-        assert model.model.layers[index].self_attn.attn.k_scale_float is None
+        assert model.model.layers[index].self_attn.attn.k_scale_float == 1.0
 
 
 def test_by_flag_on_a_model_that_nobody_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
