@@ -134,12 +134,27 @@ def declare(server_args: Any) -> None:
                 "command line", flag, f"it unset with a KV cache of {plan.recipe.name}: {why}", "it set"
             )
     if wrapped:
+        _check_blackwell(plan)
         (own,) = (own for own, name in STOCK_FLAGS.items() if name == plan.recipe.format.name)
         declare_resolution(server_args, __name__, kv_cache_dtype=own)
         return
     declare_resolution(server_args, __name__, kv_cache_dtype=FLAG_PREFIX + plan.recipe.name)
     if args.attention_backend is None:
         declare_resolution(server_args, __name__, attention_backend=backend)
+
+
+def _check_blackwell(plan: KVCachePlan) -> None:
+    """SGLang's NVFP4 cache is for Blackwell; it would say so of a flag that nobody typed."""
+    from sglang.srt.runtime_context import get_platform
+
+    platform = get_platform()
+    if plan.recipe.format.block and not (platform.is_sm100 or platform.is_sm120):
+        raise ModelOptExtError.at(
+            "command line",
+            "--attention-backend",
+            f"triton for a KV cache of {plan.recipe.name} on a GPU other than SM100, SM103 and SM120",
+            " or ".join(sorted(WRAPPED_BACKENDS)),
+        )
 
 
 def check_backends(server_args: Any) -> None:

@@ -205,8 +205,8 @@ def set_nvfp4_scales(method: Any, model: torch.nn.Module, layers: Mapping[int, K
     """Writes scales where SGLang's NVFP4 cache has them: in its method. On the layers they become 1.
 
     FlashInfer's prefill reads a copy of the cached prefix with the scale already in it, and multiplies the logits by
-    ``k_scale_float`` of the layer once more. On SM100 the scale is amax / 448, which SGLang says its kernel expects; elsewhere it is
-    the recipe's amax / 2688. ``load_scales_from_model`` does the same to what it finds on layers, except to exactly 1.
+    ``k_scale_float`` of the layer once more. On SM100 the scale is amax / 448, which SGLang says its kernel expects; elsewhere it
+    is the recipe's amax / 2688. ``load_scales_from_model`` does so too, except to a scale of exactly 1.
     """
     from sglang.srt.layers.quantization.kvfp4_tensor import E2M1_MAX
 

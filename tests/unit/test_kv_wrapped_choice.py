@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +19,15 @@ from tests.support.models import TinyModel, model_dir
 
 D = 64
 TRT, FLASH = "trtllm_mha", "flashinfer"
+
+
+@pytest.fixture(autouse=True)
+def _blackwell() -> Iterator[None]:
+    """What SGLang thinks it runs on; there is no GPU here."""
+    from sglang.srt.runtime_context import override_platform
+
+    with override_platform(is_sm100=True):
+        yield
 
 
 def arguments(recipe: str | None, **fields: Any) -> Any:
@@ -84,6 +94,15 @@ def test_what_was_not_worked_out_is_refused() -> None:
         kv_cache.declare(args)
 
 
+def test_nvfp4_before_blackwell_is_refused() -> None:
+    from sglang.srt.runtime_context import override_platform
+
+    with override_platform(is_sm100=False, is_sm120=False):
+        assert settled(arguments("fp8_affine", attention_backend=FLASH))[0] == "fp8_e4m3"
+        with pytest.raises(ModelOptExtError, match="triton for a KV cache of nvfp4_affine on a GPU other than SM100"):
+            kv_cache.declare(arguments("nvfp4_affine", attention_backend=FLASH))
+
+
 @pytest.mark.parametrize(
     ("asked", "sm100", "expected"),
     [(TRT, True, (TRT, TRT)), (FLASH, True, (FLASH, TRT)), (FLASH, False, (FLASH, TRT)), (TRT, False, None)],
@@ -95,8 +114,8 @@ def test_sglang_goes_on_with_its_own_rules(asked: str, sm100: bool, expected: tu
     from sglang.srt.runtime_context import override_platform
 
     args = arguments("nvfp4_affine", attention_backend=asked)
-    kv_cache.declare(args)
     with override_platform(is_sm100=sm100, is_sm120=not sm100):
+        kv_cache.declare(args)
         if expected is None:
             with pytest.raises(ValueError, match="requires SM100"):
                 handle_nvfp4_prefill_kv_dequant_dtype(args)
@@ -127,14 +146,15 @@ def configured(monkeypatch: pytest.MonkeyPatch, args: Any, model: torch.nn.Modul
     from sglang.srt.arg_groups.overrides import resolved_view
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod
 
-    kv_cache.declare(args)
+    with context.override_platform(is_sm100=sm100, is_sm120=not sm100):
+        kv_cache.declare(args)
     flag = resolved_view(args).kv_cache_dtype
     method = NVFP4KVCacheMethod(num_layers=2, device="cpu", native_scale_layout=False) if flag == "nvfp4" else None
     monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1))
     monkeypatch.setattr(context, "get_server_args", lambda: args)
     config = SimpleNamespace(dtype=torch.bfloat16, head_dim=D, model_path="test")
     itself = SimpleNamespace(kv_cache_dtype_str=flag, model=model, model_config=config, device="cuda")
-    with context.override_platform(is_sm100=sm100):
+    with context.override_platform(is_sm100=sm100, is_sm120=not sm100):
         return kv_cache._build_mha_quant_method(lambda self, num_layers: method, itself, num_layers=2)
 
 
