@@ -1,8 +1,10 @@
 """Quantized KV caches in SGLang: which recipe, checked before anything starts, and the pool that holds it.
 
 The plan of a cache comes from the checkpoint's folder and the flag alone, whoever serves the weights. On a GPU the plain FP8 cache,
-and NVFP4 under SGLang's own flag for it, are SGLang's, with the checkpoint's scales loaded here; everything else, and every recipe
-on a CPU, is a pool of ours.
+and NVFP4 under SGLang's own flag for it, are SGLang's, with the checkpoint's scales loaded here. So are the other recipes where
+``--attention-backend`` names attention of SGLang's that can have a bias or a rotation around it
+(:mod:`sglang_modelopt_ext.kv.wrapped`): SGLang then resolves its own flag, and by that its checks, its pool and its kernels.
+Everything else, and every recipe on a CPU, is a pool of ours.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ BACKENDS = {"cpu": "torch_native", "cuda": "triton"}
 """The attention backend chosen for a cache of ours where the user chose none."""
 
 SERVED_BACKENDS = frozenset(BACKENDS.values())
+WRAPPED_BACKENDS = frozenset({"flashinfer", "trtllm_mha"})
+"""SGLang's attention that may have a bias or a rotation around it, over SGLang's own pool. Only where the user names it."""
+
+NOT_WRAPPED = "nobody worked it out for SGLang's own cache under a bias or a rotation"
 
 UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -82,10 +88,32 @@ def is_stock(plan: KVCachePlan, device: str, flag: str) -> bool:
     return device == "cuda" and (plan.recipe.name == "fp8" or flag in STOCK_FLAGS)
 
 
+def asks_for_wrapped(args: Any) -> bool:
+    """Whether the user names attention of SGLang's own for a GPU."""
+    named = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend}
+    return _device(args) == "cuda" and bool(named & WRAPPED_BACKENDS)
+
+
+def wrapped_plan(server_args: Any) -> KVCachePlan | None:
+    """The plan of a cache in SGLang's own pool that SGLang's flag alone does not describe; None for any other.
+
+    From what the user gave, which stays in the arguments, and what :func:`declare` made of it: every process finds the same.
+    """
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    given, settled = server_args.kv_cache_dtype, resolved_view(server_args).kv_cache_dtype
+    if settled not in STOCK_FLAGS or given in STOCK_FLAGS:
+        return None
+    plan = plan_for(server_args.model_path, server_args.revision, given)
+    return None if plan is None or plan.recipe.name == "fp8" else plan
+
+
 def declare(server_args: Any) -> None:
     """Settles the flag and the attention backend before SGLang picks defaults. Raises ModelOptExtError for a bad combination."""
     from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
 
+    if wrapped_plan(server_args) is not None:
+        return  # settled before: the flag is SGLang's by now
     args = resolving_view(server_args)
     plan = plan_for(args.model_path, args.revision, args.kv_cache_dtype)
     if plan is None:
@@ -98,14 +126,35 @@ def declare(server_args: Any) -> None:
     backend = BACKENDS.get(device)
     if backend is None:
         raise ModelOptExtError.at("command line", "--device", "cuda or cpu for a quantized KV cache", device)
+    wrapped = asks_for_wrapped(args)
     for flag, is_set, reason in UNSUPPORTED:
         if is_set(args):
+            why = NOT_WRAPPED if wrapped else reason
             raise ModelOptExtError.at(
-                "command line", flag, f"it unset with a KV cache of {plan.recipe.name}: {reason}", "it set"
+                "command line", flag, f"it unset with a KV cache of {plan.recipe.name}: {why}", "it set"
             )
+    if wrapped:
+        _check_blackwell(plan)
+        (own,) = (own for own, name in STOCK_FLAGS.items() if name == plan.recipe.format.name)
+        declare_resolution(server_args, __name__, kv_cache_dtype=own)
+        return
     declare_resolution(server_args, __name__, kv_cache_dtype=FLAG_PREFIX + plan.recipe.name)
     if args.attention_backend is None:
         declare_resolution(server_args, __name__, attention_backend=backend)
+
+
+def _check_blackwell(plan: KVCachePlan) -> None:
+    """SGLang's NVFP4 cache is for Blackwell; it would say so of a flag that nobody typed."""
+    from sglang.srt.runtime_context import get_platform
+
+    platform = get_platform()
+    if plan.recipe.format.block and not (platform.is_sm100 or platform.is_sm120):
+        raise ModelOptExtError.at(
+            "command line",
+            "--attention-backend",
+            f"triton for a KV cache of {plan.recipe.name} on a GPU other than SM100, SM103 and SM120",
+            " or ".join(sorted(WRAPPED_BACKENDS)),
+        )
 
 
 def check_backends(server_args: Any) -> None:
@@ -113,19 +162,22 @@ def check_backends(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view, use_mla_backend
 
     args = resolved_view(server_args)
-    if args.kv_cache_dtype not in KV_FLAGS:
+    plan = wrapped_plan(server_args)
+    if args.kv_cache_dtype not in KV_FLAGS and plan is None:
         return
+    flag = args.kv_cache_dtype if plan is None else FLAG_PREFIX + plan.recipe.name
+    allowed = SERVED_BACKENDS if plan is None else WRAPPED_BACKENDS
     for backend in attention_backends_of(args):
-        if backend not in SERVED_BACKENDS:
+        if backend not in allowed:
             raise ModelOptExtError.at(
                 "command line",
                 "--attention-backend",
-                f"{' or '.join(sorted(SERVED_BACKENDS))} with --kv-cache-dtype {args.kv_cache_dtype}",
+                f"{' or '.join(sorted(allowed))} with --kv-cache-dtype {flag}",
                 backend,
             )
     if use_mla_backend(server_args):
         raise ModelOptExtError.at(
-            "command line", "--kv-cache-dtype", "auto for a model with latent attention (MLA)", args.kv_cache_dtype
+            "command line", "--kv-cache-dtype", "auto for a model with latent attention (MLA)", flag
         )
 
 
@@ -157,7 +209,9 @@ def _compute_cell_size(original: Callable[..., int], self: Any, kvc: Any, num_la
 
 def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_layers: int) -> Any:
     if self.kv_cache_dtype_str not in KV_FLAGS:
-        return original(self, num_layers=num_layers)
+        method = original(self, num_layers=num_layers)
+        _set_scales_of_sglangs_cache(self, method)
+        return method
     from sglang.srt.runtime_context import get_parallel, get_server_args
     from sglang.srt.utils import log_info_on_rank0
 
@@ -184,6 +238,46 @@ def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_laye
     return method
 
 
+def _set_scales_of_sglangs_cache(configurator: Any, method: Any) -> None:
+    """Gives a cache of SGLang's own the plan's scales, where its NVFP4 or something around it needs them.
+
+    Plain FP8 has them from :func:`set_stock_scales`. Raises ModelOptExtError for a model whose attention cannot be wrapped.
+    """
+    from sglang.srt.runtime_context import get_parallel, get_platform, get_server_args
+    from sglang.srt.utils import log_info_on_rank0
+
+    from sglang_modelopt_ext.kv import wrapped
+    from sglang_modelopt_ext.kv.layers import check_sinks, rank_layers
+
+    args, model, config = get_server_args(), configurator.model, configurator.model_config
+    plan = wrapped_plan(args)
+    if plan is None and configurator.kv_cache_dtype_str == "nvfp4":
+        plan = plan_for(args.model_path, args.revision, "nvfp4")
+    if plan is None:
+        return
+    recipe, parallel, sm100 = plan.recipe, get_parallel(), bool(get_platform().is_sm100)
+    backends = _attention_backends(args)
+    layers = rank_layers(model, plan, parallel.attn_tp_rank, parallel.attn_tp_size)
+    wrapped.check_range(recipe, layers, backends[0])
+    if wrapped_plan(args) is not None:
+        check_sinks(model)
+        wrapped.check_attention(model, config.dtype)
+        check_head_dim(recipe, config.head_dim, config.model_path)
+    if recipe.format.block:
+        wrapped.set_nvfp4_scales(method, model, layers, sm100)
+    else:
+        wrapped.set_layer_scales(model, layers)
+    note = wrapped.attention_note(recipe, backends, sm100)
+    log_info_on_rank0(logger, f"modelopt_ext: KV cache {recipe.name}, {plan.source}; {note}; not run on hardware yet")
+
+
+def _attention_backends(server_args: Any) -> tuple[str, str]:
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+
+    prefill, decode = attention_backends_of(resolved_view(server_args))
+    return prefill, decode
+
+
 def _build_mha_kv_pool(
     original: Callable[..., Any],
     self: Any,
@@ -207,10 +301,12 @@ def _refuse_pool(kind: str) -> Callable[..., Any]:
     """A wrapper around the builder of another pool than that of plain attention."""
 
     def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        if self.kv_cache_dtype_str in KV_FLAGS:
-            raise ModelOptExtError.at(
-                "command line", "--kv-cache-dtype", f"auto or bf16 for a model with {kind}", self.kv_cache_dtype_str
-            )
+        from sglang.srt.runtime_context import get_server_args
+
+        plan = wrapped_plan(get_server_args())
+        if self.kv_cache_dtype_str in KV_FLAGS or plan is not None:
+            flag = self.kv_cache_dtype_str if plan is None else FLAG_PREFIX + plan.recipe.name
+            raise ModelOptExtError.at("command line", "--kv-cache-dtype", f"auto or bf16 for a model with {kind}", flag)
         return original(self, *args, **kwargs)
 
     return around
@@ -234,7 +330,8 @@ def _get_all_weights(
 def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan | None) -> None:
     """Writes the plan of a cache of SGLang's own into the ``k_scale`` and ``v_scale`` of its layers, where the model has them.
 
-    Its NVFP4 cache expects amax / 2688 there (``NVFP4KVCacheMethod.load_scales_from_model``), while exports store amax / 448.
+    Its NVFP4 caches expect amax / 2688 there, while exports store amax / 448; the pool of plain attention takes them away
+    again (:func:`_set_scales_of_sglangs_cache`). Layers that are set up already, as in an update of the weights, stay as they are.
     """
     from sglang.srt.runtime_context import get_model
 
@@ -244,7 +341,7 @@ def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan | None) -> None:
     if plan is None or plan.recipe.name != ("fp8" if flag == "auto" else STOCK_FLAGS.get(flag)):
         return
     for name, module in attention_layers(model):
-        if not isinstance(module.k_scale, torch.nn.Parameter):
+        if not isinstance(module.k_scale, torch.nn.Parameter) or module.k_scale_float is not None:
             continue
         layer = plan.layer(name)
         module.k_scale.data.fill_(layer.k_scale)
@@ -260,8 +357,9 @@ def register_kv_caches() -> None:
     argument.choices.extend(flag for flag in KV_FLAGS if flag not in argument.choices)
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 
-    if not isinstance(ATTENTION_BACKENDS["triton"], functools.partial):
-        ATTENTION_BACKENDS["triton"] = functools.partial(_triton_backend, ATTENTION_BACKENDS["triton"])
+    for name, ours in (("triton", _triton_backend), *((name, _wrapped_backend) for name in sorted(WRAPPED_BACKENDS))):
+        if not isinstance(ATTENTION_BACKENDS[name], functools.partial):
+            ATTENTION_BACKENDS[name] = functools.partial(ours, ATTENTION_BACKENDS[name])
     step = "handle_attention_backend_compatibility"
     if _check_backends not in _HOOKS.get(step, []):
         register_resolution_hook(step)(_check_backends)
@@ -276,6 +374,23 @@ def _triton_backend(original: Callable[[Any], Any], runner: Any) -> Any:
     from sglang_modelopt_ext.kv.backend import ModelOptExtTritonBackend
 
     return ModelOptExtTritonBackend(runner)
+
+
+def _wrapped_backend(original: Callable[[Any], Any], runner: Any) -> Any:
+    """SGLang's backend, with the recipe's bias or rotation around it where its cache has one."""
+    backend = original(runner)
+    plan = wrapped_plan(runner.server_args)
+    if plan is None:
+        return backend
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_modelopt_ext.kv.layers import rank_layers
+    from sglang_modelopt_ext.kv.wrapped import around_layers, wrap
+
+    parallel = get_parallel()
+    layers = rank_layers(runner.model, plan, parallel.attn_tp_rank, parallel.attn_tp_size)
+    wrap(backend, around_layers(plan.recipe, layers, runner.model, runner.device))
+    return backend
 
 
 def _check_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
@@ -328,6 +443,12 @@ HOOKS = (
         ("self", "max_total_num_tokens", "req_to_token_pool", "mha_pool_class", "mla_pool_class", "dsa_pool_class"),
         "a hybrid linear-attention pool would hold codes as numbers",
         _refuse_pool("linear attention"),
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_minimax_sparse_kv_pool",
+        ("self", "max_total_num_tokens"),
+        "a pool of sparse attention would hold codes as numbers, or vectors without what is done around them",
+        _refuse_pool("sparse attention"),
     ),
     Hook(
         "sglang.srt.model_loader.loader.DefaultModelLoader._get_all_weights",

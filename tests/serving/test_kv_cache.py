@@ -115,7 +115,7 @@ def test_by_flag_on_any_model() -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 @pytest.mark.parametrize("recipe", PRESETS)
 def test_every_recipe_on_every_family(recipe: str, family: Family) -> None:
     folder = kv_export(recipe, family)

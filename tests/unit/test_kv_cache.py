@@ -106,6 +106,11 @@ def test_scales_of_sglangs_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
             attention = model.model.layers[1].self_attn.attn
             found = (float(attention.k_scale), float(attention.v_scale))
             assert found == ((1.5, 1.25) if flag.kv_cache_dtype in scaled else (-1.0, -1.0)), (recipe, flag)
+    attention.k_scale_float = 1.0
+    attention.k_scale.data.fill_(1.0)
+    flag.kv_cache_dtype = "nvfp4"
+    kv_cache.set_stock_scales(model, full_plan("nvfp4"))
+    assert float(attention.k_scale) == 1.0, "an update of the weights"
 
 
 @pytest.mark.parametrize("recipe", KV_RECIPES)
