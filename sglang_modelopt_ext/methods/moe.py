@@ -1,4 +1,4 @@
-"""The one method for the experts of a mixture, on SGLang's contract of fused experts. What it computes is in ``experts.py``.
+"""The one method for the experts of a mixture, on SGLang's contract of fused experts. What it computes is in ``mixture.py``.
 
 SGLang reads the names of MoE method classes: one with "ModelOpt" in it would have its block scales loaded as scales of whole
 tensors. The parameters here bring a loader of their own, and the class another name.
@@ -15,9 +15,9 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang_modelopt_ext.checkpoint.experts import ExpertLayer
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts.moe import Routing
 from sglang_modelopt_ext.methods.experts import ExpertProduct
 from sglang_modelopt_ext.methods.linear import fill_dummy
+from sglang_modelopt_ext.methods.mixture import Choices, mix
 from sglang_modelopt_ext.methods.parameters import ExpertParameter
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -200,10 +200,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             self._create()
 
     def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
-        """The weighted sum of each token's experts: ``sum_e w_e * down_e(silu(gate_e(x)) * up_e(x))``.
-
-        Rounded to the model's type after gate and up, after their product, and at the end.
-        """
+        """The weighted sum of each token's experts: :func:`mix`."""
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
         from sglang.srt.layers.moe.topk import TopKOutputChecker
 
@@ -214,21 +211,15 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         x, (weights, numbers, _) = dispatch_output.hidden_states, dispatch_output.topk_output
         if x.shape[0] == 0:
             return StandardCombineInput(hidden_states=torch.zeros_like(x))
-        top_k = numbers.shape[1]
-        routing = Routing(numbers.reshape(-1).to(torch.int32), top_k)
-        row_weights = weights.reshape(-1, 1).to(torch.float32)
-        rows = x
-        if self._config.apply_router_weight_on_input:
-            rows = (x.repeat_interleave(top_k, dim=0).to(torch.float32) * row_weights).to(x.dtype)
-            row_weights = None
-        gate, up = self.products[GATE_UP].apply(layer, rows, routing, x.dtype).chunk(2, dim=-1)
-        hidden = (torch.nn.functional.silu(gate.to(torch.float32)) * up.to(torch.float32)).to(x.dtype)
-        y = self.products[DOWN].apply(layer, hidden, routing, torch.float32, row_weights)
-        y = y.view(-1, top_k, y.shape[-1]).sum(dim=1)
-        # On other devices SGLang's models scale what they are given.
-        if x.is_cuda and self._config.routed_scaling_factor is not None:
-            y = y * self._config.routed_scaling_factor
-        return StandardCombineInput(hidden_states=y.to(x.dtype))
+        choices = Choices(
+            numbers,
+            weights,
+            weights_input=self._config.apply_router_weight_on_input,
+            # On other devices SGLang's models scale what they are given.
+            factor=self._config.routed_scaling_factor if x.is_cuda else None,
+        )
+        y = mix(layer, self.products[GATE_UP], self.products[DOWN], x, choices)
+        return StandardCombineInput(hidden_states=y)
 
     def fill_dummy(self, layer: torch.nn.Module) -> None:
         """Legal values for ``--load-format dummy``."""
