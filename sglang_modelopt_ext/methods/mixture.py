@@ -45,13 +45,11 @@ def mix(
     """
     top_k = choices.numbers.shape[1]
     routing = Routing(choices.numbers.reshape(-1).to(torch.int32), top_k)
-    row_weights: torch.Tensor | None = choices.weights.reshape(-1, 1).to(torch.float32)
-    rows = x
+    weights = choices.weights.reshape(-1, 1).to(torch.float32)
     if choices.weights_input:
-        rows = (x.repeat_interleave(top_k, dim=0).to(torch.float32) * row_weights).to(x.dtype)
-        row_weights = None
-    hidden = activate(gate_up.apply(layer, rows, routing, x.dtype))
-    y = down.apply(layer, hidden, routing, torch.float32, row_weights)
+        x = (x.repeat_interleave(top_k, dim=0).to(torch.float32) * weights).to(x.dtype)
+    hidden = activate(gate_up.apply(layer, x, routing, x.dtype))
+    y = down.apply(layer, hidden, routing, torch.float32, None if choices.weights_input else weights)
     return add_choices(y, top_k, choices.factor, x.dtype)
 
 
