@@ -7,7 +7,9 @@ product, after ``silu(gate) * up`` and after the second product; and to codes in
 
 from __future__ import annotations
 
+import functools
 import types
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,9 +28,18 @@ def round_up(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
+@functools.cache
+def _theirs(name: str, cls: str | None = None) -> Callable[..., Any]:
+    """A function of the package, or a method of one of its runners."""
+    if cls is None:
+        return evaluate(WEIGHT_ONLY if name == "_unswizzle_sf_128x4" else RUNNERS, name, torch=torch)[0]
+    require = _theirs("_require_cutlass_tensor")
+    return method(RUNNERS, cls, name, torch=torch, round_up=round_up, _require_cutlass_tensor=require)
+
+
 def unswizzled(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """By the package's own inverse."""
-    result: torch.Tensor = evaluate(WEIGHT_ONLY, "_unswizzle_sf_128x4", torch=torch)[0](scale, rows, columns)
+    result: torch.Tensor = _theirs("_unswizzle_sf_128x4")(scale, rows, columns)
     return result
 
 
@@ -44,7 +55,12 @@ def round_nvfp4(x: torch.Tensor, reciprocal: torch.Tensor) -> torch.Tensor:
     """``cvt_warp_fp16_to_fp4`` with ``SFScaleVal = reciprocal``: code times block scale, float64, without the global scale."""
     blocks = x.to(torch.float32).unflatten(1, (-1, 16))
     amax = blocks.abs().amax(dim=2)
-    scale = (reciprocal * (amax * torch.tensor(1 / 6))).clamp(max=448).to(torch.float8_e4m3fn).to(torch.float32)
+    scale = (
+        (reciprocal * (amax * torch.tensor(1 / 6, dtype=torch.float32)))
+        .clamp(max=448)
+        .to(torch.float8_e4m3fn)
+        .to(torch.float32)
+    )
     factor = torch.where(amax != 0, 1.0 / (scale * (1.0 / reciprocal)), 0.0)
     codes = e2m1.decode(e2m1.encode(torch.nan_to_num(blocks * factor.unsqueeze(2))))
     return (codes * scale.unsqueeze(2)).flatten(1).double()
@@ -62,9 +78,7 @@ def check_weights(
 ) -> None:
     """The checks that the package's own runner makes of prepared weights, and its order of scales."""
     cls = "CutlassMxfp8Runner" if mx else "CutlassNvfp4Runner"
-    require = evaluate(RUNNERS, "_require_cutlass_tensor", torch=torch)[0]
-    pack = method(RUNNERS, cls, "_pack_weight_inputs", torch=torch, round_up=round_up, _require_cutlass_tensor=require)
-    order = method(RUNNERS, cls, "_quant_scales", torch=torch)
+    pack, order = _theirs("_pack_weight_inputs", cls), _theirs("_quant_scales", cls)
     if mx:
         keys = ("fc1_expert_scales", "fc1_input_scale", "fc2_expert_scales", "fc2_input_scale")
         given = {"fc1_expert_weights": gate_up, "fc2_expert_weights": down}
@@ -86,9 +100,8 @@ def check_weights(
         device=x.device,
         _required_weight_keys=names,
     )
-    runner._validate_weight_storage = lambda tensors: method(RUNNERS, "_CutlassRunnerBase", "_validate_weight_storage")(
-        runner, tensors
-    )
+    validate = _theirs("_validate_weight_storage", "_CutlassRunnerBase")
+    runner._validate_weight_storage = lambda tensors: validate(runner, tensors)
     given |= dict(zip(keys, bytes_of, strict=True))
     packed = pack(runner, given, down.shape[1])
     again = order(runner, [None] * 4 + packed)  # behind the activations, the output and the routing
