@@ -132,28 +132,33 @@ def check_fused_layout(layout: FusedExperts, request: FusedRequest, device: torc
     if key in _passed:
         return
     random = _generator()
-    # What enters the layer has one scale for all experts where the recipe stores one: it is then rounded once.
-    first = _random_experts(
-        random, asked, FUSED_INNER, FUSED_HIDDEN, 2, torch.full((EXPERTS,), 0.002, dtype=torch.float32, device="cpu")
-    )
     scales = 0.002 + 0.0005 * torch.arange(EXPERTS, dtype=torch.float32, device="cpu")
     second = _random_experts(random, asked, FUSED_HIDDEN, FUSED_INNER, 1, scales)
-    prepared = _run(partial(layout.prepare, first.stored(device), second.stored(device)), device)
-    for m in TOKENS:
-        numbers = (random(m, TOP_K) * 1e6).long() % (EXPERTS - 1)
-        numbers[:: max(m // 3, 2), 0] = NO_EXPERT
-        x, weights = random(m, FUSED_HIDDEN).to(asked.dtype), random(m, TOP_K).abs() + 0.5
-        expected = torch.zeros(m, FUSED_HIDDEN, dtype=torch.float64, device="cpu")
-        for expert in range(EXPERTS):
-            tokens, choices = (numbers == expert).nonzero(as_tuple=True)
-            gate, up = first.multiply(expert, x[tokens]).to(asked.dtype).double().chunk(2, dim=1)
-            middle = (torch.nn.functional.silu(gate) * up).to(asked.dtype)
-            y = second.multiply(expert, middle) * weights[tokens, choices].double().unsqueeze(1)
-            expected.index_add_(0, tokens, y)
-        arguments = (x.to(device), numbers.to(torch.int32).to(device), weights.to(device))
-        y = _run(partial(_run_fused, layout, prepared, *arguments), device)
-        _compare(y, expected, device, m, FUSED_TOLERANCE)
+    # What enters the layer is rounded once where all experts have one scale for it, and for each of them where they do not.
+    for of_input in (scales[:1].expand(EXPERTS), scales) if second.scale is not None else (scales,):
+        first = _random_experts(random, asked, FUSED_INNER, FUSED_HIDDEN, 2, of_input)
+        prepared = _run(partial(layout.prepare, first.stored(device), second.stored(device)), device)
+        for m in TOKENS:
+            numbers = (random(m, TOP_K) * 1e6).long() % (EXPERTS - 1)
+            numbers[:: max(m // 3, 2), 0] = NO_EXPERT
+            x, weights = random(m, FUSED_HIDDEN).to(asked.dtype), random(m, TOP_K).abs() + 0.5
+            expected = _expect_fused(first, second, x, numbers, weights)
+            arguments = (x.to(device), numbers.to(torch.int32).to(device), weights.to(device))
+            y = _run(partial(_run_fused, layout, prepared, *arguments), device)
+            _compare(y, expected, device, m, FUSED_TOLERANCE)
     _passed.add(key)
+
+
+def _expect_fused(
+    first: _Experts, second: _Experts, x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    expected = torch.zeros(x.shape, dtype=torch.float64, device="cpu")
+    for expert in range(EXPERTS):
+        tokens, choices = (numbers == expert).nonzero(as_tuple=True)
+        gate, up = first.multiply(expert, x[tokens]).to(x.dtype).double().chunk(2, dim=1)
+        y = second.multiply(expert, (torch.nn.functional.silu(gate) * up).to(x.dtype))
+        expected.index_add_(0, tokens, y * weights[tokens, choices].double().unsqueeze(1))
+    return expected
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,8 @@ class Wrong(CutlassNvfp4Experts):
                 prepared[name] = torch.cat(prepared[name].chunk(2, dim=1)[::-1], dim=1).contiguous()
         if self.fault == "the largest input scale":
             prepared["down_input"] = prepared["down_input"].min()
+        if self.fault == "the first input scale" and prepared["gate_up_input"].dim():
+            prepared["gate_up_input"] = prepared["gate_up_input"][:1].expand(COUNT).contiguous()
         if self.fault == "linear scales":
             scales = [torch.cat([s.tensors["weight_scale"] for s in shards]) for shards in down.weights]
             prepared["down_scale"] = torch.stack(scales).view(torch.uint8)
@@ -241,7 +243,9 @@ class Wrong(CutlassNvfp4Experts):
         return super().run(prepared, x, numbers, weights)
 
 
-@pytest.mark.parametrize("fault", ["gate for up", "the largest input scale", "linear scales", "no expert"])
+@pytest.mark.parametrize(
+    "fault", ["gate for up", "the first input scale", "the largest input scale", "linear scales", "no expert"]
+)
 def test_the_check_at_load_finds_out(fault: str) -> None:
     with pytest.raises(ValueError, match="is wrong on cpu: relative error"):
         selfcheck.check_fused_layout(Wrong(fault), asked_for("NVFP4"), torch.device("cpu"))
