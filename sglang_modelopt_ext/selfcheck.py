@@ -31,7 +31,7 @@ EXPERTS, TOP_K = 5, 2
 """Experts of the check; one of them gets no token."""
 
 FUSED_HIDDEN, FUSED_INNER = 256, 128
-FUSED_TOLERANCE = 2.0**-4
+FUSED_TOLERANCE = 2.0**-5
 """Likewise for a whole layer: of the numbers in its middle, those that lie between two codes may get the other."""
 
 _passed: set[tuple[object, ...]] = set()
