@@ -1,10 +1,10 @@
 """FlashInfer's CUTLASS kernels for a layer of experts on Blackwell, for recipes with block scales on both sides.
 
-What enters the layer is rounded here, bit for bit as the recipe says, where all experts have one scale for it. Else, and what enters
-the down projection always, is rounded by FlashInfer, by the recipe's formula but with reciprocals instead of quotients (approximate
-ones, unless FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH is 1): a number within some 2^-22 of the middle between two codes may get the
-other. FlashInfer rounds to the model's type after the first product, after the gated activation, and after each expert's second
-product, whose weighted sum is float32 (``doActivationKernel`` and ``finalizeMoeRoutingKernel`` of its
+What enters the layer is rounded here, bit for bit as the recipe says, where all experts have one scale for it. Else, and always
+before the down projection, it is rounded by FlashInfer, by the recipe's formula but with reciprocals instead of quotients
+(approximate ones, unless FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH is 1): a number within some 2^-22 of the middle between two codes
+may get the other. FlashInfer rounds to the model's type after the first product, after the gated activation, and after each
+expert's second product, whose weighted sum is float32 (``doActivationKernel`` and ``finalizeMoeRoutingKernel`` of its
 ``cutlass_fused_moe_kernels.cuh``).
 """
 
