@@ -8,12 +8,12 @@ exactly one prepared copy of its weights. At run time the number of tokens picks
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
 import torch
 
-from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM
+from sglang_modelopt_ext.env import EXPERTS, FP4_ACTIVATIONS, GEMM, Setting
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
@@ -24,6 +24,8 @@ from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.humming import Humming
 from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest, ReferenceExperts
+from sglang_modelopt_ext.layouts.moe_flashinfer import CutlassMxfp8Experts, CutlassNvfp4Experts
+from sglang_modelopt_ext.layouts.moe_fused import FusedExperts, FusedRequest
 from sglang_modelopt_ext.layouts.moe_grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
@@ -66,6 +68,8 @@ LAYOUTS: tuple[Layout, ...] = (
 )
 
 EXPERT_LAYOUTS: tuple[ExpertLayout, ...] = (GroupedMxfp4(), GroupedDecoded(), GroupedBf16(), ReferenceExperts())
+FUSED_LAYOUTS: tuple[FusedExperts, ...] = (CutlassNvfp4Experts(), CutlassMxfp8Experts())
+"""For a whole layer of experts, in other packages. They serve by name alone: none was run, and ours were."""
 
 AnyLayout = TypeVar("AnyLayout", Layout, ExpertLayout)
 
@@ -80,15 +84,20 @@ def objections(request: LinearRequest) -> dict[str, str | None]:
         ModelOptExtError: the variable names a layout there is not.
     """
     known = {layout.name: layout for layout in LAYOUTS}
-    if GEMM.read():
-        wanted = GEMM.read().split(",")
-    else:
+    wanted = _named(GEMM, known)
+    if not wanted:
         measured = [name for name in ranking(request) if name in known]
         wanted = [*measured, *(name for name in known if name not in measured)]
+    return {name: known[name].supports(request) for name in wanted}
+
+
+def _named(setting: Setting, known: Iterable[str]) -> list[str]:
+    """The layouts that ``setting`` names, if any. Raises ModelOptExtError for one there is not."""
+    wanted = setting.read().split(",") if setting.read() else []
     unknown = [name for name in wanted if name not in known]
     if unknown:
-        raise ModelOptExtError.at("environment", GEMM.variable, f"names among {', '.join(known)}", unknown[0])
-    return {name: known[name].supports(request) for name in wanted}
+        raise ModelOptExtError.at("environment", setting.variable, f"names among {', '.join(known)}", unknown[0])
+    return wanted
 
 
 def candidates(request: LinearRequest, subject: str) -> list[Layout]:
@@ -98,10 +107,31 @@ def candidates(request: LinearRequest, subject: str) -> list[Layout]:
 
 
 def expert_candidates(request: ExpertRequest, subject: str) -> list[ExpertLayout]:
-    """Likewise for the product of a layer's experts."""
+    """Likewise for one product of a layer's experts; ``SGLANG_MODELOPT_EXT_EXPERTS`` limits them to the ones it names."""
     known = {layout.name: layout for layout in EXPERT_LAYOUTS}
-    reasons = {name: layout.supports(request) for name, layout in known.items()}
-    return _without_objection(known, reasons, request, subject)
+    wanted = [name for name in _named_experts() if name in known] or list(known)
+    return _without_objection(known, {name: known[name].supports(request) for name in wanted}, request, subject)
+
+
+def fused_candidates(request: FusedRequest) -> tuple[list[FusedExperts], dict[str, str]]:
+    """Likewise for a whole layer of experts: the layouts that ``SGLANG_MODELOPT_EXT_EXPERTS`` names and that take it, in its order;
+    and why the others it names do not.
+    """
+    known = {layout.name: layout for layout in FUSED_LAYOUTS}
+    reasons = {name: known[name].supports(request) for name in _named_experts() if name in known}
+    taking = [known[name] for name, reason in reasons.items() if reason is None]
+    return taking, {name: reason for name, reason in reasons.items() if reason is not None}
+
+
+def only_fused_is_named() -> bool:
+    """Whether ``SGLANG_MODELOPT_EXT_EXPERTS`` leaves no layout of one product."""
+    names = _named_experts()
+    return bool(names) and not any(layout.name in names for layout in EXPERT_LAYOUTS)
+
+
+def _named_experts() -> list[str]:
+    known = [*(layout.name for layout in FUSED_LAYOUTS), *(layout.name for layout in EXPERT_LAYOUTS)]
+    return _named(EXPERTS, known)
 
 
 def _without_objection(

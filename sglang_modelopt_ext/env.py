@@ -65,6 +65,13 @@ GEMM = Setting(
     "Kernels that may serve linear layers, by the names of the support matrix, comma-separated, in order of preference; "
     "a layer none of them takes is an error. Empty: all, in the plugin's own order.",
 )
+EXPERTS = Setting(
+    "EXPERTS",
+    (),
+    "",
+    "Likewise for the experts of a mixture. Kernels that compute a whole layer of experts serve only by name, and are tried before "
+    "those that multiply once. Empty: the plugin's own.",
+)
 TUNING = Setting(
     "TUNING",
     (),
@@ -78,7 +85,7 @@ ERROR_FILE = Setting(
     "",
     "Internal: the file through which a scheduler process tells the launching process why it stopped.",
 )
-SETTINGS = (W4A8_MATH, MXFP4_ACTIVATIONS, FP4_ACTIVATIONS, GEMM, TUNING, ERROR_FILE)
+SETTINGS = (W4A8_MATH, MXFP4_ACTIVATIONS, FP4_ACTIVATIONS, GEMM, EXPERTS, TUNING, ERROR_FILE)
 
 
 def w4a8_math() -> W4A8Math:

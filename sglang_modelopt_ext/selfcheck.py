@@ -7,6 +7,7 @@ that reads its arguments differently would otherwise show as wrong logits only.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -14,6 +15,7 @@ import torch
 
 from sglang_modelopt_ext.layouts.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
 from sglang_modelopt_ext.layouts.moe import NO_EXPERT, ExpertLayout, ExpertRequest, Routing
+from sglang_modelopt_ext.layouts.moe_fused import FusedExperts, FusedRequest, StoredExperts
 from sglang_modelopt_ext.schemes.base import LORA_B
 
 N, K = 128, 512
@@ -27,6 +29,10 @@ errs by a tenth and more."""
 
 EXPERTS, TOP_K = 5, 2
 """Experts of the check; one of them gets no token."""
+
+FUSED_HIDDEN, FUSED_INNER = 256, 128
+FUSED_TOLERANCE = 2.0**-5
+"""Likewise for a whole layer: of the numbers in its middle, those that lie between two codes may get the other."""
 
 _passed: set[tuple[object, ...]] = set()
 
@@ -119,6 +125,98 @@ def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: to
     _passed.add(key)
 
 
+def check_fused_layout(layout: FusedExperts, request: FusedRequest, device: torch.device) -> None:
+    """Likewise for a whole layer of experts, which rounds its middle as the recipe says, by a scale for each expert."""
+    asked = request.gate_up
+    key = (layout, asked.scheme.weight.name, asked.math, asked.dtype, device)
+    if key in _passed:
+        return
+    random = _generator()
+    scales = 0.002 + 0.0005 * torch.arange(EXPERTS, dtype=torch.float32, device="cpu")
+    second = _random_experts(random, asked, FUSED_HIDDEN, FUSED_INNER, 1, scales)
+    # What enters the layer is rounded once where all experts have one scale for it, and for each of them where they do not.
+    for of_input in (scales[:1].expand(EXPERTS), scales) if second.scale is not None else (scales,):
+        first = _random_experts(random, asked, FUSED_INNER, FUSED_HIDDEN, 2, of_input)
+        prepared = _run(partial(layout.prepare, first.stored(device), second.stored(device)), device)
+        for m in TOKENS:
+            numbers = (random(m, TOP_K) * 1e6).long() % (EXPERTS - 1)
+            numbers[:: max(m // 3, 2), 0] = NO_EXPERT
+            x, weights = random(m, FUSED_HIDDEN).to(asked.dtype), random(m, TOP_K).abs() + 0.5
+            expected = _expect_fused(first, second, x, numbers, weights)
+            arguments = (x.to(device), numbers.to(torch.int32).to(device), weights.to(device))
+            y = _run(partial(_run_fused, layout, prepared, *arguments), device)
+            _compare(y, expected, device, m, FUSED_TOLERANCE)
+    _passed.add(key)
+
+
+def _expect_fused(
+    first: _Experts, second: _Experts, x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
+    expected = torch.zeros(x.shape, dtype=torch.float64, device="cpu")
+    for expert in range(EXPERTS):
+        tokens, choices = (numbers == expert).nonzero(as_tuple=True)
+        gate, up = first.multiply(expert, x[tokens]).to(x.dtype).double().chunk(2, dim=1)
+        y = second.multiply(expert, (torch.nn.functional.silu(gate) * up).to(x.dtype))
+        expected.index_add_(0, tokens, y * weights[tokens, choices].double().unsqueeze(1))
+    return expected
+
+
+@dataclass(frozen=True)
+class _Experts:
+    """Random experts, and how their input is rounded: float32 ``[E]``, None where no scale is stored."""
+
+    request: ExpertRequest
+    weights: list[list[ShardWeight]]
+    scale: torch.Tensor | None
+
+    def stored(self, device: torch.device) -> StoredExperts:
+        """On ``device``."""
+        weights = [
+            [
+                replace(shard, tensors={name: tensor.to(device) for name, tensor in shard.tensors.items()})
+                for shard in shards
+            ]
+            for shards in self.weights
+        ]
+        if self.scale is None:
+            return StoredExperts(weights, None)
+        return StoredExperts(weights, self.scale.unsqueeze(1).expand(-1, len(weights[0])).to(device))
+
+    def multiply(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """The product of rounded ``x`` in float64."""
+        activation = self.request.scheme.activation
+        values = x.double()
+        if activation is not None and len(x):
+            numbers, by = activation.quantize(x.to(torch.float32), None if self.scale is None else self.scale[expert])
+            values = numbers.double() if by is None else numbers.double() * by.double()
+        weight = torch.cat([shard.decode().dequantize() for shard in self.weights[expert]])
+        return values @ weight.double().T
+
+
+def _random_experts(
+    random: Callable[..., torch.Tensor], request: ExpertRequest, n: int, k: int, shards: int, scale: torch.Tensor
+) -> _Experts:
+    """Experts of ``shards`` shards of ``n`` rows; ``scale`` where the recipe stores one. Shards share a global scale."""
+    number, weights = request.scheme.weight, []
+    for _ in range(EXPERTS):
+        whole = number.quantize((random(n * shards, k) / k**0.5).to(torch.bfloat16))
+        parts = [{name: t.chunk(shards)[part] if t.dim() else t for name, t in whole.items()} for part in range(shards)]
+        weights.append([ShardWeight(number, part, request.math) for part in parts])
+    activation = request.scheme.activation
+    return _Experts(request, weights, scale if activation is not None and activation.tensors else None)
+
+
+def _run_fused(
+    layout: FusedExperts,
+    prepared: Mapping[str, torch.Tensor],
+    x: torch.Tensor,
+    numbers: torch.Tensor,
+    weights: torch.Tensor,
+) -> torch.Tensor:
+    # Copied here, where an error of a kernel that was launched shows.
+    return layout.run(prepared, x, numbers, weights).double().cpu()
+
+
 def _multiply_experts(
     layout: ExpertLayout,
     request: ExpertRequest,
@@ -165,11 +263,13 @@ def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
         raise ValueError(f"does not run on {device}: {reason.splitlines()[0]}") from error
 
 
-def _compare(y: torch.Tensor, expected: torch.Tensor, device: torch.device, tokens: int) -> None:
+def _compare(
+    y: torch.Tensor, expected: torch.Tensor, device: torch.device, tokens: int, tolerance: float = TOLERANCE
+) -> None:
     worst = _relative_error(y, expected, dim=1)
     if tokens >= N // 8:  # an output of fewer tokens may be small because its products cancel
         worst = torch.maximum(worst, _relative_error(y, expected, dim=0))
-    if not bool(worst < TOLERANCE):
+    if not bool(worst < tolerance):
         raise ValueError(f"is wrong on {device}: relative error {float(worst):.2g} with {tokens} tokens")
 
 

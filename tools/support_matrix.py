@@ -9,10 +9,18 @@ import re
 import sys
 from pathlib import Path
 
-from sglang_modelopt_ext.dispatch import LAYOUTS, candidates, expert_candidates, served_scheme
+from sglang_modelopt_ext.dispatch import (
+    EXPERT_LAYOUTS,
+    FUSED_LAYOUTS,
+    LAYOUTS,
+    candidates,
+    expert_candidates,
+    served_scheme,
+)
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
-from sglang_modelopt_ext.layouts.moe import ExpertRequest
+from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest
+from sglang_modelopt_ext.layouts.moe_fused import FusedExperts
 from sglang_modelopt_ext.layouts.packages import VERSIONS
 from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
@@ -54,6 +62,13 @@ export fails for the others). Run by the tests on a CPU alone: every row in `tes
 
 """
 
+EXPERTS_TAIL = """
+In the order in which they are tried; `SGLANG_MODELOPT_EXT_EXPERTS` takes these names; those marked serve only by it.
+
+| name | what it is |
+|---|---|
+"""
+
 
 def kernel(scheme: Scheme, capability: int | None, experts: bool = False) -> str:
     """The cell for one algorithm on one target: for a linear layer, or for the experts of a mixture."""
@@ -85,10 +100,12 @@ def render_experts() -> str:
         if scheme.algo not in NOT_EXPORTED_FOR_EXPERTS:
             cells = [kernel(scheme, capability, experts=True) for capability in TARGETS.values()]
             lines.append("| " + " | ".join([f"`{scheme.algo}`", *cells]) + " |")
-    return EXPERTS_HEAD + "\n".join(lines) + "\n"
+    names = [f"| `{layout.name}` | {summary(layout)} |" for layout in EXPERT_LAYOUTS]
+    names += [f"| `{layout.name}`, by name | {summary(layout)} |" for layout in FUSED_LAYOUTS]
+    return EXPERTS_HEAD + "\n".join(lines) + "\n" + EXPERTS_TAIL + "\n".join(names) + "\n"
 
 
-def summary(layout: Layout) -> str:
+def summary(layout: Layout | ExpertLayout | FusedExperts) -> str:
     """The first line of a layout's description."""
     line = (inspect.getdoc(layout) or "").splitlines()[0].removesuffix(".")
     return re.sub(r":(?:mod|class|func):`([^`]+)`", r"`\1`", line).replace("``", "`")

@@ -303,11 +303,10 @@ def log_schemes(model: torch.nn.Module) -> None:
                     "linear layers", f"{method.scheme.describe()}, math {method.math}, kernel {method.layout.name}"
                 ] += 1
             continue
-        for name, product in method.products.items():
-            if product.layout:
-                what = "gate and up" if name == GATE_UP else "down"
-                kind = f"layers of {method.experts} experts, {what}:"
-                counts[kind, f"{product.scheme.describe()}, math {product.math}, kernel {product.layout.name}"] += 1
+        for name, kernel in method.kernels.items():
+            product, what = method.products[name], "gate and up" if name == GATE_UP else "down"
+            kind = f"layers of {method.experts} experts, {what}:"
+            counts[kind, f"{product.scheme.describe()}, math {product.math}, kernel {kernel}"] += 1
     for (kind, served), count in sorted(counts.items()):
         log_info_on_rank0(logger, f"modelopt_ext: {count} {kind} {served}")
 

@@ -96,18 +96,7 @@ class ExpertProduct:
         for shards in experts:
             check_blocks(self.where, self.prefix, self.scheme, shards)
         device = experts[0][0]["weight"].device
-        capability = capability_of(device)
-        request = ExpertRequest(
-            served_scheme(self.scheme, device.type, capability),
-            device.type,
-            capability,
-            n,
-            k,
-            self.math,
-            self.dtype,
-            experts=len(experts),
-            top_k=top_k,
-        )
+        request = self.request(device, n, k, len(experts), top_k)
         taking = expert_candidates(request, self.prefix)
         self.scheme = request.scheme
         names = [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
@@ -129,6 +118,12 @@ class ExpertProduct:
             return
         expected = f"weights that a kernel with math {self.math} can hold"
         raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
+
+    def request(self, device: torch.device, n: int, k: int, experts: int, top_k: int) -> ExpertRequest:
+        """What the dispatch is asked for ``experts`` experts on ``device``; the rest as :meth:`prepare` has it."""
+        capability = capability_of(device)
+        scheme = served_scheme(self.scheme, device.type, capability)
+        return ExpertRequest(scheme, device.type, capability, n, k, self.math, self.dtype, experts=experts, top_k=top_k)
 
     def _weights(self, experts: Sequence[ExpertShards], indices: Sequence[int]) -> list[list[ShardWeight]]:
         return [[ShardWeight(self.scheme.weight, shards[index], self.math) for index in indices] for shards in experts]

@@ -1,4 +1,4 @@
-"""The one method for the experts of a mixture, on SGLang's contract of fused experts. What it computes is in ``experts.py``.
+"""The one method for the experts of a mixture, on SGLang's contract of fused experts. What it computes is in ``mixture.py``.
 
 SGLang reads the names of MoE method classes: one with "ModelOpt" in it would have its block scales loaded as scales of whole
 tensors. The parameters here bring a loader of their own, and the class another name.
@@ -15,9 +15,11 @@ from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 from sglang_modelopt_ext.checkpoint.experts import ExpertLayer
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts.moe import Routing
+from sglang_modelopt_ext.layouts.moe_fused import FusedRequest
 from sglang_modelopt_ext.methods.experts import ExpertProduct
+from sglang_modelopt_ext.methods.fused import FusedProduct
 from sglang_modelopt_ext.methods.linear import fill_dummy
+from sglang_modelopt_ext.methods.mixture import Choices, mix
 from sglang_modelopt_ext.methods.parameters import ExpertParameter
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -63,6 +65,8 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             )
             for name, scheme in self.schemes.items()
         }
+        self.fused = FusedProduct(where, prefix)
+        """Serves instead of both products where it was prepared."""
         self.verified = False
         """Set by the strict loader once every tensor of the layer was loaded and checked."""
         self.experts = 0
@@ -176,23 +180,42 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                 "a load through the strict reader",
                 "a loader that bypasses it (see --load-format)",
             )
+        stored = {name: self._stored(layer, name) for name in self.schemes}
+        sizes = {name: (n * len(SHARDS[name]), k) for name, (n, k) in self._sizes.items()}
+        top_k = self._config.top_k or 1
+        device = stored[DOWN][0][0]["weight"].device
+        gate_up, down = (
+            self.products[name].request(device, *sizes[name], self.experts, top_k) for name in (GATE_UP, DOWN)
+        )
+        request = FusedRequest(gate_up, down, self._config.apply_router_weight_on_input)
+        is_fused = self.fused.prepare(layer, request, stored[GATE_UP], stored[DOWN])
         for name, scheme in self.schemes.items():
-            parameters = {spec.name: layer.get_parameter(f"{name}_{spec.name}").data for spec in scheme.tensors}
-            experts = [
-                [{key: data[expert, shard] for key, data in parameters.items()} for shard in range(len(SHARDS[name]))]
-                for expert in range(self.experts)
-            ]
-            n, k = self._sizes[name]
-            self.products[name].prepare(layer, name, experts, n * len(SHARDS[name]), k, self._config.top_k or 1)
-            for key in parameters:
-                delattr(layer, f"{name}_{key}")
+            if not is_fused:
+                self.products[name].prepare(layer, name, stored[name], *sizes[name], top_k)
+            del stored[name]
+            for spec in scheme.tensors:
+                delattr(layer, f"{name}_{spec.name}")
+
+    def _stored(self, layer: torch.nn.Module, name: str) -> list[list[dict[str, torch.Tensor]]]:
+        """What the checkpoint stores for one product: by expert and shard, by the names of the tensors."""
+        parameters = {spec.name: layer.get_parameter(f"{name}_{spec.name}").data for spec in self.schemes[name].tensors}
+        return [
+            [{key: data[expert, shard] for key, data in parameters.items()} for shard in range(len(SHARDS[name]))]
+            for expert in range(self.experts)
+        ]
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """By product, the kernel that serves it; empty before the weights are in place."""
+        serving = {name: self.fused.layout or product.layout for name, product in self.products.items()}
+        return {name: layout.name for name, layout in serving.items() if layout}
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
         """Makes room for the checkpoint's tensors again, so that weights can be updated from disk."""
-        groups = self.products[GATE_UP].groups
-        if self._create is None or not groups:
+        if self._create is None or not self.kernels:
             return
-        device = layer.get_parameter(next(iter(groups[0].prepared.values()))).device
+        device = next(layer.parameters()).device
+        self.fused.release(layer)
         for product in self.products.values():
             product.release(layer)
         self.verified = False
@@ -200,10 +223,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             self._create()
 
     def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
-        """The weighted sum of each token's experts: ``sum_e w_e * down_e(silu(gate_e(x)) * up_e(x))``.
-
-        Rounded to the model's type after gate and up, after their product, and at the end.
-        """
+        """The weighted sum of each token's experts: :func:`mix`, or likewise in one kernel."""
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
         from sglang.srt.layers.moe.topk import TopKOutputChecker
 
@@ -214,21 +234,17 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         x, (weights, numbers, _) = dispatch_output.hidden_states, dispatch_output.topk_output
         if x.shape[0] == 0:
             return StandardCombineInput(hidden_states=torch.zeros_like(x))
-        top_k = numbers.shape[1]
-        routing = Routing(numbers.reshape(-1).to(torch.int32), top_k)
-        row_weights = weights.reshape(-1, 1).to(torch.float32)
-        rows = x
-        if self._config.apply_router_weight_on_input:
-            rows = (x.repeat_interleave(top_k, dim=0).to(torch.float32) * row_weights).to(x.dtype)
-            row_weights = None
-        gate, up = self.products[GATE_UP].apply(layer, rows, routing, x.dtype).chunk(2, dim=-1)
-        hidden = (torch.nn.functional.silu(gate.to(torch.float32)) * up.to(torch.float32)).to(x.dtype)
-        y = self.products[DOWN].apply(layer, hidden, routing, torch.float32, row_weights)
-        y = y.view(-1, top_k, y.shape[-1]).sum(dim=1)
-        # On other devices SGLang's models scale what they are given.
-        if x.is_cuda and self._config.routed_scaling_factor is not None:
-            y = y * self._config.routed_scaling_factor
-        return StandardCombineInput(hidden_states=y.to(x.dtype))
+        choices = Choices(
+            numbers,
+            weights,
+            weights_input=self._config.apply_router_weight_on_input,
+            # On other devices SGLang's models scale what they are given.
+            factor=self._config.routed_scaling_factor if x.is_cuda else None,
+        )
+        if self.fused.layout:
+            return StandardCombineInput(hidden_states=self.fused.apply(layer, x, choices))
+        y = mix(layer, self.products[GATE_UP], self.products[DOWN], x, choices)
+        return StandardCombineInput(hidden_states=y)
 
     def fill_dummy(self, layer: torch.nn.Module) -> None:
         """Legal values for ``--load-format dummy``."""

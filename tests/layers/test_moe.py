@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,18 +15,20 @@ from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.runtime_context import get_parallel
 
+from sglang_modelopt_ext import env
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS, W4A8_MATH
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
 from sglang_modelopt_ext.integration.loading import quantized_modules
+from sglang_modelopt_ext.layouts.moe_flashinfer import CutlassNvfp4Experts
 from sglang_modelopt_ext.methods.moe import ExtFusedMoEMethod
 from sglang_modelopt_ext.schemes.table import UMBRELLA
 from tests.layers.harness import load
 from tests.layers.moe_harness import build, published, run
 from tests.layers.test_recipes import FLIP_TOLERANCE, TOLERANCE, layer_inputs, relative_error
-from tests.support import edits
+from tests.support import edits, fused_kernel
 from tests.support.exports import Variant, export
 from tests.support.models import MOE_FAMILIES, Family, TinyModel, model_dir
 from tests.support.moe import EXPERTS, TOP_K, mixed_checkpoint, tiny
@@ -348,6 +351,37 @@ def test_reload() -> None:
         chosen, weights = routing(len(x))
         expected = reference_layer(second, name)(x, chosen, weights)
         assert relative_error(run(layer, x, chosen, weights), expected) < FLIP_TOLERANCE
+
+
+def test_one_kernel_for_a_whole_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another package's, where it is named; in its place one in PyTorch. Loaded from an export, and again from another.
+
+    No further from float32, token for token, than twice the two products that it stands for.
+    """
+    layout = CutlassNvfp4Experts
+    folders = [export(model_dir(tiny("qwen3_moe", seed=seed)), "NVFP4_DEFAULT_CFG") for seed in (0, 7)]
+    two_products = [expert_layers(build(folder, dtype=torch.bfloat16)[0]) for folder in folders]
+    monkeypatch.setitem(sys.modules, "flashinfer.fused_moe", fused_kernel.module())
+    monkeypatch.setattr(layout, "supports", lambda *_: None)
+    monkeypatch.setenv(env.EXPERTS.variable, layout.name)
+    model, _ = build(folders[0], dtype=torch.bfloat16)
+    names = {name for name, _ in model.named_parameters()}
+    for folder, others in zip(folders, two_products, strict=True):
+        if folder != folders[0]:
+            for module, method in quantized_modules(model):
+                method.restore_weights_before_loading(module)
+            load(model, read_checkpoint(folder))
+        assert {name for name, _ in model.named_parameters()} == names
+        for name, layer in expert_layers(model).items():
+            assert set(layer.quant_method.kernels.values()) == {layout.name}
+            x = layer_inputs(layer.hidden_size, torch.bfloat16)
+            chosen, weights = routing(len(x))
+            expected = reference_layer(folder, name)(x.float(), chosen, weights).double()
+            own, other = (
+                float(((run(served, x, chosen, weights) - expected).norm(dim=1) / (expected.norm(dim=1) + 1e-9)).max())
+                for served in (layer, others[name])
+            )
+            assert own < 2 * other, name
 
 
 class TestStrictLoading:

@@ -93,9 +93,33 @@ def decorator(node: ast.FunctionDef, name: str) -> ast.Call:
     raise LookupError(f"{node.name} has no decorator {name}")
 
 
+def method(path: str, cls: str, name: str, **scope: Any) -> Callable[..., Any]:
+    """A method of an unpacked class, run alone: its body with only ``scope`` in sight."""
+    for node in parse(path).body:
+        if isinstance(node, ast.ClassDef) and node.name == cls:
+            (found,) = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == name]
+            return _run_alone(path, [found], scope)[0]
+    raise LookupError(f"{path} has no class {cls}")
+
+
+def assigned(path: str, name: str, cls: str | None = None) -> Any:
+    """The literal that an unpacked module, or a class of it, assigns to ``name``. Raises LookupError when there is none."""
+    body = parse(path).body
+    if cls is not None:
+        (body,) = [node.body for node in body if isinstance(node, ast.ClassDef) and node.name == cls]
+    for node in body:
+        if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [name]:
+            return ast.literal_eval(node.value)
+    raise LookupError(f"{path} does not assign {name}")
+
+
 def evaluate(path: str, *names: str, **scope: Any) -> list[Callable[..., Any]]:
     """Functions of an unpacked module, run alone: their bodies with only ``scope`` and each other in sight."""
-    nodes = [copy.deepcopy(function(path, name)) for name in names]
+    return _run_alone(path, [function(path, name) for name in names], scope)
+
+
+def _run_alone(path: str, functions: list[ast.FunctionDef], scope: dict[str, Any]) -> list[Callable[..., Any]]:
+    nodes = [copy.deepcopy(node) for node in functions]
     for node in nodes:
         node.decorator_list = []
         node.returns = None
@@ -103,4 +127,4 @@ def evaluate(path: str, *names: str, **scope: Any) -> list[Callable[..., Any]]:
             argument.annotation = None
     namespace: dict[str, Any] = dict(scope)
     exec(compile(ast.Module([*nodes], type_ignores=[]), path, "exec"), namespace)
-    return [namespace[name] for name in names]
+    return [namespace[node.name] for node in nodes]
