@@ -20,7 +20,7 @@ from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8, FlashInferSvdquant
 from sglang_modelopt_ext.layouts.folded import FoldedMxfp4
-from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
+from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4, MmaFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.humming import Humming
 from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest, ReferenceExperts
@@ -54,6 +54,7 @@ LAYOUTS: tuple[Layout, ...] = (
     FlashInferMxfp8(),
     FlashInferWeightOnly(),
     BlackwellFp4(),
+    MmaFp4(),
     BlockScaled(),
     FoldedMxfp4(),  # behind the measured one until it is measured itself
     Fp8(),
