@@ -196,7 +196,7 @@ def usable() -> dict[str, Product]:
             print(f"{name}: not measured, not for SM{capability()}")
             continue
         try:
-            errors = [check(product, m) for m in (1, 3, 17, 64, 200, 600)]
+            errors = [check(product, m) for m in (1, 3, 17, 64, 200, 600, 5000)]  # the last for persistent kernels
         except (RuntimeError, TritonError) as error:
             print(f"{name}: not measured, does not run: {(str(error).splitlines() or [''])[0]}")
             continue
