@@ -71,8 +71,8 @@ CASES: list[tuple[int, int, int, dict[str, Any]]] = [
     (5, 140, 2176, {"plan": SPLIT}),
     (2, 32, 64, {"plan": (128, 16, 128, 4, 3, 2)}),  # a split with nothing to do
     (130, 32, 256, {"plan": (128, 128, 128, 8, 3, 1)}),
-    # three programs for 27 tiles, the last group of rows shorter; one without a second tile
-    (513, 1030, 128, {"plan": PERSISTENT, "processors": 3}),
+    # three programs for 18 tiles, the last group of rows shorter; one without a second tile
+    (257, 1030, 128, {"plan": PERSISTENT, "processors": 3}),
     (300, 140, 160, {"plan": PERSISTENT, "processors": 3}),
     (300, 140, 384, {"plan": PERSISTENT, "processors": 3, "describe": False}),
 ]
