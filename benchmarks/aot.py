@@ -13,10 +13,8 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.sass import MATRIX, inspect, main_loop
 from sglang_modelopt_kernels.attention.decode import decode
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
 from sglang_modelopt_kernels.attention.extend import extend
@@ -39,7 +38,10 @@ from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_ker
 from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
 from sglang_modelopt_kernels.gemm.fp4.kernel import fp4_kernel
 from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
-from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_kernel, mxfp4_widened_kernel
+from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_widened_kernel
+from sglang_modelopt_kernels.gemm.tcgen05 import takes_tiles
+from sglang_modelopt_kernels.gemm.tcgen05.kernel import tcgen05_kernel
+from sglang_modelopt_kernels.gemm.tcgen05.launch import HEIGHT, TILE
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
 from sglang_modelopt_kernels.gemm.tile.kernel import finish_kernel
 from sglang_modelopt_kernels.moe.combine.kernel import combine_kernel
@@ -54,6 +56,8 @@ from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, 
 ARCHITECTURES = (80, 89, 90, 100, 103, 120)
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10}
 """Bytes one block may use: CUDA C++ Programming Guide, compute capabilities."""
+TENSOR_MEMORY = 512
+"""Columns of an SM's tensor memory: PTX ISA, tcgen05."""
 OPCODES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 """Of each matrix instruction in PTX."""
 KINDS: tuple[tuple[Kind, int], ...] = (
@@ -62,8 +66,6 @@ KINDS: tuple[tuple[Kind, int], ...] = (
     ("e2m1_exponent", 32),
     ("int4_float", 128),
 )
-_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-_MATRIX_SASS = re.compile(r"\b(?:UTC\w*MMA|[HQIO]G?MMA)\b")
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Case:
         matrix: what the PTX of its matrix instruction must contain; "any" for the architecture's own, "small" for that or
             ``mma.sync``, where a tile has few columns; empty for none.
         weights: weights one iteration of the main loop reads, 0 where there is no loop over weights.
+        copies: what else the PTX must contain: bulk tensor loads, the copy of scales to tensor memory.
         words: whether inline assembly reads words of four bytes along a row, which its operands' layout must then hold whole.
     """
 
@@ -92,6 +95,7 @@ class Case:
     matrix: str = ""
     weights: int = 0
     words: bool = False
+    copies: tuple[str, ...] = ()
 
 
 @dataclass
@@ -139,13 +143,34 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
                 yield product_case(name, block_scaled_kernel, config, operands, numerics, "any")
 
 
+def tcgen05_cases(name: str, element: str, group: int, every: tuple[KernelConfig, ...], matrix: str) -> Iterator[Case]:
+    """The kernel with scales in tiles, through descriptors and through pointers: both are chosen, by the operands' sizes."""
+    per_entry, scale = (2 if element == "e2m1" else 1), "fp8e4nv" if group == 16 else "u8"
+    values = "u8" if element == "e2m1" else "fp8e4nv"
+    for described in (True, False):
+        for config in every:
+            tiled = element == "e2m1" and takes_tiles(config.bm)
+            box = f"{config.bk // group // 4},2,256"
+            operands = {"x": f"*{values}", "w": "*u8", "s": f"*{scale}", "t": f"*{scale}"}
+            if described:
+                operands["x"] = f"tensordesc<{values}[{config.bm},{config.bk // per_entry}]>"
+                operands["w"] = f"tensordesc<u8[{config.bn},{config.bk // 2}]>"
+                operands["s"] = f"tensordesc<{scale}[{config.bn // TILE},{box}]>"
+                operands["t"] = f"tensordesc<{scale}[{config.bm // TILE},{box}]>" if tiled else operands["t"]
+            numerics = {"X": element, "GROUP": group, "NATIVE": True, "DESCRIBED": described, "TILED": tiled}
+            numerics |= {"PERSISTENT": config.persistent, "HEIGHT": HEIGHT}
+            label = name if described else f"{name},pointers"
+            case = product_case(label, tcgen05_kernel, config, operands, numerics, matrix)
+            copies = ("tcgen05.cp", "cp.async.bulk.tensor") if described else ("tcgen05.cp",)
+            yield dataclasses.replace(case, copies=copies)
+
+
 def mxfp4_cases(arch: int) -> Iterator[Case]:
     """The block-scaled matrix instruction, where the dispatch uses it."""
-    operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
     if matrix_instruction(arch) == "tcgen05":
-        for config in mxfp4.CONFIGS:
-            yield product_case("mxfp4 fp8e4nv", mxfp4_kernel, config, operands, {}, "kind::mxf8f6f4.block_scale")
+        yield from tcgen05_cases("mxfp4 fp8e4nv", "e4m3", 32, mxfp4.CONFIGS, "kind::mxf8f6f4.block_scale")
     elif arch >= 120:
+        operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
         numerics = {"ASM": True, "DESCALE": mxfp4.WIDENED_DESCALE}
         wanted = "kind::mxf8f6f4.block_scale.scale_vec::1X.f32.e4m3.e4m3"
         for config in mxfp4.PAIRED_CONFIGS:
@@ -166,17 +191,17 @@ def folded_cases(arch: int) -> Iterator[Case]:
 
 def fp4_cases(arch: int) -> Iterator[Case]:
     """FP4 on both sides, where the dispatch uses it."""
-    if arch < 100:
-        return
-    # sm_120 has one kind for both, and tells them apart by the inputs to a scale.
-    wanted = {16: "kind::mxf4nvf4.block_scale", 32: "kind::mxf4.block_scale"}
-    if arch >= 120:
-        wanted = {group: f"kind::mxf4nvf4.block_scale.scale_vec::{64 // group}X" for group in wanted}
-    for group, scale in ((16, "fp8e4nv"), (32, "u8")):
-        operands = {"x_ptr": "*u8", "w_ptr": "*u8", "s_ptr": f"*{scale}", "t_ptr": f"*{scale}"}
-        for config in fp4.configs(arch):
-            numerics = {"GROUP": group, "NATIVE": True}
-            yield product_case(f"fp4 e2m1/{group}", fp4_kernel, config, operands, numerics, wanted[group])
+    if matrix_instruction(arch) == "tcgen05":
+        for group, kind in ((16, "mxf4nvf4"), (32, "mxf4")):
+            yield from tcgen05_cases(f"fp4 e2m1/{group}", "e2m1", group, fp4.TILED_CONFIGS, f"kind::{kind}.block_scale")
+    elif arch >= 120:
+        for group, scale in ((16, "fp8e4nv"), (32, "u8")):
+            operands = {"x_ptr": "*u8", "w_ptr": "*u8", "s_ptr": f"*{scale}", "t_ptr": f"*{scale}"}
+            # One kind for both, told apart by the inputs to a scale.
+            wanted = f"kind::mxf4nvf4.block_scale.scale_vec::{64 // group}X"
+            for config in fp4.CONFIGS:
+                numerics = {"GROUP": group, "NATIVE": True}
+                yield product_case(f"fp4 e2m1/{group}", fp4_kernel, config, operands, numerics, wanted)
 
 
 def quantize_blocks_cases() -> Iterator[Case]:
@@ -406,12 +431,15 @@ def compile_case(case: Case, arch: int) -> Result:
         result.problems.append(f"no {case.matrix}")
     if case.matrix and not found:
         result.problems.append(f"no {wanted}")
-    if case.matrix and not _MATRIX_SASS.search(sass):
+    if case.matrix and not MATRIX.search(sass):
         result.problems.append("no matrix instruction in the machine code")
+    result.problems += [f"no {copy}" for copy in case.copies if copy not in ptx]
     if case.words and not holds_words(compiled.asm["ttgir"]):
         result.problems.append("inline assembly on parts of words")
     if spilled:
         result.problems.append(f"spills {spilled} bytes")
+    if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY:
+        result.problems.append(f"tensor memory above {TENSOR_MEMORY} columns")
     if result.shared > SHARED_MEMORY[arch]:
         result.problems.append(f"shared memory above {SHARED_MEMORY[arch]}")
     return result
@@ -424,49 +452,6 @@ def holds_words(ttgir: str) -> bool:
     assembly = [line for line in ttgir.splitlines() if "elementwise_inline_asm" in line]
     operands = [operand for line in assembly for operand in re.findall(r"tensor<\d+x\d+xi8, (#[^>]+>?)>", line)]
     return bool(operands) and all("kWidth = 4" in operand or operand in whole for operand in operands)
-
-
-def inspect(cubin: bytes) -> tuple[int, int, str]:
-    """Registers, bytes of local memory of a thread, and the disassembly of a cubin."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _tool("cuobjdump", "-res-usage", str(path))
-        sass = _tool("nvdisasm", "-c", str(path))
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage[-300:]}")
-    # A stack without loads and stores of it belongs to a called division.
-    spilled = int(found[2]) + int(found[3]) if re.search(r"\b(?:LDL|STL)\b", sass) else 0
-    return int(found[1]), spilled, sass
-
-
-def _tool(name: str, *arguments: str) -> str:
-    done = subprocess.run([_BINARIES / name, *arguments], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{name} failed: {done.stderr[-500:]}")
-    return done.stdout
-
-
-def main_loop(sass: str) -> list[str]:
-    """The instructions of the loop with most matrix instructions; the shorter of equals, empty without such a loop."""
-    instructions: list[str] = []
-    labels: dict[str, int] = {}
-    loops: list[list[str]] = []
-    for line in sass.splitlines():
-        label = re.match(r"\s*(\.L_x_\d+):", line)
-        if label:
-            labels[label[1]] = len(instructions)
-        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
-        if not instruction:
-            continue
-        instructions.append(instruction[1])
-        jump = re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", instruction[1])
-        if jump and jump[1] in labels:
-            loops.append(instructions[labels[jump[1]] :])
-    counted = [(sum(bool(_MATRIX_SASS.search(i)) for i in loop), -len(loop), loop) for loop in loops]
-    best = max(counted, default=(0, 0, []), key=lambda entry: entry[:2])
-    return best[2] if best[0] else []
 
 
 def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]]) -> int:

@@ -24,7 +24,8 @@ from sglang_modelopt_kernels.gemm.block_scaled import block_scaled_linear, naive
 from sglang_modelopt_kernels.gemm.folded import fold, folded_linear
 from sglang_modelopt_kernels.gemm.fp4 import fp4_linear, naive_fp4_linear
 from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, naive_mxfp4_linear, pair_blocks
-from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, quantize_blocks
+from sglang_modelopt_kernels.gemm.tcgen05 import takes_tiles
+from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, naive_swizzle, naive_unswizzle, quantize_blocks
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
 
@@ -81,10 +82,10 @@ def packed_weight(kind: str, n: int, k: int) -> dict[str, Any]:
 
 
 def stored_weight(kind: str, n: int, k: int) -> dict[str, Any]:
-    """A random weight as ModelOpt stores it, and for SM120 with its blocks in pairs."""
-    codes = random_codes(n, k)
-    weight = {"codes": codes, "scale": random_scale(kind, n, k), "out_scale": torch.ones(n, device="cuda")}
-    return weight | ({"paired": pair_blocks(codes)} if capability() >= 120 else {})
+    """A random weight as ModelOpt stores it, and for SM120 with its blocks in pairs, for SM100 with its scales in tiles."""
+    codes, scale = random_codes(n, k), random_scale(kind, n, k)
+    weight = {"codes": codes, "scale": scale, "out_scale": torch.ones(n, device="cuda")}
+    return weight | ({"paired": pair_blocks(codes)} if capability() >= 120 else {"tiles": naive_swizzle(scale)})
 
 
 def folded_weight(n: int, k: int) -> dict[str, Any]:
@@ -101,8 +102,32 @@ def random_fp8(m: int, k: int) -> torch.Tensor:
 
 def run_mxfp4(x: torch.Tensor, weight: Mapping[str, Any], out_dtype: torch.dtype) -> torch.Tensor:
     """MXFP4 with FP8 activations in block-scaled instructions."""
-    codes, paired = weight.get("paired", weight["codes"]), "paired" in weight
-    return mxfp4_linear(x, codes, weight["scale"], weight["out_scale"], None, None, out_dtype, paired)
+    codes, scale = weight.get("paired", weight["codes"]), weight.get("tiles", weight["scale"])
+    return mxfp4_linear(x, codes, scale, weight["out_scale"], None, None, out_dtype, "paired" in weight)
+
+
+def random_fp4(kind: str, m: int, k: int) -> BlockActivation:
+    """Random FP4 activations, their scales in tiles where the product reads them so."""
+    scale = random_scale(kind, m, k)
+    return BlockActivation(random_codes(m, k), naive_swizzle(scale) if in_tiles(m) else scale, None)
+
+
+def in_tiles(m: int) -> bool:
+    """Whether the product of ``m`` FP4 tokens reads their scales in tiles."""
+    return capability() < 120 and takes_tiles(m)
+
+
+def naive_fp4(x: BlockActivation, weight: Mapping[str, Any]) -> torch.Tensor:
+    """In float64, of scales in either order."""
+    m, blocks = x.codes.shape[0], weight["scale"].shape[1]
+    scale = naive_unswizzle(x.scale, m, blocks) if in_tiles(m) else x.scale
+    return naive_fp4_linear(BlockActivation(x.codes, scale, None), weight["codes"], weight["scale"])
+
+
+def run_fp4(x: BlockActivation, weight: Mapping[str, Any], out_dtype: torch.dtype) -> torch.Tensor:
+    """FP4 on both sides in block-scaled instructions."""
+    scale, tiled = weight.get("tiles", weight["scale"]), "tiles" in weight
+    return fp4_linear(x, weight["codes"], scale, weight["out_scale"], None, out_dtype, tiled)
 
 
 def block_scaled(kind: str) -> Product:
@@ -121,11 +146,9 @@ def fp4(kind: str) -> Product:
     return Product(
         lambda capability: capability // 10 in (10, 12),
         partial(stored_weight, kind),
-        lambda m, k: BlockActivation(random_codes(m, k), random_scale(kind, m, k), None),
-        lambda x, weight, out_dtype: fp4_linear(
-            x, weight["codes"], weight["scale"], weight["out_scale"], None, out_dtype
-        ),
-        lambda x, weight: naive_fp4_linear(x, weight["codes"], weight["scale"]),
+        partial(random_fp4, kind),
+        run_fp4,
+        naive_fp4,
         2.0**-10,
     )
 
@@ -235,7 +258,8 @@ def usable() -> dict[str, Product]:
             print(f"{name}: not measured, not for SM{capability()}")
             continue
         try:
-            errors = [check(product, m) for m in (1, 3, 17, 64, 200, 600)]
+            # The last for persistent kernels.
+            errors = [check(product, m) for m in (1, 3, 17, 64, 200, 600, 5000)]
         except (ImportError, RuntimeError, TritonError) as error:
             print(f"{name}: not measured, does not run: {(str(error).splitlines() or [''])[0]}")
             continue

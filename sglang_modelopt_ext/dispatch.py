@@ -20,7 +20,7 @@ from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
 from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8, FlashInferSvdquant
 from sglang_modelopt_ext.layouts.folded import FoldedMxfp4
-from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
+from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4, MmaFp4
 from sglang_modelopt_ext.layouts.fp8 import Fp8
 from sglang_modelopt_ext.layouts.humming import Humming
 from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest, ReferenceExperts
@@ -56,6 +56,7 @@ LAYOUTS: tuple[Layout, ...] = (
     FlashInferMxfp8(),
     FlashInferWeightOnly(),
     BlackwellFp4(),
+    MmaFp4(),
     # MXFP4 rows that E4M3 cannot hold go on to the next; the fold is faster on SM90 (benchmarks/results).
     FoldedMxfp4(),
     BlockScaled(),

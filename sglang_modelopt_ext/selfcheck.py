@@ -52,7 +52,7 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
     low_rank = request.scheme.low_rank if isinstance(layout, BlockLayout) and layout.takes_low_rank else 0
     shard, weight, factor = _random_weight(random, request, device, low_rank)
     prepared = _run(partial(layout.prepare, [shard]), device)
-    for m in TOKENS:
+    for m in (*TOKENS, *layout.check_tokens(device)):
         # E4M3 numbers are numbers of every type that activations come in.
         x = random(m, K).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
@@ -88,7 +88,7 @@ def _multiply(
         raise ValueError(f"{layout.name} took a layer with unrounded activations")
     static = row_scale[0, 0] if activation.tensors else None
     scale = None if static is None else static.to(device)
-    rounded = round_to_blocks(activation, x.to(device), None, scale, layout.swizzled)
+    rounded = round_to_blocks(activation, x.to(device), None, scale, layout.swizzles(x.shape[0]))
     numbers, scale = activation.quantize(x, static)
     exact = numbers.double() if scale is None else numbers.double() * scale.double()
     if down is None:

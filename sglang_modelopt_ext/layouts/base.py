@@ -110,6 +110,11 @@ class Layout(ABC):
     ) -> torch.Tensor:
         """The layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
 
+    def check_tokens(self, device: torch.device) -> tuple[int, ...]:
+        """Numbers of tokens of which :mod:`..selfcheck` has none and with which a product of its size takes a way of its own."""
+        del device
+        return ()
+
     def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
         """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
         raise NotImplementedError(f"{self.name} does not take vocabulary layers")
@@ -119,9 +124,14 @@ class BlockLayout(Layout):
     """A layout whose product reads rounded activations as codes under block scales, not as numbers."""
 
     swizzled = False
-    """Whether it reads the activations' block scales in tiles of 128 x 4: :func:`naive_swizzle`."""
+    """Whether it reads the activations' block scales in tiles of 128 x 4, :func:`naive_swizzle`, whatever their number."""
     takes_low_rank = False
     """Whether it has :meth:`matmul_low_rank`; its :meth:`prepare` then keeps the shards' ``svdquant_lora_b``."""
+
+    def swizzles(self, tokens: int) -> bool:
+        """Whether it reads those of ``tokens`` tokens so."""
+        del tokens
+        return self.swizzled
 
     def operand(self, request: LinearRequest) -> torch.dtype:
         """That of the codes."""
@@ -170,7 +180,7 @@ def round_to_blocks(
 ) -> BlockActivation:
     """What a :class:`BlockLayout` multiplies: ``x * smoothing`` ``[M, K]`` in the format's codes, ``scale`` its static scale.
 
-    Block scales are in tiles where ``swizzled``, as :attr:`BlockLayout.swizzled` has it.
+    Block scales are in tiles where ``swizzled``, as :meth:`BlockLayout.swizzles` has it.
 
     Raises ValueError when the activations have no codes under block scales.
     """

@@ -10,20 +10,26 @@ from sglang_modelopt_ext.layouts.base import BlockLayout, LinearRequest, ShardWe
 from sglang_modelopt_kernels.formats import e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.gemm.fp4 import fp4_linear
+from sglang_modelopt_kernels.gemm.fp4.linear import TILED_CONFIGS
+from sglang_modelopt_kernels.gemm.tcgen05 import persistent_tokens, takes_tiles
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 _ACTIVATION_OF = {"nvfp4": "nvfp4_dynamic", "mxfp4": "mxfp4_dynamic"}
 
 
-class BlackwellFp4(BlockLayout):
+class Fp4(BlockLayout):
     """Weights as stored times activations of the same format: :mod:`sglang_modelopt_kernels.gemm.fp4`."""
 
-    name = "triton_fp4"
+    architectures: tuple[str, ...]
+    """The GPUs it is for."""
+    tiled: bool
+    """Whether it keeps the weight's block scales in tiles, :func:`naive_swizzle`."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on SM100, SM103 and SM120."""
+        """NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on its architectures."""
         scheme, activation = request.scheme, request.scheme.activation
-        if request.device != "cuda" or (request.capability or 0) // 10 not in (10, 12):
-            return "is for SM100, SM103 and SM120"
+        if request.device != "cuda" or f"SM{request.capability}" not in self.architectures:
+            return f"is for {' and '.join(self.architectures)}"
         if scheme.weight.name not in _ACTIVATION_OF:
             return f"has no matrix instruction for {scheme.weight.name} weights"
         if activation is None or activation.name != _ACTIVATION_OF[scheme.weight.name]:
@@ -33,7 +39,7 @@ class BlackwellFp4(BlockLayout):
         return None
 
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]`` and ``out_scale`` float32 ``[N]``."""
+        """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]`` or its tiles, and ``out_scale`` float32 ``[N]``."""
         codes = torch.cat([shard.tensors["weight"] for shard in shards])
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
         # The instruction reads E4M3 scales without their sign.
@@ -48,7 +54,8 @@ class BlackwellFp4(BlockLayout):
             shard.tensors.get("weight_scale_2", one).to(torch.float32).expand(shard.tensors["weight"].shape[0])
             for shard in shards
         ]
-        return {"codes": codes, "block_scale": scale, "out_scale": torch.cat(out_scale)}
+        kept = naive_swizzle(scale) if self.tiled else scale
+        return {"codes": codes, "block_scale": kept, "out_scale": torch.cat(out_scale)}
 
     def matmul_blocks(
         self,
@@ -58,7 +65,30 @@ class BlackwellFp4(BlockLayout):
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`fp4_linear`."""
-        y: torch.Tensor = fp4_linear(
-            x, prepared["codes"], prepared["block_scale"], prepared["out_scale"], bias, out_dtype
-        )
+        weight = prepared["codes"], prepared["block_scale"], prepared["out_scale"]
+        y: torch.Tensor = fp4_linear(x, *weight, bias, out_dtype, self.tiled)
         return y
+
+
+class BlackwellFp4(Fp4):
+    """Scales in tiles, which tcgen05 copies to tensor memory; those of the activations too, from 65 tokens on."""
+
+    name = "triton_fp4_tcgen05"
+    architectures = ("SM100", "SM103")
+    tiled = True
+
+    def swizzles(self, tokens: int) -> bool:
+        """Where a tile of the product has as many tokens as a tile of scales."""
+        return takes_tiles(tokens)
+
+    def check_tokens(self, device: torch.device) -> tuple[int, ...]:
+        """Those of the persistent kernel."""
+        return persistent_tokens(TILED_CONFIGS, device)
+
+
+class MmaFp4(Fp4):
+    """Scales in rows, which ``mma.sync`` takes from registers."""
+
+    name = "triton_fp4_mma"
+    architectures = ("SM120", "SM121")
+    tiled = False

@@ -9,6 +9,9 @@ import torch
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight, fp8_objection
 from sglang_modelopt_kernels.formats import ue8m0
 from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, pair_blocks
+from sglang_modelopt_kernels.gemm.mxfp4.linear import CONFIGS
+from sglang_modelopt_kernels.gemm.tcgen05 import persistent_tokens
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 
 class Mxfp4(Layout):
@@ -36,14 +39,18 @@ class Mxfp4(Layout):
         return torch.float8_e4m3fn
 
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``, which is 1."""
+        """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``, which is 1.
+
+        The scales are in tiles, :func:`naive_swizzle`, where the codes are not in pairs.
+        """
         stored = [shard.tensors["weight"] for shard in shards]
         codes = torch.cat([pair_blocks(part) for part in stored] if self.paired else stored)
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
         if bool(ue8m0.byte_is_nan(scale).any()):
             raise ValueError("a UE8M0 block scale is NaN")
         ones = torch.ones(codes.shape[0], dtype=torch.float32, device=codes.device)
-        return {"codes": codes, "block_scale": scale, "out_scale": ones}
+        kept = scale if self.paired else naive_swizzle(scale)
+        return {"codes": codes, "block_scale": kept, "out_scale": ones}
 
     def matmul(
         self,
@@ -65,6 +72,10 @@ class BlackwellMxfp4(Mxfp4):
     name = "triton_mxfp4_tcgen05"
     architectures = ("SM100", "SM103")
     paired = False
+
+    def check_tokens(self, device: torch.device) -> tuple[int, ...]:
+        """Those of the persistent kernel."""
+        return persistent_tokens(CONFIGS, device)
 
 
 class WidenedMxfp4(Mxfp4):

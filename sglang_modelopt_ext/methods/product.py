@@ -207,7 +207,7 @@ class LinearProduct:
 
     def _blocks(self, layout: BlockLayout, inputs: Mapping[str, torch.Tensor], x: torch.Tensor) -> BlockActivation:
         smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
-        return round_to_blocks(self.scheme.activation, x, smoothing, scale, layout.swizzled)
+        return round_to_blocks(self.scheme.activation, x, smoothing, scale, layout.swizzles(x.shape[0]))
 
     def _multiply(
         self,

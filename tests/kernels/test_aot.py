@@ -38,9 +38,15 @@ def test_every_configuration_is_listed(arch: int) -> None:
         assert all(str(config) in names for config in aot.configs(kind, arch))
     folded = [str(config) for config in aot.folded.configs(arch)] if arch in (89, 90) else []
     assert [case.name.split()[-1] for case in aot.cases(arch) if case.name.startswith("folded ")] == folded
-    listed = [case.name for case in aot.cases(arch) if case.name.startswith("fp4 ")]
-    expected = [f"fp4 e2m1/{group} {config}" for group in (16, 32) for config in aot.fp4.configs(arch)]
-    assert listed == (expected if arch >= 100 else [])
+    tiled = arch in (100, 103)
+    for product, types, every in (
+        ("fp4", ("e2m1/16", "e2m1/32"), aot.fp4.TILED_CONFIGS if tiled else aot.fp4.CONFIGS),
+        ("mxfp4", ("fp8e4nv",), aot.mxfp4.CONFIGS if tiled else aot.mxfp4.PAIRED_CONFIGS),
+    ):
+        listed = [case.name for case in aot.cases(arch) if case.name.startswith(f"{product} ")]
+        ways = ("", ",pointers") if tiled else ("",)
+        expected = [f"{product} {type_}{way} {config}" for type_ in types for way in ways for config in every]
+        assert listed == (expected if arch >= 100 else [])
     for kind, dtypes in aot.grouped.TAKEN.items():
         for dtype in dtypes:
             if kind == "mxfp4" and arch not in (100, 103):
@@ -61,6 +67,15 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(aot.SHARED_MEMORY, 90, -1)
     broken = aot.Case(case.name, case.kernel, case.types, case.constexprs, case.options, case.aligned, matrix="any")
     assert len(aot.compile_case(broken, 90).problems) == 3
+
+
+def test_a_missing_copy_is_found() -> None:
+    """A kernel that loads through pointers where TMA is expected."""
+    case = next(case for case in aot.cases(90) if case.name.startswith("finish"))
+    broken = aot.Case(
+        case.name, case.kernel, case.types, case.constexprs, case.options, copies=("cp.async.bulk.tensor",)
+    )
+    assert aot.compile_case(broken, 90).problems == ["no cp.async.bulk.tensor"]
 
 
 def test_parts_of_words_are_found() -> None:
@@ -94,3 +109,29 @@ def test_the_main_loop_is_the_one_with_matrix_instructions() -> None:
 """
     assert [line.split()[0] for line in aot.main_loop(sass)] == ["LOP3.LUT", "HMMA.16816.F32", "@P1"]
     assert aot.main_loop("/*0000*/ EXIT ;") == []
+
+
+def test_waits_behind_the_code_are_no_loops() -> None:
+    """The inner of two loops, without what is jumped to and back from to wait for a barrier."""
+    sass = """
+        /*0000*/ MOV R1, R2 ;
+.L_x_0:
+        /*0010*/ UTCQMMA gdesc[UR4] ;
+        /*0020*/ UTCQMMA gdesc[UR4] ;
+.L_x_1:
+        /*0030*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR15], R0 ;
+        /*0040*/ @!P0 BRA `(.L_x_3) ;
+.L_x_2:
+        /*0050*/ UTCQMMA gdesc[UR6] ;
+        /*0060*/ @P1 BRA `(.L_x_1) ;
+        /*0070*/ STG.E [R4], R2 ;
+        /*0080*/ @P2 BRA `(.L_x_0) ;
+        /*0090*/ EXIT ;
+.L_x_3:
+        /*00a0*/ SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR15], R0 ;
+        /*00b0*/ @!P0 BRA `(.L_x_3) ;
+        /*00c0*/ BRA `(.L_x_2) ;
+"""
+    loop = [line.split()[0] for line in aot.main_loop(sass)]
+    assert loop[:4] == ["SYNCS.PHASECHK.TRANS64.TRYWAIT", "@!P0", "UTCQMMA", "@P1"]
+    assert len(loop) == 7

@@ -16,6 +16,7 @@ from sglang_modelopt_kernels.quantize.blocks import (
     BLOCK_ACTIVATIONS,
     naive_quantize_blocks,
     naive_swizzle,
+    naive_unswizzle,
     quantize_blocks,
     round_blocks,
 )
@@ -134,6 +135,16 @@ def test_swizzled_places() -> None:
             seen[at] = 1
     assert int(seen.sum()) == m * blocks
     assert bool((flat[seen == 0] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (128, 4), (127, 3), (129, 5), (1030, 18), (256, 8)], ids=str)
+def test_tiles_give_the_scales_back(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The inverse, for rows and blocks that are whole tiles and that are not."""
+    scale = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(1), dtype=torch.uint8).view(dtype)
+    back = naive_unswizzle(naive_swizzle(scale), *shape)
+    assert (back.dtype, back.shape) == (dtype, shape)
+    assert torch.equal(back.view(torch.uint8), scale.view(torch.uint8))
 
 
 @pytest.mark.parametrize(

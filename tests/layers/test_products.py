@@ -22,7 +22,7 @@ from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight, round_to_blocks
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
-from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
+from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4, MmaFp4
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -168,20 +168,22 @@ def interpreted_errors(folder: Path) -> float:
 
 
 def interpreted_fp4_errors(folder: Path) -> float:
-    """Likewise of the FP4 layout, on activations that the recipe rounds: against the stored tensors in float64."""
+    """Likewise of the FP4 layouts, on activations that the recipe rounds: against the stored tensors in float64."""
     _, linears, stored = next(layers_of(folder))
-    layout, scheme = BlackwellFp4(), linears[0].scheme
-    request = LinearRequest(scheme, "cuda", 100, sum(linear.n for linear in linears), linears[0].k)
-    assert layout.supports(request) is None
-    prepared = layout.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
-    x = torch.randn(3, linears[0].k, generator=torch.Generator().manual_seed(0))
+    scheme, worst = linears[0].scheme, 0.0
     scale, smoothing = stored[0].get("input_scale"), stored[0].get("pre_quant_scale")
-    rounded = round_to_blocks(scheme.activation, x, smoothing, scale)
-    y = layout.matmul_blocks(prepared, rounded, None, torch.float32).double()
-    wide = x if smoothing is None else x * smoothing.float()
-    right = [naive_linear(wide, scheme.weight.decode(shard), scheme.activation, scale, None) for shard in stored]
-    expected = torch.cat(right, dim=1)
-    return float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
+    for layout, capability, tokens in ((BlackwellFp4(), 100, 3), (BlackwellFp4(), 100, 70), (MmaFp4(), 120, 3)):
+        request = LinearRequest(scheme, "cuda", capability, sum(linear.n for linear in linears), linears[0].k)
+        assert layout.supports(request) is None
+        prepared = layout.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
+        x = torch.randn(tokens, linears[0].k, generator=torch.Generator().manual_seed(0))
+        rounded = round_to_blocks(scheme.activation, x, smoothing, scale, layout.swizzles(tokens))
+        y = layout.matmul_blocks(prepared, rounded, None, torch.float32).double()
+        wide = x if smoothing is None else x * smoothing.float()
+        right = [naive_linear(wide, scheme.weight.decode(shard), scheme.activation, scale, None) for shard in stored]
+        expected = torch.cat(right, dim=1)
+        worst = max(worst, float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max()))
+    return worst
 
 
 @pytest.mark.parametrize("function", ["interpreted_errors", "interpreted_fp4_errors"])

@@ -10,7 +10,7 @@ from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
 from sglang_modelopt_ext.layouts.folded import FoldedMxfp4
-from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
+from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4, MmaFp4
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.layouts.packages import VERSIONS
 from sglang_modelopt_ext.schemes.base import LayerScheme
@@ -18,6 +18,7 @@ from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.gemm.folded import FoldedWeight, unfold
 from sglang_modelopt_kernels.gemm.mxfp4 import pair_blocks
+from sglang_modelopt_kernels.quantize.blocks import naive_unswizzle
 
 BLOCK, FP8, BF16, FP32 = "triton_block_scaled", "fp8_scaled_mm", "dense_bfloat16", "dense_float32"
 EXPECTED = {
@@ -65,7 +66,7 @@ def test_on_a_gpu(algo: str, capability: int) -> None:
         if algo == "W4A8_MXFP4_FP8" and capability == 120:
             expected = "triton_mxfp4_mma"
         if algo in ("MXFP4", "NVFP4", "NVFP4_AWQ", "NVFP4_SVD") and capability >= 100:
-            expected = "triton_fp4"
+            expected = "triton_fp4_mma" if capability == 120 else "triton_fp4_tcgen05"
         assert candidates(request(algo, capability, weight), "layer")[0].name == expected
 
 
@@ -217,12 +218,15 @@ def test_mxfp4_layouts_keep_the_weight() -> None:
     unit = unfold(FoldedWeight(folded["codes"], folded["exponent"], folded["out_scale"]))
     assert torch.equal((unit * folded["out_scale"].unsqueeze(1)).float(), expected)
     plain, paired = BlackwellMxfp4().prepare(shards), WidenedMxfp4().prepare(shards)
-    assert torch.equal(weight.decode({"weight": plain["codes"], "weight_scale": plain["block_scale"]}).unit, expected)
+    scale = naive_unswizzle(plain["block_scale"], 24, 4)
+    assert torch.equal(weight.decode({"weight": plain["codes"], "weight_scale": scale}).unit, expected)
     assert torch.equal(paired["codes"], pair_blocks(plain["codes"]))
-    assert torch.equal(paired["block_scale"], plain["block_scale"])
-    fp4 = BlackwellFp4().prepare(shards)
-    assert torch.equal(fp4["codes"], plain["codes"])
-    assert bool((fp4["out_scale"] == 1).all())
+    assert torch.equal(paired["block_scale"], scale)
+    for layout, block_scale in ((BlackwellFp4(), plain["block_scale"]), (MmaFp4(), scale)):
+        fp4 = layout.prepare(shards)
+        assert torch.equal(fp4["codes"], plain["codes"])
+        assert torch.equal(fp4["block_scale"], block_scale)
+        assert bool((fp4["out_scale"] == 1).all())
 
 
 def test_fp4_keeps_the_scales_of_its_shards() -> None:

@@ -359,7 +359,7 @@ def test_reasons(layout: Layout, asked: LinearRequest, reason: str) -> None:
 
 
 def blocks(layout: BlockLayout, asked: LinearRequest, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
-    return round_to_blocks(asked.scheme.activation, x, None, scale, layout.swizzled)
+    return round_to_blocks(asked.scheme.activation, x, None, scale, layout.swizzles(x.shape[0]))
 
 
 def shards(weight: str, rows: Sequence[int], k: int, one_scale: bool) -> list[ShardWeight]:

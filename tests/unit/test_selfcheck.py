@@ -12,7 +12,7 @@ from sglang_modelopt_ext import dispatch, selfcheck
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
 from sglang_modelopt_ext.layouts.dense import Dense
-from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4
+from sglang_modelopt_ext.layouts.fp4 import MmaFp4
 from sglang_modelopt_ext.layouts.moe import ExpertRequest, ReferenceExperts
 from sglang_modelopt_ext.methods.experts import ExpertProduct
 from sglang_modelopt_ext.methods.product import LinearProduct
@@ -39,14 +39,14 @@ class Wrong(Dense):
         return y
 
 
-class Blocks(BlackwellFp4):
+class Blocks(MmaFp4):
     """Multiplies codes on a CPU; with ``wrong`` it takes every block's scale for its neighbour's."""
 
     def __init__(self, wrong: bool) -> None:
         self.wrong = wrong
 
     def objection(self, request: LinearRequest) -> str | None:
-        return super().objection(dataclasses.replace(request, device="cuda", capability=100))
+        return super().objection(dataclasses.replace(request, device="cuda", capability=120))
 
     def matmul_blocks(self, prepared, x, bias, out_dtype):  # type: ignore[no-untyped-def, override]
         scale = prepared["block_scale"].roll(1, dims=1) if self.wrong else prepared["block_scale"]

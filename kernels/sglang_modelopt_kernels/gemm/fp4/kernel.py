@@ -1,8 +1,8 @@
 """``Y^T = W X^T`` with both sides as stored: the matrix instruction reads E2M1 codes and their block scales.
 
-Blocks are 16 inputs under E4M3 or 32 under UE8M0. The weight is the operand of 128 rows, because decoding has few tokens, which
-leave tcgen05 as rows. Every product is exact (two codes and two E4M3 scales have twelve significant bits); the scales of whole
-tensors come after the sum.
+Blocks are 16 inputs under E4M3 or 32 under UE8M0. Every product is exact (two codes and two E4M3 scales have twelve significant
+bits); the scales of whole tensors come after the sum. This kernel is SM120's, where scales in registers are read in rows;
+:mod:`..tcgen05` has that of SM100 and SM103.
 """
 
 from __future__ import annotations
@@ -10,33 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_modelopt_kernels.gemm.tcgen05.kernel import dot_e4m3_scales
 from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
-
-
-@triton.jit
-def _halves(codes):
-    """Packed codes as the float32 values of the low and of the high one."""
-    return _value(codes & 15), _value(codes >> 4)
-
-
-@triton.jit
-def _value(code):
-    m = (code & 7).to(tl.int32)
-    normal = ((m << 22) + (126 << 23)).to(tl.float32, bitcast=True)
-    magnitude = tl.where(m >= 2, normal, m.to(tl.float32) * 0.5)
-    return tl.where(code >= 8, -magnitude, magnitude)
-
-
-@triton.jit
-def _dot_e4m3_scales(w, s, x, t, acc, BN: tl.constexpr, BM: tl.constexpr, BLOCKS: tl.constexpr):
-    """As ``dot_scaled`` under E4M3 scales, which Triton's interpreter reads as UE8M0: a product for each half of the bytes."""
-    wide = tl.reshape(tl.broadcast_to(s.to(tl.float32)[:, :, None], (BN, BLOCKS, 8)), (BN, BLOCKS * 8))
-    other = tl.reshape(tl.broadcast_to(t.to(tl.float32)[:, :, None], (BM, BLOCKS, 8)), (BM, BLOCKS * 8))
-    other = tl.trans(other)
-    w_low, w_high = _halves(w)
-    x_low, x_high = _halves(x)
-    acc = tl.dot(w_low * wide, x_low * other, acc, input_precision="ieee")
-    return tl.dot(w_high * wide, x_high * other, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -98,7 +73,7 @@ def fp4_kernel(
             x = tl.load(x_at, mask=(offset + 2 * pair < k)[:, None], other=0)
             t = tl.load(t_at, mask=(offset + GROUP * block < k)[None, :], other=0.0)
         if GROUP == 16 and not NATIVE:
-            acc = _dot_e4m3_scales(w, s, x, t, acc, BN, BM, BK // GROUP)
+            acc = dot_e4m3_scales(w, s, x, t, acc, BN, BM, BK // GROUP)
         else:
             acc = tl.dot_scaled(w, s, "e2m1", x, t, "e2m1", acc)
     store_tile(

@@ -5,29 +5,27 @@ from __future__ import annotations
 import torch
 
 from sglang_modelopt_kernels.formats.base import BlockActivation
+from sglang_modelopt_kernels.gemm.tcgen05 import takes_tiles, tcgen05_product, tiles_of
 from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, check_epilogue, choose, launch, machine
 from sglang_modelopt_kernels.gemm.tile.launch import Plan
 
 from .kernel import fp4_kernel
 
-_TCGEN05 = (
+TILED_CONFIGS = (
     KernelConfig(128, 16, 256, 4, 4),
     KernelConfig(128, 32, 256, 4, 4),
     KernelConfig(128, 64, 256, 4, 4),
-    KernelConfig(128, 128, 256, 8, 3),
+    KernelConfig(128, 128, 256, 8, 4),
+    KernelConfig(128, 256, 256, 8, 4, persistent=True),
 )
-_MMA = (
+CONFIGS = (
     KernelConfig(64, 16, 256, 4, 4),
     KernelConfig(64, 32, 256, 4, 4),
     KernelConfig(128, 64, 256, 8, 3),
     KernelConfig(128, 128, 128, 8, 3),
 )
-"""Not timed on any GPU: chosen by what compiles to the block-scaled instruction without spilling (``benchmarks.aot``)."""
-
-
-def configs(capability: int) -> tuple[KernelConfig, ...]:
-    """The configurations on compute capability ``capability`` (times ten), by tokens, ascending."""
-    return _TCGEN05 if 100 <= capability < 120 else _MMA
+"""By tokens, ascending: for scales in tiles, and in rows. Not timed on any GPU: chosen by what compiles to the block-scaled
+instruction without spilling (``benchmarks.aot``)."""
 
 
 def run(
@@ -37,22 +35,28 @@ def run(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    tiled: bool = False,
     plan: Plan | None = None,
+    describe: bool = True,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as :func:`fp4_linear`, ``plan`` instead of the one chosen by size."""
     m, (n, half) = x.codes.shape[0], codes.shape
-    capability, processors = machine(x.codes.device)
+    group = 16 if scale.dtype == torch.float8_e4m3fn else 32
+    plan = plan or choose(TILED_CONFIGS if tiled else CONFIGS, m, n, 2 * half, machine(x.codes.device)[1])
+    epilogue = Epilogue(out_scale, x.row_scale, bias)
+    if tiled:
+        return tcgen05_product(x.codes, codes, scale, x.scale, group, epilogue, out_dtype, plan, describe)
     return launch(
         fp4_kernel,
         x.codes.contiguous(),
         codes,
         scale,
-        Epilogue(out_scale, x.row_scale, bias),
+        epilogue,
         out_dtype,
-        plan or choose(configs(capability), m, n, 2 * half, processors),
+        plan,
         per_entry=2,
         t_ptr=x.scale.contiguous(),
-        GROUP=2 * half // scale.shape[1],
+        GROUP=group,
         NATIVE=codes.is_cuda,
     )
 
@@ -67,10 +71,11 @@ def _fp4_linear(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    tiled: bool,
 ) -> torch.Tensor:
     if x_codes.shape[0] == 0:
         return torch.empty((0, codes.shape[0]), dtype=out_dtype, device=codes.device)
-    return run(BlockActivation(x_codes, x_scale, row_scale), codes, scale, out_scale, bias, out_dtype)
+    return run(BlockActivation(x_codes, x_scale, row_scale), codes, scale, out_scale, bias, out_dtype, tiled)
 
 
 @_fp4_linear.register_fake
@@ -83,8 +88,9 @@ def _(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    tiled: bool,
 ) -> torch.Tensor:
-    del x_scale, row_scale, scale, out_scale, bias
+    del x_scale, row_scale, scale, out_scale, bias, tiled
     return x_codes.new_empty((x_codes.shape[0], codes.shape[0]), dtype=out_dtype)
 
 
@@ -95,6 +101,7 @@ def fp4_linear(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    tiled: bool = False,
 ) -> torch.Tensor:
     """``x @ W^T + bias`` with ``W = code * block scale * out_scale``.
 
@@ -107,6 +114,8 @@ def fp4_linear(
         out_scale: float32 ``[N]``.
         bias: ``[N]`` or None.
         out_dtype: type of the result.
+        tiled: whether ``scale`` is in tiles of 128 x 4 (:func:`naive_swizzle`), for SM100 and SM103, and so are the scales of ``x``
+            where :func:`takes_tiles` says so of M.
 
     Returns:
         ``[M, N]`` of ``out_dtype``.
@@ -118,15 +127,17 @@ def fp4_linear(
     k = 2 * half
     if codes.dtype != torch.uint8 or scale.dtype not in (torch.float8_e4m3fn, torch.uint8):
         raise ValueError(f"codes must be uint8 and scale E4M3 or uint8, got {codes.dtype} and {scale.dtype}")
-    if k % group or scale.shape != (n, k // group):
-        raise ValueError(f"scale must be [{n}, {k} / {group}], got {tuple(scale.shape)}")
+    m, blocks = x.codes.shape[0], k // group
+    if k % group or scale.shape != (tiles_of(n, blocks) if tiled else (n, blocks)):
+        raise ValueError(f"scale must be [{n}, {k} / {group}]{' in tiles' * tiled}, got {tuple(scale.shape)}")
     if x.codes.dtype != torch.uint8 or x.codes.dim() != 2 or x.codes.shape[1] != half:
         raise ValueError(f"x must be uint8 codes [M, {half}], got {tuple(x.codes.shape)} {x.codes.dtype}")
-    if x.scale.dtype != scale.dtype or x.scale.shape != (x.codes.shape[0], k // group):
-        expected = f"{scale.dtype} [{x.codes.shape[0]}, {k // group}]"
+    shape = tiles_of(m, blocks) if tiled and takes_tiles(m) else (m, blocks)
+    if x.scale.dtype != scale.dtype or x.scale.shape != shape:
+        expected = f"{scale.dtype} {list(shape)}"
         raise ValueError(f"the block scales of x must be {expected}, got {tuple(x.scale.shape)} {x.scale.dtype}")
     if out_scale.shape != (n,) or out_scale.dtype != torch.float32:
         raise ValueError(f"out_scale must be float32 [{n}], got {tuple(out_scale.shape)} {out_scale.dtype}")
-    check_epilogue(x.codes.shape[0], n, x.row_scale, bias)
-    y: torch.Tensor = _fp4_linear(x.codes, x.scale, x.row_scale, codes, scale, out_scale, bias, out_dtype)
+    check_epilogue(m, n, x.row_scale, bias)
+    y: torch.Tensor = _fp4_linear(x.codes, x.scale, x.row_scale, codes, scale, out_scale, bias, out_dtype, tiled)
     return y

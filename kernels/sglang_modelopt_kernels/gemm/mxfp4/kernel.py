@@ -1,8 +1,9 @@
-"""``Y^T = W X^T`` in block-scaled matrix instructions: E2M1 codes, E4M3 activations and UE8M0 block scales.
+"""``Y^T = W X^T`` in block-scaled matrix instructions: E2M1 codes, E4M3 activations and UE8M0 block scales in rows.
 
 The weight is the operand of 128 rows, because decoding has few tokens, which leave tcgen05 as rows. Activations get unit block
 scales as a tensor: without one Triton decomposes the product into float16. On SM100 and SM103 the instruction reads the codes as
-stored; for SM120 Triton has none that mixes E2M1 with E4M3, and the codes are widened to E4M3 in registers.
+stored: here for experts, whose weights are not in tiles, in :mod:`..tcgen05` for one layer. For SM120 Triton has none that mixes
+E2M1 with E4M3, and the codes are widened to E4M3 in registers.
 """
 
 from __future__ import annotations
@@ -48,58 +49,6 @@ def mxfp4_sum(
             x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
         acc = tl.dot_scaled(w, s, "e2m1", x, unit, "e4m3", acc)
     return acc
-
-
-@triton.jit
-def mxfp4_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    row_scale_ptr,
-    out_scale_ptr,
-    bias_ptr,
-    y_ptr,
-    m,
-    n,
-    k,
-    row_step,
-    DESCALE: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
-    split = tl.program_id(2)
-    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
-    row = tl.minimum(rows, n - 1).to(tl.int64)
-    token = tl.minimum(tokens, m - 1).to(tl.int64)
-    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
-    start = split * steps * BK
-    end = tl.minimum(start + steps * BK, k)
-    acc = mxfp4_sum(x_ptr, w_ptr, s_ptr, row, token, k, start, end, EVEN_K, BN, BM, BK)
-    store_tile(
-        acc,
-        y_ptr,
-        rows,
-        tokens,
-        split,
-        m,
-        n,
-        row_scale_ptr,
-        out_scale_ptr,
-        bias_ptr,
-        row_step,
-        DESCALE,
-        HAS_ROW_SCALE,
-        HAS_BIAS,
-        SPLIT_K,
-    )
 
 
 @triton.jit
@@ -153,7 +102,10 @@ def mxfp4_widened_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """As :func:`mxfp4_kernel` over codes in pairs of blocks (:func:`pair_blocks`): a product for each half of the bytes."""
+    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``.
+
+    Codes are in pairs of blocks (:func:`pair_blocks`): there is a product for each half of the bytes.
+    """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import torch
 
+from sglang_modelopt_kernels.gemm.tcgen05 import tcgen05_product, tiles_of
 from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, check_epilogue, choose, launch, machine
 from sglang_modelopt_kernels.gemm.tile.launch import Plan
 
-from .kernel import mxfp4_kernel, mxfp4_widened_kernel
+from .kernel import mxfp4_widened_kernel
 
 CONFIGS = (
+    KernelConfig(128, 16, 256, 4, 4),
+    KernelConfig(128, 32, 256, 4, 4),
+    KernelConfig(128, 64, 256, 4, 4),
+    KernelConfig(128, 128, 256, 8, 3),
+    KernelConfig(128, 256, 128, 8, 4, persistent=True),
+)
+ROW_CONFIGS = (
     KernelConfig(128, 16, 256, 4, 3),
     KernelConfig(128, 32, 256, 4, 3),
     KernelConfig(128, 64, 256, 4, 3),
@@ -21,7 +29,8 @@ PAIRED_CONFIGS = (
     KernelConfig(128, 64, 128, 8, 3),
     KernelConfig(128, 128, 128, 8, 2),
 )
-"""By tokens, ascending. Not timed on any GPU: chosen by what compiles to ``mxf8f6f4`` without spilling (``benchmarks.aot``)."""
+"""By tokens, ascending: for scales in tiles, for scales in rows (:func:`mxfp4_sum`), and for SM120. Not timed on any GPU: chosen by
+what compiles to ``mxf8f6f4`` without spilling (``benchmarks.aot``)."""
 
 WIDENED_DESCALE = 64.0
 """Codes are widened to E4M3 times 2^-6."""
@@ -46,14 +55,15 @@ def run(
     out_dtype: torch.dtype,
     paired: bool = False,
     plan: Plan | None = None,
+    describe: bool = True,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as :func:`mxfp4_linear`, ``plan`` instead of the one chosen by size."""
     (m, k), n = x.shape, codes.shape[0]
     plan = plan or choose(PAIRED_CONFIGS if paired else CONFIGS, m, n, k, machine(x.device)[1])
-    kernel = mxfp4_widened_kernel if paired else mxfp4_kernel
-    own = {"ASM": x.is_cuda} if paired else {}
     epilogue = Epilogue(out_scale, row_scale, bias, WIDENED_DESCALE if paired else 1.0)
-    return launch(kernel, x.contiguous(), codes, scale, epilogue, out_dtype, plan, **own)
+    if not paired:
+        return tcgen05_product(x, codes, scale, None, 32, epilogue, out_dtype, plan, describe)
+    return launch(mxfp4_widened_kernel, x.contiguous(), codes, scale, epilogue, out_dtype, plan, ASM=x.is_cuda)
 
 
 @torch.library.custom_op("modelopt_ext::mxfp4_linear", mutates_args=())
@@ -102,7 +112,7 @@ def mxfp4_linear(
     Args:
         x: E4M3 ``[M, K]``.
         codes: uint8 ``[N, K / 2]``, E2M1, the even input in the low half, as ModelOpt stores it.
-        scale: uint8 ``[N, K / 32]``, UE8M0, no 255.
+        scale: uint8, UE8M0, no 255: ``[N, K / 32]`` in tiles of 128 x 4 (:func:`naive_swizzle`), or in rows where ``paired``.
         out_scale: float32 ``[N]``.
         row_scale: float32, one value or ``[M, 1]``; None for 1.
         bias: ``[N]`` or None.
@@ -118,10 +128,10 @@ def mxfp4_linear(
     n, k = codes.shape[0], 2 * codes.shape[1]
     if x.dtype != torch.float8_e4m3fn or x.dim() != 2 or x.shape[1] != k:
         raise ValueError(f"x must be E4M3 [M, {k}], got {tuple(x.shape)} {x.dtype}")
-    if k % 32 or scale.shape != (n, k // 32) or codes.dtype != torch.uint8 or scale.dtype != torch.uint8:
-        raise ValueError(
-            f"codes and scale must be uint8 [N, K / 2] and [N, K / 32], got {codes.shape} and {scale.shape}"
-        )
+    shape = (n, k // 32) if paired else tiles_of(n, k // 32)
+    if k % 32 or scale.shape != shape or codes.dtype != torch.uint8 or scale.dtype != torch.uint8:
+        expected = f"uint8 [N, K / 2] and {list(shape)}"
+        raise ValueError(f"codes and scale must be {expected}, got {tuple(codes.shape)} and {tuple(scale.shape)}")
     if paired and k % 64:
         raise ValueError(f"K must be in 64s where blocks are paired, got {k}")
     if out_scale.shape != (n,) or out_scale.dtype != torch.float32:

@@ -15,16 +15,21 @@ from .epilogue import Epilogue
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Tile sizes: output features, tokens and inputs; warps and pipeline stages."""
+    """Tile sizes: output features, tokens and inputs; warps and pipeline stages; whether a program takes tile after tile."""
 
     bn: int
     bm: int
     bk: int
     warps: int
     stages: int
+    persistent: bool = False
 
     def __str__(self) -> str:
-        return f"{self.bn}x{self.bm}x{self.bk}w{self.warps}s{self.stages}"
+        return f"{self.bn}x{self.bm}x{self.bk}w{self.warps}s{self.stages}{'p' if self.persistent else ''}"
+
+    def tiles(self, m: int, n: int) -> int:
+        """Tiles of a product of ``m`` tokens and ``n`` output features."""
+        return triton.cdiv(n, self.bn) * triton.cdiv(m, self.bm)
 
 
 Plan = tuple[KernelConfig, int]
@@ -48,9 +53,16 @@ def machine(device: torch.device) -> tuple[int, int]:
 
 
 def choose(configs: Sequence[KernelConfig], m: int, n: int, k: int, processors: int) -> Plan:
-    """The first of ``configs``, ascending by tokens, that holds ``m`` tokens, or the last; a function of its arguments alone."""
+    """The first of ``configs``, ascending by tokens, that holds ``m`` tokens, or the last; a function of its arguments alone.
+
+    Only the last may be persistent. It is left to products with a tile for each multiprocessor; others may be split along K.
+    """
     config = next((config for config in configs if m <= config.bm), configs[-1])
-    warps = config.warps * triton.cdiv(n, config.bn) * triton.cdiv(m, config.bm)
+    if config.persistent:
+        if config.tiles(m, n) >= processors:
+            return config, 1
+        config = configs[-2]
+    warps = config.warps * config.tiles(m, n)
     steps, split = triton.cdiv(k, config.bk), 1
     # Enough programs for eight warps to a multiprocessor, while each still has a pipeline's worth of steps.
     while warps * split < 8 * processors and split < 16 and steps >= 4 * 2 * split:
@@ -67,20 +79,23 @@ def launch(
     out_dtype: torch.dtype,
     plan: Plan,
     per_entry: int = 1,
+    operands: Sequence[Any] | None = None,
     **arguments: Any,
 ) -> torch.Tensor:
     """``[M, N]`` of ``out_dtype`` from a kernel over tiles of ``Y^T``, for activations ``x`` and a weight of N rows.
 
-    ``x`` is ``[M, K]``, or ``[M, K / per_entry]`` where an entry holds several inputs; ``arguments`` are those of the kernel's own.
+    ``x`` is ``[M, K]``, or ``[M, K / per_entry]`` where an entry holds several inputs; ``operands`` what the kernel gets for ``x``,
+    ``codes`` and ``scale``, where that is not themselves; ``arguments`` are those of the kernel's own.
     """
     m, k, n = x.shape[0], x.shape[1] * per_entry, codes.shape[0]
     config, split = plan
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
     partials = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else None
-    kernel[(triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)](
-        x,
-        codes,
-        scale,
+    grid = (triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)
+    if config.persistent:
+        grid = (min(config.tiles(m, n), machine(x.device)[1]), 1, 1)
+    kernel[grid](
+        *((x, codes, scale) if operands is None else operands),
         y_ptr=y if partials is None else partials,
         m=m,
         n=n,

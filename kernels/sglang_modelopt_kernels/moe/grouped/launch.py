@@ -9,7 +9,7 @@ import triton
 
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs as block_scaled_configs
 from sglang_modelopt_kernels.gemm.block_scaled.launch import descale as block_scaled_descale
-from sglang_modelopt_kernels.gemm.mxfp4.linear import CONFIGS as MXFP4
+from sglang_modelopt_kernels.gemm.mxfp4.linear import ROW_CONFIGS as MXFP4
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine
 from sglang_modelopt_kernels.moe.route import Routed
 

@@ -33,3 +33,11 @@ def naive_swizzle(scale: torch.Tensor) -> torch.Tensor:
     padded[:m, :blocks] = scale.view(torch.uint8)
     tiles = padded.view(rows // 128, 4, 32, columns // 4, 4)  # tile, r / 32, r % 32, tile, c
     return tiles.permute(0, 3, 2, 1, 4).reshape(rows, columns).view(scale.dtype)
+
+
+def naive_unswizzle(tiles: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
+    """The block scales ``[rows, blocks]`` that :func:`naive_swizzle` put into ``tiles``."""
+    down, across = -(-rows // 128), -(-blocks // 4)
+    stored = tiles.view(torch.uint8).reshape(down, across, 32, 4, 4)  # tile, tile, r % 32, r / 32, c
+    scale = stored.permute(0, 3, 2, 1, 4).reshape(128 * down, 4 * across)[:rows, :blocks]
+    return scale.contiguous().view(tiles.dtype)

@@ -1,0 +1,107 @@
+"""What machine code holds: its registers, its spills, and the instructions of its main loop."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import triton
+
+_BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_ENDS = re.compile(r"BRA `|EXIT\b|RET\b")
+"""A jump or an end without a condition."""
+MATRIX = re.compile(r"\b(?:UTC\w*MMA|[HQIO]G?MMA)\b")
+
+
+def inspect(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of local memory of a thread, and the disassembly of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+        sass = _tool("nvdisasm", "-c", str(path))
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {usage[-300:]}")
+    # A stack without loads and stores of it belongs to a called division.
+    spilled = int(found[2]) + int(found[3]) if re.search(r"\b(?:LDL|STL)\b", sass) else 0
+    return int(found[1]), spilled, sass
+
+
+def _tool(name: str, *arguments: str) -> str:
+    done = subprocess.run([_BINARIES / name, *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr[-500:]}")
+    return done.stdout
+
+
+def main_loop(sass: str) -> list[str]:
+    """The instructions of the innermost loop with most matrix instructions; the shorter of equals, empty without such a loop."""
+    instructions, targets = parse_sass(sass)
+    last = {*targets, *(at for at, text in enumerate(instructions) if _ENDS.match(text))}
+    starts = sorted({0, *targets.values(), *(at + 1 for at in last)} & set(range(len(instructions))))
+    ends = dict(zip(starts, [*starts[1:], len(instructions)], strict=True))
+    successors = {start: _successors(instructions, targets, ends[start] - 1) for start in starts}
+    above = _dominators(starts, successors)
+    loops: list[tuple[int, set[int], list[str]]] = []
+    for block, following in successors.items():
+        # Only a jump to a block that every way to it goes through closes a loop: waits lie behind the code and jump back into it.
+        for head in following & above[block]:
+            blocks = _natural_loop(head, block, successors)
+            body = [instruction for start in sorted(blocks) for instruction in instructions[start : ends[start]]]
+            loops.append((sum(bool(MATRIX.search(instruction)) for instruction in body), blocks, body))
+    loops = [loop for loop in loops if loop[0] and not any(inner[0] and inner[1] < loop[1] for inner in loops)]
+    return max(loops, default=(0, set[int](), list[str]()), key=lambda loop: (loop[0], -len(loop[2])))[2]
+
+
+def parse_sass(sass: str) -> tuple[list[str], dict[int, int]]:
+    """The instructions in order, and for each jump among them (by place) where it goes."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        label = re.match(r"\s*(\.L_x_\d+):", line)
+        if label:
+            labels[label[1]] = len(instructions)
+        instruction = re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line)
+        if instruction:
+            instructions.append(instruction[1])
+    jumps = {at: re.search(r"\bBRA\b.*\((\.L_x_\d+)\)", text) for at, text in enumerate(instructions)}
+    return instructions, {at: labels[jump[1]] for at, jump in jumps.items() if jump and jump[1] in labels}
+
+
+def _successors(instructions: list[str], targets: dict[int, int], last: int) -> set[int]:
+    """Where control goes after the instruction at ``last``: its target, and the next one unless it never goes on."""
+    found = {targets[last]} if last in targets else set()
+    if not _ENDS.match(instructions[last]):
+        found.add(last + 1)
+    return {place for place in found if place < len(instructions)}
+
+
+def _dominators(starts: list[int], successors: dict[int, set[int]]) -> dict[int, set[int]]:
+    """Of each block those that every way to it goes through, itself among them."""
+    before: dict[int, set[int]] = {start: set() for start in starts}
+    for block, following in successors.items():
+        for start in following:
+            before[start].add(block)
+    above = {start: {start} if start == 0 else set(starts) for start in starts}
+    changed = True
+    while changed:
+        changed = False
+        for start in starts[1:]:
+            ways = [above[block] for block in before[start]]
+            found = {start} | (set.intersection(*ways) if ways else set())
+            changed, above[start] = changed or found != above[start], found
+    return above
+
+
+def _natural_loop(head: int, tail: int, successors: dict[int, set[int]]) -> set[int]:
+    """The blocks from which ``tail``, which jumps to ``head``, is reached without passing ``head``, and ``head``."""
+    loop, waiting = {head}, [tail]
+    while waiting:
+        block = waiting.pop()
+        if block not in loop:
+            loop.add(block)
+            waiting += [other for other, following in successors.items() if block in following]
+    return loop
