@@ -61,7 +61,8 @@ LAYOUTS: tuple[Layout, ...] = (
     FoldedMxfp4(),
     BlockScaled(),
     Fp8(),
-    # On SM90 ours are measured and these are not: they serve by name, or where a tuning file says that they are faster.
+    # By name, or where a tuning file says that they are faster. humming is, from 32 tokens on, but adds up in an order that differs
+    # from launch to launch: its results do not repeat bit for bit (both on an H100). quack was not run.
     QuackWeightOnly(),
     Humming(),
     Dense(torch.bfloat16, ("cuda",)),

@@ -543,4 +543,9 @@ def test_on_a_gpu(layout: Layout, asked: LinearRequest) -> None:
         target.mul_(0.5)
         replayed.fill_(float("nan"))
         graph.replay()
-        assert torch.equal(replayed, product.apply(module, target))
+        again = product.apply(module, target)
+        if isinstance(layout, Humming):
+            # Its blocks add their parts in the order in which they finish: one rounding to bf16 apart, seen on an H100.
+            assert float((replayed.double() - again.double()).norm() / again.double().norm()) < 2**-8
+        else:
+            assert torch.equal(replayed, again)

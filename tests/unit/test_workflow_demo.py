@@ -34,8 +34,11 @@ def test_nothing_held_out_is_calibrated_on(demo: ModuleType, tmp_path: Path) -> 
     assert not {file.read_text(encoding="utf-8") for file in files} & {document.text for document in heldout}
 
 
-def test_windows_of_the_shipped_model(demo: ModuleType) -> None:
-    plan = demo.make_plan(demo.SHIPPED_MODEL, 512, 12)
+@pytest.mark.parametrize("which", ["SHIPPED_MODEL", "SHIPPED_MOE"])
+def test_windows_of_the_shipped_models(demo: ModuleType, which: str) -> None:
+    folder = getattr(demo, which)
+    assert sum(file.stat().st_size for file in folder.iterdir()) < 12e6
+    plan = demo.make_plan(folder, 512, 12)
     assert len(plan.windows) == 12
     assert all(len(window) <= 513 and window[0] == 0 and 0 not in window[1:] for window in plan.windows)
     assert plan.divergence_positions >= 512, "every position is compared"

@@ -115,7 +115,7 @@ def decode_attention(
     turned = turn_queries(q.contiguous()) if k_buffer.rotated else q
     strides = (*attn_logits.stride()[:3], *attn_lse.stride()[:2])
     nothing = k_buffer.scale
-    split_kernel[(requests, heads, max_kv_splits)](
+    split_kernel[(heads, requests, max_kv_splits)](
         turned,
         k_buffer.codes,
         k_buffer.codes if k_buffer.block_scales is None else k_buffer.block_scales,

@@ -70,9 +70,12 @@ def split_kernel(
     BG: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """One split of one request's tokens for one KV head and all GROUP of its query heads."""
-    request = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
+    """One split of one request's tokens for one KV head and all GROUP of its query heads.
+
+    Heads come first, to run side by side: a token's heads lie together, its block scales in one sector of memory.
+    """
+    head = tl.program_id(0)
+    request = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     first = tl.load(kv_indptr + request)
     length = tl.load(kv_indptr + request + 1) - first
