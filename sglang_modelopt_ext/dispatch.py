@@ -87,10 +87,14 @@ def objections(request: LinearRequest) -> dict[str, str | None]:
     """
     known = {layout.name: layout for layout in LAYOUTS}
     wanted = _named(GEMM, known)
-    if not wanted:
-        measured = [name for name in ranking(request) if name in known]
-        wanted = [*measured, *(name for name in known if name not in measured)]
-    return {name: known[name].supports(request) for name in wanted}
+    return {name: known[name].supports(request) for name in wanted or _measured_first(request, known)}
+
+
+def _measured_first(request: LinearRequest, known: Iterable[str]) -> list[str]:
+    """The layouts that a tuning file has times of, by these, then the others in the built-in order."""
+    names = list(known)
+    measured = [name for name in ranking(request) if name in names]
+    return [*measured, *(name for name in names if name not in measured)]
 
 
 def _named(setting: Setting, known: Iterable[str]) -> list[str]:
@@ -111,7 +115,7 @@ def candidates(request: LinearRequest, subject: str) -> list[Layout]:
 def expert_candidates(request: ExpertRequest, subject: str) -> list[ExpertLayout]:
     """Likewise for one product of a layer's experts; ``SGLANG_MODELOPT_EXT_EXPERTS`` limits them to the ones it names."""
     known = {layout.name: layout for layout in EXPERT_LAYOUTS}
-    wanted = [name for name in _named_experts() if name in known] or list(known)
+    wanted = [name for name in _named_experts() if name in known] or _measured_first(request, known)
     return _without_objection(known, {name: known[name].supports(request) for name in wanted}, request, subject)
 
 

@@ -21,6 +21,7 @@ from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.env import TUNING
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest
+from sglang_modelopt_ext.layouts.moe import ExpertRequest
 from sglang_modelopt_ext.layouts.packages import installed
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class LayerKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         smoothing, low_rank: as the scheme has them.
         math: the numerics of its weights.
         dtype: the model's type, such as ``bfloat16``.
-        n, k: output and input features of a rank's part.
+        n, k: output and input features of a rank's part, of experts those of one.
+        experts, top_k: how many experts a rank holds and a token goes to; 0 for a linear layer.
     """
 
     weight: str
@@ -51,6 +53,8 @@ class LayerKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
     n: int
     k: int
+    experts: int = 0
+    top_k: int = 0
 
 
 class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,6 +93,8 @@ def key_of(request: LinearRequest) -> LayerKey:
         dtype=str(request.dtype).removeprefix("torch."),
         n=request.n,
         k=request.k,
+        experts=request.experts if isinstance(request, ExpertRequest) else 0,
+        top_k=request.top_k if isinstance(request, ExpertRequest) else 0,
     )
 
 

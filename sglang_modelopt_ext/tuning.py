@@ -14,29 +14,26 @@ from pathlib import Path
 import msgspec
 import torch
 
+from sglang_modelopt_ext.checkpoint.experts import is_expert
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, canonical_name
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, Checkpoint, QuantizedLinear, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
-from sglang_modelopt_ext.dispatch import LAYOUTS
+from sglang_modelopt_ext.dispatch import EXPERT_LAYOUTS, LAYOUTS
 from sglang_modelopt_ext.env import W4A8Math, w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
-from sglang_modelopt_ext.methods.product import INPUT_SCALE, LinearProduct
-from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
+from sglang_modelopt_ext.layouts.moe import ExpertLayout
+from sglang_modelopt_ext.methods.product import LinearProduct
+from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_ext.tuned import FORMAT, LayerKey, Result, TuningFile, gpu_of, key_of, objection, read, versions
-from sglang_modelopt_kernels.formats.base import DecodedWeight
-from sglang_modelopt_kernels.gemm.dense import naive_linear
+from sglang_modelopt_ext.tuning_experts import experts_of, measure_experts
+from sglang_modelopt_ext.tuning_sample import TOLERANCE, Sample, ends, random_shard
 from sglang_modelopt_kernels.timing import COLD_BYTES, LAUNCHES, median_us
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 ROW_PARALLEL = ("o_proj", "down_proj")
 """Layers whose inputs are cut over the ranks; all others have their outputs cut."""
-
-CHECKED = 16
-"""Tokens and outputs at either end that are compared with float64 on the layer's own sizes."""
-TOLERANCE = 2.0**-6
-"""Relative, over a token's compared outputs: bf16 rounds them, and the activations, at most twice each."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -87,7 +84,7 @@ def _fused(checkpoint: Checkpoint) -> Iterator[tuple[str, list[QuantizedLinear]]
     seen = set()
     for canonical, linear in checkpoint.linears.items():
         parent, _, leaf = canonical.rpartition(".")
-        if canonical in seen or not parent or leaf.startswith("embed"):
+        if canonical in seen or not parent or leaf.startswith("embed") or is_expert(linear.name):
             continue
         fused, names = next(((f, s) for f, s in FUSED_SHARDS.items() if leaf in s), (leaf, (leaf,)))
         members = [canonical_name(f"{parent}.{name}") for name in names]
@@ -129,6 +126,7 @@ def tune(
     device: str = "cuda",
     timer: Timer = median_us,
     layouts: Sequence[Layout] = LAYOUTS,
+    expert_layouts: Sequence[ExpertLayout] = EXPERT_LAYOUTS,
     report: Callable[[str], object] = print,
 ) -> TuningFile:
     """Measures the layers of the checkpoint in ``folder``.
@@ -139,7 +137,7 @@ def tune(
         tokens: numbers of tokens to measure.
         device: where.
         timer: what measures one call.
-        layouts: what to measure, where it takes a layer.
+        layouts, expert_layouts: what to measure, where it takes a layer, or a product of experts.
         report: gets one line for each layer and layout.
 
     Raises:
@@ -156,6 +154,11 @@ def tune(
         report(f"{layer.name} and its like ({layer.count}): {layer.scheme.describe()}, {layer.n} x {layer.k}")
         times, refused = _measure(layer, asked, where, tokens, timer, layouts, report)
         results[key_of(asked)] = Result(key_of(asked), times, refused)
+    for kind in experts_of(checkpoint, tp_size):
+        described = f"{kind.scheme.describe()}, {kind.experts} experts of {kind.n} x {kind.k}"
+        report(f"{kind.name} and its like ({kind.count}): {described}")
+        result = measure_experts(kind, where, dtype, tokens, timer, expert_layouts, report)
+        results[result.layer] = result
     return TuningFile(FORMAT, gpu_of(where), versions(), list(tokens), list(results.values()))
 
 
@@ -171,7 +174,7 @@ def _measure(
     times: dict[str, list[float]] = {}
     refused: dict[str, str] = {}
     stored = random_shard(asked.scheme, layer.n, layer.k, asked.dtype, device)
-    sample = _Sample.of(asked.scheme, stored)
+    sample = Sample.of(asked.scheme, stored)
     for layout in layouts:
         if layout.supports(asked) is not None:
             continue
@@ -184,26 +187,6 @@ def _measure(
             refused[layout.name] = str(error)
             report(f"  {layout.name:24} {error}")
     return times, refused
-
-
-def random_shard(
-    scheme: LayerScheme, n: int, k: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, torch.Tensor]:
-    """What a checkpoint would store for a random layer, on ``device``; activations of about unit size fit its scales."""
-    generator = torch.Generator(device).manual_seed(0)
-    weight = torch.randn(n, k, generator=generator, device=device) / k**0.5
-    stored = scheme.weight.quantize(weight.to(torch.bfloat16))
-    if scheme.activation is not None:
-        for spec in scheme.activation.tensors:
-            largest = 2688 if scheme.activation.name == "nvfp4_dynamic" else 448
-            stored[spec.name] = torch.full((), 4.0 / largest, device=device)
-    if scheme.smoothing:
-        stored[PRE_QUANT_SCALE.name] = (torch.rand(k, generator=generator, device=device) + 0.5).to(dtype)
-    if scheme.low_rank:
-        factors = {LORA_A: (scheme.low_rank, k), LORA_B: (n, scheme.low_rank)}
-        for name, shape in factors.items():
-            stored[name] = (torch.randn(shape, generator=generator, device=device) / shape[1] ** 0.5).to(dtype)
-    return stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,45 +215,11 @@ def _copies(layer: Layer, asked: LinearRequest, layout: Layout, stored: dict[str
     return copies
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sample:
-    """Some outputs of the layer in float64: the weight's rows at either end, and what goes into it."""
-
-    scheme: LayerScheme
-    rows: torch.Tensor
-    weight: DecodedWeight
-    inputs: dict[str, torch.Tensor]
-
-    @classmethod
-    def of(cls, scheme: LayerScheme, stored: dict[str, torch.Tensor]) -> _Sample:
-        whole = scheme.weight.decode(stored)
-        rows = _ends(whole.unit.shape[0], whole.unit.device)
-        scale = whole.out_scale if whole.out_scale.dim() == 0 else whole.out_scale[rows]
-        inputs = {name: t for name, t in stored.items() if name in (INPUT_SCALE, PRE_QUANT_SCALE.name, LORA_A, LORA_B)}
-        return cls(scheme, rows, DecodedWeight(whole.unit[rows].clone(), scale), inputs)
-
-    def outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """Float64 ``[M, rows]`` for ``x`` ``[M, K]``."""
-        wide = x.to(torch.float32)
-        if PRE_QUANT_SCALE.name in self.inputs:
-            wide = wide * self.inputs[PRE_QUANT_SCALE.name].to(torch.float32)
-        y = naive_linear(wide, self.weight, self.scheme.activation, self.inputs.get(INPUT_SCALE))
-        if self.scheme.low_rank:
-            y += wide.double() @ self.inputs[LORA_A].double().T @ self.inputs[LORA_B][self.rows].double().T
-        return y
-
-
-def _ends(size: int, device: torch.device) -> torch.Tensor:
-    """Up to CHECKED indices at either end of ``size``."""
-    last = torch.arange(max(size - CHECKED, CHECKED), max(size, CHECKED), device=device)
-    return torch.cat([torch.arange(min(CHECKED, size), device=device), last[last < size]])
-
-
-def _time(copies: Sequence[_Copy], sample: _Sample, m: int, asked: LinearRequest, timer: Timer) -> float:
+def _time(copies: Sequence[_Copy], sample: Sample, m: int, asked: LinearRequest, timer: Timer) -> float:
     """Microseconds of the layer for ``m`` tokens. Raises ValueError when it is wrong for them."""
     device = sample.rows.device
     x = torch.randn(m, asked.k, generator=torch.Generator(device).manual_seed(m), device=device).to(asked.dtype)
-    some = _ends(m, device)
+    some = ends(m, device)
     expected = sample.outputs(x[some])
     y = copies[0].apply(x)[some][:, sample.rows].double()
     error = float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())

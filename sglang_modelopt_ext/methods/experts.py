@@ -28,6 +28,7 @@ from sglang_modelopt_ext.methods.product import (
 )
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_expert_layout
+from sglang_modelopt_ext.tuned import gpu_of
 
 ExpertShards = Sequence[Shard]
 """The shards of one expert: gate and up, or down."""
@@ -79,7 +80,14 @@ class ExpertProduct:
         self._operand = torch.float32
 
     def prepare(
-        self, layer: torch.nn.Module, name: str, experts: Sequence[ExpertShards], n: int, k: int, top_k: int
+        self,
+        layer: torch.nn.Module,
+        name: str,
+        experts: Sequence[ExpertShards],
+        n: int,
+        k: int,
+        top_k: int,
+        layouts: Sequence[ExpertLayout] | None = None,
     ) -> None:
         """Puts the stored experts into the first layout that can hold them, as parameters of ``layer``.
 
@@ -89,6 +97,7 @@ class ExpertProduct:
             experts: what is stored for each of this rank's experts.
             n, k: output and input features of one expert, all shards together.
             top_k: how many experts a token goes to.
+            layouts: the layouts to try, in order; None for those of the dispatch.
 
         Raises:
             ModelOptExtError: a value is illegal, or no kernel takes the experts, with the reason of each.
@@ -97,7 +106,7 @@ class ExpertProduct:
             check_blocks(self.where, self.prefix, self.scheme, shards)
         device = experts[0][0]["weight"].device
         request = self.request(device, n, k, len(experts), top_k)
-        taking = expert_candidates(request, self.prefix)
+        taking = expert_candidates(request, self.prefix) if layouts is None else layouts
         self.scheme = request.scheme
         names = [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
         members = _group_experts(experts, names)
@@ -123,7 +132,8 @@ class ExpertProduct:
         """What the dispatch is asked for ``experts`` experts on ``device``; the rest as :meth:`prepare` has it."""
         capability = capability_of(device)
         scheme = served_scheme(self.scheme, device.type, capability)
-        return ExpertRequest(scheme, device.type, capability, n, k, self.math, self.dtype, experts=experts, top_k=top_k)
+        sizes = (scheme, device.type, capability, n, k, self.math, self.dtype)
+        return ExpertRequest(*sizes, gpu=gpu_of(device), experts=experts, top_k=top_k)
 
     def _weights(self, experts: Sequence[ExpertShards], indices: Sequence[int]) -> list[list[ShardWeight]]:
         return [[ShardWeight(self.scheme.weight, shards[index], self.math) for index in indices] for shards in experts]

@@ -25,6 +25,7 @@ from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_ext.tuned import FORMAT, LayerKey, Result, TuningFile, key_of
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+from tests.layers.test_products import folder_of
 from tests.support.exports import export
 from tests.support.models import TinyModel, model_dir
 
@@ -319,7 +320,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], checkpoint: Checkpoint)
 @pytest.mark.parametrize("recipe", ["W4A8_NVFP4_FP8_CFG", "NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG", "INT4_AWQ_CFG"])
 def test_on_a_gpu(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    folder = export(model_dir(TinyModel("llama")), recipe)
+    folder = folder_of(recipe, "llama")
     path = tmp_path / "file.json"
     assert tune.main(["--model", str(folder), "--tokens", "1,64", "--output", str(path)]) == 0
     content = tuned.read(path)
