@@ -57,6 +57,7 @@ class VerifyResult(Result, frozen=True, kw_only=True):
             (f"noise floor: {found.dtype} rounding", *_cells(found.rounding)),
             *([("  and its ties rounded otherwise", *_cells(found.ties))] if found.ties else []),
             ("served twice", *_cells(found.repeated)),
+            *([("ModelOpt's simulation", *_cells(found.simulated))] if found.simulated else []),
             (f"limit: noise x {found.factor:g} (KL: x {found.factor**2:g})", mean, median, "-", divergence, "-"),
         ]
         return format_columns(("", "mean |d log p|", "median", "3rd quartile", "KL (nats)", "same top token"), rows)
@@ -92,7 +93,10 @@ def _cells(difference: Difference) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``verify``."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub")
-    parser.add_argument("--base", help="the unquantized model, to show what quantization itself costs")
+    parser.add_argument(
+        "--base",
+        help="the unquantized model, to show what quantization costs and, where it can be made, ModelOpt's simulation",
+    )
     parser.add_argument(
         "--url", help="ask this running server (such as http://127.0.0.1:30000) instead of starting one"
     )

@@ -116,6 +116,9 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
             quartile of the other two).
         limits: what comes of that.
         base: the comparison with the unquantized model, where one was given.
+        simulated: ModelOpt's simulation of the checkpoint against its decoded export, where there is a base model and
+            what the checkpoint records about its making allows it. It has no limit: ModelOpt exports layers that servers fuse under
+            one global scale, or one smoothing, and simulates each under its own.
         worst: the tokens that differ most.
         failures: what is beyond its limit; empty when the checkpoint passes.
         notes: what was not compared.
@@ -136,6 +139,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
     factor: float
     limits: dict[str, float]
     base: AgainstBase | None
+    simulated: Difference | None
     worst: list[WorstToken]
     failures: list[str]
     notes: list[str]
@@ -243,6 +247,9 @@ def verify(
         for name, limit in limits.items()
         if not getattr(difference, name) <= limit
     ]
+    against_base = _against_base(base, expected, served.rows, windows, targets, progress) if base else None
+    simulated, reason = _simulated(folder, base, windows, expected, targets, progress) if base else (None, None)
+    notes += [f"ModelOpt's simulation: not compared, {reason}"] if reason else []
     return Verification(
         folder=str(folder),
         server=served.url,
@@ -258,7 +265,8 @@ def verify(
         repeated=repeated,
         factor=FACTOR,
         limits=limits,
-        base=_against_base(base, expected, served.rows, windows, targets, progress) if base else None,
+        base=against_base,
+        simulated=simulated,
         worst=_worst(expected, served.rows, windows, show),
         failures=failures,
         notes=notes,
@@ -346,6 +354,27 @@ def _against_base(
         export_divergence=compare(rows, expected, targets).divergence,
         served_divergence=compare(rows, served, targets).divergence,
     )
+
+
+def _simulated(
+    folder: Path,
+    base: Path,
+    windows: Sequence[Sequence[int]],
+    expected: Sequence[Logprobs],
+    targets: Sequence[NDArray[np.int64]],
+    progress: bool,
+) -> tuple[Difference | None, str | None]:
+    """ModelOpt's simulation against the decoded export, or why it was not made."""
+    from sglang_modelopt_ext.workflow import simulation  # which imports ModelOpt
+
+    reason = simulation.objection(folder)
+    if reason is not None:
+        return None, reason
+    try:
+        rows = simulation.simulate(folder, base, windows, expected, progress)
+    except ModelOptExtError as error:
+        return None, error.one_line()
+    return compare(expected, rows, targets), None
 
 
 def _worst(
