@@ -98,6 +98,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the unquantized model, to show what quantization costs and, where it can be made, ModelOpt's simulation",
     )
     parser.add_argument(
+        "--no-simulation",
+        action="store_true",
+        help="do not calibrate the base model again for ModelOpt's simulation, which takes as long as quantizing it did",
+    )
+    parser.add_argument(
         "--url", help="ask this running server (such as http://127.0.0.1:30000) instead of starting one"
     )
     parser.add_argument("--gpu", help="where that server runs: cpu, sm90, ... (default: this machine)")
@@ -117,7 +122,15 @@ def run(args: argparse.Namespace) -> VerifyResult:
     tokenizer = load_tokenizer(folder)
     windows = text_windows(args, folder, tokenizer)
     served = _ask(args, folder, windows)
-    found = verify(folder, served, windows, target, base=base, show=lambda token: tokenizer.decode([token]))
+    found = verify(
+        folder,
+        served,
+        windows,
+        target,
+        base=base,
+        simulate=not args.no_simulation,
+        show=lambda token: tokenizer.decode([token]),
+    )
     return VerifyResult(verification=found)
 
 

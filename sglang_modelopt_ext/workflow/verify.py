@@ -197,6 +197,7 @@ def verify(
     target: Target,
     *,
     base: Path | None = None,
+    simulate: bool = True,
     show: Callable[[int], str] = str,
     progress: bool = True,
 ) -> Verification:
@@ -208,6 +209,7 @@ def verify(
         windows: tokens.
         target: where the server runs.
         base: the unquantized model, to say what quantization itself costs.
+        simulate: calibrate it again, for ModelOpt's simulation.
         show: the text of a token.
         progress: show progress on standard error.
 
@@ -248,8 +250,10 @@ def verify(
         if not getattr(difference, name) <= limit
     ]
     against_base = _against_base(base, expected, served.rows, windows, targets, progress) if base else None
-    simulated, reason = _simulated(folder, base, windows, expected, targets, progress) if base else (None, None)
-    notes += [f"ModelOpt's simulation: not compared, {reason}"] if reason else []
+    simulated = None
+    if base and simulate:
+        simulated, reason = _simulated(folder, base, windows, expected, targets, progress)
+        notes += [f"ModelOpt's simulation: not compared, {reason}"] if reason else []
     return Verification(
         folder=str(folder),
         server=served.url,
