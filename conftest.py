@@ -1,4 +1,4 @@
-"""Makes ``tests.support`` importable without the repository root on sys.path.
+"""Makes ``tests.support`` and ``benchmarks`` importable without the repository root on sys.path.
 
 The root (and tests/) would make their folders named ``kernels`` importable as a package of that name, which is a Hugging Face
 package that SGLang and transformers look for.
@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-if "tests" not in sys.modules:
-    package = ModuleType("tests")
-    package.__path__ = [str(Path(__file__).parent / "tests")]
-    sys.modules["tests"] = package
+for name in ("tests", "benchmarks"):
+    if name not in sys.modules:
+        package = ModuleType(name)
+        package.__path__ = [str(Path(__file__).parent / name)]
+        sys.modules[name] = package

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 import sys
@@ -10,13 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import aot
+
 ROOT = Path(__file__).resolve().parents[2]
-SPEC = importlib.util.spec_from_file_location("benchmarks.aot", ROOT / "benchmarks" / "aot.py")
-assert SPEC is not None
-assert SPEC.loader is not None
-aot = importlib.util.module_from_spec(SPEC)
-sys.modules[SPEC.name] = aot  # dataclasses ask for it
-SPEC.loader.exec_module(aot)
 
 
 @pytest.mark.parametrize("arch", [arch for arch in aot.ARCHITECTURES if arch != 103])

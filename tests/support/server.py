@@ -93,6 +93,8 @@ class Server:
         self.command = [*entrypoint_command(entrypoint), "--model-path", str(model), "--port", str(self.port)]
         self.command += ["--host", "127.0.0.1", "--device", "cpu", "--attention-backend", "torch_native"]
         self.command += ["--max-total-tokens", "8192", "--max-running-requests", "8"]
+        # A server that waits for its next test would keep a core busy.
+        self.command += ["--sleep-on-idle"]
         self.command += ["--dtype", dtype, "--tp-size", str(tp), *args]
         self.processes = ProcessTree()
         self.env = server_environment(tp) | {"TMPDIR": str(self._scratch)}
