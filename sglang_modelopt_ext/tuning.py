@@ -28,8 +28,8 @@ from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_ext.tuned import FORMAT, LayerKey, Result, TuningFile, gpu_of, key_of, objection, read, versions
 from sglang_modelopt_ext.tuning_experts import experts_of, measure_experts
-from sglang_modelopt_ext.tuning_sample import TOLERANCE, Sample, ends, random_shard
-from sglang_modelopt_kernels.timing import COLD_BYTES, LAUNCHES, median_us
+from sglang_modelopt_ext.tuning_sample import TOLERANCE, Sample, ends, filling_the_cache, measure_layouts, random_shard
+from sglang_modelopt_kernels.timing import median_us
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 ROW_PARALLEL = ("o_proj", "down_proj")
@@ -171,22 +171,14 @@ def _measure(
     layouts: Sequence[Layout],
     report: Callable[[str], object],
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    times: dict[str, list[float]] = {}
-    refused: dict[str, str] = {}
     stored = random_shard(asked.scheme, layer.n, layer.k, asked.dtype, device)
     sample = Sample.of(asked.scheme, stored)
-    for layout in layouts:
-        if layout.supports(asked) is not None:
-            continue
-        try:
-            copies = _copies(layer, asked, layout, stored)
-            times[layout.name] = [_time(copies, sample, m, asked, timer) for m in tokens]
-            report(f"  {layout.name:24}" + "".join(f"{us:10.1f}" for us in times[layout.name]))
-        except ValueError as error:  # a layout that errs, or does not run, here
-            times.pop(layout.name, None)
-            refused[layout.name] = str(error)
-            report(f"  {layout.name:24} {error}")
-    return times, refused
+
+    def measure(layout: Layout) -> list[float]:
+        copies = _copies(layer, asked, layout, stored)
+        return [_time(copies, sample, m, asked, timer) for m in tokens]
+
+    return measure_layouts(layouts, asked, measure, report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,17 +194,13 @@ class _Copy:
 
 def _copies(layer: Layer, asked: LinearRequest, layout: Layout, stored: dict[str, torch.Tensor]) -> list[_Copy]:
     """The layer as ``layout`` keeps it, as often as fills the cache, or is called. Raises ValueError as the check at load does."""
-    copies: list[_Copy] = []
-    wanted = 1
-    while len(copies) < wanted:
+
+    def make(module: torch.nn.Module) -> _Copy:
         product = LinearProduct(layer.scheme, "tuning", layer.name, asked.math, asked.dtype)
-        copy = _Copy(product, torch.nn.Module())
-        product.prepare(copy.module, [stored], layer.n, layer.k, layouts=[layout])
-        copies.append(copy)
-        if stored["weight"].is_cuda:
-            size = sum(p.numel() * p.element_size() for p in copy.module.parameters())
-            wanted = min(COLD_BYTES // size + 2, LAUNCHES)
-    return copies
+        product.prepare(module, [stored], layer.n, layer.k, layouts=[layout])
+        return _Copy(product, module)
+
+    return filling_the_cache(make)
 
 
 def _time(copies: Sequence[_Copy], sample: Sample, m: int, asked: LinearRequest, timer: Timer) -> float:

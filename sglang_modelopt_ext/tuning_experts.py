@@ -7,7 +7,7 @@ up together or down, with the sorting of rows and the rounding of activations.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -21,8 +21,7 @@ from sglang_modelopt_ext.methods.experts import ExpertProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_ext.tuned import Result, key_of
-from sglang_modelopt_ext.tuning_sample import TOLERANCE, Sample, ends, random_shard
-from sglang_modelopt_kernels.timing import COLD_BYTES, LAUNCHES
+from sglang_modelopt_ext.tuning_sample import TOLERANCE, Sample, ends, filling_the_cache, measure_layouts, random_shard
 
 DIFFERENT = 4
 """Different random experts; the others repeat them, which costs the same."""
@@ -108,19 +107,12 @@ def measure_experts(
         for expert in range(min(DIFFERENT, kind.experts))
     ]
     samples = [[Sample.of(asked.scheme, shard) for shard in shards] for shards in stored]
-    times: dict[str, list[float]] = {}
-    refused: dict[str, str] = {}
-    for layout in layouts:
-        if layout.supports(asked) is not None:
-            continue
-        try:
-            copies = list(_copies(kind, layout, stored, dtype))
-            times[layout.name] = [_time(kind, copies, samples, m, device, dtype, timer) for m in tokens]
-            report(f"  {layout.name:24}" + "".join(f"{us:10.1f}" for us in times[layout.name]))
-        except ValueError as error:  # a layout that errs, or does not run, here
-            times.pop(layout.name, None)
-            refused[layout.name] = str(error)
-            report(f"  {layout.name:24} {error}")
+
+    def measure(layout: ExpertLayout) -> list[float]:
+        copies = _copies(kind, layout, stored, dtype)
+        return [_time(kind, copies, samples, m, device, dtype, timer) for m in tokens]
+
+    times, refused = measure_layouts(layouts, asked, measure, report)
     return Result(key_of(asked), times, refused)
 
 
@@ -134,18 +126,16 @@ class _Copy:
 
 def _copies(
     kind: ExpertKind, layout: ExpertLayout, stored: list[list[dict[str, torch.Tensor]]], dtype: torch.dtype
-) -> Iterator[_Copy]:
+) -> list[_Copy]:
     """As often as fills the cache, or is called. Raises ValueError as the check at load does."""
-    made, wanted = 0, 1
-    while made < wanted:
-        copy = _Copy(kind.product(dtype), torch.nn.Module())
-        experts = [stored[expert % len(stored)] for expert in range(kind.experts)]
-        copy.product.prepare(copy.module, "tuned", experts, kind.n, kind.k, kind.top_k, layouts=[layout])
-        yield copy
-        made += 1
-        if stored[0][0]["weight"].is_cuda:
-            size = sum(parameter.numel() * parameter.element_size() for parameter in copy.module.parameters())
-            wanted = min(COLD_BYTES // size + 2, LAUNCHES)
+    experts = [stored[expert % len(stored)] for expert in range(kind.experts)]
+
+    def make(module: torch.nn.Module) -> _Copy:
+        product = kind.product(dtype)
+        product.prepare(module, "tuned", experts, kind.n, kind.k, kind.top_k, layouts=[layout])
+        return _Copy(product, module)
+
+    return filling_the_cache(make)
 
 
 def _time(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -10,11 +12,53 @@ from sglang_modelopt_ext.methods.product import INPUT_SCALE
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_kernels.formats.base import DecodedWeight
 from sglang_modelopt_kernels.gemm.dense import naive_linear
+from sglang_modelopt_kernels.timing import COLD_BYTES, LAUNCHES
 
 CHECKED = 16
 """Tokens and outputs at either end that are compared with float64 on the layer's own sizes."""
 TOLERANCE = 2.0**-6
 """Relative, over a token's compared outputs: bf16 rounds them, and the activations, at most twice each."""
+
+Copy = TypeVar("Copy")
+
+
+class Named(Protocol):
+    """A layout, of linear layers or of experts."""
+
+    name: str
+
+    def supports(self, request: Any, /) -> str | None: ...
+
+
+def measure_layouts(
+    layouts: Iterable[Named], request: Any, measure: Callable[[Any], list[float]], report: Callable[[str], object]
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """What ``measure`` says of every layout that takes ``request``, and its ValueError for those that are refused."""
+    times: dict[str, list[float]] = {}
+    refused: dict[str, str] = {}
+    for layout in layouts:
+        if layout.supports(request) is not None:
+            continue
+        try:
+            times[layout.name] = measure(layout)
+            report(f"  {layout.name:24}" + "".join(f"{us:10.1f}" for us in times[layout.name]))
+        except ValueError as error:  # a layout that errs, or does not run, here
+            refused[layout.name] = str(error)
+            report(f"  {layout.name:24} {error}")
+    return times, refused
+
+
+def filling_the_cache(make: Callable[[torch.nn.Module], Copy]) -> list[Copy]:
+    """What ``make`` prepares on a module, as often as fills a GPU's cache, or is called; once elsewhere."""
+    copies: list[Copy] = []
+    wanted = 1
+    while len(copies) < wanted:
+        module = torch.nn.Module()
+        copies.append(make(module))
+        kept = list(module.parameters())
+        if kept[0].is_cuda:
+            wanted = min(COLD_BYTES // sum(p.numel() * p.element_size() for p in kept) + 2, LAUNCHES)
+    return copies
 
 
 def random_shard(
