@@ -19,16 +19,22 @@ from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, canonical_n
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, Checkpoint, QuantizedLinear, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.dispatch import EXPERT_LAYOUTS, LAYOUTS
-from sglang_modelopt_ext.env import W4A8Math, w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.moe import ExpertLayout
 from sglang_modelopt_ext.methods.product import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
-from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_ext.tuned import FORMAT, LayerKey, Result, TuningFile, gpu_of, key_of, objection, read, versions
 from sglang_modelopt_ext.tuning_experts import experts_of, measure_experts
-from sglang_modelopt_ext.tuning_sample import TOLERANCE, Sample, ends, filling_the_cache, measure_layouts, random_shard
+from sglang_modelopt_ext.tuning_sample import (
+    TOLERANCE,
+    Sample,
+    ends,
+    filling_the_cache,
+    math_of,
+    measure_layouts,
+    random_shard,
+)
 from sglang_modelopt_kernels.timing import median_us
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -147,8 +153,9 @@ def tune(
     where, dtype = torch.device(device), model_dtype(checkpoint)
     results: dict[LayerKey, Result] = {}
     for layer in layers_of(checkpoint, tp_size):
-        math: W4A8Math = w4a8_math() if SCHEMES[layer.scheme.algo].rounds_weight_to_fp8 else "exact"
-        asked = LinearProduct(layer.scheme, folder, layer.name, math, dtype).request(where, layer.n, layer.k)
+        asked = LinearProduct(layer.scheme, folder, layer.name, math_of(layer.scheme), dtype).request(
+            where, layer.n, layer.k
+        )
         if key_of(asked) in results:
             continue
         report(f"{layer.name} and its like ({layer.count}): {layer.scheme.describe()}, {layer.n} x {layer.k}")

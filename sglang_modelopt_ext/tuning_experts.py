@@ -14,14 +14,20 @@ import torch
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
-from sglang_modelopt_ext.env import W4A8Math, w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest, Routing
 from sglang_modelopt_ext.methods.experts import ExpertProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
-from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_ext.tuned import Result, key_of
-from sglang_modelopt_ext.tuning_sample import TOLERANCE, Sample, ends, filling_the_cache, measure_layouts, random_shard
+from sglang_modelopt_ext.tuning_sample import (
+    TOLERANCE,
+    Sample,
+    ends,
+    filling_the_cache,
+    math_of,
+    measure_layouts,
+    random_shard,
+)
 
 DIFFERENT = 4
 """Different random experts; the others repeat them, which costs the same."""
@@ -53,8 +59,7 @@ class ExpertKind:
 
     def product(self, dtype: torch.dtype) -> ExpertProduct:
         """As a server makes it."""
-        math: W4A8Math = w4a8_math() if SCHEMES[self.scheme.algo].rounds_weight_to_fp8 else "exact"
-        return ExpertProduct(self.scheme, "tuning", self.name, math, dtype)
+        return ExpertProduct(self.scheme, "tuning", self.name, math_of(self.scheme), dtype)
 
     def request(self, device: torch.device, dtype: torch.dtype) -> ExpertRequest:
         """What the dispatch is asked."""
@@ -67,13 +72,15 @@ def experts_of(checkpoint: Checkpoint, tp_size: int = 1) -> list[ExpertKind]:
     Raises ModelOptExtError when ``tp_size`` does not divide an expert, or the configuration does not say how many experts a token
     goes to.
     """
+    if not checkpoint.experts:
+        return []
     kinds: dict[ExpertKind, ExpertKind] = {}
+    top_k = read_json_object(checkpoint.folder / CONFIG_NAME).get("num_experts_per_tok")
     for layer in checkpoint.experts.values():
         inner, rest = divmod(layer.intermediate, tp_size)
         if rest:
             expected = f"a divisor of the {layer.intermediate} inner features of {layer.name}"
             raise ModelOptExtError.at("command line", "--tp-size", expected, tp_size)
-        top_k = read_json_object(checkpoint.folder / CONFIG_NAME).get("num_experts_per_tok")
         if not isinstance(top_k, int) or not 0 < top_k <= layer.count:
             where = checkpoint.folder / CONFIG_NAME
             raise ModelOptExtError.at(where, "num_experts_per_tok", f"a number from 1 to {layer.count}", top_k)
