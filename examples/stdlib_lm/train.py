@@ -14,6 +14,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,42 +39,40 @@ VOCABULARY = 2048
 LOG_EVERY = 50
 
 
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    "tie_word_embeddings": False,
+}
+"""What every architecture here has."""
+
+
 def llama_config(bos: int, eos: int) -> PreTrainedConfig:
     """A small Llama with grouped-query attention and a query width unlike the hidden width."""
     return LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
         intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=False,
         bos_token_id=bos,
         eos_token_id=eos,
+        **COMMON,
     )
 
 
 def qwen3_moe_config(bos: int, eos: int) -> PreTrainedConfig:
     """A mixture of eight experts of which each token takes two, with as many parameters as the Llama."""
     return Qwen3MoeConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
         moe_intermediate_size=128,
         num_experts=8,
         num_experts_per_tok=2,
         norm_topk_prob=True,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=False,
         bos_token_id=bos,
         eos_token_id=eos,
+        **COMMON,
         experts_implementation="eager",  # the others have no deterministic kernels
     )
 
