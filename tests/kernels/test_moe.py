@@ -25,6 +25,7 @@ from sglang_modelopt_kernels.moe.combine import combine, naive_combine
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear, unpack
 from sglang_modelopt_kernels.moe.grouped import grouped as grouped_op
 from sglang_modelopt_kernels.moe.grouped import launch as grouped_launch
+from sglang_modelopt_kernels.moe.grouped.dense import launch as dense_launch
 from sglang_modelopt_kernels.moe.grouped.weights import KINDS
 from sglang_modelopt_kernels.moe.route import Routed, most_blocks, naive_route, route
 from sglang_modelopt_kernels.moe.swiglu import naive_swiglu, swiglu
@@ -73,7 +74,7 @@ def one_expert(kind: str, n: int, k: int, generator: torch.Generator) -> Grouped
 
 def moved(weight: GroupedWeight, device: str) -> GroupedWeight:
     scale = None if weight.scale is None else weight.scale.to(device)
-    return GroupedWeight(weight.codes.to(device), scale, weight.out_scale.to(device), weight.kind)
+    return GroupedWeight(weight.codes.to(device), scale, weight.out_scale.to(device), weight.kind, weight.fp8)
 
 
 def activations(rows: int, k: int, dtype: str, generator: torch.Generator) -> torch.Tensor:
@@ -104,6 +105,8 @@ class Case:
     shared: bool = True
     spread: str = "nobody"
     block: int | None = None
+    dense: bool = False
+    scratch: int = 256 << 20
 
 
 def tolerance(k: int) -> float:
@@ -130,11 +133,12 @@ def check(case: Case, device: str, out_dtype: torch.dtype = torch.float32) -> fl
     x = activations(case.tokens if case.shared else pairs, case.k, case.dtype, generator)
     row_scale = (torch.rand(pairs, 2, generator=generator) + 0.5)[:, :1] if case.tokens % 2 else None
     weight = moved(on_cpu, device)
-    block = case.block or grouped.tile(weight, x.dtype, pairs)
+    block = case.block or grouped.tile(weight, x.dtype, pairs, case.dense)
+    dense_launch.SCRATCH_BYTES = case.scratch
     with poisoned():
         routed = route(owners.to(device), case.experts, block)
         scale = None if row_scale is None else row_scale.to(device)
-        y = grouped_linear(x.to(device), weight, routed, pairs, scale, out_dtype).double().cpu()
+        y = grouped_linear(x.to(device), weight, routed, pairs, scale, out_dtype, case.dense).double().cpu()
     expected = naive_grouped_linear(x, on_cpu, owners, row_scale)
     units = [
         unpack(on_cpu, expert).abs() * on_cpu.out_scale[expert].double().unsqueeze(1) for expert in range(case.experts)
@@ -177,11 +181,27 @@ INTERPRETED = [
     Case("int8", "fp16", 4, top_k=8, experts=16, n=20, k=80, shared=False),
     Case("mxfp4", "fp8", 4, n=130, k=544),
 ]
+DENSE = [
+    *[
+        Case(kind, dtype, 5, spread="all", k=384 if kind == "int4_float" else 288, dense=True)
+        for kind, dtype in EVERY
+        if kind != "mxfp4"
+    ],
+    Case("e2m1_e4m3/16", "bf16", 70, spread="one", dense=True),  # two blocks of one expert
+    Case("e2m1_e4m3/32", "fp8", 140, top_k=4, k=64, dense=True, scratch=2 * 70 * 64 * 2),  # two experts at a time
+    Case("int4_float", "bf16", 6, n=300, k=128, shared=False, dense=True, scratch=70000),  # each in two parts
+    Case("int4_float", "fp8", 7, experts=5, n=300, k=384, dense=True, scratch=1),
+    Case("e4m3_float", "fp16", 3, n=140, k=200, dense=True, scratch=140 * 200 * 2),
+    Case("e4m3", "fp8", 1, top_k=1, experts=1, spread="one", dense=True),
+    Case("bf16", "bf16", 300, top_k=8, experts=9, n=20, k=80, dense=True),  # more than one stripe of blocks
+]
 OLDER = [
     Case("e4m3", "fp8", 3),
     Case("e4m3_float", "bf16", 3),
     Case("e4m3_float", "fp16", 3),
     Case("e4m3_exponent", "bf16", 3),
+    Case("e4m3", "fp8", 3, dense=True),
+    Case("e2m1_exponent", "fp8", 3, dense=True),
 ]
 """As on sm_80, which reads E4M3 by its bits."""
 ROUTED = [
@@ -219,7 +239,7 @@ def rowwise(device: str) -> list[float]:
 def everything(device: str) -> list[list[Any]]:
     """Errors of the products in units of what is tolerated, whether pairs were sorted wrongly, errors of the rest."""
     generator = torch.Generator().manual_seed(0)
-    errors = [check(case, device) / tolerance(case.k) for case in INTERPRETED]
+    errors = [check(case, device) / tolerance(case.k) for case in [*INTERPRETED, *DENSE]]
     wrong = []
     for pairs, experts, block, low, high in ROUTED:
         owners = torch.randint(low, high + 1, (pairs,), generator=generator)
@@ -229,7 +249,9 @@ def everything(device: str) -> list[list[Any]]:
 
 def older() -> list[float]:
     """Likewise as on sm_80, in the interpreter."""
-    grouped_launch.machine = grouped_op.machine = lambda device: (80, 108)  # type: ignore[assignment]
+    machines = (grouped_launch, grouped_op, dense_launch)
+    for module in machines:
+        module.machine = lambda device: (80, 108)  # type: ignore[attr-defined]
     return [check(case, "cpu") / tolerance(case.k) for case in OLDER]
 
 
@@ -245,9 +267,10 @@ def test_in_the_interpreter() -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     errors, wrong, rest, on_older = json.loads(done.stdout.splitlines()[-1])
-    assert len(errors) == len(INTERPRETED)
+    cases = [*INTERPRETED, *DENSE]
+    assert len(errors) == len(cases)
     assert len(on_older) == len(OLDER)
-    assert max(errors) < 1, dict(zip(map(str, INTERPRETED), errors, strict=True))
+    assert max(errors) < 1, dict(zip(map(str, cases), errors, strict=True))
     assert max(on_older) < 1, dict(zip(map(str, OLDER), on_older, strict=True))
     assert wrong == [False] * len(ROUTED)
     assert max(rest) < 1, rest

@@ -265,23 +265,31 @@ def decode_kernel(
 ):
     """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program.
 
-    With FP8 (and F16) they are divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3.
+    With FP8 (and F16) E2M1 is divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3. INT4
+    codes are numbers of every type.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
     element = tl.program_id(1) * 64 + tl.arange(0, 64)
     inside = (rows < n)[:, None] & (element < k // 4)[None, :]
     w = tl.load(w_ptr + row[:, None] * (k // 4) + element[None, :], mask=inside, other=0)
-    b = tl.load(s_ptr + row[:, None] * (k // GROUP) + (element // (GROUP // 4))[None, :], mask=inside, other=0)
-    if F16:
-        p0, p1, p2, p3 = planes_float16(w, _scale_float16(b, KIND), ASM)
+    if KIND == "int4_float":
+        u = w.to(tl.uint16, bitcast=True)
+        p0 = _int4_float16(u & 15).to(y_ptr.dtype.element_ty)
+        p1 = _int4_float16((u >> 4) & 15).to(y_ptr.dtype.element_ty)
+        p2 = _int4_float16((u >> 8) & 15).to(y_ptr.dtype.element_ty)
+        p3 = _int4_float16(u >> 12).to(y_ptr.dtype.element_ty)
     else:
-        p0, p1, p2, p3 = _planes_bfloat16(w, _scale_bfloat16(b, KIND), ASM)
-    if FP8:
-        p0 = (p0 * 32.0).to(y_ptr.dtype.element_ty)
-        p1 = (p1 * 32.0).to(y_ptr.dtype.element_ty)
-        p2 = (p2 * 32.0).to(y_ptr.dtype.element_ty)
-        p3 = (p3 * 32.0).to(y_ptr.dtype.element_ty)
+        b = tl.load(s_ptr + row[:, None] * (k // GROUP) + (element // (GROUP // 4))[None, :], mask=inside, other=0)
+        if F16:
+            p0, p1, p2, p3 = planes_float16(w, _scale_float16(b, KIND), ASM)
+        else:
+            p0, p1, p2, p3 = _planes_bfloat16(w, _scale_bfloat16(b, KIND), ASM)
+        if FP8:
+            p0 = (p0 * 32.0).to(y_ptr.dtype.element_ty)
+            p1 = (p1 * 32.0).to(y_ptr.dtype.element_ty)
+            p2 = (p2 * 32.0).to(y_ptr.dtype.element_ty)
+            p3 = (p3 * 32.0).to(y_ptr.dtype.element_ty)
     # Element e of plane p is input 16 (e / 4) + 4 p + e % 4: a thread's four elements are 16 inputs in a row.
     planes = tl.join(tl.join(p0, p2), tl.join(p1, p3))
     planes = tl.permute(tl.reshape(planes, (BN, 16, 4, 4)), (0, 1, 3, 2))

@@ -96,27 +96,33 @@ def run(
 
 
 def decode_rows(weight: PackedWeight, first: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of an E2M1 weight without ``out_scale``, ``[rows, K]``.
-
-    Divided by :func:`descale` in float16 and bf16, and by 2^9 in E4M3, which takes a weight with :attr:`PackedWeight.fp8`.
-    """
-    fp8 = dtype == torch.float8_e4m3fn
+    """Rows of the weight in ``dtype``, ``[rows, K]``; see :func:`decode_into`."""
     y = torch.empty((rows, weight.k), dtype=dtype, device=weight.codes.device)
-    decode_kernel[(triton.cdiv(rows, 16), triton.cdiv(weight.k, 256))](
+    decode_into(weight, first, y)
+    return y
+
+
+def decode_into(weight: PackedWeight, first: int, y: torch.Tensor) -> None:
+    """Rows ``first ..`` of a weight without ``out_scale`` into ``y``, ``[rows, K]``; exact.
+
+    E2M1 is divided by :func:`descale` in float16 and bf16, and by 2^9 in E4M3, which takes a weight with :attr:`PackedWeight.fp8`.
+    Of INT4 the codes are decoded, without their block scales.
+    """
+    fp8 = y.dtype == torch.float8_e4m3fn
+    decode_kernel[(triton.cdiv(y.shape[0], 16), triton.cdiv(weight.k, 256))](
         weight.codes,
         weight.scale,
         y,
         first,
-        rows,
+        y.shape[0],
         weight.k,
         KIND=weight.kind,
         GROUP=weight.group,
-        F16=dtype != torch.bfloat16,
+        F16=y.dtype != torch.bfloat16,
         FP8=fp8,
         ASM=y.is_cuda,
         BN=16,
     )
-    return y
 
 
 def _parts(weight: PackedWeight, itemsize: int) -> Iterator[slice]:

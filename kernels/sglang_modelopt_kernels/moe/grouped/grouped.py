@@ -7,12 +7,19 @@ import torch
 from sglang_modelopt_kernels.gemm.tile import machine
 from sglang_modelopt_kernels.moe.route import Routed, most_blocks
 
+from .dense import run_dense, takes_dense
+from .dense.launch import BLOCK
 from .launch import choose_block, math_of, run
 from .weights import KINDS, GroupedWeight
 
 
-def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int) -> int:
-    """The pairs to a block that :func:`route` should make for ``pairs`` pairs and activations of ``dtype``."""
+def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int, dense: bool | None = None) -> int:
+    """The pairs to a block that :func:`route` should make for ``pairs`` pairs and activations of ``dtype``.
+
+    ``dense`` as for :func:`grouped_linear`.
+    """
+    if takes_dense(weight.kind, pairs, weight.experts) if dense is None else dense:
+        return BLOCK
     return choose_block(weight.kind, dtype, pairs, weight.experts, machine(weight.codes.device)[0])
 
 
@@ -23,19 +30,22 @@ def _grouped_linear(
     scale: torch.Tensor | None,
     out_scale: torch.Tensor,
     kind: str,
+    fp8: bool,
     sorted_pairs: torch.Tensor,
     owner: torch.Tensor,
     block: int,
     pairs: int,
     row_scale: torch.Tensor | None,
     out_dtype: torch.dtype,
+    dense: bool,
 ) -> torch.Tensor:
     if kind not in KINDS:
         raise ValueError(f"unknown kind of weight: {kind!r}")
-    weight = GroupedWeight(codes, scale, out_scale, kind)
+    weight = GroupedWeight(codes, scale, out_scale, kind, fp8)
     if pairs == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
-    return run(x, weight, Routed(sorted_pairs, owner, block), pairs, row_scale, out_dtype)
+    launch = run_dense if dense else run
+    return launch(x, weight, Routed(sorted_pairs, owner, block), pairs, row_scale, out_dtype)
 
 
 @_grouped_linear.register_fake
@@ -45,14 +55,16 @@ def _(
     scale: torch.Tensor | None,
     out_scale: torch.Tensor,
     kind: str,
+    fp8: bool,
     sorted_pairs: torch.Tensor,
     owner: torch.Tensor,
     block: int,
     pairs: int,
     row_scale: torch.Tensor | None,
     out_dtype: torch.dtype,
+    dense: bool,
 ) -> torch.Tensor:
-    del scale, out_scale, kind, sorted_pairs, owner, block, row_scale
+    del scale, out_scale, kind, fp8, sorted_pairs, owner, block, row_scale, dense
     return x.new_empty((pairs, codes.shape[1]), dtype=out_dtype)
 
 
@@ -63,6 +75,7 @@ def grouped_linear(
     pairs: int,
     row_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    dense: bool | None = None,
 ) -> torch.Tensor:
     """``y[r] = (x[..] @ unit[e]^T) * row_scale[r] * out_scale[e]`` for the expert ``e`` of each pair ``r``.
 
@@ -77,6 +90,7 @@ def grouped_linear(
         pairs: ``R``.
         row_scale: float32 ``[R, 1]``; None for 1.
         out_dtype: type of the result.
+        dense: whether weights are decoded once for a dense product; None for by size, as :func:`tile` has it.
 
     Returns:
         ``[R, N]`` of ``out_dtype``, rounded once; zero in pairs that no expert here serves.
@@ -100,11 +114,13 @@ def grouped_linear(
         weight.scale,
         weight.out_scale,
         weight.kind,
+        weight.fp8,
         routed.pairs,
         routed.owner,
         routed.block,
         pairs,
         row_scale,
         out_dtype,
+        takes_dense(weight.kind, pairs, weight.experts) if dense is None else dense,
     )
     return y

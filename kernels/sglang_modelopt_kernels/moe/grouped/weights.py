@@ -48,12 +48,14 @@ class GroupedWeight:
         codes, scale: see the table above; ``scale`` None where there is none.
         out_scale: float32 ``[E, N]``.
         kind: how codes and scales are read.
+        fp8: :attr:`PackedWeight.fp8`, of all experts.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor | None
     out_scale: torch.Tensor
     kind: Kind
+    fp8: bool = False
 
     @property
     def n(self) -> int:
@@ -81,7 +83,7 @@ class GroupedWeight:
 
 def packed(weight: PackedWeight) -> GroupedWeight:
     """A packed 4-bit weight of one expert."""
-    return GroupedWeight(weight.codes, weight.scale, weight.out_scale, weight.kind)
+    return GroupedWeight(weight.codes, weight.scale, weight.out_scale, weight.kind, weight.fp8)
 
 
 def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
@@ -128,7 +130,7 @@ def stack(experts: Sequence[GroupedWeight]) -> GroupedWeight:
         raise ValueError(f"experts of one layer differ: {sorted(map(str, kinds))}")
     scale = None if experts[0].scale is None else torch.stack([one.scale for one in experts if one.scale is not None])
     codes, out_scale = (torch.stack([getattr(one, name) for one in experts]) for name in ("codes", "out_scale"))
-    return GroupedWeight(codes, scale, out_scale, experts[0].kind)
+    return GroupedWeight(codes, scale, out_scale, experts[0].kind, all(one.fp8 for one in experts))
 
 
 _KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
@@ -145,11 +147,13 @@ _KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
 
 
 def to_tensors(weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """All of a weight: its kind is told by the types of ``codes`` and ``block_scale``."""
+    """All of a weight: its kind is told by the types of ``codes`` and ``block_scale``, ``fp8`` by an empty tensor of that name."""
     tensors = {"codes": weight.codes, "out_scale": weight.out_scale}
     if weight.scale is not None:
         is_e4m3 = weight.kind == "e2m1_e4m3"
         tensors["block_scale"] = weight.scale.view(torch.float8_e4m3fn) if is_e4m3 else weight.scale
+    if weight.fp8:
+        tensors["fp8"] = weight.codes.new_empty((weight.experts, 0))
     return tensors
 
 
@@ -159,7 +163,7 @@ def from_tensors(tensors: Mapping[str, torch.Tensor]) -> GroupedWeight:
     kind = _KIND_OF[codes.dtype, None if scale is None else scale.dtype]
     if scale is not None and kind == "e2m1_e4m3":
         scale = scale.view(torch.uint8)
-    return GroupedWeight(codes, scale, tensors["out_scale"], kind)
+    return GroupedWeight(codes, scale, tensors["out_scale"], kind, "fp8" in tensors)
 
 
 def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:

@@ -1,0 +1,94 @@
+"""Experts decoded into a scratch buffer, in the type that their product multiplies in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from sglang_modelopt_kernels.formats import ue8m0
+from sglang_modelopt_kernels.gemm.block_scaled.launch import decode_into, descale
+from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight
+
+from ..weights import GroupedWeight
+
+ROWS = 128
+"""The rows of an expert that is decoded in several parts are cut at multiples of this."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is decoded at a time: all rows of some experts, or some rows of one."""
+
+    experts: slice
+    rows: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Experts, and rows of each."""
+        return self.experts.stop - self.experts.start, self.rows.stop - self.rows.start
+
+
+def parts(experts: int, n: int, k: int, itemsize: int, scratch_bytes: int) -> Iterator[Part]:
+    """Parts of about one size, each of at most ``scratch_bytes`` when decoded (but at least ROWS rows)."""
+    together = scratch_bytes // (n * k * itemsize)
+    if together:
+        step = triton.cdiv(experts, triton.cdiv(experts, together))
+        for first in range(0, experts, step):
+            yield Part(slice(first, min(first + step, experts)), slice(0, n))
+        return
+    most = max(scratch_bytes // (k * itemsize) // ROWS, 1) * ROWS
+    step = triton.cdiv(triton.cdiv(n, triton.cdiv(n, most)), ROWS) * ROWS
+    for expert in range(experts):
+        for first in range(0, n, step):
+            yield Part(slice(expert, expert + 1), slice(first, min(first + step, n)))
+
+
+def operand_of(weight: GroupedWeight, dtype: torch.dtype, out_dtype: torch.dtype, capability: int) -> torch.dtype:
+    """The type of both operands for activations of ``dtype``: theirs, but for E4M3 where not both are E4M3 numbers.
+
+    FP8 matrix instructions keep about 13 bits of a sum on Hopper, more than bf16 and float16 results show and less than float32: a
+    weight that other numbers of tokens meet in float16 then stays there.
+    """
+    if dtype != torch.float8_e4m3fn:
+        return dtype
+    becomes_fp8 = (weight.kind == "int4_float" or weight.fp8) and out_dtype != torch.float32
+    return dtype if capability >= 89 and (weight.kind == "e4m3" or becomes_fp8) else torch.float16
+
+
+def divisor(weight: GroupedWeight, dtype: torch.dtype) -> float:
+    """What :func:`decode_experts` divides the unit weight by."""
+    if weight.kind not in ("e2m1_e4m3", "e2m1_exponent"):
+        return 1.0
+    return 2.0**9 if dtype == torch.float8_e4m3fn else descale(weight.kind, dtype == torch.float16)
+
+
+def decode_experts(weight: GroupedWeight, part: Part, scratch: torch.Tensor) -> torch.Tensor:
+    """A part of the unit weight, ``[experts, rows, K]``, exact in the type of ``scratch``, in which it lies.
+
+    E2M1 is divided by :func:`divisor`; under float32 block scales the codes alone are decoded.
+    """
+    experts, rows = part.shape
+    unit = scratch[: experts * rows * weight.k].view(experts, rows, weight.k)
+    if weight.kind == "e2m1_e4m3" or weight.kind == "e2m1_exponent" or weight.kind == "int4_float":
+        if weight.scale is None:
+            raise ValueError(f"{weight.kind} weights have block scales")
+        flat = (tensor.flatten(0, 1) for tensor in (weight.codes, weight.scale, weight.out_scale))
+        first = part.experts.start * weight.n + part.rows.start
+        decode_into(PackedWeight(*flat, weight.kind, weight.group), first, unit.flatten(0, 1))
+        return unit
+    unit.copy_(weight.codes[part.experts, part.rows])
+    if weight.kind == "e4m3_exponent" and weight.scale is not None:
+        exponent = weight.scale[part.experts, part.rows].to(torch.int32) - ue8m0.BIAS
+        blocks = unit.unflatten(2, (-1, weight.group))
+        torch.ldexp(blocks, exponent.unsqueeze(3), out=blocks)
+    return unit
+
+
+def block_scales(weight: GroupedWeight, part: Part) -> torch.Tensor | None:
+    """The float32 scales that the product applies to partial sums, ``[experts, blocks, rows]``; None where it applies none."""
+    if weight.kind not in ("int4_float", "e4m3_float") or weight.scale is None:
+        return None
+    return weight.scale[part.experts, part.rows].transpose(1, 2).contiguous()
