@@ -46,6 +46,8 @@ from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
 from sglang_modelopt_kernels.gemm.tile.kernel import finish_kernel
 from sglang_modelopt_kernels.moe.combine.kernel import combine_kernel
 from sglang_modelopt_kernels.moe.grouped import launch as grouped
+from sglang_modelopt_kernels.moe.grouped.dense import launch as dense
+from sglang_modelopt_kernels.moe.grouped.dense.kernel import dense_kernel
 from sglang_modelopt_kernels.moe.grouped.kernel import grouped_kernel
 from sglang_modelopt_kernels.moe.route.kernel import route_kernel
 from sglang_modelopt_kernels.moe.swiglu.kernel import swiglu_kernel
@@ -268,8 +270,9 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                     matrix="kind::mxf8f6f4.block_scale" if kind == "mxfp4" else "any",
                     weights=config.bn * config.bk,
                 )
+    yield from dense_cases(arch)
     integers = dict.fromkeys(("pairs", "experts", "blocks"), "i32")
-    types = dict.fromkeys(("experts_ptr", "sorted_ptr", "owner_ptr"), "*i32") | integers
+    types = dict.fromkeys(("experts_ptr", "sorted_ptr", "owner_ptr", "first_ptr"), "*i32") | integers
     for chunk, warps in ((128, 4), (4096, 8)):
         constexprs = {"BLOCK": 16, "CHUNK": chunk, "BINS": 256}
         yield Case(f"route {chunk} pairs", route_kernel, types, constexprs, {"num_warps": warps})
@@ -279,21 +282,47 @@ def grouped_cases(arch: int) -> Iterator[Case]:
     yield Case("combine", combine_kernel, types, {"HAS_WEIGHTS": True, "TOP_K": 8, "BLOCK": 1024}, {}, ("n",))
 
 
+def dense_cases(arch: int) -> Iterator[Case]:
+    """The product of all experts in dense tiles, of every type of operands, with and without block scales."""
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16"} | ({torch.float8_e4m3fn: "fp8e4nv"} if arch >= 89 else {})
+    for dtype, name in names.items():
+        for scaled in (False, True):
+            config = dense.config_of(dtype, scaled, arch)
+            types = dict.fromkeys(("x_ptr", "w_ptr"), f"*{name}")
+            types |= dict.fromkeys(("s_ptr", "row_scale_ptr", "out_scale_ptr"), "*fp32") | {"y_ptr": "*bf16"}
+            types |= dict.fromkeys(("pairs_ptr", "owner_ptr", "first_ptr"), "*i32")
+            types |= dict.fromkeys(("pairs", "experts", "first", "last", "rows", "n", "k"), "i32")
+            own = {"GROUP": 128 if scaled else 0, "FP8": name == "fp8e4nv", "ASM": True, "DESCALE": 2.0, "SHARE": 8}
+            own |= {"HAS_ROW_SCALE": True, "NARROW": True, "EVEN_K": True, "STRIPE": dense.STRIPE}
+            yield Case(
+                f"grouped_dense {name}{',scaled' if scaled else ''} {config}",
+                dense_kernel,
+                types,
+                own | {"PERSISTENT": config.persistent, "BN": config.bn, "BM": config.bm, "BK": config.bk},
+                {"num_warps": config.warps, "num_stages": config.stages},
+                aligned=("rows", "n", "k"),
+                matrix="any",
+                weights=config.bn * config.bk,
+            )
+
+
 def other_cases(arch: int) -> Iterator[Case]:
     """The kernels around the products."""
     out = "fp16" if arch < 89 else "fp8e4nv"
-    for kind, group in KINDS[:-1]:
+    for kind, group in KINDS:
+        scale = "*fp32" if kind == "int4_float" else "*u8"
         for f16 in (True, False):
-            types = {"w_ptr": "*i16", "s_ptr": "*u8", "y_ptr": "*fp16" if f16 else "*bf16"}
+            types = {"w_ptr": "*i16", "s_ptr": scale, "y_ptr": "*fp16" if f16 else "*bf16"}
             types |= dict.fromkeys(("first", "n", "k"), "i32")
             constexprs = {"KIND": kind, "GROUP": group, "F16": f16, "FP8": False, "ASM": True, "BN": 16}
             yield Case(
                 f"decode {kind}/{group} {'fp16' if f16 else 'bf16'}", decode_kernel, types, constexprs, {}, ("k",)
             )
     if arch >= 89:
-        types = {"w_ptr": "*i16", "s_ptr": "*u8", "y_ptr": "*fp8e4nv"} | dict.fromkeys(("first", "n", "k"), "i32")
-        constexprs = {"KIND": "e2m1_exponent", "GROUP": 32, "F16": True, "FP8": True, "ASM": True, "BN": 16}
-        yield Case("decode e2m1_exponent/32 fp8", decode_kernel, types, constexprs, {}, ("k",))
+        for kind, group, scale in (("e2m1_exponent", 32, "*u8"), ("int4_float", 128, "*fp32")):
+            types = {"w_ptr": "*i16", "s_ptr": scale, "y_ptr": "*fp8e4nv"} | dict.fromkeys(("first", "n", "k"), "i32")
+            constexprs = {"KIND": kind, "GROUP": group, "F16": True, "FP8": True, "ASM": True, "BN": 16}
+            yield Case(f"decode {kind}/{group} fp8", decode_kernel, types, constexprs, {}, ("k",))
     floats = ("partial_ptr", "row_scale_ptr", "out_scale_ptr")
     types = dict.fromkeys(floats, "*fp32") | {"bias_ptr": "*bf16", "y_ptr": "*bf16"}
     types |= dict.fromkeys(("m", "n", "y_stride", "row_step"), "i32")
@@ -385,13 +414,13 @@ def cases(arch: int) -> list[Case]:
     return [*products, *quantize_blocks_cases(), *other_cases(arch), *attention_cases(arch)]
 
 
-QUICK_GROUPED = ("grouped e2m1_e4m3/16 bf16", "grouped mxfp4/32 fp8e4nv")
+QUICK_GROUPED = ("grouped e2m1_e4m3/16 bf16", "grouped mxfp4/32 fp8e4nv", "grouped_dense bf16")
 
 
 def quick(all_cases: list[Case]) -> list[Case]:
     """A sample: of each kind of product the smallest and the largest configuration, of attention and of experts some."""
     attention = [case for case in all_cases if " D=" in case.name]
-    experts = [case for case in all_cases if case.name.startswith("grouped ")]
+    experts = [case for case in all_cases if case.name.startswith("grouped")]
     products = [case for case in all_cases if case.matrix and case not in attention and case not in experts]
     first = {case.name.split(" ")[1]: case for case in reversed(products)}
     last = {case.name.split(" ")[1]: case for case in products}

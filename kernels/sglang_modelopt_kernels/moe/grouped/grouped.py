@@ -33,6 +33,7 @@ def _grouped_linear(
     fp8: bool,
     sorted_pairs: torch.Tensor,
     owner: torch.Tensor,
+    first: torch.Tensor,
     block: int,
     pairs: int,
     row_scale: torch.Tensor | None,
@@ -45,7 +46,7 @@ def _grouped_linear(
     if pairs == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
     launch = run_dense if dense else run
-    return launch(x, weight, Routed(sorted_pairs, owner, block), pairs, row_scale, out_dtype)
+    return launch(x, weight, Routed(sorted_pairs, owner, first, block), pairs, row_scale, out_dtype)
 
 
 @_grouped_linear.register_fake
@@ -58,13 +59,14 @@ def _(
     fp8: bool,
     sorted_pairs: torch.Tensor,
     owner: torch.Tensor,
+    first: torch.Tensor,
     block: int,
     pairs: int,
     row_scale: torch.Tensor | None,
     out_dtype: torch.dtype,
     dense: bool,
 ) -> torch.Tensor:
-    del scale, out_scale, kind, fp8, sorted_pairs, owner, block, row_scale, dense
+    del scale, out_scale, kind, fp8, sorted_pairs, owner, first, block, row_scale, dense
     return x.new_empty((pairs, codes.shape[1]), dtype=out_dtype)
 
 
@@ -117,6 +119,7 @@ def grouped_linear(
         weight.fp8,
         routed.pairs,
         routed.owner,
+        routed.first,
         routed.block,
         pairs,
         row_scale,

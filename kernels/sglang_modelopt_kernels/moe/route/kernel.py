@@ -18,6 +18,7 @@ def route_kernel(
     experts_ptr,
     sorted_ptr,
     owner_ptr,
+    first_ptr,
     pairs,
     experts,
     blocks,
@@ -40,6 +41,7 @@ def route_kernel(
     needed = (counts + BLOCK - 1) // BLOCK
     first = tl.sum(tl.where(bins < own, needed, 0))
     last = first + tl.sum(tl.where(bins == own, needed, 0))
+    tl.store(first_ptr + own, first)
     at = first * BLOCK
     for start in range(0, pairs, CHUNK):
         pair = start + tl.arange(0, CHUNK)
@@ -52,6 +54,7 @@ def route_kernel(
         block = start + tl.arange(0, BLOCK)
         tl.store(owner_ptr + block, own, mask=block < last)
     if own == experts:
+        tl.store(first_ptr + experts + 1, last)
         for start in range(last, blocks, CHUNK):
             block = start + tl.arange(0, CHUNK)
             tl.store(owner_ptr + block, -1, mask=block < blocks)

@@ -22,11 +22,13 @@ class Routed:
             none. Undefined in blocks without an owner.
         owner: int32 ``[blocks]``: the expert of a block, the number of experts for pairs that none of them serves, -1 for a
             block that is not used.
+        first: int32 ``[experts + 2]``: the first block of each expert, that of nobody, and the number of blocks that are used.
         block: pairs to a block.
     """
 
     pairs: torch.Tensor
     owner: torch.Tensor
+    first: torch.Tensor
     block: int
 
 
@@ -36,17 +38,21 @@ def most_blocks(pairs: int, experts: int, block: int) -> int:
 
 
 @torch.library.custom_op("modelopt_ext::route_pairs", mutates_args=())
-def _route_pairs(pair_experts: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _route_pairs(
+    pair_experts: torch.Tensor, experts: int, block: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     pairs, device = pair_experts.shape[0], pair_experts.device
     blocks = most_blocks(pairs, experts, block)
     ordered = torch.empty(blocks * block, dtype=torch.int32, device=device)
     owner = torch.empty(blocks, dtype=torch.int32, device=device)
+    first = torch.empty(experts + 2, dtype=torch.int32, device=device)
     if pairs:
         chunk = min(max(triton.next_power_of_2(pairs), 128), CHUNK)
         route_kernel[(experts + 1,)](
             pair_experts.contiguous(),
             ordered,
             owner,
+            first,
             pairs,
             experts,
             blocks,
@@ -55,13 +61,16 @@ def _route_pairs(pair_experts: torch.Tensor, experts: int, block: int) -> tuple[
             BINS=triton.next_power_of_2(experts + 1),
             num_warps=4 if chunk <= 1024 else 8,
         )
-    return ordered, owner
+    return ordered, owner, first
 
 
 @_route_pairs.register_fake
-def _(pair_experts: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _(pair_experts: torch.Tensor, experts: int, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     blocks = most_blocks(pair_experts.shape[0], experts, block)
-    return pair_experts.new_empty(blocks * block, dtype=torch.int32), pair_experts.new_empty(blocks, dtype=torch.int32)
+    ordered, owner, first = (
+        pair_experts.new_empty(size, dtype=torch.int32) for size in (blocks * block, blocks, experts + 2)
+    )
+    return ordered, owner, first
 
 
 def route(pair_experts: torch.Tensor, experts: int, block: int) -> Routed:
@@ -79,5 +88,4 @@ def route(pair_experts: torch.Tensor, experts: int, block: int) -> Routed:
         raise ValueError(f"experts must be int32 or int64 [R], got {tuple(pair_experts.shape)} {pair_experts.dtype}")
     if experts < 1 or block < 1 or block & (block - 1):
         raise ValueError(f"needs an expert and blocks of a power of two, got {experts} and {block}")
-    ordered, owner = _route_pairs(pair_experts, experts, block)
-    return Routed(ordered, owner, block)
+    return Routed(*_route_pairs(pair_experts, experts, block), block)
