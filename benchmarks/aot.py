@@ -291,8 +291,8 @@ def dense_cases(arch: int) -> Iterator[Case]:
             types = dict.fromkeys(("x_ptr", "w_ptr"), f"*{name}")
             types |= dict.fromkeys(("s_ptr", "row_scale_ptr", "out_scale_ptr"), "*fp32") | {"y_ptr": "*bf16"}
             types |= dict.fromkeys(("pairs_ptr", "owner_ptr", "first_ptr"), "*i32")
-            types |= dict.fromkeys(("pairs", "experts", "first", "last", "rows", "n", "k"), "i32")
-            own = {"GROUP": 128 if scaled else 0, "FP8": name == "fp8e4nv", "ASM": True, "DESCALE": 2.0, "SHARE": 8}
+            types |= dict.fromkeys(("pairs", "share", "experts", "first", "last", "rows", "n", "k"), "i32")
+            own = {"GROUP": 128 if scaled else 0, "FP8": name == "fp8e4nv", "ASM": True, "DESCALE": 2.0}
             own |= {"HAS_ROW_SCALE": True, "NARROW": True, "EVEN_K": True, "STRIPE": dense.STRIPE}
             yield Case(
                 f"grouped_dense {name}{',scaled' if scaled else ''} {config}",

@@ -88,4 +88,5 @@ def route(pair_experts: torch.Tensor, experts: int, block: int) -> Routed:
         raise ValueError(f"experts must be int32 or int64 [R], got {tuple(pair_experts.shape)} {pair_experts.dtype}")
     if experts < 1 or block < 1 or block & (block - 1):
         raise ValueError(f"needs an expert and blocks of a power of two, got {experts} and {block}")
-    return Routed(*_route_pairs(pair_experts, experts, block), block)
+    ordered, owner, first = _route_pairs(pair_experts, experts, block)
+    return Routed(ordered, owner, first, block)

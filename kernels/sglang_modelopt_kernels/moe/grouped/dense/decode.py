@@ -75,9 +75,9 @@ def decode_experts(weight: GroupedWeight, part: Part, scratch: torch.Tensor) -> 
     if weight.kind == "e2m1_e4m3" or weight.kind == "e2m1_exponent" or weight.kind == "int4_float":
         if weight.scale is None:
             raise ValueError(f"{weight.kind} weights have block scales")
-        flat = (tensor.flatten(0, 1) for tensor in (weight.codes, weight.scale, weight.out_scale))
-        first = part.experts.start * weight.n + part.rows.start
-        decode_into(PackedWeight(*flat, weight.kind, weight.group), first, unit.flatten(0, 1))
+        codes, scale, out_scale = (tensor.flatten(0, 1) for tensor in (weight.codes, weight.scale, weight.out_scale))
+        packed = PackedWeight(codes, scale, out_scale, weight.kind, weight.group, weight.fp8)
+        decode_into(packed, part.experts.start * weight.n + part.rows.start, unit.flatten(0, 1))
         return unit
     unit.copy_(weight.codes[part.experts, part.rows])
     if weight.kind == "e4m3_exponent" and weight.scale is not None:

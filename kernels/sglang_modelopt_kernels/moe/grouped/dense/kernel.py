@@ -68,6 +68,7 @@ def _tile(
     out_scale_ptr,
     y_ptr,
     pairs,
+    share,
     experts,
     before,
     own,
@@ -80,7 +81,6 @@ def _tile(
     ASM: tl.constexpr,
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
-    SHARE: tl.constexpr,
     NARROW: tl.constexpr,
     EVEN_K: tl.constexpr,
     STRIPE: tl.constexpr,
@@ -99,7 +99,7 @@ def _tile(
     expert = tl.minimum(owner, experts - 1)
     pair = tl.load(pairs_ptr + block.to(tl.int64) * BM + tl.arange(0, BM))
     # Out of range rows and pairs read the last one: no mask in the loop, and nothing of theirs is stored.
-    token = tl.minimum(pair, pairs - 1) // SHARE
+    token = tl.minimum(pair, pairs - 1) // share
     column = start + tl.arange(0, BN)
     held = (expert - first).to(tl.int64)
     acc = _sum(
@@ -129,7 +129,7 @@ def _tile(
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(pair < pairs)[:, None] & (column < rows)[None, :])
 
 
-@triton.jit(do_not_specialize=["pairs", "experts", "first", "last"])
+@triton.jit(do_not_specialize=["pairs", "share", "experts", "first", "last"])
 def dense_kernel(
     x_ptr,
     w_ptr,
@@ -141,6 +141,7 @@ def dense_kernel(
     out_scale_ptr,
     y_ptr,
     pairs,
+    share,
     experts,
     first,
     last,
@@ -152,7 +153,6 @@ def dense_kernel(
     ASM: tl.constexpr,
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
-    SHARE: tl.constexpr,
     NARROW: tl.constexpr,
     EVEN_K: tl.constexpr,
     PERSISTENT: tl.constexpr,
@@ -163,10 +163,12 @@ def dense_kernel(
 ):
     """Tiles ``[BM, BN]`` of ``y``, ``[pairs, n]``, columns ``0 .. rows``, for the blocks of experts ``first .. last``.
 
-    ``w`` holds those experts, ``[last - first, rows, k]``, of the type of ``x``; a ``last`` above ``experts`` adds the pairs of
-    nobody. With GROUP > 0, ``s`` scales the sum over each GROUP inputs, ``[last - first, k / GROUP, rows]``. NARROW: offsets in
-    ``x`` fit int32. The host does not know how many blocks there are: with PERSISTENT a program takes tile after tile, else one, and
-    there are as many programs as there could be tiles.
+    Pair ``r`` reads row ``r // share`` of ``x``; NARROW: offsets there fit int32. ``w`` holds the experts in the type of
+    ``x``, ``[last - first, rows, k]``; a ``last`` above ``experts`` adds the pairs of nobody. With GROUP > 0, ``s`` scales the sum
+    over each GROUP inputs, ``[last - first, k / GROUP, rows]``.
+
+    The host does not know how many blocks there are: with PERSISTENT a program takes tile after tile, else it takes one, and there
+    are as many programs as there could be tiles.
     """
     before = tl.load(first_ptr + first)
     own = tl.load(first_ptr + last) - before
@@ -184,6 +186,7 @@ def dense_kernel(
                 out_scale_ptr,
                 y_ptr,
                 pairs,
+                share,
                 experts,
                 before,
                 own,
@@ -196,7 +199,6 @@ def dense_kernel(
                 ASM,
                 DESCALE,
                 HAS_ROW_SCALE,
-                SHARE,
                 NARROW,
                 EVEN_K,
                 STRIPE,
@@ -218,6 +220,7 @@ def dense_kernel(
                 out_scale_ptr,
                 y_ptr,
                 pairs,
+                share,
                 experts,
                 before,
                 own,
@@ -230,7 +233,6 @@ def dense_kernel(
                 ASM,
                 DESCALE,
                 HAS_ROW_SCALE,
-                SHARE,
                 NARROW,
                 EVEN_K,
                 STRIPE,

@@ -28,9 +28,21 @@ Both predicted, not measured."""
 
 _CONFIGS = {
     # matrix instruction: for operands of 16 bits and of 8, and for either where partial sums are scaled
-    "mma.sync": (KernelConfig(128, BLOCK, 64, 8, 3), KernelConfig(128, BLOCK, 128, 8, 3), KernelConfig(128, BLOCK, 64, 8, 3)),
-    "wgmma": (KernelConfig(256, BLOCK, 64, 8, 4), KernelConfig(128, BLOCK, 128, 8, 4), KernelConfig(128, BLOCK, 128, 8, 3)),
-    "tcgen05": (KernelConfig(256, BLOCK, 64, 8, 4), KernelConfig(256, BLOCK, 128, 8, 4), KernelConfig(128, BLOCK, 128, 8, 3)),
+    "mma.sync": (
+        KernelConfig(128, BLOCK, 64, 8, 3),
+        KernelConfig(128, BLOCK, 128, 8, 3),
+        KernelConfig(128, BLOCK, 64, 8, 3),
+    ),
+    "wgmma": (
+        KernelConfig(256, BLOCK, 64, 8, 4),
+        KernelConfig(128, BLOCK, 128, 8, 4),
+        KernelConfig(128, BLOCK, 128, 8, 3),
+    ),
+    "tcgen05": (
+        KernelConfig(256, BLOCK, 64, 8, 4),
+        KernelConfig(256, BLOCK, 128, 8, 4),
+        KernelConfig(128, BLOCK, 128, 8, 3),
+    ),
 }
 """Not timed on any GPU: chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
 
@@ -60,7 +72,8 @@ def run_dense(
 ) -> torch.Tensor:
     """The product in dense tiles; arguments as :func:`grouped_linear`, ``config`` instead of the one chosen by type.
 
-    Weights that are not of the operands' type are decoded part by part into a buffer of at most ``scratch_bytes``, SCRATCH_BYTES for None.
+    Weights that are not of the operands' type are decoded part by part into a buffer of at most ``scratch_bytes``, or for None
+    SCRATCH_BYTES.
 
     Raises:
         ValueError: the weights are for another matrix instruction, or the pairs were sorted in blocks of another size.
@@ -91,6 +104,7 @@ def run_dense(
             weight.out_scale[:, part.rows.start :],
             y[:, part.rows.start :],
             pairs,
+            pairs // x.shape[0],
             weight.experts,
             part.experts.start,
             # Pairs that none of the experts serves go with the last.
@@ -103,7 +117,6 @@ def run_dense(
             ASM=x.is_cuda,
             DESCALE=divisor(weight, dtype),
             HAS_ROW_SCALE=row_scale is not None,
-            SHARE=pairs // x.shape[0],
             NARROW=values.numel() < 1 << 31,
             EVEN_K=weight.k % config.bk == 0,
             PERSISTENT=config.persistent,
@@ -117,9 +130,7 @@ def run_dense(
     return y
 
 
-def _decoded(
-    weight: GroupedWeight, dtype: torch.dtype, scratch_bytes: int
-) -> Iterator[tuple[Part, torch.Tensor]]:
+def _decoded(weight: GroupedWeight, dtype: torch.dtype, scratch_bytes: int) -> Iterator[tuple[Part, torch.Tensor]]:
     """The unit weight in parts: itself where it is of ``dtype``, else one part after the other in the same memory."""
     if weight.codes.dtype == dtype and weight.scale is None:
         yield Part(slice(0, weight.experts), slice(0, weight.n)), weight.codes
