@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import aot
 
@@ -53,6 +54,13 @@ def test_every_configuration_is_listed(arch: int) -> None:
                 str(dtype), "bf16"
             )
             assert all(re.search(rf"grouped {kind}/\d+ {name} {config}", names) for config in chosen)
+            scaled = kind in ("int4_float", "e4m3_float")
+            for operand in (dtype, torch.float16 if dtype == torch.float8_e4m3fn else dtype):
+                if kind == "mxfp4" or (arch < 89 and operand == torch.float8_e4m3fn):
+                    continue
+                of_type = {torch.float8_e4m3fn: "fp8e4nv", torch.float16: "fp16"}.get(operand, "bf16")
+                label = f"{of_type}{',scaled' if scaled else ''} {aot.dense.config_of(operand, scaled, arch)}"
+                assert f"grouped_dense {label}" in names
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

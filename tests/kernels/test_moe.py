@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sglang_modelopt_ext import selfcheck
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS, ue8m0
 from sglang_modelopt_kernels.gemm.block_scaled import pack
 from sglang_modelopt_kernels.gemm.dense import prepare_dense
@@ -25,6 +26,7 @@ from sglang_modelopt_kernels.moe.combine import combine, naive_combine
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear, unpack
 from sglang_modelopt_kernels.moe.grouped import grouped as grouped_op
 from sglang_modelopt_kernels.moe.grouped import launch as grouped_launch
+from sglang_modelopt_kernels.moe.grouped.dense import decode as dense_decode
 from sglang_modelopt_kernels.moe.grouped.dense import launch as dense_launch
 from sglang_modelopt_kernels.moe.grouped.weights import KINDS
 from sglang_modelopt_kernels.moe.route import Routed, most_blocks, naive_route, route
@@ -295,6 +297,7 @@ def test_a_weight_survives(kind: str) -> None:
     weight = grouped.stack(experts)
     again = grouped.from_tensors(grouped.to_tensors(weight))
     assert again.kind == weight.kind == kind.split("/")[0]
+    assert again.fp8 == weight.fp8 == (kind == "e2m1_exponent")
     assert (again.n, again.k, again.experts) == (130, 384, 2)
     generator = torch.Generator().manual_seed(1)
     for expert in range(2):
@@ -344,6 +347,29 @@ def test_blocks_follow_the_load(kind: Any, capability: int) -> None:
         assert blocks == sorted(blocks)
         assert blocks[0] == 16
         assert blocks[-1] >= 64
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mxfp4"])
+def test_many_pairs_take_dense_tiles(kind: Any) -> None:
+    """And the check of a layout on its machine, of so many tokens, meets them."""
+    assert not dense_launch.takes_dense(kind, 8 * 16, 8)
+    assert dense_launch.takes_dense(kind, 8 * 128, 8)
+    assert dense_launch.takes_dense(kind, max(selfcheck.TOKENS) * selfcheck.TOP_K, selfcheck.EXPERTS)
+    assert not dense_launch.takes_dense("mxfp4", 1 << 20, 8)
+
+
+@pytest.mark.parametrize(
+    ("experts", "n", "k", "scratch"),
+    [(128, 1536, 2048, 256 << 20), (8, 28672, 4096, 64 << 20), (3, 300, 64, 300 * 64 * 4), (2, 130, 64, 1)],
+)
+def test_parts_are_all_of_it_and_bounded(experts: int, n: int, k: int, scratch: int) -> None:
+    seen = torch.zeros(experts, n, dtype=torch.int32)
+    for part in dense_decode.parts(experts, n, k, 2, scratch):
+        seen[part.experts, part.rows] += 1
+        of_it = part.shape[0] * part.shape[1]
+        assert of_it * k * 2 <= max(scratch, 2 * k * dense_decode.ROWS)
+        assert of_it == part.shape[0] * n or part.shape[0] == 1
+    assert bool((seen == 1).all())
 
 
 def test_what_would_be_misread_is_refused() -> None:
