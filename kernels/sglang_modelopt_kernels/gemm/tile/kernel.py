@@ -28,7 +28,8 @@ def store_tile(
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
     inside = (rows < n)[:, None] & (tokens < m)[None, :]
-    y_at = y_ptr + split.to(tl.int64) * m * n + token[None, :] * n + row[:, None]
+    # Rows as they are, which the compiler knows to be consecutive: clamped ones took a register pair for every entry of the tile.
+    y_at = y_ptr + split.to(tl.int64) * m * n + token[None, :] * n + rows.to(tl.int64)[:, None]
     if SPLIT_K > 1:
         tl.store(y_at, acc, mask=inside)
     else:

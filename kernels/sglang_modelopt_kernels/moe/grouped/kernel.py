@@ -149,7 +149,8 @@ def grouped_kernel(
     last = tl.minimum(pair, pairs - 1).to(tl.int64)
     if owner == experts:
         nothing = tl.zeros((BN, BM), y_ptr.dtype.element_ty)
-        tl.store(y_ptr + last[None, :] * n + row[:, None], nothing, mask=(rows < n)[:, None] & (pair < pairs)[None, :])
+        y_at = y_ptr + last[None, :] * n + rows.to(tl.int64)[:, None]
+        tl.store(y_at, nothing, mask=(rows < n)[:, None] & (pair < pairs)[None, :])
         return
     first = owner.to(tl.int64) * n
     token = last // SHARE
