@@ -24,7 +24,7 @@ _E2M1 = {
     "mma.sync": (
         KernelConfig(64, 16, 128, 4, 3),
         KernelConfig(64, 32, 128, 4, 3),
-        KernelConfig(64, 64, 128, 4, 2),
+        KernelConfig(64, 64, 128, 4, 3),
         KernelConfig(64, 128, 128, 4, 2),
     ),
     "wgmma": (

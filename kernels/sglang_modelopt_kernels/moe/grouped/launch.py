@@ -23,7 +23,8 @@ BLOCKS = (16, 64)
 """Pairs to a block: few, as in decoding, and many. Of gathered rows, more spill where the weight is decoded in registers."""
 _INT4 = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 64, 128, 4, 2))
 _DECODED = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 4, 2))
-_FLOAT = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 8, 2))
+_HALF = (KernelConfig(64, 16, 64, 4, 4), KernelConfig(64, 64, 128, 4, 2))
+_FLOAT = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 8, 3))
 _E4M3 = (KernelConfig(64, 16, 256, 4, 3), KernelConfig(128, 64, 128, 8, 3))
 _BF16 = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(128, 64, 64, 8, 3))
 """Not timed on any GPU: chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
@@ -73,7 +74,7 @@ def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]
         return tuple(config for config in known if config.bm in BLOCKS)
     if math == "fp8":
         return _E4M3
-    return {"int4_float": _INT4, "e4m3_float": _FLOAT, "bf16": _BF16}.get(kind, _DECODED)
+    return {"int4_float": _INT4, "e4m3": _HALF, "e4m3_float": _FLOAT, "bf16": _BF16}.get(kind, _DECODED)
 
 
 def choose_block(kind: Kind, dtype: torch.dtype, pairs: int, experts: int, capability: int) -> int:
