@@ -15,7 +15,7 @@ import torch
 import triton
 
 from benchmarks.gemm import read_bandwidth
-from sglang_modelopt_kernels.attention.decode.decode import count_splits, decode_attention
+from sglang_modelopt_kernels.attention.decode import DecodeScratch, decode_attention
 from sglang_modelopt_kernels.attention.extend import extend_attention
 from sglang_modelopt_kernels.attention.naive import naive_decode, naive_extend
 from sglang_modelopt_kernels.attention.packed import PackedCache
@@ -27,9 +27,6 @@ HEADS = 8
 CONTEXTS, BATCHES = (1024, 8192, 32768, 131072), (1, 8, 32, 128)
 MEMORY = 24 << 30
 """Bytes of bf16 keys and values that a case may stand for."""
-
-MAX_SPLITS = 16
-"""As in the server."""
 
 
 def empty(recipe: KVRecipe, slots: int, head_dim: int, are_keys: bool) -> PackedCache:
@@ -63,11 +60,9 @@ class Decode:
         self.indptr = torch.arange(0, tokens + 1, context, device="cuda", dtype=torch.int32)
         self.indices = torch.randperm(tokens, device="cuda", dtype=torch.int64).to(torch.int32)
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        splits = count_splits(batch, HEADS, processors, MAX_SPLITS)
-        self.splits = splits
-        self.scratch = torch.empty(batch, HEADS * group, splits, head_dim, device="cuda")
-        self.lse = torch.empty(self.scratch.shape[:3], device="cuda")
-        self.counts = torch.full((batch,), splits, dtype=torch.int32, device="cuda")
+        room = DecodeScratch(batch, HEADS * group, HEADS, head_dim, processors, "cuda")
+        self.partial, self.lse = room.of(batch, HEADS * group)
+        self.splits = self.partial.shape[2]
 
     def __call__(self, index: int) -> None:
         keys, values = self.caches[index % self.copies]
@@ -78,9 +73,9 @@ class Decode:
             self.out,
             self.indptr,
             self.indices,
-            self.scratch,
+            self.partial,
             self.lse,
-            self.counts,
+            None,
             self.splits,
             0.01,
         )

@@ -143,10 +143,9 @@ def check_decode(case: Case, device: str) -> float:
     out = torch.full_like(q, float("nan"))
     scratch = torch.full((len(case.lengths), q.shape[1], case.splits, case.head_dim), float("nan"), device=device)
     lse = torch.full(scratch.shape[:3], float("nan"), device=device)
-    counts = torch.tensor([1 + i % case.splits for i in range(len(case.lengths))], dtype=torch.int32, device=device)
     scale = case.head_dim**-0.5
     decode_attention(
-        q, batch.keys, batch.values, out, batch.kv_indptr, batch.indices, scratch, lse, counts, case.splits, scale,
+        q, batch.keys, batch.values, out, batch.kv_indptr, batch.indices, scratch, lse, None, case.splits, scale,
         logit_cap=case.cap,
     )  # fmt: skip
     arguments = (batch.kv_indptr, batch.indices, scale, case.cap)
@@ -284,7 +283,7 @@ def test_what_is_too_large_to_rotate_is_refused() -> None:
 def test_what_the_kernels_do_not_serve_is_refused() -> None:
     batch = Batch(Case("nvfp4"), "cpu")
     q, scratch = batch.queries(3), torch.zeros(3, 8, 2, 64)
-    decode = (q, batch.keys, batch.values, q, batch.kv_indptr, batch.indices, scratch, scratch[..., 0], q, 2, 0.1)
+    decode = (q, batch.keys, batch.values, q, batch.kv_indptr, batch.indices, scratch, scratch[..., 0], None, 2, 0.1)
     for argument in ("sinks", "score_mod", "aux_tensors"):
         with pytest.raises(NotImplementedError, match=argument):
             decode_attention(*decode, **{argument: torch.ones(1)})
@@ -360,13 +359,10 @@ def test_a_step_under_cuda_graph_capture(recipe: str) -> None:
     out = torch.empty_like(q)
     scratch = torch.empty((3, q.shape[1], 4, case.head_dim), device="cuda")
     lse = torch.empty(scratch.shape[:3], device="cuda")
-    counts = torch.tensor([4, 2, 1], dtype=torch.int32, device="cuda")
 
     def step() -> None:
         store_kv(batch.keys, batch.values, slots, k, v)
-        decode_attention(
-            q, batch.keys, batch.values, out, batch.kv_indptr, batch.indices, scratch, lse, counts, 4, 0.125
-        )
+        decode_attention(q, batch.keys, batch.values, out, batch.kv_indptr, batch.indices, scratch, lse, None, 4, 0.125)
 
     step()
     graph = torch.cuda.CUDAGraph()

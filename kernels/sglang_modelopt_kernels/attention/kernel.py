@@ -27,22 +27,50 @@ def e4m3_float16(b, NATIVE: tl.constexpr):
 
 @triton.jit
 def load_planes(
-    code_ptr, scale_ptr, row, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr, OUT: tl.constexpr
+    code_ptr,
+    scale_ptr,
+    slot,
+    head,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+    ASM: tl.constexpr,
+    OUT: tl.constexpr,
+    ACROSS: tl.constexpr,
 ):
-    """Four planes ``[BN, E]`` of the NVFP4 vectors in ``row`` ``[BN]``, times 2^-14; E is D / 4, rounded up to a power of two."""
+    """Four planes of the NVFP4 vectors of one head in ``slot`` (int64 ``[BN]``), times 2^-14.
+
+    ``[BN, E]``, or ``[E, BN]`` with ACROSS; E is D / 4, rounded up to a power of two. ACROSS is for the left operand of a product
+    over tokens: codes come out of shared memory turned, where planes turned after decoding would go through it, four times as much.
+    """
     element = tl.arange(0, E)
     block = tl.arange(0, E // 4)
-    if 4 * E == D:
-        codes = tl.load(code_ptr + row[:, None] * (D // 4) + element[None, :])
-        stored = tl.load(scale_ptr + row[:, None] * (D // 16) + block[None, :])
+    code_ptr += head * (D // 4)
+    scale_ptr += head * (D // 16)
+    codes_at = slot * (H * (D // 4))
+    scales_at = slot * (H * (D // 16))
+    if ACROSS:
+        codes_at = (code_ptr + element)[:, None] + codes_at[None, :]
+        scales_at = (scale_ptr + block)[:, None] + scales_at[None, :]
+        inside = (element < D // 4)[:, None]
+        inside_scales = (block < D // 16)[:, None]
     else:
+        codes_at = (code_ptr + element)[None, :] + codes_at[:, None]
+        scales_at = (scale_ptr + block)[None, :] + scales_at[:, None]
         inside = (element < D // 4)[None, :]
-        codes = tl.load(code_ptr + row[:, None] * (D // 4) + element[None, :], mask=inside, other=0)
-        stored = tl.load(
-            scale_ptr + row[:, None] * (D // 16) + block[None, :], mask=(block < D // 16)[None, :], other=0
-        )
+        inside_scales = (block < D // 16)[None, :]
+    if 4 * E == D:
+        codes = tl.load(codes_at)
+        stored = tl.load(scales_at)
+    else:
+        codes = tl.load(codes_at, mask=inside, other=0)
+        stored = tl.load(scales_at, mask=inside_scales, other=0)
     scale = e4m3_scale_float16(stored)
-    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, E // 4, 4)), (BN, E))
+    if ACROSS:
+        scale = tl.reshape(tl.broadcast_to(scale[:, None, :], (E // 4, 4, BN)), (E, BN))
+    else:
+        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, E // 4, 4)), (BN, E))
     p0, p1, p2, p3 = planes_float16(codes, scale, ASM)
     return p0.to(OUT), p1.to(OUT), p2.to(OUT), p3.to(OUT)
 

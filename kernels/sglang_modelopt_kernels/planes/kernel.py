@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-
 FLOAT16: tl.constexpr = tl.constexpr(
     (
         """{ .reg .b32 a;

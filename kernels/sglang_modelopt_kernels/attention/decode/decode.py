@@ -17,27 +17,75 @@ RESIDENT = 8
 """Programs of one request, KV head and part for each processor: of 4 to 16, the fastest on an H100 for NVFP4 and FP8, but
 for FP8 of head_dim 64, which is 7 % faster with 6."""
 
+MOST_SPLITS = 128
+"""Parts of a request that are merged: more take longer than they save."""
+
+MERGED = 16
+"""Parts that the merging kernel reads at a time."""
+
 LEAST_QUERIES = 8
 """The least width of a matrix instruction."""
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tokens a program reads at a time, its warps, and the stages of its pipeline."""
+    """Tokens a program reads at a time, its warps, the stages of its pipeline, and the most registers of a thread.
+
+    A tile's place is known only once the index of its tokens was read: five stages keep two tiles under way, three one.
+    """
 
     tokens: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, int]:
+        """How the kernel is compiled."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
 
-def count_splits(requests: int, heads: int, processors: int, most: int) -> int:
+def count_splits(requests: int, heads: int, processors: int) -> int:
     """Into how many parts to cut each request's tokens: as many programs as run at once, or four parts where that is less than two.
 
     A program that is left over after a full wave would leave most of the GPU idle. A part is at least
     :attr:`DecodeConfig.tokens` long, so that short requests have fewer.
     """
     whole = RESIDENT * processors // (requests * heads)
-    return min(most, whole if whole >= 2 else 4)
+    return min(MOST_SPLITS, whole if whole >= 2 else 4)
+
+
+class DecodeScratch:
+    """Room for the parts of any batch of at most ``most_requests`` requests, in one allocation that captured graphs keep.
+
+    Args:
+        most_requests: the largest batch.
+        query_heads, heads: of queries, and of keys and values.
+        head_dim: D.
+        processors: of the GPU.
+    """
+
+    def __init__(
+        self,
+        most_requests: int,
+        query_heads: int,
+        heads: int,
+        head_dim: int,
+        processors: int,
+        device: torch.device | str,
+    ) -> None:
+        self.heads, self.processors = heads, processors
+        parts = max(requests * count_splits(requests, heads, processors) for requests in range(1, most_requests + 1))
+        self.partial = torch.empty((parts * query_heads, head_dim), dtype=torch.float32, device=device)
+        self.lse = torch.empty(parts * query_heads, dtype=torch.float32, device=device)
+
+    def of(self, requests: int, query_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scratch of :func:`decode_attention` for a batch: ``[B, Hq, splits, D]`` and ``[B, Hq, splits]``."""
+        splits = count_splits(requests, self.heads, self.processors)
+        shape = (requests, query_heads, splits)
+        rows = requests * query_heads * splits
+        return self.partial[:rows].view(*shape, -1), self.lse[:rows].view(shape)
 
 
 def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> DecodeConfig:
@@ -63,7 +111,7 @@ def decode_attention(
     kv_indices: torch.Tensor,
     attn_logits: torch.Tensor,
     attn_lse: torch.Tensor,
-    num_kv_splits: torch.Tensor,
+    num_kv_splits: torch.Tensor | None,
     max_kv_splits: int,
     sm_scale: float,
     k_scale: float = 1.0,
@@ -89,17 +137,17 @@ def decode_attention(
         kv_indices: slots of tokens.
         attn_logits: float32 ``[>= B, Hq, splits, D]``, scratch.
         attn_lse: float32 ``[>= B, Hq, splits]``, scratch.
-        num_kv_splits: int ``[>= B]``, into how many parts each request's tokens are cut, at most ``max_kv_splits``.
+        max_kv_splits: into how many parts each request's tokens are cut.
         sm_scale: of the logits.
         logit_cap: tanh cap, 0 for none.
         k_scale, v_scale: must be 1: the caches know their scales.
-        page_size, use_pdl, enable_lean and the rest: do not concern these kernels.
+        num_kv_splits, page_size, use_pdl, enable_lean and the rest: do not concern these kernels.
 
     Raises:
         NotImplementedError: sinks, a score modifier, a temperature by length or MLA is asked for.
         ValueError: a shape or a scale that does not fit.
     """
-    del use_pdl, page_size, enable_lean, lean
+    del num_kv_splits, use_pdl, page_size, enable_lean, lean
     unserved(sinks=sinks, score_mod=score_mod, aux_tensors=aux_tensors, has_mla=has_mla)
     unserved(xai_temperature_len=xai_temperature_len if xai_temperature_len > 0 else None)
     requests, query_heads, head_dim = q.shape
@@ -127,7 +175,7 @@ def decode_attention(
         v_buffer.scale,
         kv_indptr,
         kv_indices,
-        num_kv_splits,
+        max_kv_splits,
         attn_logits,
         attn_lse,
         sm_scale,
@@ -139,8 +187,7 @@ def decode_attention(
         CAP=logit_cap > 0,
         BG=max(LEAST_QUERIES, 1 << (group - 1).bit_length()),
         BN=config.tokens,
-        num_warps=config.warps,
-        num_stages=config.stages,
+        **config.options,
         **constants,
     )
     merge_kernel[(requests, query_heads)](
@@ -148,7 +195,7 @@ def decode_attention(
         attn_lse,
         nothing if v_buffer.bias is None else v_buffer.bias,
         kv_indptr,
-        num_kv_splits,
+        max_kv_splits,
         o,
         *strides,
         o.stride(0),
@@ -157,5 +204,6 @@ def decode_attention(
         DP=constants["DP"],
         AFFINE=v_buffer.bias is not None,
         BN=config.tokens,
-        num_warps=2,
+        BP=MERGED,
+        num_warps=4,
     )

@@ -33,7 +33,7 @@ def _bias_product(q, bias_ptr, channel, D: tl.constexpr):
     return tl.sum(q.to(tl.float32) * bias[:, None], axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "lse_token", "lse_head"])
 def split_kernel(
     q_ptr,
     k_code_ptr,
@@ -45,7 +45,7 @@ def split_kernel(
     v_scale_ptr,
     kv_indptr,
     kv_indices,
-    splits_ptr,
+    splits,
     partial_ptr,
     lse_ptr,
     sm_scale,
@@ -79,8 +79,7 @@ def split_kernel(
     split = tl.program_id(2)
     first = tl.load(kv_indptr + request)
     length = tl.load(kv_indptr + request + 1) - first
-    count = tl.load(splits_ptr + request)
-    each = tl.cdiv(tl.cdiv(length, count), BN) * BN
+    each = tl.cdiv(tl.cdiv(length, splits), BN) * BN
     start = split * each
     end = tl.minimum(start + each, length)
     if start >= end:
@@ -111,6 +110,12 @@ def split_kernel(
         if AFFINE:
             shift = _bias_product(q0, k_bias_ptr + head * D, channel, D)
         a0 = tl.zeros((DP, BG), tl.float32)
+    k_scale *= sm_scale
+    shift *= sm_scale
+    if not CAP:
+        # Logits in powers of two at once.
+        k_scale *= LOG2E
+        shift *= LOG2E
     largest = tl.full((BG,), -float("inf"), tl.float32)
     # One sum for each place in the tile: added up once, after the loop.
     totals = tl.zeros((BN, BG), tl.float32)
@@ -120,15 +125,16 @@ def split_kernel(
         slot = tl.load(kv_indices + first + tl.minimum(token, end - 1)).to(tl.int64)
         row = slot * H + head
         if FP4:
-            k0, k1, k2, k3 = load_planes(k_code_ptr, k_block_ptr, row, D, E, BN, ASM, COMPUTE)
+            k0, k1, k2, k3 = load_planes(k_code_ptr, k_block_ptr, slot, head, H, D, E, BN, ASM, COMPUTE, False)
             s = tl.dot(k0, q0, input_precision="ieee")
             s = tl.dot(k1, q1, s, input_precision="ieee")
             s = tl.dot(k2, q2, s, input_precision="ieee")
             s = tl.dot(k3, q3, s, input_precision="ieee")
         else:
             s = tl.dot(load_fp8(k_code_ptr, row, D, DP, NATIVE, COMPUTE), q0, input_precision="ieee")
-        s = (s * k_scale + shift[None, :]) * sm_scale
-        s = capped(s, cap, CAP) * LOG2E
+        s = s * k_scale + shift[None, :]
+        if CAP:
+            s = capped(s, cap, CAP) * LOG2E
         s = tl.where((token < end)[:, None], s, -float("inf"))
         rising = tl.maximum(largest, tl.max(s, axis=0))
         decay = tl.exp2(largest - rising)
@@ -137,11 +143,11 @@ def split_kernel(
         largest = rising
         p = weight.to(COMPUTE)
         if FP4:
-            v0, v1, v2, v3 = load_planes(v_code_ptr, v_block_ptr, row, D, E, BN, ASM, COMPUTE)
-            a0 = tl.dot(tl.trans(v0), p, a0 * decay[None, :], input_precision="ieee")
-            a1 = tl.dot(tl.trans(v1), p, a1 * decay[None, :], input_precision="ieee")
-            a2 = tl.dot(tl.trans(v2), p, a2 * decay[None, :], input_precision="ieee")
-            a3 = tl.dot(tl.trans(v3), p, a3 * decay[None, :], input_precision="ieee")
+            v0, v1, v2, v3 = load_planes(v_code_ptr, v_block_ptr, slot, head, H, D, E, BN, ASM, COMPUTE, True)
+            a0 = tl.dot(v0, p, a0 * decay[None, :], input_precision="ieee")
+            a1 = tl.dot(v1, p, a1 * decay[None, :], input_precision="ieee")
+            a2 = tl.dot(v2, p, a2 * decay[None, :], input_precision="ieee")
+            a3 = tl.dot(v3, p, a3 * decay[None, :], input_precision="ieee")
         else:
             v = load_fp8(v_code_ptr, row, D, DP, NATIVE, COMPUTE)
             a0 = tl.dot(tl.trans(v), p, a0 * decay[None, :], input_precision="ieee")
@@ -164,13 +170,13 @@ def split_kernel(
     tl.store(at_lse, largest + tl.log2(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "lse_token", "lse_head"])
 def merge_kernel(
     partial_ptr,
     lse_ptr,
     v_bias_ptr,
     kv_indptr,
-    splits_ptr,
+    splits,
     out_ptr,
     partial_token,
     partial_head,
@@ -183,27 +189,31 @@ def merge_kernel(
     DP: tl.constexpr,
     AFFINE: tl.constexpr,
     BN: tl.constexpr,
+    BP: tl.constexpr,
 ):
-    """The splits of one request and query head, weighted by what each had of the softmax; zero for a request without tokens."""
+    """The parts of one request and query head, BP at a time, weighted by their shares of the softmax; zero without tokens."""
     request = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     channel = tl.arange(0, DP)
     inside = channel < D
     length = tl.load(kv_indptr + request + 1) - tl.load(kv_indptr + request)
-    count = tl.load(splits_ptr + request)
-    each = tl.cdiv(tl.cdiv(length, count), BN) * BN
+    each = tl.cdiv(tl.cdiv(length, splits), BN) * BN
+    parts = tl.cdiv(length, tl.maximum(each, 1))
+    lse_ptr += request * lse_token + head * lse_head
+    partial_ptr += request * partial_token + head * partial_head
     largest = -float("inf")
     total = 0.0
     acc = tl.zeros((DP,), tl.float32)
-    for split in range(tl.cdiv(length, tl.maximum(each, 1))):
-        lse = tl.load(lse_ptr + request * lse_token + head * lse_head + split)
-        at = partial_ptr + request * partial_token + head * partial_head + split * partial_split
-        part = tl.load(at + channel, mask=inside, other=0.0)
-        rising = tl.maximum(largest, lse)
+    for first in range(0, parts, BP):
+        part = first + tl.arange(0, BP)
+        lse = tl.load(lse_ptr + part, mask=part < parts, other=-float("inf"))
+        at = partial_ptr + part[:, None] * partial_split + channel[None, :]
+        values = tl.load(at, mask=(part < parts)[:, None] & inside[None, :], other=0.0)
+        rising = tl.maximum(largest, tl.max(lse, axis=0))
         decay = tl.exp2(largest - rising)
         weight = tl.exp2(lse - rising)
-        acc = acc * decay + weight * part
-        total = total * decay + weight
+        acc = acc * decay + tl.sum(values * weight[:, None], axis=0)
+        total = total * decay + tl.sum(weight, axis=0)
         largest = rising
     out = acc / tl.where(total == 0.0, 1.0, total)
     if AFFINE:

@@ -16,7 +16,6 @@ import triton.language as tl
 from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
 from sglang_modelopt_kernels.planes.kernel import e4m3_scale_float16, plane, planes_float16
 
-
 BFLOAT16: tl.constexpr = tl.constexpr(
     (
         """{ .reg .b32 a, z;
