@@ -329,9 +329,7 @@ def attention_cases(arch: int) -> Iterator[Case]:
             if recipe.rotate and head_dim > MOST_ROTATED:
                 continue
             code = "*i16" if recipe.format.block else "*u8"
-            cache = {
-                f"{side}_{name}": type_ for side in "kv" for name, type_ in (("code_ptr", code), ("block_ptr", "*u8"))
-            }
+            cache = {"k_code_ptr": code, "v_code_ptr": code, "block_ptr": "*u8"}
             cache |= {f"{side}_{name}": "*fp32" for side in "kv" for name in ("scale_ptr", "bias_ptr")}
             indices = dict.fromkeys(("qo_indptr", "kv_indptr", "kv_indices", "slot_ptr"), "*i32")
             common = {"D": head_dim, "DP": head_dim, "E": head_dim // 4, "FP4": recipe.format.block > 0}

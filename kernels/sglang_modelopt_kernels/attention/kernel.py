@@ -31,6 +31,7 @@ def load_planes(
     scale_ptr,
     slot,
     head,
+    SIDE: tl.constexpr,
     H: tl.constexpr,
     D: tl.constexpr,
     E: tl.constexpr,
@@ -47,9 +48,10 @@ def load_planes(
     element = tl.arange(0, E)
     block = tl.arange(0, E // 4)
     code_ptr += head * (D // 4)
-    scale_ptr += head * (D // 16)
+    # Block scales of keys (SIDE 0) and values (1) lie side by side.
+    scale_ptr += head * (2 * (D // 16)) + SIDE * (D // 16)
     codes_at = slot * (H * (D // 4))
-    scales_at = slot * (H * (D // 16))
+    scales_at = slot * (H * (2 * (D // 16)))
     if ACROSS:
         codes_at = (code_ptr + element)[:, None] + codes_at[None, :]
         scales_at = (scale_ptr + block)[:, None] + scales_at[None, :]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
-from sglang_modelopt_kernels.attention.launch import architecture, options, unserved
+from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
@@ -167,11 +167,10 @@ def decode_attention(
     split_kernel[(heads, requests, max_kv_splits)](
         turned,
         k_buffer.codes,
-        k_buffer.codes if k_buffer.block_scales is None else k_buffer.block_scales,
         k_buffer.scale,
         nothing if k_buffer.bias is None else k_buffer.bias,
         v_buffer.codes,
-        v_buffer.codes if v_buffer.block_scales is None else v_buffer.block_scales,
+        shared_scales(k_buffer, v_buffer),
         v_buffer.scale,
         kv_indptr,
         kv_indices,

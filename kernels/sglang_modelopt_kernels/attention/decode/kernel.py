@@ -37,11 +37,10 @@ def _bias_product(q, bias_ptr, channel, D: tl.constexpr):
 def split_kernel(
     q_ptr,
     k_code_ptr,
-    k_block_ptr,
     k_scale_ptr,
     k_bias_ptr,
     v_code_ptr,
-    v_block_ptr,
+    block_ptr,
     v_scale_ptr,
     kv_indptr,
     kv_indices,
@@ -125,7 +124,7 @@ def split_kernel(
         slot = tl.load(kv_indices + first + tl.minimum(token, end - 1)).to(tl.int64)
         row = slot * H + head
         if FP4:
-            k0, k1, k2, k3 = load_planes(k_code_ptr, k_block_ptr, slot, head, H, D, E, BN, ASM, COMPUTE, False)
+            k0, k1, k2, k3 = load_planes(k_code_ptr, block_ptr, slot, head, 0, H, D, E, BN, ASM, COMPUTE, False)
             s = tl.dot(k0, q0, input_precision="ieee")
             s = tl.dot(k1, q1, s, input_precision="ieee")
             s = tl.dot(k2, q2, s, input_precision="ieee")
@@ -143,7 +142,7 @@ def split_kernel(
         largest = rising
         p = weight.to(COMPUTE)
         if FP4:
-            v0, v1, v2, v3 = load_planes(v_code_ptr, v_block_ptr, slot, head, H, D, E, BN, ASM, COMPUTE, True)
+            v0, v1, v2, v3 = load_planes(v_code_ptr, block_ptr, slot, head, 1, H, D, E, BN, ASM, COMPUTE, True)
             a0 = tl.dot(v0, p, a0 * decay[None, :], input_precision="ieee")
             a1 = tl.dot(v1, p, a1 * decay[None, :], input_precision="ieee")
             a2 = tl.dot(v2, p, a2 * decay[None, :], input_precision="ieee")
