@@ -355,9 +355,13 @@ def _attention_of(
         chosen = {key: everything[key] for key in kernel.arg_names if key not in constexprs}
         return Case(f"{label} {name}", kernel, chosen, constexprs, options, aligned, matrix, weights)
 
-    one = decode.choose_for(recipe.format, head_dim, arch)
-    own = {"BG": decode.LEAST_QUERIES, "BN": one.tokens, "BP": decode.MERGED}
-    yield case(f"decode {one}", split_kernel, own, one.options, "small", 2 * one.tokens * head_dim)
+    for heads in (8, 1):
+        one = decode.choose_for(recipe.format, head_dim, heads, arch)
+        own = {"H": heads, "BH": one.heads, "BG": decode.LEAST_QUERIES, "BN": one.tokens, "BP": decode.MERGED}
+        own["LEAST"] = decode.LEAST_TOKENS
+        options = {"num_warps": one.warps, "num_stages": one.stages}
+        weights = 2 * one.heads * one.tokens * head_dim
+        yield case(f"decode H={heads} {one}", split_kernel, own, options, "small", weights)
     yield case("merge", merge_kernel, own, {"num_warps": 4}, "", 0)
     many = extend.choose_for(recipe.format, head_dim, arch)
     options = {"num_warps": many.warps, "num_stages": many.stages}

@@ -38,41 +38,26 @@ def load_planes(
     BN: tl.constexpr,
     ASM: tl.constexpr,
     OUT: tl.constexpr,
-    ACROSS: tl.constexpr,
 ):
-    """Four planes of the NVFP4 vectors of one head in ``slot`` (int64 ``[BN]``), times 2^-14.
+    """Four planes ``[BN, E]`` of the NVFP4 vectors of one head in ``slot`` (int64 ``[BN]``), times 2^-14.
 
-    ``[BN, E]``, or ``[E, BN]`` with ACROSS; E is D / 4, rounded up to a power of two. ACROSS is for the left operand of a product
-    over tokens: codes come out of shared memory turned, where planes turned after decoding would go through it, four times as much.
+    E is D / 4, rounded up to a power of two.
     """
     element = tl.arange(0, E)
     block = tl.arange(0, E // 4)
     code_ptr += head * (D // 4)
     # Block scales of keys (SIDE 0) and values (1) lie side by side.
     scale_ptr += head * (2 * (D // 16)) + SIDE * (D // 16)
-    codes_at = slot * (H * (D // 4))
-    scales_at = slot * (H * (2 * (D // 16)))
-    if ACROSS:
-        codes_at = (code_ptr + element)[:, None] + codes_at[None, :]
-        scales_at = (scale_ptr + block)[:, None] + scales_at[None, :]
-        inside = (element < D // 4)[:, None]
-        inside_scales = (block < D // 16)[:, None]
-    else:
-        codes_at = (code_ptr + element)[None, :] + codes_at[:, None]
-        scales_at = (scale_ptr + block)[None, :] + scales_at[:, None]
-        inside = (element < D // 4)[None, :]
-        inside_scales = (block < D // 16)[None, :]
+    codes_at = (code_ptr + element)[None, :] + (slot * (H * (D // 4)))[:, None]
+    scales_at = (scale_ptr + block)[None, :] + (slot * (H * (2 * (D // 16))))[:, None]
     if 4 * E == D:
         codes = tl.load(codes_at)
         stored = tl.load(scales_at)
     else:
-        codes = tl.load(codes_at, mask=inside, other=0)
-        stored = tl.load(scales_at, mask=inside_scales, other=0)
+        codes = tl.load(codes_at, mask=(element < D // 4)[None, :], other=0)
+        stored = tl.load(scales_at, mask=(block < D // 16)[None, :], other=0)
     scale = e4m3_scale_float16(stored)
-    if ACROSS:
-        scale = tl.reshape(tl.broadcast_to(scale[:, None, :], (E // 4, 4, BN)), (E, BN))
-    else:
-        scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, E // 4, 4)), (BN, E))
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, E // 4, 4)), (BN, E))
     p0, p1, p2, p3 = planes_float16(codes, scale, ASM)
     return p0.to(OUT), p1.to(OUT), p2.to(OUT), p3.to(OUT)
 

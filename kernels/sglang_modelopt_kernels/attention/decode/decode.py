@@ -20,6 +20,9 @@ for FP8 of head_dim 64, which is 7 % faster with 6."""
 MOST_SPLITS = 128
 """Parts of a request that are merged: more take longer than they save."""
 
+LEAST_TOKENS = 128
+"""Tokens of a part at the least: whole tiles of every configuration."""
+
 MERGED = 16
 """Parts that the merging kernel reads at a time."""
 
@@ -29,21 +32,15 @@ LEAST_QUERIES = 8
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tokens a program reads at a time, its warps, the stages of its pipeline, and the most registers of a thread.
+    """Tokens and KV heads a program reads at a time, its warps, and the stages of its pipeline.
 
     A tile's place is known only once the index of its tokens was read: five stages keep two tiles under way, three one.
     """
 
     tokens: int
+    heads: int
     warps: int
     stages: int
-    registers: int | None = None
-
-    @property
-    def options(self) -> dict[str, int]:
-        """How the kernel is compiled."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
-        return {"num_warps": self.warps, "num_stages": self.stages} | limit
 
 
 def count_splits(requests: int, heads: int, processors: int) -> int:
@@ -88,18 +85,12 @@ class DecodeScratch:
         return self.partial[:rows].view(*shape, -1), self.lse[:rows].view(shape)
 
 
-def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> DecodeConfig:
-    """The configuration for a format on an architecture; fixed, so that a request's result does not depend on its batch.
-
-    For SM90 chosen on an H100, over 1, 8 and 32 requests of 8192 tokens: none is the fastest for every batch.
-    """
-    if head_dim > 128:
-        return DecodeConfig(64 if number.block else 32, 2, 3)
-    if arch != 90:  # measured there only
-        return DecodeConfig(64, 2, 3)
+def choose_for(number: KVFormat, head_dim: int, heads: int, arch: int | None) -> DecodeConfig:
+    """The configuration for a format and number of KV heads; fixed, so that a request's result does not depend on its batch."""
+    together = 2 if heads % 2 == 0 else 1
     if number.block:
-        return DecodeConfig(64, 1, 2) if head_dim <= 64 else DecodeConfig(128, 2, 2)
-    return DecodeConfig(128, 4, 3 if head_dim <= 64 else 1)
+        return DecodeConfig(32, together, together, 5)
+    return DecodeConfig(32 if head_dim > 128 else 64, 1, 2, 3)
 
 
 def decode_attention(
@@ -159,12 +150,12 @@ def decode_attention(
     if requests == 0:
         return
     constants = options(q, k_buffer)
-    config = choose_for(k_buffer.format, head_dim, architecture(q))
+    config = choose_for(k_buffer.format, head_dim, heads, architecture(q))
     group = query_heads // heads
     turned = turn_queries(q.contiguous()) if k_buffer.rotated else q
     strides = (*attn_logits.stride()[:3], *attn_lse.stride()[:2])
     nothing = k_buffer.scale
-    split_kernel[(heads, requests, max_kv_splits)](
+    split_kernel[(heads // config.heads, requests, max_kv_splits)](
         turned,
         k_buffer.codes,
         k_buffer.scale,
@@ -184,9 +175,12 @@ def decode_attention(
         H=heads,
         GROUP=group,
         CAP=logit_cap > 0,
+        BH=config.heads,
         BG=max(LEAST_QUERIES, 1 << (group - 1).bit_length()),
         BN=config.tokens,
-        **config.options,
+        LEAST=LEAST_TOKENS,
+        num_warps=config.warps,
+        num_stages=config.stages,
         **constants,
     )
     merge_kernel[(requests, query_heads)](
@@ -203,6 +197,7 @@ def decode_attention(
         DP=constants["DP"],
         AFFINE=v_buffer.bias is not None,
         BN=config.tokens,
+        LEAST=LEAST_TOKENS,
         BP=MERGED,
         num_warps=4,
     )
