@@ -358,11 +358,9 @@ def attention_cases(arch: int) -> Iterator[Case]:
             if recipe.rotate and head_dim > MOST_ROTATED:
                 continue
             code = "*i16" if recipe.format.block else "*u8"
-            cache = {
-                f"{side}_{name}": type_ for side in "kv" for name, type_ in (("code_ptr", code), ("block_ptr", "*u8"))
-            }
+            cache = {"k_code_ptr": code, "v_code_ptr": code, "block_ptr": "*u8"}
             cache |= {f"{side}_{name}": "*fp32" for side in "kv" for name in ("scale_ptr", "bias_ptr")}
-            indices = dict.fromkeys(("qo_indptr", "kv_indptr", "kv_indices", "splits_ptr", "slot_ptr"), "*i32")
+            indices = dict.fromkeys(("qo_indptr", "kv_indptr", "kv_indices", "slot_ptr"), "*i32")
             common = {"D": head_dim, "DP": head_dim, "E": head_dim // 4, "FP4": recipe.format.block > 0}
             common |= {"AFFINE": recipe.affine, "H": 8, "GROUP": 4, "CAP": False, "ASM": True, "NATIVE": arch >= 89}
             common |= {"COMPUTE": tl.float16, "RAW": tl.bfloat16, "SIZE": hadamard_block(head_dim)}
@@ -378,7 +376,7 @@ def _attention_of(
     strides = dict.fromkeys(("q_stride", "turned_stride", "k_stride", "v_stride", "out_stride"), "i32")
     wide = dict.fromkeys(("q_ptr", "turned_ptr"), "*fp16" if recipe.rotate else "*bf16")
     wide |= dict.fromkeys(("k_ptr", "v_ptr", "out_ptr"), "*bf16")
-    everything = pointers | strides | wide | {"tokens": "i32", "rows": "i32"}
+    everything = pointers | strides | wide | dict.fromkeys(("tokens", "rows", "splits"), "i32")
     aligned = (*strides, *scratch)
 
     def case(label: str, kernel: Any, own: dict[str, Any], options: dict[str, int], matrix: str, weights: int) -> Case:
@@ -386,11 +384,14 @@ def _attention_of(
         chosen = {key: everything[key] for key in kernel.arg_names if key not in constexprs}
         return Case(f"{label} {name}", kernel, chosen, constexprs, options, aligned, matrix, weights)
 
-    one = decode.choose_for(recipe.format, head_dim, arch)
-    options = {"num_warps": one.warps, "num_stages": one.stages}
-    own = {"BG": decode.LEAST_QUERIES, "BN": one.tokens}
-    yield case(f"decode {one}", split_kernel, own, options, "small", 2 * one.tokens * head_dim)
-    yield case("merge", merge_kernel, own, {"num_warps": 2}, "", 0)
+    for heads in (8, 1):
+        one = decode.choose_for(recipe.format, head_dim, heads, arch)
+        own = {"H": heads, "BH": one.heads, "BG": decode.LEAST_QUERIES, "BN": one.tokens, "BP": decode.MERGED}
+        own["LEAST"] = decode.LEAST_TOKENS
+        options = {"num_warps": one.warps, "num_stages": one.stages}
+        weights = 2 * one.heads * one.tokens * head_dim
+        yield case(f"decode H={heads} {one}", split_kernel, own, options, "small", weights)
+    yield case("merge", merge_kernel, own, {"num_warps": 4}, "", 0)
     many = extend.choose_for(recipe.format, head_dim, arch)
     options = {"num_warps": many.warps, "num_stages": many.stages}
     own = {"BM": many.queries, "BN": many.keys, "CAUSAL": True, "WINDOW": 0}

@@ -15,7 +15,7 @@ import torch
 import triton
 
 from benchmarks.gemm import read_bandwidth
-from sglang_modelopt_kernels.attention.decode.decode import count_splits, decode_attention
+from sglang_modelopt_kernels.attention.decode import DecodeScratch, decode_attention
 from sglang_modelopt_kernels.attention.extend import extend_attention
 from sglang_modelopt_kernels.attention.naive import naive_decode, naive_extend
 from sglang_modelopt_kernels.attention.packed import PackedCache
@@ -28,23 +28,24 @@ CONTEXTS, BATCHES = (1024, 8192, 32768, 131072), (1, 8, 32, 128)
 MEMORY = 24 << 30
 """Bytes of bf16 keys and values that a case may stand for."""
 
-MAX_SPLITS = 16
-"""As in the server."""
+
+def empty(recipe: KVRecipe, slots: int, head_dim: int) -> tuple[PackedCache, PackedCache]:
+    """Keys and values of random codes."""
+    shape = (slots, HEADS, 2, head_dim // 16)
+    block = torch.randint(0x30, 0x40, shape, device="cuda", dtype=torch.uint8) if recipe.format.block else None
+    return _side(recipe, slots, head_dim, block, 0), _side(recipe, slots, head_dim, block, 1)
 
 
-def empty(recipe: KVRecipe, slots: int, head_dim: int, are_keys: bool) -> PackedCache:
-    """A cache of random codes."""
+def _side(recipe: KVRecipe, slots: int, head_dim: int, block: torch.Tensor | None, side: int) -> PackedCache:
     number = recipe.format
     code = torch.randint(
         -(1 << 15), 1 << 15, (slots, HEADS, number.code_width(head_dim)), device="cuda", dtype=torch.int16
     )
     if number.code_dtype == torch.uint8:
         code = torch.randint(0, 0x7E, code.shape, device="cuda", dtype=torch.uint8)
-    shape = (slots, HEADS, head_dim // 16)
-    block = torch.randint(0x30, 0x40, shape, device="cuda", dtype=torch.uint8) if number.block else None
     bias = torch.randn(HEADS, head_dim, device="cuda") if recipe.affine else None
     scale = torch.full((1,), 0.05, device="cuda")
-    return PackedCache(number, code, block, scale, bias, recipe.rotate and are_keys, head_dim, torch.float32)
+    return PackedCache(number, code, block, side, scale, bias, recipe.rotate and side == 0, head_dim, torch.float32)
 
 
 class Decode:
@@ -55,19 +56,15 @@ class Decode:
         self.stored = stored
         self.copies = max(1, min(4, COLD_BYTES // stored + 1))
         tokens = context * batch
-        self.caches = [
-            tuple(empty(recipe, tokens, head_dim, side) for side in (True, False)) for _ in range(self.copies)
-        ]
+        self.caches = [empty(recipe, tokens, head_dim) for _ in range(self.copies)]
         self.q = torch.randn(batch, HEADS * group, head_dim, device="cuda", dtype=torch.bfloat16)
         self.out = torch.empty_like(self.q)
         self.indptr = torch.arange(0, tokens + 1, context, device="cuda", dtype=torch.int32)
         self.indices = torch.randperm(tokens, device="cuda", dtype=torch.int64).to(torch.int32)
         processors = torch.cuda.get_device_properties(0).multi_processor_count
-        splits = count_splits(batch, HEADS, processors, MAX_SPLITS)
-        self.splits = splits
-        self.scratch = torch.empty(batch, HEADS * group, splits, head_dim, device="cuda")
-        self.lse = torch.empty(self.scratch.shape[:3], device="cuda")
-        self.counts = torch.full((batch,), splits, dtype=torch.int32, device="cuda")
+        room = DecodeScratch(batch, HEADS * group, HEADS, head_dim, processors, "cuda")
+        self.partial, self.lse = room.of(batch, HEADS * group)
+        self.splits = self.partial.shape[2]
 
     def __call__(self, index: int) -> None:
         keys, values = self.caches[index % self.copies]
@@ -78,9 +75,9 @@ class Decode:
             self.out,
             self.indptr,
             self.indices,
-            self.scratch,
+            self.partial,
             self.lse,
-            self.counts,
+            None,
             self.splits,
             0.01,
         )
@@ -206,7 +203,7 @@ def extend_rows() -> None:
         stock = stock_extend([q, k, v, out], cached, spans, indices)
         flops = 4 * 4 * HEADS * head_dim * (new * prefix + new * new / 2)
         for name, recipe in KV_RECIPES.items():
-            keys, values = empty(recipe, prefix, head_dim, True), empty(recipe, prefix, head_dim, False)
+            keys, values = empty(recipe, prefix, head_dim)
             operands = (q, k, v, out, keys, values, *spans, indices)
 
             def run(_: int, operands: tuple[Any, ...] = operands, new: int = new) -> None:
@@ -228,7 +225,7 @@ def store_rows() -> None:
         k, v = (torch.randn(tokens, HEADS, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         slots = torch.randperm(tokens, device="cuda")
         for name, recipe in KV_RECIPES.items():
-            keys, values = empty(recipe, tokens, 128, True), empty(recipe, tokens, 128, False)
+            keys, values = empty(recipe, tokens, 128)
             us = median_us(lambda _, a=(keys, values, slots, k, v): store_kv(*a))
             print(f"{name:14}{128:4}{tokens:8}{us:9.1f}{4 * k.numel() / us / 1e3:11.0f}", flush=True)
 

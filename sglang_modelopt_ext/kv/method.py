@@ -27,7 +27,11 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
         self.layers = rank_layers(model, plan, rank, size)
 
     def create_buffers(self, size: int, head_num: int, head_dim: int, layer_num: int, device: str) -> dict[str, Any]:
-        """SGLang's names for the codes ``[size, H, ...]`` of each layer, and the block scales where there are any."""
+        """SGLang's names for the codes ``[size, H, ...]`` of each layer, and the block scales where there are any.
+
+        ``k_scale_buffer`` holds those of keys and values, ``[size, H, 2 * D / 16]``; ``v_scale_buffer`` is there, and empty,
+        because SGLang moves slots by both lists.
+        """
         number = self.recipe.format
 
         def make(width: int, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -37,8 +41,8 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
         return {
             "k_buffer": make(number.code_width(head_dim), number.code_dtype),
             "v_buffer": make(number.code_width(head_dim), number.code_dtype),
-            "k_scale_buffer": make(scales, torch.uint8) if scales else None,
-            "v_scale_buffer": make(scales, torch.uint8) if scales else None,
+            "k_scale_buffer": make(2 * scales, torch.uint8) if scales else None,
+            "v_scale_buffer": make(0, torch.uint8) if scales else None,
             "store_dtype": number.code_dtype,
         }
 
@@ -48,17 +52,19 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
         return 2 * head_num * num_layers * self.recipe.bytes_per_vector(head_dim)
 
     def pack(
-        self, layer_id: int, codes: tuple[torch.Tensor, torch.Tensor], block_scales: tuple[Any, Any], head_dim: int
+        self, layer_id: int, codes: tuple[torch.Tensor, torch.Tensor], block_scales: torch.Tensor | None, head_dim: int
     ) -> tuple[PackedCache, PackedCache]:
-        """The keys and the values of one layer over its buffers ``(of k, of v)``."""
+        """The keys and the values of one layer over its codes ``(of k, of v)`` and the block scales of both."""
         layer = self.layers[layer_id]
         device = codes[0].device
+        shared = None if block_scales is None else block_scales.unflatten(-1, (2, -1))
 
         def one(index: int, scale: float, bias: torch.Tensor | None) -> PackedCache:
             return PackedCache(
                 format=self.recipe.format,
                 codes=codes[index],
-                block_scales=block_scales[index],
+                block_scales=shared,
+                side=index,
                 scale=torch.tensor([scale], dtype=torch.float32, device=device),
                 bias=None if bias is None else bias.to(device),
                 rotated=self.recipe.rotate and index == 0,

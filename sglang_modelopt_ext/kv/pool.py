@@ -24,9 +24,8 @@ class ModelOptExtKVPool(MHATokenToKVPool):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        empty = [None] * self.layer_num
         codes = zip(self.k_buffer, self.v_buffer, strict=True)
-        block_scales = zip(self.k_scale_buffer or empty, self.v_scale_buffer or empty, strict=True)
+        block_scales = self.k_scale_buffer or [None] * self.layer_num
         self.packed: list[tuple[PackedCache, PackedCache]] = [
             self.quant_method.pack(self.start_layer + index, *buffers, self.head_dim)
             for index, buffers in enumerate(zip(codes, block_scales, strict=True))

@@ -58,7 +58,10 @@ class Batch:
         shape = (self.slots, case.heads, case.head_dim)
         spread = torch.linspace(0.2, 2.0, case.head_dim)
         k, v = (case.size * (self.normal(*shape) * spread + 0.7) for _ in range(2))
-        self.keys, self.values = self.packed(k, True), self.packed(v, False)
+        width = self.recipe.format.scale_bytes(case.head_dim)
+        poison = torch.full((self.slots, case.heads, 2, width), POISON & 0xFF, dtype=torch.uint8, device=device)
+        scales = poison if self.recipe.format.block else None
+        self.keys, self.values = self.packed(k, scales, 0), self.packed(v, scales, 1)
         order = torch.randperm(self.slots, generator=self.generator)
         self.indices = order[: sum(case.lengths)].to(torch.int32)
         for cache, x in ((self.keys, k), (self.values, v)):
@@ -73,20 +76,20 @@ class Batch:
     def indptr(self, counts: tuple[int, ...]) -> torch.Tensor:
         return torch.tensor([0, *counts]).cumsum(0).to(torch.int32).to(self.device)
 
-    def packed(self, x: torch.Tensor, are_keys: bool) -> PackedCache:
+    def packed(self, x: torch.Tensor, scales: torch.Tensor | None, side: int) -> PackedCache:
         number = self.recipe.format
         heads, head_dim = x.shape[1:]
         bias = x.mean(dim=0) if self.recipe.affine else None
-        inner = rotate(x) if self.recipe.rotate and are_keys else x - (0 if bias is None else bias)
+        inner = rotate(x) if self.recipe.rotate and side == 0 else x - (0 if bias is None else bias)
         code = torch.full((self.slots, heads, number.code_width(head_dim)), POISON, dtype=torch.int16)
-        block = torch.full((self.slots, heads, number.scale_bytes(head_dim)), POISON & 0xFF, dtype=torch.uint8)
         return PackedCache(
             number,
             code.to(number.code_dtype).to(self.device),
-            block.to(self.device) if number.block else None,
+            scales,
+            side,
             (inner.abs().max() / number.range).reshape(1).to(self.device),
             None if bias is None else bias.to(self.device),
-            self.recipe.rotate and are_keys,
+            self.recipe.rotate and side == 0,
             head_dim,
             torch.float32,
         )
@@ -143,10 +146,9 @@ def check_decode(case: Case, device: str) -> float:
     out = torch.full_like(q, float("nan"))
     scratch = torch.full((len(case.lengths), q.shape[1], case.splits, case.head_dim), float("nan"), device=device)
     lse = torch.full(scratch.shape[:3], float("nan"), device=device)
-    counts = torch.tensor([1 + i % case.splits for i in range(len(case.lengths))], dtype=torch.int32, device=device)
     scale = case.head_dim**-0.5
     decode_attention(
-        q, batch.keys, batch.values, out, batch.kv_indptr, batch.indices, scratch, lse, counts, case.splits, scale,
+        q, batch.keys, batch.values, out, batch.kv_indptr, batch.indices, scratch, lse, None, case.splits, scale,
         logit_cap=case.cap,
     )  # fmt: skip
     arguments = (batch.kv_indptr, batch.indices, scale, case.cap)
@@ -205,7 +207,9 @@ def check_store(case: Case, device: str) -> tuple[int, int, int]:
         if cache.block_scales is None or twin.block_scales is None:
             wrong.append(int((cache.codes != twin.codes)[slots][~spoiled].sum()))
             continue
-        scales += int((cache.block_scales != twin.block_scales)[slots][~spoiled].sum())
+        differ = cache.block_scales != twin.block_scales
+        assert not bool(differ[unused].any()), "block scales of another slot were written"
+        scales += int(differ[slots][:, :, side][~spoiled].sum())
         wrong.append(int((cache.codes != twin.codes)[slots][~spoiled].sum()))
     return wrong[0], wrong[1], scales
 
@@ -284,7 +288,7 @@ def test_what_is_too_large_to_rotate_is_refused() -> None:
 def test_what_the_kernels_do_not_serve_is_refused() -> None:
     batch = Batch(Case("nvfp4"), "cpu")
     q, scratch = batch.queries(3), torch.zeros(3, 8, 2, 64)
-    decode = (q, batch.keys, batch.values, q, batch.kv_indptr, batch.indices, scratch, scratch[..., 0], q, 2, 0.1)
+    decode = (q, batch.keys, batch.values, q, batch.kv_indptr, batch.indices, scratch, scratch[..., 0], None, 2, 0.1)
     for argument in ("sinks", "score_mod", "aux_tensors"):
         with pytest.raises(NotImplementedError, match=argument):
             decode_attention(*decode, **{argument: torch.ones(1)})
@@ -360,13 +364,10 @@ def test_a_step_under_cuda_graph_capture(recipe: str) -> None:
     out = torch.empty_like(q)
     scratch = torch.empty((3, q.shape[1], 4, case.head_dim), device="cuda")
     lse = torch.empty(scratch.shape[:3], device="cuda")
-    counts = torch.tensor([4, 2, 1], dtype=torch.int32, device="cuda")
 
     def step() -> None:
         store_kv(batch.keys, batch.values, slots, k, v)
-        decode_attention(
-            q, batch.keys, batch.values, out, batch.kv_indptr, batch.indices, scratch, lse, counts, 4, 0.125
-        )
+        decode_attention(q, batch.keys, batch.values, out, batch.kv_indptr, batch.indices, scratch, lse, None, 4, 0.125)
 
     step()
     graph = torch.cuda.CUDAGraph()

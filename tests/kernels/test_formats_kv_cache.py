@@ -28,7 +28,10 @@ def packed(recipe: KVRecipe, head_dim: int, scale: float, bias: torch.Tensor | N
     return PackedCache(
         number,
         torch.full((slots, HEADS, number.code_width(head_dim)), poison, dtype=number.code_dtype),
-        torch.full((slots, HEADS, number.scale_bytes(head_dim)), poison, dtype=torch.uint8) if number.block else None,
+        torch.full((slots, HEADS, 2, number.scale_bytes(head_dim)), poison, dtype=torch.uint8)
+        if number.block
+        else None,
+        0,
         torch.tensor([scale]),
         bias,
         recipe.rotate,

@@ -27,20 +27,35 @@ def e4m3_float16(b, NATIVE: tl.constexpr):
 
 @triton.jit
 def load_planes(
-    code_ptr, scale_ptr, row, D: tl.constexpr, E: tl.constexpr, BN: tl.constexpr, ASM: tl.constexpr, OUT: tl.constexpr
+    code_ptr,
+    scale_ptr,
+    slot,
+    head,
+    SIDE: tl.constexpr,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BN: tl.constexpr,
+    ASM: tl.constexpr,
+    OUT: tl.constexpr,
 ):
-    """Four planes ``[BN, E]`` of the NVFP4 vectors in ``row`` ``[BN]``, times 2^-14; E is D / 4, rounded up to a power of two."""
+    """Four planes ``[BN, E]`` of the NVFP4 vectors of one head in ``slot`` (int64 ``[BN]``), times 2^-14.
+
+    E is D / 4, rounded up to a power of two.
+    """
     element = tl.arange(0, E)
     block = tl.arange(0, E // 4)
+    code_ptr += head * (D // 4)
+    # Block scales of keys (SIDE 0) and values (1) lie side by side.
+    scale_ptr += head * (2 * (D // 16)) + SIDE * (D // 16)
+    codes_at = (code_ptr + element)[None, :] + (slot * (H * (D // 4)))[:, None]
+    scales_at = (scale_ptr + block)[None, :] + (slot * (H * (2 * (D // 16))))[:, None]
     if 4 * E == D:
-        codes = tl.load(code_ptr + row[:, None] * (D // 4) + element[None, :])
-        stored = tl.load(scale_ptr + row[:, None] * (D // 16) + block[None, :])
+        codes = tl.load(codes_at)
+        stored = tl.load(scales_at)
     else:
-        inside = (element < D // 4)[None, :]
-        codes = tl.load(code_ptr + row[:, None] * (D // 4) + element[None, :], mask=inside, other=0)
-        stored = tl.load(
-            scale_ptr + row[:, None] * (D // 16) + block[None, :], mask=(block < D // 16)[None, :], other=0
-        )
+        codes = tl.load(codes_at, mask=(element < D // 4)[None, :], other=0)
+        stored = tl.load(scales_at, mask=(block < D // 16)[None, :], other=0)
     scale = e4m3_scale_float16(stored)
     scale = tl.reshape(tl.broadcast_to(scale[:, :, None], (BN, E // 4, 4)), (BN, E))
     p0, p1, p2, p3 = planes_float16(codes, scale, ASM)

@@ -45,3 +45,14 @@ def unserved(**arguments: Any) -> None:
     for name, value in arguments.items():
         if value is not None and value is not False:
             raise NotImplementedError(f"attention over a quantized KV cache takes no {name}")
+
+
+def shared_scales(keys: PackedCache, values: PackedCache) -> torch.Tensor:
+    """The block scales of both sides; of a format without blocks any tensor, which is not read.
+
+    Raises:
+        ValueError: the two caches are not the two sides of one layer.
+    """
+    if keys.block_scales is not values.block_scales or (keys.side, values.side) != (0, 1):
+        raise ValueError("keys and values must share their block scales")
+    return keys.scale if keys.block_scales is None else keys.block_scales

@@ -19,7 +19,10 @@ class PackedCache:
     Attributes:
         format: the number format.
         codes: ``format.code_dtype`` ``[slots, H, format.code_width(D)]``.
-        block_scales: uint8 ``[slots, H, D / 16]``, E4M3 bytes; None for a format without blocks.
+        block_scales: uint8 ``[slots, H, 2, D / 16]``, E4M3 bytes, those of keys before those of values, which share the tensor;
+            None for a format without blocks. Side by side, because both are read for the same tokens, and memory is read 32 bytes
+            at a time.
+        side: 0 of keys, 1 of values.
         scale: the static scale, float32 ``[1]``, on the device of the codes.
         bias: float32 ``[H, D]`` or None.
         rotated: whether the stored vectors are rotated.
@@ -30,6 +33,7 @@ class PackedCache:
     format: KVFormat
     codes: torch.Tensor
     block_scales: torch.Tensor | None
+    side: int
     scale: torch.Tensor
     bias: torch.Tensor | None
     rotated: bool
@@ -51,11 +55,11 @@ class PackedCache:
         codes, block_scales = self.format.encode(wide, self.scale)
         self.codes[slots] = codes
         if self.block_scales is not None and block_scales is not None:
-            self.block_scales[slots] = block_scales
+            self.block_scales[slots, :, self.side] = block_scales
 
     def __getitem__(self, slots: Any) -> torch.Tensor:
         """The vectors of some slots, ``[..., H, D]``: only they are unpacked."""
-        block_scales = None if self.block_scales is None else self.block_scales[slots]
+        block_scales = None if self.block_scales is None else self.block_scales[slots][..., self.side, :]
         wide = self.format.decode(self.codes[slots], block_scales, self.scale)
         if self.bias is not None:
             wide = wide + self.bias

@@ -5,34 +5,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+FLOAT16: tl.constexpr = tl.constexpr(
+    (
+        """{ .reg .b32 a;
+        and.b32 a, $1, 0x8e008e00;
+        mul.rn.f16x2 $0, a, $2; }""",
+        """{ .reg .b32 a;
+        shl.b32 a, $1, 3;
+        and.b32 a, a, 0x8e008e00;
+        mul.rn.f16x2 $0, a, $2; }""",
+        """{ .reg .b32 a, b;
+        shl.b32 a, $1, 6;
+        and.b32 a, a, 0x0e000e00;
+        shl.b32 b, $1, 1;
+        lop3.b32 a, b, 0x80008000, a, 0xea;
+        mul.rn.f16x2 $0, a, $2; }""",
+        """{ .reg .b32 a, b;
+        shl.b32 a, $1, 9;
+        and.b32 a, a, 0x0e000e00;
+        shl.b32 b, $1, 2;
+        lop3.b32 a, b, 0x80008000, a, 0xea;
+        mul.rn.f16x2 $0, a, $2; }""",
+    )
+)
+"""Two elements and their float16 scales to the two numbers of each plane."""
+
+
+@triton.jit
+def plane(w, s, SOURCES: tl.constexpr, PLANE: tl.constexpr):
+    """One plane of elements and their scales by assembly, two to a register; it has the type of the scales.
+
+    A plane at a time, because the compiler moves assembly in front of a change of layout only where it has one result: it is then
+    codes that go through shared memory, once, and not the four planes.
+    """
+    return tl.inline_asm_elementwise(SOURCES[PLANE], "=r,r,r", args=[w, s], dtype=s.dtype, is_pure=True, pack=2)
+
 
 @triton.jit
 def planes_float16(w, s, ASM: tl.constexpr):
     """E2M1 elements and their scales, int16 and float16 of one shape, to the four planes times the scale."""
     if ASM:
-        p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b;
-            and.b32 a, $4, 0x8e008e00;
-            mul.rn.f16x2 $0, a, $5;
-            shl.b32 a, $4, 3;
-            and.b32 a, a, 0x8e008e00;
-            mul.rn.f16x2 $1, a, $5;
-            shl.b32 a, $4, 6;
-            and.b32 a, a, 0x0e000e00;
-            shl.b32 b, $4, 1;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            mul.rn.f16x2 $2, a, $5;
-            shl.b32 a, $4, 9;
-            and.b32 a, a, 0x0e000e00;
-            shl.b32 b, $4, 2;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            mul.rn.f16x2 $3, a, $5; }""",
-            "=&r,=&r,=&r,=&r,r,r",
-            args=[w, s],
-            dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
-            is_pure=True,
-            pack=2,
-        )
+        p0 = plane(w, s, FLOAT16, 0)
+        p1 = plane(w, s, FLOAT16, 1)
+        p2 = plane(w, s, FLOAT16, 2)
+        p3 = plane(w, s, FLOAT16, 3)
     else:
         u = w.to(tl.uint16, bitcast=True)
         p0 = (u & 0x8E00).to(tl.float16, bitcast=True) * s

@@ -1,5 +1,5 @@
 """One new token of each request over its packed cache, the cache split over programs."""
 
-from sglang_modelopt_kernels.attention.decode.decode import decode_attention
+from sglang_modelopt_kernels.attention.decode.decode import DecodeScratch, decode_attention
 
-__all__ = ["decode_attention"]
+__all__ = ["DecodeScratch", "decode_attention"]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
-from sglang_modelopt_kernels.attention.launch import architecture, options, unserved
+from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
@@ -17,41 +17,80 @@ RESIDENT = 8
 """Programs of one request, KV head and part for each processor: of 4 to 16, the fastest on an H100 for NVFP4 and FP8, but
 for FP8 of head_dim 64, which is 7 % faster with 6."""
 
+MOST_SPLITS = 128
+"""Parts of a request that are merged: more take longer than they save."""
+
+LEAST_TOKENS = 128
+"""Tokens of a part at the least: whole tiles of every configuration."""
+
+MERGED = 16
+"""Parts that the merging kernel reads at a time."""
+
 LEAST_QUERIES = 8
 """The least width of a matrix instruction."""
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tokens a program reads at a time, its warps, and the stages of its pipeline."""
+    """Tokens and KV heads a program reads at a time, its warps, and the stages of its pipeline.
+
+    A tile's place is known only once the index of its tokens was read: five stages keep two tiles under way, three one.
+    """
 
     tokens: int
+    heads: int
     warps: int
     stages: int
 
 
-def count_splits(requests: int, heads: int, processors: int, most: int) -> int:
+def count_splits(requests: int, heads: int, processors: int) -> int:
     """Into how many parts to cut each request's tokens: as many programs as run at once, or four parts where that is less than two.
 
     A program that is left over after a full wave would leave most of the GPU idle. A part is at least
     :attr:`DecodeConfig.tokens` long, so that short requests have fewer.
     """
     whole = RESIDENT * processors // (requests * heads)
-    return min(most, whole if whole >= 2 else 4)
+    return min(MOST_SPLITS, whole if whole >= 2 else 4)
 
 
-def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> DecodeConfig:
-    """The configuration for a format on an architecture; fixed, so that a request's result does not depend on its batch.
+class DecodeScratch:
+    """Room for the parts of any batch of at most ``most_requests`` requests, in one allocation that captured graphs keep.
 
-    For SM90 chosen on an H100, over 1, 8 and 32 requests of 8192 tokens: none is the fastest for every batch.
+    Args:
+        most_requests: the largest batch.
+        query_heads, heads: of queries, and of keys and values.
+        head_dim: D.
+        processors: of the GPU.
     """
-    if head_dim > 128:
-        return DecodeConfig(64 if number.block else 32, 2, 3)
-    if arch != 90:  # measured there only
-        return DecodeConfig(64, 2, 3)
+
+    def __init__(
+        self,
+        most_requests: int,
+        query_heads: int,
+        heads: int,
+        head_dim: int,
+        processors: int,
+        device: torch.device | str,
+    ) -> None:
+        self.heads, self.processors = heads, processors
+        parts = max(requests * count_splits(requests, heads, processors) for requests in range(1, most_requests + 1))
+        self.partial = torch.empty((parts * query_heads, head_dim), dtype=torch.float32, device=device)
+        self.lse = torch.empty(parts * query_heads, dtype=torch.float32, device=device)
+
+    def of(self, requests: int, query_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The scratch of :func:`decode_attention` for a batch: ``[B, Hq, splits, D]`` and ``[B, Hq, splits]``."""
+        splits = count_splits(requests, self.heads, self.processors)
+        shape = (requests, query_heads, splits)
+        rows = requests * query_heads * splits
+        return self.partial[:rows].view(*shape, -1), self.lse[:rows].view(shape)
+
+
+def choose_for(number: KVFormat, head_dim: int, heads: int, arch: int | None) -> DecodeConfig:
+    """The configuration for a format and number of KV heads; fixed, so that a request's result does not depend on its batch."""
+    together = 2 if heads % 2 == 0 else 1
     if number.block:
-        return DecodeConfig(64, 1, 2) if head_dim <= 64 else DecodeConfig(128, 2, 2)
-    return DecodeConfig(128, 4, 3 if head_dim <= 64 else 1)
+        return DecodeConfig(32, together, together, 5)
+    return DecodeConfig(32 if head_dim > 128 else 64, 1, 2, 3)
 
 
 def decode_attention(
@@ -63,7 +102,7 @@ def decode_attention(
     kv_indices: torch.Tensor,
     attn_logits: torch.Tensor,
     attn_lse: torch.Tensor,
-    num_kv_splits: torch.Tensor,
+    num_kv_splits: torch.Tensor | None,
     max_kv_splits: int,
     sm_scale: float,
     k_scale: float = 1.0,
@@ -89,17 +128,17 @@ def decode_attention(
         kv_indices: slots of tokens.
         attn_logits: float32 ``[>= B, Hq, splits, D]``, scratch.
         attn_lse: float32 ``[>= B, Hq, splits]``, scratch.
-        num_kv_splits: int ``[>= B]``, into how many parts each request's tokens are cut, at most ``max_kv_splits``.
+        max_kv_splits: into how many parts each request's tokens are cut.
         sm_scale: of the logits.
         logit_cap: tanh cap, 0 for none.
         k_scale, v_scale: must be 1: the caches know their scales.
-        page_size, use_pdl, enable_lean and the rest: do not concern these kernels.
+        num_kv_splits, page_size, use_pdl, enable_lean and the rest: do not concern these kernels.
 
     Raises:
         NotImplementedError: sinks, a score modifier, a temperature by length or MLA is asked for.
         ValueError: a shape or a scale that does not fit.
     """
-    del use_pdl, page_size, enable_lean, lean
+    del num_kv_splits, use_pdl, page_size, enable_lean, lean
     unserved(sinks=sinks, score_mod=score_mod, aux_tensors=aux_tensors, has_mla=has_mla)
     unserved(xai_temperature_len=xai_temperature_len if xai_temperature_len > 0 else None)
     requests, query_heads, head_dim = q.shape
@@ -111,23 +150,22 @@ def decode_attention(
     if requests == 0:
         return
     constants = options(q, k_buffer)
-    config = choose_for(k_buffer.format, head_dim, architecture(q))
+    config = choose_for(k_buffer.format, head_dim, heads, architecture(q))
     group = query_heads // heads
     turned = turn_queries(q.contiguous()) if k_buffer.rotated else q
     strides = (*attn_logits.stride()[:3], *attn_lse.stride()[:2])
     nothing = k_buffer.scale
-    split_kernel[(heads, requests, max_kv_splits)](
+    split_kernel[(heads // config.heads, requests, max_kv_splits)](
         turned,
         k_buffer.codes,
-        k_buffer.codes if k_buffer.block_scales is None else k_buffer.block_scales,
         k_buffer.scale,
         nothing if k_buffer.bias is None else k_buffer.bias,
         v_buffer.codes,
-        v_buffer.codes if v_buffer.block_scales is None else v_buffer.block_scales,
+        shared_scales(k_buffer, v_buffer),
         v_buffer.scale,
         kv_indptr,
         kv_indices,
-        num_kv_splits,
+        max_kv_splits,
         attn_logits,
         attn_lse,
         sm_scale,
@@ -137,8 +175,10 @@ def decode_attention(
         H=heads,
         GROUP=group,
         CAP=logit_cap > 0,
+        BH=config.heads,
         BG=max(LEAST_QUERIES, 1 << (group - 1).bit_length()),
         BN=config.tokens,
+        LEAST=LEAST_TOKENS,
         num_warps=config.warps,
         num_stages=config.stages,
         **constants,
@@ -148,7 +188,7 @@ def decode_attention(
         attn_lse,
         nothing if v_buffer.bias is None else v_buffer.bias,
         kv_indptr,
-        num_kv_splits,
+        max_kv_splits,
         o,
         *strides,
         o.stride(0),
@@ -157,5 +197,7 @@ def decode_attention(
         DP=constants["DP"],
         AFFINE=v_buffer.bias is not None,
         BN=config.tokens,
-        num_warps=2,
+        LEAST=LEAST_TOKENS,
+        BP=MERGED,
+        num_warps=4,
     )

@@ -2,6 +2,9 @@
 
 With codes c, scales s and biases b a logit is ``q . (c s_k + b_k)`` and the output ``sum p c s_v + b_v``: the key bias is one
 number for each query, added before the logit cap, and the value bias is added once, since the weights sum to one.
+
+A program serves some KV heads side by side, a warp each: the heads of a token lie together, and memory gives half again as much
+where they are read at the same time. Products are batches of one for each head.
 """
 
 from __future__ import annotations
@@ -9,43 +12,38 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.attention.kernel import (
-    LOG2E,
-    PLANES_DESCALE,
-    capped,
-    load_fp8,
-    load_planes,
-    plane_channel,
-)
+from sglang_modelopt_kernels.attention.decode.load import load_fp8, load_planes, load_queries
+from sglang_modelopt_kernels.attention.kernel import LOG2E, PLANES_DESCALE, capped, plane_channel
 
 DESCALE = tl.constexpr(PLANES_DESCALE)
 
 
 @triton.jit
-def _load_query(q_ptr, at, head, channel, heads, D: tl.constexpr, COMPUTE: tl.constexpr):
-    mask = (head < heads)[None, :] & (channel < D)[:, None]
-    return tl.load(q_ptr + at + head[None, :] * D + channel[:, None], mask=mask, other=0.0).to(COMPUTE)
+def part_length(length, splits, BN: tl.constexpr, LEAST: tl.constexpr):
+    """Tokens of each part of a request but the last: whole tiles, and at least LEAST."""
+    return tl.maximum(tl.cdiv(tl.cdiv(length, splits), BN) * BN, LEAST)
 
 
 @triton.jit
-def _bias_product(q, bias_ptr, channel, D: tl.constexpr):
-    bias = tl.load(bias_ptr + channel, mask=channel < D, other=0.0)
-    return tl.sum(q.to(tl.float32) * bias[:, None], axis=0)
+def _bias_product(q, bias_ptr, channel, D: tl.constexpr, BH: tl.constexpr):
+    """Queries ``[BH, C, BG]`` times the biases of their KV heads at ``channel``: ``[BH, BG]``."""
+    at = tl.arange(0, BH)[:, None] * D + channel[None, :]
+    bias = tl.load(bias_ptr + at, mask=(channel < D)[None, :], other=0.0)
+    return tl.sum(q.to(tl.float32) * bias[:, :, None], axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "lse_token", "lse_head"])
 def split_kernel(
     q_ptr,
     k_code_ptr,
-    k_block_ptr,
     k_scale_ptr,
     k_bias_ptr,
     v_code_ptr,
-    v_block_ptr,
+    block_ptr,
     v_scale_ptr,
     kv_indptr,
     kv_indices,
-    splits_ptr,
+    splits,
     partial_ptr,
     lse_ptr,
     sm_scale,
@@ -67,110 +65,120 @@ def split_kernel(
     ASM: tl.constexpr,
     NATIVE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    BH: tl.constexpr,
     BG: tl.constexpr,
     BN: tl.constexpr,
+    LEAST: tl.constexpr,
 ):
-    """One split of one request's tokens for one KV head and all GROUP of its query heads.
+    """One split of one request's tokens for BH KV heads and all GROUP query heads of each.
 
-    Heads come first, to run side by side: a token's heads lie together, its block scales in one sector of memory.
+    Heads come first in the grid, to run side by side.
     """
-    head = tl.program_id(0)
+    head = tl.program_id(0) * BH
     request = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     first = tl.load(kv_indptr + request)
     length = tl.load(kv_indptr + request + 1) - first
-    count = tl.load(splits_ptr + request)
-    each = tl.cdiv(tl.cdiv(length, count), BN) * BN
+    each = part_length(length, splits, BN, LEAST)
     start = split * each
     end = tl.minimum(start + each, length)
     if start >= end:
         return
-    group = tl.arange(0, BG)
-    query_head = head * GROUP + group
-    at = request * q_stride + head * GROUP * D
+    at = q_ptr + request * q_stride + head * GROUP * D
     channel = tl.arange(0, DP)
     at_plane = plane_channel(E)
     k_scale = tl.load(k_scale_ptr)
-    shift = tl.zeros((BG,), tl.float32)
+    shift = tl.zeros((BH, BG), tl.float32)
+    bias_ptr = k_bias_ptr + head * D
     if FP4:
-        q0 = _load_query(q_ptr, at, group, at_plane, GROUP, D, COMPUTE)
-        q1 = _load_query(q_ptr, at, group, at_plane + 4, GROUP, D, COMPUTE)
-        q2 = _load_query(q_ptr, at, group, at_plane + 8, GROUP, D, COMPUTE)
-        q3 = _load_query(q_ptr, at, group, at_plane + 12, GROUP, D, COMPUTE)
+        q0 = load_queries(at, at_plane, GROUP, D, BH, BG, COMPUTE)
+        q1 = load_queries(at, at_plane + 4, GROUP, D, BH, BG, COMPUTE)
+        q2 = load_queries(at, at_plane + 8, GROUP, D, BH, BG, COMPUTE)
+        q3 = load_queries(at, at_plane + 12, GROUP, D, BH, BG, COMPUTE)
         k_scale = k_scale * DESCALE
         if AFFINE:
-            bias_ptr = k_bias_ptr + head * D
-            shift = _bias_product(q0, bias_ptr, at_plane, D) + _bias_product(q1, bias_ptr, at_plane + 4, D)
-            shift += _bias_product(q2, bias_ptr, at_plane + 8, D) + _bias_product(q3, bias_ptr, at_plane + 12, D)
-        a0 = tl.zeros((E, BG), tl.float32)
-        a1 = tl.zeros((E, BG), tl.float32)
-        a2 = tl.zeros((E, BG), tl.float32)
-        a3 = tl.zeros((E, BG), tl.float32)
+            shift = _bias_product(q0, bias_ptr, at_plane, D, BH) + _bias_product(q1, bias_ptr, at_plane + 4, D, BH)
+            shift += _bias_product(q2, bias_ptr, at_plane + 8, D, BH) + _bias_product(
+                q3, bias_ptr, at_plane + 12, D, BH
+            )
+        a0 = tl.zeros((BH, E, BG), tl.float32)
+        a1 = tl.zeros((BH, E, BG), tl.float32)
+        a2 = tl.zeros((BH, E, BG), tl.float32)
+        a3 = tl.zeros((BH, E, BG), tl.float32)
     else:
-        q0 = _load_query(q_ptr, at, group, channel, GROUP, D, COMPUTE)
+        q0 = load_queries(at, channel, GROUP, D, BH, BG, COMPUTE)
         if AFFINE:
-            shift = _bias_product(q0, k_bias_ptr + head * D, channel, D)
-        a0 = tl.zeros((DP, BG), tl.float32)
-    largest = tl.full((BG,), -float("inf"), tl.float32)
+            shift = _bias_product(q0, bias_ptr, channel, D, BH)
+        a0 = tl.zeros((BH, DP, BG), tl.float32)
+    k_scale *= sm_scale
+    shift *= sm_scale
+    if not CAP:
+        # Logits in powers of two at once.
+        k_scale *= LOG2E
+        shift *= LOG2E
+    largest = tl.full((BH, BG), -float("inf"), tl.float32)
     # One sum for each place in the tile: added up once, after the loop.
-    totals = tl.zeros((BN, BG), tl.float32)
+    totals = tl.zeros((BH, BN, BG), tl.float32)
     for offset in range(start, end, BN):
         token = offset + tl.arange(0, BN)
         # Past the end the last token is read again: no mask on the data, and its weight is zero.
         slot = tl.load(kv_indices + first + tl.minimum(token, end - 1)).to(tl.int64)
-        row = slot * H + head
         if FP4:
-            k0, k1, k2, k3 = load_planes(k_code_ptr, k_block_ptr, row, D, E, BN, ASM, COMPUTE)
+            k0, k1, k2, k3 = load_planes(k_code_ptr, block_ptr, slot, head, 0, H, D, E, BH, BN, ASM, COMPUTE, False)
             s = tl.dot(k0, q0, input_precision="ieee")
             s = tl.dot(k1, q1, s, input_precision="ieee")
             s = tl.dot(k2, q2, s, input_precision="ieee")
             s = tl.dot(k3, q3, s, input_precision="ieee")
         else:
-            s = tl.dot(load_fp8(k_code_ptr, row, D, DP, NATIVE, COMPUTE), q0, input_precision="ieee")
-        s = (s * k_scale + shift[None, :]) * sm_scale
-        s = capped(s, cap, CAP) * LOG2E
-        s = tl.where((token < end)[:, None], s, -float("inf"))
-        rising = tl.maximum(largest, tl.max(s, axis=0))
+            k = load_fp8(k_code_ptr, slot, head, H, D, DP, BH, NATIVE, COMPUTE)
+            s = tl.dot(k, q0, input_precision="ieee")
+        s = s * k_scale + shift[:, None, :]
+        if CAP:
+            s = capped(s, cap, CAP) * LOG2E
+        s = tl.where((token < end)[None, :, None], s, -float("inf"))
+        rising = tl.maximum(largest, tl.max(s, axis=1))
         decay = tl.exp2(largest - rising)
-        weight = tl.exp2(s - rising[None, :])
-        totals = totals * decay[None, :] + weight
+        weight = tl.exp2(s - rising[:, None, :])
+        totals = totals * decay[:, None, :] + weight
         largest = rising
         p = weight.to(COMPUTE)
         if FP4:
-            v0, v1, v2, v3 = load_planes(v_code_ptr, v_block_ptr, row, D, E, BN, ASM, COMPUTE)
-            a0 = tl.dot(tl.trans(v0), p, a0 * decay[None, :], input_precision="ieee")
-            a1 = tl.dot(tl.trans(v1), p, a1 * decay[None, :], input_precision="ieee")
-            a2 = tl.dot(tl.trans(v2), p, a2 * decay[None, :], input_precision="ieee")
-            a3 = tl.dot(tl.trans(v3), p, a3 * decay[None, :], input_precision="ieee")
+            v0, v1, v2, v3 = load_planes(v_code_ptr, block_ptr, slot, head, 1, H, D, E, BH, BN, ASM, COMPUTE, True)
+            a0 = tl.dot(v0, p, a0 * decay[:, None, :], input_precision="ieee")
+            a1 = tl.dot(v1, p, a1 * decay[:, None, :], input_precision="ieee")
+            a2 = tl.dot(v2, p, a2 * decay[:, None, :], input_precision="ieee")
+            a3 = tl.dot(v3, p, a3 * decay[:, None, :], input_precision="ieee")
         else:
-            v = load_fp8(v_code_ptr, row, D, DP, NATIVE, COMPUTE)
-            a0 = tl.dot(tl.trans(v), p, a0 * decay[None, :], input_precision="ieee")
-    total = tl.sum(totals, axis=0)
-    inside = group < GROUP
-    out = partial_ptr + request * partial_token + query_head[None, :] * partial_head + split * partial_split
+            v = load_fp8(v_code_ptr, slot, head, H, D, DP, BH, NATIVE, COMPUTE)
+            a0 = tl.dot(tl.permute(v, (0, 2, 1)), p, a0 * decay[:, None, :], input_precision="ieee")
+    total = tl.sum(totals, axis=1)
+    group = tl.arange(0, BG)
+    inside = (group < GROUP)[None, :]
+    query_head = (head + tl.arange(0, BH))[:, None] * GROUP + group[None, :]
+    out = partial_ptr + request * partial_token + split * partial_split + query_head[:, None, :] * partial_head
     v_scale = tl.load(v_scale_ptr)
     if FP4:
-        factor = (v_scale * DESCALE / total)[None, :]
-        mask = inside[None, :] & (at_plane < D)[:, None]
-        out += at_plane[:, None]
+        factor = (v_scale * DESCALE / total)[:, None, :]
+        mask = inside[:, None, :] & (at_plane < D)[None, :, None]
+        out += at_plane[None, :, None]
         tl.store(out, a0 * factor, mask=mask)
         tl.store(out + 4, a1 * factor, mask=mask)
         tl.store(out + 8, a2 * factor, mask=mask)
         tl.store(out + 12, a3 * factor, mask=mask)
     else:
-        mask = inside[None, :] & (channel < D)[:, None]
-        tl.store(out + channel[:, None], a0 * (v_scale / total)[None, :], mask=mask)
+        mask = inside[:, None, :] & (channel < D)[None, :, None]
+        tl.store(out + channel[None, :, None], a0 * (v_scale / total)[:, None, :], mask=mask)
     at_lse = lse_ptr + request * lse_token + query_head * lse_head + split
     tl.store(at_lse, largest + tl.log2(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "lse_token", "lse_head"])
 def merge_kernel(
     partial_ptr,
     lse_ptr,
     v_bias_ptr,
     kv_indptr,
-    splits_ptr,
+    splits,
     out_ptr,
     partial_token,
     partial_head,
@@ -183,27 +191,32 @@ def merge_kernel(
     DP: tl.constexpr,
     AFFINE: tl.constexpr,
     BN: tl.constexpr,
+    LEAST: tl.constexpr,
+    BP: tl.constexpr,
 ):
-    """The splits of one request and query head, weighted by what each had of the softmax; zero for a request without tokens."""
+    """The parts of one request and query head, BP at a time, weighted by their shares of the softmax; zero without tokens."""
     request = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     channel = tl.arange(0, DP)
     inside = channel < D
     length = tl.load(kv_indptr + request + 1) - tl.load(kv_indptr + request)
-    count = tl.load(splits_ptr + request)
-    each = tl.cdiv(tl.cdiv(length, count), BN) * BN
+    each = part_length(length, splits, BN, LEAST)
+    parts = tl.cdiv(length, each)
+    lse_ptr += request * lse_token + head * lse_head
+    partial_ptr += request * partial_token + head * partial_head
     largest = -float("inf")
     total = 0.0
     acc = tl.zeros((DP,), tl.float32)
-    for split in range(tl.cdiv(length, tl.maximum(each, 1))):
-        lse = tl.load(lse_ptr + request * lse_token + head * lse_head + split)
-        at = partial_ptr + request * partial_token + head * partial_head + split * partial_split
-        part = tl.load(at + channel, mask=inside, other=0.0)
-        rising = tl.maximum(largest, lse)
+    for first in range(0, parts, BP):
+        part = first + tl.arange(0, BP)
+        lse = tl.load(lse_ptr + part, mask=part < parts, other=-float("inf"))
+        at = partial_ptr + part[:, None] * partial_split + channel[None, :]
+        values = tl.load(at, mask=(part < parts)[:, None] & inside[None, :], other=0.0)
+        rising = tl.maximum(largest, tl.max(lse, axis=0))
         decay = tl.exp2(largest - rising)
         weight = tl.exp2(lse - rising)
-        acc = acc * decay + weight * part
-        total = total * decay + weight
+        acc = acc * decay + tl.sum(values * weight[:, None], axis=0)
+        total = total * decay + tl.sum(weight, axis=0)
         largest = rising
     out = acc / tl.where(total == 0.0, 1.0, total)
     if AFFINE:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.attention.extend.kernel import extend_kernel
-from sglang_modelopt_kernels.attention.launch import architecture, options, unserved
+from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
@@ -124,11 +124,10 @@ def extend_attention(
         v_extend,
         o_extend,
         k_buffer.codes,
-        k_buffer.codes if k_buffer.block_scales is None else k_buffer.block_scales,
         k_buffer.scale,
         nothing if k_buffer.bias is None else k_buffer.bias,
         v_buffer.codes,
-        v_buffer.codes if v_buffer.block_scales is None else v_buffer.block_scales,
+        shared_scales(k_buffer, v_buffer),
         v_buffer.scale,
         nothing if v_buffer.bias is None else v_buffer.bias,
         qo_indptr,

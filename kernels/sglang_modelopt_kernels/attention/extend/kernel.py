@@ -49,11 +49,10 @@ def extend_kernel(
     v_ptr,
     out_ptr,
     k_code_ptr,
-    k_block_ptr,
     k_scale_ptr,
     k_bias_ptr,
     v_code_ptr,
-    v_block_ptr,
+    block_ptr,
     v_scale_ptr,
     v_bias_ptr,
     qo_indptr,
@@ -131,7 +130,7 @@ def extend_kernel(
         slot = tl.load(kv_indices + first + tl.minimum(key, prefix - 1)).to(tl.int64)
         row = slot * H + head
         if FP4:
-            k0, k1, k2, k3 = load_planes(k_code_ptr, k_block_ptr, row, D, E, BN, ASM, COMPUTE)
+            k0, k1, k2, k3 = load_planes(k_code_ptr, block_ptr, slot, head, 0, H, D, E, BN, ASM, COMPUTE)
             s = tl.dot(q0, tl.trans(k0), input_precision="ieee")
             s = tl.dot(q1, tl.trans(k1), s, input_precision="ieee")
             s = tl.dot(q2, tl.trans(k2), s, input_precision="ieee")
@@ -148,7 +147,7 @@ def extend_kernel(
         total = total * decay + tl.sum(weight, axis=1)
         p = weight.to(COMPUTE)
         if FP4:
-            v0, v1, v2, v3 = load_planes(v_code_ptr, v_block_ptr, row, D, E, BN, ASM, COMPUTE)
+            v0, v1, v2, v3 = load_planes(v_code_ptr, block_ptr, slot, head, 1, H, D, E, BN, ASM, COMPUTE)
             a0 = tl.dot(p, v0, a0 * decay[:, None], input_precision="ieee")
             a1 = tl.dot(p, v1, a1 * decay[:, None], input_precision="ieee")
             a2 = tl.dot(p, v2, a2 * decay[:, None], input_precision="ieee")

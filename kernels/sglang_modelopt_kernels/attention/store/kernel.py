@@ -10,7 +10,9 @@ from sglang_modelopt_kernels.quantize.kernel import e2m1_code, e4m3_byte, round_
 
 
 @triton.jit
-def _store_nvfp4(x, row, inside, code_ptr, scale_ptr, s, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr):
+def _store_nvfp4(
+    x, row, inside, code_ptr, scale_ptr, s, SIDE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr
+):
     blocks = tl.reshape(x, (BT, DP // 16, 16))
     magnitude = tl.abs(blocks)
     # A maximum may lose a NaN. Neither NaN nor infinity is at most the largest float32.
@@ -30,7 +32,7 @@ def _store_nvfp4(x, row, inside, code_ptr, scale_ptr, s, D: tl.constexpr, DP: tl
     at = code_ptr + row[:, None] * (D // 4) + element[None, :]
     tl.store(at, word.to(tl.int16), mask=inside[:, None] & (element < D // 4)[None, :])
     block = tl.arange(0, DP // 16)
-    at = scale_ptr + row[:, None] * (D // 16) + block[None, :]
+    at = scale_ptr + (2 * row + SIDE)[:, None] * (D // 16) + block[None, :]
     # NaN as 0xFF, which is NaN in float16 when it is read.
     byte = tl.where(spoiled == 0, e4m3_byte(scale, scale), 0xFF).to(tl.uint8)
     tl.store(at, byte, mask=inside[:, None] & (block < D // 16)[None, :])
@@ -42,11 +44,10 @@ def store_kernel(
     v_ptr,
     slot_ptr,
     k_code_ptr,
-    k_block_ptr,
     k_scale_ptr,
     k_bias_ptr,
     v_code_ptr,
-    v_block_ptr,
+    block_ptr,
     v_scale_ptr,
     v_bias_ptr,
     tokens,
@@ -81,7 +82,7 @@ def store_kernel(
             x = x - tl.load(k_bias_ptr + head * D + channel, mask=channel < D, other=0.0)[None, :]
         s = tl.load(k_scale_ptr)
         if FP4:
-            _store_nvfp4(x, row, inside, k_code_ptr, k_block_ptr, s, D, DP, BT)
+            _store_nvfp4(x, row, inside, k_code_ptr, block_ptr, s, 0, D, DP, BT)
         else:
             y = e4m3_byte(round_to_e4m3(x * tl.div_rn(1.0, s)), x)
             tl.store(k_code_ptr + row[:, None] * D + channel[None, :], y, mask=mask)
@@ -91,7 +92,7 @@ def store_kernel(
             x = x - tl.load(v_bias_ptr + head * D + channel, mask=channel < D, other=0.0)[None, :]
         s = tl.load(v_scale_ptr)
         if FP4:
-            _store_nvfp4(x, row, inside, v_code_ptr, v_block_ptr, s, D, DP, BT)
+            _store_nvfp4(x, row, inside, v_code_ptr, block_ptr, s, 1, D, DP, BT)
         else:
             y = e4m3_byte(round_to_e4m3(x * tl.div_rn(1.0, s)), x)
             tl.store(v_code_ptr + row[:, None] * D + channel[None, :], y, mask=mask)

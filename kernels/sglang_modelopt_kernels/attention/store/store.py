@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_modelopt_kernels.attention.launch import shared_scales
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.kernel import store_kernel, turn_kernel
 from sglang_modelopt_kernels.formats.kv_cache import hadamard_block
@@ -42,11 +43,10 @@ def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: tor
         v,
         slots,
         keys.codes,
-        keys.codes if keys.block_scales is None else keys.block_scales,
         keys.scale,
         nothing if keys.bias is None else keys.bias,
         values.codes,
-        values.codes if values.block_scales is None else values.block_scales,
+        shared_scales(keys, values),
         values.scale,
         nothing if values.bias is None else values.bias,
         tokens,

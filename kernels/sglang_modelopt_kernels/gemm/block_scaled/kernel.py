@@ -14,40 +14,49 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
-from sglang_modelopt_kernels.planes.kernel import e4m3_scale_float16, planes_float16
+from sglang_modelopt_kernels.planes.kernel import e4m3_scale_float16, plane, planes_float16
+
+BFLOAT16: tl.constexpr = tl.constexpr(
+    (
+        """{ .reg .b32 a, z;
+        mov.b32 z, 0x80008000;
+        shr.u32 a, $1, 3;
+        and.b32 a, a, 0x01c001c0;
+        lop3.b32 a, $1, 0x80008000, a, 0xea;
+        fma.rn.bf16x2 $0, a, $2, z; }""",
+        """{ .reg .b32 a, b, z;
+        mov.b32 z, 0x80008000;
+        and.b32 a, $1, 0x01c001c0;
+        shl.b32 b, $1, 3;
+        lop3.b32 a, b, 0x80008000, a, 0xea;
+        fma.rn.bf16x2 $0, a, $2, z; }""",
+        """{ .reg .b32 a, b, z;
+        mov.b32 z, 0x80008000;
+        shl.b32 a, $1, 3;
+        and.b32 a, a, 0x01c001c0;
+        shl.b32 b, $1, 1;
+        lop3.b32 a, b, 0x80008000, a, 0xea;
+        fma.rn.bf16x2 $0, a, $2, z; }""",
+        """{ .reg .b32 a, b, z;
+        mov.b32 z, 0x80008000;
+        shl.b32 a, $1, 6;
+        and.b32 a, a, 0x01c001c0;
+        shl.b32 b, $1, 2;
+        lop3.b32 a, b, 0x80008000, a, 0xea;
+        fma.rn.bf16x2 $0, a, $2, z; }""",
+    )
+)
+"""As :data:`sglang_modelopt_kernels.planes.kernel.FLOAT16` in bf16. ``fma`` with -0 because sm_80 has no bf16 multiplication."""
 
 
 @triton.jit
 def _planes_bfloat16(w, s, ASM: tl.constexpr):
-    """As :func:`planes_float16` in bf16. ``fma`` with -0 because sm_80 has no bf16 multiplication."""
+    """As :func:`planes_float16` in bf16."""
     if ASM:
-        p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, z;
-            mov.b32 z, 0x80008000;
-            shr.u32 a, $4, 3;
-            and.b32 a, a, 0x01c001c0;
-            lop3.b32 a, $4, 0x80008000, a, 0xea;
-            fma.rn.bf16x2 $0, a, $5, z;
-            and.b32 a, $4, 0x01c001c0;
-            shl.b32 b, $4, 3;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            fma.rn.bf16x2 $1, a, $5, z;
-            shl.b32 a, $4, 3;
-            and.b32 a, a, 0x01c001c0;
-            shl.b32 b, $4, 1;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            fma.rn.bf16x2 $2, a, $5, z;
-            shl.b32 a, $4, 6;
-            and.b32 a, a, 0x01c001c0;
-            shl.b32 b, $4, 2;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            fma.rn.bf16x2 $3, a, $5, z; }""",
-            "=&r,=&r,=&r,=&r,r,r",
-            args=[w, s],
-            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
-            is_pure=True,
-            pack=2,
-        )
+        p0 = plane(w, s, BFLOAT16, 0)
+        p1 = plane(w, s, BFLOAT16, 1)
+        p2 = plane(w, s, BFLOAT16, 2)
+        p3 = plane(w, s, BFLOAT16, 3)
     else:
         u = w.to(tl.uint16, bitcast=True)
         f = s.to(tl.float32)
