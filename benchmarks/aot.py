@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from benchmarks.aot_case import KINDS, Case
+from benchmarks.aot_moe import QUICK_GROUPED, grouped_cases
 from benchmarks.sass import MATRIX, inspect, main_loop
 from sglang_modelopt_kernels.attention.decode import decode
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
@@ -32,7 +33,6 @@ from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadamard_block
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
-from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
 from sglang_modelopt_kernels.gemm.folded import linear as folded
 from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_kernel
 from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
@@ -44,13 +44,6 @@ from sglang_modelopt_kernels.gemm.tcgen05.kernel import tcgen05_kernel
 from sglang_modelopt_kernels.gemm.tcgen05.launch import HEIGHT, TILE
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
 from sglang_modelopt_kernels.gemm.tile.kernel import finish_kernel
-from sglang_modelopt_kernels.moe.combine.kernel import combine_kernel
-from sglang_modelopt_kernels.moe.grouped import launch as grouped
-from sglang_modelopt_kernels.moe.grouped.dense import launch as dense
-from sglang_modelopt_kernels.moe.grouped.dense.kernel import dense_kernel
-from sglang_modelopt_kernels.moe.grouped.kernel import grouped_kernel
-from sglang_modelopt_kernels.moe.route.kernel import route_kernel
-from sglang_modelopt_kernels.moe.swiglu.kernel import swiglu_kernel
 from sglang_modelopt_kernels.quantize.blocks import quantize as blocks
 from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kernel
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
@@ -62,42 +55,6 @@ TENSOR_MEMORY = 512
 """Columns of an SM's tensor memory: PTX ISA, tcgen05."""
 OPCODES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 """Of each matrix instruction in PTX."""
-KINDS: tuple[tuple[Kind, int], ...] = (
-    ("e2m1_e4m3", 16),
-    ("e2m1_e4m3", 32),
-    ("e2m1_exponent", 32),
-    ("int4_float", 128),
-)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One compilation.
-
-    Attributes:
-        name: kernel and configuration.
-        kernel: the Triton function.
-        types: Triton's type of every argument that is not a constexpr; pointers, and the integers in ``aligned``, are
-            multiples of 16.
-        constexprs: the others.
-        options: ``num_warps`` and ``num_stages``.
-        matrix: what the PTX of its matrix instruction must contain; "any" for the architecture's own, "small" for that or
-            ``mma.sync``, where a tile has few columns; empty for none.
-        weights: weights one iteration of the main loop reads, 0 where there is no loop over weights.
-        copies: what else the PTX must contain: bulk tensor loads, the copy of scales to tensor memory.
-        words: whether inline assembly reads words of four bytes along a row, which its operands' layout must then hold whole.
-    """
-
-    name: str
-    kernel: Any
-    types: dict[str, str]
-    constexprs: dict[str, Any]
-    options: dict[str, int]
-    aligned: tuple[str, ...] = ()
-    matrix: str = ""
-    weights: int = 0
-    words: bool = False
-    copies: tuple[str, ...] = ()
 
 
 @dataclass
@@ -222,107 +179,23 @@ def quantize_blocks_cases() -> Iterator[Case]:
             yield Case(case, quantize_blocks_kernel, types, constexprs, {}, ("k", "stride", "scale_columns"))
 
 
-GROUPED: tuple[tuple[grouped.Kind, int, str, str | None], ...] = (
-    # kind, inputs to a block scale, Triton's types of codes and of scales
-    *((kind, group, "*i16", "*fp32" if kind == "int4_float" else "*u8") for kind, group in KINDS),
-    ("mxfp4", 32, "*u8", "*u8"),
-    ("e4m3", 0, "*fp8e4nv", None),
-    ("e4m3_float", 128, "*fp8e4nv", "*fp32"),
-    ("e4m3_exponent", 32, "*fp8e4nv", "*u8"),
-    ("int8", 0, "*i8", None),
-    ("bf16", 0, "*bf16", None),
-)
-
-
-def grouped_cases(arch: int) -> Iterator[Case]:
-    """Every configuration of the product of all experts, eight rows to a token, and what stands around it."""
-    dtypes = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-    if arch >= 89:
-        dtypes[torch.float8_e4m3fn] = "fp8e4nv"
-    for kind, group, codes, scale in GROUPED:
-        if kind == "mxfp4" and matrix_instruction(arch) != "tcgen05":
-            continue
-        for dtype, name in dtypes.items():
-            try:
-                math = grouped.math_of(kind, dtype, arch)
-            except ValueError:
-                continue  # refused likewise by the launch
-            for config in grouped.configs(kind, math, arch):
-                own = {"KIND": kind, "GROUP": group, "MATH": math, "NATIVE": arch >= 89, "ASM": True}
-                own |= {"DESCALE": grouped.descale(kind, math), "HAS_ROW_SCALE": True, "SHARE": 8, "EVEN_K": True}
-                types = {"x_ptr": f"*{name}", "w_ptr": codes if arch >= 89 else codes.replace("fp8e4nv", "u8")}
-                types |= {
-                    "s_ptr": scale or "*fp32",
-                    "row_scale_ptr": "*fp32",
-                    "out_scale_ptr": "*fp32",
-                    "y_ptr": "*bf16",
-                }
-                types |= {"pairs_ptr": "*i32", "owner_ptr": "*i32"} | dict.fromkeys(
-                    ("pairs", "experts", "n", "k"), "i32"
-                )
-                yield Case(
-                    f"grouped {kind}/{group} {name} {config}",
-                    grouped_kernel,
-                    types,
-                    own | {"BN": config.bn, "BM": config.bm, "BK": config.bk},
-                    {"num_warps": config.warps, "num_stages": config.stages},
-                    aligned=("n", "k"),
-                    matrix="kind::mxf8f6f4.block_scale" if kind == "mxfp4" else "any",
-                    weights=config.bn * config.bk,
-                )
-    yield from dense_cases(arch)
-    integers = dict.fromkeys(("pairs", "experts", "blocks"), "i32")
-    types = dict.fromkeys(("experts_ptr", "sorted_ptr", "owner_ptr", "first_ptr"), "*i32") | integers
-    for chunk, warps in ((128, 4), (4096, 8)):
-        constexprs = {"BLOCK": 16, "CHUNK": chunk, "BINS": 256}
-        yield Case(f"route {chunk} pairs", route_kernel, types, constexprs, {"num_warps": warps})
-    types = {"h_ptr": "*bf16", "y_ptr": "*bf16", "inner": "i32"}
-    yield Case("swiglu", swiglu_kernel, types, {"BLOCK": 1024}, {}, ("inner",))
-    types = {"y_ptr": "*bf16", "weight_ptr": "*fp32", "out_ptr": "*bf16", "n": "i32"}
-    yield Case("combine", combine_kernel, types, {"HAS_WEIGHTS": True, "TOP_K": 8, "BLOCK": 1024}, {}, ("n",))
-
-
-def dense_cases(arch: int) -> Iterator[Case]:
-    """The product of all experts in dense tiles, of every type of operands, with and without block scales."""
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16"} | ({torch.float8_e4m3fn: "fp8e4nv"} if arch >= 89 else {})
-    for dtype, name in names.items():
-        for scaled in (False, True):
-            config = dense.config_of(dtype, scaled, arch)
-            types = dict.fromkeys(("x_ptr", "w_ptr"), f"*{name}")
-            types |= dict.fromkeys(("s_ptr", "row_scale_ptr", "out_scale_ptr"), "*fp32") | {"y_ptr": "*bf16"}
-            types |= dict.fromkeys(("pairs_ptr", "owner_ptr", "first_ptr"), "*i32")
-            types |= dict.fromkeys(("pairs", "share", "experts", "first", "last", "rows", "n", "k"), "i32")
-            own = {"GROUP": 128 if scaled else 0, "FP8": name == "fp8e4nv", "ASM": True, "DESCALE": 2.0}
-            own |= {"HAS_ROW_SCALE": True, "NARROW": True, "EVEN_K": True, "STRIPE": dense.STRIPE}
-            yield Case(
-                f"grouped_dense {name}{',scaled' if scaled else ''} {config}",
-                dense_kernel,
-                types,
-                own | {"PERSISTENT": config.persistent, "BN": config.bn, "BM": config.bm, "BK": config.bk},
-                {"num_warps": config.warps, "num_stages": config.stages},
-                aligned=("rows", "n", "k"),
-                matrix="any",
-                weights=config.bn * config.bk,
-            )
+def decode_cases(arch: int) -> Iterator[Case]:
+    """Packed weights decoded to what a dense product multiplies: one, and those of all experts."""
+    for kind, group in KINDS:
+        fp8 = arch >= 89 and kind in ("e2m1_exponent", "int4_float")
+        for out in ("fp16", "bf16", *(["fp8e4nv"] if fp8 else [])):
+            for owned in (False, True) if kind != "int4_float" else (True,):
+                types = {"w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8", "y_ptr": f"*{out}"}
+                types |= {"block_ptr": "*i32"} | dict.fromkeys(("first", "n", "k", "per"), "i32")
+                constexprs = {"KIND": kind, "GROUP": group, "F16": out != "bf16", "FP8": out == "fp8e4nv"}
+                constexprs |= {"ASM": True, "OWNED": owned, "BN": 16}
+                name = f"decode {kind}/{group} {out}{',experts' if owned else ''}"
+                yield Case(name, decode_kernel, types, constexprs, {}, ("k",))
 
 
 def other_cases(arch: int) -> Iterator[Case]:
     """The kernels around the products."""
     out = "fp16" if arch < 89 else "fp8e4nv"
-    for kind, group in KINDS:
-        scale = "*fp32" if kind == "int4_float" else "*u8"
-        for f16 in (True, False):
-            types = {"w_ptr": "*i16", "s_ptr": scale, "y_ptr": "*fp16" if f16 else "*bf16"}
-            types |= dict.fromkeys(("first", "n", "k"), "i32")
-            constexprs = {"KIND": kind, "GROUP": group, "F16": f16, "FP8": False, "ASM": True, "BN": 16}
-            yield Case(
-                f"decode {kind}/{group} {'fp16' if f16 else 'bf16'}", decode_kernel, types, constexprs, {}, ("k",)
-            )
-    if arch >= 89:
-        for kind, group, scale in (("e2m1_exponent", 32, "*u8"), ("int4_float", 128, "*fp32")):
-            types = {"w_ptr": "*i16", "s_ptr": scale, "y_ptr": "*fp8e4nv"} | dict.fromkeys(("first", "n", "k"), "i32")
-            constexprs = {"KIND": kind, "GROUP": group, "F16": True, "FP8": True, "ASM": True, "BN": 16}
-            yield Case(f"decode {kind}/{group} fp8", decode_kernel, types, constexprs, {}, ("k",))
     floats = ("partial_ptr", "row_scale_ptr", "out_scale_ptr")
     types = dict.fromkeys(floats, "*fp32") | {"bias_ptr": "*bf16", "y_ptr": "*bf16"}
     types |= dict.fromkeys(("m", "n", "y_stride", "row_step"), "i32")
@@ -412,10 +285,7 @@ def cases(arch: int) -> list[Case]:
         *fp4_cases(arch),
         *grouped_cases(arch),
     ]
-    return [*products, *quantize_blocks_cases(), *other_cases(arch), *attention_cases(arch)]
-
-
-QUICK_GROUPED = ("grouped e2m1_e4m3/16 bf16", "grouped mxfp4/32 fp8e4nv", "grouped_dense bf16")
+    return [*products, *quantize_blocks_cases(), *decode_cases(arch), *other_cases(arch), *attention_cases(arch)]
 
 
 def quick(all_cases: list[Case]) -> list[Case]:

@@ -19,8 +19,10 @@ from sglang_modelopt_ext.layouts.moe_fused import FusedExperts, FusedRequest, St
 from sglang_modelopt_ext.schemes.base import LORA_B
 
 N, K = 128, 512
-TOKENS = (1, 24, 40, 80, 400)
+TOKENS = (1, 24, 40, 80, 300)
 """One number of tokens, or more, for each way the layouts of ``dispatch.py`` choose by it."""
+EXPERT_TOKENS = (1, 40, 80, 640, 1280)
+"""Likewise for the layouts of experts."""
 SIZES = 16
 """Powers of two that the rows of the layer differ by."""
 TOLERANCE = 2.0**-7
@@ -106,7 +108,7 @@ def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: to
     random = _generator()
     shards, weights, _ = zip(*(_random_weight(random, request, device) for _ in range(EXPERTS)), strict=True)
     prepared = _run(partial(layout.prepare, [[shard] for shard in shards]), device)
-    for m in TOKENS:
+    for m in EXPERT_TOKENS:
         experts = (random(m * TOP_K) * 1e6).long() % (EXPERTS - 1)
         experts[:: max(m // 3, 2)] = NO_EXPERT
         routing = Routing(experts.to(torch.int32).to(device), TOP_K)

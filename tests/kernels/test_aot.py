@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import aot
+from benchmarks import aot, aot_moe
+from benchmarks.aot_case import KINDS, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +31,7 @@ def test_quick(arch: int) -> None:
 def test_every_configuration_is_listed(arch: int) -> None:
     """Whatever the launcher can choose has a case."""
     names = " ".join(case.name for case in aot.cases(arch))
-    for kind, _ in aot.KINDS:
+    for kind, _ in KINDS:
         assert all(str(config) in names for config in aot.configs(kind, arch))
     folded = [str(config) for config in aot.folded.configs(arch)] if arch in (89, 90) else []
     assert [case.name.split()[-1] for case in aot.cases(arch) if case.name.startswith("folded ")] == folded
@@ -43,12 +44,12 @@ def test_every_configuration_is_listed(arch: int) -> None:
         ways = ("", ",pointers") if tiled else ("",)
         expected = [f"{product} {type_}{way} {config}" for type_ in types for way in ways for config in every]
         assert listed == (expected if arch >= 100 else [])
-    for kind, dtypes in aot.grouped.TAKEN.items():
+    for kind, dtypes in aot_moe.grouped.TAKEN.items():
         for dtype in dtypes:
             if kind == "mxfp4" and arch not in (100, 103):
                 continue
-            math = aot.grouped.math_of(kind, dtype, arch)
-            chosen = [str(config) for config in aot.grouped.configs(kind, math, arch)]
+            math = aot_moe.grouped.math_of(kind, dtype, arch)
+            chosen = [str(config) for config in aot_moe.grouped.configs(kind, math, arch)]
             # E4M3 activations are float16 ones before sm_89.
             name = {"torch.float8_e4m3fn": "fp8e4nv" if arch >= 89 else "fp16", "torch.float16": "fp16"}.get(
                 str(dtype), "bf16"
@@ -59,8 +60,8 @@ def test_every_configuration_is_listed(arch: int) -> None:
                 if kind == "mxfp4" or (arch < 89 and operand == torch.float8_e4m3fn):
                     continue
                 of_type = {torch.float8_e4m3fn: "fp8e4nv", torch.float16: "fp16"}.get(operand, "bf16")
-                label = f"{of_type}{',scaled' if scaled else ''} {aot.dense.config_of(operand, scaled, arch)}"
-                assert f"grouped_dense {label}" in names
+                for config in aot_moe.dense.configs(operand, scaled, arch):
+                    assert f"grouped_dense {of_type}{',scaled' if scaled else ''} {config}" in names
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,16 +69,14 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = next(case for case in aot.cases(90) if case.name.startswith("finish"))
     assert not aot.compile_case(case, 90).problems
     monkeypatch.setitem(aot.SHARED_MEMORY, 90, -1)
-    broken = aot.Case(case.name, case.kernel, case.types, case.constexprs, case.options, case.aligned, matrix="any")
+    broken = Case(case.name, case.kernel, case.types, case.constexprs, case.options, case.aligned, matrix="any")
     assert len(aot.compile_case(broken, 90).problems) == 3
 
 
 def test_a_missing_copy_is_found() -> None:
     """A kernel that loads through pointers where TMA is expected."""
     case = next(case for case in aot.cases(90) if case.name.startswith("finish"))
-    broken = aot.Case(
-        case.name, case.kernel, case.types, case.constexprs, case.options, copies=("cp.async.bulk.tensor",)
-    )
+    broken = Case(case.name, case.kernel, case.types, case.constexprs, case.options, copies=("cp.async.bulk.tensor",))
     assert aot.compile_case(broken, 90).problems == ["no cp.async.bulk.tensor"]
 
 

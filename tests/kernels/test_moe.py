@@ -182,7 +182,7 @@ INTERPRETED = [
     Case("e2m1_exponent", "bf16", 20, spread="one", block=64),
     Case("e4m3", "fp8", 1, top_k=1, experts=1, spread="one"),
     Case("e4m3_float", "bf16", 2, n=140, k=200),  # a short block of inputs
-    Case("e4m3", "fp8", 40, top_k=3, experts=2, n=34, k=272, block=64),
+    Case("e4m3", "fp16", 40, top_k=3, experts=2, n=34, k=272, block=64),
     Case("int8", "fp16", 4, top_k=8, experts=16, n=20, k=80, shared=False),
     Case("mxfp4", "fp8", 4, n=130, k=544),
 ]
@@ -192,10 +192,11 @@ DENSE = [
         for kind, dtype in EVERY
         if kind != "mxfp4"
     ],
-    Case("e2m1_e4m3/16", "bf16", 70, spread="one", dense=True),  # two blocks of one expert
+    Case("e2m1_e4m3/16", "bf16", 70, spread="one", block=128, dense=True),  # two blocks of one expert
+    Case("e2m1_e4m3/16", "bf16", 9, experts=7, top_k=1, n=44, spread="one", dense=True),  # the others are not decoded
     Case("e2m1_e4m3/32", "fp8", 140, top_k=4, k=64, dense=True, scratch=2 * 70 * 64 * 2),  # two experts at a time
     Case("int4_float", "bf16", 6, n=300, k=128, shared=False, dense=True, scratch=70000),  # each in two parts
-    Case("int4_float", "fp8", 7, experts=5, n=300, k=384, dense=True, scratch=1),
+    Case("int4_float", "fp8", 7, experts=5, n=300, k=384, block=128, dense=True, scratch=1),
     Case("e4m3_float", "fp16", 3, n=140, k=200, dense=True, scratch=140 * 200 * 2),
     Case("e4m3", "fp8", 1, top_k=1, experts=1, spread="one", dense=True),
     Case("bf16", "bf16", 300, top_k=8, experts=9, n=20, k=80, dense=True),  # more than one stripe of blocks
@@ -341,21 +342,26 @@ def test_blocks_are_never_too_few(owners: list[int], experts: int, block: int) -
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_follow_the_load(kind: Any, capability: int) -> None:
     for dtype in grouped_launch.TAKEN[kind]:
-        blocks = [
-            grouped_launch.choose_block(kind, dtype, pairs, 128, capability) for pairs in (8, 2048, 8192, 1 << 20)
-        ]
+        blocks = [grouped_launch.choose_block(kind, dtype, pairs, 128, capability) for pairs in (8, 2048, 8192)]
         assert blocks == sorted(blocks)
-        assert blocks[0] == 16
-        assert blocks[-1] >= 64
+        assert blocks[:2] == [16, 16]
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mxfp4"])
-def test_many_pairs_take_dense_tiles(kind: Any) -> None:
-    """And the check of a layout on its machine, of so many tokens, meets them."""
-    assert not dense_launch.takes_dense(kind, 8 * 16, 8)
-    assert dense_launch.takes_dense(kind, 8 * 128, 8)
-    assert dense_launch.takes_dense(kind, max(selfcheck.TOKENS) * selfcheck.TOP_K, selfcheck.EXPERTS)
-    assert not dense_launch.takes_dense("mxfp4", 1 << 20, 8)
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_many_pairs_take_dense_tiles(kind: str, capability: int) -> None:
+    """And the check of a layout on its machine meets them in blocks of every size, and what comes before them."""
+    weight = grouped.stack([one_expert(kind, 16, 128, torch.Generator().manual_seed(0))] * selfcheck.EXPERTS)
+    checked = [tokens * selfcheck.TOP_K for tokens in selfcheck.EXPERT_TOKENS]
+    for dtype in grouped_launch.TAKEN[weight.kind]:
+        dense = [pairs for pairs in checked if dense_launch.takes_dense(weight, dtype, pairs, capability)]
+        blocks = {dense_launch.dense_block(weight, dtype, pairs, capability) for pairs in dense}
+        operand = dense_decode.operand_of(weight, dtype, torch.bfloat16, capability)
+        both = operand == torch.float8_e4m3fn or kind == "bf16"
+        assert blocks == (set() if kind == "mxfp4" else {64, 128} if both else {128})
+        assert not dense_launch.takes_dense(weight, dtype, 16 * selfcheck.EXPERTS, capability)
+        whole = weight.codes.dtype == operand and weight.scale is None
+        assert any(pairs > 16 * selfcheck.EXPERTS and pairs not in dense for pairs in checked) != whole
 
 
 @pytest.mark.parametrize(

@@ -262,21 +262,30 @@ def decode_kernel(
     w_ptr,
     s_ptr,
     y_ptr,
+    block_ptr,
     first,
     n,
     k,
+    per,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     F16: tl.constexpr,
     FP8: tl.constexpr,
     ASM: tl.constexpr,
+    OWNED: tl.constexpr,
     BN: tl.constexpr,
 ):
     """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program.
 
     With FP8 (and F16) E2M1 is divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3. INT4
-    codes are numbers of every type.
+    codes are numbers of every type. With OWNED, ``per`` rows are an expert's, and ``block_ptr`` their first blocks of pairs:
+    rows of one without pairs, whose next begins where it does, are not written unless rows of others stand beside them.
     """
+    if OWNED:
+        start = first + tl.program_id(0) * BN
+        end = first + tl.minimum(tl.program_id(0) * BN + BN, n)
+        if tl.load(block_ptr + start // per) == tl.load(block_ptr + (end - 1) // per + 1):
+            return
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
     element = tl.program_id(1) * 64 + tl.arange(0, 64)
@@ -289,11 +298,20 @@ def decode_kernel(
         p2 = _int4_float16((u >> 8) & 15).to(y_ptr.dtype.element_ty)
         p3 = _int4_float16(u >> 12).to(y_ptr.dtype.element_ty)
     else:
-        b = tl.load(s_ptr + row[:, None] * (k // GROUP) + (element // (GROUP // 4))[None, :], mask=inside, other=0)
+        # A byte for each block, spread in registers: entries of the codes' shape would be loaded a byte to a row.
+        block = tl.program_id(1) * (256 // GROUP) + tl.arange(0, 256 // GROUP)
+        known = (rows < n)[:, None] & (block < k // GROUP)[None, :]
+        b = tl.load(s_ptr + row[:, None] * (k // GROUP) + block[None, :], mask=known, other=0)
         if F16:
-            p0, p1, p2, p3 = planes_float16(w, _scale_float16(b, KIND), ASM)
+            scale = _scale_float16(b, KIND)
         else:
-            p0, p1, p2, p3 = _planes_bfloat16(w, _scale_bfloat16(b, KIND), ASM)
+            scale = _scale_bfloat16(b, KIND)
+        scale = tl.broadcast_to(scale[:, :, None], (BN, 256 // GROUP, GROUP // 4))
+        scale = tl.reshape(scale, (BN, 64))
+        if F16:
+            p0, p1, p2, p3 = planes_float16(w, scale, ASM)
+        else:
+            p0, p1, p2, p3 = _planes_bfloat16(w, scale, ASM)
         if FP8:
             p0 = (p0 * 32.0).to(y_ptr.dtype.element_ty)
             p1 = (p1 * 32.0).to(y_ptr.dtype.element_ty)

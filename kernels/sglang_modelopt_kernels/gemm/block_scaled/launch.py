@@ -102,25 +102,29 @@ def decode_rows(weight: PackedWeight, first: int, rows: int, dtype: torch.dtype)
     return y
 
 
-def decode_into(weight: PackedWeight, first: int, y: torch.Tensor) -> None:
+def decode_into(weight: PackedWeight, first: int, y: torch.Tensor, firsts: torch.Tensor | None = None) -> None:
     """Rows ``first ..`` of a weight without ``out_scale`` into ``y``, ``[rows, K]``; exact.
 
     E2M1 is divided by :func:`descale` in float16 and bf16, and by 2^9 in E4M3, which takes a weight with :attr:`PackedWeight.fp8`.
-    Of INT4 the codes are decoded, without their block scales.
+    Of INT4 the codes are decoded, without their block scales. Where the weight is experts one after another, ``firsts`` may be
+    :attr:`sglang_modelopt_kernels.moe.route.Routed.first`: an expert without pairs then stays undefined.
     """
     fp8 = y.dtype == torch.float8_e4m3fn
     decode_kernel[(triton.cdiv(y.shape[0], 16), triton.cdiv(weight.k, 256))](
         weight.codes,
         weight.scale,
         y,
+        weight.codes if firsts is None else firsts,
         first,
         y.shape[0],
         weight.k,
+        weight.n if firsts is None else weight.n // (firsts.shape[0] - 2),
         KIND=weight.kind,
         GROUP=weight.group,
         F16=y.dtype != torch.bfloat16,
         FP8=fp8,
         ASM=y.is_cuda,
+        OWNED=firsts is not None,
         BN=16,
     )
 

@@ -7,8 +7,7 @@ import torch
 from sglang_modelopt_kernels.gemm.tile import machine
 from sglang_modelopt_kernels.moe.route import Routed, most_blocks
 
-from .dense import run_dense, takes_dense
-from .dense.launch import BLOCK
+from .dense import dense_block, run_dense, takes_dense
 from .launch import choose_block, math_of, run
 from .weights import KINDS, GroupedWeight
 
@@ -18,9 +17,10 @@ def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int, dense: bool | No
 
     ``dense`` as for :func:`grouped_linear`.
     """
-    if takes_dense(weight.kind, pairs, weight.experts) if dense is None else dense:
-        return BLOCK
-    return choose_block(weight.kind, dtype, pairs, weight.experts, machine(weight.codes.device)[0])
+    capability = machine(weight.codes.device)[0]
+    if takes_dense(weight, dtype, pairs, capability) if dense is None else dense:
+        return dense_block(weight, dtype, pairs, capability)
+    return choose_block(weight.kind, dtype, pairs, weight.experts, capability)
 
 
 @torch.library.custom_op("modelopt_ext::grouped_linear", mutates_args=())
@@ -104,7 +104,8 @@ def grouped_linear(
         raise ValueError(f"x must be [R, {weight.k}], got {tuple(x.shape)}")
     if (pairs == 0) != (x.shape[0] == 0) or (pairs and pairs % x.shape[0]):
         raise ValueError(f"{pairs} pairs do not share {x.shape[0]} rows evenly")
-    math_of(weight.kind, x.dtype, machine(x.device)[0])
+    capability = machine(x.device)[0]
+    math_of(weight.kind, x.dtype, capability)
     blocks = most_blocks(pairs, weight.experts, routed.block)
     if routed.owner.shape != (blocks,) or routed.pairs.shape != (blocks * routed.block,):
         raise ValueError(f"the pairs were sorted for another size: {routed.owner.shape[0]} blocks, not {blocks}")
@@ -124,6 +125,6 @@ def grouped_linear(
         pairs,
         row_scale,
         out_dtype,
-        takes_dense(weight.kind, pairs, weight.experts) if dense is None else dense,
+        takes_dense(weight, x.dtype, pairs, capability) if dense is None else dense,
     )
     return y

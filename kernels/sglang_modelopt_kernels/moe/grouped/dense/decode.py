@@ -11,6 +11,7 @@ import triton
 from sglang_modelopt_kernels.formats import ue8m0
 from sglang_modelopt_kernels.gemm.block_scaled.launch import decode_into, descale
 from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight
+from sglang_modelopt_kernels.moe.route import Routed
 
 from ..weights import GroupedWeight
 
@@ -65,10 +66,11 @@ def divisor(weight: GroupedWeight, dtype: torch.dtype) -> float:
     return 2.0**9 if dtype == torch.float8_e4m3fn else descale(weight.kind, dtype == torch.float16)
 
 
-def decode_experts(weight: GroupedWeight, part: Part, scratch: torch.Tensor) -> torch.Tensor:
+def decode_experts(weight: GroupedWeight, part: Part, routed: Routed, scratch: torch.Tensor) -> torch.Tensor:
     """A part of the unit weight, ``[experts, rows, K]``, exact in the type of ``scratch``, in which it lies.
 
-    E2M1 is divided by :func:`divisor`; under float32 block scales the codes alone are decoded.
+    E2M1 is divided by :func:`divisor`; under float32 block scales the codes alone are decoded. 4-bit experts that ``routed`` has no
+    pairs for are left out: what lies in their place is undefined.
     """
     experts, rows = part.shape
     unit = scratch[: experts * rows * weight.k].view(experts, rows, weight.k)
@@ -77,7 +79,7 @@ def decode_experts(weight: GroupedWeight, part: Part, scratch: torch.Tensor) -> 
             raise ValueError(f"{weight.kind} weights have block scales")
         codes, scale, out_scale = (tensor.flatten(0, 1) for tensor in (weight.codes, weight.scale, weight.out_scale))
         packed = PackedWeight(codes, scale, out_scale, weight.kind, weight.group, weight.fp8)
-        decode_into(packed, part.experts.start * weight.n + part.rows.start, unit.flatten(0, 1))
+        decode_into(packed, part.experts.start * weight.n + part.rows.start, unit.flatten(0, 1), routed.first)
         return unit
     unit.copy_(weight.codes[part.experts, part.rows])
     if weight.kind == "e4m3_exponent" and weight.scale is not None:

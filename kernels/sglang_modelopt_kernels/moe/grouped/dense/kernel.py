@@ -56,23 +56,22 @@ def _sum(
     return acc
 
 
-@triton.jit
-def _tile(
-    tile,
+@triton.jit(do_not_specialize=["pairs", "share", "experts", "first", "last"])
+def dense_kernel(
     x_ptr,
     w_ptr,
     s_ptr,
     pairs_ptr,
     owner_ptr,
+    first_ptr,
     row_scale_ptr,
     out_scale_ptr,
     y_ptr,
     pairs,
     share,
     experts,
-    before,
-    own,
     first,
+    last,
     rows,
     n,
     k,
@@ -88,8 +87,21 @@ def _tile(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One tile. Blocks go in stripes of STRIPE, within which they vary fastest: what runs together shares its operands."""
+    """Tiles ``[BM, BN]`` of ``y``, ``[pairs, n]``, columns ``0 .. rows``, for the blocks of experts ``first .. last``.
+
+    Pair ``r`` reads row ``r // share`` of ``x``; NARROW: offsets there fit int32. ``w`` holds the experts in the type of
+    ``x``, ``[last - first, rows, k]``; a ``last`` above ``experts`` adds the pairs of nobody. With GROUP > 0, ``s`` scales the sum
+    over each GROUP inputs, ``[last - first, k / GROUP, rows]``.
+
+    The host does not know how many blocks there are: there are as many programs as there could be tiles. Blocks go in stripes of
+    STRIPE, within which they vary fastest: what runs together shares its operands.
+    """
+    tile = tl.program_id(0)
+    before = tl.load(first_ptr + first)
+    own = tl.load(first_ptr + last) - before
     columns = tl.cdiv(rows, BN)
+    if tile >= own * columns:
+        return
     stripe = tile // (STRIPE * columns)
     within = tile % (STRIPE * columns)
     height = tl.minimum(own - stripe * STRIPE, STRIPE)
@@ -127,116 +139,3 @@ def _tile(
     y = tl.where(owner == experts, 0.0, y)
     y_at = y_ptr + pair.to(tl.int64)[:, None] * n + column[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(pair < pairs)[:, None] & (column < rows)[None, :])
-
-
-@triton.jit(do_not_specialize=["pairs", "share", "experts", "first", "last"])
-def dense_kernel(
-    x_ptr,
-    w_ptr,
-    s_ptr,
-    pairs_ptr,
-    owner_ptr,
-    first_ptr,
-    row_scale_ptr,
-    out_scale_ptr,
-    y_ptr,
-    pairs,
-    share,
-    experts,
-    first,
-    last,
-    rows,
-    n,
-    k,
-    GROUP: tl.constexpr,
-    FP8: tl.constexpr,
-    ASM: tl.constexpr,
-    DESCALE: tl.constexpr,
-    HAS_ROW_SCALE: tl.constexpr,
-    NARROW: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PERSISTENT: tl.constexpr,
-    STRIPE: tl.constexpr,
-    BN: tl.constexpr,
-    BM: tl.constexpr,
-    BK: tl.constexpr,
-):
-    """Tiles ``[BM, BN]`` of ``y``, ``[pairs, n]``, columns ``0 .. rows``, for the blocks of experts ``first .. last``.
-
-    Pair ``r`` reads row ``r // share`` of ``x``; NARROW: offsets there fit int32. ``w`` holds the experts in the type of
-    ``x``, ``[last - first, rows, k]``; a ``last`` above ``experts`` adds the pairs of nobody. With GROUP > 0, ``s`` scales the sum
-    over each GROUP inputs, ``[last - first, k / GROUP, rows]``.
-
-    The host does not know how many blocks there are: with PERSISTENT a program takes tile after tile, else it takes one, and there
-    are as many programs as there could be tiles.
-    """
-    before = tl.load(first_ptr + first)
-    own = tl.load(first_ptr + last) - before
-    tiles = own * tl.cdiv(rows, BN)
-    if PERSISTENT:
-        for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
-            _tile(
-                tile,
-                x_ptr,
-                w_ptr,
-                s_ptr,
-                pairs_ptr,
-                owner_ptr,
-                row_scale_ptr,
-                out_scale_ptr,
-                y_ptr,
-                pairs,
-                share,
-                experts,
-                before,
-                own,
-                first,
-                rows,
-                n,
-                k,
-                GROUP,
-                FP8,
-                ASM,
-                DESCALE,
-                HAS_ROW_SCALE,
-                NARROW,
-                EVEN_K,
-                STRIPE,
-                BN,
-                BM,
-                BK,
-            )
-    else:
-        tile = tl.program_id(0)
-        if tile < tiles:
-            _tile(
-                tile,
-                x_ptr,
-                w_ptr,
-                s_ptr,
-                pairs_ptr,
-                owner_ptr,
-                row_scale_ptr,
-                out_scale_ptr,
-                y_ptr,
-                pairs,
-                share,
-                experts,
-                before,
-                own,
-                first,
-                rows,
-                n,
-                k,
-                GROUP,
-                FP8,
-                ASM,
-                DESCALE,
-                HAS_ROW_SCALE,
-                NARROW,
-                EVEN_K,
-                STRIPE,
-                BN,
-                BM,
-                BK,
-            )

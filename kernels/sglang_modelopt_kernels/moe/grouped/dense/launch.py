@@ -11,53 +11,70 @@ from sglang_modelopt_kernels.gemm.block_scaled.launch import SCRATCH_BYTES
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine, matrix_instruction
 from sglang_modelopt_kernels.moe.route import Routed
 
-from ..weights import GroupedWeight, Kind
+from ..weights import GroupedWeight
 from .decode import Part, block_scales, decode_experts, divisor, operand_of, parts
 from .kernel import dense_kernel
 
-BLOCK = 128
-"""Pairs to a block."""
 STRIPE = 8
 """Blocks that share a weight tile while it is in the cache."""
-WHOLE_FROM = 64
-"""Pairs to an expert, on average, from which weights are multiplied in blocks of BLOCK pairs that need no decoding."""
-DECODED_FROM = 128
-"""Likewise where they are decoded first, which moves as many bytes as a bf16 weight has once more.
+WHOLE_ABOVE = 16
+"""Pairs to an expert, on average, above which weights that need no decoding are multiplied in dense tiles."""
+DECODED_FROM = {torch.float8_e4m3fn: 112, torch.bfloat16: 192, torch.float16: 256}
+"""Pairs to an expert from which weights are decoded first, by the type that they are decoded to."""
+LARGE_FROM = {torch.float8_e4m3fn: 512, torch.bfloat16: 192, torch.float16: 192}
+"""Pairs to an expert from which blocks are the larger of the two, by the type of the operands.
 
-Both predicted, not measured."""
+These, and the configurations for wgmma, follow times on an H100: moe/grouped in docs/architecture.md."""
 
 _CONFIGS = {
-    # matrix instruction: for operands of 16 bits and of 8, and for either where partial sums are scaled
+    # matrix instruction: for operands of 16 bits and of 8, and for either where partial sums are scaled; by pairs to a block
     "mma.sync": (
-        KernelConfig(128, BLOCK, 64, 8, 3),
-        KernelConfig(128, BLOCK, 128, 8, 3),
-        KernelConfig(128, BLOCK, 64, 8, 3),
+        (KernelConfig(128, 64, 64, 4, 3), KernelConfig(128, 128, 64, 8, 3)),
+        (KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 128, 8, 3)),
+        (KernelConfig(128, 64, 64, 4, 3), KernelConfig(128, 128, 64, 8, 3)),
+        (KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 64, 8, 3)),
     ),
     "wgmma": (
-        KernelConfig(256, BLOCK, 64, 8, 4),
-        KernelConfig(128, BLOCK, 128, 8, 4),
-        KernelConfig(128, BLOCK, 128, 8, 3),
+        (KernelConfig(256, 64, 64, 4, 4), KernelConfig(256, 128, 64, 8, 4)),
+        (KernelConfig(256, 64, 128, 8, 3), KernelConfig(128, 128, 128, 8, 4)),
+        (KernelConfig(128, 64, 64, 4, 4), KernelConfig(128, 128, 128, 8, 3)),
+        (KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 128, 8, 3)),
     ),
     "tcgen05": (
-        KernelConfig(256, BLOCK, 64, 8, 4),
-        KernelConfig(256, BLOCK, 128, 8, 4),
-        KernelConfig(128, BLOCK, 128, 8, 3),
+        (KernelConfig(256, 64, 64, 4, 4), KernelConfig(256, 128, 64, 8, 4)),
+        (KernelConfig(256, 64, 128, 8, 3), KernelConfig(256, 128, 128, 8, 4)),
+        (KernelConfig(128, 64, 64, 4, 4), KernelConfig(128, 128, 128, 8, 3)),
+        (KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 128, 8, 3)),
     ),
 }
-"""Not timed on any GPU: chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
+"""But for wgmma not timed on any GPU: chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
 
 
-def takes_dense(kind: Kind, pairs: int, experts: int) -> bool:
-    """Whether the dense product serves that many pairs: a function of the sizes alone."""
-    if kind == "mxfp4":
+def takes_dense(weight: GroupedWeight, dtype: torch.dtype, pairs: int, capability: int) -> bool:
+    """Whether the dense product serves that many pairs with activations of ``dtype``: a function of types and sizes alone."""
+    if weight.kind == "mxfp4":
         return False
-    return pairs >= (WHOLE_FROM if kind in ("bf16", "e4m3") else DECODED_FROM) * experts
+    operand = operand_of(weight, dtype, torch.bfloat16, capability)
+    if _in_place(weight, operand):
+        return pairs > WHOLE_ABOVE * weight.experts
+    return pairs >= DECODED_FROM[operand] * weight.experts
 
 
-def config_of(dtype: torch.dtype, scaled: bool, capability: int) -> KernelConfig:
-    """The configuration for operands of ``dtype`` on compute capability ``capability`` (times ten)."""
-    wide, narrow, promoted = _CONFIGS[matrix_instruction(capability)]
-    return promoted if scaled else narrow if dtype == torch.float8_e4m3fn else wide
+def dense_block(weight: GroupedWeight, dtype: torch.dtype, pairs: int, capability: int) -> int:
+    """Likewise the pairs to a block."""
+    operand = operand_of(weight, dtype, torch.bfloat16, capability)
+    small, large = configs(operand, False, capability)
+    return (large if pairs >= LARGE_FROM[operand] * weight.experts else small).bm
+
+
+def configs(dtype: torch.dtype, scaled: bool, capability: int) -> tuple[KernelConfig, KernelConfig]:
+    """The configurations for operands of ``dtype`` on compute capability ``capability`` (times ten), by pairs to a block."""
+    return _CONFIGS[matrix_instruction(capability)][2 * scaled + (dtype == torch.float8_e4m3fn)]
+
+
+def _in_place(weight: GroupedWeight, operand: torch.dtype) -> bool:
+    """Whether the codes are multiplied as they are stored."""
+    return weight.codes.dtype == operand and weight.scale is None
 
 
 def run_dense(
@@ -70,29 +87,29 @@ def run_dense(
     config: KernelConfig | None = None,
     scratch_bytes: int | None = None,
 ) -> torch.Tensor:
-    """The product in dense tiles; arguments as :func:`grouped_linear`, ``config`` instead of the one chosen by type.
+    """The product in dense tiles; arguments as :func:`grouped_linear`, ``config`` instead of the one chosen by type and block.
 
     Weights that are not of the operands' type are decoded part by part into a buffer of at most ``scratch_bytes``, or for None
     SCRATCH_BYTES.
 
     Raises:
-        ValueError: the weights are for another matrix instruction, or the pairs were sorted in blocks of another size.
+        ValueError: the weights are for another matrix instruction, or no configuration has blocks as the pairs were sorted in.
     """
     if weight.kind == "mxfp4":
         raise ValueError("mxfp4 weights have no dense product")
-    capability, processors = machine(x.device)
+    capability = machine(x.device)[0]
     dtype = operand_of(weight, x.dtype, out_dtype, capability)
     scaled = weight.kind in ("int4_float", "e4m3_float")
-    config = config or config_of(dtype, scaled, capability)
-    if routed.block != config.bm:
-        raise ValueError(f"the dense product has blocks of {config.bm} pairs, not {routed.block}")
+    known = (config,) if config else configs(dtype, scaled, capability)
+    config = next((one for one in known if one.bm == routed.block), None)
+    if config is None:
+        raise ValueError(f"the dense product has no blocks of {routed.block} pairs")
     values = x.to(dtype).contiguous()
     y = torch.empty((pairs, weight.n), dtype=out_dtype, device=x.device)
     blocks = routed.owner.shape[0]
-    for part, unit in _decoded(weight, dtype, SCRATCH_BYTES if scratch_bytes is None else scratch_bytes):
+    for part, unit in _decoded(weight, dtype, routed, SCRATCH_BYTES if scratch_bytes is None else scratch_bytes):
         scale = block_scales(weight, part)
-        most = blocks * triton.cdiv(part.shape[1], config.bn)
-        dense_kernel[(min(most, processors) if config.persistent else most,)](
+        dense_kernel[(blocks * triton.cdiv(part.shape[1], config.bn),)](
             values,
             unit,
             # The kernel takes a pointer for what is absent and never reads through it.
@@ -119,7 +136,6 @@ def run_dense(
             HAS_ROW_SCALE=row_scale is not None,
             NARROW=values.numel() < 1 << 31,
             EVEN_K=weight.k % config.bk == 0,
-            PERSISTENT=config.persistent,
             STRIPE=STRIPE,
             BN=config.bn,
             BM=config.bm,
@@ -130,13 +146,15 @@ def run_dense(
     return y
 
 
-def _decoded(weight: GroupedWeight, dtype: torch.dtype, scratch_bytes: int) -> Iterator[tuple[Part, torch.Tensor]]:
+def _decoded(
+    weight: GroupedWeight, dtype: torch.dtype, routed: Routed, scratch_bytes: int
+) -> Iterator[tuple[Part, torch.Tensor]]:
     """The unit weight in parts: itself where it is of ``dtype``, else one part after the other in the same memory."""
-    if weight.codes.dtype == dtype and weight.scale is None:
+    if _in_place(weight, dtype):
         yield Part(slice(0, weight.experts), slice(0, weight.n)), weight.codes
         return
     every = list(parts(weight.experts, weight.n, weight.k, dtype.itemsize, scratch_bytes))
     most = max(experts * rows for experts, rows in (part.shape for part in every))
     scratch = torch.empty(most * weight.k, dtype=dtype, device=weight.codes.device)
     for part in every:
-        yield part, decode_experts(weight, part, scratch)
+        yield part, decode_experts(weight, part, routed, scratch)
