@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from sglang_modelopt_kernels.formats import e2m1
-from sglang_modelopt_kernels.gemm.block_scaled.kernel import BFLOAT16
+from sglang_modelopt_kernels.gemm.block_scaled.kernel import BFLOAT16, INT4_BFLOAT16, INT4_FLOAT16
 from sglang_modelopt_kernels.gemm.block_scaled.packing import EXPONENT_BOTTOM, EXPONENT_TOP
 from sglang_modelopt_kernels.gemm.folded import fold
 from sglang_modelopt_kernels.gemm.folded.kernel import FOLD
@@ -88,6 +89,7 @@ INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "lop3.b32": lop3,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": prmt,
+    "sub.rn.f16x2": both_halves(lambda a, b: a - b, as_float16, to_float16),
     "mul.rn.f16x2": both_halves(lambda a, b: a * b, as_float16, to_float16),
     "fma.rn.bf16x2": both_halves(lambda a, b, c: a * b + c, as_bfloat16, to_bfloat16),
 }
@@ -148,6 +150,19 @@ def test_every_word_under_every_scale(case: str) -> None:
             got_low, got_high = read((word & 0xFFFF).astype(np.uint16)), read((word >> 16).astype(np.uint16))
             assert np.array_equal(got_low, right_low[plane] * unit * scale), (plane, scale)
             assert np.array_equal(got_high, right_high[plane] * unit * other), (plane, other)
+
+
+@pytest.mark.parametrize(("sources", "read"), [(INT4_FLOAT16, as_float16), (INT4_BFLOAT16, as_bfloat16)])
+def test_every_word_of_int4(sources: Any, read: Callable[[Halves], NDArray[np.float64]]) -> None:
+    """Plane p of an element is code + 8 in its nibble p."""
+    low = np.arange(1 << 16, dtype=np.uint16)
+    high = low * np.uint16(40503) + np.uint16(1)
+    words = low.astype(np.uint32) | high.astype(np.uint32) << 16
+    for plane, source in enumerate(sources.value):
+        word = emulate(source, words, outputs=1)[0]
+        for half, element in ((word & 0xFFFF, low), (word >> 16, high)):
+            codes = (element >> np.uint16(4 * plane) & np.uint16(15)).astype(np.float64) - 8
+            assert np.array_equal(read(half.astype(np.uint16)), codes)
 
 
 def test_every_byte_widened() -> None:

@@ -73,17 +73,93 @@ def _wide(magnitude, sign):
     return ((magnitude | sign).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
+INT4_FLOAT16: tl.constexpr = tl.constexpr(
+    (
+        """{ .reg .b32 a, z;
+        mov.b32 z, 0x64086408;
+        lop3.b32 a, $1, 0x000f000f, 0x64006400, 0xea;
+        sub.rn.f16x2 $0, a, z; }""",
+        """{ .reg .b32 a, z;
+        mov.b32 z, 0x64086408;
+        shr.u32 a, $1, 4;
+        lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+        sub.rn.f16x2 $0, a, z; }""",
+        """{ .reg .b32 a, z;
+        mov.b32 z, 0x64086408;
+        shr.u32 a, $1, 8;
+        lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+        sub.rn.f16x2 $0, a, z; }""",
+        """{ .reg .b32 a, z;
+        mov.b32 z, 0x64086408;
+        shr.u32 a, $1, 12;
+        lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+        sub.rn.f16x2 $0, a, z; }""",
+    )
+)
+"""Two elements to the two codes of each plane: under the exponent of 1024 code + 8 counts in ones; 1032 is subtracted."""
+INT4_BFLOAT16: tl.constexpr = tl.constexpr(
+    (
+        """{ .reg .b32 a, o, z;
+        mov.b32 o, 0x3f803f80;
+        mov.b32 z, 0xc308c308;
+        lop3.b32 a, $1, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $0, a, o, z; }""",
+        """{ .reg .b32 a, o, z;
+        mov.b32 o, 0x3f803f80;
+        mov.b32 z, 0xc308c308;
+        shr.u32 a, $1, 4;
+        lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $0, a, o, z; }""",
+        """{ .reg .b32 a, o, z;
+        mov.b32 o, 0x3f803f80;
+        mov.b32 z, 0xc308c308;
+        shr.u32 a, $1, 8;
+        lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $0, a, o, z; }""",
+        """{ .reg .b32 a, o, z;
+        mov.b32 o, 0x3f803f80;
+        mov.b32 z, 0xc308c308;
+        shr.u32 a, $1, 12;
+        lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+        fma.rn.bf16x2 $0, a, o, z; }""",
+    )
+)
+"""Likewise in bf16, under the exponent of 128; ``fma`` by 1 because sm_80 has no bf16 subtraction."""
+
+
+@triton.jit
+def _int4_plane(w, F16: tl.constexpr, PLANE: tl.constexpr):
+    """One plane of INT4 codes by assembly, in float16 or bf16; a plane at a time as in :func:`plane`."""
+    if F16:
+        codes = tl.inline_asm_elementwise(INT4_FLOAT16[PLANE], "=r,r", args=[w], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        codes = tl.inline_asm_elementwise(
+            INT4_BFLOAT16[PLANE], "=r,r", args=[w], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
+    return codes
+
+
 @triton.jit
 def _int4_float16(nibble):
-    """A nibble of code + 8 as the float16 code: under the exponent of 1024 it counts in ones."""
+    """A nibble of code + 8 as the float16 code."""
     return ((nibble | 0x6400).to(tl.float16, bitcast=True) - 1032.0).to(tl.float16)
 
 
 @triton.jit
-def _int4_float32(nibble):
-    """A nibble of code + 8 as the float32 code, a bf16 number, likewise under the exponent of 128."""
-    wide = ((nibble | 0x4300).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return wide - 136.0
+def _planes_int4(w, F16: tl.constexpr, ASM: tl.constexpr):
+    """INT4 elements, int16, to the four planes of codes in float16, or without F16 in bf16; without ASM always in float16."""
+    if ASM:
+        p0 = _int4_plane(w, F16, 0)
+        p1 = _int4_plane(w, F16, 1)
+        p2 = _int4_plane(w, F16, 2)
+        p3 = _int4_plane(w, F16, 3)
+    else:
+        u = w.to(tl.uint16, bitcast=True)
+        p0 = _int4_float16(u & 15)
+        p1 = _int4_float16((u >> 4) & 15)
+        p2 = _int4_float16((u >> 8) & 15)
+        p3 = _int4_float16(u >> 12)
+    return p0, p1, p2, p3
 
 
 @triton.jit
@@ -167,17 +243,12 @@ def block_scaled_sum(
             x3 = x3.to(BF16)
         if KIND == "int4_float":
             # One block per step (BK = GROUP): scale its sum.
-            u = w.to(tl.uint16, bitcast=True)
-            if F16:
-                w0 = _int4_float16(u & 15)
-                w1 = _int4_float16((u >> 4) & 15)
-                w2 = _int4_float16((u >> 8) & 15)
-                w3 = _int4_float16(u >> 12)
-            else:
-                w0 = _int4_float32(u & 15).to(BF16)
-                w1 = _int4_float32((u >> 4) & 15).to(BF16)
-                w2 = _int4_float32((u >> 8) & 15).to(BF16)
-                w3 = _int4_float32(u >> 12).to(BF16)
+            w0, w1, w2, w3 = _planes_int4(w, F16, ASM)
+            if not F16:
+                w0 = w0.to(BF16)
+                w1 = w1.to(BF16)
+                w2 = w2.to(BF16)
+                w3 = w3.to(BF16)
             part = tl.dot(w0, x0, input_precision="ieee")
             part = tl.dot(w1, x1, part, input_precision="ieee")
             part = tl.dot(w2, x2, part, input_precision="ieee")
@@ -292,11 +363,11 @@ def decode_kernel(
     inside = (rows < n)[:, None] & (element < k // 4)[None, :]
     w = tl.load(w_ptr + row[:, None] * (k // 4) + element[None, :], mask=inside, other=0)
     if KIND == "int4_float":
-        u = w.to(tl.uint16, bitcast=True)
-        p0 = _int4_float16(u & 15).to(y_ptr.dtype.element_ty)
-        p1 = _int4_float16((u >> 4) & 15).to(y_ptr.dtype.element_ty)
-        p2 = _int4_float16((u >> 8) & 15).to(y_ptr.dtype.element_ty)
-        p3 = _int4_float16(u >> 12).to(y_ptr.dtype.element_ty)
+        p0, p1, p2, p3 = _planes_int4(w, F16, ASM)
+        p0 = p0.to(y_ptr.dtype.element_ty)
+        p1 = p1.to(y_ptr.dtype.element_ty)
+        p2 = p2.to(y_ptr.dtype.element_ty)
+        p3 = p3.to(y_ptr.dtype.element_ty)
     else:
         # A byte for each block, spread in registers: entries of the codes' shape would be loaded a byte to a row.
         block = tl.program_id(1) * (256 // GROUP) + tl.arange(0, 256 // GROUP)
