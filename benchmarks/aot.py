@@ -83,7 +83,7 @@ class Case:
             ``mma.sync``, where a tile has few columns; empty for none.
         weights: weights one iteration of the main loop reads, 0 where there is no loop over weights.
         copies: what else the PTX must contain: bulk tensor loads, the copy of scales to tensor memory.
-        words: whether inline assembly reads words of four bytes along a row, which its operands' layout must then hold whole.
+        fragments: whether inline assembly makes a matrix instruction's operand, which must then be in registers.
     """
 
     name: str
@@ -94,7 +94,7 @@ class Case:
     aligned: tuple[str, ...] = ()
     matrix: str = ""
     weights: int = 0
-    words: bool = False
+    fragments: bool = False
     copies: tuple[str, ...] = ()
 
 
@@ -184,7 +184,7 @@ def folded_cases(arch: int) -> Iterator[Case]:
     operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
     for config in folded.configs(arch):
         case = product_case("folded fp8e4nv", folded_kernel, config, operands, {"ASM": True}, "e4m3")
-        yield dataclasses.replace(case, words=True)
+        yield dataclasses.replace(case, fragments=True)
     types = {"w_ptr": "*i32", "s_ptr": "*u8", "y_ptr": "*i32"} | dict.fromkeys(("first", "n", "k"), "i32")
     yield Case("unfold fp8", unfold_kernel, types, {"ASM": True, "BN": 8}, {}, ("k",))
 
@@ -434,8 +434,8 @@ def compile_case(case: Case, arch: int) -> Result:
     if case.matrix and not MATRIX.search(sass):
         result.problems.append("no matrix instruction in the machine code")
     result.problems += [f"no {copy}" for copy in case.copies if copy not in ptx]
-    if case.words and not holds_words(compiled.asm["ttgir"]):
-        result.problems.append("inline assembly on parts of words")
+    if case.fragments and not makes_fragments(compiled.asm["ttgir"]):
+        result.problems.append("inline assembly makes no operand")
     if spilled:
         result.problems.append(f"spills {spilled} bytes")
     if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY:
@@ -445,13 +445,10 @@ def compile_case(case: Case, arch: int) -> Result:
     return result
 
 
-def holds_words(ttgir: str) -> bool:
-    """Whether every operand of inline assembly has four bytes along a row in one register."""
-    blocked = r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[1, (\d+)\].*order = \[1, 0\]\}>"
-    whole = {name for name, size in re.findall(blocked, ttgir, re.M) if int(size) % 4 == 0}
-    assembly = [line for line in ttgir.splitlines() if "elementwise_inline_asm" in line]
-    operands = [operand for line in assembly for operand in re.findall(r"tensor<\d+x\d+xi8, (#[^>]+>?)>", line)]
-    return bool(operands) and all("kWidth = 4" in operand or operand in whole for operand in operands)
+def makes_fragments(ttgir: str) -> bool:
+    """Whether all that inline assembly makes is a matrix instruction's first operand, as the assembly orders its registers."""
+    results = re.findall(r"elementwise_inline_asm.*-> tensor<[\dx]+\w+, (.+)> loc", ttgir)
+    return bool(results) and all("dot_op<{opIdx = 0, parent = #mma" in result for result in results)
 
 
 def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]]) -> int:

@@ -73,7 +73,7 @@ def _block_scaled(kind: Kind, product: str, inputs: tuple[int, ...]) -> Tiled:
 
 
 KERNELS = {
-    "folded": Tiled(folded_kernel, "mxfp4 folded", folded.run, folded.configs, (64, 128, 256)),
+    "folded": Tiled(folded_kernel, "mxfp4 folded", folded.run, folded.configs, (128, 256, 512)),
     "block_scaled:e2m1_e4m3/16": _block_scaled("e2m1_e4m3", "nvfp4", (64, 128, 256)),
     "block_scaled:e2m1_exponent/32": _block_scaled("e2m1_exponent", "mxfp4", (64, 128, 256)),
     "block_scaled:int4_float/128": _block_scaled("int4_float", "int4", (128,)),

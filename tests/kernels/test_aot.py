@@ -73,19 +73,13 @@ def test_a_missing_copy_is_found() -> None:
     assert aot.compile_case(broken, 90).problems == ["no cp.async.bulk.tensor"]
 
 
-def test_parts_of_words_are_found() -> None:
-    """Inline assembly that takes four bytes of a row as one register, under layouts that do and do not hold them together."""
-    head = """#blocked = #ttg.blocked<{sizePerThread = [1, 16], threadsPerWarp = [1, 32], warpsPerCTA = [4, 1], order = [1, 0]}>
-#blocked1 = #ttg.blocked<{sizePerThread = [16, 1], threadsPerWarp = [8, 4], warpsPerCTA = [1, 4], order = [0, 1]}>
-#blocked2 = #ttg.blocked<{sizePerThread = [1, 2], threadsPerWarp = [8, 4], warpsPerCTA = [1, 4], order = [1, 0]}>
-"""
-    line = "%0 = tt.elementwise_inline_asm {{}} %1 : tensor<8x256xi8, {0}> -> tensor<8x256xi8, {0}>"
-    register = "#ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>"
-    for layout, holds in (("#blocked", True), ("#blocked1", False), ("#blocked2", False)):
-        assert aot.holds_words(head + line.format(layout)) == holds
-    for width, holds in ((4, True), (2, False)):
-        assert aot.holds_words(head + line.format(register.format(width))) == holds
-    assert not aot.holds_words(head)
+def test_fragments_elsewhere_are_found() -> None:
+    """Inline assembly whose result is a matrix instruction's operand, and one whose result is converted to it."""
+    line = "%0 = tt.elementwise_inline_asm {{}} %1 : tensor<8x64xi8, {0}> -> tensor<8x64xi8, {0}> loc(#loc1)\n"
+    operand = line.format("#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>")
+    assert aot.makes_fragments(operand)
+    assert not aot.makes_fragments(operand + line.format("#blocked"))
+    assert not aot.makes_fragments("")
 
 
 def test_the_main_loop_is_the_one_with_matrix_instructions() -> None:
