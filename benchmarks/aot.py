@@ -37,6 +37,8 @@ from sglang_modelopt_kernels.gemm.folded import linear as folded
 from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_kernel
 from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
 from sglang_modelopt_kernels.gemm.fp4.kernel import fp4_kernel
+from sglang_modelopt_kernels.gemm.groups import launch as groups
+from sglang_modelopt_kernels.gemm.groups.kernel import group_scaled_kernel
 from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_widened_kernel
 from sglang_modelopt_kernels.gemm.tcgen05 import takes_tiles
@@ -141,6 +143,17 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
             for config in configs(kind, arch):
                 name = f"block_scaled {kind}/{group} {dtype}"
                 yield product_case(name, block_scaled_kernel, config, operands, numerics, "any")
+
+
+def group_scaled_cases(arch: int) -> Iterator[Case]:
+    """INT4 for many tokens."""
+    for dtype in ("fp16", "bf16") if arch < 89 else ("fp8e4nv", "fp16", "bf16"):
+        operands = {"x_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "s_ptr": "*fp32", "first": "i32", "count": "i32"}
+        config = groups.config_for(arch, 1 if dtype == "fp8e4nv" else 2)
+        numerics = {"GROUP": 128, "ASM": True, "WIDTH": groups.WIDTH}
+        case = product_case(f"group_scaled {dtype}", group_scaled_kernel, config, operands, numerics, "any")
+        constexprs = {key: value for key, value in case.constexprs.items() if key in group_scaled_kernel.arg_names}
+        yield dataclasses.replace(case, constexprs=constexprs, aligned=("n", "k", "first"))
 
 
 def tcgen05_cases(name: str, element: str, group: int, every: tuple[KernelConfig, ...], matrix: str) -> Iterator[Case]:
@@ -282,18 +295,21 @@ def grouped_cases(arch: int) -> Iterator[Case]:
 def other_cases(arch: int) -> Iterator[Case]:
     """The kernels around the products."""
     out = "fp16" if arch < 89 else "fp8e4nv"
-    for kind, group in KINDS[:-1]:
+    for kind, group in KINDS:
         for f16 in (True, False):
-            types = {"w_ptr": "*i16", "s_ptr": "*u8", "y_ptr": "*fp16" if f16 else "*bf16"}
+            types = {"w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8"}
+            types |= {"y_ptr": "*fp16" if f16 else "*bf16"}
             types |= dict.fromkeys(("first", "n", "k"), "i32")
             constexprs = {"KIND": kind, "GROUP": group, "F16": f16, "FP8": False, "ASM": True, "BN": 16}
             yield Case(
                 f"decode {kind}/{group} {'fp16' if f16 else 'bf16'}", decode_kernel, types, constexprs, {}, ("k",)
             )
     if arch >= 89:
-        types = {"w_ptr": "*i16", "s_ptr": "*u8", "y_ptr": "*fp8e4nv"} | dict.fromkeys(("first", "n", "k"), "i32")
-        constexprs = {"KIND": "e2m1_exponent", "GROUP": 32, "F16": True, "FP8": True, "ASM": True, "BN": 16}
-        yield Case("decode e2m1_exponent/32 fp8", decode_kernel, types, constexprs, {}, ("k",))
+        for kind, group in KINDS[2:]:
+            types = {"w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8", "y_ptr": "*fp8e4nv"}
+            types |= dict.fromkeys(("first", "n", "k"), "i32")
+            constexprs = {"KIND": kind, "GROUP": group, "F16": True, "FP8": True, "ASM": True, "BN": 16}
+            yield Case(f"decode {kind}/{group} fp8", decode_kernel, types, constexprs, {}, ("k",))
     floats = ("partial_ptr", "row_scale_ptr", "out_scale_ptr")
     types = dict.fromkeys(floats, "*fp32") | {"bias_ptr": "*bf16", "y_ptr": "*bf16"}
     types |= dict.fromkeys(("m", "n", "y_stride", "row_step"), "i32")
@@ -377,6 +393,7 @@ def cases(arch: int) -> list[Case]:
     """Everything that may run on ``arch``."""
     products = [
         *block_scaled_cases(arch),
+        *group_scaled_cases(arch),
         *mxfp4_cases(arch),
         *folded_cases(arch),
         *fp4_cases(arch),

@@ -31,6 +31,8 @@ from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel
 from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
 from sglang_modelopt_kernels.gemm.folded import linear as folded
 from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel
+from sglang_modelopt_kernels.gemm.groups import config_for
+from sglang_modelopt_kernels.gemm.groups.kernel import group_scaled_kernel
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, choose
 from sglang_modelopt_kernels.gemm.tile.launch import Plan
 from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
@@ -58,6 +60,7 @@ class Tiled:
         configs: of its own choice, by compute capability times ten.
         inputs: lengths of a tile along K.
         bits: of a weight and of an activation in shared memory, at least.
+        splits: whether it can be split along K.
     """
 
     kernel: Any
@@ -66,6 +69,7 @@ class Tiled:
     configs: Callable[[int], Sequence[KernelConfig]]
     inputs: tuple[int, ...]
     bits: tuple[int, int] = (4, 8)
+    splits: bool = True
 
 
 def _block_scaled(kind: Kind, product: str, inputs: tuple[int, ...]) -> Tiled:
@@ -77,8 +81,17 @@ KERNELS = {
     "block_scaled:e2m1_e4m3/16": _block_scaled("e2m1_e4m3", "nvfp4", (64, 128, 256)),
     "block_scaled:e2m1_exponent/32": _block_scaled("e2m1_exponent", "mxfp4", (64, 128, 256)),
     "block_scaled:int4_float/128": _block_scaled("int4_float", "int4", (128,)),
+    "groups:int4_float/128": Tiled(
+        group_scaled_kernel,
+        "int4",
+        block_scaled.run_groups,
+        lambda capability: (config_for(capability, 1),),
+        (64, 128),
+        (8, 8),
+        splits=False,
+    ),
 }
-DEFAULT = ("folded", "block_scaled:e2m1_e4m3/16", "block_scaled:int4_float/128")
+DEFAULT = ("folded", "block_scaled:e2m1_e4m3/16", "block_scaled:int4_float/128", "groups:int4_float/128")
 
 
 def grid(tiled: Tiled, m: int, n: int, k: int, shared: int) -> Iterator[KernelConfig]:
@@ -185,8 +198,13 @@ def make_case(name: str, n: int, k: int, m: int) -> Case:
     tiled, processors = KERNELS[name], properties.multi_processor_count
     configs = list(grid(tiled, m, n, k, properties.shared_memory_per_block_optin))
     random.Random(0).shuffle(configs)
-    chosen = choose(tiled.configs(gemm.capability()), m, n, k, processors)
-    return Case(name, n, k, m, [*dict.fromkeys([chosen, *(choose([c], m, n, k, processors) for c in configs)])])
+
+    def plan(configs: Sequence[KernelConfig]) -> Plan:
+        config, split = choose(configs, m, n, k, processors)
+        return config, split if tiled.splits else 1
+
+    chosen = plan(tiled.configs(gemm.capability()))
+    return Case(name, n, k, m, [*dict.fromkeys([chosen, *(plan([config]) for config in configs)])])
 
 
 class Bench:
@@ -223,7 +241,8 @@ def measure(case: Case, bench: Bench, verdicts: Verdicts, seconds: float) -> dic
         if verdicts.of(job) == "" and (time.monotonic() < deadline or not times):
             times[job.plan] = bench.time(x, job.plan, *QUICK)
     fastest = sorted(times, key=times.__getitem__)
-    others = [(config, other) for config, split in fastest[:SPLIT] for other in splits_around(config, split, case.k)]
+    split_further = fastest[:SPLIT] if KERNELS[case.kernel].splits else []
+    others = [(config, other) for config, split in split_further for other in splits_around(config, split, case.k)]
     jobs = [Job(case.kernel, plan, case.m, case.k) for plan in others]
     verdicts.ask(jobs, deadline + seconds / 4)
     times |= {job.plan: bench.time(x, job.plan, *QUICK) for job in jobs if verdicts.of(job) == ""}

@@ -33,6 +33,9 @@ def test_every_configuration_is_listed(arch: int) -> None:
         assert all(str(config) in names for config in aot.configs(kind, arch))
     folded = [str(config) for config in aot.folded.configs(arch)] if arch in (89, 90) else []
     assert [case.name.split()[-1] for case in aot.cases(arch) if case.name.startswith("folded ")] == folded
+    dtypes = {"fp16": 2, "bf16": 2} | ({"fp8e4nv": 1} if arch >= 89 else {})
+    for dtype, itemsize in dtypes.items():
+        assert f"group_scaled {dtype} {aot.groups.config_for(arch, itemsize)}" in names
     tiled = arch in (100, 103)
     for product, types, every in (
         ("fp4", ("e2m1/16", "e2m1/32"), aot.fp4.TILED_CONFIGS if tiled else aot.fp4.CONFIGS),

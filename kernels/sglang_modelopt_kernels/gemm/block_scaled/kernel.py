@@ -78,6 +78,23 @@ def _int4_float32(nibble):
 
 
 @triton.jit
+def _int4_planes(w, F16: tl.constexpr):
+    """The four planes of packed INT4, in float16 or in float32."""
+    u = w.to(tl.uint16, bitcast=True)
+    if F16:
+        p0 = _int4_float16(u & 15)
+        p1 = _int4_float16((u >> 4) & 15)
+        p2 = _int4_float16((u >> 8) & 15)
+        p3 = _int4_float16(u >> 12)
+    else:
+        p0 = _int4_float32(u & 15)
+        p1 = _int4_float32((u >> 4) & 15)
+        p2 = _int4_float32((u >> 8) & 15)
+        p3 = _int4_float32(u >> 12)
+    return p0, p1, p2, p3
+
+
+@triton.jit
 def _scale_float16(b, KIND: tl.constexpr):
     """Stored scale bytes as the float16 scale."""
     if KIND == "e2m1_e4m3":
@@ -158,17 +175,9 @@ def block_scaled_sum(
             x3 = x3.to(BF16)
         if KIND == "int4_float":
             # One block per step (BK = GROUP): scale its sum.
-            u = w.to(tl.uint16, bitcast=True)
-            if F16:
-                w0 = _int4_float16(u & 15)
-                w1 = _int4_float16((u >> 4) & 15)
-                w2 = _int4_float16((u >> 8) & 15)
-                w3 = _int4_float16(u >> 12)
-            else:
-                w0 = _int4_float32(u & 15).to(BF16)
-                w1 = _int4_float32((u >> 4) & 15).to(BF16)
-                w2 = _int4_float32((u >> 8) & 15).to(BF16)
-                w3 = _int4_float32(u >> 12).to(BF16)
+            w0, w1, w2, w3 = _int4_planes(w, F16)
+            if not F16:
+                w0, w1, w2, w3 = w0.to(BF16), w1.to(BF16), w2.to(BF16), w3.to(BF16)
             part = tl.dot(w0, x0, input_precision="ieee")
             part = tl.dot(w1, x1, part, input_precision="ieee")
             part = tl.dot(w2, x2, part, input_precision="ieee")
@@ -263,25 +272,29 @@ def decode_kernel(
     ASM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program.
+    """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program; of INT4 the integers.
 
-    With FP8 (and F16) they are divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3.
+    With FP8 (and F16) E2M1 is divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
     element = tl.program_id(1) * 64 + tl.arange(0, 64)
     inside = (rows < n)[:, None] & (element < k // 4)[None, :]
     w = tl.load(w_ptr + row[:, None] * (k // 4) + element[None, :], mask=inside, other=0)
-    b = tl.load(s_ptr + row[:, None] * (k // GROUP) + (element // (GROUP // 4))[None, :], mask=inside, other=0)
-    if F16:
-        p0, p1, p2, p3 = planes_float16(w, _scale_float16(b, KIND), ASM)
+    if KIND == "int4_float":
+        p0, p1, p2, p3 = _int4_planes(w, F16)
     else:
-        p0, p1, p2, p3 = _planes_bfloat16(w, _scale_bfloat16(b, KIND), ASM)
-    if FP8:
-        p0 = (p0 * 32.0).to(y_ptr.dtype.element_ty)
-        p1 = (p1 * 32.0).to(y_ptr.dtype.element_ty)
-        p2 = (p2 * 32.0).to(y_ptr.dtype.element_ty)
-        p3 = (p3 * 32.0).to(y_ptr.dtype.element_ty)
+        b = tl.load(s_ptr + row[:, None] * (k // GROUP) + (element // (GROUP // 4))[None, :], mask=inside, other=0)
+        if F16:
+            p0, p1, p2, p3 = planes_float16(w, _scale_float16(b, KIND), ASM)
+        else:
+            p0, p1, p2, p3 = _planes_bfloat16(w, _scale_bfloat16(b, KIND), ASM)
+        if FP8:
+            p0, p1, p2, p3 = p0 * 32.0, p1 * 32.0, p2 * 32.0, p3 * 32.0
+    p0 = p0.to(y_ptr.dtype.element_ty)
+    p1 = p1.to(y_ptr.dtype.element_ty)
+    p2 = p2.to(y_ptr.dtype.element_ty)
+    p3 = p3.to(y_ptr.dtype.element_ty)
     # Element e of plane p is input 16 (e / 4) + 4 p + e % 4: a thread's four elements are 16 inputs in a row.
     planes = tl.join(tl.join(p0, p2), tl.join(p1, p3))
     planes = tl.permute(tl.reshape(planes, (BN, 16, 4, 4)), (0, 1, 3, 2))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import triton
 
+from sglang_modelopt_kernels.gemm import groups
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, choose, launch, machine, matrix_instruction
 from sglang_modelopt_kernels.gemm.tile.launch import Plan
@@ -96,9 +97,9 @@ def run(
 
 
 def decode_rows(weight: PackedWeight, first: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of an E2M1 weight without ``out_scale``, ``[rows, K]``.
+    """Rows of the weight without ``out_scale``, ``[rows, K]``; of INT4 the integers, without their scales.
 
-    Divided by :func:`descale` in float16 and bf16, and by 2^9 in E4M3, which takes a weight with :attr:`PackedWeight.fp8`.
+    E2M1 is divided by :func:`descale` in float16 and bf16, and by 2^9 in E4M3, which takes a weight with :attr:`PackedWeight.fp8`.
     """
     fp8 = dtype == torch.float8_e4m3fn
     y = torch.empty((rows, weight.k), dtype=dtype, device=weight.codes.device)
@@ -142,6 +143,27 @@ def run_dense(
         unit = decode_rows(weight, part.start, part.stop - part.start, dtype)
         product = torch.mm(values, unit.T, out_dtype=torch.float32)
         epilogue.part(part).finish(product.unsqueeze(0), y[:, part])
+    return y
+
+
+def run_groups(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """The same of INT4: integers decoded likewise, then :mod:`..groups`; of FP8 activations in FP8 but for float32 results."""
+    dtype = x.dtype
+    if dtype == torch.float8_e4m3fn and (out_dtype == torch.float32 or machine(x.device)[0] < 89):
+        dtype = torch.float16
+    values = x.to(dtype).contiguous()
+    epilogue = Epilogue(weight.out_scale, row_scale, bias)
+    y = torch.empty((x.shape[0], weight.n), dtype=out_dtype, device=x.device)
+    for part in _parts(weight, dtype.itemsize):
+        unit = decode_rows(weight, part.start, part.stop - part.start, dtype)
+        groups.multiply(values, unit, weight.scale, epilogue, y, part.start, plan[0] if plan else None)
     return y
 
 
