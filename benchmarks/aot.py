@@ -31,7 +31,7 @@ from sglang_modelopt_kernels.attention.store.kernel import store_kernel, turn_ke
 from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadamard_block
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
-from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
+from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale, in_order, makes_operands
 from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
 from sglang_modelopt_kernels.gemm.folded import linear as folded
 from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_kernel
@@ -60,6 +60,8 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103
 """Bytes one block may use: CUDA C++ Programming Guide, compute capabilities."""
 TENSOR_MEMORY = 512
 """Columns of an SM's tensor memory: PTX ISA, tcgen05."""
+FRAGMENT_ORDERS = ("[0, 1], [8, 0], [0, 8], [0, 16]", "[0, 1], [0, 2], [8, 0], [0, 16]")
+"""How the rows and inputs of a thread's registers go on, of operands of 16 bits and of 8 (or 16 that were made of 8)."""
 OPCODES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 """Of each matrix instruction in PTX."""
 KINDS: tuple[tuple[Kind, int], ...] = (
@@ -142,7 +144,10 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
             numerics = {"KIND": kind, "GROUP": group, "F16": f16, "ASM": True, "DESCALE": descale(kind, f16)}
             for config in configs(kind, arch):
                 name = f"block_scaled {kind}/{group} {dtype}"
-                yield product_case(name, block_scaled_kernel, config, operands, numerics, "any")
+                own = {"FRAGMENTS": makes_operands(kind, group, 4096, config, arch), "ORDERED": in_order(config)}
+                of_x = {"x_ptr": "*fp16"} if own["ORDERED"] and f16 else {}
+                case = product_case(name, block_scaled_kernel, config, operands | of_x, numerics | own, "any")
+                yield dataclasses.replace(case, fragments=own["FRAGMENTS"])
 
 
 def group_scaled_cases(arch: int) -> Iterator[Case]:
@@ -260,7 +265,13 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                 continue  # refused likewise by the launch
             for config in grouped.configs(kind, math, arch):
                 own = {"KIND": kind, "GROUP": group, "MATH": math, "NATIVE": arch >= 89, "ASM": True}
-                own |= {"DESCALE": grouped.descale(kind, math), "HAS_ROW_SCALE": True, "SHARE": 8, "EVEN_K": True}
+                own |= {
+                    "FRAGMENTS": grouped.makes_fragments(kind, group, 4096, config, arch),
+                    "DESCALE": grouped.descale(kind, math),
+                    "HAS_ROW_SCALE": True,
+                    "SHARE": 8,
+                    "EVEN_K": True,
+                }
                 types = {"x_ptr": f"*{name}", "w_ptr": codes if arch >= 89 else codes.replace("fp8e4nv", "u8")}
                 types |= {
                     "s_ptr": scale or "*fp32",
@@ -280,6 +291,7 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                     aligned=("n", "k"),
                     matrix="kind::mxf8f6f4.block_scale" if kind == "mxfp4" else "any",
                     weights=config.bn * config.bk,
+                    fragments=own["FRAGMENTS"],
                 )
     integers = dict.fromkeys(("pairs", "experts", "blocks"), "i32")
     types = dict.fromkeys(("experts_ptr", "sorted_ptr", "owner_ptr"), "*i32") | integers
@@ -463,9 +475,13 @@ def compile_case(case: Case, arch: int) -> Result:
 
 
 def makes_fragments(ttgir: str) -> bool:
-    """Whether all that inline assembly makes is a matrix instruction's first operand, as the assembly orders its registers."""
+    """Whether all that inline assembly makes has a thread's registers in the order of a matrix instruction's first operand."""
+    linear = dict(re.findall(r"^(#\w+) = #ttg\.linear<\{register = \[(.*?)\], lane", ttgir, re.M))
     results = re.findall(r"elementwise_inline_asm.*-> tensor<[\dx]+\w+, (.+)> loc", ttgir)
-    return bool(results) and all("dot_op<{opIdx = 0, parent = #mma" in result for result in results)
+    return bool(results) and all(
+        "dot_op<{opIdx = 0, parent = #mma" in result or linear.get(result, "").startswith(FRAGMENT_ORDERS)
+        for result in results
+    )
 
 
 def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]]) -> int:

@@ -218,6 +218,9 @@ INTERPRETED = [
     *[("nvfp4", dtype, 17, 70, 272, (32, 16, 128, 4, 2, 1)) for dtype in DTYPES],  # tails of N, M and K
     *[("mxfp4", dtype, 1, 33, 416, (32, 16, 128, 4, 2, 2)) for dtype in DTYPES],  # a split that ends early
     *[("int4_awq", dtype, 2, 40, 384, (16, 16, 128, 4, 2, 4)) for dtype in DTYPES],  # a split with nothing to do
+    *[("int4_awq", dtype, 40, 34, 256, (32, 32, 128, 4, 2, 1)) for dtype in DTYPES],  # in order before the kernel
+    *[("nvfp4_bs32", dtype, 40, 34, 320, (32, 32, 128, 4, 2, 1)) for dtype in DTYPES],  # likewise, with a tail of K
+    *[("nvfp4", dtype, 40, 34, 336, (32, 32, 128, 4, 2, 1)) for dtype in DTYPES],  # not whole 64s: in order within
 ]
 
 

@@ -9,6 +9,7 @@ import triton
 
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs as block_scaled_configs
 from sglang_modelopt_kernels.gemm.block_scaled.launch import descale as block_scaled_descale
+from sglang_modelopt_kernels.gemm.block_scaled.launch import makes_operands
 from sglang_modelopt_kernels.gemm.mxfp4.linear import ROW_CONFIGS as MXFP4
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine
 from sglang_modelopt_kernels.moe.route import Routed
@@ -64,6 +65,13 @@ def descale(kind: Kind, math: Math) -> float:
     if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
         return block_scaled_descale(kind, math == "f16")
     return 1.0
+
+
+def makes_fragments(kind: Kind, group: int, k: int, config: KernelConfig, capability: int) -> bool:
+    """As the block-scaled product's ``makes_operands``; False for other kinds."""
+    if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
+        return makes_operands(kind, group, k, config, capability)
+    return False
 
 
 def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
@@ -122,6 +130,7 @@ def run(
         MATH=math,
         NATIVE=native,
         ASM=x.is_cuda,
+        FRAGMENTS=makes_fragments(weight.kind, group, k, config, capability),
         DESCALE=descale(weight.kind, math),
         HAS_ROW_SCALE=row_scale is not None,
         SHARE=pairs // x.shape[0],
