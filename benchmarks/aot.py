@@ -142,7 +142,7 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
             f16 = dtype != "bf16"
             operands = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8"}
             numerics = {"KIND": kind, "GROUP": group, "F16": f16, "ASM": True, "DESCALE": descale(kind, f16)}
-            for config in configs(kind, arch):
+            for config in dict.fromkeys((*configs(kind, arch), *configs(kind, arch, 128))):
                 name = f"block_scaled {kind}/{group} {dtype}"
                 own = {"FRAGMENTS": makes_operands(kind, group, 4096, config, arch), "ORDERED": in_order(config)}
                 of_x = {"x_ptr": "*fp16"} if own["ORDERED"] and f16 else {}
@@ -200,9 +200,11 @@ def folded_cases(arch: int) -> Iterator[Case]:
     if arch not in (89, 90):
         return
     operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
-    for config in folded.configs(arch):
-        case = product_case("folded fp8e4nv", folded_kernel, config, operands, {"ASM": True}, "e4m3")
-        yield dataclasses.replace(case, fragments=True)
+    for config in (*folded.configs(arch), *folded.configs(arch, 128)):
+        for name, even in (("fp8e4nv", True), ("fp8e4nv,tail", False)):
+            numerics = {"ASM": True, "EVEN_K": even}
+            case = product_case(f"folded {name}", folded_kernel, config, operands, numerics, "e4m3")
+            yield dataclasses.replace(case, fragments=True)
     types = {"w_ptr": "*i32", "s_ptr": "*u8", "y_ptr": "*i32"} | dict.fromkeys(("first", "n", "k"), "i32")
     yield Case("unfold fp8", unfold_kernel, types, {"ASM": True, "BN": 8}, {}, ("k",))
 
@@ -263,7 +265,7 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                 math = grouped.math_of(kind, dtype, arch)
             except ValueError:
                 continue  # refused likewise by the launch
-            for config in grouped.configs(kind, math, arch):
+            for config in dict.fromkeys((*grouped.configs(kind, math, arch), *grouped.configs(kind, math, arch, 128))):
                 own = {"KIND": kind, "GROUP": group, "MATH": math, "NATIVE": arch >= 89, "ASM": True}
                 own |= {
                     "FRAGMENTS": grouped.makes_fragments(kind, group, 4096, config, arch),

@@ -30,9 +30,11 @@ def test_every_configuration_is_listed(arch: int) -> None:
     """Whatever the launcher can choose has a case."""
     names = " ".join(case.name for case in aot.cases(arch))
     for kind, _ in aot.KINDS:
-        assert all(str(config) in names for config in aot.configs(kind, arch))
-    folded = [str(config) for config in aot.folded.configs(arch)] if arch in (89, 90) else []
-    assert [case.name.split()[-1] for case in aot.cases(arch) if case.name.startswith("folded ")] == folded
+        assert all(str(config) in names for k in (128, 256) for config in aot.configs(kind, arch, k))
+    folded = (*aot.folded.configs(arch), *aot.folded.configs(arch, 128)) if arch in (89, 90) else ()
+    ways = ("fp8e4nv", "fp8e4nv,tail")
+    listed = [case.name for case in aot.cases(arch) if case.name.startswith("folded ")]
+    assert listed == [f"folded {way} {config}" for config in folded for way in ways]
     dtypes = {"fp16": 2, "bf16": 2} | ({"fp8e4nv": 1} if arch >= 89 else {})
     for dtype, itemsize in dtypes.items():
         assert f"group_scaled {dtype} {aot.groups.config_for(arch, itemsize)}" in names
@@ -50,7 +52,7 @@ def test_every_configuration_is_listed(arch: int) -> None:
             if kind == "mxfp4" and arch not in (100, 103):
                 continue
             math = aot.grouped.math_of(kind, dtype, arch)
-            chosen = [str(config) for config in aot.grouped.configs(kind, math, arch)]
+            chosen = [str(config) for k in (128, 256) for config in aot.grouped.configs(kind, math, arch, k)]
             # E4M3 activations are float16 ones before sm_89.
             name = {"torch.float8_e4m3fn": "fp8e4nv" if arch >= 89 else "fp16", "torch.float16": "fp16"}.get(
                 str(dtype), "bf16"

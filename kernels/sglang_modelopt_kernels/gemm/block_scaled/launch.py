@@ -71,8 +71,10 @@ _CONFIGS = {
 }
 
 
-def configs(kind: Kind, capability: int) -> tuple[KernelConfig, ...]:
-    """The configurations of the kernel on compute capability ``capability`` (times ten), by tokens, ascending."""
+def configs(kind: Kind, capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
+    """The configurations of the kernel for ``k`` inputs on compute capability ``capability`` (times ten), by tokens, ascending."""
+    if kind == "e2m1_exponent" and k % 256:
+        kind = "e2m1_e4m3"
     return _CONFIGS[kind][matrix_instruction(capability)]
 
 
@@ -117,7 +119,7 @@ def run(
     """Launches the kernel; arguments as :func:`block_scaled_linear`, ``plan`` instead of the one chosen by size."""
     capability, processors = machine(x.device)
     f16 = x.dtype != torch.bfloat16
-    plan = plan or choose(configs(weight.kind, capability), x.shape[0], weight.n, weight.k, processors)
+    plan = plan or choose(configs(weight.kind, capability, weight.k), x.shape[0], weight.n, weight.k, processors)
     ordered = in_order(plan[0]) and weight.k % 64 == 0
     if ordered:
         x = order(x, torch.float16 if f16 else torch.bfloat16)

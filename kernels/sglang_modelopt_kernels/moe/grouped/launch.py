@@ -74,10 +74,13 @@ def makes_fragments(kind: Kind, group: int, k: int, config: KernelConfig, capabi
     return False
 
 
-def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
-    """The configurations of the kernel on compute capability ``capability`` (times ten), by pairs to a block, ascending."""
+def configs(kind: Kind, math: Math, capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
+    """The configurations for ``k`` inputs on compute capability ``capability`` (times ten), by pairs to a block, ascending.
+
+    The blocks are the same for all numbers of inputs.
+    """
     if kind in ("mxfp4", "e2m1_e4m3", "e2m1_exponent"):
-        known = MXFP4 if kind == "mxfp4" else block_scaled_configs(kind, capability)
+        known = MXFP4 if kind == "mxfp4" else block_scaled_configs(kind, capability, k)
         return tuple(config for config in known if config.bm in BLOCKS)
     if math == "fp8":
         return _E4M3
@@ -101,7 +104,8 @@ def run(
     """Launches the kernel; arguments as :func:`grouped_linear`, for ``pairs`` pairs."""
     capability = machine(x.device)[0]
     math = math_of(weight.kind, x.dtype, capability)
-    config = next((config for config in configs(weight.kind, math, capability) if config.bm == routed.block), None)
+    every = configs(weight.kind, math, capability, weight.k)
+    config = next((config for config in every if config.bm == routed.block), None)
     if config is None:
         raise ValueError(f"no configuration for {weight.kind} weights has blocks of {routed.block} pairs")
     codes = weight.codes
