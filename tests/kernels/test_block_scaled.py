@@ -280,6 +280,18 @@ def test_on_a_gpu(name: str, dtype: str, m: int) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4_awq"])
+@pytest.mark.parametrize("m", [16, 32, 64, 128])
+def test_results_repeat_on_a_gpu(name: str, m: int) -> None:
+    """Matrix instructions read registers while the next codes are decoded: were any overwritten too early, results would vary."""
+    weight = pack(block_weight(name, 4096, 8192, seed=m, device="cuda"))
+    x = activations(m, 8192, "fp8", seed=m, device="cuda")
+    y = run(x, weight, None, None, torch.float32)
+    assert worst_error(y, x, weight, None, None) < tolerance(8192)
+    assert all(torch.equal(run(x, weight, None, None, torch.float32), y) for _ in range(30))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("m", [1, 65, 300, 1000])
 def test_groups_on_a_gpu(dtype: str, m: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import tiles
 from benchmarks.workers import Workers
@@ -66,3 +68,49 @@ def test_a_worker_that_dies_is_replaced() -> None:
     assert workers.map([b"a", 0, b"b"], time.monotonic() + 60) == {b"a": b"a", 0: "dead", b"b": b"b"}
     assert workers.map([b"c"], time.monotonic() - 1) == {b"c": None}
     workers.close()
+
+
+def test_the_whole_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kernel, shape and number of tokens is reported, where configurations of every other stage are wrong."""
+
+    class Checked:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def map(self, jobs: list[tiles.Job], deadline: float) -> dict[tiles.Job, str]:
+            return {job: "wrong" if job.plan[0].stages == 3 else "" for job in jobs}
+
+        def close(self) -> None:
+            pass
+
+    class Timed:
+        stored = 10**7
+
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def activations(self, m: int, k: int) -> None:
+            pass
+
+        def served(self, x: None) -> float:
+            return 10.0
+
+        def time(self, x: None, plan: tiles.Plan, *how: int) -> float:
+            return float(plan[0].bn + plan[0].bm + plan[1])
+
+    properties = SimpleNamespace(multi_processor_count=132, shared_memory_per_block_optin=SHARED)
+    monkeypatch.setattr("sys.argv", ["tiles", "--kernel", *tiles.KERNELS, "--tokens", "16,256"])
+    monkeypatch.setattr(tiles, "Workers", Checked)
+    monkeypatch.setattr(tiles, "Bench", Timed)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
+    monkeypatch.setattr(tiles.gemm, "capability", lambda: 90)
+    monkeypatch.setattr(tiles.gemm, "time_fp8", lambda n, k, tokens: [20.0] * len(tokens))
+    monkeypatch.setattr(tiles.gemm, "time_bf16", lambda n, k, tokens: [30.0] * len(tokens))
+    tiles.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.endswith("bf16 30.0 us") for line in lines) == 4 * len(tiles.KERNELS)
+    assert sum(line.startswith("  served") for line in lines) == 4 * len(tiles.KERNELS)
+    best = [line for line in lines if line.startswith("  1 ")]
+    assert len(best) == 4 * len(tiles.KERNELS)
+    assert not any("s3" in line for line in best)
