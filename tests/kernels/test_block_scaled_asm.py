@@ -19,17 +19,16 @@ from numpy.typing import NDArray
 from sglang_modelopt_kernels.formats import e2m1
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import (
     E2M1_BFLOAT16,
-    E2M1_FLOAT16,
     INT4_BFLOAT16,
     INT4_FLOAT16,
-    _planes_bfloat16,
+    PLANES_BFLOAT16,
 )
 from sglang_modelopt_kernels.gemm.block_scaled.packing import EXPONENT_BOTTOM, EXPONENT_TOP
 from sglang_modelopt_kernels.gemm.folded import fold
 from sglang_modelopt_kernels.gemm.folded.kernel import FOLD, FOLD_FRAGMENT
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import widen
 from sglang_modelopt_kernels.planes import packing
-from sglang_modelopt_kernels.planes.kernel import planes_float16
+from sglang_modelopt_kernels.planes.kernel import E2M1_FLOAT16, PLANES_FLOAT16
 
 Words = NDArray[np.uint32]
 Halves = NDArray[np.uint16]
@@ -133,18 +132,18 @@ def expected_planes(words: Halves) -> list[NDArray[np.float64]]:
 E4M3_SCALES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
 EXPONENT_SCALES = np.exp2(np.arange(EXPONENT_BOTTOM, EXPONENT_TOP + 1) - 15.0)
 CASES = {
-    # function, writer and reader of its type, scales as they reach it, what it divides the weight by
-    "float16 e4m3": (planes_float16, to_float16, as_float16, E4M3_SCALES, 2.0**-14),
-    "float16 exponent": (planes_float16, to_float16, as_float16, EXPONENT_SCALES, 2.0**-14),
-    "bf16 e4m3": (_planes_bfloat16, to_bfloat16, as_bfloat16, E4M3_SCALES * 2.0**117, 2.0**-126),
-    "bf16 exponent": (_planes_bfloat16, to_bfloat16, as_bfloat16, EXPONENT_SCALES * 2.0**112, 2.0**-126),
+    # assembly, writer and reader of its type, scales as they reach it, what it divides the weight by
+    "float16 e4m3": (PLANES_FLOAT16.value, to_float16, as_float16, E4M3_SCALES, 2.0**-14),
+    "float16 exponent": (PLANES_FLOAT16.value, to_float16, as_float16, EXPONENT_SCALES, 2.0**-14),
+    "bf16 e4m3": (PLANES_BFLOAT16.value, to_bfloat16, as_bfloat16, E4M3_SCALES * 2.0**117, 2.0**-126),
+    "bf16 exponent": (PLANES_BFLOAT16.value, to_bfloat16, as_bfloat16, EXPONENT_SCALES * 2.0**112, 2.0**-126),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_word_under_every_scale(case: str) -> None:
     """Two elements share a register: all 65536 in the low half, beside as many others under another scale in the high half."""
-    function, write, read, scales, unit = CASES[case]
+    text, write, read, scales, unit = CASES[case]
     low = np.arange(1 << 16, dtype=np.uint16)
     high = low * np.uint16(40503) + np.uint16(1)
     words = low.astype(np.uint32) | high.astype(np.uint32) << 16
@@ -152,7 +151,7 @@ def test_every_word_under_every_scale(case: str) -> None:
     for index, scale in enumerate(scales):
         other = scales[-1 - index]
         pair = np.uint32(write(np.array([scale]))[0]) | np.uint32(write(np.array([other]))[0]) << np.uint32(16)
-        planes = emulate(function.src, words, np.full_like(words, pair))
+        planes = emulate(text, words, np.full_like(words, pair))
         for plane, word in enumerate(planes):
             got_low, got_high = read((word & 0xFFFF).astype(np.uint16)), read((word >> 16).astype(np.uint16))
             assert np.array_equal(got_low, right_low[plane] * unit * scale), (plane, scale)
@@ -237,7 +236,7 @@ def test_every_word_folded(exponent: int) -> None:
 
 
 def test_a_wrong_mask_is_found() -> None:
-    source = planes_float16.src.replace("0x0e000e00", "0x06000e00", 1)
+    source = PLANES_FLOAT16.value.replace("0x0e000e00", "0x06000e00", 1)
     words = np.arange(1 << 16, dtype=np.uint32)
     plane = emulate(source, words, np.full_like(words, 0x3C003C00))[2]
     expected = expected_planes(words.astype(np.uint16))[2] * 2.0**-14

@@ -6,27 +6,44 @@ import triton
 import triton.language as tl
 
 
+def planes_of(text: str, registers: str, words: int) -> str:
+    """Assembly that runs ``text`` for each of ``words`` words of elements ``{w}`` under scales ``{s}``, to a word of each plane.
+
+    Of a plane the words follow each other. Several are a matrix instruction's fragment; each plane is given them again.
+    """
+    given = 1 if words == 1 else 4 * words
+    parts = []
+    for word in range(words):
+        planes = {f"p{plane}": f"${plane * words + word}" for plane in range(4)}
+        parts.append(text.format(w=f"${4 * words + word}", s=f"${4 * words + given + word}", **planes))
+    return "{ " + registers + "\n" + "\n".join(parts) + " }"
+
+
+_FLOAT16 = """and.b32 a, {w}, 0x8e008e00;
+    mul.rn.f16x2 {p0}, a, {s};
+    shl.b32 a, {w}, 3;
+    and.b32 a, a, 0x8e008e00;
+    mul.rn.f16x2 {p1}, a, {s};
+    shl.b32 a, {w}, 6;
+    and.b32 a, a, 0x0e000e00;
+    shl.b32 b, {w}, 1;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    mul.rn.f16x2 {p2}, a, {s};
+    shl.b32 a, {w}, 9;
+    and.b32 a, a, 0x0e000e00;
+    shl.b32 b, {w}, 2;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    mul.rn.f16x2 {p3}, a, {s};"""
+PLANES_FLOAT16: tl.constexpr = tl.constexpr(planes_of(_FLOAT16, ".reg .b32 a, b;", 1))
+E2M1_FLOAT16: tl.constexpr = tl.constexpr(planes_of(_FLOAT16, ".reg .b32 a, b;", 4))
+
+
 @triton.jit
 def planes_float16(w, s, ASM: tl.constexpr):
     """E2M1 elements and their scales, int16 and float16 of one shape, to the four planes times the scale."""
     if ASM:
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b;
-            and.b32 a, $4, 0x8e008e00;
-            mul.rn.f16x2 $0, a, $5;
-            shl.b32 a, $4, 3;
-            and.b32 a, a, 0x8e008e00;
-            mul.rn.f16x2 $1, a, $5;
-            shl.b32 a, $4, 6;
-            and.b32 a, a, 0x0e000e00;
-            shl.b32 b, $4, 1;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            mul.rn.f16x2 $2, a, $5;
-            shl.b32 a, $4, 9;
-            and.b32 a, a, 0x0e000e00;
-            shl.b32 b, $4, 2;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            mul.rn.f16x2 $3, a, $5; }""",
+            PLANES_FLOAT16,
             "=&r,=&r,=&r,=&r,r,r",
             args=[w, s],
             dtype=(tl.float16, tl.float16, tl.float16, tl.float16),

@@ -14,63 +14,31 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.gemm.tile.kernel import store_tile, tokens_first
-from sglang_modelopt_kernels.planes.kernel import e4m3_scale_float16, planes_float16
+from sglang_modelopt_kernels.planes.kernel import E2M1_FLOAT16, e4m3_scale_float16, planes_float16, planes_of
 
-
-def _of_fragment(text: str, registers: str) -> str:
-    """``text`` for each of a thread's four words of elements: ``{w}``, under scales ``{s}``, to a word of each plane."""
-    words = [
-        text.format(w=f"${16 + j}", s=f"${32 + j}", p0=f"${j}", p1=f"${4 + j}", p2=f"${8 + j}", p3=f"${12 + j}")
-        for j in range(4)
-    ]
-    return "{ " + registers + "\n" + "\n".join(words) + " }"
-
-
-E2M1_FLOAT16: tl.constexpr = tl.constexpr(
-    _of_fragment(
-        """and.b32 a, {w}, 0x8e008e00;
-        mul.rn.f16x2 {p0}, a, {s};
-        shl.b32 a, {w}, 3;
-        and.b32 a, a, 0x8e008e00;
-        mul.rn.f16x2 {p1}, a, {s};
-        shl.b32 a, {w}, 6;
-        and.b32 a, a, 0x0e000e00;
-        shl.b32 b, {w}, 1;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        mul.rn.f16x2 {p2}, a, {s};
-        shl.b32 a, {w}, 9;
-        and.b32 a, a, 0x0e000e00;
-        shl.b32 b, {w}, 2;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        mul.rn.f16x2 {p3}, a, {s};""",
-        ".reg .b32 a, b;",
-    )
-)
-E2M1_BFLOAT16: tl.constexpr = tl.constexpr(
-    _of_fragment(
-        """shr.u32 a, {w}, 3;
-        and.b32 a, a, 0x01c001c0;
-        lop3.b32 a, {w}, 0x80008000, a, 0xea;
-        fma.rn.bf16x2 {p0}, a, {s}, z;
-        and.b32 a, {w}, 0x01c001c0;
-        shl.b32 b, {w}, 3;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        fma.rn.bf16x2 {p1}, a, {s}, z;
-        shl.b32 a, {w}, 3;
-        and.b32 a, a, 0x01c001c0;
-        shl.b32 b, {w}, 1;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        fma.rn.bf16x2 {p2}, a, {s}, z;
-        shl.b32 a, {w}, 6;
-        and.b32 a, a, 0x01c001c0;
-        shl.b32 b, {w}, 2;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        fma.rn.bf16x2 {p3}, a, {s}, z;""",
-        ".reg .b32 a, b, z; mov.b32 z, 0x80008000;",
-    )
-)
+_BFLOAT16 = """shr.u32 a, {w}, 3;
+    and.b32 a, a, 0x01c001c0;
+    lop3.b32 a, {w}, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p0}, a, {s}, z;
+    and.b32 a, {w}, 0x01c001c0;
+    shl.b32 b, {w}, 3;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p1}, a, {s}, z;
+    shl.b32 a, {w}, 3;
+    and.b32 a, a, 0x01c001c0;
+    shl.b32 b, {w}, 1;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p2}, a, {s}, z;
+    shl.b32 a, {w}, 6;
+    and.b32 a, a, 0x01c001c0;
+    shl.b32 b, {w}, 2;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p3}, a, {s}, z;"""
+_BFLOAT16_REGISTERS = ".reg .b32 a, b, z; mov.b32 z, 0x80008000;"
+PLANES_BFLOAT16: tl.constexpr = tl.constexpr(planes_of(_BFLOAT16, _BFLOAT16_REGISTERS, 1))
+E2M1_BFLOAT16: tl.constexpr = tl.constexpr(planes_of(_BFLOAT16, _BFLOAT16_REGISTERS, 4))
 INT4_FLOAT16: tl.constexpr = tl.constexpr(
-    _of_fragment(
+    planes_of(
         """lop3.b32 a, {w}, 0x000f000f, 0x64006400, 0xea;
         add.rn.f16x2 {p0}, a, z;
         shr.u32 a, {w}, 4;
@@ -83,11 +51,12 @@ INT4_FLOAT16: tl.constexpr = tl.constexpr(
         lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
         add.rn.f16x2 {p3}, a, z;""",
         ".reg .b32 a, z; mov.b32 z, 0xe408e408;",
+        4,
     )
 )
 """A nibble of code + 8 under the exponent of 1024, minus 1032."""
 INT4_BFLOAT16: tl.constexpr = tl.constexpr(
-    _of_fragment(
+    planes_of(
         """lop3.b32 a, {w}, 0x000f000f, 0x43004300, 0xea;
         fma.rn.bf16x2 {p0}, a, o, z;
         shr.u32 a, {w}, 4;
@@ -100,6 +69,7 @@ INT4_BFLOAT16: tl.constexpr = tl.constexpr(
         lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
         fma.rn.bf16x2 {p3}, a, o, z;""",
         ".reg .b32 a, o, z; mov.b32 o, 0x3f803f80; mov.b32 z, 0xc308c308;",
+        4,
     )
 )
 """The same under the exponent of 128, times 1 minus 136: sm_80 has no bf16 addition."""
@@ -110,26 +80,7 @@ def _planes_bfloat16(w, s, ASM: tl.constexpr):
     """As :func:`planes_float16` in bf16. ``fma`` with -0 because sm_80 has no bf16 multiplication."""
     if ASM:
         p0, p1, p2, p3 = tl.inline_asm_elementwise(
-            """{ .reg .b32 a, b, z;
-            mov.b32 z, 0x80008000;
-            shr.u32 a, $4, 3;
-            and.b32 a, a, 0x01c001c0;
-            lop3.b32 a, $4, 0x80008000, a, 0xea;
-            fma.rn.bf16x2 $0, a, $5, z;
-            and.b32 a, $4, 0x01c001c0;
-            shl.b32 b, $4, 3;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            fma.rn.bf16x2 $1, a, $5, z;
-            shl.b32 a, $4, 3;
-            and.b32 a, a, 0x01c001c0;
-            shl.b32 b, $4, 1;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            fma.rn.bf16x2 $2, a, $5, z;
-            shl.b32 a, $4, 6;
-            and.b32 a, a, 0x01c001c0;
-            shl.b32 b, $4, 2;
-            lop3.b32 a, b, 0x80008000, a, 0xea;
-            fma.rn.bf16x2 $3, a, $5, z; }""",
+            PLANES_BFLOAT16,
             "=&r,=&r,=&r,=&r,r,r",
             args=[w, s],
             dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
