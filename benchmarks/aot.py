@@ -31,12 +31,14 @@ from sglang_modelopt_kernels.attention.store.kernel import store_kernel, turn_ke
 from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadamard_block
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
-from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
+from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale, in_order, makes_operands
 from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
 from sglang_modelopt_kernels.gemm.folded import linear as folded
 from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_kernel
 from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
 from sglang_modelopt_kernels.gemm.fp4.kernel import fp4_kernel
+from sglang_modelopt_kernels.gemm.groups import launch as groups
+from sglang_modelopt_kernels.gemm.groups.kernel import group_scaled_kernel
 from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_widened_kernel
 from sglang_modelopt_kernels.gemm.tcgen05 import takes_tiles
@@ -58,6 +60,8 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103
 """Bytes one block may use: CUDA C++ Programming Guide, compute capabilities."""
 TENSOR_MEMORY = 512
 """Columns of an SM's tensor memory: PTX ISA, tcgen05."""
+FRAGMENT_ORDERS = ("[0, 1], [8, 0], [0, 8], [0, 16]", "[0, 1], [0, 2], [8, 0], [0, 16]")
+"""How the rows and inputs of a thread's registers go on, of operands of 16 bits and of 8 (or 16 that were made of 8)."""
 OPCODES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 """Of each matrix instruction in PTX."""
 KINDS: tuple[tuple[Kind, int], ...] = (
@@ -83,7 +87,7 @@ class Case:
             ``mma.sync``, where a tile has few columns; empty for none.
         weights: weights one iteration of the main loop reads, 0 where there is no loop over weights.
         copies: what else the PTX must contain: bulk tensor loads, the copy of scales to tensor memory.
-        words: whether inline assembly reads words of four bytes along a row, which its operands' layout must then hold whole.
+        fragments: whether inline assembly makes a matrix instruction's operand, which must then be in registers.
     """
 
     name: str
@@ -94,7 +98,7 @@ class Case:
     aligned: tuple[str, ...] = ()
     matrix: str = ""
     weights: int = 0
-    words: bool = False
+    fragments: bool = False
     copies: tuple[str, ...] = ()
 
 
@@ -138,9 +142,23 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
             f16 = dtype != "bf16"
             operands = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8"}
             numerics = {"KIND": kind, "GROUP": group, "F16": f16, "ASM": True, "DESCALE": descale(kind, f16)}
-            for config in configs(kind, arch):
+            for config in dict.fromkeys((*configs(kind, arch), *configs(kind, arch, 128))):
                 name = f"block_scaled {kind}/{group} {dtype}"
-                yield product_case(name, block_scaled_kernel, config, operands, numerics, "any")
+                own = {"FRAGMENTS": makes_operands(kind, group, 4096, config, arch), "ORDERED": in_order(config)}
+                of_x = {"x_ptr": "*fp16"} if own["ORDERED"] and f16 else {}
+                case = product_case(name, block_scaled_kernel, config, operands | of_x, numerics | own, "any")
+                yield dataclasses.replace(case, fragments=own["FRAGMENTS"])
+
+
+def group_scaled_cases(arch: int) -> Iterator[Case]:
+    """INT4 for many tokens."""
+    for dtype in ("fp16", "bf16") if arch < 89 else ("fp8e4nv", "fp16", "bf16"):
+        operands = {"x_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "s_ptr": "*fp32", "first": "i32", "count": "i32"}
+        config = groups.config_for(arch, 1 if dtype == "fp8e4nv" else 2)
+        numerics = {"GROUP": 128, "ASM": True, "WIDTH": groups.WIDTH}
+        case = product_case(f"group_scaled {dtype}", group_scaled_kernel, config, operands, numerics, "any")
+        constexprs = {key: value for key, value in case.constexprs.items() if key in group_scaled_kernel.arg_names}
+        yield dataclasses.replace(case, constexprs=constexprs, aligned=("n", "k", "first"))
 
 
 def tcgen05_cases(name: str, element: str, group: int, every: tuple[KernelConfig, ...], matrix: str) -> Iterator[Case]:
@@ -182,9 +200,11 @@ def folded_cases(arch: int) -> Iterator[Case]:
     if arch not in (89, 90):
         return
     operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
-    for config in folded.configs(arch):
-        case = product_case("folded fp8e4nv", folded_kernel, config, operands, {"ASM": True}, "e4m3")
-        yield dataclasses.replace(case, words=True)
+    for config in (*folded.configs(arch), *folded.configs(arch, 128)):
+        for name, even in (("fp8e4nv", True), ("fp8e4nv,tail", False)):
+            numerics = {"ASM": True, "EVEN_K": even}
+            case = product_case(f"folded {name}", folded_kernel, config, operands, numerics, "e4m3")
+            yield dataclasses.replace(case, fragments=True)
     types = {"w_ptr": "*i32", "s_ptr": "*u8", "y_ptr": "*i32"} | dict.fromkeys(("first", "n", "k"), "i32")
     yield Case("unfold fp8", unfold_kernel, types, {"ASM": True, "BN": 8}, {}, ("k",))
 
@@ -245,9 +265,15 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                 math = grouped.math_of(kind, dtype, arch)
             except ValueError:
                 continue  # refused likewise by the launch
-            for config in grouped.configs(kind, math, arch):
+            for config in dict.fromkeys((*grouped.configs(kind, math, arch), *grouped.configs(kind, math, arch, 128))):
                 own = {"KIND": kind, "GROUP": group, "MATH": math, "NATIVE": arch >= 89, "ASM": True}
-                own |= {"DESCALE": grouped.descale(kind, math), "HAS_ROW_SCALE": True, "SHARE": 8, "EVEN_K": True}
+                own |= {
+                    "FRAGMENTS": grouped.makes_fragments(kind, group, 4096, config, arch),
+                    "DESCALE": grouped.descale(kind, math),
+                    "HAS_ROW_SCALE": True,
+                    "SHARE": 8,
+                    "EVEN_K": True,
+                }
                 types = {"x_ptr": f"*{name}", "w_ptr": codes if arch >= 89 else codes.replace("fp8e4nv", "u8")}
                 types |= {
                     "s_ptr": scale or "*fp32",
@@ -267,6 +293,7 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                     aligned=("n", "k"),
                     matrix="kind::mxf8f6f4.block_scale" if kind == "mxfp4" else "any",
                     weights=config.bn * config.bk,
+                    fragments=own["FRAGMENTS"],
                 )
     integers = dict.fromkeys(("pairs", "experts", "blocks"), "i32")
     types = dict.fromkeys(("experts_ptr", "sorted_ptr", "owner_ptr"), "*i32") | integers
@@ -282,18 +309,21 @@ def grouped_cases(arch: int) -> Iterator[Case]:
 def other_cases(arch: int) -> Iterator[Case]:
     """The kernels around the products."""
     out = "fp16" if arch < 89 else "fp8e4nv"
-    for kind, group in KINDS[:-1]:
+    for kind, group in KINDS:
         for f16 in (True, False):
-            types = {"w_ptr": "*i16", "s_ptr": "*u8", "y_ptr": "*fp16" if f16 else "*bf16"}
+            types = {"w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8"}
+            types |= {"y_ptr": "*fp16" if f16 else "*bf16"}
             types |= dict.fromkeys(("first", "n", "k"), "i32")
             constexprs = {"KIND": kind, "GROUP": group, "F16": f16, "FP8": False, "ASM": True, "BN": 16}
             yield Case(
                 f"decode {kind}/{group} {'fp16' if f16 else 'bf16'}", decode_kernel, types, constexprs, {}, ("k",)
             )
     if arch >= 89:
-        types = {"w_ptr": "*i16", "s_ptr": "*u8", "y_ptr": "*fp8e4nv"} | dict.fromkeys(("first", "n", "k"), "i32")
-        constexprs = {"KIND": "e2m1_exponent", "GROUP": 32, "F16": True, "FP8": True, "ASM": True, "BN": 16}
-        yield Case("decode e2m1_exponent/32 fp8", decode_kernel, types, constexprs, {}, ("k",))
+        for kind, group in KINDS[2:]:
+            types = {"w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8", "y_ptr": "*fp8e4nv"}
+            types |= dict.fromkeys(("first", "n", "k"), "i32")
+            constexprs = {"KIND": kind, "GROUP": group, "F16": True, "FP8": True, "ASM": True, "BN": 16}
+            yield Case(f"decode {kind}/{group} fp8", decode_kernel, types, constexprs, {}, ("k",))
     floats = ("partial_ptr", "row_scale_ptr", "out_scale_ptr")
     types = dict.fromkeys(floats, "*fp32") | {"bias_ptr": "*bf16", "y_ptr": "*bf16"}
     types |= dict.fromkeys(("m", "n", "y_stride", "row_step"), "i32")
@@ -378,6 +408,7 @@ def cases(arch: int) -> list[Case]:
     """Everything that may run on ``arch``."""
     products = [
         *block_scaled_cases(arch),
+        *group_scaled_cases(arch),
         *mxfp4_cases(arch),
         *folded_cases(arch),
         *fp4_cases(arch),
@@ -435,8 +466,8 @@ def compile_case(case: Case, arch: int) -> Result:
     if case.matrix and not MATRIX.search(sass):
         result.problems.append("no matrix instruction in the machine code")
     result.problems += [f"no {copy}" for copy in case.copies if copy not in ptx]
-    if case.words and not holds_words(compiled.asm["ttgir"]):
-        result.problems.append("inline assembly on parts of words")
+    if case.fragments and not makes_fragments(compiled.asm["ttgir"]):
+        result.problems.append("inline assembly makes no operand")
     if spilled:
         result.problems.append(f"spills {spilled} bytes")
     if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY:
@@ -446,13 +477,14 @@ def compile_case(case: Case, arch: int) -> Result:
     return result
 
 
-def holds_words(ttgir: str) -> bool:
-    """Whether every operand of inline assembly has four bytes along a row in one register."""
-    blocked = r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[1, (\d+)\].*order = \[1, 0\]\}>"
-    whole = {name for name, size in re.findall(blocked, ttgir, re.M) if int(size) % 4 == 0}
-    assembly = [line for line in ttgir.splitlines() if "elementwise_inline_asm" in line]
-    operands = [operand for line in assembly for operand in re.findall(r"tensor<\d+x\d+xi8, (#[^>]+>?)>", line)]
-    return bool(operands) and all("kWidth = 4" in operand or operand in whole for operand in operands)
+def makes_fragments(ttgir: str) -> bool:
+    """Whether all that inline assembly makes has a thread's registers in the order of a matrix instruction's first operand."""
+    linear = dict(re.findall(r"^(#\w+) = #ttg\.linear<\{register = \[(.*?)\], lane", ttgir, re.M))
+    results = re.findall(r"elementwise_inline_asm.*-> tensor<[\dx]+\w+, (.+)> loc", ttgir)
+    return bool(results) and all(
+        "dot_op<{opIdx = 0, parent = #mma" in result or linear.get(result, "").startswith(FRAGMENT_ORDERS)
+        for result in results
+    )
 
 
 def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]]) -> int:
