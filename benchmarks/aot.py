@@ -32,11 +32,13 @@ from sglang_modelopt_kernels.attention.store.kernel import store_kernel, turn_ke
 from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadamard_block
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
-from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale
+from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale, in_order, makes_operands
 from sglang_modelopt_kernels.gemm.folded import linear as folded
 from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_kernel
 from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
 from sglang_modelopt_kernels.gemm.fp4.kernel import fp4_kernel
+from sglang_modelopt_kernels.gemm.groups import launch as groups
+from sglang_modelopt_kernels.gemm.groups.kernel import group_scaled_kernel
 from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_widened_kernel
 from sglang_modelopt_kernels.gemm.tcgen05 import takes_tiles
@@ -53,6 +55,8 @@ SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103
 """Bytes one block may use: CUDA C++ Programming Guide, compute capabilities."""
 TENSOR_MEMORY = 512
 """Columns of an SM's tensor memory: PTX ISA, tcgen05."""
+FRAGMENT_ORDERS = ("[0, 1], [8, 0], [0, 8], [0, 16]", "[0, 1], [0, 2], [8, 0], [0, 16]")
+"""How the rows and inputs of a thread's registers go on, of operands of 16 bits and of 8 (or 16 that were made of 8)."""
 OPCODES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 """Of each matrix instruction in PTX."""
 
@@ -97,9 +101,23 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
             f16 = dtype != "bf16"
             operands = {"x_ptr": f"*{dtype}", "w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8"}
             numerics = {"KIND": kind, "GROUP": group, "F16": f16, "ASM": True, "DESCALE": descale(kind, f16)}
-            for config in configs(kind, arch):
+            for config in dict.fromkeys((*configs(kind, arch), *configs(kind, arch, 128))):
                 name = f"block_scaled {kind}/{group} {dtype}"
-                yield product_case(name, block_scaled_kernel, config, operands, numerics, "any")
+                own = {"FRAGMENTS": makes_operands(kind, group, 4096, config, arch), "ORDERED": in_order(config)}
+                of_x = {"x_ptr": "*fp16"} if own["ORDERED"] and f16 else {}
+                case = product_case(name, block_scaled_kernel, config, operands | of_x, numerics | own, "any")
+                yield dataclasses.replace(case, fragments=own["FRAGMENTS"])
+
+
+def group_scaled_cases(arch: int) -> Iterator[Case]:
+    """INT4 for many tokens."""
+    for dtype in ("fp16", "bf16") if arch < 89 else ("fp8e4nv", "fp16", "bf16"):
+        operands = {"x_ptr": f"*{dtype}", "u_ptr": f"*{dtype}", "s_ptr": "*fp32", "first": "i32", "count": "i32"}
+        config = groups.config_for(arch, 1 if dtype == "fp8e4nv" else 2)
+        numerics = {"GROUP": 128, "ASM": True, "WIDTH": groups.WIDTH}
+        case = product_case(f"group_scaled {dtype}", group_scaled_kernel, config, operands, numerics, "any")
+        constexprs = {key: value for key, value in case.constexprs.items() if key in group_scaled_kernel.arg_names}
+        yield dataclasses.replace(case, constexprs=constexprs, aligned=("n", "k", "first"))
 
 
 def tcgen05_cases(name: str, element: str, group: int, every: tuple[KernelConfig, ...], matrix: str) -> Iterator[Case]:
@@ -141,9 +159,11 @@ def folded_cases(arch: int) -> Iterator[Case]:
     if arch not in (89, 90):
         return
     operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
-    for config in folded.configs(arch):
-        case = product_case("folded fp8e4nv", folded_kernel, config, operands, {"ASM": True}, "e4m3")
-        yield dataclasses.replace(case, words=True)
+    for config in (*folded.configs(arch), *folded.configs(arch, 128)):
+        for name, even in (("fp8e4nv", True), ("fp8e4nv,tail", False)):
+            numerics = {"ASM": True, "EVEN_K": even}
+            case = product_case(f"folded {name}", folded_kernel, config, operands, numerics, "e4m3")
+            yield dataclasses.replace(case, fragments=True)
     types = {"w_ptr": "*i32", "s_ptr": "*u8", "y_ptr": "*i32"} | dict.fromkeys(("first", "n", "k"), "i32")
     yield Case("unfold fp8", unfold_kernel, types, {"ASM": True, "BN": 8}, {}, ("k",))
 
@@ -184,7 +204,7 @@ def decode_cases(arch: int) -> Iterator[Case]:
     for kind, group in KINDS:
         fp8 = arch >= 89 and kind in ("e2m1_exponent", "int4_float")
         for out in ("fp16", "bf16", *(["fp8e4nv"] if fp8 else [])):
-            for owned in (False, True) if kind != "int4_float" else (True,):
+            for owned in (False, True):
                 types = {"w_ptr": "*i16", "s_ptr": "*fp32" if kind == "int4_float" else "*u8", "y_ptr": f"*{out}"}
                 types |= {"block_ptr": "*i32"} | dict.fromkeys(("first", "n", "k", "per"), "i32")
                 constexprs = {"KIND": kind, "GROUP": group, "F16": out != "bf16", "FP8": out == "fp8e4nv"}
@@ -280,6 +300,7 @@ def cases(arch: int) -> list[Case]:
     """Everything that may run on ``arch``."""
     products = [
         *block_scaled_cases(arch),
+        *group_scaled_cases(arch),
         *mxfp4_cases(arch),
         *folded_cases(arch),
         *fp4_cases(arch),
@@ -334,8 +355,8 @@ def compile_case(case: Case, arch: int) -> Result:
     if case.matrix and not MATRIX.search(sass):
         result.problems.append("no matrix instruction in the machine code")
     result.problems += [f"no {copy}" for copy in case.copies if copy not in ptx]
-    if case.words and not holds_words(compiled.asm["ttgir"]):
-        result.problems.append("inline assembly on parts of words")
+    if case.fragments and not makes_fragments(compiled.asm["ttgir"]):
+        result.problems.append("inline assembly makes no operand")
     if spilled:
         result.problems.append(f"spills {spilled} bytes")
     if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY:
@@ -345,13 +366,14 @@ def compile_case(case: Case, arch: int) -> Result:
     return result
 
 
-def holds_words(ttgir: str) -> bool:
-    """Whether every operand of inline assembly has four bytes along a row in one register."""
-    blocked = r"^(#\w+) = #ttg\.blocked<\{sizePerThread = \[1, (\d+)\].*order = \[1, 0\]\}>"
-    whole = {name for name, size in re.findall(blocked, ttgir, re.M) if int(size) % 4 == 0}
-    assembly = [line for line in ttgir.splitlines() if "elementwise_inline_asm" in line]
-    operands = [operand for line in assembly for operand in re.findall(r"tensor<\d+x\d+xi8, (#[^>]+>?)>", line)]
-    return bool(operands) and all("kWidth = 4" in operand or operand in whole for operand in operands)
+def makes_fragments(ttgir: str) -> bool:
+    """Whether all that inline assembly makes has a thread's registers in the order of a matrix instruction's first operand."""
+    linear = dict(re.findall(r"^(#\w+) = #ttg\.linear<\{register = \[(.*?)\], lane", ttgir, re.M))
+    results = re.findall(r"elementwise_inline_asm.*-> tensor<[\dx]+\w+, (.+)> loc", ttgir)
+    return bool(results) and all(
+        "dot_op<{opIdx = 0, parent = #mma" in result or linear.get(result, "").startswith(FRAGMENT_ORDERS)
+        for result in results
+    )
 
 
 def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]]) -> int:

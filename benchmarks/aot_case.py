@@ -31,7 +31,7 @@ class Case:
             ``mma.sync``, where a tile has few columns; empty for none.
         weights: weights one iteration of the main loop reads, 0 where there is no loop over weights.
         copies: what else the PTX must contain: bulk tensor loads, the copy of scales to tensor memory.
-        words: whether inline assembly reads words of four bytes along a row, which its operands' layout must then hold whole.
+        fragments: whether inline assembly makes a matrix instruction's operand, which must then be in registers.
     """
 
     name: str
@@ -42,5 +42,5 @@ class Case:
     aligned: tuple[str, ...] = ()
     matrix: str = ""
     weights: int = 0
-    words: bool = False
+    fragments: bool = False
     copies: tuple[str, ...] = ()

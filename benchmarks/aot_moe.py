@@ -44,9 +44,10 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                 math = grouped.math_of(kind, dtype, arch)
             except ValueError:
                 continue  # refused likewise by the launch
-            for config in grouped.configs(kind, math, arch):
+            for config in dict.fromkeys((*grouped.configs(kind, math, arch), *grouped.configs(kind, math, arch, 128))):
                 own = {"KIND": kind, "GROUP": group, "MATH": math, "NATIVE": arch >= 89, "ASM": True}
                 own |= {"DESCALE": grouped.descale(kind, math), "HAS_ROW_SCALE": True, "SHARE": 8, "EVEN_K": True}
+                own |= {"FRAGMENTS": grouped.makes_fragments(kind, group, 4096, config, arch)}
                 types = {"x_ptr": f"*{name}", "w_ptr": codes if arch >= 89 else codes.replace("fp8e4nv", "u8")}
                 types |= {
                     "s_ptr": scale or "*fp32",
@@ -66,6 +67,7 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                     aligned=("n", "k"),
                     matrix="kind::mxf8f6f4.block_scale" if kind == "mxfp4" else "any",
                     weights=config.bn * config.bk,
+                    fragments=own["FRAGMENTS"],
                 )
     yield from dense_cases(arch)
     integers = dict.fromkeys(("pairs", "experts", "blocks"), "i32")

@@ -9,7 +9,7 @@ measured and left out. Last comes the rounding of activations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -276,26 +276,26 @@ def read_bandwidth() -> float:
     return 4 * sources[0].numel() / median_us(lambda i: sources[i % 4].sum()) / 1e6
 
 
-def time_bf16(n: int, k: int) -> list[float]:
-    """Microseconds of cuBLAS in bf16 for each of TOKENS."""
+def time_bf16(n: int, k: int, tokens: Sequence[int] = TOKENS) -> list[float]:
+    """Microseconds of cuBLAS in bf16 for each of ``tokens``."""
     copies = COLD_BYTES // (2 * n * k) + 2
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
     times = []
-    for m in TOKENS:
+    for m in tokens:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         times.append(median_us(lambda i, x=x: x @ weights[i % copies].T))
     return times
 
 
-def time_fp8(n: int, k: int) -> list[float]:
+def time_fp8(n: int, k: int, tokens: Sequence[int] = TOKENS) -> list[float]:
     """Likewise of ``torch._scaled_mm`` in FP8 with a scale for each row and column, NaN before sm_89."""
     if torch.cuda.get_device_capability() < (8, 9):
-        return [float("nan")] * len(TOKENS)
+        return [float("nan")] * len(tokens)
     copies = COLD_BYTES // (n * k) + 2
     weights = [torch.randn(n, k, device="cuda").to(torch.float8_e4m3fn) for _ in range(copies)]
     column = torch.ones(1, n, device="cuda")
     times = []
-    for m in TOKENS:
+    for m in tokens:
         x, row = torch.randn(m, k, device="cuda").to(torch.float8_e4m3fn), torch.ones(m, 1, device="cuda")
         product = partial(torch._scaled_mm, x, scale_a=row, scale_b=column, out_dtype=torch.bfloat16)
         times.append(median_us(lambda i, product=product: product(weights[i % copies].T)))

@@ -14,20 +14,20 @@ LAUNCHES = 20
 REPLAYS = 7
 
 
-def median_us(call: Callable[[int], object]) -> float:
-    """Microseconds of one ``call(index)``, the median over replays of a graph of LAUNCHES calls with index 0, 1, ..."""
+def median_us(call: Callable[[int], object], launches: int = LAUNCHES, replays: int = REPLAYS) -> float:
+    """Microseconds of one ``call(index)``, the median over replays of a graph of that many calls with index 0, 1, ..."""
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for index in range(LAUNCHES):
+        for index in range(launches):
             call(index)
     times = []
-    for _ in range(REPLAYS + 1):
+    for _ in range(replays + 1):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         graph.replay()
         end.record()
         torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / LAUNCHES * 1e3)
+        times.append(start.elapsed_time(end) / launches * 1e3)
     return statistics.median(times[1:])

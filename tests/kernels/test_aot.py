@@ -32,9 +32,14 @@ def test_every_configuration_is_listed(arch: int) -> None:
     """Whatever the launcher can choose has a case."""
     names = " ".join(case.name for case in aot.cases(arch))
     for kind, _ in KINDS:
-        assert all(str(config) in names for config in aot.configs(kind, arch))
-    folded = [str(config) for config in aot.folded.configs(arch)] if arch in (89, 90) else []
-    assert [case.name.split()[-1] for case in aot.cases(arch) if case.name.startswith("folded ")] == folded
+        assert all(str(config) in names for k in (128, 256) for config in aot.configs(kind, arch, k))
+    folded = (*aot.folded.configs(arch), *aot.folded.configs(arch, 128)) if arch in (89, 90) else ()
+    ways = ("fp8e4nv", "fp8e4nv,tail")
+    listed = [case.name for case in aot.cases(arch) if case.name.startswith("folded ")]
+    assert listed == [f"folded {way} {config}" for config in folded for way in ways]
+    dtypes = {"fp16": 2, "bf16": 2} | ({"fp8e4nv": 1} if arch >= 89 else {})
+    for dtype, itemsize in dtypes.items():
+        assert f"group_scaled {dtype} {aot.groups.config_for(arch, itemsize)}" in names
     tiled = arch in (100, 103)
     for product, types, every in (
         ("fp4", ("e2m1/16", "e2m1/32"), aot.fp4.TILED_CONFIGS if tiled else aot.fp4.CONFIGS),
@@ -49,7 +54,7 @@ def test_every_configuration_is_listed(arch: int) -> None:
             if kind == "mxfp4" and arch not in (100, 103):
                 continue
             math = aot_moe.grouped.math_of(kind, dtype, arch)
-            chosen = [str(config) for config in aot_moe.grouped.configs(kind, math, arch)]
+            chosen = [str(config) for k in (128, 256) for config in aot_moe.grouped.configs(kind, math, arch, k)]
             # E4M3 activations are float16 ones before sm_89.
             name = {"torch.float8_e4m3fn": "fp8e4nv" if arch >= 89 else "fp16", "torch.float16": "fp16"}.get(
                 str(dtype), "bf16"
@@ -80,19 +85,13 @@ def test_a_missing_copy_is_found() -> None:
     assert aot.compile_case(broken, 90).problems == ["no cp.async.bulk.tensor"]
 
 
-def test_parts_of_words_are_found() -> None:
-    """Inline assembly that takes four bytes of a row as one register, under layouts that do and do not hold them together."""
-    head = """#blocked = #ttg.blocked<{sizePerThread = [1, 16], threadsPerWarp = [1, 32], warpsPerCTA = [4, 1], order = [1, 0]}>
-#blocked1 = #ttg.blocked<{sizePerThread = [16, 1], threadsPerWarp = [8, 4], warpsPerCTA = [1, 4], order = [0, 1]}>
-#blocked2 = #ttg.blocked<{sizePerThread = [1, 2], threadsPerWarp = [8, 4], warpsPerCTA = [1, 4], order = [1, 0]}>
-"""
-    line = "%0 = tt.elementwise_inline_asm {{}} %1 : tensor<8x256xi8, {0}> -> tensor<8x256xi8, {0}>"
-    register = "#ttg.dot_op<{{opIdx = 0, parent = #mma, kWidth = {}}}>"
-    for layout, holds in (("#blocked", True), ("#blocked1", False), ("#blocked2", False)):
-        assert aot.holds_words(head + line.format(layout)) == holds
-    for width, holds in ((4, True), (2, False)):
-        assert aot.holds_words(head + line.format(register.format(width))) == holds
-    assert not aot.holds_words(head)
+def test_fragments_elsewhere_are_found() -> None:
+    """Inline assembly whose result is a matrix instruction's operand, and one whose result is converted to it."""
+    line = "%0 = tt.elementwise_inline_asm {{}} %1 : tensor<8x64xi8, {0}> -> tensor<8x64xi8, {0}> loc(#loc1)\n"
+    operand = line.format("#ttg.dot_op<{opIdx = 0, parent = #mma, kWidth = 4}>")
+    assert aot.makes_fragments(operand)
+    assert not aot.makes_fragments(operand + line.format("#blocked"))
+    assert not aot.makes_fragments("")
 
 
 def test_the_main_loop_is_the_one_with_matrix_instructions() -> None:

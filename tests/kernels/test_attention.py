@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_modelopt_kernels.attention.decode import decode_attention
+from sglang_modelopt_kernels.attention.decode import DecodeScratch, decode_attention
+from sglang_modelopt_kernels.attention.decode.decode import LEAST_TOKENS, choose_for
 from sglang_modelopt_kernels.attention.extend import extend_attention
 from sglang_modelopt_kernels.attention.naive import naive_decode, naive_extend, unpacked
 from sglang_modelopt_kernels.attention.packed import PackedCache
@@ -283,6 +284,32 @@ def test_what_is_too_large_to_rotate_is_refused() -> None:
     k = batch.normal(1, 2, 256)
     with pytest.raises(ValueError, match="rotate at most 128"):
         store_kv(batch.keys, batch.values, torch.tensor([0]), k, k)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 8, 32])
+@pytest.mark.parametrize("processors", [1, 132])
+def test_scratch_holds_every_batch(heads: int, processors: int) -> None:
+    room = DecodeScratch(150, 4 * heads, heads, 64, processors, "meta")
+    for requests in range(1, 151):
+        partial, lse = room.of(requests, 4 * heads)
+        assert partial.shape == (*lse.shape, 64)
+        assert lse.shape[:2] == (requests, 4 * heads)
+        assert 1 <= lse.shape[2] <= 128
+        # A batch of one fills the GPU as far as parts may go, and no batch leaves most of a wave of programs over.
+        assert lse.shape[2] == 128 or requests * heads * lse.shape[2] > 4 * processors
+    with pytest.raises(ValueError, match="150 requests, not 151"):
+        room.of(151, 4 * heads)
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
+@pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 192, 256])
+def test_programs_share_the_heads_evenly(head_dim: int, recipe: str, arch: int) -> None:
+    for heads in range(1, 17):
+        config = choose_for(KV_RECIPES[recipe].format, head_dim, heads, arch)
+        assert heads % config.heads == 0
+        assert config.heads & (config.heads - 1) == 0, "tiles are powers of two"
+        assert LEAST_TOKENS % config.tokens == 0
 
 
 def test_what_the_kernels_do_not_serve_is_refused() -> None:

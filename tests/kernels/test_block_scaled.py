@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -25,8 +26,9 @@ from sglang_modelopt_kernels.gemm.block_scaled import (
     pack,
     unpack,
 )
+from sglang_modelopt_kernels.gemm.block_scaled import launch as launch_module
 from sglang_modelopt_kernels.gemm.block_scaled import packing as packing_module
-from sglang_modelopt_kernels.gemm.block_scaled.launch import decode_rows, descale, run
+from sglang_modelopt_kernels.gemm.block_scaled.launch import decode_rows, descale, run, run_groups
 from sglang_modelopt_kernels.gemm.tile import KernelConfig
 
 E2M1_FORMATS = ("nvfp4", "nvfp4_bs32", "nvfp4_w4a8", "mxfp4")
@@ -173,8 +175,11 @@ def poisoned() -> Iterator[None]:
 
 def decoded_wrongly(name: str, dtype: str, device: str) -> int:
     """Entries of ``decode_rows`` that are not the packed weight, over rows and inputs that end within a tile."""
-    weight = pack(block_weight(name, 40, 416, seed=4, device=device))
-    if dtype == "fp8":
+    weight = pack(block_weight(name, 40, 384 if name.startswith("int4") else 416, seed=4, device=device))
+    expected = unpack(weight)
+    if weight.kind == "int4_float":
+        factor, expected = 1.0, unpack(dataclasses.replace(weight, scale=torch.ones_like(weight.scale)))
+    elif dtype == "fp8":
         if not weight.fp8:
             return 0
         factor = 2.0**9
@@ -182,8 +187,30 @@ def decoded_wrongly(name: str, dtype: str, device: str) -> int:
         factor = descale(weight.kind, dtype == "fp16")
     with poisoned():
         rows = decode_rows(weight, 3, 35, DTYPES[dtype])
-    return int((rows.double() * factor != unpack(weight)[3:38]).sum())
+    return int((rows.double() * factor != expected[3:38]).sum())
 
+
+def groups_error(dtype: str, m: int, n: int, k: int, device: str, config: Any = None) -> float:
+    """INT4 for many tokens in two parts of the rows: of 128 and the rest."""
+    weight = pack(block_weight("int4_awq", n, k, seed=m + n, device=device))
+    x = activations(m, k, dtype, seed=k, device=device)
+    row_scale = torch.rand(m, 1, generator=torch.Generator().manual_seed(2)).to(device) + 0.5
+    bias = torch.randn(n, generator=torch.Generator().manual_seed(3)).to(device) if n % 2 == 0 else None
+    scratch, launch_module.SCRATCH_BYTES = launch_module.SCRATCH_BYTES, 1
+    with poisoned():
+        y = run_groups(
+            x, weight, row_scale, bias, torch.float32, None if config is None else (KernelConfig(*config), 1)
+        )
+    launch_module.SCRATCH_BYTES = scratch
+    return worst_error(y, x, weight, row_scale, bias) / tolerance(k)
+
+
+INTERPRETED_GROUPS = [
+    # (activations, m, n, k, (bn, bm, bk, warps, stages))
+    *[(dtype, 37, 150, 384, (64, 16, 128, 4, 2)) for dtype in DTYPES],
+    *[(dtype, 17, 130, 256, (32, 32, 64, 4, 2)) for dtype in DTYPES],
+    ("fp8", 130, 1154, 128, (128, 128, 128, 8, 2)),  # more tiles than go together
+]
 
 INTERPRETED = [
     # (format, activations, m, n, k, (bn, bm, bk, warps, stages, split) or None for the chosen one)
@@ -191,6 +218,9 @@ INTERPRETED = [
     *[("nvfp4", dtype, 17, 70, 272, (32, 16, 128, 4, 2, 1)) for dtype in DTYPES],  # tails of N, M and K
     *[("mxfp4", dtype, 1, 33, 416, (32, 16, 128, 4, 2, 2)) for dtype in DTYPES],  # a split that ends early
     *[("int4_awq", dtype, 2, 40, 384, (16, 16, 128, 4, 2, 4)) for dtype in DTYPES],  # a split with nothing to do
+    *[("int4_awq", dtype, 40, 34, 256, (32, 32, 128, 4, 2, 1)) for dtype in DTYPES],  # in order before the kernel
+    *[("nvfp4_bs32", dtype, 40, 34, 320, (32, 32, 128, 4, 2, 1)) for dtype in DTYPES],  # likewise, with a tail of K
+    *[("nvfp4", dtype, 40, 34, 336, (32, 32, 128, 4, 2, 1)) for dtype in DTYPES],  # not whole 64s: in order within
 ]
 
 
@@ -201,7 +231,8 @@ def test_in_the_interpreter() -> None:
         f"spec = u.spec_from_file_location('cases', {str(Path(__file__))!r}); cases = u.module_from_spec(spec)\n"
         "spec.loader.exec_module(cases)\n"
         "errors = [cases.check(*case[:5], 'cpu', case[5]) for case in cases.INTERPRETED]\n"
-        "wrong = [cases.decoded_wrongly(name, dtype, 'cpu') for name in cases.E2M1_FORMATS for dtype in cases.DTYPES]\n"
+        "errors += [cases.groups_error(*case[:4], 'cpu', case[4]) for case in cases.INTERPRETED_GROUPS]\n"
+        "wrong = [cases.decoded_wrongly(name, dtype, 'cpu') for name in cases.BLOCK_FORMATS for dtype in cases.DTYPES]\n"
         "print(json.dumps([errors, wrong]))\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -209,7 +240,7 @@ def test_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     errors, wrong = json.loads(done.stdout.splitlines()[-1])
     assert wrong == [0] * len(wrong)
-    assert len(errors) == len(INTERPRETED)
+    assert len(errors) == len(INTERPRETED) + len(INTERPRETED_GROUPS)
     assert max(errors) < 1, dict(zip(INTERPRETED, errors, strict=True))
 
 
@@ -246,6 +277,26 @@ def test_on_a_gpu(name: str, dtype: str, m: int) -> None:
         y = block_scaled_linear(x, weight, row_scale, bias, torch.bfloat16)
         # A rounding to bf16, and FP8 matrix instructions, which keep about 13 bits of a sum on Hopper.
         assert worst_error(y, x, weight, row_scale, bias) < 2**-8 + 2**-12
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "int4_awq"])
+@pytest.mark.parametrize("m", [16, 32, 64, 128])
+def test_results_repeat_on_a_gpu(name: str, m: int) -> None:
+    """Matrix instructions read registers while the next codes are decoded: were any overwritten too early, results would vary."""
+    weight = pack(block_weight(name, 4096, 8192, seed=m, device="cuda"))
+    x = activations(m, 8192, "fp8", seed=m, device="cuda")
+    y = run(x, weight, None, None, torch.float32)
+    assert worst_error(y, x, weight, None, None) < tolerance(8192)
+    assert all(torch.equal(run(x, weight, None, None, torch.float32), y) for _ in range(30))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("m", [1, 65, 300, 1000])
+def test_groups_on_a_gpu(dtype: str, m: int) -> None:
+    """FP8 activations in float16, as the result is float32; FP8 matrix instructions are held to bf16 with the others above."""
+    assert groups_error(dtype, m, 1154, 1152, "cuda") < 1
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ held to what the packing says, without a GPU.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,13 +17,18 @@ import torch
 from numpy.typing import NDArray
 
 from sglang_modelopt_kernels.formats import e2m1
-from sglang_modelopt_kernels.gemm.block_scaled.kernel import BFLOAT16, INT4_BFLOAT16, INT4_FLOAT16
+from sglang_modelopt_kernels.gemm.block_scaled.kernel import (
+    E2M1_BFLOAT16,
+    INT4_BFLOAT16,
+    INT4_FLOAT16,
+    PLANES_BFLOAT16,
+)
 from sglang_modelopt_kernels.gemm.block_scaled.packing import EXPONENT_BOTTOM, EXPONENT_TOP
 from sglang_modelopt_kernels.gemm.folded import fold
-from sglang_modelopt_kernels.gemm.folded.kernel import FOLD
+from sglang_modelopt_kernels.gemm.folded.kernel import FOLD, FOLD_FRAGMENT
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import widen
 from sglang_modelopt_kernels.planes import packing
-from sglang_modelopt_kernels.planes.kernel import FLOAT16
+from sglang_modelopt_kernels.planes.kernel import E2M1_FLOAT16, PLANES_FLOAT16
 
 Words = NDArray[np.uint32]
 Halves = NDArray[np.uint16]
@@ -89,13 +95,13 @@ INSTRUCTIONS: dict[str, Callable[..., Words]] = {
     "lop3.b32": lop3,
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "prmt.b32": prmt,
-    "sub.rn.f16x2": both_halves(lambda a, b: a - b, as_float16, to_float16),
+    "add.rn.f16x2": both_halves(lambda a, b: a + b, as_float16, to_float16),
     "mul.rn.f16x2": both_halves(lambda a, b: a * b, as_float16, to_float16),
     "fma.rn.bf16x2": both_halves(lambda a, b, c: a * b + c, as_bfloat16, to_bfloat16),
 }
 
 
-def emulate(source: str, *inputs: Words, outputs: int) -> list[Words]:
+def emulate(source: str, *inputs: Words, outputs: int = 4) -> list[Words]:
     """Runs the one ``inline_asm_elementwise`` of a function, or the assembly itself. Raises KeyError for an unknown instruction."""
     found = re.search(r'(?:inline_asm_elementwise\(\s*"""|^)\{(.*?)\}', source, re.S)
     assert found is not None
@@ -127,10 +133,10 @@ E4M3_SCALES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).dou
 EXPONENT_SCALES = np.exp2(np.arange(EXPONENT_BOTTOM, EXPONENT_TOP + 1) - 15.0)
 CASES = {
     # assembly of each plane, writer and reader of its type, scales as they reach it, what it divides the weight by
-    "float16 e4m3": (FLOAT16, to_float16, as_float16, E4M3_SCALES, 2.0**-14),
-    "float16 exponent": (FLOAT16, to_float16, as_float16, EXPONENT_SCALES, 2.0**-14),
-    "bf16 e4m3": (BFLOAT16, to_bfloat16, as_bfloat16, E4M3_SCALES * 2.0**117, 2.0**-126),
-    "bf16 exponent": (BFLOAT16, to_bfloat16, as_bfloat16, EXPONENT_SCALES * 2.0**112, 2.0**-126),
+    "float16 e4m3": (PLANES_FLOAT16, to_float16, as_float16, E4M3_SCALES, 2.0**-14),
+    "float16 exponent": (PLANES_FLOAT16, to_float16, as_float16, EXPONENT_SCALES, 2.0**-14),
+    "bf16 e4m3": (PLANES_BFLOAT16, to_bfloat16, as_bfloat16, E4M3_SCALES * 2.0**117, 2.0**-126),
+    "bf16 exponent": (PLANES_BFLOAT16, to_bfloat16, as_bfloat16, EXPONENT_SCALES * 2.0**112, 2.0**-126),
 }
 
 
@@ -152,17 +158,51 @@ def test_every_word_under_every_scale(case: str) -> None:
             assert np.array_equal(got_high, right_high[plane] * unit * other), (plane, other)
 
 
-@pytest.mark.parametrize(("sources", "read"), [(INT4_FLOAT16, as_float16), (INT4_BFLOAT16, as_bfloat16)])
-def test_every_word_of_int4(sources: Any, read: Callable[[Halves], NDArray[np.float64]]) -> None:
-    """Plane p of an element is code + 8 in its nibble p."""
-    low = np.arange(1 << 16, dtype=np.uint16)
-    high = low * np.uint16(40503) + np.uint16(1)
-    words = low.astype(np.uint32) | high.astype(np.uint32) << 16
-    for plane, source in enumerate(sources.value):
-        word = emulate(source, words, outputs=1)[0]
-        for half, element in ((word & 0xFFFF, low), (word >> 16, high)):
-            codes = (element >> np.uint16(4 * plane) & np.uint16(15)).astype(np.float64) - 8
-            assert np.array_equal(read(half.astype(np.uint16)), codes)
+def four_words() -> list[Words]:
+    """Every 16 bits in the low and in the high half of a word, four times in other pairs."""
+    every = np.arange(1 << 16, dtype=np.uint32)
+    return [every | (every * np.uint32(40503 + 2 * j) + np.uint32(j)) << np.uint32(16) for j in range(4)]
+
+
+FRAGMENTS = {
+    "float16": (E2M1_FLOAT16, to_float16, as_float16, E4M3_SCALES[[0, 1, 60, 126]], 2.0**-14),
+    "bf16": (E2M1_BFLOAT16, to_bfloat16, as_bfloat16, E4M3_SCALES[[0, 1, 60, 126]] * 2.0**117, 2.0**-126),
+}
+
+
+@pytest.mark.parametrize("case", FRAGMENTS)
+def test_every_word_of_a_fragment(case: str) -> None:
+    """Four words under four scales, one result for each plane and word: those of a plane follow each other."""
+    text, write, read, scales, unit = FRAGMENTS[case]
+    words = four_words()
+    pairs = [np.full_like(words[0], int(write(np.array([scale]))[0]) * 0x10001) for scale in scales]
+    results = emulate(text.value, *words, *words * 3, *pairs, *pairs * 3, outputs=16)
+    for plane, j in itertools.product(range(4), range(4)):
+        for shift in (0, 16):
+            half = (words[j] >> np.uint32(shift) & np.uint32(0xFFFF)).astype(np.uint16)
+            got = read((results[4 * plane + j] >> np.uint32(shift) & np.uint32(0xFFFF)).astype(np.uint16))
+            assert np.array_equal(got, expected_planes(half)[plane] * unit * scales[j]), (plane, j)
+
+
+@pytest.mark.parametrize(("text", "read"), [(INT4_FLOAT16, as_float16), (INT4_BFLOAT16, as_bfloat16)])
+def test_every_integer_of_a_fragment(text: Any, read: Callable[[Halves], NDArray[np.float64]]) -> None:
+    """The same of INT4: nibbles of a word in the order of planes, less 8."""
+    words = four_words()
+    results = emulate(text.value, *words, *words * 3, outputs=16)
+    for plane, j in itertools.product(range(4), range(4)):
+        for shift in (0, 16):
+            integers = (words[j] >> np.uint32(shift + 4 * plane) & np.uint32(15)).astype(np.float64) - 8
+            got = read((results[4 * plane + j] >> np.uint32(shift) & np.uint32(0xFFFF)).astype(np.uint16))
+            assert np.array_equal(got, integers), (plane, j)
+
+
+def test_a_folded_fragment_is_two_rows() -> None:
+    """Two words under two exponents: the first halves of both, then the second ones."""
+    first, second = four_words()[:2]
+    low, high = np.full_like(first, 0x05050505), np.full_like(first, 0x0C0C0C0C)
+    got = emulate(FOLD_FRAGMENT.value, first, second, first, second, low, high, low, high)
+    one, two = emulate(FOLD.value, first, low, outputs=2), emulate(FOLD.value, second, high, outputs=2)
+    assert all(np.array_equal(a, b) for a, b in zip(got, (one[0], two[0], one[1], two[1]), strict=True))
 
 
 def test_every_byte_widened() -> None:
@@ -196,7 +236,7 @@ def test_every_word_folded(exponent: int) -> None:
 
 
 def test_a_wrong_mask_is_found() -> None:
-    source = FLOAT16.value[2].replace("0x0e000e00", "0x06000e00", 1)
+    source = PLANES_FLOAT16.value[2].replace("0x0e000e00", "0x06000e00", 1)
     words = np.arange(1 << 16, dtype=np.uint32)
     plane = emulate(source, words, np.full_like(words, 0x3C003C00), outputs=1)[0]
     expected = expected_planes(words.astype(np.uint16))[2] * 2.0**-14

@@ -80,7 +80,9 @@ def test_in_the_interpreter() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [*CASES, (16, 4096, 4096, None), (100, 512, 4096, None)], ids=str)
+@pytest.mark.parametrize(
+    "case", [*CASES, *[(m, n, k, None) for m in (1, 16, 30, 60, 100) for n, k in ((4096, 4096), (514, 896))]], ids=str
+)
 def test_on_a_gpu(case: tuple[int, int, int, Any]) -> None:
     if torch.cuda.get_device_capability() not in ((8, 9), (9, 0)):
         pytest.skip("the kernel is for SM89 and SM90")

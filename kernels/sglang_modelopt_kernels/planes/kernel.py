@@ -5,30 +5,44 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-FLOAT16: tl.constexpr = tl.constexpr(
-    (
-        """{ .reg .b32 a;
-        and.b32 a, $1, 0x8e008e00;
-        mul.rn.f16x2 $0, a, $2; }""",
-        """{ .reg .b32 a;
-        shl.b32 a, $1, 3;
-        and.b32 a, a, 0x8e008e00;
-        mul.rn.f16x2 $0, a, $2; }""",
-        """{ .reg .b32 a, b;
-        shl.b32 a, $1, 6;
-        and.b32 a, a, 0x0e000e00;
-        shl.b32 b, $1, 1;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        mul.rn.f16x2 $0, a, $2; }""",
-        """{ .reg .b32 a, b;
-        shl.b32 a, $1, 9;
-        and.b32 a, a, 0x0e000e00;
-        shl.b32 b, $1, 2;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        mul.rn.f16x2 $0, a, $2; }""",
-    )
+
+def one_plane(text: str, registers: str) -> str:
+    """Assembly of one word of elements, ``$1``, under its scales, ``$2``, to the word of one plane; see :func:`planes_of`."""
+    return "{ " + registers + "\n" + text.format(p="$0", w="$1", s="$2") + " }"
+
+
+def planes_of(texts: tuple[str, str, str, str], registers: str, words: int) -> str:
+    """Assembly of ``words`` words of elements ``{w}`` under scales ``{s}`` to a word ``{p}`` of each plane, by the text of each.
+
+    Of a plane the words follow each other: several are a matrix instruction's fragment; each plane is given them again.
+    """
+    parts = []
+    for word in range(words):
+        for plane, text in enumerate(texts):
+            parts.append(text.format(p=f"${plane * words + word}", w=f"${4 * words + word}", s=f"${8 * words + word}"))
+    return "{ " + registers + "\n" + "\n".join(parts) + " }"
+
+
+_REGISTERS = ".reg .b32 a, b;"
+_FLOAT16 = (
+    """and.b32 a, {w}, 0x8e008e00;
+    mul.rn.f16x2 {p}, a, {s};""",
+    """shl.b32 a, {w}, 3;
+    and.b32 a, a, 0x8e008e00;
+    mul.rn.f16x2 {p}, a, {s};""",
+    """shl.b32 a, {w}, 6;
+    and.b32 a, a, 0x0e000e00;
+    shl.b32 b, {w}, 1;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    mul.rn.f16x2 {p}, a, {s};""",
+    """shl.b32 a, {w}, 9;
+    and.b32 a, a, 0x0e000e00;
+    shl.b32 b, {w}, 2;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    mul.rn.f16x2 {p}, a, {s};""",
 )
-"""Two elements and their float16 scales to the two numbers of each plane."""
+PLANES_FLOAT16: tl.constexpr = tl.constexpr(tuple(one_plane(text, _REGISTERS) for text in _FLOAT16))
+E2M1_FLOAT16: tl.constexpr = tl.constexpr(planes_of(_FLOAT16, _REGISTERS, 4))
 
 
 @triton.jit
@@ -45,10 +59,10 @@ def plane(w, s, SOURCES: tl.constexpr, PLANE: tl.constexpr):
 def planes_float16(w, s, ASM: tl.constexpr):
     """E2M1 elements and their scales, int16 and float16 of one shape, to the four planes times the scale."""
     if ASM:
-        p0 = plane(w, s, FLOAT16, 0)
-        p1 = plane(w, s, FLOAT16, 1)
-        p2 = plane(w, s, FLOAT16, 2)
-        p3 = plane(w, s, FLOAT16, 3)
+        p0 = plane(w, s, PLANES_FLOAT16, 0)
+        p1 = plane(w, s, PLANES_FLOAT16, 1)
+        p2 = plane(w, s, PLANES_FLOAT16, 2)
+        p3 = plane(w, s, PLANES_FLOAT16, 3)
     else:
         u = w.to(tl.uint16, bitcast=True)
         p0 = (u & 0x8E00).to(tl.float16, bitcast=True) * s

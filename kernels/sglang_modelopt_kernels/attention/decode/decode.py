@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +15,8 @@ from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
 
 RESIDENT = 8
-"""Programs of one request, KV head and part for each processor: of 4 to 16, the fastest on an H100 for NVFP4 and FP8, but
-for FP8 of head_dim 64, which is 7 % faster with 6."""
+"""Parts of a request and KV head for each processor, a warp each: of 4 to 16, the fastest on an H100, but for FP8 in large batches,
+which is up to 3 % faster with 16."""
 
 MOST_SPLITS = 128
 """Parts of a request that are merged: more take longer than they save."""
@@ -34,7 +35,7 @@ LEAST_QUERIES = 8
 class DecodeConfig:
     """Tokens and KV heads a program reads at a time, its warps, and the stages of its pipeline.
 
-    A tile's place is known only once the index of its tokens was read: five stages keep two tiles under way, three one.
+    A tile's place is known only once the indices of its tokens were read: five stages keep two tiles under way, three one.
     """
 
     tokens: int
@@ -46,8 +47,8 @@ class DecodeConfig:
 def count_splits(requests: int, heads: int, processors: int) -> int:
     """Into how many parts to cut each request's tokens: as many programs as run at once, or four parts where that is less than two.
 
-    A program that is left over after a full wave would leave most of the GPU idle. A part is at least
-    :attr:`DecodeConfig.tokens` long, so that short requests have fewer.
+    A program that is left over after a full wave would leave most of the GPU idle. A part is at least :data:`LEAST_TOKENS` long, so
+    that short requests have fewer.
     """
     whole = RESIDENT * processors // (requests * heads)
     return min(MOST_SPLITS, whole if whole >= 2 else 4)
@@ -61,6 +62,9 @@ class DecodeScratch:
         query_heads, heads: of queries, and of keys and values.
         head_dim: D.
         processors: of the GPU.
+
+    Raises:
+        ValueError: :meth:`of` is asked for a larger batch.
     """
 
     def __init__(
@@ -72,25 +76,36 @@ class DecodeScratch:
         processors: int,
         device: torch.device | str,
     ) -> None:
-        self.heads, self.processors = heads, processors
+        self.most_requests, self.heads, self.processors = most_requests, heads, processors
         parts = max(requests * count_splits(requests, heads, processors) for requests in range(1, most_requests + 1))
         self.partial = torch.empty((parts * query_heads, head_dim), dtype=torch.float32, device=device)
         self.lse = torch.empty(parts * query_heads, dtype=torch.float32, device=device)
 
     def of(self, requests: int, query_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The scratch of :func:`decode_attention` for a batch: ``[B, Hq, splits, D]`` and ``[B, Hq, splits]``."""
+        if requests > self.most_requests:
+            raise ValueError(f"room for the parts of {self.most_requests} requests, not {requests}")
         splits = count_splits(requests, self.heads, self.processors)
         shape = (requests, query_heads, splits)
         rows = requests * query_heads * splits
         return self.partial[:rows].view(*shape, -1), self.lse[:rows].view(shape)
 
 
+TOGETHER = 256
+"""Channels that a program reads of a token, of as many heads as that takes."""
+
+
 def choose_for(number: KVFormat, head_dim: int, heads: int, arch: int | None) -> DecodeConfig:
-    """The configuration for a format and number of KV heads; fixed, so that a request's result does not depend on its batch."""
-    together = 2 if heads % 2 == 0 else 1
+    """The configuration for a format and number of KV heads; fixed, so that a request's result does not depend on its batch.
+
+    Chosen on an H100, over 1 to 128 requests of 1024 to 131072 tokens; compiled for the other architectures without spilling.
+    """
+    together = math.gcd(heads, 1 << max(1, TOGETHER // head_dim).bit_length() - 1)  # a power of two
     if number.block:
         return DecodeConfig(32, together, together, 5)
-    return DecodeConfig(32 if head_dim > 128 else 64, 1, 2, 3)
+    tokens = 64 if head_dim <= 128 else 32
+    # Without instructions for E4M3 (before SM89) twice as many spill, but at head_dim 64.
+    return DecodeConfig(tokens if head_dim <= 64 or (arch or 89) >= 89 else tokens // 2, together, together, 1)
 
 
 def decode_attention(

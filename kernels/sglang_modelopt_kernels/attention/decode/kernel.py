@@ -25,11 +25,11 @@ def part_length(length, splits, BN: tl.constexpr, LEAST: tl.constexpr):
 
 
 @triton.jit
-def _bias_product(q, bias_ptr, channel, D: tl.constexpr, BH: tl.constexpr):
-    """Queries ``[BH, C, BG]`` times the biases of their KV heads at ``channel``: ``[BH, BG]``."""
+def _bias_products(q, bias_ptr, channel, D: tl.constexpr, BH: tl.constexpr):
+    """Queries ``[BH, C, BG]`` times the biases of their KV heads at ``channel``, not yet summed over the channels."""
     at = tl.arange(0, BH)[:, None] * D + channel[None, :]
     bias = tl.load(bias_ptr + at, mask=(channel < D)[None, :], other=0.0)
-    return tl.sum(q.to(tl.float32) * bias[:, :, None], axis=1)
+    return q.to(tl.float32) * bias[:, :, None]
 
 
 @triton.jit(do_not_specialize=["splits", "lse_token", "lse_head"])
@@ -97,10 +97,10 @@ def split_kernel(
         q3 = load_queries(at, at_plane + 12, GROUP, D, BH, BG, COMPUTE)
         k_scale = k_scale * DESCALE
         if AFFINE:
-            shift = _bias_product(q0, bias_ptr, at_plane, D, BH) + _bias_product(q1, bias_ptr, at_plane + 4, D, BH)
-            shift += _bias_product(q2, bias_ptr, at_plane + 8, D, BH) + _bias_product(
-                q3, bias_ptr, at_plane + 12, D, BH
-            )
+            products = _bias_products(q0, bias_ptr, at_plane, D, BH) + _bias_products(q1, bias_ptr, at_plane + 4, D, BH)
+            products += _bias_products(q2, bias_ptr, at_plane + 8, D, BH)
+            products += _bias_products(q3, bias_ptr, at_plane + 12, D, BH)
+            shift = tl.sum(products, axis=1)
         a0 = tl.zeros((BH, E, BG), tl.float32)
         a1 = tl.zeros((BH, E, BG), tl.float32)
         a2 = tl.zeros((BH, E, BG), tl.float32)
@@ -108,7 +108,7 @@ def split_kernel(
     else:
         q0 = load_queries(at, channel, GROUP, D, BH, BG, COMPUTE)
         if AFFINE:
-            shift = _bias_product(q0, bias_ptr, channel, D, BH)
+            shift = tl.sum(_bias_products(q0, bias_ptr, channel, D, BH), axis=1)
         a0 = tl.zeros((BH, DP, BG), tl.float32)
     k_scale *= sm_scale
     shift *= sm_scale
@@ -202,6 +202,9 @@ def merge_kernel(
     length = tl.load(kv_indptr + request + 1) - tl.load(kv_indptr + request)
     each = part_length(length, splits, BN, LEAST)
     parts = tl.cdiv(length, each)
+    if AFFINE:
+        # Early, so that it is there when the parts are.
+        bias = tl.load(v_bias_ptr + (head // GROUP) * D + channel, mask=inside, other=0.0)
     lse_ptr += request * lse_token + head * lse_head
     partial_ptr += request * partial_token + head * partial_head
     largest = -float("inf")
@@ -220,7 +223,6 @@ def merge_kernel(
         largest = rising
     out = acc / tl.where(total == 0.0, 1.0, total)
     if AFFINE:
-        bias = tl.load(v_bias_ptr + (head // GROUP) * D + channel, mask=inside, other=0.0)
         out += tl.where(length > 0, bias, 0.0)
     at = out_ptr + request * out_stride + head * D + channel
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)

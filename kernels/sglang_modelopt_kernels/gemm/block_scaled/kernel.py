@@ -13,50 +13,90 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
-from sglang_modelopt_kernels.planes.kernel import e4m3_scale_float16, plane, planes_float16
+from sglang_modelopt_kernels.gemm.tile.kernel import store_tile, tokens_first
+from sglang_modelopt_kernels.planes.kernel import (
+    E2M1_FLOAT16,
+    e4m3_scale_float16,
+    one_plane,
+    plane,
+    planes_float16,
+    planes_of,
+)
 
-BFLOAT16: tl.constexpr = tl.constexpr(
-    (
-        """{ .reg .b32 a, z;
-        mov.b32 z, 0x80008000;
-        shr.u32 a, $1, 3;
-        and.b32 a, a, 0x01c001c0;
-        lop3.b32 a, $1, 0x80008000, a, 0xea;
-        fma.rn.bf16x2 $0, a, $2, z; }""",
-        """{ .reg .b32 a, b, z;
-        mov.b32 z, 0x80008000;
-        and.b32 a, $1, 0x01c001c0;
-        shl.b32 b, $1, 3;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        fma.rn.bf16x2 $0, a, $2, z; }""",
-        """{ .reg .b32 a, b, z;
-        mov.b32 z, 0x80008000;
-        shl.b32 a, $1, 3;
-        and.b32 a, a, 0x01c001c0;
-        shl.b32 b, $1, 1;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        fma.rn.bf16x2 $0, a, $2, z; }""",
-        """{ .reg .b32 a, b, z;
-        mov.b32 z, 0x80008000;
-        shl.b32 a, $1, 6;
-        and.b32 a, a, 0x01c001c0;
-        shl.b32 b, $1, 2;
-        lop3.b32 a, b, 0x80008000, a, 0xea;
-        fma.rn.bf16x2 $0, a, $2, z; }""",
+_BFLOAT16 = (
+    """shr.u32 a, {w}, 3;
+    and.b32 a, a, 0x01c001c0;
+    lop3.b32 a, {w}, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p}, a, {s}, z;""",
+    """and.b32 a, {w}, 0x01c001c0;
+    shl.b32 b, {w}, 3;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p}, a, {s}, z;""",
+    """shl.b32 a, {w}, 3;
+    and.b32 a, a, 0x01c001c0;
+    shl.b32 b, {w}, 1;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p}, a, {s}, z;""",
+    """shl.b32 a, {w}, 6;
+    and.b32 a, a, 0x01c001c0;
+    shl.b32 b, {w}, 2;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p}, a, {s}, z;""",
+)
+"""``fma`` with -0 because sm_80 has no bf16 multiplication."""
+_BFLOAT16_REGISTERS = ".reg .b32 a, b, z; mov.b32 z, 0x80008000;"
+PLANES_BFLOAT16: tl.constexpr = tl.constexpr(tuple(one_plane(text, _BFLOAT16_REGISTERS) for text in _BFLOAT16))
+E2M1_BFLOAT16: tl.constexpr = tl.constexpr(planes_of(_BFLOAT16, _BFLOAT16_REGISTERS, 4))
+INT4_FLOAT16: tl.constexpr = tl.constexpr(
+    planes_of(
+        (
+            """lop3.b32 a, {w}, 0x000f000f, 0x64006400, 0xea;
+            add.rn.f16x2 {p}, a, z;""",
+            """shr.u32 a, {w}, 4;
+            lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+            add.rn.f16x2 {p}, a, z;""",
+            """shr.u32 a, {w}, 8;
+            lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+            add.rn.f16x2 {p}, a, z;""",
+            """shr.u32 a, {w}, 12;
+            lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+            add.rn.f16x2 {p}, a, z;""",
+        ),
+        ".reg .b32 a, z; mov.b32 z, 0xe408e408;",
+        4,
     )
 )
-"""As :data:`sglang_modelopt_kernels.planes.kernel.FLOAT16` in bf16. ``fma`` with -0 because sm_80 has no bf16 multiplication."""
+"""A nibble of code + 8 under the exponent of 1024, minus 1032."""
+INT4_BFLOAT16: tl.constexpr = tl.constexpr(
+    planes_of(
+        (
+            """lop3.b32 a, {w}, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 {p}, a, o, z;""",
+            """shr.u32 a, {w}, 4;
+            lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 {p}, a, o, z;""",
+            """shr.u32 a, {w}, 8;
+            lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 {p}, a, o, z;""",
+            """shr.u32 a, {w}, 12;
+            lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 {p}, a, o, z;""",
+        ),
+        ".reg .b32 a, o, z; mov.b32 o, 0x3f803f80; mov.b32 z, 0xc308c308;",
+        4,
+    )
+)
+"""The same under the exponent of 128, times 1 minus 136: sm_80 has no bf16 addition."""
 
 
 @triton.jit
 def _planes_bfloat16(w, s, ASM: tl.constexpr):
     """As :func:`planes_float16` in bf16."""
     if ASM:
-        p0 = plane(w, s, BFLOAT16, 0)
-        p1 = plane(w, s, BFLOAT16, 1)
-        p2 = plane(w, s, BFLOAT16, 2)
-        p3 = plane(w, s, BFLOAT16, 3)
+        p0 = plane(w, s, PLANES_BFLOAT16, 0)
+        p1 = plane(w, s, PLANES_BFLOAT16, 1)
+        p2 = plane(w, s, PLANES_BFLOAT16, 2)
+        p3 = plane(w, s, PLANES_BFLOAT16, 3)
     else:
         u = w.to(tl.uint16, bitcast=True)
         f = s.to(tl.float32)
@@ -73,92 +113,33 @@ def _wide(magnitude, sign):
     return ((magnitude | sign).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
-INT4_FLOAT16: tl.constexpr = tl.constexpr(
-    (
-        """{ .reg .b32 a, z;
-        mov.b32 z, 0x64086408;
-        lop3.b32 a, $1, 0x000f000f, 0x64006400, 0xea;
-        sub.rn.f16x2 $0, a, z; }""",
-        """{ .reg .b32 a, z;
-        mov.b32 z, 0x64086408;
-        shr.u32 a, $1, 4;
-        lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
-        sub.rn.f16x2 $0, a, z; }""",
-        """{ .reg .b32 a, z;
-        mov.b32 z, 0x64086408;
-        shr.u32 a, $1, 8;
-        lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
-        sub.rn.f16x2 $0, a, z; }""",
-        """{ .reg .b32 a, z;
-        mov.b32 z, 0x64086408;
-        shr.u32 a, $1, 12;
-        lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
-        sub.rn.f16x2 $0, a, z; }""",
-    )
-)
-"""Two elements to the two codes of each plane: under the exponent of 1024 code + 8 counts in ones; 1032 is subtracted."""
-INT4_BFLOAT16: tl.constexpr = tl.constexpr(
-    (
-        """{ .reg .b32 a, o, z;
-        mov.b32 o, 0x3f803f80;
-        mov.b32 z, 0xc308c308;
-        lop3.b32 a, $1, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 $0, a, o, z; }""",
-        """{ .reg .b32 a, o, z;
-        mov.b32 o, 0x3f803f80;
-        mov.b32 z, 0xc308c308;
-        shr.u32 a, $1, 4;
-        lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 $0, a, o, z; }""",
-        """{ .reg .b32 a, o, z;
-        mov.b32 o, 0x3f803f80;
-        mov.b32 z, 0xc308c308;
-        shr.u32 a, $1, 8;
-        lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 $0, a, o, z; }""",
-        """{ .reg .b32 a, o, z;
-        mov.b32 o, 0x3f803f80;
-        mov.b32 z, 0xc308c308;
-        shr.u32 a, $1, 12;
-        lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
-        fma.rn.bf16x2 $0, a, o, z; }""",
-    )
-)
-"""Likewise in bf16, under the exponent of 128; ``fma`` by 1 because sm_80 has no bf16 subtraction."""
-
-
-@triton.jit
-def _int4_plane(w, F16: tl.constexpr, PLANE: tl.constexpr):
-    """One plane of INT4 codes by assembly, in float16 or bf16; a plane at a time as in :func:`plane`."""
-    if F16:
-        codes = tl.inline_asm_elementwise(INT4_FLOAT16[PLANE], "=r,r", args=[w], dtype=tl.float16, is_pure=True, pack=2)
-    else:
-        codes = tl.inline_asm_elementwise(
-            INT4_BFLOAT16[PLANE], "=r,r", args=[w], dtype=tl.bfloat16, is_pure=True, pack=2
-        )
-    return codes
-
-
 @triton.jit
 def _int4_float16(nibble):
-    """A nibble of code + 8 as the float16 code."""
+    """A nibble of code + 8 as the float16 code: under the exponent of 1024 it counts in ones."""
     return ((nibble | 0x6400).to(tl.float16, bitcast=True) - 1032.0).to(tl.float16)
 
 
 @triton.jit
-def _planes_int4(w, F16: tl.constexpr, ASM: tl.constexpr):
-    """INT4 elements, int16, to the four planes of codes in float16, or without F16 in bf16; without ASM always in float16."""
-    if ASM:
-        p0 = _int4_plane(w, F16, 0)
-        p1 = _int4_plane(w, F16, 1)
-        p2 = _int4_plane(w, F16, 2)
-        p3 = _int4_plane(w, F16, 3)
-    else:
-        u = w.to(tl.uint16, bitcast=True)
+def _int4_float32(nibble):
+    """A nibble of code + 8 as the float32 code, a bf16 number, likewise under the exponent of 128."""
+    wide = ((nibble | 0x4300).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return wide - 136.0
+
+
+@triton.jit
+def _int4_planes(w, F16: tl.constexpr):
+    """The four planes of packed INT4, in float16 or in float32."""
+    u = w.to(tl.uint16, bitcast=True)
+    if F16:
         p0 = _int4_float16(u & 15)
         p1 = _int4_float16((u >> 4) & 15)
         p2 = _int4_float16((u >> 8) & 15)
         p3 = _int4_float16(u >> 12)
+    else:
+        p0 = _int4_float32(u & 15)
+        p1 = _int4_float32((u >> 4) & 15)
+        p2 = _int4_float32((u >> 8) & 15)
+        p3 = _int4_float32(u >> 12)
     return p0, p1, p2, p3
 
 
@@ -184,6 +165,86 @@ def _scale_bfloat16(b, KIND: tl.constexpr):
 
 
 @triton.jit
+def _operand(
+    w,
+    b,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    F16: tl.constexpr,
+    ASM: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Elements ``[ROWS, BK / 4]`` and their stored scales as the operand ``[ROWS, BK]``, 64 inputs after 64 in the order of planes.
+
+    With FRAGMENTS each plane is given the same elements, so that nothing moves between threads, and the assembly takes what a
+    thread has of 16 rows and 64 inputs as matrix instructions order it: right only where the result is one's operand in registers.
+    """
+    if KIND == "int4_float":
+        scale = w
+    elif F16:
+        scale = _scale_float16(b, KIND)
+    else:
+        scale = _scale_bfloat16(b, KIND)
+    if FRAGMENTS and ASM:
+        word = tl.reshape(tl.broadcast_to(tl.reshape(w, (ROWS, BK // 64, 1, 16)), (ROWS, BK // 64, 4, 16)), (ROWS, BK))
+        if KIND == "int4_float":
+            if F16:
+                unit = _assemble_one(INT4_FLOAT16, word).to(tl.float16, bitcast=True)
+            else:
+                unit = _assemble_one(INT4_BFLOAT16, word).to(tl.bfloat16, bitcast=True)
+        else:
+            scale = tl.reshape(scale, (ROWS, BK // 64, 1, 64 // GROUP, 1))
+            scale = tl.broadcast_to(scale, (ROWS, BK // 64, 4, 64 // GROUP, GROUP // 4))
+            scale = tl.reshape(scale, (ROWS, BK))
+            if F16:
+                unit = _assemble_two(E2M1_FLOAT16, word, scale).to(tl.float16, bitcast=True)
+            else:
+                unit = _assemble_two(E2M1_BFLOAT16, word, scale).to(tl.bfloat16, bitcast=True)
+    else:
+        if KIND == "int4_float":
+            p0, p1, p2, p3 = _int4_planes(w, F16)
+        else:
+            scale = tl.broadcast_to(scale[:, :, None], (ROWS, BK // GROUP, GROUP // 4))
+            scale = tl.reshape(scale, (ROWS, BK // 4))
+            if F16:
+                p0, p1, p2, p3 = planes_float16(w, scale, ASM)
+            else:
+                p0, p1, p2, p3 = _planes_bfloat16(w, scale, ASM)
+        planes = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (ROWS, BK // 64, 16, 4))
+        unit = tl.reshape(tl.permute(planes, (0, 1, 3, 2)), (ROWS, BK))
+    return unit
+
+
+@triton.jit
+def _assemble_one(TEXT: tl.constexpr, a):
+    """Assembly of 32 elements and as many results."""
+    return tl.inline_asm_elementwise(
+        TEXT,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        args=[a],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=32,
+    )
+
+
+@triton.jit
+def _assemble_two(TEXT: tl.constexpr, a, b):
+    """The same with two arguments."""
+    return tl.inline_asm_elementwise(
+        TEXT,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,"
+        "r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        args=[a, b],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=32,
+    )
+
+
+@triton.jit
 def block_scaled_sum(
     x_ptr,
     w_ptr,
@@ -197,78 +258,65 @@ def block_scaled_sum(
     GROUP: tl.constexpr,
     F16: tl.constexpr,
     ASM: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    ORDERED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]`` times 1 / DESCALE."""
+    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]`` times 1 / DESCALE.
+
+    With ORDERED ``x`` has its inputs in the order of planes already; see :func:`_operand` for FRAGMENTS.
+    """
     element = tl.arange(0, BK // 4)
     block = tl.arange(0, BK // GROUP)
-    input_ = (element // 4) * 16 + element % 4
-    blocks = (k // GROUP).to(tl.int64)
-    quarter = (k // 4).to(tl.int64)
+    input_ = tl.arange(0, BK)
+    if not ORDERED:
+        # Element e of plane p is input 16 (e / 4) + 4 p + e % 4.
+        input_ = input_ // 64 * 64 + input_ % 16 // 4 * 16 + input_ % 64 // 16 * 4 + input_ % 4
+        input_ = tl.max_contiguous(tl.multiple_of(input_, 4), 4)
+    blocks, quarter = k // GROUP, k // 4
+    if EVEN_K:
+        # The compiler does not see it, and loads of less than four bytes to a thread are not pipelined.
+        blocks = tl.multiple_of(blocks, BK // GROUP)
+        quarter = tl.multiple_of(quarter, BK // 4)
+    w_row = w_ptr + row[:, None] * quarter
+    s_row = s_ptr + row[:, None] * blocks
 
     # The interpreter multiplies the bits of bf16 operands: it gets the same numbers in float32.
     BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
     acc = tl.zeros((BN, BM), tl.float32)
+    # Scales of sums are read a step ahead: what a product does not read is not pipelined.
+    if KIND == "int4_float":
+        following = tl.load(s_row + tl.minimum(start, k - BK) // GROUP + block[None, :])
     for offset in range(start, end, BK):
-        w_at = w_ptr + row[:, None] * quarter + (offset // 4 + element)[None, :]
-        s_at = s_ptr + row[:, None] * blocks + (offset // GROUP + block)[None, :]
+        w_at = w_row + (offset // 4 + element)[None, :]
+        s_at = s_row + (offset // GROUP + block)[None, :]
         x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
         if EVEN_K:
             w = tl.load(w_at)
-            b = tl.load(s_at)
-            x0 = tl.load(x_at)
-            x1 = tl.load(x_at + 4)
-            x2 = tl.load(x_at + 8)
-            x3 = tl.load(x_at + 12)
+            x = tl.load(x_at)
         else:
-            inside = (offset + input_ < k)[:, None]
             w = tl.load(w_at, mask=(offset + 4 * element < k)[None, :], other=0)
-            b = tl.load(s_at, mask=(offset + GROUP * block < k)[None, :], other=0)
-            x0 = tl.load(x_at, mask=inside, other=0.0)
-            x1 = tl.load(x_at + 4, mask=inside, other=0.0)
-            x2 = tl.load(x_at + 8, mask=inside, other=0.0)
-            x3 = tl.load(x_at + 12, mask=inside, other=0.0)
-        if F16:
-            x0 = x0.to(tl.float16)
-            x1 = x1.to(tl.float16)
-            x2 = x2.to(tl.float16)
-            x3 = x3.to(tl.float16)
+            x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
+        if KIND == "int4_float":
+            b = following
+            following = tl.load(s_row + tl.minimum(offset + BK, k - BK) // GROUP + block[None, :])
+        elif EVEN_K:
+            b = tl.load(s_at)
         else:
-            x0 = x0.to(BF16)
-            x1 = x1.to(BF16)
-            x2 = x2.to(BF16)
-            x3 = x3.to(BF16)
+            b = tl.load(s_at, mask=(offset + GROUP * block < k)[None, :], other=0)
+        unit = _operand(w, b, KIND, GROUP, F16, ASM, FRAGMENTS, BN, BK)
+        if F16:
+            x = x.to(tl.float16)
+        else:
+            unit, x = unit.to(BF16), x.to(BF16)
         if KIND == "int4_float":
             # One block per step (BK = GROUP): scale its sum.
-            w0, w1, w2, w3 = _planes_int4(w, F16, ASM)
-            if not F16:
-                w0 = w0.to(BF16)
-                w1 = w1.to(BF16)
-                w2 = w2.to(BF16)
-                w3 = w3.to(BF16)
-            part = tl.dot(w0, x0, input_precision="ieee")
-            part = tl.dot(w1, x1, part, input_precision="ieee")
-            part = tl.dot(w2, x2, part, input_precision="ieee")
-            part = tl.dot(w3, x3, part, input_precision="ieee")
-            acc += part * tl.reshape(b, (BN, 1))
+            acc += tl.dot(unit, x, input_precision="ieee") * tl.reshape(b, (BN, 1))
         else:
-            if F16:
-                scale = _scale_float16(b, KIND)
-            else:
-                scale = _scale_bfloat16(b, KIND)
-            scale = tl.broadcast_to(scale[:, :, None], (BN, BK // GROUP, GROUP // 4))
-            scale = tl.reshape(scale, (BN, BK // 4))
-            if F16:
-                w0, w1, w2, w3 = planes_float16(w, scale, ASM)
-            else:
-                w0, w1, w2, w3 = _planes_bfloat16(w, scale, ASM)
-            acc = tl.dot(w0, x0, acc, input_precision="ieee")
-            acc = tl.dot(w1, x1, acc, input_precision="ieee")
-            acc = tl.dot(w2, x2, acc, input_precision="ieee")
-            acc = tl.dot(w3, x3, acc, input_precision="ieee")
+            acc = tl.dot(unit, x, acc, input_precision="ieee")
     return acc
 
 
@@ -289,6 +337,8 @@ def block_scaled_kernel(
     GROUP: tl.constexpr,
     F16: tl.constexpr,
     ASM: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    ORDERED: tl.constexpr,
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -299,8 +349,9 @@ def block_scaled_kernel(
     BK: tl.constexpr,
 ):
     """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    tile, part = tokens_first()
+    rows = tile * BN + tl.arange(0, BN)
+    tokens = part * BM + tl.arange(0, BM)
     split = tl.program_id(2)
     # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
@@ -308,7 +359,9 @@ def block_scaled_kernel(
     steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
     start = split * steps * BK
     end = tl.minimum(start + steps * BK, k)
-    acc = block_scaled_sum(x_ptr, w_ptr, s_ptr, row, token, k, start, end, KIND, GROUP, F16, ASM, EVEN_K, BN, BM, BK)
+    acc = block_scaled_sum(
+        x_ptr, w_ptr, s_ptr, row, token, k, start, end, KIND, GROUP, F16, ASM, FRAGMENTS, ORDERED, EVEN_K, BN, BM, BK
+    )
     store_tile(
         acc,
         y_ptr,
@@ -346,11 +399,11 @@ def decode_kernel(
     OWNED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program.
+    """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program; of INT4 the integers.
 
-    With FP8 (and F16) E2M1 is divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3. INT4
-    codes are numbers of every type. With OWNED, ``per`` rows are an expert's, and ``block_ptr`` their first blocks of pairs:
-    rows of one without pairs, whose next begins where it does, are not written unless rows of others stand beside them.
+    With FP8 (and F16) E2M1 is divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3.
+    With OWNED, ``per`` rows are an expert's, and ``block_ptr`` has their first blocks of pairs: rows of one without pairs, whose
+    next begins where it does, are not written unless rows of others stand beside them.
     """
     if OWNED:
         start = first + tl.program_id(0) * BN
@@ -363,11 +416,7 @@ def decode_kernel(
     inside = (rows < n)[:, None] & (element < k // 4)[None, :]
     w = tl.load(w_ptr + row[:, None] * (k // 4) + element[None, :], mask=inside, other=0)
     if KIND == "int4_float":
-        p0, p1, p2, p3 = _planes_int4(w, F16, ASM)
-        p0 = p0.to(y_ptr.dtype.element_ty)
-        p1 = p1.to(y_ptr.dtype.element_ty)
-        p2 = p2.to(y_ptr.dtype.element_ty)
-        p3 = p3.to(y_ptr.dtype.element_ty)
+        p0, p1, p2, p3 = _int4_planes(w, F16)
     else:
         # A byte for each block, spread in registers: entries of the codes' shape would be loaded a byte to a row.
         block = tl.program_id(1) * (256 // GROUP) + tl.arange(0, 256 // GROUP)
@@ -384,10 +433,11 @@ def decode_kernel(
         else:
             p0, p1, p2, p3 = _planes_bfloat16(w, scale, ASM)
         if FP8:
-            p0 = (p0 * 32.0).to(y_ptr.dtype.element_ty)
-            p1 = (p1 * 32.0).to(y_ptr.dtype.element_ty)
-            p2 = (p2 * 32.0).to(y_ptr.dtype.element_ty)
-            p3 = (p3 * 32.0).to(y_ptr.dtype.element_ty)
+            p0, p1, p2, p3 = p0 * 32.0, p1 * 32.0, p2 * 32.0, p3 * 32.0
+    p0 = p0.to(y_ptr.dtype.element_ty)
+    p1 = p1.to(y_ptr.dtype.element_ty)
+    p2 = p2.to(y_ptr.dtype.element_ty)
+    p3 = p3.to(y_ptr.dtype.element_ty)
     # Element e of plane p is input 16 (e / 4) + 4 p + e % 4: a thread's four elements are 16 inputs in a row.
     planes = tl.join(tl.join(p0, p2), tl.join(p1, p3))
     planes = tl.permute(tl.reshape(planes, (BN, 16, 4, 4)), (0, 1, 3, 2))

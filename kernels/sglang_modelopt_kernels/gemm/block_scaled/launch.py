@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import triton
 
+from sglang_modelopt_kernels.gemm import groups
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, choose, launch, machine, matrix_instruction
 from sglang_modelopt_kernels.gemm.tile.launch import Plan
@@ -18,20 +19,20 @@ SCRATCH_BYTES = 256 << 20
 """At most this much of a decoded weight exists at a time, for the dense product of many tokens."""
 
 
-# Chosen on an H200 by time (benchmarks/results), elsewhere by what compiles ahead of time without spilling (benchmarks.aot):
-# the largest E2M1 tile exceeds the shared memory of sm_89 and sm_120, and for sm_100 Triton 3.8 compiles it to a bare trap.
-_E2M1 = {
+# Predicted since codes become operands in registers: what compiles ahead of time without spilling (benchmarks.aot) and loads at
+# least four bytes of scales to a thread (BN * BK / group), or these loads are not pipelined.
+_E2M1: dict[str, tuple[KernelConfig, ...]] = {
     "mma.sync": (
         KernelConfig(64, 16, 128, 4, 3),
         KernelConfig(64, 32, 128, 4, 3),
-        KernelConfig(64, 64, 128, 4, 3),
+        KernelConfig(64, 64, 128, 4, 2),
         KernelConfig(64, 128, 128, 4, 2),
     ),
     "wgmma": (
         KernelConfig(64, 16, 128, 2, 3),  # two warps are no warp group: mma.sync, faster here
-        KernelConfig(64, 32, 256, 4, 3),
-        KernelConfig(128, 64, 128, 8, 2),
-        KernelConfig(128, 128, 256, 8, 2),
+        KernelConfig(64, 32, 128, 4, 3),
+        KernelConfig(128, 64, 128, 8, 3),
+        KernelConfig(128, 128, 128, 8, 3),
     ),
     "tcgen05": (
         # mma.sync with two warps here too: half the instructions a weight of a tile that is written to tensor memory first
@@ -41,23 +42,40 @@ _E2M1 = {
         KernelConfig(64, 128, 128, 4, 2),
     ),
 }
-_INT4_MMA = (
-    KernelConfig(64, 16, 128, 4, 4),
-    KernelConfig(64, 32, 128, 4, 2),  # more stages spill on sm_89
-    KernelConfig(64, 64, 128, 4, 3),  # twice as many tokens spill
-)
-_INT4_WARP_GROUP = (
-    KernelConfig(64, 16, 128, 4, 4),
-    KernelConfig(64, 32, 128, 4, 4),
-    KernelConfig(128, 64, 128, 4, 3),
-    KernelConfig(128, 128, 128, 8, 2),
-)
-_INT4 = {"mma.sync": _INT4_MMA, "wgmma": _INT4_WARP_GROUP, "tcgen05": _INT4_WARP_GROUP}
+_E2M1_EXPONENT: dict[str, tuple[KernelConfig, ...]] = {
+    "mma.sync": (
+        KernelConfig(64, 16, 256, 4, 3),
+        KernelConfig(64, 32, 256, 4, 2),
+        KernelConfig(128, 64, 256, 8, 2),
+        KernelConfig(64, 128, 256, 4, 2),
+    ),
+    "tcgen05": _E2M1["tcgen05"],
+    "wgmma": (
+        KernelConfig(64, 16, 128, 2, 3),
+        KernelConfig(64, 32, 256, 4, 3),
+        KernelConfig(128, 64, 256, 8, 2),
+        KernelConfig(128, 128, 256, 8, 2),
+    ),
+}
+_INT4_MMA = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 32, 128, 4, 4), KernelConfig(128, 64, 128, 8, 2))
+_INT4_WARP_GROUP = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 32, 128, 4, 4), KernelConfig(128, 64, 128, 8, 3))
+_INT4: dict[str, tuple[KernelConfig, ...]] = {
+    "mma.sync": _INT4_MMA,
+    "wgmma": _INT4_WARP_GROUP,
+    "tcgen05": _INT4_WARP_GROUP,
+}
+_CONFIGS = {
+    "e2m1_e4m3": _E2M1,
+    "e2m1_exponent": _E2M1_EXPONENT,
+    "int4_float": _INT4,
+}
 
 
-def configs(kind: Kind, capability: int) -> tuple[KernelConfig, ...]:
-    """The configurations of the kernel on compute capability ``capability`` (times ten), by tokens, ascending."""
-    return (_INT4 if kind == "int4_float" else _E2M1)[matrix_instruction(capability)]
+def configs(kind: Kind, capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
+    """The configurations of the kernel for ``k`` inputs on compute capability ``capability`` (times ten), by tokens, ascending."""
+    if kind == "e2m1_exponent" and k % 256:
+        kind = "e2m1_e4m3"
+    return _CONFIGS[kind][matrix_instruction(capability)]
 
 
 def descale(kind: Kind, f16: bool) -> float:
@@ -65,6 +83,29 @@ def descale(kind: Kind, f16: bool) -> float:
     if kind == "int4_float":
         return 1.0
     return 2.0**9 if kind == "e2m1_e4m3" and not f16 else 2.0**14
+
+
+def makes_operands(kind: Kind, group: int, k: int, config: KernelConfig, capability: int) -> bool:
+    """Whether codes become matrix instructions' operands in the order of a thread's registers.
+
+    Those of SM100 read memory, but for fewer warps than a warp group. Elsewhere the compiler gives codes that layout where it
+    pipelines all loads: where K is whole tiles and a thread has four bytes of scales (``benchmarks.aot`` looks at every choice).
+    """
+    in_registers = matrix_instruction(capability) != "tcgen05" or config.warps < 4
+    pipelined = kind == "int4_float" or config.bn * config.bk // group >= 4 * 32 * config.warps
+    return in_registers and pipelined and k % config.bk == 0
+
+
+def in_order(config: KernelConfig) -> bool:
+    """Whether activations are put in the kernel's order, in its type, before it: where many programs would each do so again."""
+    return config.bm >= 32
+
+
+def order(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``x`` ``[M, K]``, K a multiple of 64, as ``dtype`` with each 64 inputs in the order of planes."""
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+    y.unflatten(1, (-1, 4, 4, 4)).copy_(x.unflatten(1, (-1, 4, 4, 4)).transpose(2, 3))
+    return y
 
 
 def run(
@@ -78,7 +119,11 @@ def run(
     """Launches the kernel; arguments as :func:`block_scaled_linear`, ``plan`` instead of the one chosen by size."""
     capability, processors = machine(x.device)
     f16 = x.dtype != torch.bfloat16
-    if x.dtype == torch.float8_e4m3fn and capability < 89:
+    plan = plan or choose(configs(weight.kind, capability, weight.k), x.shape[0], weight.n, weight.k, processors)
+    ordered = in_order(plan[0]) and weight.k % 64 == 0
+    if ordered:
+        x = order(x, torch.float16 if f16 else torch.bfloat16)
+    elif x.dtype == torch.float8_e4m3fn and capability < 89:
         x = x.to(torch.float16)  # exact; the type does not exist for Triton before sm_89
     return launch(
         block_scaled_kernel,
@@ -87,11 +132,13 @@ def run(
         weight.scale,
         Epilogue(weight.out_scale, row_scale, bias, descale(weight.kind, f16)),
         out_dtype,
-        plan or choose(configs(weight.kind, capability), x.shape[0], weight.n, weight.k, processors),
+        plan,
         KIND=weight.kind,
         GROUP=weight.group,
         F16=f16,
         ASM=x.is_cuda,
+        FRAGMENTS=makes_operands(weight.kind, weight.group, weight.k, plan[0], capability),
+        ORDERED=ordered,
     )
 
 
@@ -103,11 +150,11 @@ def decode_rows(weight: PackedWeight, first: int, rows: int, dtype: torch.dtype)
 
 
 def decode_into(weight: PackedWeight, first: int, y: torch.Tensor, firsts: torch.Tensor | None = None) -> None:
-    """Rows ``first ..`` of a weight without ``out_scale`` into ``y``, ``[rows, K]``; exact.
+    """Rows ``first ..`` of a weight without ``out_scale`` into ``y``, ``[rows, K]``; of INT4 the integers, without their scales.
 
     E2M1 is divided by :func:`descale` in float16 and bf16, and by 2^9 in E4M3, which takes a weight with :attr:`PackedWeight.fp8`.
-    Of INT4 the codes are decoded, without their block scales. Where the weight is experts one after another, ``firsts`` may be
-    :attr:`sglang_modelopt_kernels.moe.route.Routed.first`: an expert without pairs then stays undefined.
+    Where the weight is experts one after another, ``firsts`` may be :attr:`sglang_modelopt_kernels.moe.route.Routed.first`: an
+    expert without pairs then stays undefined.
     """
     fp8 = y.dtype == torch.float8_e4m3fn
     decode_kernel[(triton.cdiv(y.shape[0], 16), triton.cdiv(weight.k, 256))](
@@ -152,6 +199,27 @@ def run_dense(
         unit = decode_rows(weight, part.start, part.stop - part.start, dtype)
         product = torch.mm(values, unit.T, out_dtype=torch.float32)
         epilogue.part(part).finish(product.unsqueeze(0), y[:, part])
+    return y
+
+
+def run_groups(
+    x: torch.Tensor,
+    weight: PackedWeight,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """The same of INT4: integers decoded likewise, then :mod:`..groups`; of FP8 activations in FP8 but for float32 results."""
+    dtype = x.dtype
+    if dtype == torch.float8_e4m3fn and (out_dtype == torch.float32 or machine(x.device)[0] < 89):
+        dtype = torch.float16
+    values = x.to(dtype).contiguous()
+    epilogue = Epilogue(weight.out_scale, row_scale, bias)
+    y = torch.empty((x.shape[0], weight.n), dtype=out_dtype, device=x.device)
+    for part in _parts(weight, dtype.itemsize):
+        unit = decode_rows(weight, part.start, part.stop - part.start, dtype)
+        groups.multiply(values, unit, weight.scale, epilogue, y, part.start, plan[0] if plan else None)
     return y
 
 

@@ -8,7 +8,7 @@ import torch
 
 from sglang_modelopt_kernels.gemm.tile import check_epilogue
 
-from .launch import run, run_dense, run_fp8
+from .launch import run, run_dense, run_fp8, run_groups
 from .packing import Kind, PackedWeight
 
 DENSE_FROM = 257
@@ -18,6 +18,8 @@ FP8_FROM = 129
 
 Both were measured on an H100 (``benchmarks/results``): each is where one more tile costs more than the decoding pass.
 """
+GROUPS_FROM = 65
+"""Likewise of INT4. Predicted from the times of the tiles of 64 and 128 tokens and of the other formats' decoding pass."""
 
 INPUT_DTYPES = (torch.float8_e4m3fn, torch.float16, torch.bfloat16)
 
@@ -47,8 +49,10 @@ def _choose(x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Ca
     FP8 matrix instructions keep about 13 bits of it on Hopper, more than bf16 and float16 results show and less than float32.
     """
     m = x.shape[0]
-    if not x.is_cuda or weight.kind == "int4_float":
+    if not x.is_cuda:
         return run
+    if weight.kind == "int4_float":
+        return run_groups if m >= GROUPS_FROM else run
     takes_fp8 = weight.fp8 and x.dtype == torch.float8_e4m3fn and weight.n % 16 == 0 and out_dtype != torch.float32
     if takes_fp8 and m >= FP8_FROM and torch.cuda.get_device_capability(x.device) >= (8, 9):
         return run_fp8

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
+from sglang_modelopt_kernels.gemm.tile.kernel import store_tile, tokens_first
 
 FOLD: tl.constexpr = tl.constexpr(
     """{ .reg .b32 e, a, b, c;
@@ -28,33 +28,55 @@ FOLD: tl.constexpr = tl.constexpr(
 """A word of eight codes and its exponent to two words of four numbers."""
 
 
-@triton.jit
-def folded_e4m3(codes, exponent, ASM: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Packed bytes (``packing.py``) and their exponents, both ``[ROWS, BYTES]``, as E4M3: inputs 0..15 and 16..31 of each block.
+_FOLD_ROW = """and.b32 e, {exponent}, 0xff;
+    mad.lo.u32 a, e, 0x08080800, 0x0c080000;
+    mad.lo.u32 b, e, 0x08080808, 0x1c181410;
+    and.b32 c, {word}, 0x77777777;
+    prmt.b32 e, a, b, c;
+    shr.u32 c, c, 16;
+    prmt.b32 a, a, b, c;
+    shl.b32 b, {word}, 4;
+    lop3.b32 {low}, b, 0x80808080, e, 0xea;
+    lop3.b32 {high}, {word}, 0x80808080, a, 0xea;"""
+FOLD_FRAGMENT: tl.constexpr = tl.constexpr(
+    "{ .reg .b32 e, a, b, c;\n"
+    + _FOLD_ROW.format(word="$4", exponent="$8", low="$0", high="$2")
+    + _FOLD_ROW.format(word="$5", exponent="$9", low="$1", high="$3")
+    + " }"
+)
+"""What a thread has of 16 rows and 32 inputs, as matrix instructions order it: four inputs of one row, of the row 8 below, and of
+both 16 inputs on. One word of codes makes both of its row."""
 
-    The assembly takes a word of four bytes along the row at a time, so the operand's layout must hold whole words.
+
+@triton.jit
+def folded_e4m3(codes, exponent, ASM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Packed bytes (``packing.py``) ``[ROWS, 16 BLOCKS]`` under exponents ``[ROWS, BLOCKS]`` as E4M3 ``[ROWS, 32 BLOCKS]``.
+
+    The assembly is right only where the result is a matrix instruction's operand in registers (``benchmarks.aot`` looks). Each half
+    of a block is given the same word of codes, so that nothing moves between threads.
     """
     if ASM:
-        low, high = tl.inline_asm_elementwise(
-            FOLD,
-            "=&r,=r,r,r",
-            args=[codes, exponent],
-            dtype=(tl.uint8, tl.uint8),
-            is_pure=True,
-            pack=4,
+        half = tl.reshape(codes, (ROWS, BLOCKS, 1, 16))
+        word = tl.reshape(tl.broadcast_to(half, (ROWS, BLOCKS, 2, 16)), (ROWS, 32 * BLOCKS))
+        spread = tl.reshape(tl.broadcast_to(exponent[:, :, None], (ROWS, BLOCKS, 32)), (ROWS, 32 * BLOCKS))
+        bits = tl.inline_asm_elementwise(
+            FOLD_FRAGMENT, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", args=[word, spread], dtype=tl.uint8, is_pure=True, pack=16
         )
     else:
-        word = tl.reshape(codes, (ROWS, BYTES // 4, 2, 2))
+        word = tl.reshape(codes, (ROWS, BLOCKS * 4, 2, 2))
         even, odd = tl.split(word)  # bytes 0 and 2, 1 and 3
         even, odd = tl.permute(even, (0, 2, 1)), tl.permute(odd, (0, 2, 1))
         # Input 4 q + i has its magnitude in nibble i of the word: the low nibbles of a byte come before the high ones.
         first, second = tl.split(tl.permute(even, (0, 2, 1)))
         third, fourth = tl.split(tl.permute(odd, (0, 2, 1)))
-        low = _in_order(first & 7, first >> 4 & 7, third & 7, third >> 4 & 7, ROWS, BYTES)
-        high = _in_order(second & 7, second >> 4 & 7, fourth & 7, fourth >> 4 & 7, ROWS, BYTES)
-        low = _fold(low, exponent) | ((codes & 0x08) << 4)
-        high = _fold(high, exponent) | (codes & 0x80)
-    return low.to(tl.float8e4nv, bitcast=True), high.to(tl.float8e4nv, bitcast=True)
+        low = _in_order(first & 7, first >> 4 & 7, third & 7, third >> 4 & 7, ROWS, BLOCKS * 16)
+        high = _in_order(second & 7, second >> 4 & 7, fourth & 7, fourth >> 4 & 7, ROWS, BLOCKS * 16)
+        spread = tl.reshape(tl.broadcast_to(exponent[:, :, None], (ROWS, BLOCKS, 16)), (ROWS, 16 * BLOCKS))
+        low = _fold(low, spread) | ((codes & 0x08) << 4)
+        high = _fold(high, spread) | (codes & 0x80)
+        both = tl.join(tl.reshape(low, (ROWS, BLOCKS, 16)), tl.reshape(high, (ROWS, BLOCKS, 16)))
+        bits = tl.reshape(tl.permute(both, (0, 1, 3, 2)), (ROWS, 32 * BLOCKS))
+    return bits.to(tl.float8e4nv, bitcast=True)
 
 
 @triton.jit
@@ -94,44 +116,44 @@ def folded_kernel(
     BK: tl.constexpr,
 ):
     """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
-    rows = tl.program_id(0) * BN + tl.arange(0, BN)
-    tokens = tl.program_id(1) * BM + tl.arange(0, BM)
+    tile, part = tokens_first()
+    rows = tile * BN + tl.arange(0, BN)
+    tokens = part * BM + tl.arange(0, BM)
     split = tl.program_id(2)
     # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
     byte = tl.arange(0, BK // 2)
     block = tl.arange(0, BK // 32)
-    input_ = (byte // 16) * 32 + byte % 16
+    input_ = tl.arange(0, BK)
 
+    row_bytes, blocks = k // 2, k // 32
+    if EVEN_K:
+        # The compiler does not see it, and loads of less than four bytes to a thread are not pipelined.
+        row_bytes = tl.multiple_of(row_bytes, BK // 2)
+        blocks = tl.multiple_of(blocks, BK // 32)
     steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
     start = split * steps * BK
     end = tl.minimum(start + steps * BK, k)
     acc = tl.zeros((BN, BM), tl.float32)
     for offset in range(start, end, BK):
-        w_at = w_ptr + row[:, None] * (k // 2) + (offset // 2 + byte)[None, :]
-        s_at = s_ptr + row[:, None] * (k // 32) + (offset // 32 + block)[None, :]
+        w_at = w_ptr + row[:, None] * row_bytes + (offset // 2 + byte)[None, :]
+        s_at = s_ptr + row[:, None] * blocks + (offset // 32 + block)[None, :]
         x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
         if EVEN_K:
             w = tl.load(w_at)
             s = tl.load(s_at)
-            x_low = tl.load(x_at)
-            x_high = tl.load(x_at + 16)
+            x = tl.load(x_at)
         else:
             # K is whole blocks.
-            inside = (offset + input_ < k)[:, None]
             w = tl.load(w_at, mask=(offset + 2 * byte < k)[None, :], other=0)
             s = tl.load(s_at, mask=(offset + 32 * block < k)[None, :], other=1)
-            x_low = tl.load(x_at, mask=inside, other=0.0)
-            x_high = tl.load(x_at + 16, mask=inside, other=0.0)
-        exponent = tl.reshape(tl.broadcast_to(s[:, :, None], (BN, BK // 32, 16)), (BN, BK // 2))
-        w_low, w_high = folded_e4m3(w, exponent, ASM, BN, BK // 2)
+            x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
+        unit = folded_e4m3(w, s, ASM, BN, BK // 32)
         if not ASM:
             # The interpreter multiplies the bits of E4M3 operands: it gets the same numbers in float32.
-            w_low, w_high = w_low.to(tl.float32), w_high.to(tl.float32)
-            x_low, x_high = x_low.to(tl.float32), x_high.to(tl.float32)
-        part = tl.dot(w_low, x_low, input_precision="ieee")
-        acc += tl.dot(w_high, x_high, part, input_precision="ieee")
+            unit, x = unit.to(tl.float32), x.to(tl.float32)
+        acc += tl.dot(unit, x, input_precision="ieee")
     store_tile(
         acc,
         y_ptr,

@@ -18,25 +18,40 @@ DENSE_FROM = 129
 
 Predicted, not measured."""
 
+# Not timed: what compiles to FP8 matrix instructions without spilling (benchmarks.aot). Four exponents to a thread at least
+# (BN * BK / 32), or their loads are not pipelined.
 _WARP_GROUP = (
     KernelConfig(128, 16, 256, 8, 3),
     KernelConfig(128, 32, 256, 8, 3),
-    KernelConfig(128, 64, 128, 8, 3),
+    KernelConfig(128, 64, 256, 8, 3),
+    KernelConfig(128, 128, 256, 8, 3),
+)
+_MMA = (
+    KernelConfig(64, 16, 256, 4, 3),
+    KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(64, 64, 256, 4, 3),
+    KernelConfig(128, 128, 256, 8, 2),
+)
+# For inputs that are not whole 256s.
+_WARP_GROUP_HALF = (
+    KernelConfig(128, 16, 128, 4, 4),
+    KernelConfig(128, 32, 128, 4, 4),
+    KernelConfig(128, 64, 128, 8, 4),
     KernelConfig(128, 128, 128, 8, 4),
 )
-"""The fastest of 90 on an H100, over Llama-8B's gate_up and down."""
-_MMA = (
-    KernelConfig(64, 16, 128, 4, 3),
+_MMA_HALF = (
+    KernelConfig(64, 16, 128, 2, 3),
     KernelConfig(64, 32, 128, 4, 3),
     KernelConfig(64, 64, 128, 4, 3),
     KernelConfig(128, 128, 128, 8, 2),
 )
-"""For SM89, not timed: chosen by what compiles to FP8 matrix instructions without spilling (``benchmarks.aot``)."""
 
 
-def configs(capability: int) -> tuple[KernelConfig, ...]:
-    """The configurations on compute capability ``capability`` (times ten), by tokens, ascending."""
-    return _WARP_GROUP if 90 <= capability < 100 else _MMA
+def configs(capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
+    """The configurations for ``k`` inputs on compute capability ``capability`` (times ten), by tokens, ascending."""
+    if 90 <= capability < 100:
+        return _WARP_GROUP_HALF if k % 256 else _WARP_GROUP
+    return _MMA_HALF if k % 256 else _MMA
 
 
 def run(
@@ -49,7 +64,7 @@ def run(
 ) -> torch.Tensor:
     """Launches the kernel; arguments as :func:`folded_linear`, ``plan`` instead of the one chosen by size."""
     capability, processors = machine(x.device)
-    plan = plan or choose(configs(capability), x.shape[0], weight.n, weight.k, processors)
+    plan = plan or choose(configs(capability, weight.k), x.shape[0], weight.n, weight.k, processors)
     epilogue = Epilogue(weight.out_scale, row_scale, bias)
     return launch(
         folded_kernel, x.contiguous(), weight.codes, weight.exponent, epilogue, out_dtype, plan, ASM=x.is_cuda

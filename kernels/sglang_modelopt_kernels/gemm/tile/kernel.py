@@ -7,6 +7,13 @@ import triton.language as tl
 
 
 @triton.jit
+def tokens_first():
+    """The tile of rows and the tile of tokens of a program: those of the same rows follow each other, and share the weight."""
+    program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+    return program // tl.num_programs(1), program % tl.num_programs(1)
+
+
+@triton.jit
 def store_tile(
     acc,
     y_ptr,

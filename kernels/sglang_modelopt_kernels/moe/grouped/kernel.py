@@ -129,6 +129,7 @@ def grouped_kernel(
     MATH: tl.constexpr,
     NATIVE: tl.constexpr,
     ASM: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     SHARE: tl.constexpr,
@@ -158,7 +159,24 @@ def grouped_kernel(
         acc = mxfp4_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, 0, k, EVEN_K, BN, BM, BK)
     elif KIND == "e2m1_e4m3" or KIND == "e2m1_exponent" or KIND == "int4_float":
         acc = block_scaled_sum(
-            x_ptr, w_ptr, s_ptr, first + row, token, k, 0, k, KIND, GROUP, MATH == "f16", ASM, EVEN_K, BN, BM, BK
+            x_ptr,
+            w_ptr,
+            s_ptr,
+            first + row,
+            token,
+            k,
+            0,
+            k,
+            KIND,
+            GROUP,
+            MATH == "f16",
+            ASM,
+            FRAGMENTS,
+            False,
+            EVEN_K,
+            BN,
+            BM,
+            BK,
         )
     else:
         acc = whole_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, KIND, MATH, NATIVE, ASM, EVEN_K, BN, BM, BK)

@@ -9,6 +9,7 @@ import triton
 
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs as block_scaled_configs
 from sglang_modelopt_kernels.gemm.block_scaled.launch import descale as block_scaled_descale
+from sglang_modelopt_kernels.gemm.block_scaled.launch import makes_operands
 from sglang_modelopt_kernels.gemm.mxfp4.linear import ROW_CONFIGS as MXFP4
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine, matrix_instruction
 from sglang_modelopt_kernels.moe.route import Routed
@@ -70,10 +71,20 @@ def descale(kind: Kind, math: Math) -> float:
     return 1.0
 
 
-def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
-    """The configurations of the kernel on compute capability ``capability`` (times ten), by pairs to a block, ascending."""
+def makes_fragments(kind: Kind, group: int, k: int, config: KernelConfig, capability: int) -> bool:
+    """As the block-scaled product's ``makes_operands``; False for other kinds."""
+    if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
+        return makes_operands(kind, group, k, config, capability)
+    return False
+
+
+def configs(kind: Kind, math: Math, capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
+    """The configurations for ``k`` inputs on compute capability ``capability`` (times ten), by pairs to a block, ascending.
+
+    The blocks are the same for all numbers of inputs.
+    """
     if kind in ("mxfp4", "e2m1_e4m3", "e2m1_exponent"):
-        known = MXFP4 if kind == "mxfp4" else block_scaled_configs(kind, capability)
+        known = MXFP4 if kind == "mxfp4" else block_scaled_configs(kind, capability, k)
         few, many = (config for config in known if config.bm in BLOCKS)
         return few, _E2M1_64 if kind != "mxfp4" and matrix_instruction(capability) == "wgmma" else many
     if math == "fp8":
@@ -98,7 +109,8 @@ def run(
     """Launches the kernel; arguments as :func:`grouped_linear`, for ``pairs`` pairs."""
     capability = machine(x.device)[0]
     math = math_of(weight.kind, x.dtype, capability)
-    config = next((config for config in configs(weight.kind, math, capability) if config.bm == routed.block), None)
+    every = configs(weight.kind, math, capability, weight.k)
+    config = next((config for config in every if config.bm == routed.block), None)
     if config is None:
         raise ValueError(f"no configuration for {weight.kind} weights has blocks of {routed.block} pairs")
     codes = weight.codes
@@ -127,6 +139,7 @@ def run(
         MATH=math,
         NATIVE=native,
         ASM=x.is_cuda,
+        FRAGMENTS=makes_fragments(weight.kind, group, k, config, capability),
         DESCALE=descale(weight.kind, math),
         HAS_ROW_SCALE=row_scale is not None,
         SHARE=pairs // x.shape[0],
