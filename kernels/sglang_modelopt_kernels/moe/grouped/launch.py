@@ -29,9 +29,9 @@ _FLOAT = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 8, 3))
 # Multiplied as they are stored: dense tiles serve what more than 16 pairs would.
 _E4M3 = (KernelConfig(64, 16, 256, 4, 3),)
 _BF16 = (KernelConfig(64, 16, 128, 4, 3),)
-"""Chosen by what compiles ahead of time without spilling (``benchmarks.aot``), and timed on an H100 as they are."""
+"""Chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
 _E2M1_64 = KernelConfig(128, 64, 128, 4, 3)
-"""Of gathered rows on wgmma, where it was the fastest on an H100 of seven for 64 pairs or 128."""
+"""Of gathered rows on wgmma: the fastest of seven for 64 pairs or 128 on an H100, when a step was four products."""
 
 
 _FLOATS = (torch.float16, torch.bfloat16)

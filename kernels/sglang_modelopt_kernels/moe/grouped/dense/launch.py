@@ -24,7 +24,7 @@ DECODED_FROM = {torch.float8_e4m3fn: 112, torch.bfloat16: 192, torch.float16: 25
 LARGE_FROM = {torch.float8_e4m3fn: 512, torch.bfloat16: 192, torch.float16: 192}
 """Pairs to an expert from which blocks are the larger of the two, by the type of the operands.
 
-These, and the configurations for wgmma, follow times on an H100: moe/grouped in docs/architecture.md."""
+These, and the configurations for wgmma, follow times on an H100 (docs/architecture.md), when decoding in registers was slower."""
 
 _CONFIGS = {
     # matrix instruction: for operands of 16 bits and of 8, and for either where partial sums are scaled; by pairs to a block
