@@ -24,7 +24,10 @@ from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe
 from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
 
 HEADS = 8
-CONTEXTS, BATCHES = (1024, 8192, 32768, 131072), (1, 8, 32, 128)
+CONTEXTS, BATCHES = (1024, 8192, 32768, 131072), (1, 8, 32, 128, 256)
+PAGE = 16
+"""Tokens that lie side by side, ours and FlashInfer's; pages come in random order."""
+
 MEMORY = 24 << 30
 """Bytes of bf16 keys and values that a case may stand for."""
 
@@ -48,10 +51,16 @@ def _side(recipe: KVRecipe, slots: int, head_dim: int, block: torch.Tensor | Non
     return PackedCache(number, code, block, side, scale, bias, recipe.rotate and side == 0, head_dim, torch.float32)
 
 
+def scattered(tokens: int, page: int) -> torch.Tensor:
+    """Slots of ``tokens`` tokens, int32: pages of ``page`` side by side, in random order."""
+    first = torch.randperm(tokens // page, device="cuda")[:, None] * page
+    return (first + torch.arange(page, device="cuda")).flatten().to(torch.int32)
+
+
 class Decode:
     """One step of a batch of requests of one length over ``copies`` caches."""
 
-    def __init__(self, recipe: KVRecipe, context: int, batch: int, group: int, head_dim: int) -> None:
+    def __init__(self, recipe: KVRecipe, context: int, batch: int, group: int, head_dim: int, page: int = 1) -> None:
         stored = 2 * context * batch * HEADS * recipe.bytes_per_vector(head_dim)
         self.stored = stored
         self.copies = max(1, min(4, COLD_BYTES // stored + 1))
@@ -60,7 +69,7 @@ class Decode:
         self.q = torch.randn(batch, HEADS * group, head_dim, device="cuda", dtype=torch.bfloat16)
         self.out = torch.empty_like(self.q)
         self.indptr = torch.arange(0, tokens + 1, context, device="cuda", dtype=torch.int32)
-        self.indices = torch.randperm(tokens, device="cuda", dtype=torch.int64).to(torch.int32)
+        self.indices = scattered(tokens, page)
         processors = torch.cuda.get_device_properties(0).multi_processor_count
         room = DecodeScratch(batch, HEADS * group, HEADS, head_dim, processors, "cuda")
         self.partial, self.lse = room.of(batch, HEADS * group)
@@ -108,7 +117,7 @@ def flashinfer_decode(dtype: torch.dtype, context: int, batch: int, group: int, 
         import flashinfer
     except ImportError:
         return None
-    page = 16
+    page = PAGE
     pages = context * batch // page
     wrapper: Any = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
         torch.empty(128 << 20, dtype=torch.uint8, device="cuda"), "NHD", use_tensor_cores=True
@@ -142,7 +151,7 @@ def decode_rows(bandwidth: float, quick: bool) -> None:
         ]
         plain: dict[str, float] = {}
         for name, recipe in KV_RECIPES.items():
-            case = Decode(recipe, context, batch, group, head_dim)
+            case = Decode(recipe, context, batch, group, head_dim, PAGE)
             us = median_us(case)
             base = plain.setdefault(recipe.format.name, us)
             rate = case.stored / us / 1e3
@@ -197,7 +206,7 @@ def extend_rows() -> None:
         bias = causal_lower_right(new, prefix + new)
         whole = [x.repeat_interleave(4, dim=1) for x in full]
         sdpa = median_us(lambda _, wide=wide, whole=whole, bias=bias: scaled_dot_product_attention(wide, *whole, bias))
-        indices = torch.randperm(prefix, device="cuda").to(torch.int32)
+        indices = scattered(prefix, PAGE)
         spans = [torch.tensor([0, count], device="cuda", dtype=torch.int32) for count in (new, prefix)]
         cached = [x[0, :, :prefix].transpose(0, 1).contiguous() for x in full]
         stock = stock_extend([q, k, v, out], cached, spans, indices)

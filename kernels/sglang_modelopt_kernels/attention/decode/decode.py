@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
 from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
@@ -24,8 +25,8 @@ MOST_SPLITS = 128
 LEAST_TOKENS = 128
 """Tokens of a part at the least: whole tiles of every configuration."""
 
-MERGED = 16
-"""Parts that the merging kernel reads at a time."""
+MERGED = 64
+"""Parts that the merging kernel reads at a time, at the most."""
 
 LEAST_QUERIES = 8
 """The least width of a matrix instruction."""
@@ -213,6 +214,6 @@ def decode_attention(
         AFFINE=v_buffer.bias is not None,
         BN=config.tokens,
         LEAST=LEAST_TOKENS,
-        BP=MERGED,
+        BP=min(MERGED, triton.next_power_of_2(max_kv_splits)),
         num_warps=4,
     )

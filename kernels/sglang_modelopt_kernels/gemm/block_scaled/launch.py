@@ -19,29 +19,38 @@ SCRATCH_BYTES = 256 << 20
 """At most this much of a decoded weight exists at a time, for the dense product of many tokens."""
 
 
-# Predicted since codes become operands in registers: what compiles ahead of time without spilling (benchmarks.aot) and loads at
-# least four bytes of scales to a thread (BN * BK / group), or these loads are not pipelined.
+# On SM90 the fastest on an H100 (benchmarks.tiles); elsewhere what compiles ahead of time without spilling (benchmarks.aot).
+# At least four bytes of scales to a thread (BN * BK / group), or their loads are not pipelined.
+_MMA = (
+    KernelConfig(64, 16, 128, 4, 3),
+    KernelConfig(64, 32, 128, 4, 3),
+    KernelConfig(64, 64, 128, 4, 2),
+    KernelConfig(64, 128, 128, 4, 2),
+)
+_TCGEN05 = (
+    # two warps are no warp group: mma.sync, half the instructions a weight of a tile that is written to tensor memory first
+    KernelConfig(64, 16, 128, 2, 3),
+    KernelConfig(64, 32, 128, 2, 3),
+    KernelConfig(128, 64, 128, 8, 2),
+    KernelConfig(64, 128, 128, 4, 2),
+)
+_WARP_GROUP_MANY = (
+    KernelConfig(64, 64, 128, 4, 4),
+    KernelConfig(64, 128, 128, 4, 3),
+    KernelConfig(128, 256, 128, 8, 3),
+)
 _E2M1: dict[str, tuple[KernelConfig, ...]] = {
-    "mma.sync": (
-        KernelConfig(64, 16, 128, 4, 3),
-        KernelConfig(64, 32, 128, 4, 3),
-        KernelConfig(64, 64, 128, 4, 2),
-        KernelConfig(64, 128, 128, 4, 2),
-    ),
-    "wgmma": (
-        KernelConfig(64, 16, 128, 2, 3),  # two warps are no warp group: mma.sync, faster here
-        KernelConfig(64, 32, 128, 4, 3),
-        KernelConfig(128, 64, 128, 8, 3),
-        KernelConfig(128, 128, 128, 8, 3),
-    ),
-    "tcgen05": (
-        # mma.sync with two warps here too: half the instructions a weight of a tile that is written to tensor memory first
-        KernelConfig(64, 16, 128, 2, 3),
-        KernelConfig(64, 32, 128, 2, 3),
-        KernelConfig(128, 64, 128, 8, 2),
-        KernelConfig(64, 128, 128, 4, 2),
-    ),
+    "mma.sync": _MMA,
+    "wgmma": (KernelConfig(64, 16, 256, 4, 3), KernelConfig(128, 32, 256, 8, 3), *_WARP_GROUP_MANY),
+    "tcgen05": _TCGEN05,
 }
+# For inputs that are not whole 256s.
+_E2M1_HALF: dict[str, tuple[KernelConfig, ...]] = {
+    "mma.sync": _MMA,
+    "wgmma": (KernelConfig(64, 16, 128, 2, 3), KernelConfig(64, 32, 128, 4, 3), *_WARP_GROUP_MANY),
+    "tcgen05": _TCGEN05,
+}
+# Not timed.
 _E2M1_EXPONENT: dict[str, tuple[KernelConfig, ...]] = {
     "mma.sync": (
         KernelConfig(64, 16, 256, 4, 3),
@@ -49,7 +58,7 @@ _E2M1_EXPONENT: dict[str, tuple[KernelConfig, ...]] = {
         KernelConfig(128, 64, 256, 8, 2),
         KernelConfig(64, 128, 256, 4, 2),
     ),
-    "tcgen05": _E2M1["tcgen05"],
+    "tcgen05": _TCGEN05,
     "wgmma": (
         KernelConfig(64, 16, 128, 2, 3),
         KernelConfig(64, 32, 256, 4, 3),
@@ -57,25 +66,23 @@ _E2M1_EXPONENT: dict[str, tuple[KernelConfig, ...]] = {
         KernelConfig(128, 128, 256, 8, 2),
     ),
 }
-_INT4_MMA = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 32, 128, 4, 4), KernelConfig(128, 64, 128, 8, 2))
-_INT4_WARP_GROUP = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 32, 128, 4, 4), KernelConfig(128, 64, 128, 8, 3))
+_INT4_FEW = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 32, 128, 4, 4))
 _INT4: dict[str, tuple[KernelConfig, ...]] = {
-    "mma.sync": _INT4_MMA,
-    "wgmma": _INT4_WARP_GROUP,
-    "tcgen05": _INT4_WARP_GROUP,
-}
-_CONFIGS = {
-    "e2m1_e4m3": _E2M1,
-    "e2m1_exponent": _E2M1_EXPONENT,
-    "int4_float": _INT4,
+    "mma.sync": (*_INT4_FEW, KernelConfig(128, 64, 128, 8, 2)),
+    "wgmma": (*_INT4_FEW, *_WARP_GROUP_MANY[:2]),
+    "tcgen05": (*_INT4_FEW, KernelConfig(128, 64, 128, 8, 3)),
 }
 
 
 def configs(kind: Kind, capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
     """The configurations of the kernel for ``k`` inputs on compute capability ``capability`` (times ten), by tokens, ascending."""
-    if kind == "e2m1_exponent" and k % 256:
-        kind = "e2m1_e4m3"
-    return _CONFIGS[kind][matrix_instruction(capability)]
+    if kind == "int4_float":
+        known = _INT4
+    elif k % 256:
+        known = _E2M1_HALF
+    else:
+        known = _E2M1 if kind == "e2m1_e4m3" else _E2M1_EXPONENT
+    return known[matrix_instruction(capability)]
 
 
 def descale(kind: Kind, f16: bool) -> float:

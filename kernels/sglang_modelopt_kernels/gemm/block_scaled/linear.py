@@ -11,15 +11,15 @@ from sglang_modelopt_kernels.gemm.tile import check_epilogue
 from .launch import run, run_dense, run_fp8, run_groups
 from .packing import Kind, PackedWeight
 
-DENSE_FROM = 257
-"""Tokens from which an E2M1 weight is decoded once for cuBLAS instead of in every tile of 128 tokens."""
+DENSE_FROM = 2049
+"""Tokens from which an E2M1 weight is decoded once for cuBLAS instead of in every tile of tokens."""
 FP8_FROM = 129
-"""Likewise for FP8 matrix instructions, where the weight and the activations are E4M3 numbers.
+"""Likewise for FP8 matrix instructions, where the weight and the activations are E4M3 numbers."""
+GROUPS_FROM = 257
+"""Likewise of INT4, whose groups' sums are then scaled apart.
 
-Both were measured on an H100 (``benchmarks/results``): each is where one more tile costs more than the decoding pass.
+All were measured on an H100 (``benchmarks/results``): each is where one more tile costs more than the decoding pass.
 """
-GROUPS_FROM = 65
-"""Likewise of INT4. Predicted from the times of the tiles of 64 and 128 tokens and of the other formats' decoding pass."""
 
 INPUT_DTYPES = (torch.float8_e4m3fn, torch.float16, torch.bfloat16)
 

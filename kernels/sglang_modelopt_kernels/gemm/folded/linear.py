@@ -13,19 +13,19 @@ from sglang_modelopt_kernels.gemm.tile.launch import Plan
 from .kernel import folded_kernel, unfold_kernel
 from .packing import FoldedWeight
 
-DENSE_FROM = 129
-"""Tokens from which the weight is decoded once for ``torch._scaled_mm``: where a second tile would decode it again.
+DENSE_FROM = 897
+"""Tokens from which the weight is decoded once for ``torch._scaled_mm``: measured on an H100 at 512, where tiles of 128 tokens take
+0.75 of its time, and at 1024, where they take 1.06."""
 
-Predicted, not measured."""
-
-# Not timed: what compiles to FP8 matrix instructions without spilling (benchmarks.aot). Four exponents to a thread at least
-# (BN * BK / 32), or their loads are not pipelined.
+# Of one warp group, so that several programs share a processor, and one decodes while another multiplies: the fastest on an H100
+# (benchmarks.tiles). Four exponents to a thread at least (BN * BK / 32), or their loads are not pipelined.
 _WARP_GROUP = (
-    KernelConfig(128, 16, 256, 8, 3),
-    KernelConfig(128, 32, 256, 8, 3),
-    KernelConfig(128, 64, 256, 8, 3),
-    KernelConfig(128, 128, 256, 8, 3),
+    KernelConfig(64, 16, 256, 4, 3),
+    KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(64, 64, 256, 4, 4),
+    KernelConfig(64, 128, 256, 4, 3),
 )
+# The others were not timed: what compiles to FP8 matrix instructions without spilling (benchmarks.aot).
 _MMA = (
     KernelConfig(64, 16, 256, 4, 3),
     KernelConfig(64, 32, 256, 4, 3),

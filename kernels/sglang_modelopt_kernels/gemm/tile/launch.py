@@ -64,8 +64,8 @@ def choose(configs: Sequence[KernelConfig], m: int, n: int, k: int, processors: 
         config = configs[-2]
     warps = config.warps * config.tiles(m, n)
     steps, split = triton.cdiv(k, config.bk), 1
-    # Enough programs for eight warps to a multiprocessor, while each still has a pipeline's worth of steps.
-    while warps * split < 8 * processors and split < 16 and steps >= 4 * 2 * split:
+    # Enough programs for about eight warps to a multiprocessor, while each still has a pipeline's worth of steps.
+    while warps * split < 7 * processors and split < 16 and steps >= 4 * 2 * split:
         split *= 2
     return config, split
 
