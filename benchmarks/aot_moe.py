@@ -48,9 +48,7 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                 own = {"KIND": kind, "GROUP": group, "MATH": math, "NATIVE": arch >= 89, "ASM": True}
                 own |= {"DESCALE": grouped.descale(kind, math), "HAS_ROW_SCALE": True, "SHARE": 8, "EVEN_K": True}
                 own |= {"FRAGMENTS": grouped.makes_fragments(kind, group, 4096, config, arch)}
-                own["ORDERED"] = grouped.ordered(kind, 4096, config)
-                x = "fp16" if own["ORDERED"] and name == "fp8e4nv" else name
-                types = {"x_ptr": f"*{x}", "w_ptr": codes if arch >= 89 else codes.replace("fp8e4nv", "u8")}
+                types = {"x_ptr": f"*{name}", "w_ptr": codes if arch >= 89 else codes.replace("fp8e4nv", "u8")}
                 types |= {
                     "s_ptr": scale or "*fp32",
                     "row_scale_ptr": "*fp32",

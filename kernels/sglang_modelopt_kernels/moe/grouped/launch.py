@@ -9,7 +9,7 @@ import triton
 
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs as block_scaled_configs
 from sglang_modelopt_kernels.gemm.block_scaled.launch import descale as block_scaled_descale
-from sglang_modelopt_kernels.gemm.block_scaled.launch import in_order, makes_operands, order
+from sglang_modelopt_kernels.gemm.block_scaled.launch import makes_operands
 from sglang_modelopt_kernels.gemm.mxfp4.linear import ROW_CONFIGS as MXFP4
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine, matrix_instruction
 from sglang_modelopt_kernels.moe.route import Routed
@@ -71,11 +71,6 @@ def descale(kind: Kind, math: Math) -> float:
     return 1.0
 
 
-def ordered(kind: Kind, k: int, config: KernelConfig) -> bool:
-    """Whether activations get the order of planes, and the kernel's type, before the kernel, as for the block-scaled product."""
-    return kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float") and in_order(config) and k % 64 == 0
-
-
 def makes_fragments(kind: Kind, group: int, k: int, config: KernelConfig, capability: int) -> bool:
     """As the block-scaled product's ``makes_operands``; False for other kinds."""
     if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
@@ -123,9 +118,6 @@ def run(
     if not native:
         codes = codes.view(torch.uint8) if codes.dtype == torch.float8_e4m3fn else codes
         x = x.to(torch.float16) if x.dtype == torch.float8_e4m3fn else x  # exact
-    in_planes = ordered(weight.kind, weight.k, config)
-    if in_planes:
-        x = order(x, torch.bfloat16 if math == "bf16" else torch.float16)
     n, k, group = weight.n, weight.k, weight.group
     y = torch.empty((pairs, n), dtype=out_dtype, device=x.device)
     grouped_kernel[(routed.owner.shape[0], triton.cdiv(n, config.bn))](
@@ -148,7 +140,6 @@ def run(
         NATIVE=native,
         ASM=x.is_cuda,
         FRAGMENTS=makes_fragments(weight.kind, group, k, config, capability),
-        ORDERED=in_planes,
         DESCALE=descale(weight.kind, math),
         HAS_ROW_SCALE=row_scale is not None,
         SHARE=pairs // x.shape[0],
