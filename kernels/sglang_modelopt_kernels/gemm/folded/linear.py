@@ -30,7 +30,6 @@ _MMA = (
     KernelConfig(64, 16, 256, 4, 3),
     KernelConfig(64, 32, 256, 4, 3),
     KernelConfig(64, 64, 256, 4, 3),
-    KernelConfig(128, 128, 256, 8, 2),
 )
 # For inputs that are not whole 256s.
 _WARP_GROUP_HALF = (

@@ -19,12 +19,14 @@ STRIPE = 8
 """Blocks that share a weight tile while it is in the cache."""
 WHOLE_ABOVE = 16
 """Pairs to an expert, on average, above which weights that need no decoding are multiplied in dense tiles."""
-DECODED_FROM = {torch.float8_e4m3fn: 112, torch.bfloat16: 192, torch.float16: 256}
+DECODED_FROM = {torch.float8_e4m3fn: 256, torch.bfloat16: 512, torch.float16: 512}
 """Pairs to an expert from which weights are decoded first, by the type that they are decoded to."""
+INT4_FROM = 2048
+"""Likewise of INT4, whose groups' sums are scaled apart: behind at 1024, where it was measured last."""
 LARGE_FROM = {torch.float8_e4m3fn: 512, torch.bfloat16: 192, torch.float16: 192}
 """Pairs to an expert from which blocks are the larger of the two, by the type of the operands.
 
-These, and the configurations for wgmma, follow times on an H100 (docs/architecture.md), when decoding in registers was slower."""
+These, and the configurations for wgmma, follow times on an H100 (docs/architecture.md)."""
 
 _CONFIGS = {
     # matrix instruction: for operands of 16 bits and of 8, and for either where partial sums are scaled; by pairs to a block
@@ -57,7 +59,7 @@ def takes_dense(weight: GroupedWeight, dtype: torch.dtype, pairs: int, capabilit
     operand = operand_of(weight, dtype, torch.bfloat16, capability)
     if _in_place(weight, operand):
         return pairs > WHOLE_ABOVE * weight.experts
-    return pairs >= DECODED_FROM[operand] * weight.experts
+    return pairs >= (INT4_FROM if weight.kind == "int4_float" else DECODED_FROM[operand]) * weight.experts
 
 
 def dense_block(weight: GroupedWeight, dtype: torch.dtype, pairs: int, capability: int) -> int:
