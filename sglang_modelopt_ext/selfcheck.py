@@ -21,7 +21,7 @@ from sglang_modelopt_ext.schemes.base import LORA_B
 N, K = 128, 512
 TOKENS = (1, 24, 40, 80, 300, 900, 2049)
 """One number of tokens, or more, for each way the layouts of ``dispatch.py`` choose by it."""
-EXPERT_TOKENS = (1, 40, 80, 640, 1280, 5120)
+EXPERT_TOKENS = (1, 40, 80, 640, 1280, 2560)
 """Likewise for the layouts of experts."""
 SIZES = 16
 """Powers of two that the rows of the layer differ by."""

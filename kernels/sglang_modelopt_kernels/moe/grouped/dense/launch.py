@@ -21,8 +21,8 @@ WHOLE_ABOVE = 16
 """Pairs to an expert, on average, above which weights that need no decoding are multiplied in dense tiles."""
 DECODED_FROM = {torch.float8_e4m3fn: 256, torch.bfloat16: 512, torch.float16: 512}
 """Pairs to an expert from which weights are decoded first, by the type that they are decoded to."""
-INT4_FROM = 2048
-"""Likewise of INT4, whose groups' sums are scaled apart: behind at 1024, where it was measured last."""
+INT4_FROM = 1024
+"""Likewise of INT4, whose groups' sums are scaled apart."""
 LARGE_FROM = {torch.float8_e4m3fn: 512, torch.bfloat16: 192, torch.float16: 192}
 """Pairs to an expert from which blocks are the larger of the two, by the type of the operands.
 
