@@ -19,6 +19,8 @@ from sglang_modelopt_ext.layouts.moe_fused import FusedExperts, FusedRequest, St
 from sglang_modelopt_ext.schemes.base import LORA_B
 
 N, K = 128, 512
+TILE = 256
+"""Inputs to a tile at the most: kernels are compiled apart for inputs that are not whole tiles."""
 TOKENS = (1, 24, 40, 80, 300, 900, 2049)
 """One number of tokens, or more, for each way the layouts of ``dispatch.py`` choose by it."""
 EXPERT_TOKENS = (1, 40, 80, 640, 1280, 2560)
@@ -44,10 +46,13 @@ _Result = TypeVar("_Result")
 def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -> None:
     """Compares ``layout`` with float64 on a small random layer of the request's formats, once for each in this process.
 
+    The small layer ends within a tile of inputs where the layer does.
+
     Raises:
         ValueError: the outputs differ, or the kernel does not run.
     """
-    key = (layout, request.scheme.weight.name, layout.operand(request), request.math, request.dtype, device)
+    k = _inputs(request)
+    key = (layout, request.scheme.weight.name, layout.operand(request), request.math, request.dtype, device, k)
     if key in _passed:
         return
     random = _generator()
@@ -56,7 +61,7 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
     prepared = _run(partial(layout.prepare, [shard]), device)
     for m in (*TOKENS, *layout.check_tokens(device)):
         # E4M3 numbers are numbers of every type that activations come in.
-        x = random(m, K).to(torch.float8_e4m3fn).to(torch.float32)
+        x = random(m, k).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
         down = random(m, low_rank) if low_rank else None
         y, exact = _run(partial(_multiply, layout, request, prepared, x, row_scale, down, device), device)
@@ -102,7 +107,8 @@ def _multiply(
 
 def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: torch.device) -> None:
     """Likewise with a few experts: one that gets no token, rows of no expert, and both shapes of activations."""
-    key = (layout, request.scheme.weight.name, layout.operand(request), request.math, request.dtype, device)
+    k = _inputs(request)
+    key = (layout, request.scheme.weight.name, layout.operand(request), request.math, request.dtype, device, k)
     if key in _passed:
         return
     random = _generator()
@@ -112,7 +118,7 @@ def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: to
         experts = (random(m * TOP_K) * 1e6).long() % (EXPERTS - 1)
         experts[:: max(m // 3, 2)] = NO_EXPERT
         routing = Routing(experts.to(torch.int32).to(device), TOP_K)
-        x = random(m, K).to(torch.float8_e4m3fn)
+        x = random(m, k).to(torch.float8_e4m3fn)
         row_scale = random(m * TOP_K, 1).abs() + 0.5
         values = x.to(device).to(torch.float32).to(layout.operand(request))
         rows = x.double().repeat_interleave(TOP_K, dim=0)
@@ -231,6 +237,10 @@ def _multiply_experts(
     return layout.matmul(prepared, values, row_scale, routing, request.dtype).double().cpu()
 
 
+def _inputs(request: LinearRequest) -> int:
+    return K + request.k % TILE
+
+
 def _generator() -> Callable[..., torch.Tensor]:
     # SGLang prepares layers under a default type and device of its own: neither is left to the default here.
     return partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
@@ -244,7 +254,7 @@ def _random_weight(
     Its rows have every size that block scales have, subnormal ones included, and outputs that float16 holds.
     """
     sizes = torch.exp2(6.0 - torch.arange(N, device="cpu") % SIZES).to(torch.float32).unsqueeze(1)
-    stored = request.scheme.weight.quantize((random(N, K) * sizes).to(torch.bfloat16))
+    stored = request.scheme.weight.quantize((random(N, _inputs(request)) * sizes).to(torch.bfloat16))
     decoded = ShardWeight(request.scheme.weight, stored, request.math).decode()
     weight = decoded.unit.double() * decoded.out_scale.double()
     if low_rank:

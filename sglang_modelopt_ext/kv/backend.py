@@ -45,6 +45,8 @@ class ModelOptExtTritonBackend(TritonAttnBackend):
     ) -> None:
         """SGLang's call, with scratch of our own: how often a request is cut follows from the size of the batch alone."""
         del attn_logits, attn_lse, num_kv_splits, max_kv_splits
+        if q.shape[0] == 0:
+            return
         partial, lse = self.scratch.of(q.shape[0], q.shape[1])
         splits = partial.shape[2]
         decode_attention(

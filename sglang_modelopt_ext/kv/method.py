@@ -30,7 +30,7 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
         """SGLang's names for the codes ``[size, H, ...]`` of each layer, and the block scales where there are any.
 
         ``k_scale_buffer`` holds those of keys and values, ``[size, H, 2 * D / 16]``; ``v_scale_buffer`` is there, and empty,
-        because SGLang moves slots by both lists.
+        because SGLang goes through both lists side by side.
         """
         number = self.recipe.format
 

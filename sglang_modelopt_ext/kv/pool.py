@@ -31,6 +31,10 @@ class ModelOptExtKVPool(MHATokenToKVPool):
             for index, buffers in enumerate(zip(codes, block_scales, strict=True))
         ]
 
+    def _slot_move_pointer_buffers(self) -> list[torch.Tensor]:
+        """Those of SGLang's that hold something: the others have no address to move slots at."""
+        return [buffer for buffer in super()._slot_move_pointer_buffers() if buffer.numel()]
+
     def _get_key_buffer(self, layer_id: int) -> PackedCache:
         return self.packed[layer_id - self.start_layer][0]
 

@@ -301,6 +301,13 @@ def test_scratch_holds_every_batch(heads: int, processors: int) -> None:
         room.of(151, 4 * heads)
 
 
+def test_scratch_of_large_batches_stays_small() -> None:
+    """8 KV heads of 128 channels, four query heads to each: 72 MB for as many requests as are cut, 67 MB for 4096."""
+    room = DecodeScratch(4096, 32, 8, 128, 132, "meta")
+    assert room.partial.numel() * 4 < 80 << 20
+    assert room.of(4096, 32)[0].shape == (4096, 32, 1, 128)
+
+
 @pytest.mark.parametrize("arch", [80, 89, 90, 100, 120])
 @pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 192, 256])

@@ -19,6 +19,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import kv_cache
 from sglang_modelopt_ext.kv.layers import check_sinks, local_heads, rank_layers
 from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
+from sglang_modelopt_ext.kv.pool import ModelOptExtKVPool
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 from tests.support.kv_exports import PRESETS, kv_export
 from tests.support.models import TinyModel, model_dir
@@ -120,6 +121,19 @@ def test_size_of_a_token(recipe: str) -> None:
     buffers = method.create_buffers(size=10, head_num=3, head_dim=64, layer_num=2, device="cpu")
     tensors = [t for name in ("k_buffer", "v_buffer", "k_scale_buffer", "v_scale_buffer") for t in buffers[name] or []]
     assert sum(t.numel() * t.itemsize for t in tensors) == 10 * method.compute_cell_size(3, 64, 2, kv_size=2)
+
+
+@pytest.mark.parametrize("recipe", KV_RECIPES)
+def test_slots_are_moved_in_buffers_that_hold_something(recipe: str) -> None:
+    """SGLang's copy kernel gets an address and a row of bytes for each buffer: an empty one has neither."""
+    pool = object.__new__(ModelOptExtKVPool)
+    buffers = ModelOptExtKVMethod(KV_RECIPES[recipe]).create_buffers(10, 3, 64, 2, "cpu")
+    for name, tensors in buffers.items():
+        setattr(pool, name, tensors)
+    moved = pool._slot_move_pointer_buffers()
+    assert all(buffer.data_ptr() != 0 and buffer.is_contiguous() for buffer in moved)
+    held = sum(buffer[0].numel() * buffer.itemsize for buffer in moved)
+    assert held == ModelOptExtKVMethod(KV_RECIPES[recipe]).compute_cell_size(3, 64, 2, kv_size=2)
 
 
 @pytest.mark.parametrize(("recipe", "size"), [("fp8", 256), ("fp8_affine", 256), ("nvfp4", 144), ("nvfp4_rotate", 144)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
 import torch
@@ -106,6 +106,25 @@ def test_what_is_wrong_does_not(factor: float) -> None:
     with pytest.raises(ValueError, match=r"is wrong on cpu: relative error .* with 300 tokens"):
         selfcheck.check_layout(Wrong(factor), request("FP8", "fp8"), torch.device("cpu"))
     assert not selfcheck._passed
+
+
+class Tail(Dense):
+    """Leaves out the last inputs where they are no whole tile."""
+
+    def matmul(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, *rest: object) -> torch.Tensor:  # type: ignore[override]
+        inside = torch.arange(x.shape[1]) < x.shape[1] // 128 * 128
+        return super().matmul(prepared, x * inside, *rest)  # type: ignore[arg-type]
+
+
+def test_the_check_ends_within_a_tile_where_the_layer_does() -> None:
+    layout, asked, device = Tail(torch.float32, ("cpu",)), request("NVFP4", "nvfp4"), torch.device("cpu")
+    selfcheck.check_layout(layout, asked, device)
+    for k in (1376, 2880, 336):
+        with pytest.raises(ValueError, match="is wrong on cpu"):
+            selfcheck.check_layout(layout, dataclasses.replace(asked, k=k), device)
+    assert len(selfcheck._passed) == 1
+    selfcheck.check_layout(Dense(torch.float32, ("cpu",)), dataclasses.replace(asked, k=336), device)
+    assert len(selfcheck._passed) == 2
 
 
 @pytest.mark.parametrize(("algo", "weight"), [("NVFP4", "nvfp4"), ("MXFP4", "mxfp4")])

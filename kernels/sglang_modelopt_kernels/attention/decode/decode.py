@@ -48,10 +48,15 @@ class DecodeConfig:
 def count_splits(requests: int, heads: int, processors: int) -> int:
     """Into how many parts to cut each request's tokens: as many programs as run at once, or four parts where that is less than two.
 
+    One where there are many times as many requests and heads as run at once: they need no parts, and their scratch would be large.
+
     A program that is left over after a full wave would leave most of the GPU idle. A part is at least :data:`LEAST_TOKENS` long, so
     that short requests have fewer.
     """
-    whole = RESIDENT * processors // (requests * heads)
+    at_once = RESIDENT * processors
+    if requests * heads >= 8 * at_once:
+        return 1
+    whole = at_once // (requests * heads)
     return min(MOST_SPLITS, whole if whole >= 2 else 4)
 
 
@@ -97,7 +102,7 @@ TOGETHER = 256
 
 
 def choose_for(number: KVFormat, head_dim: int, heads: int, arch: int | None) -> DecodeConfig:
-    """The configuration for a format and number of KV heads; fixed, so that a request's result does not depend on its batch.
+    """The configuration for a format and number of KV heads, the same for every batch.
 
     Chosen on an H100, over 1 to 128 requests of 1024 to 131072 tokens; compiled for the other architectures without spilling.
     """
