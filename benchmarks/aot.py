@@ -281,7 +281,7 @@ def _attention_of(
         one = decode.choose_for(recipe.format, head_dim, heads, arch)
         own = {"H": heads, "BH": one.heads, "BG": decode.LEAST_QUERIES, "BN": one.tokens, "BP": decode.MERGED}
         own["LEAST"] = decode.LEAST_TOKENS
-        options = {"num_warps": one.warps, "num_stages": one.stages}
+        options = {"num_warps": one.heads, "num_stages": one.stages}
         weights = 2 * one.heads * one.tokens * head_dim
         yield case(f"decode H={heads} {one}", split_kernel, own, options, "small", weights)
     yield case("merge", merge_kernel, own, {"num_warps": 4}, "", 0)

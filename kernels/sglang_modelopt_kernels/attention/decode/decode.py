@@ -34,14 +34,13 @@ LEAST_QUERIES = 8
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tokens and KV heads a program reads at a time, its warps, and the stages of its pipeline.
+    """Tokens and KV heads a program reads at a time, a warp to a head, and the stages of its pipeline.
 
     A tile's place is known only once the indices of its tokens were read: five stages keep two tiles under way, three one.
     """
 
     tokens: int
     heads: int
-    warps: int
     stages: int
 
 
@@ -108,10 +107,10 @@ def choose_for(number: KVFormat, head_dim: int, heads: int, arch: int | None) ->
     """
     together = math.gcd(heads, 1 << max(1, TOGETHER // head_dim).bit_length() - 1)  # a power of two
     if number.block:
-        return DecodeConfig(32, together, together, 5)
+        return DecodeConfig(32, together, 5)
     tokens = 64 if head_dim <= 128 else 32
     # Without instructions for E4M3 (before SM89) twice as many spill, but at head_dim 64.
-    return DecodeConfig(tokens if head_dim <= 64 or (arch or 89) >= 89 else tokens // 2, together, together, 1)
+    return DecodeConfig(tokens if head_dim <= 64 or (arch or 89) >= 89 else tokens // 2, together, 1)
 
 
 def decode_attention(
@@ -200,7 +199,7 @@ def decode_attention(
         BG=max(LEAST_QUERIES, 1 << (group - 1).bit_length()),
         BN=config.tokens,
         LEAST=LEAST_TOKENS,
-        num_warps=config.warps,
+        num_warps=config.heads,
         num_stages=config.stages,
         **constants,
     )
