@@ -23,7 +23,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.aot_case import KINDS, Case
 from benchmarks.aot_moe import QUICK_GROUPED, grouped_cases
-from benchmarks.sass import MATRIX, inspect, main_loop
+from benchmarks.sass import MATRIX, inspect, main_loop, register_races
 from sglang_modelopt_kernels.attention.decode import decode
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
 from sglang_modelopt_kernels.attention.extend import extend
@@ -46,6 +46,7 @@ from sglang_modelopt_kernels.gemm.tcgen05.kernel import tcgen05_kernel
 from sglang_modelopt_kernels.gemm.tcgen05.launch import HEIGHT, TILE
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
 from sglang_modelopt_kernels.gemm.tile.kernel import finish_kernel
+from sglang_modelopt_kernels.gemm.tile.wgmma import register_race
 from sglang_modelopt_kernels.quantize.blocks import quantize as blocks
 from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kernel
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
@@ -104,6 +105,7 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
             for config in dict.fromkeys((*configs(kind, arch), *configs(kind, arch, 128))):
                 name = f"block_scaled {kind}/{group} {dtype}"
                 own = {"FRAGMENTS": makes_operands(kind, group, 4096, config, arch), "ORDERED": in_order(config)}
+                own["WGMMA"] = matrix_instruction(arch) == "wgmma"
                 of_x = {"x_ptr": "*fp16"} if own["ORDERED"] and f16 else {}
                 case = product_case(name, block_scaled_kernel, config, operands | of_x, numerics | own, "any")
                 yield dataclasses.replace(case, fragments=own["FRAGMENTS"])
@@ -288,6 +290,7 @@ def _attention_of(
     many = extend.choose_for(recipe.format, head_dim, arch)
     options = {"num_warps": many.warps, "num_stages": many.stages}
     own = {"BM": many.queries, "BN": many.keys, "CAUSAL": True, "WINDOW": 0}
+    own["WGMMA"] = matrix_instruction(arch) == "wgmma"
     yield case(f"extend {many}", extend_kernel, own, options, "any" if many.queries >= 64 else "small", 0)
     own = {"BT": 16, "ROTATE": recipe.rotate, "NATIVE": True}
     yield case("store", store_kernel, own, {"num_warps": 4}, "", 0)
@@ -357,6 +360,12 @@ def compile_case(case: Case, arch: int) -> Result:
     result.problems += [f"no {copy}" for copy in case.copies if copy not in ptx]
     if case.fragments and not makes_fragments(compiled.asm["ttgir"]):
         result.problems.append("inline assembly makes no operand")
+    overwritten = register_races(sass)
+    if overwritten:
+        result.problems.append(f"{len(overwritten)} instructions write registers that a wgmma in flight reads")
+    broken = register_race(ptx)
+    if broken:
+        result.problems.append(broken)
     if spilled:
         result.problems.append(f"spills {spilled} bytes")
     if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY:

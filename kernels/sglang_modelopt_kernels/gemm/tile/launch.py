@@ -11,6 +11,7 @@ import torch
 import triton
 
 from .epilogue import Epilogue
+from .wgmma import checked
 
 
 @dataclass(frozen=True)
@@ -94,21 +95,23 @@ def launch(
     grid = (triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)
     if config.persistent:
         grid = (min(config.tiles(m, n), machine(x.device)[1]), 1, 1)
-    kernel[grid](
-        *((x, codes, scale) if operands is None else operands),
-        y_ptr=y if partials is None else partials,
-        m=m,
-        n=n,
-        k=k,
-        EVEN_K=k % config.bk == 0,
-        SPLIT_K=split,
-        BN=config.bn,
-        BM=config.bm,
-        BK=config.bk,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **epilogue.arguments(),
-        **arguments,
+    checked(
+        kernel[grid](
+            *((x, codes, scale) if operands is None else operands),
+            y_ptr=y if partials is None else partials,
+            m=m,
+            n=n,
+            k=k,
+            EVEN_K=k % config.bk == 0,
+            SPLIT_K=split,
+            BN=config.bn,
+            BM=config.bm,
+            BK=config.bk,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **epilogue.arguments(),
+            **arguments,
+        )
     )
     if partials is not None:
         epilogue.finish(partials, y)

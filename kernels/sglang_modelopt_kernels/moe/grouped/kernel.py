@@ -12,7 +12,7 @@ import triton.language as tl
 
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_sum
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_sum
-from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
+from sglang_modelopt_kernels.gemm.tile.kernel import drain_wgmma, store_tile
 
 
 @triton.jit
@@ -52,6 +52,7 @@ def whole_sum(
     MATH: tl.constexpr,
     NATIVE: tl.constexpr,
     ASM: tl.constexpr,
+    WGMMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -69,6 +70,7 @@ def whole_sum(
     BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
     acc = tl.zeros((BN, BM), tl.float32)
     for offset in range(0, k, BK):
+        drain_wgmma(offset, WGMMA)
         w_at = w_ptr + row[:, None] * k + (offset + input_)[None, :]
         x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
         s_at = s_ptr + row[:, None] * blocks + (offset // GROUP + block)[None, :]
@@ -130,6 +132,7 @@ def grouped_kernel(
     NATIVE: tl.constexpr,
     ASM: tl.constexpr,
     FRAGMENTS: tl.constexpr,
+    WGMMA: tl.constexpr,
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     SHARE: tl.constexpr,
@@ -173,13 +176,14 @@ def grouped_kernel(
             ASM,
             FRAGMENTS,
             False,
+            WGMMA,
             EVEN_K,
             BN,
             BM,
             BK,
         )
     else:
-        acc = whole_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, KIND, MATH, NATIVE, ASM, EVEN_K, BN, BM, BK)
+        acc = whole_sum(x_ptr, w_ptr, s_ptr, first + row, token, k, KIND, MATH, NATIVE, ASM, WGMMA, EVEN_K, BN, BM, BK)
     store_tile(
         acc,
         y_ptr,
