@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 
 Math = Literal["exact", "fp8"]
-Activation = Literal["recipe", "per_tensor", "none"]
+Activation = Literal["recipe", "per_tensor", "none", "keep_fp4"]
+"""What rounds an input: the recipe, one scale for the tensor, nothing; or the recipe unless that would be to FP4, as before Blackwell."""
 Parts = Mapping[str, torch.Tensor]
 """The stored tensors of one linear layer by the last part of their name."""
 
@@ -231,6 +232,8 @@ RECIPES: dict[str, Recipe] = {
     "W8A16": Recipe(0, decode_int8, round_nothing, _WEIGHT),
 }
 """By ``quant_algo`` in upper case. MXFP4 stands for the recipe that rounds activations."""
+
+FP4_ROUNDINGS = (round_nvfp4, round_mxfp4)
 
 OPTIONAL = frozenset({"bias", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b"})
 """What any quantized layer may store besides; the low-rank factors under either of their names."""
