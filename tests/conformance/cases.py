@@ -89,7 +89,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "moe-mxfp8": {"graphs": "none"},
     "moe-int8-weight-only": {"graphs": "none"},
     "kv-nvfp4": {"graphs": "none"},
-    "wrong-scale": {"reads": "w4a8-nvfp4-llama", "expect": "wrong"},
+    "wrong-scale": {"reads": "trained-w4a8-nvfp4", "expect": "wrong"},
 }
 """What differs from the plain case of an export."""
 

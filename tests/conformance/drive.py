@@ -1,4 +1,4 @@
-"""Drives one engine: prompts of every length, batches, chunks, decoding and cached prefixes, and the log probabilities of each token."""
+"""Drives one engine: prompts of every length, batches, chunks, decoding, cached prefixes; and the log probabilities it gives."""
 
 from __future__ import annotations
 
@@ -120,9 +120,7 @@ class Drive:
             scored += hit
         return scored
 
-    def _generate(
-        self, prompts: Sequence[Sequence[int]], count: int, **options: Any
-    ) -> list[Mapping[str, Any]]:
+    def _generate(self, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> list[Mapping[str, Any]]:
         sampling = {"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True}
         answers = self.engine.generate(
             input_ids=[list(ids) for ids in prompts], sampling_params=sampling, return_logprob=True, **options

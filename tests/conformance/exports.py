@@ -91,6 +91,25 @@ def _searched(family: Family, formats: str, bits: str) -> Path:
     return cached_folder("searched", f"{family}-{digest(formats, bits, folder_digest(model))}", make)
 
 
+def _trained(model: str, recipe: Any, variant: Variant) -> Path:
+    """An export of a shipped model, with room for the long prompts: what it computes moves less than a random model's."""
+    source = REPOSITORY / "examples/stdlib_lm" / model
+    room = edits.set_fields(edits.CONFIG, {"max_position_embeddings": POSITIONS})
+    key = digest(POSITIONS, folder_digest(source))
+    folder = cached_folder("models", f"{model}-{key}", lambda target: _fill(source, target, (room,)))
+    return export(folder, recipe, variant)
+
+
+def trained(algo: str, recipe: Any, kv: str = "none", merge: str | None = None) -> Export:
+    """Of the shipped decoder, a Llama of four layers."""
+    return Export(algo, "llama", partial(_trained, "model", recipe, Variant(kv_cache=merge)), kv)
+
+
+def trained_mixture(algo: str, recipe: Any) -> Export:
+    """Of the shipped mixture, a Qwen3-MoE of four layers and eight experts."""
+    return Export(algo, "qwen3_moe", partial(_trained, "moe_model", recipe, Variant()), mixture=True)
+
+
 def _llama() -> Path:
     return model_dir(TinyModel("llama", max_position=POSITIONS))
 
@@ -120,9 +139,17 @@ EXPORTS: dict[str, Export] = {
     "w4a8-awq-wide": dense("W4A8_AWQ", "qwen3", "W4A8_AWQ_BETA_CFG", **WIDE),
     "int4-awq-wide": dense("W4A16_AWQ", "llama", "INT4_AWQ_CFG", **WIDE),
     "nvfp4-awq-wide": dense("NVFP4_AWQ", "llama", "NVFP4_AWQ_LITE_CFG", **WIDE),
+    # The shipped models, trained on text: rounding moves their answers a fraction of what it moves those of random weights.
+    "trained-w4a8-nvfp4": trained("W4A8_NVFP4_FP8", NVFP4),
+    "trained-w4a8-mxfp4": trained("W4A8_MXFP4_FP8", MXFP4),
+    "trained-w4a8-nvfp4-kv-nvfp4": trained("W4A8_NVFP4_FP8", NVFP4, "nvfp4", PRESETS["nvfp4"]),
+    "trained-moe-w4a8-nvfp4": trained_mixture("W4A8_NVFP4_FP8", NVFP4),
+    "trained-moe-w4a8-mxfp4": trained_mixture("W4A8_MXFP4_FP8", MXFP4),
     # Mixes.
     "mix-searched-qwen2": Export("MIXED_PRECISION", "qwen2", partial(_searched, "qwen2", "NVFP4,FP8", "8")),
-    "mix-w4a8-llama": Export("MIXED_PRECISION", "llama", partial(_searched, "llama", "W4A8_NVFP4_FP8,FP8,NVFP4_AWQ", "6")),
+    "mix-w4a8-llama": Export(
+        "MIXED_PRECISION", "llama", partial(_searched, "llama", "W4A8_NVFP4_FP8,FP8,NVFP4_AWQ", "6")
+    ),
     "mix-fp8-mha": dense("MIXED_PRECISION", "llama", "NVFP4_FP8_MHA_CONFIG", kv="fp8"),
     # Experts: every algorithm that ModelOpt exports for them.
     **{f"moe-w4a8-nvfp4-{f}": mixture("W4A8_NVFP4_FP8", f, NVFP4) for f in ("qwen3_moe", "mixtral", "qwen2_moe")},
@@ -138,11 +165,11 @@ EXPORTS: dict[str, Export] = {
     "moe-int8-smoothquant": mixture("W8A8_SQ_PER_CHANNEL", "mixtral", "INT8_SMOOTHQUANT_CFG"),
     "moe-int8-weight-only": mixture("W8A16", "qwen3_moe", "INT8_WEIGHT_ONLY_CFG"),
     # KV caches: every recipe under unquantized layers, where the noise is smallest, and some under quantized ones.
-    **{f"kv-{recipe.replace('_', '-')}": dense("none", "qwen3", UNQUANTIZED, recipe, name) for recipe, name in PRESETS.items()},
     **{
-        f"kv-{recipe}-cast": dense("none", "llama", UNQUANTIZED, recipe, name)
-        for recipe, name in CAST_PRESETS.items()
+        f"kv-{recipe.replace('_', '-')}": dense("none", "qwen3", UNQUANTIZED, recipe, name)
+        for recipe, name in PRESETS.items()
     },
+    **{f"kv-{recipe}-cast": dense("none", "llama", UNQUANTIZED, recipe, name) for recipe, name in CAST_PRESETS.items()},
     "w4a8-nvfp4-kv-nvfp4-affine": dense("W4A8_NVFP4_FP8", "mistral", NVFP4, "nvfp4_affine", PRESETS["nvfp4_affine"]),
     "w4a8-mxfp4-kv-fp8-affine": dense("W4A8_MXFP4_FP8", "qwen2", MXFP4, "fp8_affine", PRESETS["fp8_affine"]),
     "moe-w4a8-nvfp4-kv-nvfp4": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, "nvfp4", PRESETS["nvfp4"]),
@@ -155,7 +182,7 @@ EXPORTS["wrong-scale"] = Export(
     "llama",
     partial(
         _edited,
-        EXPORTS["w4a8-nvfp4-llama"],
+        EXPORTS["trained-w4a8-nvfp4"],
         edits.scale_tensors({"model.layers.0.mlp.down_proj.weight_scale_2": WRONG_SCALE}),
         name="wrong-scale",
     ),

@@ -1,7 +1,7 @@
 """The verdict on what an engine answered: against the float32 reading, by the noise of the same model in bf16.
 
-The tolerance is that of tests/serving/checks.py: a bf16 engine may be NOISE_FACTOR times as far from the float32 reading as the same
-model run in bf16 by Hugging Face. Both are one draw of rounding errors, of roundings at other places. It is held for each kind of
+The tolerance is that of tests/serving/tolerance.py: a bf16 engine may be NOISE_FACTOR times as far from the float32 reading as
+the same model run in bf16 by Hugging Face. Both are one draw of rounding errors, of roundings at other places. It is held for each kind of
 request by itself, by the mean and by the median over its tokens.
 """
 
@@ -116,12 +116,18 @@ class Judge:
         """The verdict on all of ``scored``."""
         rows: dict[str, list[tuple[torch.Tensor, ...]]] = {}
         for one in scored:
-            raw = None if self.reading.own_chunk else first_raw(len(one.ids), one.prompt, one.cached, self.case.chunk or WHOLE)
+            raw = (
+                None
+                if self.reading.own_chunk
+                else first_raw(len(one.ids), one.prompt, one.cached, self.case.chunk or WHOLE)
+            )
             served = torch.tensor(one.values)
             readers = (self.exact, self.rough, *([self.unrounded] if self.unrounded else []))
             read = [reader.scores(one.ids, raw)[one.start - 1 :][: len(served)] for reader in readers]
             rows.setdefault(one.group, []).append((served, *read))
-        groups = {name: _group(*(torch.cat(parts) for parts in zip(*found, strict=True))) for name, found in rows.items()}
+        groups = {
+            name: _group(*(torch.cat(parts) for parts in zip(*found, strict=True))) for name, found in rows.items()
+        }
         judgement = Judgement(groups)
         self._check_reading(judgement)
         self._check_rounding(judgement)
@@ -155,9 +161,13 @@ class Judge:
             judgement.notes.append(f"without the cache's rounding {share:.1f} tolerances away ({name})")
 
     def _compare_cached(
-        self, judgement: Judgement, name: str, hit: Sequence[Sequence[torch.Tensor]], fresh: Sequence[Sequence[torch.Tensor]]
+        self,
+        judgement: Judgement,
+        name: str,
+        hit: Sequence[Sequence[torch.Tensor]],
+        fresh: Sequence[Sequence[torch.Tensor]],
     ) -> None:
-        """The same tokens behind a cached prefix and without one: how far the engine's answers and the readings of both are apart."""
+        """The same tokens behind a cached prefix and without one: how far apart the engine's answers are, and the readings."""
         (served, read), (served_fresh, read_fresh) = (
             [torch.cat([row[place][-len(row[0]) :] for row in rows]) for place in (0, 1)] for rows in (hit, fresh)
         )
@@ -181,7 +191,9 @@ def _group(
     )
 
 
-def compare(case: Case, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], noise: float) -> dict[str, Any]:
+def compare(
+    case: Case, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], noise: float
+) -> dict[str, Any]:
     """Two engines that must agree, on prompts that do not depend on what they answer.
 
     With and without the plugin the same kernels run on the same tokens: at least half of the tokens agree to float32's noise. Over

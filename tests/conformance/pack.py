@@ -1,6 +1,6 @@
 """Makes the pack: every export, and what an independent reading of it says on a CPU, in one compressed archive.
 
-    python tests/conformance/pack.py .exports
+    python tests/conformance pack .exports
 
 ModelOpt makes the exports, which takes minutes the first time; they are kept in ``.export-cache``. A run needs the pack alone: the
 machine with the GPU has neither ModelOpt nor a network.
@@ -11,22 +11,18 @@ from __future__ import annotations
 import argparse
 import json
 import lzma
-import runpy
-import sys
 import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-    runpy.run_path(str(ROOT / "conftest.py"))
-
 from tests.support.cache import folder_digest
 
 ARCHIVE, MANIFEST = "exports.tar.xz", "manifest.json"
 CHECK_PROMPTS, CHECK_LENGTH, CHECK_SEED = 4, 16, 500
+CAPABILITIES = (None, 90, 100)
+"""On a CPU, before Blackwell and on it: which activations are rounded differs."""
+
 DICTIONARY = 128 << 20
 """Bytes xz looks back: exports of one model have its unquantized tensors in common, and these are stored once."""
 
@@ -53,18 +49,20 @@ def build(target: Path, names: list[str] | None = None) -> None:
     folders: dict[str, Path] = {}
     for name in names or list(EXPORTS):
         start = time.monotonic()
-        folders[name] = EXPORTS[name].make()
+        folder = EXPORTS[name].make()
         readings: dict[str, Any] = {}
-        for case in CASES:
-            if case.reads == name:
-                for capability in (None, 90, 100):
-                    reading = Reading.of(case, capability)
-                    if reading.key not in readings:
-                        readings[reading.key] = read_check(folders[name], reading, check_prompts())
-        manifest[name] = {"digest": folder_digest(folders[name]), "readings": readings}
+        cases = [case for case in CASES if case.reads == name]
+        for reading in (Reading.of(case, capability) for case in cases for capability in CAPABILITIES):
+            if reading.key not in readings:
+                readings[reading.key] = read_check(folder, reading, check_prompts())
+        folders[name] = folder
+        manifest[name] = {"digest": folder_digest(folder), "readings": readings}
         print(f"{name}: {folders[name].name}, {time.monotonic() - start:.1f} s", flush=True)
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": DICTIONARY}]
-    with lzma.open(target / ARCHIVE, "wb", filters=filters) as stream, tarfile.open(fileobj=stream, mode="w") as archive:
+    with (
+        lzma.open(target / ARCHIVE, "wb", filters=filters) as stream,
+        tarfile.open(fileobj=stream, mode="w") as archive,
+    ):
         for name, folder in sorted(folders.items()):
             for file in sorted(folder.iterdir()):
                 archive.add(file, arcname=f"{name}/{file.name}", filter=_anonymous)
@@ -86,7 +84,9 @@ def unpack(pack: Path, target: Path) -> dict[str, Any]:
     for name, entry in manifest.items():
         found = folder_digest(target / name)
         if found != entry["digest"]:
-            raise StalePack(f"{pack}: {name} has the digest {found}, its manifest says {entry['digest']}: build the pack again")
+            raise StalePack(
+                f"{pack}: {name} has the digest {found}, its manifest says {entry['digest']}: build the pack again"
+            )
     (target / MANIFEST).write_text(text, encoding="utf-8")
     return manifest
 
@@ -99,7 +99,3 @@ def main() -> int:
     args = parser.parse_args()
     build(args.target, args.only.split(",") if args.only else None)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -63,7 +63,9 @@ class Outcome:
             if self.verdict == "wrong"
             and not (group["mean"] <= 2 * group["noise_mean"] and group["median"] <= 2 * group["noise_median"])
         ]
-        return "; ".join(filter(None, [self.note, *judged.get("faults", []), *groups, *self.notes, *judged.get("notes", [])]))
+        return "; ".join(
+            filter(None, [self.note, *judged.get("faults", []), *groups, *self.notes, *judged.get("notes", [])])
+        )
 
 
 def line(outcome: Outcome) -> str:
@@ -75,7 +77,9 @@ def line(outcome: Outcome) -> str:
             f" mean {judged['mean']:.4f} (noise {judged['noise_mean']:.4f}) median {judged['median']:.4f}"
             f" ({judged['noise_median']:.4f}) used {judged['used']:.2f}"
         )
-    return f"{outcome.case.name}: {outcome.verdict}{figures} {outcome.seconds:.0f} s [{outcome.backend}] {outcome.remarks}"
+    return (
+        f"{outcome.case.name}: {outcome.verdict}{figures} {outcome.seconds:.0f} s [{outcome.backend}] {outcome.remarks}"
+    )
 
 
 def _cells(outcome: Outcome) -> list[str]:
@@ -94,7 +98,9 @@ def table(outcomes: Sequence[Outcome]) -> str:
     """One row a case, in columns."""
     rows = [HEADER, *(_cells(outcome) for outcome in outcomes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def machine(outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -155,13 +161,16 @@ def as_markdown(outcomes: Sequence[Outcome], commit: str, args: argparse.Namespa
         f"# Served models on {found['gpu']}",
         "",
         f"{datetime.date.today().isoformat()}, {args.tp} x {found['gpu']}, {versions}; commit {commit[:12]}.",
-        f"Command: `python tests/conformance/run.py --tp {args.tp}`. Real ModelOpt exports of small models through `sglang.Engine`, judged by",
-        "the log probabilities of prompts of 3 to 2100 tokens, alone and 16 at a time, in chunks and behind cached prefixes, and of decoded",
-        "tokens. A case is right where, for every kind of request, mean and median of the differences from an independent float32 reading are",
-        "within twice those of the same model in bf16 by Hugging Face (`noise`); `used` is the largest share of that tolerance. Cases that",
-        "a sound run finds wrong are controls; those named `-alone` ran without this package, whatever they give.",
+        f"Command: `python tests/conformance run --tp {args.tp}`. Real ModelOpt exports of small models through `sglang.Engine`,",
+        "judged by the log probabilities of prompts of 3 to 2100 tokens, alone and 16 at a time, in chunks and behind cached",
+        "prefixes, and of decoded tokens. A case is right where, for every kind of request, mean and median of the differences",
+        "from an independent float32 reading are within twice those of the same model in bf16 by Hugging Face (`noise`); `used`",
+        "is the largest share of that tolerance. Cases that a sound run finds wrong are controls; those named `-alone` ran",
+        "without this package, whatever they give.",
         "",
-        "Of what must be right: " + ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number) + ".",
+        "Of what must be right: "
+        + ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
+        + ".",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),

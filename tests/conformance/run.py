@@ -1,12 +1,12 @@
 """The conformance run: every kind of export through the real engine on a GPU, several at a time, judged by an independent reading.
 
-    python tests/conformance/run.py                    all cases
-    python tests/conformance/run.py --only 'kv-*'      some
-    python tests/conformance/run.py --tp 2             those over two GPUs, beside the same over one
-    python tests/conformance/run.py --device cpu       on a CPU, where SGLang runs on one
+    python tests/conformance run                    all cases
+    python tests/conformance run --only 'kv-*'      some
+    python tests/conformance run --tp 2             those over two GPUs, beside the same over one
+    python tests/conformance run --device cpu       on a CPU, where SGLang runs on one
 
-The exports come from the pack (``pack.py``). Each case is a process that is killed when its time is over; a case that fails, or takes
-the GPU's context with it, ends no other.
+The exports come from the pack (``pack``). Each case is a process that is killed when its time is over; a case that fails, or
+takes the GPU's context with it, ends no other.
 """
 
 from __future__ import annotations
@@ -15,19 +15,12 @@ import argparse
 import json
 import os
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
-
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ == "__main__":
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-    runpy.run_path(str(ROOT / "conftest.py"))
 
 from tests.conformance.cases import Case, chosen
 from tests.conformance.judge import compare
@@ -35,12 +28,17 @@ from tests.conformance.pack import ARCHIVE, MANIFEST, build, unpack
 from tests.conformance.report import Outcome, as_json, as_markdown, line, table
 from tests.support.processes import ProcessTree
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
 PORTS = 21000
 """The first of the ports of the engines' process groups: each has its own, below those that are handed out."""
 
 KERNEL = re.compile(r"modelopt_ext: \d+ .*kernel ([\w.+]+)\s*$", re.MULTILINE)
 CACHE = re.compile(r"modelopt_ext: KV cache .*", re.MULTILINE)
-REASON = re.compile(r"^(?:\[?[\w.\-: \]]*\]? ?)?((?:[\w.]*Error|[\w.]*Exception|SystemExit|AssertionError)\b.*)$", re.MULTILINE)
+REASON = re.compile(
+    r"^(?:\[?[\w.\-: \]]*\]? ?)?((?:[\w.]*Error|[\w.]*Exception|SystemExit|AssertionError)\b.*)$", re.MULTILINE
+)
 
 
 class Runner:
@@ -78,7 +76,7 @@ class Runner:
 
     def _run(self, number: int, case: Case) -> Outcome:
         log, result = self.logs / f"{case.name}.log", self.logs / f"{case.name}.json"
-        command = [sys.executable, str(Path(__file__).with_name("worker.py")), case.name, "--tp", str(self.args.tp)]
+        command = [sys.executable, str(ROOT / "tests/conformance"), "worker", case.name, "--tp", str(self.args.tp)]
         command += ["--exports", str(self.exports), "--device", self.args.device]
         command += ["--port", str(PORTS + 8 * number), "--result", str(result)]
         start = time.monotonic()
@@ -153,16 +151,22 @@ def commit() -> str:
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "tests/conformance run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pack", type=Path, default=ROOT / ".exports", help="the folder that pack.py made")
     parser.add_argument("--only", metavar="A,B", help="cases by name, * for any part")
     parser.add_argument("--tp", type=int, default=1, help="2: the cases over two GPUs, and the same over one")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--workers", type=int, default=8, help="engines at a time")
     parser.add_argument("--case-seconds", type=float, default=240, help="after which a case is killed")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds of the whole run; what has not begun then is not run")
+    parser.add_argument(
+        "--budget", type=float, default=3600, help="seconds of the whole run; what has not begun then is not run"
+    )
     parser.add_argument("--logs", type=Path, help="keep what the cases print")
-    parser.add_argument("--results", type=Path, help="write FILE.json and FILE.md, such as benchmarks/results/served-h200")
+    parser.add_argument(
+        "--results", type=Path, help="write FILE.json and FILE.md, such as benchmarks/results/served-h200"
+    )
     parser.add_argument("--commit", default="", help="the revision, where git does not know it")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
     return parser.parse_args()
@@ -199,12 +203,13 @@ def main() -> int:
     if args.results:
         revision = args.commit or commit()
         args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.with_suffix(".json").write_text(json.dumps(as_json(outcomes, revision), indent=1), encoding="utf-8")
+        args.results.with_suffix(".json").write_text(
+            json.dumps(as_json(outcomes, revision), indent=1), encoding="utf-8"
+        )
         args.results.with_suffix(".md").write_text(as_markdown(outcomes, revision, args), encoding="utf-8")
     surprises = [outcome for outcome in outcomes if not outcome.as_expected]
-    print(f"\n{len(outcomes) - len(surprises)} of {len(outcomes)} as expected" + "".join(f"\n  not: {line(o)}" for o in surprises))
+    print(
+        f"\n{len(outcomes) - len(surprises)} of {len(outcomes)} as expected"
+        + "".join(f"\n  not: {line(o)}" for o in surprises)
+    )
     return 1 if surprises else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if __name__ in ("__main__", "__mp_main__"):
-    sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != Path(__file__).resolve().parent]
-    runpy.run_path(str(ROOT / "conftest.py"))
-
-PACKAGES = ("sglang", "torch", "triton", "transformers", "sglang-kernel", "flashinfer-python", "humming-kernels", "quack-kernels")
+PACKAGES = (
+    "sglang",
+    "torch",
+    "triton",
+    "transformers",
+    "sglang-kernel",
+    "flashinfer-python",
+    "humming-kernels",
+    "quack-kernels",
+)
 
 
 def hardware(device: str) -> dict[str, Any]:
@@ -91,7 +94,7 @@ def _attention(engine: Any) -> str:
     return str(resolved_view(engine.server_args).attention_backend)
 
 
-def main() -> None:
+def main() -> int:
     """The command line, which ``run.py`` writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case")
@@ -106,7 +109,3 @@ def main() -> None:
     # Threads of the engine that are still there would keep the process.
     sys.stdout.flush()
     os._exit(0)
-
-
-if __name__ == "__main__":
-    main()

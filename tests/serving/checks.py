@@ -19,6 +19,7 @@ PROMPT = random_ids(96, seed=11, vocab=511)  # SGLang reports the last token of 
 
 SHORT_PROMPTS = tuple(random_ids(16, seed=40 + i, vocab=511) for i in range(8))
 
+
 def check_logprobs(server: Server, folder: Path, dtype: str, **options: Any) -> None:
     """The server's log probabilities over the whole vocabulary, at the noise floor of ``dtype``.
 
