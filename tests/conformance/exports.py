@@ -18,7 +18,7 @@ from tests.support.moe import tiny
 POSITIONS = 4096
 """Room for the long prompts of the run."""
 
-WIDE = {"hidden": 512, "intermediate": 1536, "heads": 8}
+WIDE = {"hidden": 512, "intermediate": 1536, "heads": 8, "layers": 1}
 """A model whose products take other configurations of the kernels than those of the tiny one."""
 
 WRONG_SCALE = 1.25
@@ -49,8 +49,8 @@ def _dense(family: Family, recipe: Any, variant: Variant, **fields: Any) -> Path
     return export(model_dir(TinyModel(family, max_position=POSITIONS, **fields)), recipe, variant)
 
 
-def _mixture(family: Family, recipe: Any, variant: Variant) -> Path:
-    return export(model_dir(tiny(family, max_position=POSITIONS)), recipe, variant)
+def _mixture(family: Family, recipe: Any, variant: Variant, layers: int) -> Path:
+    return export(model_dir(tiny(family, max_position=POSITIONS, layers=layers)), recipe, variant)
 
 
 def dense(algo: str, family: Family, recipe: Any, kv: str = "none", merge: str | None = None, **fields: Any) -> Export:
@@ -58,9 +58,11 @@ def dense(algo: str, family: Family, recipe: Any, kv: str = "none", merge: str |
     return Export(algo, family, partial(_dense, family, recipe, Variant(kv_cache=merge), **fields), kv)
 
 
-def mixture(algo: str, family: Family, recipe: Any, kv: str = "none", merge: str | None = None) -> Export:
+def mixture(
+    algo: str, family: Family, recipe: Any, kv: str = "none", merge: str | None = None, layers: int = 1
+) -> Export:
     """A mixture of experts."""
-    return Export(algo, family, partial(_mixture, family, recipe, Variant(kv_cache=merge)), kv, mixture=True)
+    return Export(algo, family, partial(_mixture, family, recipe, Variant(kv_cache=merge), layers), kv, mixture=True)
 
 
 def _edited(source: Export, *changes: edits.Edit, name: str) -> Path:
@@ -105,11 +107,6 @@ def trained(algo: str, recipe: Any, kv: str = "none", merge: str | None = None) 
     return Export(algo, "llama", partial(_trained, "model", recipe, Variant(kv_cache=merge)), kv)
 
 
-def trained_mixture(algo: str, recipe: Any) -> Export:
-    """Of the shipped mixture, a Qwen3-MoE of four layers and eight experts."""
-    return Export(algo, "qwen3_moe", partial(_trained, "moe_model", recipe, Variant()), mixture=True)
-
-
 def _llama() -> Path:
     return model_dir(TinyModel("llama", max_position=POSITIONS))
 
@@ -134,17 +131,12 @@ EXPORTS: dict[str, Export] = {
     "int8-smoothquant": dense("W8A8_SQ_PER_CHANNEL", "qwen3", "INT8_SMOOTHQUANT_CFG"),
     "int8-weight-only": dense("W8A16", "mistral", "INT8_WEIGHT_ONLY_CFG"),
     # Wider layers.
-    "w4a8-nvfp4-wide": dense("W4A8_NVFP4_FP8", "qwen2", NVFP4, **WIDE),
+    "w4a8-nvfp4-wide": dense("W4A8_NVFP4_FP8", "llama", NVFP4, **WIDE),
     "w4a8-mxfp4-wide": dense("W4A8_MXFP4_FP8", "llama", MXFP4, **WIDE),
-    "w4a8-awq-wide": dense("W4A8_AWQ", "qwen3", "W4A8_AWQ_BETA_CFG", **WIDE),
-    "int4-awq-wide": dense("W4A16_AWQ", "llama", "INT4_AWQ_CFG", **WIDE),
-    "nvfp4-awq-wide": dense("NVFP4_AWQ", "llama", "NVFP4_AWQ_LITE_CFG", **WIDE),
     # The shipped models, trained on text: rounding moves their answers a fraction of what it moves those of random weights.
     "trained-w4a8-nvfp4": trained("W4A8_NVFP4_FP8", NVFP4),
     "trained-w4a8-mxfp4": trained("W4A8_MXFP4_FP8", MXFP4),
     "trained-w4a8-nvfp4-kv-nvfp4": trained("W4A8_NVFP4_FP8", NVFP4, "nvfp4", PRESETS["nvfp4"]),
-    "trained-moe-w4a8-nvfp4": trained_mixture("W4A8_NVFP4_FP8", NVFP4),
-    "trained-moe-w4a8-mxfp4": trained_mixture("W4A8_MXFP4_FP8", MXFP4),
     # Mixes.
     "mix-searched-qwen2": Export("MIXED_PRECISION", "qwen2", partial(_searched, "qwen2", "NVFP4,FP8", "8")),
     "mix-w4a8-llama": Export(
@@ -152,8 +144,11 @@ EXPORTS: dict[str, Export] = {
     ),
     "mix-fp8-mha": dense("MIXED_PRECISION", "llama", "NVFP4_FP8_MHA_CONFIG", kv="fp8"),
     # Experts: every algorithm that ModelOpt exports for them.
-    **{f"moe-w4a8-nvfp4-{f}": mixture("W4A8_NVFP4_FP8", f, NVFP4) for f in ("qwen3_moe", "mixtral", "qwen2_moe")},
-    **{f"moe-w4a8-mxfp4-{f}": mixture("W4A8_MXFP4_FP8", f, MXFP4) for f in ("qwen3_moe", "mixtral")},
+    **{
+        f"moe-w4a8-nvfp4-{f}": mixture("W4A8_NVFP4_FP8", f, NVFP4, layers=2)
+        for f in ("qwen3_moe", "mixtral", "qwen2_moe")
+    },
+    **{f"moe-w4a8-mxfp4-{f}": mixture("W4A8_MXFP4_FP8", f, MXFP4, layers=2) for f in ("qwen3_moe", "mixtral")},
     "moe-nvfp4": mixture("NVFP4", "qwen3_moe", "NVFP4_DEFAULT_CFG"),
     "moe-w4a16-nvfp4": mixture("W4A16_NVFP4", "mixtral", "W4A16_NVFP4_CFG"),
     "moe-w4a16-nvfp4-mlp32": mixture("W4A16_NVFP4", "qwen3_moe", "NVFP4_MLP_WEIGHT_ONLY_CFG"),
@@ -166,13 +161,13 @@ EXPORTS: dict[str, Export] = {
     "moe-int8-weight-only": mixture("W8A16", "qwen3_moe", "INT8_WEIGHT_ONLY_CFG"),
     # KV caches: every recipe under unquantized layers, where the noise is smallest, and some under quantized ones.
     **{
-        f"kv-{recipe.replace('_', '-')}": dense("none", "qwen3", UNQUANTIZED, recipe, name)
+        f"kv-{recipe.replace('_', '-')}": dense("none", "llama", UNQUANTIZED, recipe, name)
         for recipe, name in PRESETS.items()
     },
     **{f"kv-{recipe}-cast": dense("none", "llama", UNQUANTIZED, recipe, name) for recipe, name in CAST_PRESETS.items()},
     "w4a8-nvfp4-kv-nvfp4-affine": dense("W4A8_NVFP4_FP8", "mistral", NVFP4, "nvfp4_affine", PRESETS["nvfp4_affine"]),
     "w4a8-mxfp4-kv-fp8-affine": dense("W4A8_MXFP4_FP8", "qwen2", MXFP4, "fp8_affine", PRESETS["fp8_affine"]),
-    "moe-w4a8-nvfp4-kv-nvfp4": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, "nvfp4", PRESETS["nvfp4"]),
+    "moe-w4a8-nvfp4-kv-nvfp4": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, "nvfp4", PRESETS["nvfp4"], layers=2),
     "fp8-kv-fp8": dense("FP8", "llama", "FP8_DEFAULT_CFG", "fp8", PRESETS["fp8"]),
 }
 """Every export by name; the folder in the pack has the same name."""

@@ -9,22 +9,20 @@ machine with the GPU has neither ModelOpt nor a network.
 from __future__ import annotations
 
 import argparse
+import hashlib
+import itertools
 import json
 import lzma
-import tarfile
 import time
 from pathlib import Path
 from typing import Any
 
 from tests.support.cache import folder_digest
 
-ARCHIVE, MANIFEST = "exports.tar.xz", "manifest.json"
+ARCHIVE, MANIFEST = "exports.xz", "manifest.json"
 CHECK_PROMPTS, CHECK_LENGTH, CHECK_SEED = 4, 16, 500
 CAPABILITIES = (None, 90, 100)
 """On a CPU, before Blackwell and on it: which activations are rounded differs."""
-
-DICTIONARY = 128 << 20
-"""Bytes xz looks back: exports of one model have its unquantized tensors in common, and these are stored once."""
 
 
 class StalePack(Exception):
@@ -58,37 +56,55 @@ def build(target: Path, names: list[str] | None = None) -> None:
         folders[name] = folder
         manifest[name] = {"digest": folder_digest(folder), "readings": readings}
         print(f"{name}: {folders[name].name}, {time.monotonic() - start:.1f} s", flush=True)
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 6, "dict_size": DICTIONARY}]
-    with (
-        lzma.open(target / ARCHIVE, "wb", filters=filters) as stream,
-        tarfile.open(fileobj=stream, mode="w") as archive,
-    ):
-        for name, folder in sorted(folders.items()):
-            for file in sorted(folder.iterdir()):
-                archive.add(file, arcname=f"{name}/{file.name}", filter=_anonymous)
-    (target / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+    chunks: dict[bytes, bytes] = {}
+    for name, folder in folders.items():
+        files = {file.name: _chunks(file) for file in sorted(folder.iterdir())}
+        chunks.update({_digest(part): part for parts in files.values() for part in parts})
+        manifest[name]["files"] = {file: [_digest(part).hex() for part in parts] for file, parts in files.items()}
+    with lzma.open(target / ARCHIVE, "wb", preset=1) as stream:
+        for part in chunks.values():
+            stream.write(part)
+    content = {"chunks": {key.hex(): len(part) for key, part in chunks.items()}, "exports": manifest}
+    (target / MANIFEST).write_text(json.dumps(content), encoding="utf-8")
     print(f"{target / ARCHIVE}: {(target / ARCHIVE).stat().st_size / 2**20:.1f} MiB, {len(folders)} exports")
 
 
-def _anonymous(member: tarfile.TarInfo) -> tarfile.TarInfo:
-    member.mtime, member.uid, member.gid, member.uname, member.gname = 0, 0, 0, "", ""
-    return member
+def _digest(part: bytes) -> bytes:
+    return hashlib.sha256(part).digest()[:12]
+
+
+def _chunks(file: Path) -> list[bytes]:
+    """The content of a file, cut where the tensors of a safetensors file begin: exports of one model have many in common."""
+    content = file.read_bytes()
+    if file.suffix != ".safetensors":
+        return [content]
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    places = sorted({start + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"})
+    cuts = [0, *places, len(content)]
+    return [content[begin:end] for begin, end in itertools.pairwise(cuts) if end > begin]
 
 
 def unpack(pack: Path, target: Path) -> dict[str, Any]:
-    """Extracts the archive to ``target`` and returns the manifest. Raises StalePack where a folder is not the one it describes."""
-    text = (pack / MANIFEST).read_text(encoding="utf-8")
-    manifest: dict[str, Any] = json.loads(text)
-    with tarfile.open(pack / ARCHIVE, "r:xz") as archive:
-        archive.extractall(target, filter="data")
-    for name, entry in manifest.items():
+    """Writes the exports of a pack to ``target`` and returns what the manifest says of each.
+
+    Raises:
+        StalePack: an export is not the one that its readings were made of.
+    """
+    content = json.loads((pack / MANIFEST).read_text(encoding="utf-8"))
+    data = memoryview(lzma.decompress((pack / ARCHIVE).read_bytes()))
+    ends = list(itertools.accumulate(content["chunks"].values()))
+    parts = {key: data[end - size : end] for (key, size), end in zip(content["chunks"].items(), ends, strict=True)}
+    exports: dict[str, Any] = content["exports"]
+    for name, entry in exports.items():
+        (target / name).mkdir(parents=True)
+        for file, keys in entry["files"].items():
+            (target / name / file).write_bytes(b"".join(parts[key] for key in keys))
         found = folder_digest(target / name)
         if found != entry["digest"]:
-            raise StalePack(
-                f"{pack}: {name} has the digest {found}, its manifest says {entry['digest']}: build the pack again"
-            )
-    (target / MANIFEST).write_text(text, encoding="utf-8")
-    return manifest
+            raise StalePack(f"{pack}: {name} is {found}, its readings are of {entry['digest']}: make the pack again")
+    (target / MANIFEST).write_text(json.dumps(exports), encoding="utf-8")
+    return exports
 
 
 def main() -> int:
