@@ -18,7 +18,7 @@ from tests.support.moe import tiny
 POSITIONS = 4096
 """Room for the long prompts of the run."""
 
-WIDE = {"hidden": 512, "intermediate": 1536, "heads": 8, "layers": 1}
+WIDE = {"hidden": 512, "intermediate": 1536, "heads": 8, "layers": 1, "tied": True}
 """A model whose products take other configurations of the kernels than those of the tiny one."""
 
 WRONG_SCALE = 1.25
@@ -120,16 +120,16 @@ EXPORTS: dict[str, Export] = {
     "int4-awq": dense("W4A16_AWQ", "qwen2", "INT4_AWQ_CFG"),
     "nvfp4": dense("NVFP4", "llama", "NVFP4_DEFAULT_CFG"),
     "nvfp4-awq": dense("NVFP4_AWQ", "qwen2", "NVFP4_AWQ_LITE_CFG"),
-    "nvfp4-svd": dense("NVFP4_SVD", "qwen3", "NVFP4_SVDQUANT_DEFAULT_CFG"),
+    "nvfp4-svd": dense("NVFP4_SVD", "qwen3", "NVFP4_SVDQUANT_DEFAULT_CFG", layers=1),
     "w4a16-nvfp4": dense("W4A16_NVFP4", "llama", "W4A16_NVFP4_CFG"),
-    "w4a16-nvfp4-mlp32": dense("W4A16_NVFP4", "mistral", "NVFP4_MLP_WEIGHT_ONLY_CFG"),
+    "w4a16-nvfp4-mlp32": dense("W4A16_NVFP4", "mistral", "NVFP4_MLP_WEIGHT_ONLY_CFG", layers=1),
     "mxfp4": dense("MXFP4", "mistral", "MXFP4_DEFAULT_CFG"),
-    "mxfp8": dense("MXFP8", "qwen3", "MXFP8_DEFAULT_CFG"),
+    "mxfp8": dense("MXFP8", "qwen3", "MXFP8_DEFAULT_CFG", layers=1),
     "fp8": dense("FP8", "llama", "FP8_DEFAULT_CFG"),
-    "fp8-channel-token": dense("FP8_PER_CHANNEL_PER_TOKEN", "qwen2", "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
-    "fp8-blocks": dense("FP8_PB_WO", "llama", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
-    "int8-smoothquant": dense("W8A8_SQ_PER_CHANNEL", "qwen3", "INT8_SMOOTHQUANT_CFG"),
-    "int8-weight-only": dense("W8A16", "mistral", "INT8_WEIGHT_ONLY_CFG"),
+    "fp8-channel-token": dense("FP8_PER_CHANNEL_PER_TOKEN", "qwen2", "FP8_PER_CHANNEL_PER_TOKEN_CFG", layers=1),
+    "fp8-blocks": dense("FP8_PB_WO", "llama", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", layers=1),
+    "int8-smoothquant": dense("W8A8_SQ_PER_CHANNEL", "qwen3", "INT8_SMOOTHQUANT_CFG", layers=1),
+    "int8-weight-only": dense("W8A16", "mistral", "INT8_WEIGHT_ONLY_CFG", layers=1),
     # Wider layers.
     "w4a8-nvfp4-wide": dense("W4A8_NVFP4_FP8", "llama", NVFP4, **WIDE),
     "w4a8-mxfp4-wide": dense("W4A8_MXFP4_FP8", "llama", MXFP4, **WIDE),
@@ -144,11 +144,10 @@ EXPORTS: dict[str, Export] = {
     ),
     "mix-fp8-mha": dense("MIXED_PRECISION", "llama", "NVFP4_FP8_MHA_CONFIG", kv="fp8"),
     # Experts: every algorithm that ModelOpt exports for them.
-    **{
-        f"moe-w4a8-nvfp4-{f}": mixture("W4A8_NVFP4_FP8", f, NVFP4, layers=2)
-        for f in ("qwen3_moe", "mixtral", "qwen2_moe")
-    },
-    **{f"moe-w4a8-mxfp4-{f}": mixture("W4A8_MXFP4_FP8", f, MXFP4, layers=2) for f in ("qwen3_moe", "mixtral")},
+    "moe-w4a8-nvfp4-qwen3_moe": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, layers=2),
+    "moe-w4a8-mxfp4-qwen3_moe": mixture("W4A8_MXFP4_FP8", "qwen3_moe", MXFP4, layers=2),
+    **{f"moe-w4a8-nvfp4-{f}": mixture("W4A8_NVFP4_FP8", f, NVFP4) for f in ("mixtral", "qwen2_moe")},
+    "moe-w4a8-mxfp4-mixtral": mixture("W4A8_MXFP4_FP8", "mixtral", MXFP4),
     "moe-nvfp4": mixture("NVFP4", "qwen3_moe", "NVFP4_DEFAULT_CFG"),
     "moe-w4a16-nvfp4": mixture("W4A16_NVFP4", "mixtral", "W4A16_NVFP4_CFG"),
     "moe-w4a16-nvfp4-mlp32": mixture("W4A16_NVFP4", "qwen3_moe", "NVFP4_MLP_WEIGHT_ONLY_CFG"),
