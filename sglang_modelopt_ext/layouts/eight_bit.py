@@ -84,7 +84,7 @@ def _kind(request: LinearRequest) -> Kind | None:
 
 
 def _keep(shards: Sequence[ShardWeight]) -> ByteWeight:
-    """The shards as stored, but for MXFP8 scales, which become relative to a row's largest. Raises ValueError where they do not fit."""
+    """The shards as stored, but for MXFP8 scales, which become relative to a row's largest. Raises ValueError if too far apart."""
     if shards[0].math == "fp8":
         return eight_bit.whole(*prepare_dense(merge_decoded(shards), torch.float8_e4m3fn))
     kind = KINDS[shards[0].format.name]

@@ -1,8 +1,8 @@
 """Codes of a byte as float16 and bf16 numbers, exactly, four to a register of codes.
 
-The assembly works on the bytes of a register wherever the compiler put them, and leaves two numbers to a register in their order. It
-is used where it takes fewer instructions than the compiler's own conversions (``benchmarks.aot``): those of E4M3, which sm_80 lacks,
-and those of int8 to bf16 are better from sm_89 on.
+The assembly works on the bytes of a register wherever the compiler put them, and leaves two numbers to a register in their order.
+It is used where it takes fewer instructions than the compiler's own conversions (``benchmarks.aot``): from sm_89 on there are
+instructions that convert E4M3, and those of int8 to bf16 are no worse.
 """
 
 from __future__ import annotations
@@ -81,7 +81,10 @@ def e4m3_float16(w, NATIVE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def e4m3_bfloat16(w, b, SCALED: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """E4M3, or with NATIVE off its bytes, with SCALED times ``2^(b - 127)`` for bytes ``b``, as bf16; as float32 in the interpreter."""
+    """E4M3, or with NATIVE off its bytes, as bf16, with SCALED times ``2^(b - 127)`` for bytes ``b``.
+
+    In the interpreter as float32.
+    """
     if not ASM:
         u = w.to(tl.uint8, bitcast=True).to(tl.uint16)
         bits = ((u & 0x80) << 8) | ((u & 0x7F) << 4)

@@ -2,9 +2,9 @@
 
 The weight is the operand with the long side of the matrix instruction (M), because decoding has few tokens.
 
-Numerics: every product is exact, and the sum is float32. An E4M3 or int8 number is a float16 and a bf16 number; times a power of two
-within :data:`.packing.SPAN` E4M3 is a bf16 number. Under float32 scales a block's partial sum is scaled. int8 meets int8, and E4M3
-meets E4M3, in matrix instructions of their own: sums of the former are int32, and exact.
+Numerics: every product is exact, and the sum is float32. An E4M3 or int8 number is a float16 and a bf16 number; times a power of
+two within :data:`.packing.SPAN` E4M3 is a bf16 number. Under float32 scales a block's partial sum is scaled. int8 meets int8, and
+E4M3 meets E4M3, in matrix instructions of their own: sums of the former are int32, and exact.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def whole_sum(
 ):
     """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]``.
 
-    A weight has whole bytes: bf16 or int8 as KIND says, else E4M3, or with NATIVE off its bytes; ``s_row`` are the rows of its block
-    scales. The sum is float32, with MATH ``i8`` int32.
+    A weight has whole bytes: bf16 or int8 as KIND says, else E4M3, or with NATIVE off its bytes; ``s_row`` are the rows of its
+    block scales. The sum is float32, with MATH ``i8`` int32.
     """
     input_ = tl.arange(0, BK)
     GROUP: tl.constexpr = 32 if KIND == "e4m3_exponent" else BK

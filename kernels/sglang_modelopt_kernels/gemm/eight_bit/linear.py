@@ -10,7 +10,7 @@ from .launch import math_of, run, run_dense, run_int8, takes_dense, takes_int_mm
 from .packing import KINDS, ByteWeight
 
 DENSE_FROM = 1024
-"""Tokens from which a weight is decoded once for cuBLAS instead of in every tile of tokens, and int8 meets int8 there. Not timed."""
+"""Tokens from which a weight is decoded once for cuBLAS, not in every tile of tokens, and int8 meets int8 there. Not timed."""
 MOST_INPUTS_INT8 = (1 << 17) - 1
 """Inputs whose int8 products, 2^14 at the most, int32 always holds the sum of."""
 

@@ -1,7 +1,7 @@
 """``Y^T = W X^T`` for the pairs of one block and the weight of their expert.
 
-Sums are those of the products for one weight. E4M3 meets E4M3 in a matrix instruction of its own, where every product is exact; other
-activations meet the weight in their own type, which holds it exactly.
+Sums are those of the products for one weight. E4M3 meets E4M3 in a matrix instruction of its own, where every product is exact;
+other activations meet the weight in their own type, which holds it exactly.
 """
 
 from __future__ import annotations
