@@ -33,6 +33,8 @@ from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadamard_block
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale, in_order, makes_operands
+from sglang_modelopt_kernels.gemm.eight_bit import launch as eight_bit
+from sglang_modelopt_kernels.gemm.eight_bit.kernel import byte_decode_kernel, eight_bit_kernel
 from sglang_modelopt_kernels.gemm.folded import linear as folded
 from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_kernel
 from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
@@ -109,6 +111,41 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
                 of_x = {"x_ptr": "*fp16"} if own["ORDERED"] and f16 else {}
                 case = product_case(name, block_scaled_kernel, config, operands | of_x, numerics | own, "any")
                 yield dataclasses.replace(case, fragments=own["FRAGMENTS"])
+
+
+BYTES = {
+    "int8": ("i8", "fp32"),
+    "e4m3": ("fp8e4nv", "fp32"),
+    "e4m3_float": ("fp8e4nv", "fp32"),
+    "e4m3_exponent": ("fp8e4nv", "u8"),
+}
+"""Triton's types of the codes and of the block scales of each kind of 8-bit weight."""
+OPERANDS = {"torch.int8": "i8", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+
+
+def eight_bit_cases(arch: int) -> Iterator[Case]:
+    """Every configuration that the launcher can choose, one with partial sums, and the decoding for many tokens."""
+    for kind, (codes, scale) in BYTES.items():
+        codes = codes if arch >= 89 else codes.replace("fp8e4nv", "u8")
+        numerics = {"KIND": kind, "NATIVE": arch >= 89, "ASM": True}
+        for dtype in eight_bit.TAKEN[kind]:
+            name, math = OPERANDS[str(dtype)], eight_bit.math_of(kind, dtype)
+            operands = {"x_ptr": f"*{name}", "w_ptr": f"*{codes}", "s_ptr": f"*{scale}"}
+            own = {"MATH": math, "SCALE_ROWS": 128 if kind == "e4m3_float" else 1}
+            own["WGMMA"] = matrix_instruction(arch) == "wgmma"
+            for config in eight_bit.configs(kind, math, arch):
+                # What has no instruction for int8 on Blackwell is left to mma.sync.
+                wanted = "small" if math == "i8" else "any"
+                yield product_case(
+                    f"eight_bit {kind} {name}", eight_bit_kernel, config, operands, numerics | own, wanted
+                )
+            if math == "i8":
+                continue
+            types = {"w_ptr": f"*{codes}", "s_ptr": f"*{scale}", "y_ptr": f"*{name}"} | dict.fromkeys(
+                ("first", "n", "k"), "i32"
+            )
+            constexprs = numerics | {"F16": math == "f16", "BN": 8, "BK": 512}
+            yield Case(f"decode_bytes {kind} {name}", byte_decode_kernel, types, constexprs, {}, ("k",))
 
 
 def group_scaled_cases(arch: int) -> Iterator[Case]:
@@ -303,6 +340,7 @@ def cases(arch: int) -> list[Case]:
     """Everything that may run on ``arch``."""
     products = [
         *block_scaled_cases(arch),
+        *eight_bit_cases(arch),
         *group_scaled_cases(arch),
         *mxfp4_cases(arch),
         *folded_cases(arch),

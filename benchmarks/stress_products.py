@@ -12,6 +12,10 @@ from benchmarks.stress_case import Launch, StressCase
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.gemm.block_scaled import launch as block_scaled
 from sglang_modelopt_kernels.gemm.block_scaled import pack, unpack
+from sglang_modelopt_kernels.gemm.eight_bit import eight_bit_linear, packing
+from sglang_modelopt_kernels.gemm.eight_bit import launch as eight_bit
+from sglang_modelopt_kernels.gemm.eight_bit.packing import ByteWeight
+from sglang_modelopt_kernels.gemm.eight_bit.packing import Kind as EightBitKind
 from sglang_modelopt_kernels.gemm.folded import fold
 from sglang_modelopt_kernels.gemm.folded import linear as folded
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
@@ -47,6 +51,15 @@ def product_cases(capability: int) -> Iterator[StressCase]:
                     name = f"folded mxfp4 fp8 {inputs} {config} split {split}"
                     yield StressCase(name, partial(_folded, k, (config, split)))
             yield StressCase(f"folded mxfp4 fp8 {inputs} dense", partial(_folded, k, None))
+    for kind, dtypes_of in eight_bit.TAKEN.items():
+        for dtype in dtypes_of:
+            for inputs, k in INPUTS.items():
+                if inputs == "half" or (inputs == "tail" and kind == "e4m3_float"):
+                    continue
+                for plan in _eight_bit_plans(kind, dtype, capability, inputs):
+                    way = f"{plan[0]} split {plan[1]}" if plan else "decoded"
+                    name = f"eight_bit {kind} {str(dtype).removeprefix('torch.')} {inputs} {way}"
+                    yield StressCase(name, partial(_eight_bit, kind, dtype, k, plan))
     if capability >= 89:
         for tokens in (1, 64, 2048):
             yield StressCase(f"fp8_linear {tokens} tokens", partial(_fp8, tokens))
@@ -123,6 +136,42 @@ def _folded(k: int, plan: Plan | None) -> Launch:
     if plan is None:
         return Launch(lambda: folded.run_dense(x, weight, row_scale, None, torch.bfloat16), expected)
     return Launch(lambda: folded.run(x, weight, row_scale, None, torch.bfloat16, plan), expected)
+
+
+def _eight_bit_plans(kind: EightBitKind, dtype: torch.dtype, capability: int, inputs: str) -> list[Plan | None]:
+    """Every configuration, the smallest with partial sums too, and None for the way of many tokens."""
+    known = eight_bit.configs(kind, eight_bit.math_of(kind, dtype), capability)
+    plans: list[Plan | None] = [(config, 1) for config in known]
+    return [*plans, (known[0], SPLIT), None] if inputs == "whole" else plans
+
+
+def _eight_bit(kind: EightBitKind, dtype: torch.dtype, k: int, plan: Plan | None) -> Launch:
+    generator = torch.Generator("cuda").manual_seed(k)
+    number = WEIGHT_FORMATS[
+        {"int8": "int8_per_channel", "e4m3": "fp8_per_channel", "e4m3_float": "fp8_block", "e4m3_exponent": "mxfp8"}[
+            kind
+        ]
+    ]
+    stored = number.quantize(torch.randn(N, k, generator=generator, device="cuda").bfloat16())
+    decoded = number.decode(stored)
+    weight = _bytes(kind, stored)
+    tokens = tokens_for(*plan) if plan else MANY[-1]
+    x = torch.randn(tokens, k, generator=generator, device="cuda").to(torch.float8_e4m3fn).float()
+    x = (x * 20).clamp(-128, 127).round().to(dtype) if dtype == torch.int8 else x.to(dtype)
+    row_scale = torch.rand(tokens, 1, generator=generator, device="cuda") + 0.5
+    expected = (x.double() @ (decoded.unit.double() * decoded.out_scale.double()).T) * row_scale.double()
+    if plan is None:
+        return Launch(lambda: eight_bit_linear(x, weight, row_scale, None, torch.bfloat16), expected)
+    return Launch(lambda: eight_bit.run(x, weight, row_scale, None, torch.bfloat16, plan), expected)
+
+
+def _bytes(kind: EightBitKind, stored: dict[str, torch.Tensor]) -> ByteWeight:
+    codes, scale = stored["weight"], stored["weight_scale"]
+    if kind == "e4m3_float":
+        return packing.float_blocks([(codes, scale.squeeze(3).squeeze(1))])
+    if kind == "e4m3_exponent":
+        return packing.mxfp8(codes, scale)
+    return packing.whole(codes, scale.float().reshape(-1).expand(codes.shape[0]).contiguous())
 
 
 def _fp8(tokens: int) -> Launch:

@@ -81,17 +81,19 @@ def launch(
     plan: Plan,
     per_entry: int = 1,
     operands: Sequence[Any] | None = None,
+    sum_dtype: torch.dtype = torch.float32,
     **arguments: Any,
 ) -> torch.Tensor:
     """``[M, N]`` of ``out_dtype`` from a kernel over tiles of ``Y^T``, for activations ``x`` and a weight of N rows.
 
     ``x`` is ``[M, K]``, or ``[M, K / per_entry]`` where an entry holds several inputs; ``operands`` what the kernel gets for ``x``,
-    ``codes`` and ``scale``, where that is not themselves; ``arguments`` are those of the kernel's own.
+    ``codes`` and ``scale``, where that is not themselves; ``sum_dtype`` is the type of partial sums; ``arguments`` are those of the
+    kernel's own.
     """
     m, k, n = x.shape[0], x.shape[1] * per_entry, codes.shape[0]
     config, split = plan
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
-    partials = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else None
+    partials = torch.empty((split, m, n), dtype=sum_dtype, device=x.device) if split > 1 else None
     grid = (triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)
     if config.persistent:
         grid = (min(config.tiles(m, n), machine(x.device)[1]), 1, 1)
