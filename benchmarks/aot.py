@@ -60,6 +60,8 @@ TENSOR_MEMORY = 512
 """Columns of an SM's tensor memory: PTX ISA, tcgen05."""
 FRAGMENT_ORDERS = ("[0, 1], [8, 0], [0, 8], [0, 16]", "[0, 1], [0, 2], [8, 0], [0, 16]")
 """How the rows and inputs of a thread's registers go on, of operands of 16 bits and of 8 (or 16 that were made of 8)."""
+DROPPED = re.compile(r"\bVIADD\.16x2\s+\w+, \w+, 0x0\b")
+"""What ptxas 12.9 makes of ``add.s16x2`` with a constant: the constant is lost."""
 OPCODES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 """Of each matrix instruction in PTX."""
 
@@ -404,6 +406,8 @@ def compile_case(case: Case, arch: int) -> Result:
     broken = register_race(ptx)
     if broken:
         result.problems.append(broken)
+    if DROPPED.search(sass):
+        result.problems.append("a packed 16-bit sum lost its constant")
     if spilled:
         result.problems.append(f"spills {spilled} bytes")
     if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY:

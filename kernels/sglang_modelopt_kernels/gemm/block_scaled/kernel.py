@@ -160,7 +160,8 @@ def _scale_bfloat16(b, KIND: tl.constexpr):
         # e4m3's exponent and mantissa in float32's place are the value times 2^-120.
         scale = ((b.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 2.0**120 * 2.0**117).to(tl.bfloat16)
     else:
-        scale = ((b.to(tl.uint16) + 224) << 7).to(tl.bfloat16, bitcast=True)
+        # Exponents are below 32, so `|` adds. ptxas 12.9 drops the constant of a packed 16-bit sum (`add.s16x2`).
+        scale = ((b.to(tl.uint16) | 224) << 7).to(tl.bfloat16, bitcast=True)
     return scale
 
 
