@@ -52,6 +52,7 @@ from sglang_modelopt_kernels.gemm.tile.wgmma import register_race
 from sglang_modelopt_kernels.quantize.blocks import quantize as blocks
 from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kernel
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
+from sglang_modelopt_kernels.quantize.int8.kernel import quantize_int8_kernel
 
 ARCHITECTURES = (80, 89, 90, 100, 103, 120)
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10}
@@ -126,7 +127,7 @@ OPERANDS = {"torch.int8": "i8", "torch.float16": "fp16", "torch.bfloat16": "bf16
 
 
 def eight_bit_cases(arch: int) -> Iterator[Case]:
-    """Every configuration that the launcher can choose, one with partial sums, and the decoding for many tokens."""
+    """Every configuration that the launcher can choose, and the decoding for many tokens."""
     for kind, (codes, scale) in BYTES.items():
         codes = codes if arch >= 89 else codes.replace("fp8e4nv", "u8")
         numerics = {"KIND": kind, "NATIVE": arch >= 89, "ASM": True}
@@ -274,6 +275,8 @@ def other_cases(arch: int) -> Iterator[Case]:
     yield Case(
         "quantize_fp8 static", quantize_static_kernel, types, {"SMOOTH": True, "BLOCK": 2048}, {}, ("k", "stride")
     )
+    of_int8 = types | {"y_ptr": "*i8", "row_scale_ptr": "*fp32"}
+    yield Case("quantize_int8", quantize_int8_kernel, of_int8, {"SMOOTH": True, "BLOCK": 2048}, {}, ("k", "stride"))
     constexprs = {"SMOOTH": True, "HAS_AMAX": True, "BLOCK": 2048}
     types = types | {"amax_ptr": "*fp32"}
     yield Case("quantize_fp8 token", quantize_token_kernel, types, constexprs, {}, ("k", "stride"))

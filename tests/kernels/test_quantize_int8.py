@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_modelopt_ext.methods.product import round_input
 from sglang_modelopt_kernels.formats.int8 import INT8StaticPerTensor
 from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
 
@@ -84,6 +85,20 @@ def test_the_twin_is_the_format() -> None:
     assert whole.tolist() == [True, False, True, True, True]
     assert torch.equal((values.float() * row_scale)[whole], (right * scale)[whole])
     assert bool((values.float() * row_scale)[~whole].isnan().all())
+
+
+def test_what_a_layer_is_given() -> None:
+    """Of int8 operands: a token with NaN keeps it, through smoothing, and no other token does."""
+    x = sample(5, 77, "bf16")
+    inputs = {"input_scale": torch.tensor(0.25), "pre_quant_scale": torch.full((77,), 0.5)}
+    values, row_scale = round_input(x, INT8StaticPerTensor(), torch.int8, inputs)
+    assert values.dtype == torch.int8
+    assert row_scale is not None
+    right, scale = INT8StaticPerTensor().quantize(x.float() * 0.5, torch.tensor(0.25))
+    assert scale is not None
+    spoiled = x.isnan().any(dim=1)
+    assert torch.equal((values.float() * row_scale)[~spoiled], (right * scale)[~spoiled])
+    assert torch.equal(row_scale.isnan().flatten(), spoiled)
 
 
 @pytest.mark.parametrize(

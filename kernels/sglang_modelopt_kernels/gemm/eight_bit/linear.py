@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from sglang_modelopt_kernels.gemm.tile import check_epilogue, machine
@@ -29,16 +31,19 @@ def _eight_bit_linear(
     if kind not in KINDS:
         raise ValueError(f"unknown kind of weight: {kind!r}")
     weight = ByteWeight(codes, scale, out_scale, kind)
-    m = x.shape[0]
-    if m == 0:
+    if x.shape[0] == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
-    launch = run
-    if x.is_cuda and m >= DENSE_FROM:
-        if x.dtype == torch.int8:
-            launch = run_int8 if takes_int_mm(m, weight.n, weight.k, machine(x.device)[0]) else run
-        elif takes_dense(weight):
-            launch = run_dense
-    return launch(x, weight, row_scale, bias, out_dtype)
+    return _choose(x, weight)(x, weight, row_scale, bias, out_dtype)
+
+
+def _choose(x: torch.Tensor, weight: ByteWeight) -> Callable[..., torch.Tensor]:
+    """The launch for that many tokens. All form the same exact products; what differs is how a float32 sum is rounded."""
+    m = x.shape[0]
+    if not x.is_cuda or m < DENSE_FROM:
+        return run
+    if x.dtype == torch.int8:
+        return run_int8 if takes_int_mm(m, weight.n, weight.k, machine(x.device)[0]) else run
+    return run_dense if takes_dense(weight) else run
 
 
 @_eight_bit_linear.register_fake
