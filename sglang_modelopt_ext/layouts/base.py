@@ -78,6 +78,8 @@ class Layout(ABC):
     """A way to keep a weight, and the product that reads it."""
 
     name: str
+    repeats = True
+    """Whether its product repeats bit for bit: the check before serving holds it to that."""
     takes_vocabulary = False
     """Whether it has :meth:`rows`."""
 
@@ -110,9 +112,9 @@ class Layout(ABC):
     ) -> torch.Tensor:
         """The layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
 
-    def check_tokens(self, device: torch.device) -> tuple[int, ...]:
-        """Numbers of tokens of which :mod:`..selfcheck` has none and with which a product of its size takes a way of its own."""
-        del device
+    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
+        """Return numbers of tokens that :mod:`..selfcheck` lacks and with which a product of ``n`` outputs takes a way of its own."""
+        del device, n
         return ()
 
     def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,8 @@ class ExpertLayout(ABC):
     """A way to keep the weights of all experts of this rank, and the product that reads them."""
 
     name: str
+    repeats = True
+    """Whether its product repeats bit for bit: the check before serving holds it to that."""
 
     @abstractmethod
     def supports(self, request: ExpertRequest) -> str | None:
