@@ -13,12 +13,9 @@ from pathlib import Path
 import torch
 
 from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, is_expert, read_experts
-from sglang_modelopt_ext.checkpoint.quant_config import (
-    LayerQuantization,
-    QuantConfig,
-    canonical_name,
-    read_quant_config,
-)
+from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS as FUSED_SHARDS
+from sglang_modelopt_ext.checkpoint.names import canonical_name
+from sglang_modelopt_ext.checkpoint.quant_config import LayerQuantization, QuantConfig, read_quant_config
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
 from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_blocks
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
@@ -27,12 +24,6 @@ from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, La
 from sglang_modelopt_ext.schemes.table import find_scheme
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, ValueRule
-
-FUSED_SHARDS: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""SGLang's fused linear layers and the checkpoint's layers each is made of, in order."""
 
 _SCALE_NAMES = frozenset(
     {PRE_QUANT_SCALE.name, LORA_A, LORA_B}
@@ -225,7 +216,7 @@ def _quantized_modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[st
 
 def _describe(module: str, stored: Mapping[str, StoredTensor], config: QuantConfig) -> QuantizedLinear:
     some = next(iter(stored.values()))
-    quantization = config.layer(module)
+    quantization = config.layer(module, stored=True)
     if quantization is None:
         extra = next(tensor for name, tensor in sorted(stored.items()) if name in _SCALE_NAMES or name == "weight")
         raise ModelOptExtError.at(

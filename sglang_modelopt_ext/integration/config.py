@@ -111,7 +111,8 @@ class ModelOptExtConfig(QuantizationConfig):
         return []
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
-        """Adds SGLang's names of the layers to the checkpoint's, for models that rename modules."""
+        """Add SGLang's names to the checkpoint's, of layers and in the configuration's lists, for models that rename modules."""
+        self.config = self.config.renamed(hf_to_sglang_mapper._map_name)
         for linear in list(self.linears.values()):
             renamed = hf_to_sglang_mapper._map_name(linear.name)
             if renamed is not None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from sglang_modelopt_ext.checkpoint.quant_config import canonical_name, matches, parse_quant_config, read_quant_config
+from sglang_modelopt_ext.checkpoint.names import canonical_name, matches
+from sglang_modelopt_ext.checkpoint.quant_config import parse_quant_config, read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 
 FILE_SECTION: dict[str, Any] = {
