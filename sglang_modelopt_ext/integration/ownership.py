@@ -23,7 +23,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 )
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.stock import MIX_ALGOS, stock_fault, stores_stock_scales
+from sglang_modelopt_ext.integration.stock import MIX_ALGOS, NVFP4_ALGOS, stock_fault, stores_stock_scales
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
 
 GENERIC_FLAG = "modelopt"
@@ -35,6 +35,9 @@ STOCK_W4AFP8_FLAG = "w4afp8"
 
 MXFP8, STOCK_MXFP8_FLAG = "MXFP8", "mxfp8"
 """The algorithm that SGLang reads under a name of its own, and that name."""
+
+NO_FLAGS = (None, "unquant")
+"""No ``--quantization``: SGLang resolves ``unquant`` to it, and reads what the checkpoint says all the same."""
 
 REQUANTIZING_FLAGS = frozenset({"nvfp4_online", "quark_mxfp4", STOCK_W4AFP8_FLAG})
 """SGLang's flags that ask for something else than the checkpoint says. It corrects every other one to what it finds."""
@@ -88,6 +91,7 @@ def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
     """
     if flag in REQUANTIZING_FLAGS:
         return Ownership(None)
+    flag = None if flag in NO_FLAGS else flag
     try:
         config = read_quant_config(folder)
         _check_algorithms(config)
@@ -106,6 +110,9 @@ def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
     if flag in FAMILIES:
         return _asked_for(config, flag)
     if config.algo == MIXED_PRECISION:
+        corrected = any(layer.algo in NVFP4_ALGOS for layer in config.quantized_layers.values())
+        if not corrected and flag not in (None, GENERIC_FLAG, STOCK_MIXED_FLAG):
+            raise _misfit(config, str(flag))
         return _judged(UMBRELLA, config, folder, capability)
     scheme = find_scheme(config.algo, config.file)
     if scheme.stock_flag is not None:

@@ -207,8 +207,8 @@ def _block_scales(subject: Subject) -> str | None:
 RULES: tuple[Callable[[Subject], str | None], ...] = (
     _algorithm,
     _group_size,
-    _fp8_experts,
     _experts_of_one_layer,
+    _fp8_experts,
     _mixtral,
     _fused_shards,
     _embedding,

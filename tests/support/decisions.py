@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -18,7 +17,7 @@ from sglang.srt.model_loader import weight_utils
 from transformers import PretrainedConfig
 
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
-from sglang_modelopt_ext.integration import config, ownership
+from sglang_modelopt_ext.integration import config
 from sglang_modelopt_ext.schemes.table import FAMILIES
 
 FLAGS: tuple[str | None, ...] = (None, *(flag for flag in QUANTIZATION_CHOICES if flag not in FAMILIES))
@@ -100,11 +99,3 @@ def with_plugin(folder: Path, flag: str | None, capability: int) -> Decision:
 
     with gpu(capability), patch.dict(quantization.QUANTIZATION_METHODS, methods):
         return _decide(folder, flag, capability, verify, read)
-
-
-def why(folder: Path, flag: str | None, capability: int) -> ownership.Ownership:
-    """Who serves the checkpoint, with the reason."""
-    return ownership.decide(folder, flag, capability)
-
-
-__all__ = ["FLAGS", "REFUSED", "UNQUANTIZED", "Decision", "SimpleNamespace", "why", "with_plugin", "without_plugin"]

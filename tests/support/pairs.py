@@ -1,7 +1,7 @@
 """Configuration pairs (``config.json`` and ``hf_quant_config.json``) with the structure of published checkpoints, small and new.
 
-``PUBLISHED`` has what NVIDIA and others publish and SGLang serves; ``EDITED`` what people do to such files by hand; ``EXPORTS`` what
-ModelOpt 0.47 writes for the recipes that SGLang serves wrongly or not at all.
+``PUBLISHED`` has what NVIDIA and others publish and SGLang serves; ``EDITED`` what people do to such files by hand; ``EXPORTS``
+what ModelOpt 0.47 writes for the recipes that SGLang serves wrongly or not at all.
 """
 
 from __future__ import annotations
@@ -69,7 +69,14 @@ def group(bits: int, size: int | None = None) -> Json:
 
 def mix(**algos: str) -> Json:
     """``quantized_layers``: a layer's name with ``__`` for dots, and its algorithm."""
-    sizes = {"NVFP4": 16, "W4A16_NVFP4": 16, "MXFP8": 32, "FP8_BLOCK_SCALES": 128, "W4A8_NVFP4_FP8": 32}
+    sizes = {
+        "NVFP4": 16,
+        "W4A16_NVFP4": 16,
+        "MXFP8": 32,
+        "FP8_BLOCK_SCALES": 128,
+        "FP8_PB_WO": 128,
+        "W4A8_NVFP4_FP8": 32,
+    }
     return {
         name.replace("__", "."): {"quant_algo": algo, **({"group_size": sizes[algo]} if algo in sizes else {})}
         for name, algo in algos.items()
@@ -251,6 +258,7 @@ PUBLISHED = (
             flat(
                 "MIXED_PRECISION",
                 ignore=["lm_head"],
+                kv_cache_quant_algo=None,
                 quantized_layers=mix(
                     model__layers__0__mlp__experts="NVFP4", mtp__layers__0__mlp__experts="FP8_BLOCK_SCALES"
                 ),
@@ -265,6 +273,7 @@ PUBLISHED = (
             flat(
                 "MIXED_PRECISION",
                 exclude_modules=["lm_head"],
+                kv_cache_quant_algo=None,
                 quantized_layers=mix(
                     model__layers__0__self_attn__q_proj="MXFP8",
                     model__layers__1__block_sparse_moe__experts__0__w1="NVFP4",
@@ -294,7 +303,10 @@ PUBLISHED = (
     Pair("eagle_head_not_quantized", model("LlamaForCausalLMEagle3", "llama"), nested(None, kv_cache_quant_algo=None)),
     Pair("not_quantized", model(*DENSE)),
     Pair("awq", model(*DENSE, {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True})),
-    Pair("block_fp8", model(*MOE, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]})),
+    Pair(
+        "block_fp8",
+        model(*MOE, {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}),
+    ),
 )
 
 _NVFP4 = nested("NVFP4", kv_cache_quant_algo=None, group_size=16, exclude_modules=["lm_head"])
@@ -351,7 +363,11 @@ EDITED = (
 )
 
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
-_SHARDS = mix(model__layers__0__mlp__gate_proj="FP8", model__layers__0__mlp__up_proj="FP8", model__layers__0__mlp__down_proj="NVFP4")
+_SHARDS = mix(
+    model__layers__0__mlp__gate_proj="FP8",
+    model__layers__0__mlp__up_proj="FP8",
+    model__layers__0__mlp__down_proj="NVFP4",
+)
 
 EXPORTS = (
     *(
@@ -398,7 +414,9 @@ EXPORTS = (
         model(*MOE),
         nested(
             "MIXED_PRECISION",
-            quantized_layers=mix(lm_head="NVFP4", model__embed_tokens="W4A16_NVFP4", model__layers__0__mlp__experts="NVFP4"),
+            quantized_layers=mix(
+                lm_head="NVFP4", model__embed_tokens="W4A16_NVFP4", model__layers__0__mlp__experts="NVFP4"
+            ),
         ),
     ),
     Pair(
@@ -407,7 +425,9 @@ EXPORTS = (
         nested("NVFP4", group_size=16, exclude_modules=["lm_head"]),
         tensors=("model.embed_tokens.weight", "model.embed_tokens.weight_scale"),
     ),
-    Pair("mix_of_fp8", model(*MOE), nested("MIXED_PRECISION", quantized_layers=mix(model__layers__0__mlp__experts="FP8"))),
+    Pair(
+        "mix_of_fp8", model(*MOE), nested("MIXED_PRECISION", quantized_layers=mix(model__layers__0__mlp__experts="FP8"))
+    ),
     Pair(
         "mix_with_fp8_experts",
         model(*MOE),
@@ -431,7 +451,9 @@ EXPORTS = (
         model(*MOE),
         nested(
             "MIXED_PRECISION",
-            quantized_layers=mix(model__layers__0__mlp__experts="NVFP4", model__layers__0__self_attn__o_proj="W4A8_NVFP4_FP8"),
+            quantized_layers=mix(
+                model__layers__0__mlp__experts="NVFP4", model__layers__0__self_attn__o_proj="W4A8_NVFP4_FP8"
+            ),
         ),
     ),
     Pair(
