@@ -238,7 +238,8 @@ def _group_size(section: Mapping[str, Any], file: Path) -> int | None:
     # For MIXED_PRECISION the groups are per-layer guesses of the conversion (it writes 16 where nothing is known).
     mixed = str(section.get("quant_algo")).upper() == MIXED_PRECISION
     if declared is None and not mixed and isinstance(groups, Mapping) and len(groups) == 1:
-        weights = next(iter(groups.values())).get("weights")
+        (group,) = groups.values()
+        weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping):
             declared = _positive_int(weights.get("group_size"), file, "config_groups.weights.group_size")
     return declared
@@ -278,8 +279,9 @@ def _quantized_layers(section: Mapping[str, Any], file: Path) -> dict[str, Layer
 def _kv_cache_algo(section: Mapping[str, Any], file: Path) -> str | None:
     value = next(section[key] for key in _KV_CACHE_KEYS if key in section)
     if isinstance(value, Mapping):  # the converted form of config.json
-        if value.get("type") == "float" and value.get("num_bits") in _KV_CACHE_BITS:
-            return _KV_CACHE_BITS[value["num_bits"]]
+        for bits, name in _KV_CACHE_BITS.items():
+            if value.get("type") == "float" and value.get("num_bits") == bits:
+                return name
         raise ModelOptExtError.at(file, "kv_cache_scheme", "an 8-bit or 4-bit float or a name", repr(dict(value))[:80])
     if value is not None and not isinstance(value, str):
         raise ModelOptExtError.at(file, "kv_cache_quant_algo", "a string or null", repr(value))
@@ -297,7 +299,7 @@ def _rounds_activations(content: Mapping[str, Any], file: Path) -> bool | None:
 def _kv_cache_recipe(content: Mapping[str, Any], file: Path) -> str | None:
     own = content.get(OWN_KEY)
     value = own.get(KV_CACHE_RECIPE) if isinstance(own, Mapping) else None
-    if value is not None and value not in KV_RECIPES:
+    if value is not None and value not in tuple(KV_RECIPES):
         raise ModelOptExtError.at(file, f"{OWN_KEY}.{KV_CACHE_RECIPE}", f"one of {', '.join(KV_RECIPES)}", repr(value))
     return value
 

@@ -87,7 +87,8 @@ class Subject:
     def model(self) -> str | None:
         """The architecture SGLang builds it as."""
         architectures = self.fields.get("architectures")
-        return architectures[0] if isinstance(architectures, list) and architectures else None
+        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        return first if isinstance(first, str) else None
 
 
 def stock_fault(config: QuantConfig, folder: Path, capability: int | None) -> str | None:

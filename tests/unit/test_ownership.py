@@ -219,6 +219,50 @@ def test_malformed_is_an_error_where_the_algorithm_can_only_be_ours(
         decide(folder, UMBRELLA, 100)
 
 
+JUNK = (None, True, 0, -1, 1.5, "", "text", [], [1], ["a", 2], {}, {"a": 1}, {"a": {"quant_algo": 4}}, {"a": [1]}, [[]])
+
+
+@pytest.mark.parametrize("algo", ["NVFP4", "MIXED_PRECISION", "W2A2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quant_algo",
+        "kv_cache_quant_algo",
+        "kv_cache_scheme",
+        "group_size",
+        "config_groups",
+        "exclude_modules",
+        "ignore",
+        "quantized_layers",
+        "producer",
+        "quant_method",
+        "quantization",
+        "text_config",
+        "architectures",
+        "model_type",
+        "compression_config",
+        "sglang_modelopt_ext",
+    ],
+)
+def test_nothing_malformed_is_an_error_without_a_flag_of_ours(tmp_path: Path, name: str, algo: str) -> None:
+    """A field of any type, in either file and at any level: SGLang may make something of it."""
+    layers = {"quantized_layers": MIXED_LAYERS} if algo == "MIXED_PRECISION" else {}
+    whole = {"quant_algo": algo, "group_size": 16, **layers}
+    for junk in (*JUNK, {"kv_cache_recipe": []}, {"rounds_activations": "x"}, {"type": "float", "num_bits": []}):
+        changed = {**whole, name: junk}
+        for file, config in (
+            ({"quantization": changed}, {}),
+            ({"quantization": whole, name: junk}, {name: junk}),
+            (changed, {"quantization_config": whole}),
+            ({"quantization": whole}, {"quantization_config": changed, "architectures": ["A"]}),
+            ({"quantization": junk}, {"quantization_config": junk}),
+        ):
+            (tmp_path / "hf_quant_config.json").write_text(json.dumps(file))
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            for flag in (None, "modelopt_fp4"):
+                decide(tmp_path, flag, 90)
+
+
 @pytest.mark.parametrize("capability", [None, 90, 100])
 @pytest.mark.parametrize("flag", [None, "modelopt", "modelopt_ext"])
 def test_a_checkpoint_that_quantizes_only_its_kv_cache_is_ours(

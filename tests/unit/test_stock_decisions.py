@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration import processes
 from sglang_modelopt_ext.integration.ownership import decide
 from sglang_modelopt_ext.schemes.table import FAMILIES
 from tests.support import decisions
@@ -115,6 +116,24 @@ def test_nothing_published_is_an_error_of_ours(tmp_path: Path, pair: Pair) -> No
     for flag in FLAGS:
         for capability in (None, *GPUS):
             decide(folder, flag, capability)
+
+
+@pytest.mark.parametrize("pair", [*PUBLISHED, *EDITED], ids=lambda pair: pair.name)
+def test_nothing_published_is_stopped_before_it_starts(
+    tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The checks before any process starts, the KV cache's included, and what they say: one line at most."""
+    from sglang.srt.server_args import ServerArgs
+
+    logging.disable(logging.NOTSET)
+    monkeypatch.setattr(processes, "gpu_capability", lambda: 90)
+    folder = pair.write(tmp_path)
+    with caplog.at_level(logging.INFO, processes.__name__):
+        processes.preflight(ServerArgs(model_path=str(folder), device="cuda"))
+    said = [record.getMessage() for record in caplog.records if record.name == processes.__name__]
+    assert len(said) <= 1
+    assert all(line.startswith("modelopt_ext: left to SGLang") for line in said)
+    assert bool(said) == bool(decide(folder, None, 90).why)
 
 
 @pytest.mark.parametrize(
