@@ -32,7 +32,7 @@ from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, r
 from sglang_modelopt_ext.dispatch import objections, served_scheme
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.ownership import owned_family
+from sglang_modelopt_ext.integration.ownership import decide
 from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES, UMBRELLA
@@ -255,18 +255,14 @@ def _serving(folder: Path, config: QuantConfig | None, target: Target, problems:
     if config is None:
         return serving(STOCK, (), "it was not quantized by ModelOpt")
     try:
-        owned = owned_family(folder, None, target.capability)
+        found = decide(folder, None, target.capability)
     except ModelOptExtError as error:
         problems.append(error)
         return serving(None, (), "no --quantization serves it (see the problems)")
-    if owned is None:
-        return serving(STOCK, (UMBRELLA,), "SGLang 0.5.23 serves it rightly there")
-    flags = [owned[0], *({UMBRELLA} - {owned[0]})]
-    if config.algo is None:
-        return serving(OURS, flags, "it quantizes its KV cache only, which SGLang refuses")
-    if target.capability is None:
-        return serving(OURS, flags, "SGLang has no CPU kernels for ModelOpt's formats")
-    return serving(OURS, flags, "SGLang 0.5.23 does not serve it rightly there")
+    if found.family is None:
+        doubt = "it is not understood here: " if found.in_doubt else ""
+        return serving(STOCK, () if found.in_doubt else (UMBRELLA,), doubt + found.why)
+    return serving(OURS, [found.family, *({UMBRELLA} - {found.family})], found.why)
 
 
 def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptExtError]) -> KVCache | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME
+from sglang_modelopt_ext.schemes.table import SCHEMES
 
 PRODUCER = {"name": "modelopt", "version": "0.44.0"}
 Json = dict[str, Any]
@@ -362,6 +363,12 @@ EDITED = (
     Pair("list_for_a_section", model(*DENSE), {"producer": PRODUCER, "quantization": []}),
 )
 
+
+def _spelled(algo: str) -> str:
+    """``quant_algo`` as ModelOpt writes it, which has two in lower case."""
+    return algo.lower() if algo in ("MXFP4", "FP8_PB_WO") else algo
+
+
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 _SHARDS = mix(
     model__layers__0__mlp__gate_proj="FP8",
@@ -371,20 +378,9 @@ _SHARDS = mix(
 
 EXPORTS = (
     *(
-        Pair(f"only_{algo}", model(*DENSE), nested(algo, exclude_modules=["lm_head"]))
-        for algo in (
-            "W4A8_NVFP4_FP8",
-            "W4A8_MXFP4_FP8",
-            "W4A8_AWQ",
-            "mxfp4",
-            "NVFP4_SVD",
-            "FP8_PER_CHANNEL_PER_TOKEN",
-            "fp8_pb_wo",
-            "MXFP8",
-            "W4A16_AWQ",
-            "W8A8_SQ_PER_CHANNEL",
-            "W8A16",
-        )
+        Pair(f"only_{scheme.algo}", model(*DENSE), nested(_spelled(scheme.algo), exclude_modules=["lm_head"]))
+        for scheme in SCHEMES.values()
+        if scheme.stock_flag is None
     ),
     Pair(
         "w4a8_in_both_files",
