@@ -139,3 +139,31 @@ def test_exclusions_do_not_cover_everything() -> None:
     for name in ("model.layers.0.mlp.gate_proj", "model.layers.11.mlp.up_proj", "model.layers.0.mlp.experts.1.up_proj"):
         assert not exclusions.cover(name)
     assert EXPERT.fullmatch("model.layers.0.mlp.experts.1.up_proj")
+
+
+def test_names_are_renamed_as_sglang_renames_them() -> None:
+    """Nemotron's ``backbone.`` is SGLang's ``model.``, in exclusions and in the list of a mix."""
+    from sglang.srt.layers.quantization.modelopt_quant import ModelOptMixedPrecisionConfig
+    from sglang.srt.models.utils import WeightsMapper
+
+    from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+
+    section = {
+        "quant_algo": "MIXED_PRECISION",
+        "exclude_modules": ["backbone.layers.0.mixer.conv1d", "mtp*"],
+        "quantized_layers": {
+            "backbone.layers.0.mixer.in_proj": {"quant_algo": "FP8"},
+            "backbone.layers.1.mixer.experts": {"quant_algo": "NVFP4", "group_size": 16},
+        },
+    }
+    stock, ours = ModelOptMixedPrecisionConfig.from_config(section), ModelOptExtConfig.from_config(section)
+    assert isinstance(ours, ModelOptExtConfig)
+    for config in (stock, ours):
+        config.apply_weight_name_mapper(WeightsMapper(orig_to_new_prefix={"backbone.": "model."}))
+    for module, algo in (("layers.0.mixer.in_proj", "FP8"), ("layers.1.mixer.experts", "NVFP4")):
+        found = ours.config.layer(f"model.{module}")
+        assert found is not None
+        assert found.algo == algo == stock._resolve_quant_algo(f"model.{module}")
+    for module in ("model.layers.0.mixer.conv1d", "mtp.layers.0.fc"):
+        assert stock.is_layer_excluded(module)
+        assert ours.config.is_excluded(module)
