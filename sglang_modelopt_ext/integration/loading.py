@@ -255,7 +255,7 @@ def _expert_names(model: torch.nn.Module, checkpoint: Checkpoint) -> Callable[[s
 
 
 def _is_stock_kv_scale(modules: dict[str, torch.nn.Module], parameter: str) -> bool:
-    """Whether it is a scale of SGLang's own FP8 cache, written by :mod:`sglang_modelopt_ext.integration.kv_cache`."""
+    """Whether it is a scale of SGLang's own FP8 cache, written by :mod:`sglang_modelopt_ext.integration.kv_scales`."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     module, _, name = parameter.rpartition(".")

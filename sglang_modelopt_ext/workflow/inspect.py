@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import torch
 
-from sglang_modelopt_ext.checkpoint.kv_cache import kv_cache_plan
+from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
     OWN_KEY,
@@ -271,7 +271,8 @@ def _serving(folder: Path, config: QuantConfig | None, target: Target, problems:
 
 def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptExtError]) -> KVCache | None:
     try:
-        plan = kv_cache_plan(folder, config, "auto")
+        plan = read_plan(folder, config, "auto")
+        layers = plan.layers if plan is not None else {}
     except ModelOptExtError as error:
         problems.append(error)
         return None
@@ -282,7 +283,7 @@ def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptE
     if head_dim is None and fields.get("hidden_size") and fields.get("num_attention_heads"):
         head_dim = fields["hidden_size"] // fields["num_attention_heads"]
     bits = 8 * plan.recipe.bytes_per_vector(head_dim) / head_dim if head_dim else None
-    return KVCache(recipe=plan.recipe.name, source=plan.source, layers=len(plan.layers), bits=bits)
+    return KVCache(recipe=plan.recipe.name, source=plan.source, layers=len(layers), bits=bits)
 
 
 def _scale_ranges(linear: QuantizedLinear, problems: list[ModelOptExtError]) -> dict[str, Range]:
