@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS
+from sglang_modelopt_ext.checkpoint.leftovers import LAYER_COUNT, MTP_COUNTS, ServedLayers
+from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, standard_name
 from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -25,9 +27,6 @@ from sglang_modelopt_ext.methods.moe import GATE_UP, SHARDS, ExtFusedMoEMethod
 from sglang_modelopt_ext.methods.parameters import ExpertParameter
 
 logger = logging.getLogger(__name__)
-
-UNUSED_BY_ANY_MODEL = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
-"""Buffers some exporters store and every engine recomputes."""
 
 
 def quantized_modules(
@@ -76,6 +75,25 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
     return (sizes[index], module.input_size) if name == "weight" else (sizes[index],)
 
 
+def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False) -> set[str]:
+    """The stored tensors that ``model`` has no part for by design: MTP blocks where no draft is loaded, buffers, unused scales.
+
+    A part that the model does have under such a name is its own.
+    """
+    unused = {name for name in checkpoint.tensors if checkpoint.leaves_out(name)}
+    if is_draft:
+        return unused
+    config = getattr(model, "config", None)
+    text = getattr(config, "text_config", None) or config
+    served = ServedLayers.of({name: getattr(text, name, None) for name in (LAYER_COUNT, *MTP_COUNTS)})
+    modules = {canonical_name(name) for name, _ in model.named_modules()}
+    return unused | {
+        name
+        for name in checkpoint.tensors
+        if served.leaves_out(name) and canonical_name(name).rpartition(".")[0] not in modules
+    }
+
+
 class StrictLoad:
     """One pass of a checkpoint's tensors into a model.
 
@@ -83,13 +101,14 @@ class StrictLoad:
     for loaders that transform it first, called while it is the one being read.
     """
 
-    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.current: str | None = None
         self.used: set[str] = set()
         self.loads: dict[str, set[Any]] = {}
         self._by_memory: dict[int, str] = {}
+        self.left_out = left_out(model, checkpoint, is_draft)
         self._names = _expert_names(model, checkpoint)
 
     def read(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -100,8 +119,8 @@ class StrictLoad:
                 raise ModelOptExtError.at(
                     self.checkpoint.folder, name, "a tensor found in the files' headers", "an unknown one"
                 )
-            if is_kv_cache_tensor(name):
-                continue  # read by checkpoint.kv_cache, where the cache is quantized
+            if is_kv_cache_tensor(name) or name in self.left_out:
+                continue  # the first are read by integration.kv_scales, where the cache is quantized
             spec = self.checkpoint.spec_of(name)
             if spec is not None:
                 check_values(stored.file, name, tensor, spec.values)
@@ -207,10 +226,8 @@ class StrictLoad:
         tied = bool(getattr(getattr(self.model, "config", None), "tie_word_embeddings", False))
         unused = sorted(
             name
-            for name in self.checkpoint.tensors.keys() - used
-            if not name.endswith(UNUSED_BY_ANY_MODEL)
-            and not is_kv_cache_tensor(name)
-            and not (tied and name.endswith("lm_head.weight"))
+            for name in self.checkpoint.tensors.keys() - used - self.left_out
+            if not is_kv_cache_tensor(name) and not (tied and name.endswith("lm_head.weight"))
         )
         if unused:
             more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
@@ -279,10 +296,17 @@ def _load_weights_only(
         return original(model, weights, target_device)
     if config.checkpoint is None:
         raise ModelOptExtError.at("--load-format", "dummy", "no weights to load", "weights")
-    strict = StrictLoad(model, config.checkpoint)
+    strict = StrictLoad(model, config.checkpoint, config.is_draft)
     strict.run(lambda checked: original(model, checked, target_device), weights)
     for _, method in quantized_modules(model):
         method.verified = True
+    if strict.left_out:
+        from sglang.srt.utils import log_info_on_rank0
+
+        some = min(strict.left_out)
+        log_info_on_rank0(
+            logger, f"modelopt_ext: {len(strict.left_out)} tensors of parts that this model has not, such as {some}"
+        )
     return None
 
 
