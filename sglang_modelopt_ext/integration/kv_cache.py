@@ -296,6 +296,15 @@ def _build_mha_kv_pool(
     )
 
 
+HYBRID_SWA, LINEAR_ATTENTION, SPARSE = "a hybrid sliding-window cache", "linear attention", "sparse attention"
+"""Models whose caches a recipe of ours has no pool for."""
+
+
+def refused_pool(kind: str, flag: str) -> ModelOptExtError:
+    """The error for a cache of ours in a model of that kind."""
+    return ModelOptExtError.at("command line", "--kv-cache-dtype", f"bf16 for a model with {kind}", flag)
+
+
 def _refuse_pool(kind: str) -> Callable[..., Any]:
     """A wrapper around the builder of another pool than that of plain attention."""
 
@@ -304,8 +313,7 @@ def _refuse_pool(kind: str) -> Callable[..., Any]:
 
         plan = wrapped_plan(get_server_args())
         if self.kv_cache_dtype_str in KV_FLAGS or plan is not None:
-            flag = self.kv_cache_dtype_str if plan is None else FLAG_PREFIX + plan.recipe.name
-            raise ModelOptExtError.at("command line", "--kv-cache-dtype", f"auto or bf16 for a model with {kind}", flag)
+            raise refused_pool(kind, self.kv_cache_dtype_str if plan is None else FLAG_PREFIX + plan.recipe.name)
         return original(self, *args, **kwargs)
 
     return around
@@ -400,18 +408,18 @@ HOOKS = (
         _CONFIGURATOR + "_build_hybrid_swa_kv_pool",
         ("self", "full_max_total_num_tokens", "swa_max_total_num_tokens", "mha_pool_class"),
         "a hybrid sliding-window pool would hold codes as numbers",
-        _refuse_pool("a hybrid sliding-window cache"),
+        _refuse_pool(HYBRID_SWA),
     ),
     Hook(
         _CONFIGURATOR + "_build_hybrid_linear_kv_pool",
         ("self", "max_total_num_tokens", "req_to_token_pool", "mha_pool_class", "mla_pool_class", "dsa_pool_class"),
         "a hybrid linear-attention pool would hold codes as numbers",
-        _refuse_pool("linear attention"),
+        _refuse_pool(LINEAR_ATTENTION),
     ),
     Hook(
         _CONFIGURATOR + "_build_minimax_sparse_kv_pool",
         ("self", "max_total_num_tokens"),
         "a pool of sparse attention would hold codes as numbers, or vectors without what is done around them",
-        _refuse_pool("sparse attention"),
+        _refuse_pool(SPARSE),
     ),
 )
