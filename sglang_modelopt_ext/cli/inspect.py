@@ -80,7 +80,7 @@ class InspectResult(Result, frozen=True, kw_only=True):
         if not loading.checked:
             return f"loads: not checked: {loading.why_not}"
         if loading.loads:
-            left_out = f"; {loading.left_out} tensors are of parts that it has not" if loading.left_out else ""
+            left_out = f"; {loading.left_out} stored tensors are not needed" if loading.left_out else ""
             return f"loads: into {loading.model} of SGLang, by names, types and shapes; values were not read{left_out}"
         names = [f"  missing: {name}" for name in loading.missing] + [
             f"  left over: {name}" for name in loading.left_over

@@ -129,21 +129,22 @@ def _set_scales(
     if flag in KV_FLAGS or (flag in STOCK_FLAGS and wrapped_plan(get_server_args()) is not None):
         given = flag if flag in KV_FLAGS else get_server_args().kv_cache_dtype
         folder = weights_folder(model_config, load_config)
-        if flag in KV_FLAGS:
-            _check_settled(folder, config, KV_FLAGS[flag].affine)
+        if flag in KV_FLAGS and _has_biases(folder) and not KV_FLAGS[flag].affine and config.kv_cache_recipe is None:
+            raise _settled_on_another(folder)
         plan = loaded_plan(model_config.model_path, model_config.revision, given, folder)
         if plan is not None:
             plan.resolve(served_attention(model))
         return lambda name: True
     try:
         folder = weights_folder(model_config, load_config)
-    except (OSError, RuntimeError, ValueError):
-        return lambda name: False  # no safetensors: SGLang's affair, like everything about it
-    if flag == "auto" and config.kv_cache_algo == "FP8":
-        _check_settled(folder, config, affine=False)
-    if flag in UNQUANTIZED_KV or (flag == "auto" and config.kv_cache_algo != "FP8") or _has_biases(folder):
+        has_biases = _has_biases(folder)
+    except (ModelOptExtError, OSError, RuntimeError, ValueError):
+        return lambda name: False  # files that are not read here: SGLang's affair, like everything about its cache
+    if has_biases and flag == "auto" and config.kv_cache_algo == "FP8" and config.kv_cache_recipe is None:
+        raise _settled_on_another(folder)
+    if flag in UNQUANTIZED_KV or (flag == "auto" and config.kv_cache_algo != "FP8") or has_biases:
         # A scale on a layer would be multiplied with by attention over a cache that was not divided by it, and one of a
-        # cache without bias is none for a cache with it.
+        # cache with a bias is none for a cache without.
         return lambda name: True
     plan = scales_for_sglang(model_config, folder, flag)
     done = set_stock_scales(model, plan) if plan is not None else frozenset()
@@ -154,14 +155,10 @@ def _has_biases(folder: Path) -> bool:
     return any(is_kv_cache_tensor(name) and name.endswith("_bias") for name in stored_names(folder))
 
 
-def _check_settled(folder: Path, config: QuantConfig, affine: bool) -> None:
-    """Raises ModelOptExtError where a download brought another recipe than was settled on before it."""
-    if _has_biases(folder) == affine or (not affine and config.kv_cache_recipe is not None):
-        return
-    expected, found = ("biases", "none") if affine else ("no biases, as settled before the download", "some")
-    raise ModelOptExtError.at(
-        folder, "k_bias, v_bias", f"{expected} (start again, or name the --kv-cache-dtype)", found
-    )
+def _settled_on_another(folder: Path) -> ModelOptExtError:
+    """A download brought biases, which nobody knew of when the recipe was settled on."""
+    expected = "no biases, as settled before the download (start again, or name the --kv-cache-dtype)"
+    return ModelOptExtError.at(folder, "k_bias, v_bias", expected, "some")
 
 
 def scales_for_sglang(source: Any, folder: Path | None, flag: str) -> KVCachePlan | None:

@@ -347,9 +347,7 @@ def _load_weights_only(
         from sglang.srt.utils import log_info_on_rank0
 
         some = min(strict.left_out)
-        log_info_on_rank0(
-            logger, f"modelopt_ext: {len(strict.left_out)} tensors of parts that this model has not, such as {some}"
-        )
+        log_info_on_rank0(logger, f"modelopt_ext: {len(strict.left_out)} stored tensors are not needed, such as {some}")
     return None
 
 

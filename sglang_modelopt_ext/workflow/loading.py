@@ -31,7 +31,7 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
         problems: the lines at which a server would stop.
         missing: parameters of the model that nothing is stored for.
         left_over: stored tensors that nothing reads.
-        left_out: how many tensors belong to parts that are not served, such as MTP blocks.
+        left_out: how many stored tensors are not needed, such as those of MTP blocks.
     """
 
     checked: bool

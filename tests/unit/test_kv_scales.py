@@ -288,6 +288,15 @@ def test_a_cache_of_ours_is_checked_before_the_weights_are_read(runtime: Runtime
         runtime.load(text_model(), folder, weights(folder))
 
 
+def test_files_that_are_not_read_here(runtime: Runtime, tmp_path: Path) -> None:
+    """Such as every tensor twice, in two formats: SGLang picks one, and its model loads the scales as it does alone."""
+    folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)))
+    runtime.start(folder)
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    stored = weights(folder)
+    assert runtime.load(text_model(), folder, stored) == [name for name, _ in stored]
+
+
 def test_an_algorithm_nobody_knows(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a checkpoint of SGLang's it is SGLang's affair; on one of ours it is refused."""
     folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="INT8")
