@@ -74,8 +74,8 @@ UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 
 
 def is_stock(plan: KVCachePlan, device: str) -> bool:
-    """Whether a pool of SGLang's own holds the cache without anything around it."""
-    return device == "cuda" and plan.recipe.name == "fp8"
+    """Whether a pool of SGLang's own holds the cache without anything around it: plain FP8 on every device but a CPU."""
+    return device != "cpu" and plan.recipe.name == "fp8"
 
 
 def _is_sglangs(args: Any) -> bool:
@@ -92,27 +92,38 @@ def asks_for_wrapped(args: Any) -> bool:
 
 
 def declare(server_args: Any) -> None:
-    """Settles the flag and the attention backend before SGLang picks defaults. Raises ModelOptExtError for a bad combination."""
-    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    """Settles the flag and the attention backend before SGLang picks defaults. Raises ModelOptExtError for a bad combination.
+
+    Where SGLang serves the weights and nobody asked for a cache of ours, what stands in the way of one leaves the cache to SGLang.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
 
     if wrapped_plan(server_args) is not None:
         return  # settled before: the flag is SGLang's by now
     args = resolving_view(server_args)
-    device = _device(args)
     asked = args.kv_cache_dtype in KV_FLAGS
-    if device == "cuda" and not asked and args.kv_cache_dtype != "auto":
+    if _device(args) == "cuda" and not asked and args.kv_cache_dtype != "auto":
         return  # SGLang's own flag on SGLang's own device
+    plan = None
     try:
         plan = plan_for(args.model_path, args.revision, args.kv_cache_dtype)
+        if plan is not None:
+            _declare_plan(server_args, args, plan)
     except ModelOptExtError as error:
-        if device != "cuda" or asked or not _is_sglangs(args):
+        # Without its biases a cache would be another than the checkpoint was calibrated for.
+        needs_ours = asked or _device(args) != "cuda" or (plan is not None and plan.recipe.affine)
+        if needs_ours or not _is_sglangs(args):
             raise
         logger.warning("modelopt_ext: the KV cache is left to SGLang: %s", error)
-        return
-    if plan is None:
-        return
+
+
+def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
+    """Raises ModelOptExtError, before anything is declared, where the plan's cache does not go with the arguments."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    device = _device(args)
     if is_stock(plan, device):
-        if asked:
+        if args.kv_cache_dtype in KV_FLAGS:
             declare_resolution(server_args, __name__, kv_cache_dtype=STOCK_FP8_KV)
         return
     backend = BACKENDS.get(device)

@@ -138,8 +138,10 @@ def _set_scales(
     try:
         folder = weights_folder(model_config, load_config)
         has_biases = _has_biases(folder)
-    except (ModelOptExtError, OSError, RuntimeError, ValueError):
-        return lambda name: False  # files that are not read here: SGLang's affair, like everything about its cache
+    except (ModelOptExtError, OSError, RuntimeError, ValueError) as error:
+        # Files that are not read here: SGLang's affair, like everything about its cache.
+        logger.warning("modelopt_ext: the KV cache's scales are left to SGLang: %s", error)
+        return lambda name: False
     if has_biases and flag == "auto" and config.kv_cache_algo == "FP8" and config.kv_cache_recipe is None:
         raise _settled_on_another(folder)
     if flag in UNQUANTIZED_KV or (flag == "auto" and config.kv_cache_algo != "FP8") or has_biases:

@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stock-kv-cache", action="store_true")
     args, rest = parser.parse_known_args()
-    # No GPU is touched, whatever the machine has.
+    # No GPU is touched, whatever the machine has; SGLang asks for these when it is imported.
     os.environ.update(SGLANG_USE_CPU_ENGINE="1", CUDA_VISIBLE_DEVICES="")
     try:
         found = rehearse(args.folder, rest, args.stock_kv_cache)

@@ -67,7 +67,8 @@ def rehearse_loading(folder: Path, target: Target, stock_kv_cache: bool) -> Load
         return not_checked("SGLang is not installed")
     # Which scales are needed is a question of the target, and not of the CPU that the model is built on.
     rounded = "round" if rounds_fp4(target.device, target.capability) else "keep"
-    environment = {**os.environ, FP4_ACTIVATIONS.variable: rounded, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    own = {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **own, FP4_ACTIVATIONS.variable: rounded}
     command = [sys.executable, "-m", MODULE, str(folder), *(["--stock-kv-cache"] if stock_kv_cache else [])]
     try:
         done = subprocess.run(

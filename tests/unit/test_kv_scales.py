@@ -185,11 +185,13 @@ class Runtime:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import sglang.srt.runtime_context as context
+        from sglang.srt.model_loader import loader
 
         self.model = SimpleNamespace(kv_cache_dtype="auto", model_checksum=None)
         self.args: Any = None
-        monkeypatch.setattr(context, "get_model", lambda: self.model)
-        monkeypatch.setattr(context, "get_server_args", lambda: self.args)
+        for module in (context, loader):
+            monkeypatch.setattr(module, "get_model", lambda: self.model)
+            monkeypatch.setattr(module, "get_server_args", lambda: self.args)
 
     def start(self, model_path: Path | str, flag: str = "auto", **fields: Any) -> None:
         """Settles the arguments of a server on a GPU, as the launching process does."""
@@ -306,6 +308,21 @@ def test_an_algorithm_nobody_knows(runtime: Runtime, tmp_path: Path, monkeypatch
     monkeypatch.setattr(kv_cache, "gpu_capability", lambda: None)
     with pytest.raises(ModelOptExtError, match="kv_cache_quant_algo: expected null or one of FP8"):
         runtime.start(folder)
+
+
+def test_an_obstacle_to_a_cache_of_ours_leaves_sglangs_checkpoints_to_it(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves NVFP4 caches unrounded under ``auto``, with features that a cache of ours has none of."""
+    folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="NVFP4")
+    monkeypatch.setattr(kv_cache, "gpu_capability", lambda: 90)
+    runtime.start(folder, enable_hierarchical_cache=True)
+    assert runtime.model.kv_cache_dtype == "auto"
+    assert runtime.load(text_model(), folder, weights(folder)) == plain_names(folder)
+    with pytest.raises(ModelOptExtError, match="--enable-hierarchical-cache: expected it unset"):
+        runtime.start(folder, "modelopt_nvfp4", enable_hierarchical_cache=True)
+    with pytest.raises(ModelOptExtError, match="--enable-hierarchical-cache: expected it unset"):
+        runtime.start(kv_export("nvfp4_affine", "llama", "FP8_DEFAULT_CFG"), enable_hierarchical_cache=True)
 
 
 # A model on the hub

@@ -82,3 +82,48 @@ def test_a_model_loads_without_them(tmp_path: Path) -> None:
 
 
 BLOCKS = ("model.layers.2", "mtp.layers.0")
+
+
+def test_a_classifier_without_bias(tmp_path: Path) -> None:
+    """Hugging Face's have none, SGLang's keep the one they were made with: zero, and only for the head."""
+    pytest.importorskip("sglang")
+    from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
+    from sglang_modelopt_ext.errors import ModelOptExtError
+    from sglang_modelopt_ext.integration.loading import quantized_modules
+    from tests.layers.harness import build, load
+
+    folder = edits.copy_with(export(model_dir(TinyModel("qwen2")), "W4A8_NVFP4_FP8_CFG"), tmp_path / "model")
+    model, _ = build(folder)
+    model.put("score", torch.nn.Linear(256, 2))
+    edits.add_tensors({"score.weight": torch.ones(2, 256)})(folder)
+    exclude = ["lm_head", "score"]
+    edits.set_file_config({"exclude_modules": exclude})(folder)
+    edits.set_embedded_config({"ignore": exclude})(folder)
+    for module, method in quantized_modules(model):
+        method.restore_weights_before_loading(module)
+    load(model, read_checkpoint(folder))
+    assert torch.equal(model.score.weight, torch.ones(2, 256))
+    assert torch.equal(model.score.bias, torch.zeros(2))
+    edits.drop_tensors("score.weight")(folder)
+    for module, method in quantized_modules(model):
+        method.restore_weights_before_loading(module)
+    with pytest.raises(
+        ModelOptExtError, match=r"score\.\w+: expected a tensor for this parameter of the model, got none"
+    ):
+        load(model, read_checkpoint(folder))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cpu", "expected"),
+    [
+        (1, True, "config.json has it"),
+        (2, False, "config.json has it"),
+        (2, True, "SGLang pads config.json for --tp-size 2 on a CPU"),
+    ],
+)
+def test_whose_sizes_a_message_names(ranks: int, cpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    utils = pytest.importorskip("sglang.srt.utils")
+    from sglang_modelopt_ext.methods.linear import _source_of_sizes
+
+    monkeypatch.setattr(utils, "is_cpu", lambda: cpu)
+    assert _source_of_sizes(SimpleNamespace(tp_size=ranks)) == expected
