@@ -19,11 +19,10 @@ from types import TracebackType
 from typing import Any
 
 from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS
-from sglang_modelopt_ext.checkpoint.reader import check_scalar_values, read_checkpoint
 from sglang_modelopt_ext.env import ERROR_FILE, SETTINGS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import kv_cache
-from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS
+from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS, read_served
 from sglang_modelopt_ext.integration.folders import config_folder
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.ownership import Ownership, decide, gpu_capability
@@ -61,7 +60,8 @@ def preflight(server_args: Any) -> None:
             "command line", "--load-format", f"one of {', '.join(SERVED_LOAD_FORMATS)}", load_format
         )
     if load_format != "dummy" and Path(args.model_path).is_dir():
-        check_scalar_values(read_checkpoint(folder, owner.config))
+        assert owner.config is not None, "a checkpoint of ours was read"
+        read_served(folder, owner.config)
 
 
 def report(owner: Ownership) -> None:

@@ -136,6 +136,18 @@ def test_nothing_published_is_stopped_before_it_starts(
     assert bool(said) == bool(decide(folder, None, 90).why)
 
 
+@pytest.mark.parametrize("pair", [*PUBLISHED, *EDITED], ids=lambda pair: pair.name)
+def test_kv_cache_flags_of_sglangs_stop_nothing_of_sglangs(
+    tmp_path: Path, pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    monkeypatch.setattr(processes, "gpu_capability", lambda: 90)
+    folder = pair.write(tmp_path)
+    for flag in ("bf16", "fp8_e5m2", "fp8_e4m3", "nvfp4"):
+        processes.preflight(ServerArgs(model_path=str(folder), device="cuda", kv_cache_dtype=flag))
+
+
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
