@@ -126,9 +126,8 @@ def render() -> str:
             notes.append(f"- `{scheme.algo}`: {scheme.note}")
     tail = [
         "",
-        "`MIXED_PRECISION` checkpoints (AutoQuantize) may mix any of these rows by layer. On a GPU a mix of NVFP4,",
-        "W4A16_NVFP4 and FP8 with at least one NVFP4 layer is left to SGLang. `pre_quant_scale` (AWQ, SmoothQuant) is applied",
-        "wherever it is stored.",
+        "`MIXED_PRECISION` checkpoints (AutoQuantize) may mix any of these rows by layer; which of them are left to SGLang on a",
+        "GPU is in [flags.md](flags.md). `pre_quant_scale` (AWQ, SmoothQuant) is applied wherever it is stored.",
         "",
         "Notes:",
         "",
