@@ -23,7 +23,7 @@ from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, r
 from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_blocks
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme
+from sglang_modelopt_ext.schemes.base import INPUT_SCALE, LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.table import find_scheme
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, ValueRule
@@ -130,7 +130,7 @@ def layer_scheme(
     return LayerScheme(
         scheme.algo,
         scheme.weight_format(group_size, config.file, "group_size"),
-        _activation(scheme, config),
+        _activation(scheme, config, stored is not None and INPUT_SCALE in stored),
         smoothing=stored is not None and PRE_QUANT_SCALE.name in stored,
         low_rank=lora.shape[0]
         if scheme.low_rank and lora is not None and len(lora.shape) == 2
@@ -138,9 +138,9 @@ def layer_scheme(
     )
 
 
-def _activation(scheme: Scheme, config: QuantConfig) -> ActivationFormat | None:
+def _activation(scheme: Scheme, config: QuantConfig, calibrated: bool) -> ActivationFormat | None:
     if not scheme.activation_in_doubt:
-        return scheme.activation_format()
+        return scheme.activation_format(calibrated)
     choice = MXFP4_ACTIVATIONS.read()
     if config.rounds_activations is not None:
         recorded = "mxfp4" if config.rounds_activations else "none"

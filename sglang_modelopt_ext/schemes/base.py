@@ -16,6 +16,9 @@ _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRE_QUANT_SCALE = TensorSpec("pre_quant_scale", _MODEL_DTYPES, (Dim("K"),), ValueRule.POSITIVE)
 """AWQ's and SmoothQuant's smoothing: ``y = Q(x * pre_quant_scale) @ Q(W)^T``, W already divided by it."""
 
+INPUT_SCALE = "input_scale"
+"""The static scale of a calibrated input."""
+
 LORA_A, LORA_B = "svdquant_lora_a", "svdquant_lora_b"
 
 
@@ -75,6 +78,8 @@ class Scheme:
         algo: ModelOpt's ``quant_algo`` in upper case.
         weights: names of the weight formats it may use, one for each group size.
         activation: name of the activation format, None for weight-only recipes.
+        calibrated_activation: the activation format of a layer that stores an ``input_scale`` where ``activation`` has none:
+            ModelOpt calibrates no input for the recipe alone, but it does beside a KV cache whose calibration runs the model.
         flag: the ``--quantization`` family of this package the algorithm belongs to.
         low_rank: whether its layers carry SVDQuant's branch.
         activation_in_doubt: the same export stands for a recipe with and one without activation rounding.
@@ -88,6 +93,7 @@ class Scheme:
     weights: tuple[str, ...]
     activation: str | None
     flag: str
+    calibrated_activation: str | None = None
     low_rank: bool = False
     activation_in_doubt: bool = False
     rounds_weight_to_fp8: bool = False
@@ -116,6 +122,7 @@ class Scheme:
             raise ModelOptExtError.at(where, subject, expected, got)
         return WEIGHT_FORMATS[self.weights[sizes.index(group_size)]]
 
-    def activation_format(self) -> ActivationFormat | None:
-        """The activation format of the row."""
-        return ACTIVATION_FORMATS[self.activation] if self.activation else None
+    def activation_format(self, calibrated: bool = False) -> ActivationFormat | None:
+        """The activation format of the row; ``calibrated``: of a layer that stores an ``input_scale``."""
+        name = (self.calibrated_activation if calibrated else None) or self.activation
+        return ACTIVATION_FORMATS[name] if name else None

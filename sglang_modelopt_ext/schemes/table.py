@@ -23,8 +23,10 @@ _ROWS = (
         "W4A8_MXFP4_FP8",
         weights=("mxfp4",),
         activation="fp8_per_token",
+        calibrated_activation="fp8_static",
         flag=W4A8,
-        note="MXFP4 weights; no activation scale is exported, so FP8 activations are scaled per token.",
+        note="MXFP4 weights; FP8 activations are scaled per token, since the recipe calibrates none. Exported with a "
+        "quantized KV cache it has static ones, and these are served.",
     ),
     Scheme(
         "W4A8_AWQ",
