@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -115,11 +116,18 @@ RANKS: tuple[Case, ...] = tuple(
 """The same over two ranks, by ``--tp 2``: beside the cases of one that they must agree with."""
 
 
-def chosen(tp: int, only: str | None) -> list[Case]:
-    """The cases of a run: those over one rank or over two, of which ``only`` limits the names (comma-separated, ``*`` for any)."""
-    import fnmatch
+FIRST = ("trained", "wrong-scale", "w4a8", "moe-w4a8", "kv")
+"""What begins first, since a run may be ended before its end."""
 
-    cases = list(CASES)
+
+def chosen(tp: int, only: str | None) -> list[Case]:
+    """The cases of a run, the longest and the most telling first.
+
+    Args:
+        tp: 1, or 2 for those over two ranks, beside those of one that they must agree with.
+        only: names, comma-separated, with ``*`` for any part; None for all.
+    """
+    cases = sorted(CASES, key=lambda case: (case.graphs != "all", not case.name.startswith(FIRST)))
     if tp > 1:
         partners = {case.same_as for case in RANKS}
         cases = [*(case for case in CASES if case.name in partners), *RANKS]
