@@ -142,10 +142,13 @@ class Judge:
             return
         values, prompts = self.known
         found = torch.cat([self.exact.plain_scores(ids) for ids in prompts])
-        apart = float((found - torch.tensor(values)).abs().median())
+        # A rounding that falls the other way (FP32_MEDIAN says why) moves that token and later ones, not those before.
+        apart = float((found - torch.tensor(values)).abs().quantile(0.25))
         judgement.notes.append(f"reading against a CPU's {apart:.1e}")
         if not apart < FP32_MEDIAN:
-            judgement.faults.append(f"the reading is {apart:.1e} from a CPU's, more than {FP32_MEDIAN:.0e}")
+            judgement.faults.append(
+                f"three quarters of the reading are {apart:.1e} or more from a CPU's, more than {FP32_MEDIAN:.0e}"
+            )
 
     def _check_rounding(self, judgement: Judgement) -> None:
         """The cache's rounding shows in what is judged: leaving it out would be told from having it."""

@@ -119,6 +119,7 @@ def test_a_reading_of_another_checkpoint_is_a_fault() -> None:
     assert found.faults
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("export", ["kv-nvfp4-affine", "kv-nvfp4-rotate"])
 def test_a_cache_is_judged_by_what_meets_it_rounded(export: str) -> None:
     """Right where a chunk meets itself unrounded and the rest rounded; wrong where a chunk is rounded too, or nothing is."""
