@@ -17,9 +17,6 @@ KV_CHUNK = 256
 DENSE_CHUNK = 512
 """Where a cache is not, for some cases. The others take their longest prompt in one piece."""
 
-WITHOUT_PLUGIN = {"SGLANG_PLUGINS": "none"}
-"""SGLang loads the plugins that this names, and none is called so."""
-
 
 @dataclass(frozen=True)
 class Case:
@@ -35,7 +32,7 @@ class Case:
         env: environment variables.
         chunk: tokens of a prompt prefilled at a time; None: all of it.
         graphs: the CUDA graphs that are captured.
-        plugin: whether it is loaded.
+        plugin: whether this package's is loaded.
         same_as: the case that must give the same log probabilities.
         expect: the verdict a sound run has; ``"any"`` for what SGLang alone does.
         tp: tensor-parallel ranks.
@@ -103,10 +100,7 @@ CASES: tuple[Case, ...] = (
     case("moe-w4a8-nvfp4-mixtral", "moe-w4a8-nvfp4-fp8-math", **FP8_MATH),
     case("mxfp4", "mxfp4-weight-only", env=MXFP4_KEEPS, activation="none"),
     case("bf16", "kv-nvfp4-rotate-by-flag", **ROTATED),
-    *(
-        case(name, f"{name}-alone", env=WITHOUT_PLUGIN, plugin=False, same_as=name, expect="any")
-        for name in LEFT_TO_SGLANG
-    ),
+    *(case(name, f"{name}-alone", plugin=False, same_as=name, expect="any") for name in LEFT_TO_SGLANG),
 )
 
 RANKS: tuple[Case, ...] = tuple(
@@ -116,7 +110,7 @@ RANKS: tuple[Case, ...] = tuple(
 """The same over two ranks, by ``--tp 2``: beside the cases of one that they must agree with."""
 
 
-FIRST = ("trained", "wrong-scale", "w4a8", "moe-w4a8", "kv")
+FIRST = ("trained", "wrong-scale", "large", "w4a8", "moe-w4a8", "kv")
 """What begins first, since a run may be ended before its end."""
 
 

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 
@@ -77,7 +78,7 @@ class Runner:
         if passed > self.args.budget - 30:
             outcome = Outcome(case, "not run", note=f"after {passed:.0f} s of {self.args.budget}")
         else:
-            time.sleep(min(number, self.args.workers) * 0.5 if number < self.args.workers else 0)
+            time.sleep(min(number, self.args.workers) * 1.5 if number < self.args.workers else 0)
             outcome = self._run(number, case)
         self.done.append(outcome)
         print(f"[{len(self.done):2}/{count} {time.monotonic() - self.begun:4.0f} s] {line(outcome)}", flush=True)
@@ -125,6 +126,10 @@ class Runner:
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(case.tp))
         elif case.tp == 1 and self.gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(number % self.gpus)
+        if case.tp > 1:  # engines beside it use what they use of either GPU
+            environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+        if not case.plugin:
+            environment["SGLANG_PLUGINS"] = other_plugins()
         return environment | dict(case.env)
 
     def compare(self, outcomes: list[Outcome]) -> None:
@@ -138,6 +143,12 @@ class Runner:
             found = compare(outcome.case, outcome.result["scored"], other.result["scored"], noise)
             outcome.agrees = found["right"]
             outcome.notes.append(found["note"])
+
+
+def other_plugins() -> str:
+    """What ``SGLANG_PLUGINS`` must be for SGLang to load every plugin but this package's."""
+    found = {point.name for point in entry_points(group="sglang.srt.plugins")} - {"modelopt_ext"}
+    return ",".join(sorted(found)) or "none"  # an empty value would mean all
 
 
 def reason(output: str) -> str:
@@ -184,7 +195,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, help="2: the cases over two GPUs, and the same over one")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--workers", type=int, default=max(1, 3 * (os.cpu_count() or 1) // 4), help="engines at a time")
-    parser.add_argument("--case-seconds", type=float, default=240, help="after which a case is killed")
+    parser.add_argument("--case-seconds", type=float, default=400, help="after which a case is killed")
     parser.add_argument(
         "--budget", type=float, default=3600, help="seconds of the whole run; what has not begun then is not run"
     )

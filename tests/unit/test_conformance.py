@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conformance import drive, pack, report
+from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
+from tests.conformance import drive, large, pack, report
 from tests.conformance.cases import CASES, RANKS, Case, case, chosen
 from tests.conformance.drive import Drive
-from tests.conformance.exports import EXPORTS
+from tests.conformance.exports import EXPORTS, Export
 from tests.conformance.judge import Judge, Judgement, compare
 from tests.conformance.reading import Reader, Reading, first_raw, read_check
 
@@ -148,6 +149,17 @@ def test_fp8_attention_of_sglang_rounds_queries() -> None:
 def test_first_raw() -> None:
     assert first_raw(8, 6, 0, 4) == [0, 0, 0, 0, 4, 4, 7, 8]
     assert first_raw(8, 8, 3, 4) == [0, 0, 0, 3, 3, 3, 3, 7]
+
+
+@pytest.mark.parametrize(
+    "export", [export for export in EXPORTS.values() if export.large], ids=lambda export: export.algo
+)
+def test_large_checkpoints_are_read(export: Export, tmp_path: Path) -> None:
+    """The strict reader and the independent one take what is made where it is served."""
+    large.make(tmp_path / "out", export.algo, "cpu", shrink=16)
+    assert read_checkpoint(tmp_path / "out").config.algo == export.algo
+    reading = Reading("exact", "keep_fp4", "none")
+    assert bool(torch.isfinite(Reader(tmp_path / "out", reading, torch.float32).scores([5, 6, 7, 8])).all())
 
 
 def test_the_pack_gives_back_what_went_in(tmp_path: Path) -> None:
