@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ class Runner:
         if passed > self.args.budget - 30:
             outcome = Outcome(case, "not run", note=f"after {passed:.0f} s of {self.args.budget}")
         else:
-            time.sleep(min(number, self.args.workers) * 1.5 if number < self.args.workers else 0)
+            time.sleep(1.5 * number if number < self.args.workers else 0)  # not all at the same point of their start
             outcome = self._run(number, case)
         self.done.append(outcome)
         print(f"[{len(self.done):2}/{count} {time.monotonic() - self.begun:4.0f} s] {line(outcome)}", flush=True)
@@ -250,6 +251,7 @@ def main() -> int:
                 "\n" + table(runner.done) + f"\n\nended by a signal: {len(runner.done)} of {len(cases)} cases",
                 flush=True,
             )
+            shutil.rmtree(scratch, ignore_errors=True)
             os._exit(128 + signum)
 
         for number in (signal.SIGTERM, signal.SIGINT):
