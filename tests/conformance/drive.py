@@ -67,17 +67,25 @@ class Drive:
         self.engine = engine
         self.case = case
         self.chunk = case.chunk or WHOLE
+        self.repeats = float("nan")
+        """The share of the long prompts' tokens whose log probability is the same, bit for bit, when they are sent again."""
 
     def all(self) -> list[Scored]:
-        """Every request, one kind after the other."""
+        """Every request, one kind after the other; ``self.repeats`` is then known."""
         scored: list[Scored] = []
+        again: list[Scored] = []
         length = BATCH_LENGTH if self.chunk >= BATCH * BATCH_LENGTH else BATCH_LENGTH_KV
         prompts = [random_ids(length, seed=100 + number, vocab=VOCAB) for number in range(BATCH)]
         scored += self.prompts("batch of 16", prompts)
         for size in SINGLES:
             scored += self.prompts("up to 200", [random_ids(size, seed=200 + size, vocab=VOCAB)])
         for size in LONG:
-            scored += self.prompts(str(size), [random_ids(size, seed=300 + size, vocab=VOCAB)])
+            ids = random_ids(size, seed=300 + size, vocab=VOCAB)
+            scored += self.prompts(str(size), [ids])
+            again += self.prompts(str(size), [ids])
+        first = [value for one in scored if one.group in map(str, LONG) for value in one.values]
+        second = [value for one in again for value in one.values]
+        self.repeats = sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
         for number in range(4):
             scored += self.decoded("decode, 1", [random_ids(24, seed=400 + number, vocab=VOCAB)], 24)
         scored += self.decoded("decode, 16", [ids[:BATCH_LENGTH_KV] for ids in prompts], 12)

@@ -58,6 +58,9 @@ class Outcome:
             for name, group in groups.items()
             if not all(group[part] <= NOISE_FACTOR * group[f"noise_{part}"] for part in ("mean", "median"))
         ]
+        repeats = self.result.get("repeats")
+        if repeats is not None:
+            beyond.append(f"{repeats:.1%} of the long prompts' tokens repeat bit for bit")
         notes = [self.note, *judged.get("faults", []), *beyond, *self.notes, *judged.get("notes", [])]
         return {
             "case": self.case.name,
@@ -83,6 +86,7 @@ class Outcome:
             "noise": judged.get("noise_mean"),
             "noise_median": judged.get("noise_median"),
             "used": judged.get("used"),
+            "repeats": repeats,
             "prompts": list(groups),
             "groups": groups,
             "seconds": round(self.seconds, 1),

@@ -80,7 +80,10 @@ class Runner:
             outcome = Outcome(case, "not run", note=f"after {passed:.0f} s of {self.args.budget}")
         else:
             time.sleep(1.5 * number if number < self.args.workers else 0)  # not all at the same point of their start
-            outcome = self._run(number, case)
+            try:
+                outcome = self._run(number, case)
+            except Exception as error:  # whatever it is, the other cases go on
+                outcome = Outcome(case, "failed", note=f"{type(error).__name__}: {error}")
         self.done.append(outcome)
         print(f"[{len(self.done):2}/{count} {time.monotonic() - self.begun:4.0f} s] {line(outcome)}", flush=True)
         return outcome

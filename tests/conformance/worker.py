@@ -74,7 +74,8 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
     engine = sglang.Engine(**engine_arguments(case, str(served), device, port))
     attention = _attention(engine)
     lap("start")
-    scored = Drive(engine, case).all()
+    drive = Drive(engine, case)
+    scored = drive.all()
     lap("requests")
     engine.shutdown()
     found = hardware(device)
@@ -87,6 +88,7 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
     lap("judgement")
     return {
         "judgement": judgement.as_json(),
+        "repeats": drive.repeats,
         "reading": asdict(reading),
         "attention": attention,
         "seconds": seconds,

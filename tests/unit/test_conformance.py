@@ -88,8 +88,11 @@ def judged(served: Case, reading: Reading, told: Reading | None = None, folder: 
     reads = EXPORTS[served.reads].make()
     engine = Engine(folder or served.of.make(), served, told or reading)
     known = read_check(reads, reading, pack.check_prompts()), pack.check_prompts()
+    asked = Drive(engine, served)
     with torch.inference_mode():
-        return Judge(reads, served, reading, "cpu", known).judge(Drive(engine, served).all())
+        found = Judge(reads, served, reading, "cpu", known).judge(asked.all())
+    assert asked.repeats == 1.0
+    return found
 
 
 def test_a_sound_engine_is_right() -> None:
