@@ -119,7 +119,7 @@ def render() -> str:
     for scheme in SCHEMES.values():
         bits = " / ".join(f"{WEIGHT_FORMATS[name].bits_per_weight():g}" for name in scheme.weights)
         weights = f"{', '.join(scheme.weights)} ({bits} bits)" + (", low rank" if scheme.low_rank else "")
-        cells = [f"`{scheme.algo}`", f"`{scheme.flag}`", weights, scheme.activation or "none"]
+        cells = [f"`{scheme.algo}`", f"`{scheme.flag}`", weights, " or ".join(scheme.activations) or "none"]
         cells += [kernel(scheme, capability) for capability in TARGETS.values()]
         lines.append("| " + " | ".join([*cells, STOCK_BEHAVIOUR[scheme.algo]]) + " |")
         if scheme.note:

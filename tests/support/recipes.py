@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 
 Math = Literal["exact", "fp8"]
-Activation = Literal["recipe", "per_tensor", "none"]
+Activation = Literal["recipe", "per_tensor", "per_token", "none"]
 Parts = Mapping[str, torch.Tensor]
 """The stored tensors of one linear layer by the last part of their name."""
 
@@ -41,12 +41,14 @@ class Recipe:
         decode: from the stored tensors and the block size to the weight.
         round_input: from the input and the stored tensors to ``(values, scale)``, input = values * scale.
         tensors: what must be stored, besides a bias.
+        optional: what the algorithm's layers may store or not.
     """
 
     group: int
     decode: Callable[[Parts, int], Weight]
     round_input: Callable[[torch.Tensor, Parts], tuple[torch.Tensor, torch.Tensor]]
     tensors: frozenset[str]
+    optional: frozenset[str] = frozenset()
 
 
 def decode_fp4(packed: torch.Tensor) -> torch.Tensor:
@@ -89,8 +91,13 @@ def round_token_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.
     return _round_by_amax(x, x.abs().amax(dim=-1, keepdim=True))
 
 
+def round_calibrated_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Static where calibration left an ``input_scale``, by token where there was none."""
+    return round_static_fp8(x, parts) if "input_scale" in parts else round_token_fp8(x, parts)
+
+
 def round_tensor_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 under one dynamic scale for all tokens, the way ModelOpt simulates W4A8_MXFP4_FP8."""
+    """E4M3 under one dynamic scale for all tokens, the way ModelOpt simulates W4A8_MXFP4_FP8 uncalibrated."""
     return _round_by_amax(x, x.abs().amax())
 
 
@@ -215,7 +222,7 @@ _NVFP4 = _WEIGHT | {"weight_scale_2"}
 _INPUT = frozenset({"input_scale"})
 RECIPES: dict[str, Recipe] = {
     "W4A8_NVFP4_FP8": Recipe(32, decode_nvfp4, round_static_fp8, _NVFP4 | _INPUT),
-    "W4A8_MXFP4_FP8": Recipe(32, decode_mxfp4, round_token_fp8, _WEIGHT),
+    "W4A8_MXFP4_FP8": Recipe(32, decode_mxfp4, round_calibrated_fp8, _WEIGHT, _INPUT),
     "W4A8_AWQ": Recipe(128, decode_int4, round_static_fp8, _NVFP4 | _INPUT),
     "W4A16_AWQ": Recipe(128, decode_int4, round_nothing, _WEIGHT),
     "NVFP4": Recipe(16, decode_nvfp4, round_nvfp4, _NVFP4 | _INPUT),
@@ -237,5 +244,6 @@ OPTIONAL = frozenset({"bias", "pre_quant_scale", "svdquant_lora_a", "svdquant_lo
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor, Parts], tuple[torch.Tensor, torch.Tensor]]] = {
     "per_tensor": round_tensor_fp8,
+    "per_token": round_token_fp8,
     "none": round_nothing,
 }

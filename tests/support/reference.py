@@ -183,7 +183,7 @@ class Reference:
         prefix = name + "."
         stored = [full for full in tensors if full.startswith(prefix)]
         parts = {_short(full.removeprefix(prefix)): tensors.pop(full) for full in stored}
-        if parts.keys() - OPTIONAL != recipe.tensors:
+        if parts.keys() - OPTIONAL - recipe.optional != recipe.tensors:
             raise ValueError(f"{name}: {sorted(parts)} are stored, {algo} wants {sorted(recipe.tensors)}")
         layer = QuantLinear(recipe, parts, layer_section.get("group_size") or recipe.group, math, act)
         self.weights[name] = layer.weight_parts.dequantized()

@@ -20,7 +20,7 @@ from sglang_modelopt_ext.dispatch import LAYOUTS
 from sglang_modelopt_ext.workflow.inspect import _joined_name
 from tests.layers.test_recipes import mixed_checkpoint
 from tests.support import edits
-from tests.support.exports import export
+from tests.support.exports import export, mixed_recipe
 from tests.support.kv_exports import kv_export
 from tests.support.models import TinyModel, model_dir
 from tests.support.sparse import llama_70b
@@ -97,7 +97,26 @@ def test_what_is_left_to_sglang(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     found = inspect(capsys, smoothed, "--gpu", "sm90", code=1)
     assert found["serving"]["owner"] == "sglang-modelopt-ext"
     assert len(found["problems"]) == 1, "gate_proj has no such scale"
-    assert "model.layers.0.mlp.up_proj: expected FP8 (weights fp8, activations fp8_static), as" in found["problems"][0]
+    assert "gate_proj.pre_quant_scale: expected a tensor, as model.layers.0.mlp.up_proj it is" in found["problems"][0]
+
+
+def test_a_mix_with_calibrated_mxfp4(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """How each layer's input is rounded, by its own tensors; layers that differ in it are groups of their own."""
+    recipe = mixed_recipe({"*self_attn*": "W4A8_MXFP4_FP8_CFG", "*mlp*": "FP8_DEFAULT_CFG"})
+    source = export(model_dir(TinyModel("llama")), recipe)
+    folder = edits.copy_with(source, tmp_path / "mix", [edits.drop_tensors("*1.self_attn.o_proj.input_scale")])
+    for gpu, kernel in (("cpu", "dense_float32"), ("sm90", "triton_mxfp4_folded"), ("sm120", "triton_mxfp4_mma")):
+        found = inspect(capsys, folder, "--gpu", gpu)
+        assert found["problems"] == []
+        assert found["serving"]["flags"] == ["modelopt_ext"]
+        groups = {group["name"]: group for group in found["layers"] if group["algo"] == "W4A8_MXFP4_FP8"}
+        assert {group["kernel"] for group in groups.values()} == {kernel}
+        rounded = {name: group["activation"] for name, group in groups.items()}
+        assert rounded == {
+            **{f"model.layers.[0-1].self_attn.{part}_proj": "fp8_static" for part in "qkv"},
+            "model.layers.0.self_attn.o_proj": "fp8_static",
+            "model.layers.1.self_attn.o_proj": "fp8_per_token",
+        }
 
 
 def test_mixed_precision_with_a_line_for_every_layer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -138,7 +157,7 @@ def test_every_problem_is_listed(capsys: pytest.CaptureFixture[str], folder: Pat
     subjects = (
         r"layers\.0\.mlp\.down_proj\.weight_scale_2: expected a tensor of",
         r"layers\.1\.self_attn\.o_proj\.input_scale: expected a tensor of",
-        r"layers\.0\.mlp\.up_proj: expected .* as model\.layers\.0\.mlp\.gate_proj",
+        r"layers\.0\.mlp\.up_proj\.pre_quant_scale: expected a tensor, as model\.layers\.0\.mlp\.gate_proj",
         r"layers\.0\.self_attn\.v_proj\.input_scale: expected shape \[\], got \[3\]",
         r"layers\.1\.mlp\.down_proj\.surplus_scale: expected only the tensors of",
         r"k_scale: expected no KV cache tensors",
