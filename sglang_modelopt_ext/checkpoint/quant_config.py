@@ -103,6 +103,13 @@ class QuantConfig:
         # ModelOpt lists all experts of a layer as the one module they are in Hugging Face's model.
         return self._listed.get(wanted) or (self._listed.get(expert["layer"]) if expert else None)
 
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """The algorithms of its layers, each once, sorted; none where only the KV cache is quantized."""
+        if self.algo == MIXED_PRECISION:
+            return tuple(sorted({layer.algo for layer in self.quantized_layers.values()}))
+        return (self.algo,) if self.algo else ()
+
     @functools.cached_property
     def _listed(self) -> dict[str, LayerQuantization]:
         """``quantized_layers`` by canonical name; a large mixture lists tens of thousands."""

@@ -24,7 +24,7 @@ from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_block
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme
-from sglang_modelopt_ext.schemes.table import find_scheme
+from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, ValueRule
 
@@ -148,14 +148,18 @@ def _activation(scheme: Scheme, config: QuantConfig, stored: Collection[str]) ->
             expected = f"{recorded}, as {config.file.name} records"
             raise ModelOptExtError.at("environment", MXFP4_ACTIVATIONS.variable, expected, choice)
         choice = recorded
-    if not choice:
-        raise ModelOptExtError.at(
-            config.file,
-            "quant_algo",
-            f"{MXFP4_ACTIVATIONS.variable}=mxfp4 (MXFP4_DEFAULT) or none (weight only): the export does not say which",
-            "it unset",
-        )
-    return scheme.activation_format(stored) if choice == "mxfp4" else None
+    return None if choice == "none" else scheme.activation_format(stored)
+
+
+def assumption(config: QuantConfig) -> str | None:
+    """What is assumed about the checkpoint's activations because nothing tells, in one line; None where nothing is."""
+    in_doubt = [algo for algo in config.algorithms if algo in SCHEMES and SCHEMES[algo].activation_in_doubt]
+    if not in_doubt or config.rounds_activations is not None or MXFP4_ACTIVATIONS.read():
+        return None
+    return (
+        f"{config.file}: quant_algo {in_doubt[0]} does not say whether activations are rounded: taken for MXFP4_DEFAULT, which "
+        f"rounds them ({MXFP4_ACTIVATIONS.variable}=mxfp4). For a weight-only export (MXFP4_MLP_WEIGHT_ONLY) set it to none"
+    )
 
 
 def read_checkpoint(folder: Path, config: QuantConfig | None = None) -> Checkpoint:

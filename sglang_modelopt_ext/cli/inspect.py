@@ -33,6 +33,7 @@ class InspectResult(Result, frozen=True, kw_only=True):
         if self.contents.record:
             record = (f"  {name}: {_shortened(name, value)}" for name, value in self.contents.record.items())
             parts.append("\n".join(["recorded when it was made:", *record]))
+        parts += [f"note: {note}" for note in self.contents.notes]
         problems = self.contents.problems
         parts.append("\n".join([f"problems: {len(problems) or 'none'}", *(f"  {problem}" for problem in problems)]))
         return "\n\n".join(parts)

@@ -41,7 +41,8 @@ _ROWS = (
         activation="mxfp4_dynamic",
         flag=MXFP4,
         activation_in_doubt=True,
-        note="Exported as `mxfp4` with and without activation rounding alike: SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS says which.",
+        note="Exported as `mxfp4` with and without activation rounding alike: SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS says which; "
+        "not set, they are rounded, with a warning.",
     ),
     Scheme(
         "NVFP4",

@@ -23,6 +23,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 from sglang_modelopt_ext.checkpoint.reader import (
     Checkpoint,
     QuantizedLinear,
+    assumption,
     bits_per_weight,
     check_stored_values,
     is_kv_cache_tensor,
@@ -35,7 +36,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.ownership import owned_family
 from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
-from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES, UMBRELLA
+from sglang_modelopt_ext.schemes.table import SCHEMES, UMBRELLA
 from sglang_modelopt_ext.workflow.models import served_dtype
 from sglang_modelopt_ext.workflow.target import Target
 from sglang_modelopt_kernels.formats.base import ValueRule
@@ -148,6 +149,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
         kv_cache: None where the cache is not quantized.
         serving: who serves it.
         record: what this package recorded when it made the checkpoint.
+        notes: what is assumed because the checkpoint does not say.
         problems: everything the strict reader objects to.
     """
 
@@ -164,6 +166,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     kv_cache: KVCache | None
     serving: Serving
     record: dict[str, Any]
+    notes: list[str]
     problems: list[str]
 
 
@@ -212,6 +215,7 @@ def inspect_checkpoint(folder: Path, target: Target, *, each_layer: bool = False
         kv_cache=_kv_cache(folder, config, problems),
         serving=serving,
         record=_record(folder),
+        notes=[assumed] if config is not None and (assumed := assumption(config)) else [],
         problems=list(dict.fromkeys(str(problem) for problem in problems)),
     )
 
@@ -238,15 +242,9 @@ def _record(folder: Path) -> dict[str, Any]:
     return dict(own) if isinstance(own, Mapping) else {}
 
 
-def _algorithms(config: QuantConfig) -> list[str]:
-    if config.algo == MIXED_PRECISION:
-        return sorted({layer.algo for layer in config.quantized_layers.values()})
-    return [config.algo] if config.algo else []
-
-
 def _serving(folder: Path, config: QuantConfig | None, target: Target, problems: list[ModelOptExtError]) -> Serving:
     def serving(owner: str | None, flags: Sequence[str], why: str) -> Serving:
-        algorithms = _algorithms(config) if config else []
+        algorithms = config.algorithms if config else ()
         stock = {algo: STOCK_BEHAVIOUR.get(algo, "unknown to this package") for algo in algorithms}
         if config and config.algo is None and config.kv_cache_algo:
             stock["KV cache only"] = "rejected: it has no quant_algo"

@@ -90,11 +90,16 @@ def test_every_parameter_layout_over_ranks(recipe: str) -> None:
         check_logprobs(server, folder, "float32")
 
 
-def test_mxfp4_activations() -> None:
+@pytest.mark.parametrize(("answer", "tp"), [("mxfp4", 1), (None, 1), (None, 2)])
+def test_mxfp4_activations(answer: str | None, tp: int) -> None:
+    """Without an answer the checkpoint is taken for MXFP4_DEFAULT, and the log says so once, however many ranks there are."""
     folder = export(model_dir(TinyModel("mistral")), "MXFP4_DEFAULT_CFG")
-    env = {"SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS": "mxfp4"}
-    with Server(folder, dtype="float32", args=("--quantization", "modelopt_mxfp4"), env=env) as server:
+    env = {"SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS": answer}
+    with Server(folder, dtype="float32", tp=tp, args=("--quantization", "modelopt_mxfp4"), env=env) as server:
         check_logprobs(server, folder, "float32")
+        said = [line for line in server.output().splitlines() if "does not say whether activations are rounded" in line]
+    assert len(said) == (0 if answer else 1)
+    assert all("taken for MXFP4_DEFAULT" in line and "MXFP4_ACTIVATIONS=mxfp4" in line for line in said)
 
 
 @pytest.mark.parametrize("tp", [1, 2])

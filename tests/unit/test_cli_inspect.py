@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.dispatch import LAYOUTS
+from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.workflow.inspect import _joined_name
 from tests.layers.test_recipes import mixed_checkpoint
 from tests.support import edits
@@ -127,6 +128,21 @@ def test_mixed_precision_with_a_line_for_every_layer(capsys: pytest.CaptureFixtu
         name: layer["quant_algo"].upper() for name, layer in declared.items()
     }
     assert found["serving"]["stock"].keys() == {group["algo"] for group in found["layers"]}
+
+
+def test_an_mxfp4_export_without_an_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is assumed is a note, and no problem."""
+    folder = export(model_dir(TinyModel("llama")), "MXFP4_DEFAULT_CFG")
+    monkeypatch.delenv(MXFP4_ACTIVATIONS.variable, raising=False)
+    found = inspect(capsys, folder)
+    assert found["problems"] == []
+    assert {group["activation"] for group in found["layers"]} == {"mxfp4_dynamic"}
+    (note,) = found["notes"]
+    assert main(["inspect", str(folder)]) == 0
+    assert f"note: {note}" in capsys.readouterr().out
+    monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "none")
+    found = inspect(capsys, folder)
+    assert (found["notes"], {group["activation"] for group in found["layers"]}) == ([], {"none"})
 
 
 def test_kv_cache(capsys: pytest.CaptureFixture[str]) -> None:

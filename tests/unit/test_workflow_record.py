@@ -13,6 +13,7 @@ from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow import modelopt_cpu
+from sglang_modelopt_ext.workflow.evaluate import assumptions
 from sglang_modelopt_ext.workflow.quantize import Options, quantize
 from tests.support import edits
 from tests.support.models import TinyModel, model_dir
@@ -31,6 +32,7 @@ def test_our_own_mxfp4_exports_say_whether_they_round_activations(
     assert own["simulation"] == ("cuda" if torch.cuda.is_available() else "cpu")
     schemes = {linear.scheme.activation for linear in read_checkpoint(folder).linears.values()}
     assert all((activation is not None) == rounds for activation in schemes)
+    assert assumptions(folder) == []
     monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "none" if rounds else "mxfp4")
     with pytest.raises(ModelOptExtError, match=r"as hf_quant_config\.json records, got"):
         read_checkpoint(folder)
