@@ -20,6 +20,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -402,14 +403,14 @@ def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]], verd
     return bad
 
 
-def write_verdicts(file: Path, rows: Path, stopped: list[int], is_quick: bool) -> None:
+def write_verdicts(file: Path, rows: Path, stopped: list[int], chosen: str) -> None:
     """Writes what :func:`run_architecture` appended to ``rows`` as one JSON file.
 
     Args:
         file: what is written.
         rows: a JSON object to a line, for each compilation.
         stopped: architectures at which the compiler itself died, so that cases are missing.
-        is_quick: whether the cases were a sample.
+        chosen: which cases were compiled, in words.
     """
     found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
@@ -417,7 +418,7 @@ def write_verdicts(file: Path, rows: Path, stopped: list[int], is_quick: bool) -
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {"triton": triton.__version__},
         "commit": commit.stdout.strip(),
-        "set": "quick" if is_quick else "every configuration",
+        "set": chosen,
         "stopped": stopped,
     }
     head = json.dumps(content, indent=2).removesuffix("\n}")
@@ -430,18 +431,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--quick", action="store_true", help="one configuration of each product")
-    parser.add_argument("--only", nargs="*", default=[], help="kernels whose names start with one of these")
+    parser.add_argument("--only", nargs="*", default=[], help="kernels whose names start with one of these patterns")
     parser.add_argument("--here", action="store_true", help="compile in this process")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write the verdicts; with --here, append lines of them"
     )
     arguments = parser.parse_args()
     if arguments.here:
-        names = tuple(f"{name} " for name in arguments.only)
 
         def select(every: list[Case]) -> list[Case]:
             chosen = quick(every) if arguments.quick else every
-            return [case for case in chosen if case.name.startswith(names)] if names else chosen
+            wanted = arguments.only or ["*"]
+            return [case for case in chosen if any(fnmatchcase(f"{case.name} ", f"{name} *") for name in wanted)]
 
         return int(sum(run_architecture(arch, select, arguments.json) for arch in arguments.arch) > 0)
     print(f"triton {triton.__version__}")
@@ -463,7 +464,9 @@ def main() -> int:
                 stopped.append(arch)
             worst = max(worst, int(done.returncode != 0))
         if arguments.json:
-            write_verdicts(arguments.json, rows, stopped, arguments.quick)
+            every = "a sample of the configurations" if arguments.quick else "every configuration"
+            only = f" of {', '.join(arguments.only)}" if arguments.only else ""
+            write_verdicts(arguments.json, rows, stopped, every + only)
     return worst
 
 

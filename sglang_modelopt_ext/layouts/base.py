@@ -78,6 +78,8 @@ class Layout(ABC):
     """A way to keep a weight, and the product that reads it."""
 
     name: str
+    kernels: tuple[str, ...] = ()
+    """Names of the Triton functions of this package its product launches; none where PyTorch or another package multiplies."""
     takes_vocabulary = False
     """Whether it has :meth:`rows`."""
 

@@ -1,0 +1,170 @@
+"""What the result files in ``benchmarks/results`` say of served runs and of compilations, for ``tools/support_matrix.py``."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
+
+
+class ServedRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One served checkpoint, held against the decoded export.
+
+    Attributes:
+        algo: ``quant_algo``, in any case.
+        kv: recipe of the KV cache, ``none`` without one.
+        family: of the model, such as ``qwen2`` or ``qwen3_moe``.
+        served_by: this package, or SGLang itself.
+        backend: the kernels that served it, by the names of the matrix, comma-separated.
+        verdict: ``right`` and ``wrong`` by the noise floor; ``failed`` where nothing was served.
+        median, mean, noise: of the differences of log probabilities.
+        prompts: what was compared.
+        note: anything else.
+    """
+
+    algo: str
+    kv: str
+    family: str
+    served_by: Literal["ours", "sglang"]
+    verdict: Literal["right", "wrong", "failed"]
+    backend: str | None = None
+    median: float | None = None
+    mean: float | None = None
+    noise: float | None = None
+    prompts: list[Any] | int | None = None
+    note: str = ""
+
+
+class ServedFile(msgspec.Struct, frozen=True, kw_only=True):
+    """Runs on one GPU: ``served-*.json``.
+
+    Attributes:
+        date: of the run.
+        gpu: its name, as the driver gives it.
+        capability: compute capability times ten.
+        versions: of the packages, by name.
+        commit: of this repository.
+        rows: the checkpoints.
+    """
+
+    date: datetime.date
+    gpu: str
+    capability: int
+    versions: dict[str, str]
+    commit: str
+    rows: list[ServedRow]
+
+
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """A row of a file, with the file it is from."""
+
+    row: ServedRow
+    file: ServedFile
+
+    @property
+    def algo(self) -> str:
+        """``quant_algo`` in upper case."""
+        return self.row.algo.upper()
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether the model is a mixture of experts."""
+        return "moe" in self.row.family or self.row.family.startswith("mixtral")
+
+    @property
+    def backends(self) -> list[str]:
+        """The kernels that served it."""
+        return [name.strip() for name in (self.row.backend or "").split(",") if name.strip()]
+
+
+class CompiledRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One compilation: the Triton function, its configuration, the architecture, and whether all was as it should be."""
+
+    kernel: str
+    case: str
+    arch: int
+    ok: bool
+    problems: list[str] = []
+
+
+class CompiledFile(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``python -m benchmarks.aot --json`` writes: ``aot-*.json``."""
+
+    date: datetime.date
+    versions: dict[str, str]
+    commit: str
+    set: str
+    stopped: list[int] = []
+    rows: list[CompiledRow]
+
+
+def read_served(folder: Path) -> list[Run]:
+    """The newest runs: of what was run several times, the rows of the newest file that has it.
+
+    Runs are of the same where capability, algorithm, KV cache, family and server agree; of two files of one day, the one whose name
+    comes last is the newer.
+
+    Raises:
+        ValueError: a file that is not of that form, by its name.
+    """
+    newest: dict[tuple[object, ...], list[Run]] = {}
+    for file in _in_order(folder, "served-*.json", ServedFile):
+        found: dict[tuple[object, ...], list[Run]] = {}
+        for row in file.rows:
+            key = (file.capability, row.algo.upper(), row.kv, row.family, row.served_by)
+            found.setdefault(key, []).append(Run(row=row, file=file))
+        newest |= found
+    return [run for runs in newest.values() for run in runs]
+
+
+def read_compiled(folder: Path) -> tuple[list[CompiledFile], list[CompiledRow]]:
+    """The files, oldest first, and of every compilation the newest verdict. Raises ValueError as :func:`read_served`."""
+    files = _in_order(folder, "aot-*.json", CompiledFile)
+    rows = {(row.kernel, row.case, row.arch): row for file in files for row in file.rows}
+    return files, list(rows.values())
+
+
+def _in_order(folder: Path, pattern: str, kind: Any) -> list[Any]:
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        try:
+            found.append(msgspec.json.decode(path.read_bytes(), type=kind))
+        except msgspec.DecodeError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return sorted(found, key=lambda file: file.date)  # a stable sort: by name within a day
+
+
+def run_status(runs: Iterable[Run]) -> str:
+    """One phrase for a cell: every verdict of the runs, with date and GPU; what is not right in bold, and with its model."""
+    phrases: dict[str, None] = {}
+    for run in runs:
+        verdict, row = run.row.verdict, run.row
+        cache = f" with KV {row.kv}" if row.kv != "none" and verdict != "right" else ""
+        said = "right" if verdict == "right" else f"**{verdict}** ({row.family}{cache})"
+        phrases[f"run {run.file.date}, {run.file.gpu}: {said}"] = None
+    return "; ".join(phrases)
+
+
+def compile_status(rows: Sequence[CompiledRow], kernels: Iterable[str], arch: int, within: str = "") -> str | None:
+    """``compiled`` or that it does not compile, from the rows of one architecture; None where one of the kernels has no row.
+
+    Args:
+        rows: verdicts.
+        kernels: names of Triton functions.
+        arch: the architecture.
+        within: only cases whose names contain it, such as a recipe of the KV cache.
+    """
+    verdicts = []
+    for kernel in kernels:
+        own = [row.ok for row in rows if row.kernel == kernel and row.arch == arch and within in row.case]
+        if not own:
+            return None
+        verdicts += own
+    if not verdicts:
+        return None
+    return "compiled" if all(verdicts) else "**does not compile**"
