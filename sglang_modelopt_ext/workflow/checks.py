@@ -163,6 +163,7 @@ def check_model(model: torch.nn.Module, recipe: str, methods: Sequence[str]) -> 
     if not algos and not experts and cache is None:
         raise ModelOptExtError.at(recipe, "model", "a layer or a KV cache to quantize", "none that the recipe names")
     _check_fused(model, algos)
+    quantizers.rounds_activations(model)  # or the error, before anything is calibrated
     return algos
 
 

@@ -124,7 +124,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     A field that an older version of this package did not write has its default.
 
     Attributes:
-        rounds_activations: whether any linear layer's input is rounded.
+        rounds_activations: whether the inputs of MXFP4 layers are rounded; without such layers, whether any layer's is.
         kv_cache_recipe: the KV cache's recipe, a name of ``KV_RECIPES``, or None.
         version: of this package.
         recipe, base_model, algorithm, calibration, simulation, selection, smoothed, searched, search: see :class:`Origin`.
