@@ -464,7 +464,7 @@ def main() -> int:
                 stopped.append(arch)
             worst = max(worst, int(done.returncode != 0))
         if arguments.json:
-            every = "a sample of the configurations" if arguments.quick else "every configuration"
+            every = "quick" if arguments.quick else "every configuration"
             only = f" of {', '.join(arguments.only)}" if arguments.only else ""
             write_verdicts(arguments.json, rows, stopped, every + only)
     return worst

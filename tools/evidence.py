@@ -17,7 +17,7 @@ class ServedRow(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         algo: ``quant_algo``, in any case.
-        kv: recipe of the KV cache, ``none`` without one.
+        kv: recipe of the KV cache, with or without the ``modelopt_`` of its flag; ``none`` without one.
         family: of the model, such as ``qwen2`` or ``qwen3_moe``.
         served_by: this package, or SGLang itself.
         backend: the kernels that served it, by the names of the matrix, comma-separated.
@@ -72,6 +72,11 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
         return self.row.algo.upper()
 
     @property
+    def kv(self) -> str:
+        """The recipe of the KV cache, ``none`` without one."""
+        return self.row.kv.removeprefix("modelopt_")
+
+    @property
     def is_mixture(self) -> bool:
         """Whether the model is a mixture of experts."""
         return "moe" in self.row.family or self.row.family.startswith("mixtral")
@@ -93,7 +98,16 @@ class CompiledRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompiledFile(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``python -m benchmarks.aot --json`` writes: ``aot-*.json``."""
+    """What ``python -m benchmarks.aot --json`` writes: ``aot-*.json``.
+
+    Attributes:
+        date: of the run.
+        versions: of the packages, by name.
+        commit: of this repository.
+        set: ``quick`` for a sample of the configurations, or ``every configuration``; then of which, if not of all.
+        stopped: architectures at which the compiler died.
+        rows: the compilations.
+    """
 
     date: datetime.date
     versions: dict[str, str]
@@ -116,8 +130,8 @@ def read_served(folder: Path) -> list[Run]:
     for file in _in_order(folder, "served-*.json", ServedFile):
         found: dict[tuple[object, ...], list[Run]] = {}
         for row in file.rows:
-            key = (file.capability, row.algo.upper(), row.kv, row.family, row.served_by)
-            found.setdefault(key, []).append(Run(row=row, file=file))
+            run = Run(row=row, file=file)
+            found.setdefault((file.capability, run.algo, run.kv, row.family, row.served_by), []).append(run)
         newest |= found
     return [run for runs in newest.values() for run in runs]
 
@@ -144,7 +158,7 @@ def run_status(runs: Iterable[Run]) -> str:
     phrases: dict[str, None] = {}
     for run in runs:
         verdict, row = run.row.verdict, run.row
-        cache = f" with KV {row.kv}" if row.kv != "none" and verdict != "right" else ""
+        cache = f" with KV {run.kv}" if run.kv != "none" and verdict != "right" else ""
         said = "right" if verdict == "right" else f"**{verdict}** ({row.family}{cache})"
         phrases[f"run {run.file.date}, {run.file.gpu}: {said}"] = None
     return "; ".join(phrases)

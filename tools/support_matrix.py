@@ -132,12 +132,12 @@ class Evidence:
         return [
             run
             for run in self.runs
-            if (run.algo, run.file.capability, run.is_mixture, run.row.kv) == (algo, capability, mixture, "none")
+            if (run.algo, run.file.capability, run.is_mixture, run.kv) == (algo, capability, mixture, "none")
         ]
 
     def of_cache(self, recipe: str, capability: int) -> list[Run]:
         """Runs over a KV cache of that recipe, whatever the layers."""
-        return [run for run in self.runs if (run.row.kv, run.file.capability) == (recipe, capability)]
+        return [run for run in self.runs if (run.kv, run.file.capability) == (recipe, capability)]
 
 
 def read_evidence(folder: Path = RESULTS) -> Evidence:
@@ -263,13 +263,13 @@ def render_runs(evidence: Evidence) -> str:
     header = ["date", "GPU", "algorithm", "KV cache", "model", "served by", "kernels", "verdict", "median", "mean"]
     header += ["noise", "versions", "commit", "note"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for run in sorted(evidence.runs, key=lambda run: (run.file.capability, run.algo, run.row.kv, run.row.family)):
+    for run in sorted(evidence.runs, key=lambda run: (run.file.capability, run.algo, run.kv, run.row.family)):
         row, file = run.row, run.file
         verdict = row.verdict if row.verdict == "right" else f"**{row.verdict}**"
         numbers = ["-" if value is None else f"{value:.2g}" for value in (row.median, row.mean, row.noise)]
         versions = ", ".join(f"{name} {version}" for name, version in file.versions.items())
         by = "this package" if row.served_by == "ours" else "SGLang"
-        cells = [str(file.date), f"{file.gpu} (SM{file.capability})", f"`{run.algo}`", row.kv, row.family, by]
+        cells = [str(file.date), f"{file.gpu} (SM{file.capability})", f"`{run.algo}`", run.kv, row.family, by]
         cells += [", ".join(run.backends) or "-", verdict, *numbers, versions, file.commit, _cell(row.note) or "-"]
         lines.append("| " + " | ".join(cells) + " |")
     return RUNS_HEAD + "\n".join(lines) + "\n"
@@ -287,9 +287,10 @@ def sources(evidence: Evidence) -> str:
         architectures = ", ".join(f"SM{arch}" for arch in sorted({row.arch for row in file.rows}))
         bad = sum(not row.ok for row in file.rows)
         stopped = f"; the compiler died at {', '.join(f'SM{arch}' for arch in file.stopped)}" if file.stopped else ""
+        every = file.set.replace("quick", "a sample of the configurations").replace("*", "\\*")
         made = f"{file.date} without a GPU, Triton {file.versions.get('triton', '?')}, commit {file.commit}"
         lines.append(
-            f"Compiled on {made}: {len(file.rows)} kernels and configurations ({file.set}) for {architectures}, "
+            f"Compiled on {made}: {len(file.rows)} kernels and configurations ({every}) for {architectures}, "
             f"{bad} with a problem{stopped}."
         )
     if not lines:

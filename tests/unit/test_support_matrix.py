@@ -149,7 +149,7 @@ def test_sglangs_own_runs_are_its_own(matrix: ModuleType, tmp_path: Path) -> Non
 
 def test_experts_and_caches(matrix: ModuleType, tmp_path: Path) -> None:
     mixture = row(family="qwen3_moe", backend="triton_block_scaled, triton_grouped")
-    cache = [row(kv="nvfp4_affine"), row(kv="fp8", verdict="wrong")]
+    cache = [row(kv="nvfp4_affine"), row(kv="modelopt_fp8", verdict="wrong")]
     served(tmp_path, "one", [mixture, *cache])
     page = matrix.render(matrix.read_evidence(tmp_path))
     run = "run 2026-11-29, NVIDIA H200:"
@@ -172,7 +172,10 @@ def test_compilations(matrix: ModuleType, tmp_path: Path) -> None:
     compiled(tmp_path, "a", [*rows, (layout.kernels[0], "other", 90, False)])
     page = matrix.render(matrix.read_evidence(tmp_path))
     assert linear(page)["SM90"] == "`triton_block_scaled`: **does not compile**"
-    assert f"{len(rows) + 1} kernels and configurations (quick) for SM90, 1 with a problem." in page
+    assert (
+        f"{len(rows) + 1} kernels and configurations (a sample of the configurations) for SM90, 1 with a problem."
+        in page
+    )
     compiled(tmp_path, "b", [(layout.kernels[0], "other", 90, True)], date="2026-11-30")
     assert linear(matrix.render(matrix.read_evidence(tmp_path)))["SM90"] == "`triton_block_scaled`: compiled"
 
