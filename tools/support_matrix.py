@@ -297,7 +297,7 @@ def sources(evidence: Evidence) -> str:
         lines.append("Nothing was compiled for these columns (`python -m benchmarks.aot --json`).")
     if not evidence.runs:
         lines.append("No GPU column has been run as a served model.")
-    return "\n".join(lines)
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def summary(layout: Layout | ExpertLayout | FusedExperts) -> str:
