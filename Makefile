@@ -17,10 +17,10 @@ PARALLEL := -n $(JOBS) --dist loadfile
 export PYTHON RUNTIME MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint mypy format test test-full test-gpu quality docs clean distclean
+.PHONY: help setup demo lint mypy format test test-full test-gpu test-gpu-served quality docs clean distclean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: ## Make .venv, or bring it up to date (does nothing when it is)
 	@$(or $(BOOT),$(error no working python3 found)) tools/setup_env.py
@@ -48,6 +48,9 @@ test-full: setup ## Run all tests that need no GPU
 
 test-gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS)
+
+test-gpu-served: setup ## Serve every kind of export on a GPU and judge it (ARGS="--only 'kv-*'", ARGS="--tp 2")
+	$(BIN)/python tests/conformance run $(ARGS)
 
 quality: setup ## Measure every recipe on the shipped model and write docs/quality.md
 	$(BIN)/python examples/quality.py $(ARGS)

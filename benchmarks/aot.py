@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 
 from benchmarks.aot_case import KINDS, Case
 from benchmarks.aot_moe import QUICK_GROUPED, grouped_cases
-from benchmarks.sass import MATRIX, inspect, main_loop
+from benchmarks.sass import MATRIX, inspect, main_loop, register_races
 from sglang_modelopt_kernels.attention.decode import decode
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
 from sglang_modelopt_kernels.attention.extend import extend
@@ -40,6 +40,8 @@ from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadamard_block
 from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
 from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale, in_order, makes_operands
+from sglang_modelopt_kernels.gemm.eight_bit import launch as eight_bit
+from sglang_modelopt_kernels.gemm.eight_bit.kernel import byte_decode_kernel, eight_bit_kernel
 from sglang_modelopt_kernels.gemm.folded import linear as folded
 from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_kernel
 from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
@@ -53,9 +55,11 @@ from sglang_modelopt_kernels.gemm.tcgen05.kernel import tcgen05_kernel
 from sglang_modelopt_kernels.gemm.tcgen05.launch import HEIGHT, TILE
 from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
 from sglang_modelopt_kernels.gemm.tile.kernel import finish_kernel
+from sglang_modelopt_kernels.gemm.tile.wgmma import register_race
 from sglang_modelopt_kernels.quantize.blocks import quantize as blocks
 from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kernel
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
+from sglang_modelopt_kernels.quantize.int8.kernel import quantize_int8_kernel
 
 ARCHITECTURES = (80, 89, 90, 100, 103, 120)
 SHARED_MEMORY = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 103: 227 << 10, 120: 99 << 10}
@@ -64,6 +68,8 @@ TENSOR_MEMORY = 512
 """Columns of an SM's tensor memory: PTX ISA, tcgen05."""
 FRAGMENT_ORDERS = ("[0, 1], [8, 0], [0, 8], [0, 16]", "[0, 1], [0, 2], [8, 0], [0, 16]")
 """How the rows and inputs of a thread's registers go on, of operands of 16 bits and of 8 (or 16 that were made of 8)."""
+DROPPED = re.compile(r"\bVIADD\.16x2\s+\w+, \w+, 0x0\b")
+"""What ptxas 12.9 makes of ``add.s16x2`` with a constant: the constant is lost."""
 OPCODES = {"mma.sync": "mma.sync", "wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma"}
 """Of each matrix instruction in PTX."""
 
@@ -111,9 +117,45 @@ def block_scaled_cases(arch: int) -> Iterator[Case]:
             for config in dict.fromkeys((*configs(kind, arch), *configs(kind, arch, 128))):
                 name = f"block_scaled {kind}/{group} {dtype}"
                 own = {"FRAGMENTS": makes_operands(kind, group, 4096, config, arch), "ORDERED": in_order(config)}
+                own["WGMMA"] = matrix_instruction(arch) == "wgmma"
                 of_x = {"x_ptr": "*fp16"} if own["ORDERED"] and f16 else {}
                 case = product_case(name, block_scaled_kernel, config, operands | of_x, numerics | own, "any")
                 yield dataclasses.replace(case, fragments=own["FRAGMENTS"])
+
+
+BYTES = {
+    "int8": ("i8", "fp32"),
+    "e4m3": ("fp8e4nv", "fp32"),
+    "e4m3_float": ("fp8e4nv", "fp32"),
+    "e4m3_exponent": ("fp8e4nv", "u8"),
+}
+"""Triton's types of the codes and of the block scales of each kind of 8-bit weight."""
+OPERANDS = {"torch.int8": "i8", "torch.float16": "fp16", "torch.bfloat16": "bf16"}
+
+
+def eight_bit_cases(arch: int) -> Iterator[Case]:
+    """Every configuration that the launcher can choose, and the decoding for many tokens."""
+    for kind, (codes, scale) in BYTES.items():
+        codes = codes if arch >= 89 else codes.replace("fp8e4nv", "u8")
+        numerics = {"KIND": kind, "NATIVE": arch >= 89, "ASM": True}
+        for dtype in eight_bit.TAKEN[kind]:
+            name, math = OPERANDS[str(dtype)], eight_bit.math_of(kind, dtype)
+            operands = {"x_ptr": f"*{name}", "w_ptr": f"*{codes}", "s_ptr": f"*{scale}"}
+            own = {"MATH": math, "SCALE_ROWS": 128 if kind == "e4m3_float" else 1}
+            own["WGMMA"] = matrix_instruction(arch) == "wgmma"
+            for config in eight_bit.configs(kind, math, arch):
+                # What has no instruction for int8 on Blackwell is left to mma.sync.
+                wanted = "small" if math == "i8" else "any"
+                yield product_case(
+                    f"eight_bit {kind} {name}", eight_bit_kernel, config, operands, numerics | own, wanted
+                )
+            if math == "i8":
+                continue
+            types = {"w_ptr": f"*{codes}", "s_ptr": f"*{scale}", "y_ptr": f"*{name}"} | dict.fromkeys(
+                ("first", "n", "k"), "i32"
+            )
+            constexprs = numerics | {"F16": math == "f16", "BN": 8, "BK": 512}
+            yield Case(f"decode_bytes {kind} {name}", byte_decode_kernel, types, constexprs, {}, ("k",))
 
 
 def group_scaled_cases(arch: int) -> Iterator[Case]:
@@ -240,6 +282,8 @@ def other_cases(arch: int) -> Iterator[Case]:
     yield Case(
         "quantize_fp8 static", quantize_static_kernel, types, {"SMOOTH": True, "BLOCK": 2048}, {}, ("k", "stride")
     )
+    of_int8 = types | {"y_ptr": "*i8", "row_scale_ptr": "*fp32"}
+    yield Case("quantize_int8", quantize_int8_kernel, of_int8, {"SMOOTH": True, "BLOCK": 2048}, {}, ("k", "stride"))
     constexprs = {"SMOOTH": True, "HAS_AMAX": True, "BLOCK": 2048}
     types = types | {"amax_ptr": "*fp32"}
     yield Case("quantize_fp8 token", quantize_token_kernel, types, constexprs, {}, ("k", "stride"))
@@ -295,6 +339,7 @@ def _attention_of(
     many = extend.choose_for(recipe.format, head_dim, arch)
     options = {"num_warps": many.warps, "num_stages": many.stages}
     own = {"BM": many.queries, "BN": many.keys, "CAUSAL": True, "WINDOW": 0}
+    own["WGMMA"] = matrix_instruction(arch) == "wgmma"
     yield case(f"extend {many}", extend_kernel, own, options, "any" if many.queries >= 64 else "small", 0)
     own = {"BT": 16, "ROTATE": recipe.rotate, "NATIVE": True}
     yield case("store", store_kernel, own, {"num_warps": 4}, "", 0)
@@ -307,6 +352,7 @@ def cases(arch: int) -> list[Case]:
     """Everything that may run on ``arch``."""
     products = [
         *block_scaled_cases(arch),
+        *eight_bit_cases(arch),
         *group_scaled_cases(arch),
         *mxfp4_cases(arch),
         *folded_cases(arch),
@@ -364,6 +410,14 @@ def compile_case(case: Case, arch: int) -> Result:
     result.problems += [f"no {copy}" for copy in case.copies if copy not in ptx]
     if case.fragments and not makes_fragments(compiled.asm["ttgir"]):
         result.problems.append("inline assembly makes no operand")
+    overwritten = register_races(sass)
+    if overwritten:
+        result.problems.append(f"{len(overwritten)} instructions write registers that a wgmma in flight reads")
+    broken = register_race(ptx)
+    if broken:
+        result.problems.append(broken)
+    if DROPPED.search(sass):
+        result.problems.append("a packed 16-bit sum lost its constant")
     if spilled:
         result.problems.append(f"spills {spilled} bytes")
     if getattr(compiled.metadata, "tmem_size", 0) > TENSOR_MEMORY:

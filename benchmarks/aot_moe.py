@@ -48,6 +48,7 @@ def grouped_cases(arch: int) -> Iterator[Case]:
                 own = {"KIND": kind, "GROUP": group, "MATH": math, "NATIVE": arch >= 89, "ASM": True}
                 own |= {"DESCALE": grouped.descale(kind, math), "HAS_ROW_SCALE": True, "SHARE": 8, "EVEN_K": True}
                 own |= {"FRAGMENTS": grouped.makes_fragments(kind, group, 4096, config, arch)}
+                own |= {"WGMMA": matrix_instruction(arch) == "wgmma"}
                 types = {"x_ptr": f"*{name}", "w_ptr": codes if arch >= 89 else codes.replace("fp8e4nv", "u8")}
                 types |= {
                     "s_ptr": scale or "*fp32",

@@ -1,4 +1,4 @@
-"""The products with 4-bit weights on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.gemm``.
+"""The products with 4- and 8-bit weights on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.gemm``.
 
 Needs torch and Triton only. First every product is checked against its naive twin in float64 on fresh random data, then every case
 is timed under a CUDA graph whose launches go through enough copies of the weight to miss the cache; medians of 7 replays. Peers
@@ -21,6 +21,7 @@ from triton.errors import TritonError
 from sglang_modelopt_kernels.formats import e2m1
 from sglang_modelopt_kernels.formats.base import BlockActivation, BlockWeight
 from sglang_modelopt_kernels.gemm.block_scaled import block_scaled_linear, naive_block_scaled_linear, pack
+from sglang_modelopt_kernels.gemm.eight_bit import eight_bit_linear, float_blocks, mxfp8, naive_eight_bit_linear, whole
 from sglang_modelopt_kernels.gemm.folded import fold, folded_linear
 from sglang_modelopt_kernels.gemm.fp4 import fp4_linear, naive_fp4_linear
 from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, naive_mxfp4_linear, pair_blocks
@@ -93,6 +94,41 @@ def folded_weight(n: int, k: int) -> dict[str, Any]:
     codes, scale = random_codes(n, k), random_scale("mxfp4", n, k)
     packed = fold(codes, scale)
     return {"weight": packed, "codes": packed.codes, "scale": packed.exponent, "stored": (codes, scale)}
+
+
+def byte_weight(kind: str, n: int, k: int) -> dict[str, Any]:
+    """A random weight of the 8-bit product."""
+    out_scale = torch.rand(n, device="cuda") + 0.5
+    if kind == "int8":
+        weight = whole(torch.randint(-128, 128, (n, k), device="cuda", dtype=torch.int8), out_scale)
+    elif kind == "mxfp8":
+        weight = mxfp8(random_fp8(n, k), random_scale("mxfp4", n, k))
+    else:
+        scale = torch.rand(triton.cdiv(n, 128), triton.cdiv(k, 128), device="cuda") + 0.5
+        weight = float_blocks([(random_fp8(n, k), scale)])
+    return {"weight": weight, "codes": weight.codes, "scale": out_scale if weight.scale is None else weight.scale}
+
+
+def random_int8(m: int, k: int) -> torch.Tensor:
+    """Random INT8 activations."""
+    return torch.randint(-128, 128, (m, k), device="cuda", dtype=torch.int8)
+
+
+def random_bf16(m: int, k: int) -> torch.Tensor:
+    """Random bf16 activations."""
+    return torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+
+
+def eight_bit(kind: str, activations: Callable[[int, int], torch.Tensor]) -> Product:
+    """Codes of a byte, decoded in registers or multiplied as they are."""
+    return Product(
+        lambda _: True,
+        partial(byte_weight, kind),
+        activations,
+        lambda x, weight, out_dtype: eight_bit_linear(x, weight["weight"], out_dtype=out_dtype),
+        lambda x, weight: naive_eight_bit_linear(x, weight["weight"]),
+        rows=1032,
+    )
 
 
 def random_fp8(m: int, k: int) -> torch.Tensor:
@@ -197,6 +233,10 @@ PRODUCTS = {
     "nvfp4": block_scaled("nvfp4"),
     "mxfp4": block_scaled("mxfp4"),
     "int4": block_scaled("int4"),
+    "int8 x int8": eight_bit("int8", random_int8),
+    "int8 x bf16": eight_bit("int8", random_bf16),
+    "fp8 block": eight_bit("fp8_block", random_bf16),
+    "mxfp8": eight_bit("mxfp8", random_bf16),
     "mxfp4 folded": Product(
         lambda capability: capability in (89, 90),
         folded_weight,
@@ -217,7 +257,7 @@ PRODUCTS = {
     "quack nvfp4": Product(
         lambda capability: capability == 90,
         quack_weight,
-        lambda m, k: torch.randn(m, k, device="cuda", dtype=torch.bfloat16),
+        random_bf16,
         run_package,
         naive_nvfp4,
         2.0**-8,
@@ -234,7 +274,8 @@ PRODUCTS = {
     "nvfp4 x nvfp4": fp4("nvfp4"),
     "mxfp4 x mxfp4": fp4("mxfp4"),
 }
-"""By name; the first three are block-scaled with FP8 activations, those of humming and quack are peers."""
+"""By name; the first three are block-scaled with FP8 activations, the next four 8-bit with int8 or bf16 ones, those of humming and
+quack are peers."""
 
 
 def capability() -> int:

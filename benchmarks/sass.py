@@ -1,10 +1,11 @@
-"""What machine code holds: its registers, its spills, and the instructions of its main loop."""
+"""What machine code holds: its registers, its spills, the instructions of its main loop, and the races of its wgmma."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import triton
@@ -12,6 +13,22 @@ import triton
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _ENDS = re.compile(r"BRA `|EXIT\b|RET\b")
 """A jump or an end without a condition."""
+_NO_RESULT = (
+    "ST",
+    "LDGSTS",
+    "LDGDEPBAR",
+    "DEPBAR",
+    "BAR",
+    "WARP",
+    "R2UR",
+    "RED",
+    "ISETP",
+    "FSETP",
+    "HSETP",
+    "MEMBAR",
+    "FENCE",
+)
+"""Instructions whose first register is one that they read."""
 MATRIX = re.compile(r"\b(?:UTC\w*MMA|[HQIO]G?MMA)\b")
 
 
@@ -54,6 +71,46 @@ def main_loop(sass: str) -> list[str]:
             loops.append((sum(bool(MATRIX.search(instruction)) for instruction in body), blocks, body))
     loops = [loop for loop in loops if loop[0] and not any(inner[0] and inner[1] < loop[1] for inner in loops)]
     return max(loops, default=(0, set[int](), list[str]()), key=lambda loop: (loop[0], -len(loop[2])))[2]
+
+
+def register_races(sass: str) -> list[str]:
+    """Find instructions that write a register which a ``wgmma`` in flight reads as its left operand (SM90).
+
+    Each loop is read twice in the order of its text, so that what is in flight at its edge meets the next iteration.
+    ``HGMMA``/``QGMMA`` with ``gsb0`` closes a commit group, ``WARPGROUP.DEPBAR.LE gsb0, N`` waits until N are left.
+    """
+    instructions, targets = parse_sass(sass)
+    found: dict[str, None] = {}
+    for at, target in targets.items():
+        if target <= at:
+            body = instructions[target : at + 1]
+            found |= dict.fromkeys(_overwrites([*body, *body]))
+    return list(found)
+
+
+def _overwrites(instructions: list[str]) -> Iterator[str]:
+    groups: list[set[int]] = []
+    current: set[int] = set()
+    for text in instructions:
+        product = re.search(r"\b[HQ]GMMA\S*\s+R\d+,\s*(?:R(\d+)\b)?", text)
+        wait = re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x([0-9a-f]+)", text)
+        if product:
+            current |= set(range(int(product[1]), int(product[1]) + 4)) if product[1] else set()
+            if "gsb0" in text:
+                groups, current = [*groups, current], set()
+        elif wait:
+            groups = groups[max(len(groups) - int(wait[1], 16), 0) :]
+        elif _written(text) & current.union(*groups):
+            yield text
+
+
+def _written(text: str) -> set[int]:
+    """The general registers that an instruction writes: its first operand, as wide as the opcode says."""
+    match = re.match(r"(?:@!?\S+ )?([A-Z][\w.]*)\s+(?:!?U?P[\dT]\w*, )*R(\d+)\b", text)
+    if match is None or match[1].startswith(_NO_RESULT):
+        return set()
+    width = 4 if ".128" in match[1] or match[1].endswith(".4") else 2 if re.search(r"\.64|WIDE|\.2$", match[1]) else 1
+    return set(range(int(match[2]), int(match[2]) + width))
 
 
 def parse_sass(sass: str) -> tuple[list[str], dict[int, int]]:

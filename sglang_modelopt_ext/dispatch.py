@@ -18,6 +18,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
 from sglang_modelopt_ext.layouts.dense import Dense
+from sglang_modelopt_ext.layouts.eight_bit import EightBit
 from sglang_modelopt_ext.layouts.flashinfer import FlashInferFp4, FlashInferMxfp8, FlashInferSvdquant
 from sglang_modelopt_ext.layouts.folded import FoldedMxfp4
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4, MmaFp4
@@ -65,6 +66,8 @@ LAYOUTS: tuple[Layout, ...] = (
     # from launch to launch: its results do not repeat bit for bit (both on an H100). quack was not run.
     QuackWeightOnly(),
     Humming(),
+    EightBit(),
+    # What keeps no weight at its stored size comes last.
     Dense(torch.bfloat16, ("cuda",)),
     Dense(torch.float32, ("cuda", "cpu")),
 )

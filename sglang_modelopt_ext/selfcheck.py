@@ -60,9 +60,11 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
     shard, weight, factor = _random_weight(random, request, device, low_rank)
     prepared = _run(partial(layout.prepare, [shard]), device)
     for m in (*TOKENS, *layout.check_tokens(device)):
-        # E4M3 numbers are numbers of every type that activations come in.
+        # E4M3 numbers are numbers of every type that activations come in, but for int8.
         x = random(m, k).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
+        if layout.operand(request) == torch.int8:
+            x, row_scale = (16 * x).round(), row_scale / 16
         down = random(m, low_rank) if low_rank else None
         y, exact = _run(partial(_multiply, layout, request, prepared, x, row_scale, down, device), device)
         expected = exact @ weight.T

@@ -66,7 +66,7 @@ class Layer:
 
 
 def layers_of(checkpoint: Checkpoint, tp_size: int = 1) -> list[Layer]:
-    """The kinds of quantized layers of one rank, in the order of the checkpoint, without the vocabulary: one layout takes that.
+    """The kinds of quantized layers of one rank, in the order of the checkpoint, without the embedding, which is looked up.
 
     Raises ModelOptExtError when ``tp_size`` does not divide a layer.
     """

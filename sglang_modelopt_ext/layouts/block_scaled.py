@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang_modelopt_ext.layouts.base import FP8_ACTIVATIONS, Layout, LinearRequest, ShardWeight, merge_blocks
-from sglang_modelopt_kernels.gemm.block_scaled import block_scaled_linear, from_tensors, pack, to_tensors
+from sglang_modelopt_kernels.gemm.block_scaled import (
+    block_scaled_linear,
+    block_scaled_rows,
+    from_tensors,
+    pack,
+    to_tensors,
+)
 
 
 class BlockScaled(Layout):
@@ -15,6 +21,7 @@ class BlockScaled(Layout):
 
     name = "triton_block_scaled"
     kernels = ("block_scaled_kernel", "decode_kernel", "finish_kernel", "group_scaled_kernel")
+    takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
         """4-bit formats on GPUs from SM80, with activations that float16 or bf16 holds exactly."""
@@ -57,3 +64,7 @@ class BlockScaled(Layout):
         """See :func:`block_scaled_linear`."""
         y: torch.Tensor = block_scaled_linear(values, from_tensors(prepared), row_scale, bias, out_dtype)
         return y
+
+    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+        """See :func:`block_scaled_rows`."""
+        return block_scaled_rows(from_tensors(prepared), indices)

@@ -8,6 +8,7 @@ import torch
 
 from sglang_modelopt_ext.layouts.base import Layout, LinearRequest, ShardWeight, fp8_objection, merge_decoded
 from sglang_modelopt_kernels.gemm.dense import prepare_dense
+from sglang_modelopt_kernels.gemm.eight_bit import rows_of, whole
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 
 
@@ -15,6 +16,7 @@ class Fp8(Layout):
     """FP8 weights and activations in FP8 matrix instructions: :mod:`sglang_modelopt_kernels.gemm.fp8`."""
 
     name = "fp8_scaled_mm"
+    takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
         """Weights on E4M3's grid under scales of rows, with FP8 activations, on GPUs from SM89."""
@@ -49,3 +51,7 @@ class Fp8(Layout):
     ) -> torch.Tensor:
         """See :func:`fp8_linear`."""
         return fp8_linear(values, row_scale, prepared["unit"], prepared["out_scale"], bias, out_dtype)
+
+    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+        """See :func:`rows_of`."""
+        return rows_of(whole(prepared["unit"], prepared["out_scale"]), indices)

@@ -32,6 +32,7 @@ from sglang_modelopt_ext.tuned import gpu_of
 from sglang_modelopt_kernels.formats.base import ActivationFormat, BlockActivation, ValueRule
 from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, round_blocks
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
+from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
 
 logger = logging.getLogger(__name__)
 
@@ -289,6 +290,8 @@ def round_input(
         values, row_scale = quantize_fp8(x, smoothing, scale, amax, exact)
     elif x.is_cuda and activation.name in BLOCK_ACTIVATIONS and for_all_rows:
         values, row_scale = round_blocks(x, activation.name, smoothing, scale, operand)
+    elif operand == torch.int8 and scale is not None and for_all_rows:
+        values, row_scale = (quantize_int8 if x.is_cuda else naive_quantize_int8)(x, smoothing, scale)
     else:
         values, row_scale = activation.quantize(smooth(x, inputs), scale if amax is None else amax)
     return values.to(operand), row_scale

@@ -37,6 +37,13 @@ def test_every_configuration_is_listed(arch: int) -> None:
     ways = ("fp8e4nv", "fp8e4nv,tail")
     listed = [case.name for case in aot.cases(arch) if case.name.startswith("folded ")]
     assert listed == [f"folded {way} {config}" for config in folded for way in ways]
+    for kind in aot.BYTES:
+        listed = [case.name for case in aot.cases(arch) if case.name.startswith(f"eight_bit {kind} ")]
+        assert listed == [
+            f"eight_bit {kind} {aot.OPERANDS[str(dtype)]} {config}"
+            for dtype in aot.eight_bit.TAKEN[kind]
+            for config in aot.eight_bit.configs(kind, aot.eight_bit.math_of(kind, dtype), arch)
+        ]
     dtypes = {"fp16": 2, "bf16": 2} | ({"fp8e4nv": 1} if arch >= 89 else {})
     for dtype, itemsize in dtypes.items():
         assert f"group_scaled {dtype} {aot.groups.config_for(arch, itemsize)}" in names

@@ -22,6 +22,7 @@ from sglang_modelopt_kernels.formats.base import BlockWeight
 from sglang_modelopt_kernels.gemm.block_scaled import (
     PackedWeight,
     block_scaled_linear,
+    block_scaled_rows,
     naive_block_scaled_linear,
     pack,
     unpack,
@@ -312,6 +313,24 @@ def test_under_cuda_graph_capture(m: int) -> None:
     y.fill_(float("nan"))
     graph.replay()
     assert worst_error(y, x, weight, None, None) < tolerance(2048) + 2.0**-8  # the result is bf16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BLOCK_FORMATS)
+def test_rows_on_a_gpu(name: str) -> None:
+    """A lookup is the decoded weight, with other indices in a captured graph too."""
+    weight = pack(block_weight(name, 300, 384, seed=0, device="cuda"))
+    expected = (unpack(weight) * weight.out_scale.double().unsqueeze(1)).float()
+    indices = torch.arange(14, device="cuda").reshape(2, 7) * 21
+    block_scaled_rows(weight, indices)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        rows = block_scaled_rows(weight, indices)
+    indices.copy_(299 - indices)
+    rows.fill_(float("nan"))
+    graph.replay()
+    torch.testing.assert_close(rows, expected[indices], rtol=2.0**-22 if name.startswith("int4") else 0, atol=0)
+    assert block_scaled_rows(weight, indices[:0]).shape == (0, 7, 384)
 
 
 @pytest.mark.gpu

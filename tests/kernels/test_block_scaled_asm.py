@@ -24,6 +24,8 @@ from sglang_modelopt_kernels.gemm.block_scaled.kernel import (
     PLANES_BFLOAT16,
 )
 from sglang_modelopt_kernels.gemm.block_scaled.packing import EXPONENT_BOTTOM, EXPONENT_TOP
+from sglang_modelopt_kernels.gemm.eight_bit.decode import E4M3_BFLOAT16, E4M3_FLOAT16, INT8_BFLOAT16, INT8_FLOAT16
+from sglang_modelopt_kernels.gemm.eight_bit.packing import SPAN
 from sglang_modelopt_kernels.gemm.folded import fold
 from sglang_modelopt_kernels.gemm.folded.kernel import FOLD, FOLD_FRAGMENT
 from sglang_modelopt_kernels.gemm.mxfp4.kernel import widen
@@ -78,7 +80,7 @@ def lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
 
 def prmt(a: Words, b: Words, selector: Words) -> Words:
     """Four of the eight bytes of ``b`` and ``a``, by the nibbles of the selector, none of which asks for signs (PTX ISA, prmt)."""
-    result = np.zeros_like(selector)
+    result = np.zeros_like(a | b | selector)
     for place in range(4):
         index = selector >> np.uint32(4 * place) & np.uint32(15)
         assert bool((index < 8).all())
@@ -194,6 +196,37 @@ def test_every_integer_of_a_fragment(text: Any, read: Callable[[Halves], NDArray
             integers = (words[j] >> np.uint32(shift + 4 * plane) & np.uint32(15)).astype(np.float64) - 8
             got = read((results[4 * plane + j] >> np.uint32(shift) & np.uint32(0xFFFF)).astype(np.uint16))
             assert np.array_equal(got, integers), (plane, j)
+
+
+BYTES = {
+    "int8 float16": (INT8_FLOAT16, as_float16, torch.int8),
+    "int8 bf16": (INT8_BFLOAT16, as_bfloat16, torch.int8),
+    "e4m3 float16": (E4M3_FLOAT16, as_float16, torch.float8_e4m3fn),
+    "e4m3 bf16": (E4M3_BFLOAT16, as_bfloat16, torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("case", BYTES)
+def test_every_byte_of_8_bit_weights(case: str) -> None:
+    """Every code in each place of a word, beside others: two numbers to a word, in order, E4M3 in bf16 under every exponent."""
+    text, read, dtype = BYTES[case]
+    first = torch.arange(256, dtype=torch.uint8)
+    places = [first, first.flip(0), first ^ 90, first.roll(17)]
+    if dtype == torch.float8_e4m3fn:  # NaN is no legal code
+        places = [torch.where((place & 0x7F) == 0x7F, 0, place) for place in places]
+    words = sum(place.numpy().astype(np.uint32) << np.uint32(8 * i) for i, place in enumerate(places))
+    exponents = range(-SPAN, 1) if case == "e4m3 bf16" else (0,)
+    for exponent in exponents:
+        scales = []
+        if case == "e4m3 bf16":
+            scales = [np.full_like(words, int(to_bfloat16(np.array([2.0 ** (120 + exponent)]))[0]) * 0x10001)] * 2
+        got = emulate(text.value, words, *scales, outputs=2)
+        for i, place in enumerate(places):
+            half = (got[i // 2] >> np.uint32(16 * (i % 2)) & np.uint32(0xFFFF)).astype(np.uint16)
+            right = place.view(dtype).double().numpy() * 2.0**exponent
+            assert np.array_equal(read(half), right), (i, exponent)
+            if dtype != torch.int8:
+                assert np.array_equal(np.signbit(read(half)), np.signbit(right))
 
 
 def test_a_folded_fragment_is_two_rows() -> None:

@@ -22,8 +22,9 @@ from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight, round_to_blocks
 from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
+from sglang_modelopt_ext.layouts.eight_bit import EightBit
 from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4, MmaFp4
-from sglang_modelopt_ext.methods.product import LinearProduct
+from sglang_modelopt_ext.methods.product import LinearProduct, round_input
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.gemm.dense import naive_linear
@@ -153,6 +154,7 @@ def test_every_algorithm_is_covered() -> None:
 
 
 FP4 = ("NVFP4_DEFAULT_CFG", "NVFP4_AWQ_LITE_CFG", "MXFP4_DEFAULT_CFG")
+BYTES = [recipe for recipe in RECIPES if "8" in recipe and "4" not in recipe]
 INTERPRETED = [recipe for recipe in RECIPES if "4" in recipe.replace("W4A8_AWQ_BETA", "INT4")]
 
 
@@ -189,10 +191,35 @@ def interpreted_fp4_errors(folder: Path) -> float:
     return worst
 
 
-@pytest.mark.parametrize("function", ["interpreted_errors", "interpreted_fp4_errors"])
+def interpreted_byte_errors(folder: Path) -> float:
+    """Likewise of the 8-bit layout, on activations as the recipe rounds them."""
+    _, linears, stored = next(layers_of(folder))
+    layout, scheme = EightBit(), linears[0].scheme
+    request = LinearRequest(scheme, "cuda", 80, sum(linear.n for linear in linears), linears[0].k)
+    assert layout.supports(request) is None
+    prepared = layout.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
+    x = torch.randn(3, linears[0].k, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    values, row_scale = round_input(x, scheme.activation, layout.operand(request), stored[0])
+    y = layout.matmul(prepared, values, row_scale, None, torch.float32).double()
+    wide = x.float() * stored[0]["pre_quant_scale"].float() if "pre_quant_scale" in stored[0] else x
+    scale = stored[0].get("input_scale")
+    right = [naive_linear(wide, scheme.weight.decode(shard), scheme.activation, scale, None) for shard in stored]
+    expected = torch.cat(right, dim=1)
+    return float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max())
+
+
+IN_THE_INTERPRETER = {
+    # how a layout errs: on exports of which recipes, and at least how many there are
+    "interpreted_errors": (INTERPRETED, 9),
+    "interpreted_fp4_errors": (FP4, 3),
+    "interpreted_byte_errors": (BYTES, 6),
+}
+
+
+@pytest.mark.parametrize("function", IN_THE_INTERPRETER)
 def test_layouts_in_the_interpreter(function: str) -> None:
     """Real exports through ``prepare`` and the product as a GPU would run them, shards with scales of their own merged."""
-    recipes = INTERPRETED if function == "interpreted_errors" else FP4
+    recipes, least = IN_THE_INTERPRETER[function]
     folders = [str(folder_of(recipe, "llama")) for recipe in recipes]
     script = (
         "import sys; from pathlib import Path\n"
@@ -204,7 +231,7 @@ def test_layouts_in_the_interpreter(function: str) -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     errors = [float(word) for word in done.stdout.split()]
-    assert len(errors) == len(recipes) >= (9 if recipes is INTERPRETED else 3)
+    assert len(errors) == len(recipes) >= least
     assert max(errors) < TOLERANCE[torch.float32], dict(zip(recipes, errors, strict=True))
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from tests.serving.tolerance import FP32_MEDIAN as FP32_MEDIAN
+from tests.serving.tolerance import NOISE_FACTOR
 from tests.support.models import random_ids
 from tests.support.reference import Reference, difference
 from tests.support.server import Server
@@ -16,21 +18,6 @@ from tests.support.server import Server
 PROMPT = random_ids(96, seed=11, vocab=511)  # SGLang reports the last token of a vocabulary as 0
 
 SHORT_PROMPTS = tuple(random_ids(16, seed=40 + i, vocab=511) for i in range(8))
-
-FP32_MEDIAN = 1e-3
-"""Median over tokens of the largest |difference| of a token's log probabilities, for two float32 runs of one model.
-
-Most tokens agree to about 1e-5. Where an activation lies within float32's 1e-7 of the middle between two codes, the runs may
-round it apart; that token and those after it in the prompt then move by tenths, in either run alike. Over several short prompts
-the median is untouched by that, while a wrong scale, a missing rounding or a scale of another shard moves every token
-(tests/unit/test_support_reference.py: the median is then above 0.3).
-"""
-
-NOISE_FACTOR = 2.0
-"""How far a bf16 server may be from the float32 reference, in units of the same model run in bf16 by Hugging Face.
-
-Both are one random draw of rounding errors; server and Hugging Face round in different places.
-"""
 
 
 def check_logprobs(server: Server, folder: Path, dtype: str, **options: Any) -> None:

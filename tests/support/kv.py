@@ -42,7 +42,8 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
     """Makes ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none.
 
     ``model.config.kv_rounding["raw_from"]``, one number for each token, is the first key a token meets unrounded: the start of
-    its chunk in a prefill whose chunk is not read back, and by default none.
+    its chunk in a prefill whose chunk is not read back, and by default none. ``["fp8_queries"]`` rounds queries to E4M3, and
+    ``["fp8_weights"]`` the weights of the values, as attention does that multiplies FP8 with FP8.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -61,6 +62,8 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
             name = rounding["recipe"] if side == "k" else rounding["recipe"].replace("_rotate", "")
             return round_vectors(x, name, scale, part).repeat_interleave(module.num_key_value_groups, dim=1)
 
+        if rounding["fp8_queries"]:
+            query = to_e4m3(query.to(torch.float32)).to(query.dtype)
         keys, values = rounded(key, "k"), rounded(value, "v")
         raw_keys, raw_values = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
         positions = torch.arange(query.shape[2])
@@ -68,11 +71,16 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
         raw = positions[None, :] >= start[:, None]
         scores = torch.where(raw, query @ raw_keys.transpose(2, 3), query @ keys.transpose(2, 3))
         scores = scores * kwargs["scaling"] + mask
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        if rounding["fp8_weights"]:
+            largest = weights.amax(dim=-1, keepdim=True)  # the unnormalised weight of the largest score is 2^8
+            weights = to_e4m3(weights / largest * 256.0) * largest / 256.0
+        weights = weights.to(query.dtype)
         out = (weights * raw) @ raw_values + (weights * ~raw) @ values
         return out.transpose(1, 2).contiguous(), None
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     model.config.kv_rounding = {"recipe": recipe, "tensors": dict(tensors), "raw_from": None}
+    model.config.kv_rounding |= {"fp8_queries": False, "fp8_weights": False}
     model.config._attn_implementation = ATTENTION

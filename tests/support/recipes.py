@@ -12,7 +12,9 @@ from typing import Literal
 import torch
 
 Math = Literal["exact", "fp8"]
-Activation = Literal["recipe", "per_tensor", "per_token", "none"]
+Activation = Literal["recipe", "per_tensor", "per_token", "none", "keep_fp4"]
+"""What rounds an input: the recipe; FP8 under a scale for the tensor, or for each token; nothing; the recipe unless to FP4, as
+before Blackwell."""
 Parts = Mapping[str, torch.Tensor]
 """The stored tensors of one linear layer by the last part of their name."""
 
@@ -41,7 +43,7 @@ class Recipe:
         decode: from the stored tensors and the block size to the weight.
         round_input: from the input and the stored tensors to ``(values, scale)``, input = values * scale.
         tensors: what must be stored, besides a bias.
-        optional: what the algorithm's layers may store or not.
+        optional: what may be stored as well.
     """
 
     group: int
@@ -91,13 +93,13 @@ def round_token_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.
     return _round_by_amax(x, x.abs().amax(dim=-1, keepdim=True))
 
 
-def round_calibrated_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Static where calibration left an ``input_scale``, by token where there was none."""
-    return round_static_fp8(x, parts) if "input_scale" in parts else round_token_fp8(x, parts)
+def round_static_or_token_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Static where the layer was calibrated, as with a KV cache whose calibration ran through the model; else by token."""
+    return (round_static_fp8 if "input_scale" in parts else round_token_fp8)(x, parts)
 
 
 def round_tensor_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 under one dynamic scale for all tokens, the way ModelOpt simulates W4A8_MXFP4_FP8 uncalibrated."""
+    """E4M3 under one dynamic scale for all tokens, the way ModelOpt simulates W4A8_MXFP4_FP8."""
     return _round_by_amax(x, x.abs().amax())
 
 
@@ -222,7 +224,7 @@ _NVFP4 = _WEIGHT | {"weight_scale_2"}
 _INPUT = frozenset({"input_scale"})
 RECIPES: dict[str, Recipe] = {
     "W4A8_NVFP4_FP8": Recipe(32, decode_nvfp4, round_static_fp8, _NVFP4 | _INPUT),
-    "W4A8_MXFP4_FP8": Recipe(32, decode_mxfp4, round_calibrated_fp8, _WEIGHT, _INPUT),
+    "W4A8_MXFP4_FP8": Recipe(32, decode_mxfp4, round_static_or_token_fp8, _WEIGHT, optional=_INPUT),
     "W4A8_AWQ": Recipe(128, decode_int4, round_static_fp8, _NVFP4 | _INPUT),
     "W4A16_AWQ": Recipe(128, decode_int4, round_nothing, _WEIGHT),
     "NVFP4": Recipe(16, decode_nvfp4, round_nvfp4, _NVFP4 | _INPUT),
@@ -238,6 +240,8 @@ RECIPES: dict[str, Recipe] = {
     "W8A16": Recipe(0, decode_int8, round_nothing, _WEIGHT),
 }
 """By ``quant_algo`` in upper case. MXFP4 stands for the recipe that rounds activations."""
+
+FP4_ROUNDINGS = (round_nvfp4, round_mxfp4)
 
 OPTIONAL = frozenset({"bias", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b"})
 """What any quantized layer may store besides; the low-rank factors under either of their names."""

@@ -20,6 +20,7 @@ from torch import nn
 from tests.support import kv
 from tests.support.recipes import (
     ACTIVATIONS,
+    FP4_ROUNDINGS,
     FP8_MAX,
     OPTIONAL,
     RECIPES,
@@ -55,7 +56,9 @@ class QuantLinear(nn.Module):
         self.weight_parts = Weight(units, weight.scale)
         self.parts = parts
         self.bias_values = parts["bias"].to(torch.float32) if "bias" in parts else None
-        self.round_input = recipe.round_input if activation == "recipe" else ACTIVATIONS[activation]
+        keep = activation == "keep_fp4" and recipe.round_input in FP4_ROUNDINGS
+        by_recipe = activation in ("recipe", "keep_fp4") and not keep
+        self.round_input = recipe.round_input if by_recipe else ACTIVATIONS["none" if keep else activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``round(x * smoothing) W^T + low rank + bias``, rounded once to the dtype of ``x``."""
@@ -90,7 +93,7 @@ class QuantExperts(nn.Module):
 
 
 class Reference:
-    """The reference model of a checkpoint; one without quantization is read as it is.
+    """The reference model of a checkpoint, on torch's default device; one without quantization is read as it is.
 
     Args:
         folder: the checkpoint.
@@ -124,7 +127,8 @@ class Reference:
         """The dequantized float32 weight of each quantized layer."""
         tensors: dict[str, torch.Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            tensors.update({_common_name(name): tensor for name, tensor in load_file(path).items()})
+            stored = load_file(path, device=str(torch.get_default_device()))
+            tensors.update({_common_name(name): tensor for name, tensor in stored.items()})
         section = quantization(folder)
         cached: dict[str, torch.Tensor] = {}
         if section is not None:
@@ -183,7 +187,7 @@ class Reference:
         prefix = name + "."
         stored = [full for full in tensors if full.startswith(prefix)]
         parts = {_short(full.removeprefix(prefix)): tensors.pop(full) for full in stored}
-        if parts.keys() - OPTIONAL - recipe.optional != recipe.tensors:
+        if parts.keys() - OPTIONAL - recipe.optional != recipe.tensors - recipe.optional:
             raise ValueError(f"{name}: {sorted(parts)} are stored, {algo} wants {sorted(recipe.tensors)}")
         layer = QuantLinear(recipe, parts, layer_section.get("group_size") or recipe.group, math, act)
         self.weights[name] = layer.weight_parts.dequantized()

@@ -22,7 +22,8 @@ from sglang_modelopt_kernels.gemm.folded import FoldedWeight, unfold
 from sglang_modelopt_kernels.gemm.mxfp4 import pair_blocks
 from sglang_modelopt_kernels.quantize.blocks import naive_unswizzle
 
-BLOCK, FP8, BF16, FP32 = "triton_block_scaled", "fp8_scaled_mm", "dense_bfloat16", "dense_float32"
+BLOCK, FP8, BYTE = "triton_block_scaled", "fp8_scaled_mm", "triton_eight_bit"
+BF16, FP32 = "dense_bfloat16", "dense_float32"
 EXPECTED = {
     # algorithm: the kernel on SM80, and from SM89
     "W4A8_NVFP4_FP8": (BLOCK, BLOCK),
@@ -34,12 +35,12 @@ EXPECTED = {
     "NVFP4_SVD": (BLOCK, BLOCK),
     "W4A16_NVFP4": (BLOCK, BLOCK),
     "W4A16_AWQ": (BLOCK, BLOCK),
-    "FP8": (BF16, FP8),
-    "FP8_PER_CHANNEL_PER_TOKEN": (BF16, FP8),
-    "FP8_PB_WO": (FP32, FP32),
-    "MXFP8": (BF16, BF16),
-    "W8A8_SQ_PER_CHANNEL": (BF16, BF16),
-    "W8A16": (BF16, BF16),
+    "FP8": (BYTE, FP8),
+    "FP8_PER_CHANNEL_PER_TOKEN": (BYTE, FP8),
+    "FP8_PB_WO": (BYTE, BYTE),
+    "MXFP8": (BYTE, BYTE),
+    "W8A8_SQ_PER_CHANNEL": (BYTE, BYTE),
+    "W8A16": (BYTE, BYTE),
 }
 
 
@@ -116,18 +117,32 @@ def test_on_a_cpu(algo: str) -> None:
     ("algo", "fields", "name"),
     [
         ("W4A8_NVFP4_FP8", {"math": "fp8"}, FP8),
-        ("W4A8_NVFP4_FP8", {"math": "fp8", "capability": 80}, BF16),
-        ("W4A8_NVFP4_FP8", {"vocabulary": True}, BF16),
+        ("W4A8_NVFP4_FP8", {"math": "fp8", "capability": 80}, BYTE),
+        ("W4A8_NVFP4_FP8", {"vocabulary": True}, BLOCK),
+        ("W4A8_MXFP4_FP8", {"vocabulary": True}, BLOCK),
+        ("NVFP4", {"vocabulary": True, "capability": 100}, BLOCK),
         ("W4A8_NVFP4_FP8", {"k": 4104}, BF16),
         ("W4A8_NVFP4_FP8", {"capability": 75}, BF16),
         ("W4A16_NVFP4", {"dtype": torch.float32}, FP32),
-        ("W4A16_AWQ", {"vocabulary": True}, FP32),
+        ("W4A16_AWQ", {"vocabulary": True}, BLOCK),
         ("NVFP4", {"capability": 100, "dtype": torch.float32}, BLOCK),
         ("NVFP4", {"capability": 110}, BLOCK),
         ("W4A8_MXFP4_FP8", {"capability": 120, "k": 4128}, BLOCK),
-        ("FP8", {"n": 4104}, BF16),
-        ("FP8", {"dtype": torch.float32}, BF16),
-        ("FP8", {"vocabulary": True}, BF16),
+        ("FP8", {"n": 4104}, BYTE),
+        ("FP8", {"dtype": torch.float32}, BYTE),
+        ("FP8", {"vocabulary": True}, FP8),
+        ("FP8", {"vocabulary": True, "capability": 80}, BYTE),
+        ("MXFP8", {"vocabulary": True}, BYTE),
+        ("MXFP8", {"dtype": torch.float32}, BYTE),
+        ("MXFP8", {"dtype": torch.float16}, BYTE),
+        ("MXFP8", {"capability": 75}, BF16),
+        ("W8A8_SQ_PER_CHANNEL", {"dtype": torch.float32}, BYTE),
+        ("W8A8_SQ_PER_CHANNEL", {"k": 131072}, BF16),
+        ("W8A16", {"dtype": torch.float16}, BYTE),
+        ("W8A16", {"dtype": torch.float32}, FP32),
+        ("FP8_PB_WO", {"dtype": torch.float16}, BYTE),
+        ("FP8_PB_WO", {"dtype": torch.float32}, FP32),
+        ("FP8_PB_WO", {"k": 4104}, FP32),
     ],
 )
 def test_where_the_first_choice_does_not_fit(algo: str, fields: dict[str, object], name: str) -> None:
@@ -155,21 +170,26 @@ def test_fp4_activations(monkeypatch: pytest.MonkeyPatch, setting: str, capabili
             assert (served.name if served else None) == scheme.activation
 
 
-@pytest.mark.parametrize(("exponent", "holds"), [(117, True), (1, False)])
-def test_a_layout_may_refuse_by_values(exponent: int, holds: bool) -> None:
-    """MXFP8 at the bottom of float32's range is not exact in bf16, and goes to the next layout."""
+@pytest.mark.parametrize(
+    ("exponents", "holds"),
+    [((117, 117), (True, True)), ((1, 1), (True, False)), ((100, 201), (False, True)), ((1, 202), (False, False))],
+)
+def test_a_layout_may_refuse_by_values(exponents: tuple[int, int], holds: tuple[bool, bool]) -> None:
+    """MXFP8 scales of a row too far apart for its own layout, and those that are not exact in bf16, go to the next one."""
     scheme = request("MXFP8", 80).scheme
     codes = torch.arange(128, dtype=torch.uint8).clamp(max=126).view(torch.float8_e4m3fn).repeat(2, 1)
-    stored = {"weight": codes, "weight_scale": torch.full((2, 4), exponent, dtype=torch.uint8)}
-    layout = candidates(request("MXFP8", 80), "layer")[0]
-    assert layout.name == BF16
-    shards = [ShardWeight(scheme.weight, stored)]
-    if holds:
-        prepared = layout.prepare(shards)
-        assert torch.equal(prepared["unit"].float(), scheme.weight.decode(stored).unit)
-    else:
-        with pytest.raises(ValueError, match="not exact in torch"):
-            layout.prepare(shards)
+    stored = {"weight": codes, "weight_scale": torch.tensor([exponents * 2] * 2, dtype=torch.uint8)}
+    layouts = candidates(request("MXFP8", 80), "layer")
+    assert [layout.name for layout in layouts] == [BYTE, BF16, FP32]
+    expected = scheme.weight.decode(stored).unit
+    for layout, held in zip(layouts, (*holds, True), strict=True):
+        if held:
+            prepared = layout.prepare([ShardWeight(scheme.weight, stored)])
+            rows = layout.rows(prepared, torch.arange(2))
+            assert torch.equal(rows, expected)
+        else:
+            with pytest.raises(ValueError, match=r"not exact in torch|span 2\^"):
+                layout.prepare([ShardWeight(scheme.weight, stored)])
 
 
 def test_shards_apart_may_be_too_uneven() -> None:
@@ -189,6 +209,10 @@ def test_operands_hold_the_activations() -> None:
     assert operand["W4A8_NVFP4_FP8"] == torch.float8_e4m3fn
     assert operand["MXFP4"] == operand["W4A16_NVFP4"] == torch.bfloat16  # MXFP4's exponents are those of bf16
     assert operand["FP8"] == torch.float8_e4m3fn
+    assert operand["MXFP8"] == operand["W8A16"] == operand["FP8_PB_WO"] == torch.bfloat16
+    assert operand["W8A8_SQ_PER_CHANNEL"] == torch.int8
+    older = request("FP8", 80)
+    assert candidates(older, "layer")[0].operand(older) == torch.float16
     codes = request("NVFP4", 100)
     assert candidates(codes, "layer")[0].operand(codes) == torch.uint8
 
@@ -242,6 +266,40 @@ def test_mxfp4_layouts_keep_the_weight() -> None:
         assert torch.equal(fp4["codes"], plain["codes"])
         assert torch.equal(fp4["block_scale"], block_scale)
         assert bool((fp4["out_scale"] == 1).all())
+
+
+@pytest.mark.parametrize("vocabulary", [False, True], ids=["layer", "vocabulary"])
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize("algo", EXPECTED)
+def test_weights_keep_their_stored_size(algo: str, capability: int, vocabulary: bool) -> None:
+    """What any GPU holds of a layer of two shards is at most 3 % more than what the checkpoint does, vocabularies too."""
+    for name in SCHEMES[algo].weights:
+        weight, sizes = WEIGHT_FORMATS[name], (256, 192)
+        asked = request(algo, capability, name, n=sum(sizes), k=1024, vocabulary=vocabulary)
+        generator = torch.Generator().manual_seed(0)
+        stored = [weight.quantize(torch.randn(n, 1024, generator=generator)) for n in sizes]
+        layout = candidates(asked, "layer")[0]
+        prepared = layout.prepare([ShardWeight(weight, shard) for shard in stored])
+        held = sum(tensor.nbytes for tensor in prepared.values())
+        assert held <= 1.03 * sum(tensor.nbytes for shard in stored for tensor in shard.values()), layout.name
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("algo", EXPECTED)
+def test_rows_of_a_vocabulary(algo: str, capability: int) -> None:
+    """What an embedding looks up is the decoded weight, for indices of any shape and none."""
+    for name in SCHEMES[algo].weights:
+        weight = WEIGHT_FORMATS[name]
+        stored = weight.quantize(torch.randn(192, 256, generator=torch.Generator().manual_seed(0)))
+        asked = request(algo, capability, name, n=192, k=256, vocabulary=True)
+        layout = candidates(asked, "layer")[0]
+        assert layout.name in (BLOCK, FP8, BYTE)
+        prepared = layout.prepare([ShardWeight(weight, stored)])
+        expected = weight.decode(stored).dequantize()
+        for indices in (torch.tensor([[191, 0, 7], [130, 64, 7]]), torch.zeros(0, dtype=torch.int64)):
+            rows = layout.rows(prepared, indices)
+            assert rows.dtype == torch.float32
+            torch.testing.assert_close(rows, expected[indices], rtol=2.0**-22, atol=0)
 
 
 def test_fp4_keeps_the_scales_of_its_shards() -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 import pytest
@@ -12,6 +16,7 @@ from sglang_modelopt_ext import dispatch, selfcheck
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight
 from sglang_modelopt_ext.layouts.dense import Dense
+from sglang_modelopt_ext.layouts.eight_bit import EightBit
 from sglang_modelopt_ext.layouts.fp4 import MmaFp4
 from sglang_modelopt_ext.layouts.moe import ExpertRequest, ReferenceExperts
 from sglang_modelopt_ext.methods.experts import ExpertProduct
@@ -87,6 +92,47 @@ def test_what_serves_passes(algo: str, weight: str) -> None:
     asked = request(algo, weight)
     selfcheck.check_layout(dispatch.candidates(asked, "layer")[0], asked, torch.device("cpu"))
     assert len(selfcheck._passed) == 1
+
+
+BYTES = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "W8A8_SQ_PER_CHANNEL", "W8A16")
+
+
+def check_bytes(wrong: bool) -> list[str]:
+    """What the check says of the 8-bit layout for every recipe, in the interpreter; ``wrong`` turns the sign of its last row."""
+    layout, found = EightBit(), []
+    if wrong:
+        prepare = layout.prepare
+
+        def negated(shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+            prepared = prepare(shards)
+            prepared["out_scale"][-1] *= -1
+            return prepared
+
+        layout.prepare = negated  # type: ignore[method-assign]
+    selfcheck.TOKENS = (1, 24)
+    for algo in BYTES:
+        for dtype in (torch.bfloat16, torch.float16):
+            asked = dataclasses.replace(
+                request(algo, SCHEMES[algo].weights[0]), device="cuda", capability=80, dtype=dtype
+            )
+            assert layout.supports(asked) is None
+            try:
+                selfcheck.check_layout(layout, asked, torch.device("cpu"))
+                found.append("right")
+            except ValueError as error:
+                found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_8_bit_weights_in_the_interpreter(wrong: bool) -> None:
+    script = f"import json; from tests.unit.test_selfcheck import check_bytes; print(json.dumps(check_bytes({wrong})))"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 2 * len(BYTES)
+    assert all(one.startswith("is wrong on cpu" if wrong else "right") for one in found), found
 
 
 def test_defaults_of_the_caller_do_not_matter() -> None:

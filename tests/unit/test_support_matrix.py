@@ -18,7 +18,7 @@ from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 RUN = re.compile(r"\brun \d{4}-")
 AROUND = {
-    *("quantize_blocks_kernel", "quantize_static_kernel", "quantize_token_kernel"),
+    *("quantize_blocks_kernel", "quantize_int8_kernel", "quantize_static_kernel", "quantize_token_kernel"),
     *("extend_kernel", "merge_kernel", "split_kernel", "store_kernel", "turn_kernel"),
 }
 """Kernels that no product launches: the rounding of activations, and attention."""

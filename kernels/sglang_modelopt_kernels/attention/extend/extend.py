@@ -14,6 +14,7 @@ from sglang_modelopt_kernels.attention.launch import architecture, options, shar
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
+from sglang_modelopt_kernels.gemm.tile import checked, matrix_instruction
 
 _RAW = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -117,38 +118,41 @@ def extend_attention(
     config = choose_for(k_buffer.format, head_dim, architecture(q_extend))
     # The interpreter multiplies the bits of bf16 operands.
     raw = _RAW[q_extend.dtype] if q_extend.is_cuda else tl.float32
-    extend_kernel[(len(qo_indptr) - 1, query_heads, triton.cdiv(max_len_extend, config.queries))](
-        q_extend,
-        turned,
-        k_extend,
-        v_extend,
-        o_extend,
-        k_buffer.codes,
-        k_buffer.scale,
-        nothing if k_buffer.bias is None else k_buffer.bias,
-        v_buffer.codes,
-        shared_scales(k_buffer, v_buffer),
-        v_buffer.scale,
-        nothing if v_buffer.bias is None else v_buffer.bias,
-        qo_indptr,
-        kv_indptr,
-        kv_indices,
-        sm_scale or head_dim**-0.5,
-        logit_cap,
-        q_extend.stride(0),
-        turned.stride(0),
-        k_extend.stride(0),
-        v_extend.stride(0),
-        o_extend.stride(0),
-        H=heads,
-        GROUP=query_heads // heads,
-        CAP=logit_cap > 0,
-        CAUSAL=is_causal,
-        WINDOW=max(sliding_window_size, 0),
-        RAW=raw,
-        BM=config.queries,
-        BN=config.keys,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **constants,
+    checked(
+        extend_kernel[(len(qo_indptr) - 1, query_heads, triton.cdiv(max_len_extend, config.queries))](
+            q_extend,
+            turned,
+            k_extend,
+            v_extend,
+            o_extend,
+            k_buffer.codes,
+            k_buffer.scale,
+            nothing if k_buffer.bias is None else k_buffer.bias,
+            v_buffer.codes,
+            shared_scales(k_buffer, v_buffer),
+            v_buffer.scale,
+            nothing if v_buffer.bias is None else v_buffer.bias,
+            qo_indptr,
+            kv_indptr,
+            kv_indices,
+            sm_scale or head_dim**-0.5,
+            logit_cap,
+            q_extend.stride(0),
+            turned.stride(0),
+            k_extend.stride(0),
+            v_extend.stride(0),
+            o_extend.stride(0),
+            H=heads,
+            GROUP=query_heads // heads,
+            CAP=logit_cap > 0,
+            CAUSAL=is_causal,
+            WINDOW=max(sliding_window_size, 0),
+            RAW=raw,
+            WGMMA=q_extend.is_cuda and matrix_instruction(architecture(q_extend) or 0) == "wgmma",
+            BM=config.queries,
+            BN=config.keys,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **constants,
+        )
     )

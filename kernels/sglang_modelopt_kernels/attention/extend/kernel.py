@@ -17,6 +17,7 @@ from sglang_modelopt_kernels.attention.kernel import (
     load_planes,
     plane_channel,
 )
+from sglang_modelopt_kernels.gemm.tile.kernel import drain_wgmma
 
 DESCALE = tl.constexpr(PLANES_DESCALE)
 
@@ -79,6 +80,7 @@ def extend_kernel(
     NATIVE: tl.constexpr,
     COMPUTE: tl.constexpr,
     RAW: tl.constexpr,
+    WGMMA: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
@@ -175,6 +177,7 @@ def extend_kernel(
     if WINDOW > 0:
         start = tl.maximum(place - WINDOW, 0) // BN * BN
     for offset in range(start, end, BN):
+        drain_wgmma(offset, WGMMA)
         key = offset + tl.arange(0, BN)
         source = (begin + tl.minimum(key, new - 1)).to(tl.int64)
         mask = (channel < D)[None, :]

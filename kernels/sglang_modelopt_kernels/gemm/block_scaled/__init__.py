@@ -3,11 +3,13 @@
 from sglang_modelopt_kernels.gemm.block_scaled.linear import DENSE_FROM, block_scaled_linear
 from sglang_modelopt_kernels.gemm.block_scaled.naive import naive_block_scaled_linear
 from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight, from_tensors, pack, to_tensors, unpack
+from sglang_modelopt_kernels.gemm.block_scaled.rows import block_scaled_rows
 
 __all__ = [
     "DENSE_FROM",
     "PackedWeight",
     "block_scaled_linear",
+    "block_scaled_rows",
     "from_tensors",
     "naive_block_scaled_linear",
     "pack",

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.gemm.tile.kernel import store_tile, tokens_first
+from sglang_modelopt_kernels.gemm.tile.kernel import drain_wgmma, store_tile, tokens_first
 from sglang_modelopt_kernels.planes.kernel import (
     E2M1_FLOAT16,
     e4m3_scale_float16,
@@ -160,7 +160,8 @@ def _scale_bfloat16(b, KIND: tl.constexpr):
         # e4m3's exponent and mantissa in float32's place are the value times 2^-120.
         scale = ((b.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 2.0**120 * 2.0**117).to(tl.bfloat16)
     else:
-        scale = ((b.to(tl.uint16) + 224) << 7).to(tl.bfloat16, bitcast=True)
+        # Exponents are below 32, so `|` adds. ptxas 12.9 drops the constant of a packed 16-bit sum (`add.s16x2`).
+        scale = ((b.to(tl.uint16) | 224) << 7).to(tl.bfloat16, bitcast=True)
     return scale
 
 
@@ -260,6 +261,7 @@ def block_scaled_sum(
     ASM: tl.constexpr,
     FRAGMENTS: tl.constexpr,
     ORDERED: tl.constexpr,
+    WGMMA: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
@@ -267,7 +269,8 @@ def block_scaled_sum(
 ):
     """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]`` times 1 / DESCALE.
 
-    With ORDERED ``x`` has its inputs in the order of planes already; see :func:`_operand` for FRAGMENTS.
+    With ORDERED ``x`` has its inputs in the order of planes already; see :func:`_operand` for FRAGMENTS and :func:`drain_wgmma` for
+    WGMMA.
     """
     element = tl.arange(0, BK // 4)
     block = tl.arange(0, BK // GROUP)
@@ -291,6 +294,7 @@ def block_scaled_sum(
     if KIND == "int4_float":
         following = tl.load(s_row + tl.minimum(start, k - BK) // GROUP + block[None, :])
     for offset in range(start, end, BK):
+        drain_wgmma(offset, WGMMA)
         w_at = w_row + (offset // 4 + element)[None, :]
         s_at = s_row + (offset // GROUP + block)[None, :]
         x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
@@ -339,6 +343,7 @@ def block_scaled_kernel(
     ASM: tl.constexpr,
     FRAGMENTS: tl.constexpr,
     ORDERED: tl.constexpr,
+    WGMMA: tl.constexpr,
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -360,7 +365,25 @@ def block_scaled_kernel(
     start = split * steps * BK
     end = tl.minimum(start + steps * BK, k)
     acc = block_scaled_sum(
-        x_ptr, w_ptr, s_ptr, row, token, k, start, end, KIND, GROUP, F16, ASM, FRAGMENTS, ORDERED, EVEN_K, BN, BM, BK
+        x_ptr,
+        w_ptr,
+        s_ptr,
+        row,
+        token,
+        k,
+        start,
+        end,
+        KIND,
+        GROUP,
+        F16,
+        ASM,
+        FRAGMENTS,
+        ORDERED,
+        WGMMA,
+        EVEN_K,
+        BN,
+        BM,
+        BK,
     )
     store_tile(
         acc,

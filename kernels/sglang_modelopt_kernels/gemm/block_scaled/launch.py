@@ -146,6 +146,7 @@ def run(
         ASM=x.is_cuda,
         FRAGMENTS=makes_operands(weight.kind, weight.group, weight.k, plan[0], capability),
         ORDERED=ordered,
+        WGMMA=x.is_cuda and matrix_instruction(capability) == "wgmma",
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, checked, machine, matrix_instruction
 
 from .kernel import group_scaled_kernel
 
@@ -54,23 +54,25 @@ def multiply(
     """
     (m, k), n, rows = x.shape, scale.shape[0], unit.shape[0]
     config = config or config_for(machine(x.device)[0], x.element_size())
-    group_scaled_kernel[(config.tiles(m, rows),)](
-        x,
-        unit,
-        scale,
-        y_ptr=y,
-        m=m,
-        n=n,
-        k=k,
-        first=first,
-        count=rows,
-        GROUP=k // scale.shape[1],
-        ASM=x.is_cuda,
-        WIDTH=WIDTH,
-        BN=config.bn,
-        BM=config.bm,
-        BK=config.bk,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **epilogue.arguments(),
+    checked(
+        group_scaled_kernel[(config.tiles(m, rows),)](
+            x,
+            unit,
+            scale,
+            y_ptr=y,
+            m=m,
+            n=n,
+            k=k,
+            first=first,
+            count=rows,
+            GROUP=k // scale.shape[1],
+            ASM=x.is_cuda,
+            WIDTH=WIDTH,
+            BN=config.bn,
+            BM=config.bm,
+            BK=config.bk,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **epilogue.arguments(),
+        )
     )

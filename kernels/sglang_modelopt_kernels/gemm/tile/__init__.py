@@ -2,11 +2,13 @@
 
 from sglang_modelopt_kernels.gemm.tile.epilogue import Epilogue, check_epilogue
 from sglang_modelopt_kernels.gemm.tile.launch import KernelConfig, choose, launch, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile.wgmma import checked
 
 __all__ = [
     "Epilogue",
     "KernelConfig",
     "check_epilogue",
+    "checked",
     "choose",
     "launch",
     "machine",

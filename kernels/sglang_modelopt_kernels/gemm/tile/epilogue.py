@@ -56,7 +56,7 @@ class Epilogue:
         return dataclasses.replace(self, out_scale=self.out_scale[rows], bias=bias)
 
     def finish(self, partials: torch.Tensor, y: torch.Tensor) -> None:
-        """Sums float32 ``[splits, M, N]`` in a fixed order into ``y`` ``[M, N]``, whose rows may be apart."""
+        """Sums float32 or int32 ``[splits, M, N]`` in a fixed order into ``y`` ``[M, N]``, whose rows may be apart."""
         splits, m, n = partials.shape
         finish_kernel[(m, triton.cdiv(n, _FINISH_BLOCK))](
             partials,

@@ -14,6 +14,24 @@ def tokens_first():
 
 
 @triton.jit
+def drain_wgmma(offset, WGMMA: tl.constexpr):
+    """Wait until no ``wgmma`` is in flight; first in each iteration of a loop that computes a left operand in registers.
+
+    See :mod:`.wgmma` for what happens otherwise. The wait stands here and not after the product, so that it overlaps with the
+    copies that follow it. ``offset`` is any scalar of the loop; without WGMMA nothing is emitted.
+    """
+    if WGMMA:
+        tl.inline_asm_elementwise(
+            "wgmma.wait_group.sync.aligned 0; mov.b32 $0, $1;",
+            "=r,r",
+            args=[offset],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def store_tile(
     acc,
     y_ptr,

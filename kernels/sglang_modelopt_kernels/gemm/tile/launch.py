@@ -11,6 +11,7 @@ import torch
 import triton
 
 from .epilogue import Epilogue
+from .wgmma import checked
 
 
 @dataclass(frozen=True)
@@ -80,35 +81,39 @@ def launch(
     plan: Plan,
     per_entry: int = 1,
     operands: Sequence[Any] | None = None,
+    sum_dtype: torch.dtype = torch.float32,
     **arguments: Any,
 ) -> torch.Tensor:
     """``[M, N]`` of ``out_dtype`` from a kernel over tiles of ``Y^T``, for activations ``x`` and a weight of N rows.
 
     ``x`` is ``[M, K]``, or ``[M, K / per_entry]`` where an entry holds several inputs; ``operands`` what the kernel gets for ``x``,
-    ``codes`` and ``scale``, where that is not themselves; ``arguments`` are those of the kernel's own.
+    ``codes`` and ``scale``, where that is not themselves; ``sum_dtype`` is the type of partial sums; ``arguments`` are those of the
+    kernel's own.
     """
     m, k, n = x.shape[0], x.shape[1] * per_entry, codes.shape[0]
     config, split = plan
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
-    partials = torch.empty((split, m, n), dtype=torch.float32, device=x.device) if split > 1 else None
+    partials = torch.empty((split, m, n), dtype=sum_dtype, device=x.device) if split > 1 else None
     grid = (triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)
     if config.persistent:
         grid = (min(config.tiles(m, n), machine(x.device)[1]), 1, 1)
-    kernel[grid](
-        *((x, codes, scale) if operands is None else operands),
-        y_ptr=y if partials is None else partials,
-        m=m,
-        n=n,
-        k=k,
-        EVEN_K=k % config.bk == 0,
-        SPLIT_K=split,
-        BN=config.bn,
-        BM=config.bm,
-        BK=config.bk,
-        num_warps=config.warps,
-        num_stages=config.stages,
-        **epilogue.arguments(),
-        **arguments,
+    checked(
+        kernel[grid](
+            *((x, codes, scale) if operands is None else operands),
+            y_ptr=y if partials is None else partials,
+            m=m,
+            n=n,
+            k=k,
+            EVEN_K=k % config.bk == 0,
+            SPLIT_K=split,
+            BN=config.bn,
+            BM=config.bm,
+            BK=config.bk,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **epilogue.arguments(),
+            **arguments,
+        )
     )
     if partials is not None:
         epilogue.finish(partials, y)

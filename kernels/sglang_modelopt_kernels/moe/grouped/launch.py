@@ -11,7 +11,7 @@ from sglang_modelopt_kernels.gemm.block_scaled.launch import configs as block_sc
 from sglang_modelopt_kernels.gemm.block_scaled.launch import descale as block_scaled_descale
 from sglang_modelopt_kernels.gemm.block_scaled.launch import makes_operands
 from sglang_modelopt_kernels.gemm.mxfp4.linear import ROW_CONFIGS as MXFP4
-from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile import KernelConfig, checked, machine, matrix_instruction
 from sglang_modelopt_kernels.moe.route import Routed
 
 from .kernel import grouped_kernel
@@ -120,34 +120,37 @@ def run(
         x = x.to(torch.float16) if x.dtype == torch.float8_e4m3fn else x  # exact
     n, k, group = weight.n, weight.k, weight.group
     y = torch.empty((pairs, n), dtype=out_dtype, device=x.device)
-    grouped_kernel[(routed.owner.shape[0], triton.cdiv(n, config.bn))](
-        x.contiguous(),
-        codes,
-        # The kernel takes a pointer for what is absent and never reads through it.
-        weight.out_scale if weight.scale is None else weight.scale,
-        routed.pairs,
-        routed.owner,
-        weight.out_scale if row_scale is None else row_scale.contiguous(),
-        weight.out_scale,
-        y,
-        pairs,
-        weight.experts,
-        n,
-        k,
-        KIND=weight.kind,
-        GROUP=group if weight.scale is not None else 0,
-        MATH=math,
-        NATIVE=native,
-        ASM=x.is_cuda,
-        FRAGMENTS=makes_fragments(weight.kind, group, k, config, capability),
-        DESCALE=descale(weight.kind, math),
-        HAS_ROW_SCALE=row_scale is not None,
-        SHARE=pairs // x.shape[0],
-        EVEN_K=k % config.bk == 0,
-        BN=config.bn,
-        BM=config.bm,
-        BK=config.bk,
-        num_warps=config.warps,
-        num_stages=config.stages,
+    checked(
+        grouped_kernel[(routed.owner.shape[0], triton.cdiv(n, config.bn))](
+            x.contiguous(),
+            codes,
+            # The kernel takes a pointer for what is absent and never reads through it.
+            weight.out_scale if weight.scale is None else weight.scale,
+            routed.pairs,
+            routed.owner,
+            weight.out_scale if row_scale is None else row_scale.contiguous(),
+            weight.out_scale,
+            y,
+            pairs,
+            weight.experts,
+            n,
+            k,
+            KIND=weight.kind,
+            GROUP=group if weight.scale is not None else 0,
+            MATH=math,
+            NATIVE=native,
+            ASM=x.is_cuda,
+            FRAGMENTS=makes_fragments(weight.kind, group, k, config, capability),
+            WGMMA=x.is_cuda and matrix_instruction(capability) == "wgmma",
+            DESCALE=descale(weight.kind, math),
+            HAS_ROW_SCALE=row_scale is not None,
+            SHARE=pairs // x.shape[0],
+            EVEN_K=k % config.bk == 0,
+            BN=config.bn,
+            BM=config.bm,
+            BK=config.bk,
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
     )
     return y

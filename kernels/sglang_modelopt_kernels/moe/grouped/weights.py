@@ -27,6 +27,7 @@ import torch
 
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
 from sglang_modelopt_kernels.formats.checks import scale_blocks
+from sglang_modelopt_kernels.gemm import eight_bit
 from sglang_modelopt_kernels.gemm.block_scaled import packing
 from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight
 
@@ -35,9 +36,6 @@ Kind = Literal[
 ]
 """How codes and block scales are read."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
-
-E4M3_SPAN = 100
-"""Exponents that one row of MXFP8 may span: the smallest E4M3 number times 2^-100 is a normal bf16 number still."""
 
 
 @dataclass(frozen=True)
@@ -106,16 +104,10 @@ def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
     """E4M3 codes ``[N, K]`` of one expert under UE8M0 ``[N, K / 32]``; exact, or refused.
 
     Raises:
-        ValueError: a scale is NaN, or a row's scales span more than the kernel's range, or are at the end of float32's.
+        ValueError: a scale is NaN, or a row's scales span more than the kernel's range.
     """
-    _no_nan(scale)
-    exponent = scale.to(torch.int32)
-    top = exponent.amax(dim=1, keepdim=True)
-    if bool((top - exponent > E4M3_SPAN).any()):
-        raise ValueError(f"block scales of one row span 2^{int((top - exponent).max())}, more than 2^{E4M3_SPAN}")
-    factor = torch.exp2((top - ue8m0.BIAS).to(torch.float64)).to(torch.float32)
-    stored = (exponent - top + ue8m0.BIAS).to(torch.uint8)
-    return GroupedWeight(codes, stored, factor.reshape(-1), "e4m3_exponent")
+    weight = eight_bit.mxfp8(codes, scale)
+    return GroupedWeight(codes, weight.scale, weight.out_scale, "e4m3_exponent")
 
 
 def _no_nan(scale: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import torch
 import triton
 
 from sglang_modelopt_kernels.gemm.block_scaled.launch import SCRATCH_BYTES
-from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile import KernelConfig, checked, machine, matrix_instruction
 from sglang_modelopt_kernels.moe.route import Routed
 
 from ..weights import GroupedWeight
@@ -111,39 +111,41 @@ def run_dense(
     blocks = routed.owner.shape[0]
     for part, unit in _decoded(weight, dtype, routed, SCRATCH_BYTES if scratch_bytes is None else scratch_bytes):
         scale = block_scales(weight, part)
-        dense_kernel[(blocks * triton.cdiv(part.shape[1], config.bn),)](
-            values,
-            unit,
-            # The kernel takes a pointer for what is absent and never reads through it.
-            weight.out_scale if scale is None else scale,
-            routed.pairs,
-            routed.owner,
-            routed.first,
-            weight.out_scale if row_scale is None else row_scale.contiguous(),
-            weight.out_scale[:, part.rows.start :],
-            y[:, part.rows.start :],
-            pairs,
-            pairs // x.shape[0],
-            weight.experts,
-            part.experts.start,
-            # Pairs that none of the experts serves go with the last.
-            part.experts.stop + (part.experts.stop == weight.experts),
-            part.shape[1],
-            weight.n,
-            weight.k,
-            GROUP=0 if scale is None else weight.group,
-            FP8=dtype == torch.float8_e4m3fn,
-            ASM=x.is_cuda,
-            DESCALE=divisor(weight, dtype),
-            HAS_ROW_SCALE=row_scale is not None,
-            NARROW=values.numel() < 1 << 31,
-            EVEN_K=weight.k % config.bk == 0,
-            STRIPE=STRIPE,
-            BN=config.bn,
-            BM=config.bm,
-            BK=config.bk,
-            num_warps=config.warps,
-            num_stages=config.stages,
+        checked(
+            dense_kernel[(blocks * triton.cdiv(part.shape[1], config.bn),)](
+                values,
+                unit,
+                # The kernel takes a pointer for what is absent and never reads through it.
+                weight.out_scale if scale is None else scale,
+                routed.pairs,
+                routed.owner,
+                routed.first,
+                weight.out_scale if row_scale is None else row_scale.contiguous(),
+                weight.out_scale[:, part.rows.start :],
+                y[:, part.rows.start :],
+                pairs,
+                pairs // x.shape[0],
+                weight.experts,
+                part.experts.start,
+                # Pairs that none of the experts serves go with the last.
+                part.experts.stop + (part.experts.stop == weight.experts),
+                part.shape[1],
+                weight.n,
+                weight.k,
+                GROUP=0 if scale is None else weight.group,
+                FP8=dtype == torch.float8_e4m3fn,
+                ASM=x.is_cuda,
+                DESCALE=divisor(weight, dtype),
+                HAS_ROW_SCALE=row_scale is not None,
+                NARROW=values.numel() < 1 << 31,
+                EVEN_K=weight.k % config.bk == 0,
+                STRIPE=STRIPE,
+                BN=config.bn,
+                BM=config.bm,
+                BK=config.bk,
+                num_warps=config.warps,
+                num_stages=config.stages,
+            )
         )
     return y
 

@@ -1,0 +1,43 @@
+"""Rows of a packed weight as numbers: a lookup in a quantized embedding."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from .launch import decode_into, descale
+from .packing import PackedWeight, from_tensors, to_tensors, unpack
+
+
+@torch.library.custom_op("modelopt_ext::block_scaled_rows", mutates_args=())
+def _block_scaled_rows(
+    codes: torch.Tensor, scale: torch.Tensor, out_scale: torch.Tensor, indices: torch.Tensor
+) -> torch.Tensor:
+    # Not every device looks up in E4M3.
+    picked_scale = scale.view(torch.uint8)[indices].view(scale.dtype) if scale.itemsize == 1 else scale[indices]
+    tensors = {"codes": codes[indices], "block_scale": picked_scale, "out_scale": out_scale[indices]}
+    picked = from_tensors(tensors)
+    if not codes.is_cuda:
+        return unpack(picked).to(torch.float32) * picked.out_scale.unsqueeze(1)
+    unit = torch.empty((indices.shape[0], picked.k), dtype=torch.float16, device=codes.device)
+    if indices.shape[0]:
+        decode_into(picked, 0, unit)
+    if picked.kind == "int4_float":
+        values = unit.to(torch.float32).unflatten(1, (-1, picked.group)) * picked.scale.unsqueeze(2)
+        return values.flatten(1) * picked.out_scale.unsqueeze(1)
+    return unit.to(torch.float32) * descale(picked.kind, True) * picked.out_scale.unsqueeze(1)
+
+
+@_block_scaled_rows.register_fake
+def _(codes: torch.Tensor, scale: torch.Tensor, out_scale: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    del scale, out_scale
+    return codes.new_empty((indices.shape[0], 4 * codes.shape[1]), dtype=torch.float32)
+
+
+def block_scaled_rows(weight: PackedWeight, indices: torch.Tensor) -> torch.Tensor:
+    """Rows of the weight, float32 ``[..., K]``, for indices ``[...]``; exact but for INT4's scales. Does not stop the stream."""
+    tensors = to_tensors(dataclasses.replace(weight, fp8=False))
+    flat = indices.reshape(-1)
+    rows: torch.Tensor = _block_scaled_rows(tensors["codes"], tensors["block_scale"], tensors["out_scale"], flat)
+    return rows.reshape(*indices.shape, weight.k)

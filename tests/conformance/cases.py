@@ -1,0 +1,127 @@
+"""The cases of the conformance run: an export, how it is served, and what it is read as."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from tests.conformance.exports import EXPORTS, Export
+
+Graphs = Literal["decode", "none", "all"]
+
+KV_CHUNK = 256
+"""Tokens of a prompt prefilled at a time where a cache is judged: later chunks meet earlier ones as the cache has them."""
+
+DENSE_CHUNK = 512
+"""Where a cache is not, for some cases. The others take their longest prompt in one piece."""
+
+WITHOUT_PLUGIN = {"SGLANG_PLUGINS": "none"}
+"""SGLang loads the plugins that this names, and none is called so."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine.
+
+    Attributes:
+        name: of the case.
+        export: what is served, by its name in the pack.
+        reads: what it is read as: ``export``, but for a control.
+        kv: the recipe of the cache.
+        math: how NVFP4 weights meet FP8 activations.
+        args: arguments of ``sglang.Engine`` besides those of every case.
+        env: environment variables.
+        chunk: tokens of a prompt prefilled at a time; None: all of it.
+        graphs: the CUDA graphs that are captured.
+        plugin: whether it is loaded.
+        same_as: the case that must give the same log probabilities.
+        expect: the verdict a sound run has; ``"any"`` for what SGLang alone does.
+        tp: tensor-parallel ranks.
+    """
+
+    name: str
+    export: str
+    reads: str
+    kv: str
+    math: Literal["exact", "fp8"] = "exact"
+    activation: Literal["served", "none"] = "served"
+    args: Mapping[str, Any] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
+    chunk: int | None = None
+    graphs: Graphs = "decode"
+    plugin: bool = True
+    same_as: str | None = None
+    expect: Literal["right", "wrong", "any"] = "right"
+    tp: int = 1
+
+    @property
+    def of(self) -> Export:
+        """The export that is served."""
+        return EXPORTS[self.export]
+
+
+def case(export: str, name: str = "", **options: Any) -> Case:
+    """A case of an export; by default it is called like it and has its cache."""
+    options = {"reads": export, "kv": EXPORTS[export].kv} | options
+    if options["kv"] != "none":
+        options.setdefault("chunk", KV_CHUNK)
+    return Case(name or export, export, **options)
+
+
+ROTATED = {"args": {"kv_cache_dtype": "modelopt_nvfp4_rotate"}, "kv": "nvfp4_rotate"}
+MXFP4_ROUNDS = {"SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS": "mxfp4"}
+MXFP4_KEEPS = {"SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS": "none"}
+FP8_MATH: dict[str, Any] = {"math": "fp8", "env": {"SGLANG_MODELOPT_EXT_W4A8_MATH": "fp8"}}
+
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "mxfp4": {"env": MXFP4_ROUNDS},
+    "moe-mxfp4": {"env": MXFP4_ROUNDS},
+    "kv-nvfp4-rotate": dict(ROTATED),
+    "w4a8-nvfp4-mistral": {"graphs": "none"},
+    "w4a8-nvfp4-qwen3": {"chunk": DENSE_CHUNK},
+    "w4a8-mxfp4-llama": {"graphs": "all"},
+    "w4a8-mxfp4-mistral": {"chunk": DENSE_CHUNK, "graphs": "none"},
+    "w4a8-awq": {"graphs": "none"},
+    "mxfp8": {"graphs": "none"},
+    "int8-smoothquant": {"graphs": "none"},
+    "moe-w4a8-nvfp4-mixtral": {"chunk": DENSE_CHUNK},
+    "moe-mxfp8": {"graphs": "none"},
+    "moe-int8-weight-only": {"graphs": "none"},
+    "kv-nvfp4": {"graphs": "none"},
+    "wrong-scale": {"reads": "trained-w4a8-nvfp4", "expect": "wrong"},
+}
+"""What differs from the plain case of an export."""
+
+LEFT_TO_SGLANG = ("fp8", "nvfp4", "fp8-kv-fp8", "mix-searched-qwen2", "w4a16-nvfp4", "moe-nvfp4", "moe-fp8")
+"""Exports served without the plugin as well: the log probabilities must be the same."""
+
+CASES: tuple[Case, ...] = (
+    *(case(name, **_SPECIAL.get(name, {})) for name in EXPORTS),
+    case("w4a8-nvfp4-qwen2", "w4a8-nvfp4-fp8-math", **FP8_MATH),
+    case("moe-w4a8-nvfp4-mixtral", "moe-w4a8-nvfp4-fp8-math", **FP8_MATH),
+    case("mxfp4", "mxfp4-weight-only", env=MXFP4_KEEPS, activation="none"),
+    case("bf16", "kv-nvfp4-rotate-by-flag", **ROTATED),
+    *(
+        case(name, f"{name}-alone", env=WITHOUT_PLUGIN, plugin=False, same_as=name, expect="any")
+        for name in LEFT_TO_SGLANG
+    ),
+)
+
+RANKS: tuple[Case, ...] = tuple(
+    case(name, f"{name}-tp2", tp=2, same_as=name)
+    for name in ("w4a8-nvfp4-qwen2", "w4a8-mxfp4-qwen2", "kv-nvfp4-affine", "moe-w4a8-nvfp4-qwen3_moe")
+)
+"""The same over two ranks, by ``--tp 2``: beside the cases of one that they must agree with."""
+
+
+def chosen(tp: int, only: str | None) -> list[Case]:
+    """The cases of a run: those over one rank or over two, of which ``only`` limits the names (comma-separated, ``*`` for any)."""
+    import fnmatch
+
+    cases = list(CASES)
+    if tp > 1:
+        partners = {case.same_as for case in RANKS}
+        cases = [*(case for case in CASES if case.name in partners), *RANKS]
+    patterns = (only or "*").split(",")
+    return [case for case in cases if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]

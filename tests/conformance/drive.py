@@ -1,0 +1,161 @@
+"""Drives one engine: prompts of every length, batches, chunks, decoding, cached prefixes; and the log probabilities it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tests.conformance.cases import Case
+from tests.support.models import random_ids
+
+VOCAB = 511
+"""SGLang reports the last of the 512 tokens as 0: no prompt has it."""
+
+WHOLE = 8192
+"""Tokens of a chunk that cuts no prompt."""
+
+SINGLES = (3, 5, 9, 17, 33, 65, 100, 129, 200)
+LONG = (300, 900, 2100)
+BATCH, BATCH_LENGTH = 16, 32
+BATCH_LENGTH_KV = 12
+"""Sixteen of these are fewer tokens than a chunk, so that none is cut at a place that depends on the others."""
+
+PREFIXES, PREFIX, ODD_PREFIX, TAIL = 3, 256, 120, 40
+"""A prefix of whole chunks, and one that is not."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The log probabilities that an engine gave to the tokens of one sequence from ``start`` on.
+
+    Attributes:
+        group: which kind of request it was of.
+        ids: the sequence, what was decoded included.
+        start: the first token that has a log probability.
+        values: one for each token from there.
+        prompt: how many tokens were sent.
+        cached: how many of these were found in the cache.
+    """
+
+    group: str
+    ids: list[int]
+    start: int
+    values: list[float]
+    prompt: int
+    cached: int = 0
+
+
+class Drive:
+    """The requests of a case to a running engine.
+
+    Args:
+        engine: ``sglang.Engine``.
+        case: what it serves.
+    """
+
+    def __init__(self, engine: Any, case: Case) -> None:
+        self.engine = engine
+        self.case = case
+        self.chunk = case.chunk or WHOLE
+
+    def all(self) -> list[Scored]:
+        """Every request, one kind after the other."""
+        scored: list[Scored] = []
+        length = BATCH_LENGTH if self.chunk >= BATCH * BATCH_LENGTH else BATCH_LENGTH_KV
+        prompts = [random_ids(length, seed=100 + number, vocab=VOCAB) for number in range(BATCH)]
+        scored += self.prompts("batch of 16", prompts)
+        for size in SINGLES:
+            scored += self.prompts("up to 200", [random_ids(size, seed=200 + size, vocab=VOCAB)])
+        for size in LONG:
+            scored += self.prompts(str(size), [random_ids(size, seed=300 + size, vocab=VOCAB)])
+        for number in range(4):
+            scored += self.decoded("decode, 1", [random_ids(24, seed=400 + number, vocab=VOCAB)], 24)
+        scored += self.decoded("decode, 16", [ids[:BATCH_LENGTH_KV] for ids in prompts], 12)
+        scored += self.cached("cached prefix", PREFIX)
+        if self.case.kv != "none":
+            scored += self.cached("cached odd prefix", ODD_PREFIX)
+        return scored
+
+    def prompts(self, group: str, prompts: Sequence[Sequence[int]], start: int = 0, flush: bool = True) -> list[Scored]:
+        """Scores the prompts, sent at once."""
+        if flush:
+            self.engine.flush_cache()
+        answers = self._generate(prompts, 1, logprob_start_len=start)
+        scored = []
+        for ids, answer in zip(prompts, answers, strict=True):
+            info = answer["meta_info"]
+            entries = [entry for entry in info["input_token_logprobs"] if entry[0] is not None]
+            if [entry[1] for entry in entries] != list(ids[-len(entries) :]):
+                raise AssertionError(f"{group}: the engine scored other tokens than it was sent")
+            values = [float(entry[0]) for entry in entries]
+            scored.append(
+                Scored(group, list(ids), len(ids) - len(values), values, len(ids), int(info["cached_tokens"]))
+            )
+        return scored
+
+    def decoded(self, group: str, prompts: Sequence[Sequence[int]], count: int) -> list[Scored]:
+        """Scores the likeliest continuation of each prompt, token by token as it is decoded."""
+        self.engine.flush_cache()
+        scored = []
+        for ids, answer in zip(prompts, self._generate(prompts, count), strict=True):
+            entries = answer["meta_info"]["output_token_logprobs"]
+            if len(entries) != count:
+                raise AssertionError(f"{group}: {len(entries)} tokens instead of {count}")
+            sequence = [*ids, *(int(entry[1]) for entry in entries)]
+            scored.append(Scored(group, sequence, len(ids), [float(entry[0]) for entry in entries], len(ids)))
+        return scored
+
+    def cached(self, group: str, prefix: int) -> list[Scored]:
+        """The ends of prompts whose beginning is in the cache, and the same without a cache as ``<group>, fresh``."""
+        scored = []
+        for number in range(PREFIXES):
+            ids = random_ids(prefix + TAIL, seed=500 + prefix + number, vocab=VOCAB)
+            scored += self.prompts(f"{group}, fresh", [ids], start=prefix)
+            self.engine.flush_cache()
+            self._generate([ids[:prefix]], 1)
+            hit = self.prompts(group, [ids], start=prefix, flush=False)
+            if not prefix - 1 <= hit[0].cached <= prefix:
+                raise AssertionError(f"{group}: {hit[0].cached} of {prefix} tokens were found in the cache")
+            scored += hit
+        return scored
+
+    def _generate(self, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> list[Mapping[str, Any]]:
+        sampling = {"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True}
+        answers = self.engine.generate(
+            input_ids=[list(ids) for ids in prompts], sampling_params=sampling, return_logprob=True, **options
+        )
+        return list(answers) if isinstance(answers, list) else [answers]
+
+
+def engine_arguments(case: Case, folder: str, device: str, port: int) -> dict[str, Any]:
+    """The arguments of ``sglang.Engine``, small enough for several engines on one GPU."""
+    chunk = case.chunk or WHOLE
+    arguments: dict[str, Any] = {
+        "model_path": folder,
+        "dtype": "bfloat16",
+        "tp_size": case.tp,
+        "skip_tokenizer_init": True,
+        "max_total_tokens": 16384,
+        "max_running_requests": BATCH,
+        "chunked_prefill_size": chunk,
+        "max_prefill_tokens": chunk,
+        "random_seed": 0,
+        "log_level": "info",
+        "nccl_port": port,
+        "watchdog_timeout": 120,
+    }
+    if device == "cpu":
+        arguments |= {"device": "cpu", "attention_backend": "torch_native"}
+    else:
+        # Each engine counts what the others hold: the share is an upper bound only.
+        arguments |= {"mem_fraction_static": 0.9, "disable_flashinfer_autotune": True}
+        arguments |= {"cuda_graph_max_bs_decode": BATCH}
+        if case.graphs != "all":
+            arguments["cuda_graph_backend_prefill"] = "disabled"
+        if case.graphs == "none":
+            arguments["disable_cuda_graph"] = True
+    if case.tp > 1:
+        # NVLink multicast and custom reductions are SGLang's own matter: plain NCCL is what is judged.
+        arguments |= {"disable_custom_all_reduce": True, "enforce_disable_flashinfer_allreduce_fusion": True}
+    return {**arguments, **case.args}

@@ -1,0 +1,184 @@
+"""The exports of the conformance run, by name: which model, which preset of ModelOpt, and what is changed afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.support import edits
+from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest
+from tests.support.exports import Variant, export
+from tests.support.kv_exports import CAST_PRESETS, PRESETS, UNQUANTIZED
+from tests.support.models import Family, TinyModel, model_dir
+from tests.support.moe import tiny
+
+POSITIONS = 4096
+"""Room for the long prompts of the run."""
+
+WIDE = {"hidden": 512, "intermediate": 1536, "heads": 8, "layers": 1, "tied": True}
+"""A model whose products take other configurations of the kernels than those of the tiny one."""
+
+WRONG_SCALE = 1.25
+
+NVFP4, MXFP4 = "W4A8_NVFP4_FP8_CFG", "W4A8_MXFP4_FP8_CFG"
+
+
+@dataclass(frozen=True)
+class Export:
+    """One checkpoint of the run.
+
+    Attributes:
+        algo: its row of the support matrix, ``MIXED_PRECISION``, or ``none``.
+        family: of the model.
+        make: makes it, or finds it in the cache.
+        kv: the recipe of its KV cache.
+        mixture: whether it has experts.
+    """
+
+    algo: str
+    family: Family
+    make: Callable[[], Path]
+    kv: str = "none"
+    mixture: bool = False
+
+
+def _dense(family: Family, recipe: Any, variant: Variant, **fields: Any) -> Path:
+    return export(model_dir(TinyModel(family, max_position=POSITIONS, **fields)), recipe, variant)
+
+
+def _mixture(family: Family, recipe: Any, variant: Variant, layers: int) -> Path:
+    return export(model_dir(tiny(family, max_position=POSITIONS, layers=layers)), recipe, variant)
+
+
+def dense(algo: str, family: Family, recipe: Any, kv: str = "none", merge: str | None = None, **fields: Any) -> Export:
+    """A decoder without experts; ``merge`` is ModelOpt's name of the KV cache that is merged into its recipe."""
+    return Export(algo, family, partial(_dense, family, recipe, Variant(kv_cache=merge), **fields), kv)
+
+
+def mixture(
+    algo: str, family: Family, recipe: Any, kv: str = "none", merge: str | None = None, layers: int = 1
+) -> Export:
+    """A mixture of experts."""
+    return Export(algo, family, partial(_mixture, family, recipe, Variant(kv_cache=merge), layers), kv, mixture=True)
+
+
+def _edited(source: Export, *changes: edits.Edit, name: str) -> Path:
+    folder = source.make()
+    key = digest(name, folder_digest(folder))
+    return cached_folder("edited", f"{name}-{key}", lambda target: _fill(folder, target, changes))
+
+
+def _fill(source: Path, target: Path, changes: tuple[edits.Edit, ...]) -> None:
+    target.rmdir()
+    edits.copy_with(source, target, changes)
+
+
+def _searched(family: Family, formats: str, bits: str) -> Path:
+    """What ``auto-quantize`` makes of a tiny model: a mix by its own search."""
+    from sglang_modelopt_ext.cli.main import main
+
+    model = model_dir(TinyModel(family, max_position=POSITIONS))
+    text = REPOSITORY / "examples/stdlib_lm/heldout.txt"
+
+    def make(folder: Path) -> None:
+        sizes = ["--samples", "12", "--score-samples", "8", "--sequence-length", "48", "--device", "cpu"]
+        command = ["auto-quantize", str(model), "--formats", formats, "--bits", bits, "--data", str(text), *sizes]
+        folder.rmdir()
+        if main([*command, "--output", str(folder)]) != 0:
+            raise RuntimeError(f"auto-quantize {formats} at {bits} bits failed")
+
+    return cached_folder("searched", f"{family}-{digest(formats, bits, folder_digest(model))}", make)
+
+
+def _trained(model: str, recipe: Any, variant: Variant) -> Path:
+    """An export of a shipped model, with room for the long prompts: what it computes moves less than a random model's."""
+    source = REPOSITORY / "examples/stdlib_lm" / model
+    room = edits.set_fields(edits.CONFIG, {"max_position_embeddings": POSITIONS})
+    key = digest(POSITIONS, folder_digest(source))
+    folder = cached_folder("models", f"{model}-{key}", lambda target: _fill(source, target, (room,)))
+    return export(folder, recipe, variant)
+
+
+def trained(algo: str, recipe: Any, kv: str = "none", merge: str | None = None) -> Export:
+    """Of the shipped decoder, a Llama of four layers."""
+    return Export(algo, "llama", partial(_trained, "model", recipe, Variant(kv_cache=merge)), kv)
+
+
+def _llama() -> Path:
+    return model_dir(TinyModel("llama", max_position=POSITIONS))
+
+
+EXPORTS: dict[str, Export] = {
+    "bf16": Export("none", "llama", _llama),
+    # Every algorithm on a dense model; the two W4A8 recipes on every family.
+    **{f"w4a8-nvfp4-{f}": dense("W4A8_NVFP4_FP8", f, NVFP4) for f in ("llama", "mistral", "qwen2", "qwen3")},
+    **{f"w4a8-mxfp4-{f}": dense("W4A8_MXFP4_FP8", f, MXFP4) for f in ("llama", "mistral", "qwen2", "qwen3")},
+    "w4a8-awq": dense("W4A8_AWQ", "llama", "W4A8_AWQ_BETA_CFG"),
+    "int4-awq": dense("W4A16_AWQ", "qwen2", "INT4_AWQ_CFG"),
+    "nvfp4": dense("NVFP4", "llama", "NVFP4_DEFAULT_CFG"),
+    "nvfp4-awq": dense("NVFP4_AWQ", "qwen2", "NVFP4_AWQ_LITE_CFG"),
+    "nvfp4-svd": dense("NVFP4_SVD", "qwen3", "NVFP4_SVDQUANT_DEFAULT_CFG", layers=1),
+    "w4a16-nvfp4": dense("W4A16_NVFP4", "llama", "W4A16_NVFP4_CFG"),
+    "w4a16-nvfp4-mlp32": dense("W4A16_NVFP4", "mistral", "NVFP4_MLP_WEIGHT_ONLY_CFG", layers=1),
+    "mxfp4": dense("MXFP4", "mistral", "MXFP4_DEFAULT_CFG"),
+    "mxfp8": dense("MXFP8", "qwen3", "MXFP8_DEFAULT_CFG", layers=1),
+    "fp8": dense("FP8", "llama", "FP8_DEFAULT_CFG"),
+    "fp8-channel-token": dense("FP8_PER_CHANNEL_PER_TOKEN", "qwen2", "FP8_PER_CHANNEL_PER_TOKEN_CFG", layers=1),
+    "fp8-blocks": dense("FP8_PB_WO", "llama", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", layers=1),
+    "int8-smoothquant": dense("W8A8_SQ_PER_CHANNEL", "qwen3", "INT8_SMOOTHQUANT_CFG", layers=1),
+    "int8-weight-only": dense("W8A16", "mistral", "INT8_WEIGHT_ONLY_CFG", layers=1),
+    # Wider layers.
+    "w4a8-nvfp4-wide": dense("W4A8_NVFP4_FP8", "llama", NVFP4, **WIDE),
+    "w4a8-mxfp4-wide": dense("W4A8_MXFP4_FP8", "llama", MXFP4, **WIDE),
+    # The shipped models, trained on text: rounding moves their answers a fraction of what it moves those of random weights.
+    "trained-w4a8-nvfp4": trained("W4A8_NVFP4_FP8", NVFP4),
+    "trained-w4a8-mxfp4": trained("W4A8_MXFP4_FP8", MXFP4),
+    "trained-w4a8-nvfp4-kv-nvfp4": trained("W4A8_NVFP4_FP8", NVFP4, "nvfp4", PRESETS["nvfp4"]),
+    # Mixes.
+    "mix-searched-qwen2": Export("MIXED_PRECISION", "qwen2", partial(_searched, "qwen2", "NVFP4,FP8", "8")),
+    "mix-w4a8-llama": Export(
+        "MIXED_PRECISION", "llama", partial(_searched, "llama", "W4A8_NVFP4_FP8,FP8,NVFP4_AWQ", "6")
+    ),
+    "mix-fp8-mha": dense("MIXED_PRECISION", "llama", "NVFP4_FP8_MHA_CONFIG", kv="fp8"),
+    # Experts: every algorithm that ModelOpt exports for them.
+    "moe-w4a8-nvfp4-qwen3_moe": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, layers=2),
+    "moe-w4a8-mxfp4-qwen3_moe": mixture("W4A8_MXFP4_FP8", "qwen3_moe", MXFP4, layers=2),
+    **{f"moe-w4a8-nvfp4-{f}": mixture("W4A8_NVFP4_FP8", f, NVFP4) for f in ("mixtral", "qwen2_moe")},
+    "moe-w4a8-mxfp4-mixtral": mixture("W4A8_MXFP4_FP8", "mixtral", MXFP4),
+    "moe-nvfp4": mixture("NVFP4", "qwen3_moe", "NVFP4_DEFAULT_CFG"),
+    "moe-w4a16-nvfp4": mixture("W4A16_NVFP4", "mixtral", "W4A16_NVFP4_CFG"),
+    "moe-w4a16-nvfp4-mlp32": mixture("W4A16_NVFP4", "qwen3_moe", "NVFP4_MLP_WEIGHT_ONLY_CFG"),
+    "moe-mxfp4": mixture("MXFP4", "qwen3_moe", "MXFP4_DEFAULT_CFG"),
+    "moe-mxfp8": mixture("MXFP8", "qwen3_moe", "MXFP8_DEFAULT_CFG"),
+    "moe-fp8": mixture("FP8", "qwen3_moe", "FP8_DEFAULT_CFG"),
+    "moe-fp8-channel-token": mixture("FP8_PER_CHANNEL_PER_TOKEN", "mixtral", "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
+    "moe-fp8-blocks": mixture("FP8_PB_WO", "mixtral", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
+    "moe-int8-smoothquant": mixture("W8A8_SQ_PER_CHANNEL", "mixtral", "INT8_SMOOTHQUANT_CFG"),
+    "moe-int8-weight-only": mixture("W8A16", "qwen3_moe", "INT8_WEIGHT_ONLY_CFG"),
+    # KV caches: every recipe under unquantized layers, where the noise is smallest, and some under quantized ones.
+    **{
+        f"kv-{recipe.replace('_', '-')}": dense("none", "llama", UNQUANTIZED, recipe, name)
+        for recipe, name in PRESETS.items()
+    },
+    **{f"kv-{recipe}-cast": dense("none", "llama", UNQUANTIZED, recipe, name) for recipe, name in CAST_PRESETS.items()},
+    "w4a8-nvfp4-kv-nvfp4-affine": dense("W4A8_NVFP4_FP8", "mistral", NVFP4, "nvfp4_affine", PRESETS["nvfp4_affine"]),
+    "w4a8-mxfp4-kv-fp8-affine": dense("W4A8_MXFP4_FP8", "qwen2", MXFP4, "fp8_affine", PRESETS["fp8_affine"]),
+    "moe-w4a8-nvfp4-kv-nvfp4": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, "nvfp4", PRESETS["nvfp4"], layers=2),
+    "fp8-kv-fp8": dense("FP8", "llama", "FP8_DEFAULT_CFG", "fp8", PRESETS["fp8"]),
+}
+"""Every export by name; the folder in the pack has the same name."""
+
+EXPORTS["wrong-scale"] = Export(
+    "W4A8_NVFP4_FP8",
+    "llama",
+    partial(
+        _edited,
+        EXPORTS["trained-w4a8-nvfp4"],
+        edits.scale_tensors({"model.layers.0.mlp.down_proj.weight_scale_2": WRONG_SCALE}),
+        name="wrong-scale",
+    ),
+)
+"""A control: a server of this folder must be told from one of the folder it was made of."""

@@ -1,0 +1,210 @@
+"""The verdict on what an engine answered: against the float32 reading, by the noise of the same model in bf16.
+
+The tolerance is that of tests/serving/tolerance.py: a bf16 engine may be NOISE_FACTOR times as far from the float32 reading as
+the same model run in bf16 by Hugging Face. Both are one draw of rounding errors, of roundings at other places. It is held for each kind of
+request by itself, by the mean and by the median over its tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.conformance.cases import Case
+from tests.conformance.drive import WHOLE, Scored
+from tests.conformance.reading import Reader, Reading, first_raw
+from tests.serving.tolerance import FP32_MEDIAN, NOISE_FACTOR
+
+
+@dataclass(frozen=True)
+class Group:
+    """One kind of request.
+
+    Attributes:
+        tokens: how many log probabilities were compared.
+        mean, median: of the absolute differences between engine and reading.
+        noise_mean, noise_median: likewise between Hugging Face's bf16 and the reading.
+        unrounded: the mean between the reading and one without the cache's rounding; None without a quantized cache.
+    """
+
+    tokens: int
+    mean: float
+    median: float
+    noise_mean: float
+    noise_median: float
+    unrounded: float | None = None
+
+    @property
+    def right(self) -> bool:
+        """Whether mean and median are within the tolerance; NaN is not."""
+        return self.mean <= NOISE_FACTOR * self.noise_mean and self.median <= NOISE_FACTOR * self.noise_median
+
+
+@dataclass
+class Judgement:
+    """Every group of a case, and what was found besides."""
+
+    groups: dict[str, Group]
+    notes: list[str] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+    @property
+    def verdict(self) -> str:
+        """``right`` or ``wrong``."""
+        return "wrong" if self.faults or not all(group.right for group in self.groups.values()) else "right"
+
+    def figures(self) -> dict[str, float]:
+        """Mean, median and noise over all tokens, and the largest share of a tolerance that any group uses."""
+        tokens = sum(group.tokens for group in self.groups.values())
+
+        def pooled(name: str) -> float:
+            return sum(getattr(group, name) * group.tokens for group in self.groups.values()) / tokens
+
+        used = [
+            part / (NOISE_FACTOR * noise) if noise else math.inf
+            for group in self.groups.values()
+            for part, noise in ((group.mean, group.noise_mean), (group.median, group.noise_median))
+        ]
+        worst = math.nan if any(math.isnan(value) for value in used) else max(used)
+        names = ("mean", "median", "noise_mean", "noise_median")
+        return {"tokens": tokens, **{name: pooled(name) for name in names}, "used": worst}
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it."""
+        return {
+            "verdict": self.verdict,
+            "groups": {name: asdict(group) for name, group in self.groups.items()},
+            "notes": self.notes,
+            "faults": self.faults,
+            **self.figures(),
+        }
+
+
+class Judge:
+    """Judges the answers of one case.
+
+    Args:
+        folder: the checkpoint it is read as.
+        case: the case.
+        reading: how it is read.
+        device: where the readings run.
+        known: the manifest's log probabilities of the reading, made on a CPU, and their prompts.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        case: Case,
+        reading: Reading,
+        device: str,
+        known: tuple[Sequence[float], Sequence[Sequence[int]]] | None = None,
+    ) -> None:
+        self.case, self.reading = case, reading
+        self.exact = Reader(folder, reading, torch.float32, device)
+        self.rough = Reader(folder, reading, torch.bfloat16, device)
+        rounded = reading.kv not in ("none", "unquantized")
+        self.unrounded = Reader(folder, reading, torch.float32, device, "unquantized") if rounded else None
+        self.known = known
+
+    def judge(self, scored: Sequence[Scored]) -> Judgement:
+        """The verdict on all of ``scored``."""
+        rows: dict[str, list[tuple[torch.Tensor, ...]]] = {}
+        for one in scored:
+            raw = (
+                None
+                if self.reading.own_chunk
+                else first_raw(len(one.ids), one.prompt, one.cached, self.case.chunk or WHOLE)
+            )
+            served = torch.tensor(one.values)
+            readers = (self.exact, self.rough, *([self.unrounded] if self.unrounded else []))
+            read = [reader.scores(one.ids, raw)[one.start - 1 :][: len(served)] for reader in readers]
+            rows.setdefault(one.group, []).append((served, *read))
+        groups = {
+            name: _group(*(torch.cat(parts) for parts in zip(*found, strict=True))) for name, found in rows.items()
+        }
+        judgement = Judgement(groups)
+        self._check_reading(judgement)
+        self._check_rounding(judgement)
+        for name in [name for name in rows if f"{name}, fresh" in rows]:
+            self._compare_cached(judgement, name, rows[name], rows[f"{name}, fresh"])
+        return judgement
+
+    def _check_reading(self, judgement: Judgement) -> None:
+        """The reading here is the one that was made on a CPU."""
+        if self.known is None:
+            return
+        values, prompts = self.known
+        rounding, self.exact._rounding = self.exact._rounding, None
+        if rounding is not None:
+            rounding |= {"raw_from": None, "fp8_queries": False}
+        found = torch.cat([self.exact.scores(ids) for ids in prompts])
+        apart = float((found - torch.tensor(values)).abs().median())
+        judgement.notes.append(f"reading against a CPU's {apart:.1e}")
+        if not apart < FP32_MEDIAN:
+            judgement.faults.append(f"the reading is {apart:.1e} from a CPU's, more than {FP32_MEDIAN:.0e}")
+
+    def _check_rounding(self, judgement: Judgement) -> None:
+        """The cache's rounding shows in what is judged: leaving it out would be told from having it."""
+        shares = {
+            name: group.unrounded / (NOISE_FACTOR * group.noise_mean)
+            for name, group in judgement.groups.items()
+            if group.unrounded is not None and group.noise_mean > 0
+        }
+        if shares:
+            name, share = max(shares.items(), key=lambda item: item[1])
+            judgement.notes.append(f"without the cache's rounding {share:.1f} tolerances away ({name})")
+
+    def _compare_cached(
+        self,
+        judgement: Judgement,
+        name: str,
+        hit: Sequence[Sequence[torch.Tensor]],
+        fresh: Sequence[Sequence[torch.Tensor]],
+    ) -> None:
+        """The same tokens behind a cached prefix and without one: how far apart the engine's answers are, and the readings."""
+        (served, read), (served_fresh, read_fresh) = (
+            [torch.cat([row[place][-len(row[0]) :] for row in rows]) for place in (0, 1)] for rows in (hit, fresh)
+        )
+        length = min(len(served), len(served_fresh))
+        apart = float((served[-length:] - served_fresh[-length:]).abs().mean())
+        meant = float((read[-length:] - read_fresh[-length:]).abs().mean())
+        judgement.notes.append(f"{name}: {apart:.3f} from fresh, the reading {meant:.3f}")
+
+
+def _group(
+    served: torch.Tensor, exact: torch.Tensor, rough: torch.Tensor, unrounded: torch.Tensor | None = None
+) -> Group:
+    apart, noise = (served - exact).abs(), (rough - exact).abs()
+    return Group(
+        tokens=len(served),
+        mean=float(apart.mean()),
+        median=float(apart.median()),
+        noise_mean=float(noise.mean()),
+        noise_median=float(noise.median()),
+        unrounded=None if unrounded is None else float((unrounded - exact).abs().mean()),
+    )
+
+
+def compare(
+    case: Case, mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]], noise: float
+) -> dict[str, Any]:
+    """Two engines that must agree, on prompts that do not depend on what they answer.
+
+    With and without the plugin the same kernels run on the same tokens: at least half of the tokens agree to float32's noise. Over
+    more ranks, sums are rounded elsewhere, which the noise of bf16 bounds as it does for an engine and the reading.
+    """
+    apart: list[float] = []
+    for a, b in zip(mine, other, strict=True):
+        if a["ids"] == b["ids"] and a["group"] != "batch of 16":
+            apart += [abs(x - y) for x, y in zip(a["values"], b["values"], strict=True)]
+    mean, median = statistics.fmean(apart), statistics.median(apart)
+    right = median < FP32_MEDIAN if case.tp == 1 else mean <= NOISE_FACTOR * noise
+    equal = sum(value == 0 for value in apart) / len(apart)
+    note = f"from {case.same_as}: mean {mean:.1e}, median {median:.1e}, largest {max(apart):.1e}, equal {equal:.0%}"
+    return {"right": right, "note": note}

@@ -1,0 +1,132 @@
+"""What a case should answer: the independent float32 reading, on any device, and how far bf16 alone is from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+
+from tests.conformance.cases import Case
+from tests.support.recipes import Activation, Math
+from tests.support.reference import Reference
+
+BLACKWELL = 100
+
+QUERY_ROUNDING = frozenset({"fa3"})
+"""SGLang's attention that multiplies FP8 with FP8 over its own FP8 cache: queries and the softmax's weights are rounded too."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a checkpoint is read.
+
+    Attributes:
+        math: how NVFP4 weights meet FP8 activations.
+        activation: what rounds an input.
+        kv: the recipe that rounds keys and values.
+        own_chunk: whether a prompt's chunk meets itself as the cache has it; else as it is, and only what came before is rounded.
+        fp8_attention: whether queries are rounded to E4M3. The weights of the values are as well, at points of an online softmax
+            that no reading knows: that counts as noise.
+    """
+
+    math: Math
+    activation: Activation
+    kv: str
+    own_chunk: bool = True
+    fp8_attention: bool = False
+
+    @classmethod
+    def of(cls, case: Case, capability: int | None, attention: str = "") -> Self:
+        """The reading of ``case`` on a GPU of that compute capability times ten (None: a CPU), under SGLang's ``attention``."""
+        older_gpu = capability is not None and capability < BLACKWELL
+        activation: Activation = "keep_fp4" if older_gpu else "recipe"
+        ours = case.kv != "fp8" or capability is None
+        return cls(
+            math=case.math,
+            activation="none" if case.activation == "none" else activation,
+            kv=case.kv,
+            own_chunk=capability is None or not ours,
+            fp8_attention=not ours and attention in QUERY_ROUNDING,
+        )
+
+    @property
+    def key(self) -> str:
+        """Names what the manifest has of this reading: log probabilities under a cache that rounds everything."""
+        return json.dumps([self.math, self.activation, self.kv])
+
+
+class Reader:
+    """A checkpoint under a reading.
+
+    Args:
+        folder: the checkpoint.
+        reading: how it is read.
+        dtype: float32, or bfloat16 for its noise.
+        device: where it runs.
+        kv: replaces the reading's cache, such as ``"unquantized"``.
+    """
+
+    def __init__(
+        self, folder: Path, reading: Reading, dtype: torch.dtype, device: str = "cpu", kv: str | None = None
+    ) -> None:
+        self.device = torch.device(device)
+        self.reading = reading
+        with self._here():
+            self.reference = Reference(
+                folder, dtype=dtype, math=reading.math, activation=reading.activation, kv_cache=kv or reading.kv
+            )
+            self.reference.model.to(self.device)
+        self._rounding: dict[str, Any] | None = getattr(self.reference.model.config, "kv_rounding", None)
+        if self._rounding is not None:
+            self._rounding["fp8_queries"] = reading.fp8_attention
+            self._rounding["fp8_weights"] = reading.fp8_attention and dtype != torch.float32
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        """New tensors are on the device, and float32 products are of float32."""
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            with self.device:
+                yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+
+    def scores(self, ids: Sequence[int], raw_from: Sequence[int] | None = None) -> torch.Tensor:
+        """The log probability of each token but the first, ``[len(ids) - 1]`` on the CPU.
+
+        ``raw_from`` is the first key that each token meets unrounded; None: no token meets any.
+        """
+        if self._rounding is not None:
+            self._rounding["raw_from"] = raw_from
+        with self._here():
+            return self.reference.input_logprobs(ids).to("cpu", torch.float32)
+
+
+def read_check(folder: Path, reading: Reading, prompts: Sequence[Sequence[int]]) -> list[float]:
+    """The log probabilities of ``prompts`` under a reading on a CPU, for the manifest."""
+    reader = Reader(folder, reading, torch.float32)
+    reader._rounding = None
+    return torch.cat([reader.scores(ids) for ids in prompts]).tolist()
+
+
+def first_raw(length: int, prompt: int, cached: int, chunk: int) -> list[int]:
+    """The first key that each of ``length`` tokens meets unrounded where a chunk is not read back, of which ``prompt`` were sent.
+
+    The first ``cached`` had been prefilled before, in chunks from the beginning; the rest of the prompt is cut from there on. A
+    decoded token meets all keys rounded, its own too.
+    """
+    first = []
+    for position in range(length):
+        if position >= prompt:
+            first.append(position + 1)
+        elif position < cached:
+            first.append(position // chunk * chunk)
+        else:
+            first.append(cached + (position - cached) // chunk * chunk)
+    return first

@@ -1,0 +1,215 @@
+"""The conformance run: every kind of export through the real engine on a GPU, several at a time, judged by an independent reading.
+
+    python tests/conformance run                    all cases
+    python tests/conformance run --only 'kv-*'      some
+    python tests/conformance run --tp 2             those over two GPUs, beside the same over one
+    python tests/conformance run --device cpu       on a CPU, where SGLang runs on one
+
+The exports come from the pack (``pack``). Each case is a process that is killed when its time is over; a case that fails, or
+takes the GPU's context with it, ends no other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests.conformance.cases import Case, chosen
+from tests.conformance.judge import compare
+from tests.conformance.pack import ARCHIVE, MANIFEST, build, unpack
+from tests.conformance.report import Outcome, as_json, as_markdown, line, table
+from tests.support.processes import ProcessTree
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+PORTS = 21000
+"""The first of the ports of the engines' process groups: each has its own, below those that are handed out."""
+
+KERNEL = re.compile(r"modelopt_ext: \d+ .*kernel ([\w.+]+)\s*$", re.MULTILINE)
+CACHE = re.compile(r"modelopt_ext: KV cache .*", re.MULTILINE)
+REASON = re.compile(
+    r"^(?:\[?[\w.\-: \]]*\]? ?)?((?:[\w.]*Error|[\w.]*Exception|SystemExit|AssertionError)\b.*)$", re.MULTILINE
+)
+
+
+class Runner:
+    """Runs cases, a few at a time.
+
+    Args:
+        args: of the command line.
+        exports: where the pack lies.
+        logs: the folder for what the cases print, and their results.
+        gpus: how many there are; 0 on a CPU.
+    """
+
+    def __init__(self, args: argparse.Namespace, exports: Path, logs: Path, gpus: int) -> None:
+        self.args, self.exports, self.logs, self.gpus = args, exports, logs, gpus
+        self.begun = time.monotonic()
+        self.done = 0
+
+    def all(self, cases: list[Case]) -> list[Outcome]:
+        """Every case; prints a line for each as it ends."""
+        with ThreadPoolExecutor(self.args.workers) as pool:
+            outcomes = list(pool.map(lambda item: self._one(*item, len(cases)), enumerate(cases)))
+        self._compare(outcomes)
+        return outcomes
+
+    def _one(self, number: int, case: Case, count: int) -> Outcome:
+        passed = time.monotonic() - self.begun
+        if passed > self.args.budget - 30:
+            outcome = Outcome(case, "not run", note=f"after {passed:.0f} s of {self.args.budget}")
+        else:
+            time.sleep(min(number, self.args.workers) * 0.5 if number < self.args.workers else 0)
+            outcome = self._run(number, case)
+        self.done += 1
+        print(f"[{self.done:2}/{count} {time.monotonic() - self.begun:4.0f} s] {line(outcome)}", flush=True)
+        return outcome
+
+    def _run(self, number: int, case: Case) -> Outcome:
+        log, result = self.logs / f"{case.name}.log", self.logs / f"{case.name}.json"
+        command = [sys.executable, str(ROOT / "tests/conformance"), "worker", case.name, "--tp", str(self.args.tp)]
+        command += ["--exports", str(self.exports), "--device", self.args.device]
+        command += ["--port", str(PORTS + 8 * number), "--result", str(result)]
+        start = time.monotonic()
+        limit = min(self.args.case_seconds, self.args.budget - (start - self.begun))
+        processes = ProcessTree()
+        try:
+            process = processes.start(command, self._environment(number, case), log)
+            try:
+                code: int | None = process.wait(limit)
+            except subprocess.TimeoutExpired:
+                code = None
+        finally:
+            left = processes.kill()
+        seconds = time.monotonic() - start
+        output = log.read_text(encoding="utf-8", errors="replace")
+        served = sorted(set(KERNEL.findall(output)))
+        cache = CACHE.search(output)
+        outcome = Outcome(case, "failed", kernels=served, cache=cache.group(0) if cache else "", seconds=seconds)
+        if left:
+            outcome.notes.append(f"processes survived: {left}")
+        if result.exists():
+            outcome.result = json.loads(result.read_text(encoding="utf-8"))
+            outcome.verdict = outcome.result["judgement"]["verdict"]
+        elif code is None:
+            outcome.note = f"not done after {limit:.0f} s; last line: {last_line(output)}"
+        else:
+            outcome.note = f"exit {code}: {reason(output)}"
+        return outcome
+
+    def _environment(self, number: int, case: Case) -> dict[str, str]:
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
+        environment |= {"TOKENIZERS_PARALLELISM": "false"}
+        if self.args.device == "cpu":
+            environment["SGLANG_USE_CPU_ENGINE"] = "1"
+            if case.tp > 1:
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(case.tp))
+        elif case.tp == 1 and self.gpus > 1:
+            environment["CUDA_VISIBLE_DEVICES"] = str(number % self.gpus)
+        return environment | dict(case.env)
+
+    def _compare(self, outcomes: list[Outcome]) -> None:
+        """Cases that must agree with another."""
+        by_name = {outcome.case.name: outcome for outcome in outcomes}
+        for outcome in outcomes:
+            other = by_name.get(outcome.case.same_as or "")
+            if other is None or not outcome.result or not other.result:
+                continue
+            noise = outcome.result["judgement"]["noise_mean"]
+            found = compare(outcome.case, outcome.result["scored"], other.result["scored"], noise)
+            outcome.agrees = found["right"]
+            outcome.notes.append(found["note"])
+
+
+def reason(output: str) -> str:
+    """The last error that a log has, else its last line."""
+    errors = [match.group(1) for match in REASON.finditer(output)]
+    ours = [error for error in errors if "ModelOptExtError" in error]
+    return (ours or errors or [last_line(output)])[-1][:300]
+
+
+def last_line(output: str) -> str:
+    """The end of a log."""
+    return (output.strip().splitlines() or [""])[-1][:200]
+
+
+def commit() -> str:
+    """The revision that runs, where git knows it."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or "unknown"
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        "tests/conformance run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--pack", type=Path, default=ROOT / ".exports", help="the folder that pack.py made")
+    parser.add_argument("--only", metavar="A,B", help="cases by name, * for any part")
+    parser.add_argument("--tp", type=int, default=1, help="2: the cases over two GPUs, and the same over one")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--workers", type=int, default=8, help="engines at a time")
+    parser.add_argument("--case-seconds", type=float, default=240, help="after which a case is killed")
+    parser.add_argument(
+        "--budget", type=float, default=3600, help="seconds of the whole run; what has not begun then is not run"
+    )
+    parser.add_argument("--logs", type=Path, help="keep what the cases print")
+    parser.add_argument(
+        "--results", type=Path, help="write FILE.json and FILE.md, such as benchmarks/results/served-h200"
+    )
+    parser.add_argument("--commit", default="", help="the revision, where git does not know it")
+    parser.add_argument("--list", action="store_true", help="print the cases and end")
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Runs the cases; 0 when every verdict is the expected one."""
+    args = arguments()
+    cases = chosen(args.tp, args.only)
+    if args.list:
+        print("\n".join(f"{case.name}: {case.of.algo}, {case.of.family}, KV {case.kv}" for case in cases))
+        return 0
+    if not (args.pack / ARCHIVE).exists() or not (args.pack / MANIFEST).exists():
+        print(f"no pack in {args.pack}: making it, which needs nvidia-modelopt", flush=True)
+        build(args.pack)
+    with tempfile.TemporaryDirectory(prefix="conformance-") as scratch:
+        exports = Path(scratch) / "exports"
+        unpack(args.pack, exports)
+        logs = args.logs or Path(scratch) / "logs"
+        logs.mkdir(parents=True, exist_ok=True)
+        for stale in logs.glob("*.json"):
+            stale.unlink()
+        gpus = 0
+        if args.device == "cuda":
+            import torch
+
+            gpus = torch.cuda.device_count()
+            if gpus < args.tp:
+                print(f"{gpus} GPUs are visible, {args.tp} needed", file=sys.stderr)
+                return 2
+        print(f"{len(cases)} cases, {args.workers} at a time, on {f'{gpus} GPU' if gpus else 'a CPU'}", flush=True)
+        outcomes = Runner(args, exports, logs, gpus).all(cases)
+    print("\n" + table(outcomes))
+    if args.results:
+        revision = args.commit or commit()
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.with_suffix(".json").write_text(
+            json.dumps(as_json(outcomes, revision), indent=1), encoding="utf-8"
+        )
+        args.results.with_suffix(".md").write_text(as_markdown(outcomes, revision, args), encoding="utf-8")
+    surprises = [outcome for outcome in outcomes if not outcome.as_expected]
+    print(
+        f"\n{len(outcomes) - len(surprises)} of {len(outcomes)} as expected"
+        + "".join(f"\n  not: {line(o)}" for o in surprises)
+    )
+    return 1 if surprises else 0

@@ -1,0 +1,111 @@
+"""One case in a process of its own: starts the engine, asks it, and judges the answers. ``run.py`` starts it; it may die."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "sglang",
+    "torch",
+    "triton",
+    "transformers",
+    "sglang-kernel",
+    "flashinfer-python",
+    "humming-kernels",
+    "quack-kernels",
+)
+
+
+def hardware(device: str) -> dict[str, Any]:
+    """The name and the compute capability of what runs it, and the versions of the packages that decide kernels."""
+    from importlib import metadata
+
+    import torch
+
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    versions["torch"] = torch.__version__
+    if device == "cpu":
+        return {"gpu": "CPU", "capability": None, "versions": versions}
+    major, minor = torch.cuda.get_device_capability()
+    versions["cuda"] = str(torch.version.cuda)
+    return {"gpu": torch.cuda.get_device_name(), "capability": 10 * major + minor, "versions": versions}
+
+
+def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, Any]:
+    """Serves and judges the case; the answers are part of the result."""
+    import sglang
+    import torch
+
+    from tests.conformance.cases import chosen
+    from tests.conformance.drive import Drive, engine_arguments
+    from tests.conformance.judge import Judge
+    from tests.conformance.pack import MANIFEST, check_prompts
+    from tests.conformance.reading import Reading
+
+    case = next(case for case in chosen(tp, None) if case.name == name)
+    seconds: dict[str, float] = {}
+    start = time.monotonic()
+
+    def lap(what: str) -> None:
+        nonlocal start
+        now = time.monotonic()
+        seconds[what], start = round(now - start, 1), now
+        print(f"CONFORMANCE {what} {seconds[what]} s", flush=True)
+
+    engine = sglang.Engine(**engine_arguments(case, str(exports / case.export), device, port))
+    attention = _attention(engine)
+    lap("start")
+    scored = Drive(engine, case).all()
+    lap("requests")
+    engine.shutdown()
+    found = hardware(device)
+    reading = Reading.of(case, found["capability"], attention)
+    manifest = json.loads((exports / MANIFEST).read_text(encoding="utf-8"))[case.reads]
+    known = manifest["readings"][reading.key], check_prompts()
+    with torch.inference_mode():
+        judgement = Judge(exports / case.reads, case, reading, device, known).judge(scored)
+    lap("judgement")
+    return {
+        "judgement": judgement.as_json(),
+        "reading": asdict(reading),
+        "attention": attention,
+        "seconds": seconds,
+        "scored": [asdict(one) for one in scored],
+        **found,
+    }
+
+
+def _attention(engine: Any) -> str:
+    """SGLang's attention backend, as its arguments were resolved."""
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    return str(resolved_view(engine.server_args).attention_backend)
+
+
+def main() -> int:
+    """The command line, which ``run.py`` writes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("case")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--exports", type=Path, required=True)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--result", type=Path, required=True)
+    args = parser.parse_args()
+    result = run(args.case, args.tp, args.exports, args.device, args.port)
+    args.result.write_text(json.dumps(result), encoding="utf-8")
+    # Threads of the engine that are still there would keep the process.
+    sys.stdout.flush()
+    os._exit(0)
