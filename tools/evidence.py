@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -20,10 +21,13 @@ class ServedRow(msgspec.Struct, frozen=True, kw_only=True):
         kv: recipe of the KV cache, with or without the ``modelopt_`` of its flag; ``none`` without one.
         family: of the model, such as ``qwen2`` or ``qwen3_moe``.
         served_by: this package, or SGLang itself.
-        backend: the kernels that served it, by the names of the matrix, comma-separated.
-        verdict: ``right`` and ``wrong`` by the noise floor; ``failed`` where nothing was served.
+        backend: the kernels of its layers, by the names of the matrix, joined by commas or plus signs.
+        verdict: ``right`` and ``wrong`` by the noise floor; ``failed`` where nothing was served; ``not run``.
+        case: what tells it from others of the same algorithm.
+        experts: whether the model is a mixture of experts; None to go by ``family``.
+        expected: the verdict a sound run has: ``wrong`` for a control, ``any`` where nothing is expected.
+        agrees: whether it gave what the case it must agree with gave.
         median, mean, noise: of the differences of log probabilities.
-        prompts: what was compared.
         note: anything else.
     """
 
@@ -31,12 +35,15 @@ class ServedRow(msgspec.Struct, frozen=True, kw_only=True):
     kv: str
     family: str
     served_by: Literal["ours", "sglang"]
-    verdict: Literal["right", "wrong", "failed"]
+    verdict: Literal["right", "wrong", "failed", "not run"]
     backend: str | None = None
+    case: str = ""
+    experts: bool | None = None
+    expected: Literal["right", "wrong", "any"] = "right"
+    agrees: bool | None = None
     median: float | None = None
     mean: float | None = None
     noise: float | None = None
-    prompts: list[Any] | int | None = None
     note: str = ""
 
 
@@ -46,7 +53,7 @@ class ServedFile(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         date: of the run.
         gpu: its name, as the driver gives it.
-        capability: compute capability times ten.
+        capability: compute capability times ten, None where nothing answered.
         versions: of the packages, by name.
         commit: of this repository.
         rows: the checkpoints.
@@ -54,7 +61,7 @@ class ServedFile(msgspec.Struct, frozen=True, kw_only=True):
 
     date: datetime.date
     gpu: str
-    capability: int
+    capability: int | None
     versions: dict[str, str]
     commit: str
     rows: list[ServedRow]
@@ -79,12 +86,29 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def is_mixture(self) -> bool:
         """Whether the model is a mixture of experts."""
+        if self.row.experts is not None:
+            return self.row.experts
         return "moe" in self.row.family or self.row.family.startswith("mixtral")
 
     @property
     def backends(self) -> list[str]:
         """The kernels that served it."""
-        return [name.strip() for name in (self.row.backend or "").split(",") if name.strip()]
+        return [name.strip() for name in re.split(r"[,+]", self.row.backend or "") if name.strip()]
+
+    @property
+    def is_evidence(self) -> bool:
+        """Whether it says something of a cell: a control that is wrong as it should be, and what was not run, do not."""
+        return self.row.verdict != "not run" and self.row.expected != "wrong"
+
+    @property
+    def said(self) -> str:
+        """The verdict; in bold what is not right, or not what the case it must agree with gave."""
+        apart = ", apart from its twin" if self.row.agrees is False else ""
+        said = self.row.verdict + apart
+        if self.row.expected == "wrong":
+            said += " (a control)" if self.row.verdict == "wrong" else " (a control, which should be wrong)"
+        fine = self.row.verdict == ("wrong" if self.row.expected == "wrong" else "right") and not apart
+        return said if fine else f"**{said}**"
 
 
 class CompiledRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -120,8 +144,8 @@ class CompiledFile(msgspec.Struct, frozen=True, kw_only=True):
 def read_served(folder: Path) -> list[Run]:
     """The newest runs: of what was run several times, the rows of the newest file that has it.
 
-    Runs are of the same where capability, algorithm, KV cache, family and server agree; of two files of one day, the one whose name
-    comes last is the newer.
+    Runs are of the same where capability, algorithm, KV cache, family, server and case agree; of two files of one day, the one
+    whose name comes last is the newer.
 
     Raises:
         ValueError: a file that is not of that form, by its name.
@@ -131,7 +155,7 @@ def read_served(folder: Path) -> list[Run]:
         found: dict[tuple[object, ...], list[Run]] = {}
         for row in file.rows:
             run = Run(row=row, file=file)
-            found.setdefault((file.capability, run.algo, run.kv, row.family, row.served_by), []).append(run)
+            found.setdefault((file.capability, run.algo, run.kv, row.family, row.served_by, row.case), []).append(run)
         newest |= found
     return [run for runs in newest.values() for run in runs]
 
@@ -157,10 +181,10 @@ def run_status(runs: Iterable[Run]) -> str:
     """One phrase for a cell: every verdict of the runs, with date and GPU; what is not right in bold, and with its model."""
     phrases: dict[str, None] = {}
     for run in runs:
-        verdict, row = run.row.verdict, run.row
-        cache = f" with KV {run.kv}" if run.kv != "none" and verdict != "right" else ""
-        said = "right" if verdict == "right" else f"**{verdict}** ({row.family}{cache})"
-        phrases[f"run {run.file.date}, {run.file.gpu}: {said}"] = None
+        row = run.row
+        cache = f" with KV {run.kv}" if run.kv != "none" else ""
+        of = f" ({row.case or row.family + cache})" if run.said != "right" else ""
+        phrases[f"run {run.file.date}, {run.file.gpu}: {run.said}{of}"] = None
     return "; ".join(phrases)
 
 

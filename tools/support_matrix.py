@@ -132,12 +132,14 @@ class Evidence:
         return [
             run
             for run in self.runs
-            if (run.algo, run.file.capability, run.is_mixture, run.kv) == (algo, capability, mixture, "none")
+            if run.is_evidence
+            and (run.algo, run.file.capability, run.is_mixture, run.kv) == (algo, capability, mixture, "none")
         ]
 
     def of_cache(self, recipe: str, capability: int) -> list[Run]:
         """Runs over a KV cache of that recipe, whatever the layers."""
-        return [run for run in self.runs if (run.kv, run.file.capability) == (recipe, capability)]
+        wanted = (recipe, capability)
+        return [run for run in self.runs if run.is_evidence and (run.kv, run.file.capability) == wanted]
 
 
 def read_evidence(folder: Path = RESULTS) -> Evidence:
@@ -260,17 +262,44 @@ def render_runs(evidence: Evidence) -> str:
     """The table of all served runs."""
     if not evidence.runs:
         return RUNS_HEAD + NO_RUNS
-    header = ["date", "GPU", "algorithm", "KV cache", "model", "served by", "kernels", "verdict", "median", "mean"]
+    header = [
+        "date",
+        "GPU",
+        "case",
+        "algorithm",
+        "KV cache",
+        "model",
+        "served by",
+        "kernels",
+        "verdict",
+        "median",
+        "mean",
+    ]
     header += ["noise", "versions", "commit", "note"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for run in sorted(evidence.runs, key=lambda run: (run.file.capability, run.algo, run.kv, run.row.family)):
+    order = sorted(evidence.runs, key=lambda run: (run.file.capability or 0, run.algo, run.kv, run.row.family))
+    for run in order:
         row, file = run.row, run.file
-        verdict = row.verdict if row.verdict == "right" else f"**{row.verdict}**"
         numbers = ["-" if value is None else f"{value:.2g}" for value in (row.median, row.mean, row.noise)]
         versions = ", ".join(f"{name} {version}" for name, version in file.versions.items())
         by = "this package" if row.served_by == "ours" else "SGLang"
-        cells = [str(file.date), f"{file.gpu} (SM{file.capability})", f"`{run.algo}`", run.kv, row.family, by]
-        cells += [", ".join(run.backends) or "-", verdict, *numbers, versions, file.commit, _cell(row.note) or "-"]
+        cells = [
+            str(file.date),
+            f"{file.gpu} (SM{file.capability or '?'})",
+            row.case or "-",
+            f"`{run.algo}`",
+            run.kv,
+            row.family,
+            by,
+        ]
+        cells += [
+            ", ".join(run.backends) or "-",
+            run.said,
+            *numbers,
+            versions,
+            file.commit[:12],
+            _cell(row.note) or "-",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return RUNS_HEAD + "\n".join(lines) + "\n"
 

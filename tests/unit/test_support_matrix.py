@@ -98,7 +98,7 @@ def test_a_run_shows_where_it_was_and_nowhere_else(matrix: ModuleType, tmp_path:
     assert not RUN.search(cells(page, "## Experts", "W4A8_NVFP4_FP8")["SM90"]), "a dense model has no experts"
     runs = page[page.index("## Served runs") :]
     assert (
-        "| 2026-11-29 | NVIDIA H200 (SM90) | `W4A8_NVFP4_FP8` | none | qwen2 | this package | triton_block_scaled |"
+        "| 2026-11-29 | NVIDIA H200 (SM90) | - | `W4A8_NVFP4_FP8` | none | qwen2 | this package | triton_block_scaled |"
         in runs
     )
     assert "| right | 0.01 | 0.02 | 0.03 | sglang 0.5.23, torch 2.13.0, triton 3.8.0 | abc1234 | - |" in runs
@@ -145,6 +145,47 @@ def test_sglangs_own_runs_are_its_own(matrix: ModuleType, tmp_path: Path) -> Non
     assert linear(page, "NVFP4")["SM90"] == "*SGLang*: run 2026-11-29, NVIDIA H200: right"
     assert linear(page)["SM90"] == "`triton_block_scaled`: interpreted"
     assert "| `W4A8_NVFP4_FP8` | none | qwen2 | SGLang | - | **failed** |" in page
+
+
+def test_controls_and_cases_that_must_agree(matrix: ModuleType, tmp_path: Path) -> None:
+    """A control is wrong by design and says nothing of a cell; a right case that is not what its twin gave does."""
+    rows = [
+        row(case="control", expected="wrong", verdict="wrong"),
+        row(case="blind", expected="wrong"),
+        row(case="skipped", verdict="not run"),
+        row(case="plain"),
+    ]
+    served(tmp_path, "one", rows)
+    page = matrix.render(matrix.read_evidence(tmp_path))
+    assert linear(page)["SM90"] == "`triton_block_scaled`: run 2026-11-29, NVIDIA H200: right"
+    runs = page[page.index("## Served runs") :]
+    for said in ("| wrong (a control) |", "| **right (a control, which should be wrong)** |", "| **not run** |"):
+        assert said in runs
+    served(tmp_path, "two", [row(case="graphs", agrees=False, backend="triton_block_scaled + other")])
+    page = matrix.render(matrix.read_evidence(tmp_path))
+    assert linear(page)["SM90"].endswith("NVIDIA H200: **right, apart from its twin** (graphs)")
+
+
+def test_the_conformance_run_writes_what_is_read(matrix: ModuleType, tmp_path: Path) -> None:
+    from tests.conformance import cases, report
+
+    numbers = {"median": 0.1, "mean": 0.2, "noise_mean": 0.3, "used": 0.5, "groups": {}}
+    result = {
+        "gpu": "NVIDIA H200",
+        "capability": 90,
+        "versions": {"torch": "2"},
+        "attention": "fa3",
+        "judgement": numbers,
+    }
+    outcome = report.Outcome(cases.case(next(iter(cases.EXPORTS))), "right", result=result, kernels=["a", "b"])
+    failed = report.Outcome(outcome.case, "failed")
+    for outcomes, count in (([outcome], 1), ([failed], 1), ([outcome, failed], 2)):
+        content = json.dumps(report.as_json(outcomes, "abc"))
+        (tmp_path / "served-x.json").write_text(content)
+        runs = matrix.read_evidence(tmp_path).runs
+        assert len(runs) == count
+        assert runs[0].is_mixture is outcome.case.of.mixture
+    assert runs[0].backends == ["a", "b"]
 
 
 def test_experts_and_caches(matrix: ModuleType, tmp_path: Path) -> None:
