@@ -3,18 +3,25 @@
 One line for each kernel, configuration and architecture: registers, spilled bytes, shared memory and its limit, the matrix
 instruction, and the instructions of the main loop for one weight. Exits with 1 when an expected instruction is missing, something
 spills or shared memory is exceeded. Each architecture compiles in a process of its own: LLVM errors abort.
+
+``--json FILE`` writes the verdicts for ``tools/support_matrix.py``, which reads ``benchmarks/results/aot-*.json``.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import datetime
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import triton
@@ -430,8 +437,8 @@ def makes_fragments(ttgir: str) -> bool:
     )
 
 
-def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]]) -> int:
-    """Prints a line for each case; returns how many have problems."""
+def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]], verdicts: Path | None = None) -> int:
+    """Prints a line for each case, and appends a JSON object to ``verdicts``; returns how many have problems."""
     bad = 0
     for case in select(cases(arch)):
         result = compile_case(case, arch)
@@ -443,7 +450,34 @@ def run_architecture(arch: int, select: Callable[[list[Case]], list[Case]]) -> i
             f"{per_weight:>7}  {result.instruction:50} {verdict}",
             flush=True,
         )
+        if verdicts is not None:
+            row = {"kernel": case.kernel.fn.__name__, "case": case.name, "arch": arch, "ok": not result.problems}
+            with verdicts.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row | {"problems": result.problems}) + "\n")
     return bad
+
+
+def write_verdicts(file: Path, rows: Path, stopped: list[int], chosen: str) -> None:
+    """Writes what :func:`run_architecture` appended to ``rows`` as one JSON file.
+
+    Args:
+        file: what is written.
+        rows: a JSON object to a line, for each compilation.
+        stopped: architectures at which the compiler itself died, so that cases are missing.
+        chosen: which cases were compiled, in words.
+    """
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()] if rows.exists() else []
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    content = {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "versions": {"triton": triton.__version__},
+        "commit": commit.stdout.strip(),
+        "set": chosen,
+        "stopped": stopped,
+    }
+    head = json.dumps(content, indent=2).removesuffix("\n}")
+    body = ",\n".join(f"    {json.dumps(row)}" for row in found)
+    file.write_text(f'{head},\n  "rows": [\n{body}\n  ]\n}}\n', encoding="utf-8")
 
 
 def main() -> int:
@@ -451,29 +485,42 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, nargs="*", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--quick", action="store_true", help="one configuration of each product")
-    parser.add_argument("--only", nargs="*", default=[], help="kernels whose names start with one of these")
+    parser.add_argument("--only", nargs="*", default=[], help="kernels whose names start with one of these patterns")
     parser.add_argument("--here", action="store_true", help="compile in this process")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the verdicts; with --here, append lines of them"
+    )
     arguments = parser.parse_args()
     if arguments.here:
-        names = tuple(f"{name} " for name in arguments.only)
 
         def select(every: list[Case]) -> list[Case]:
             chosen = quick(every) if arguments.quick else every
-            return [case for case in chosen if case.name.startswith(names)] if names else chosen
+            wanted = arguments.only or ["*"]
+            return [case for case in chosen if any(fnmatchcase(f"{case.name} ", f"{name} *") for name in wanted)]
 
-        return int(sum(run_architecture(arch, select) for arch in arguments.arch) > 0)
+        return int(sum(run_architecture(arch, select, arguments.json) for arch in arguments.arch) > 0)
     print(f"triton {triton.__version__}")
     print(
         f"{'':7}{'kernel and configuration':58}{'regs':>5}{'spill':>7}{'shared':>8}/{'limit':7}{'i/w':>7}  instruction"
     )
-    worst = 0
-    for arch in arguments.arch:
-        command = [sys.executable, "-m", "benchmarks.aot", "--here", "--arch", str(arch)]
-        chosen = [*(["--quick"] if arguments.quick else []), *(["--only", *arguments.only] if arguments.only else [])]
-        done = subprocess.run([*command, *chosen], env=os.environ, check=False)
-        if done.returncode not in (0, 1):
-            print(f"sm_{arch}: the compiler stopped with {done.returncode}")
-        worst = max(worst, int(done.returncode != 0))
+    worst, stopped = 0, []
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Path(folder) / "rows.jsonl"
+        for arch in arguments.arch:
+            command = [sys.executable, "-m", "benchmarks.aot", "--here", "--arch", str(arch), "--json", str(rows)]
+            chosen = [
+                *(["--quick"] if arguments.quick else []),
+                *(["--only", *arguments.only] if arguments.only else []),
+            ]
+            done = subprocess.run([*command, *chosen], env=os.environ, check=False)
+            if done.returncode not in (0, 1):
+                print(f"sm_{arch}: the compiler stopped with {done.returncode}")
+                stopped.append(arch)
+            worst = max(worst, int(done.returncode != 0))
+        if arguments.json:
+            every = "quick" if arguments.quick else "every configuration"
+            only = f" of {', '.join(arguments.only)}" if arguments.only else ""
+            write_verdicts(arguments.json, rows, stopped, every + only)
     return worst
 
 

@@ -3,8 +3,9 @@
 On the model in ``examples/stdlib_lm`` and its held-out text, with the independent float32 reading of the tests:
 
 * W4A8_NVFP4_FP8 with exact products against weights rounded to E4M3 (``SGLANG_MODELOPT_EXT_W4A8_MATH``);
-* W4A8_MXFP4_FP8 with activations scaled per token, as served, against per tensor, as ModelOpt simulates them. Per tensor, a
-  token's result depends on whatever else is in the batch; here the batch is one window.
+* W4A8_MXFP4_FP8 as ModelOpt's preset exports it, uncalibrated, with activations scaled per token, as served, against per tensor, as
+  ModelOpt simulates them: per tensor, a token's result depends on whatever else is in the batch, here one window; and calibrated,
+  with the static scale that the export then stores. Exports are calibrated on random tokens, as those of the tests.
 """
 
 from __future__ import annotations
@@ -21,16 +22,17 @@ sys.path.append(str(ROOT / "examples" / "stdlib_lm"))
 from corpus import read_heldout  # noqa: E402 - found through the line above
 
 from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread  # noqa: E402
-from tests.support.exports import export  # noqa: E402
+from tests.support.exports import DEFAULT, Variant, export  # noqa: E402
 from tests.support.reference import Reference  # noqa: E402
 
 MODEL = ROOT / "examples" / "stdlib_lm" / "model"
 WINDOWS, CONTEXT = 12, 512
 VARIANTS = (
-    ("W4A8_NVFP4_FP8, math exact", "W4A8_NVFP4_FP8_CFG", {}),
-    ("W4A8_NVFP4_FP8, math fp8", "W4A8_NVFP4_FP8_CFG", {"math": "fp8"}),
-    ("W4A8_MXFP4_FP8, per token", "W4A8_MXFP4_FP8_CFG", {}),
-    ("W4A8_MXFP4_FP8, per tensor", "W4A8_MXFP4_FP8_CFG", {"activation": "per_tensor"}),
+    ("W4A8_NVFP4_FP8, math exact", "W4A8_NVFP4_FP8_CFG", DEFAULT, {}),
+    ("W4A8_NVFP4_FP8, math fp8", "W4A8_NVFP4_FP8_CFG", DEFAULT, {"math": "fp8"}),
+    ("W4A8_MXFP4_FP8, per token", "W4A8_MXFP4_FP8_CFG", DEFAULT, {}),
+    ("W4A8_MXFP4_FP8, per tensor", "W4A8_MXFP4_FP8_CFG", DEFAULT, {"activation": "per_tensor"}),
+    ("W4A8_MXFP4_FP8, calibrated", "W4A8_MXFP4_FP8_CFG", Variant(algorithm="max"), {}),
 )
 
 
@@ -44,8 +46,8 @@ def main() -> None:
     print(f"{scored} held-out tokens in {len(windows)} windows, float32, torch {torch.__version__}, CPU")
     print(f"{'variant':28}  perplexity  KL (nats)")
     rows = [("bf16 weights", plain)]
-    for name, recipe, options in VARIANTS:
-        reference = Reference(export(MODEL, recipe), **options)  # type: ignore[arg-type]
+    for name, recipe, variant, options in VARIANTS:
+        reference = Reference(export(MODEL, recipe, variant), **options)  # type: ignore[arg-type]
         rows.append((name, [reference.logprobs(ids) for ids in windows]))
     for name, tables in rows:
         loss, divergence = 0.0, []

@@ -49,7 +49,7 @@ MXFP4_ACTIVATIONS = Setting(
     ("", "mxfp4", "none"),
     "",
     "Whether an `mxfp4` checkpoint rounds its activations: ModelOpt exports MXFP4_DEFAULT (`mxfp4`) and "
-    "MXFP4_MLP_WEIGHT_ONLY (`none`) alike, so there is no default.",
+    "MXFP4_MLP_WEIGHT_ONLY (`none`) alike. Not set: `mxfp4`, with a warning in the log.",
 )
 FP4_ACTIVATIONS = Setting(
     "FP4_ACTIVATIONS",

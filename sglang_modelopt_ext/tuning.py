@@ -16,7 +16,7 @@ import torch
 
 from sglang_modelopt_ext.checkpoint.experts import is_expert
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, canonical_name
-from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, Checkpoint, QuantizedLinear, read_checkpoint
+from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, Checkpoint, QuantizedLinear, assumption, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.dispatch import EXPERT_LAYOUTS, LAYOUTS
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -150,6 +150,8 @@ def tune(
         ModelOptExtError: the checkpoint, or a size that ``tp_size`` does not divide.
     """
     checkpoint = read_checkpoint(folder)
+    if assumed := assumption(checkpoint.config):
+        report(assumed)
     where, dtype = torch.device(device), model_dtype(checkpoint)
     results: dict[LayerKey, Result] = {}
     for layer in layers_of(checkpoint, tp_size):

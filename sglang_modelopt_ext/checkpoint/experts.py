@@ -121,6 +121,13 @@ def _stored_numbers(tensors: Iterable[str]) -> dict[str, set[int]]:
 def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
     """Experts that one product serves: the same scheme, tensors and sizes."""
     file = next(iter(linear.stored.values())).file
+    if "bias" in linear.stored:
+        raise ModelOptExtError.at(file, f"{linear.name}.bias", "experts without a bias", "one")
+    differ = sorted(set(first.stored) ^ set(linear.stored))
+    # Tensors that only one of them stores may decide its scheme: they are the fault then, and are named.
+    if differ and linear.scheme.algo == first.scheme.algo:
+        owner, other = (first, linear) if differ[0] in first.stored else (linear, first)
+        raise ModelOptExtError.at(file, f"{other.name}.{differ[0]}", f"a tensor, as {owner.name} has", "none")
     if linear.scheme != first.scheme:
         raise ModelOptExtError.at(
             file, linear.name, f"{first.scheme.describe()}, as {first.name}", linear.scheme.describe()
@@ -132,12 +139,6 @@ def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
             f"{[first.n, first.k]} outputs and inputs, as {first.name}",
             [linear.n, linear.k],
         )
-    if "bias" in linear.stored:
-        raise ModelOptExtError.at(file, f"{linear.name}.bias", "experts without a bias", "one")
-    differ = sorted(set(first.stored) ^ set(linear.stored))
-    if differ:
-        owner, other = (first, linear) if differ[0] in first.stored else (linear, first)
-        raise ModelOptExtError.at(file, f"{other.name}.{differ[0]}", f"a tensor, as {owner.name} has", "none")
 
 
 def _check_counts(layers: list[ExpertLayer], found: Mapping[str, Mapping[int, Mapping[str, QuantizedLinear]]]) -> None:

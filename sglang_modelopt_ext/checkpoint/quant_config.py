@@ -121,6 +121,13 @@ class QuantConfig:
     def _doubtful(self) -> Exclusions:
         return Exclusions(self.doubtful_modules)
 
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """The algorithms of its layers, each once, sorted; none where only the KV cache is quantized."""
+        if self.algo == MIXED_PRECISION:
+            return tuple(sorted({layer.algo for layer in self.quantized_layers.values()}))
+        return (self.algo,) if self.algo else ()
+
     @functools.cached_property
     def _listed(self) -> dict[str, LayerQuantization]:
         """``quantized_layers`` by canonical name; a large mixture lists tens of thousands."""

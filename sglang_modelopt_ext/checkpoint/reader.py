@@ -7,7 +7,7 @@ model. Block scales are checked where they are loaded (:mod:`sglang_modelopt_ext
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -128,7 +128,7 @@ def layer_scheme(
     return LayerScheme(
         scheme.algo,
         scheme.weight_format(group_size, config.file, "group_size"),
-        _activation(scheme, config),
+        _activation(scheme, config, stored or ()),
         smoothing=stored is not None and PRE_QUANT_SCALE.name in stored,
         low_rank=lora.shape[0]
         if scheme.low_rank and lora is not None and len(lora.shape) == 2
@@ -136,9 +136,9 @@ def layer_scheme(
     )
 
 
-def _activation(scheme: Scheme, config: QuantConfig) -> ActivationFormat | None:
+def _activation(scheme: Scheme, config: QuantConfig, stored: Collection[str]) -> ActivationFormat | None:
     if not scheme.activation_in_doubt:
-        return scheme.activation_format()
+        return scheme.activation_format(stored)
     choice = MXFP4_ACTIVATIONS.read()
     if config.rounds_activations is not None:
         recorded = "mxfp4" if config.rounds_activations else "none"
@@ -146,14 +146,18 @@ def _activation(scheme: Scheme, config: QuantConfig) -> ActivationFormat | None:
             expected = f"{recorded}, as {config.file.name} records"
             raise ModelOptExtError.at("environment", MXFP4_ACTIVATIONS.variable, expected, choice)
         choice = recorded
-    if not choice:
-        raise ModelOptExtError.at(
-            config.file,
-            "quant_algo",
-            f"{MXFP4_ACTIVATIONS.variable}=mxfp4 (MXFP4_DEFAULT) or none (weight only): the export does not say which",
-            "it unset",
-        )
-    return scheme.activation_format() if choice == "mxfp4" else None
+    return None if choice == "none" else scheme.activation_format(stored)
+
+
+def assumption(config: QuantConfig) -> str | None:
+    """What is assumed about the checkpoint's activations because nothing tells, in one line; None where nothing is."""
+    in_doubt = [algo for algo in config.algorithms if algo in SCHEMES and SCHEMES[algo].activation_in_doubt]
+    if not in_doubt or config.rounds_activations is not None or MXFP4_ACTIVATIONS.read():
+        return None
+    return (
+        f"{config.file}: quant_algo {in_doubt[0]} does not say whether activations are rounded: taken for MXFP4_DEFAULT, which "
+        f"rounds them ({MXFP4_ACTIVATIONS.variable}=mxfp4). For a weight-only export (MXFP4_MLP_WEIGHT_ONLY) set it to none"
+    )
 
 
 def read_checkpoint(folder: Path, config: QuantConfig | None = None, *, rounds_fp4: bool = True) -> Checkpoint:
@@ -343,19 +347,19 @@ def _check_fused(checkpoint: Checkpoint, owner: str, shards: tuple[str, ...]) ->
 
 def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
     file = next(iter(linear.stored.values())).file
+    differ = sorted(set(first.stored) ^ set(linear.stored))
+    # Tensors that only one of them stores may decide its scheme: they are the fault then, and are named.
+    if differ and linear.scheme.algo == first.scheme.algo:
+        owner, other = (first, linear) if differ[0] in first.stored else (linear, first)
+        raise ModelOptExtError.at(
+            file, f"{other.name}.{differ[0]}", f"a tensor, as {owner.name} it is fused with", "none"
+        )
     if linear.scheme != first.scheme:
         raise ModelOptExtError.at(
             file, linear.name, f"{first.scheme.describe()}, as {first.name} it is fused with", linear.scheme.describe()
         )
     if linear.k != first.k:
         raise ModelOptExtError.at(file, f"{linear.name}.weight", f"{first.k} inputs, as {first.name}", linear.k)
-    differ = sorted(set(first.stored) ^ set(linear.stored))
-    if differ:
-        owner = first if differ[0] in first.stored else linear
-        other = linear if owner is first else first
-        raise ModelOptExtError.at(
-            file, f"{other.name}.{differ[0]}", f"a tensor, as {owner.name} it is fused with", "none"
-        )
 
 
 def check_scalar_values(checkpoint: Checkpoint) -> None:

@@ -16,7 +16,7 @@ from sglang_modelopt_ext.cli.serving import (
     server_arguments,
     text_windows,
 )
-from sglang_modelopt_ext.workflow.evaluate import describe, folder_size
+from sglang_modelopt_ext.workflow.evaluate import assumptions, describe, folder_size
 from sglang_modelopt_ext.workflow.models import find_folder, served_dtype
 from sglang_modelopt_ext.workflow.plots import find_pyplot, plot_intervals
 from sglang_modelopt_ext.workflow.score import (
@@ -67,12 +67,14 @@ class EvaluateResult(Result, frozen=True, kw_only=True):
         tokens, windows: what the perplexity is over.
         checkpoints: in the order they were named.
         plot: the picture that was written, None without.
+        notes: what was assumed because a checkpoint does not say.
     """
 
     tokens: int
     windows: int
     checkpoints: list[Evaluation]
     plot: str | None
+    notes: list[str]
 
     def text(self) -> str:
         """The tables."""
@@ -103,6 +105,7 @@ class EvaluateResult(Result, frozen=True, kw_only=True):
         )
         if self.plot:
             parts.append(f"picture: {self.plot}")
+        parts += [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts)
 
 
@@ -170,6 +173,7 @@ def run(args: argparse.Namespace) -> EvaluateResult:
         windows=len(windows),
         checkpoints=rows,
         plot=str(args.plot) if args.plot else None,
+        notes=[note for folder in folders for note in assumptions(folder)],
     )
 
 

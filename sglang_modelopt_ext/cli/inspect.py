@@ -37,6 +37,7 @@ class InspectResult(Result, frozen=True, kw_only=True):
         if self.contents.remarks:
             remarks = (f"  {remark}" for remark in self.contents.remarks)
             parts.append("\n".join(["what this package would object to:", *remarks]))
+        parts += [f"note: {note}" for note in self.contents.notes]
         problems = self.contents.problems
         parts.append("\n".join([f"problems: {len(problems) or 'none'}", *(f"  {problem}" for problem in problems)]))
         return "\n\n".join(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,6 +24,7 @@ from sglang_modelopt_ext.checkpoint.reader import (
     FUSED_SHARDS,
     Checkpoint,
     QuantizedLinear,
+    assumption,
     check_scalar_values,
     layer_scheme,
 )
@@ -272,6 +274,9 @@ def _get_quant_config(
         )
     family, config = owned
     is_draft = bool(getattr(model_config, "is_draft_model", False))
+    assumed = assumption(config)
+    if assumed:
+        _warn_once_on_rank0(assumed)
     if load_format == "dummy":
         return ModelOptExtConfig(family, config, None, packed_modules_mapping, is_draft)
     checkpoint = read_served(weights_folder(model_config, load_config), config)
@@ -287,6 +292,15 @@ def read_served(folder: Path, config: QuantConfig) -> Checkpoint:
         raise problems[0]
     check_scalar_values(checkpoint)
     return checkpoint
+
+
+@functools.cache
+def _warn_once_on_rank0(message: str) -> None:
+    """A warning in the log of the first tensor-parallel rank, once in its process."""
+    from sglang.srt.runtime_context import get_parallel
+
+    if get_parallel().tp_rank == 0:
+        logger.warning("modelopt_ext: %s", message)
 
 
 def _get_model_architecture(original: Callable[..., Any], model_config: ModelConfig) -> Any:

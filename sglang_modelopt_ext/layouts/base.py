@@ -80,6 +80,8 @@ class Layout(ABC):
     name: str
     repeats = True
     """Whether its product repeats bit for bit: the check before serving holds it to that."""
+    kernels: tuple[str, ...] = ()
+    """Names of the Triton functions of this package its product launches; none where PyTorch or another package multiplies."""
     takes_vocabulary = False
     """Whether it has :meth:`rows`."""
 
@@ -113,7 +115,7 @@ class Layout(ABC):
         """The layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
 
     def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Return numbers of tokens that :mod:`..selfcheck` lacks and with which a product of ``n`` outputs takes a way of its own."""
+        """Return numbers of tokens with which a product of ``n`` outputs takes a way that :mod:`..selfcheck` does not."""
         del device, n
         return ()
 

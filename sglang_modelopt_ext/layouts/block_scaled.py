@@ -20,6 +20,7 @@ class BlockScaled(Layout):
     """4-bit codes decoded in registers: :mod:`sglang_modelopt_kernels.gemm.block_scaled`."""
 
     name = "triton_block_scaled"
+    kernels = ("block_scaled_kernel", "decode_kernel", "finish_kernel", "group_scaled_kernel")
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:

@@ -27,6 +27,7 @@ class EightBit(Layout):
     """8-bit codes as stored, decoded in registers, or INT8 times INT8: :mod:`sglang_modelopt_kernels.gemm.eight_bit`."""
 
     name = "triton_eight_bit"
+    kernels = ("byte_decode_kernel", "eight_bit_kernel", "finish_kernel")
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:

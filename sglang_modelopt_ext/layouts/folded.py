@@ -14,6 +14,7 @@ class FoldedMxfp4(Layout):
     """MXFP4 weights made E4M3 numbers in registers: :mod:`sglang_modelopt_kernels.gemm.folded`."""
 
     name = "triton_mxfp4_folded"
+    kernels = ("finish_kernel", "folded_kernel", "unfold_kernel")
 
     def objection(self, request: LinearRequest) -> str | None:
         """MXFP4 weights with FP8 activations on SM89 and SM90."""

@@ -74,6 +74,7 @@ class BlackwellFp4(Fp4):
     """Scales in tiles, which tcgen05 copies to tensor memory; those of the activations too, from 65 tokens on."""
 
     name = "triton_fp4_tcgen05"
+    kernels = ("finish_kernel", "tcgen05_kernel")
     architectures = ("SM100", "SM103")
     tiled = True
 
@@ -90,5 +91,6 @@ class MmaFp4(Fp4):
     """Scales in rows, which ``mma.sync`` takes from registers."""
 
     name = "triton_fp4_mma"
+    kernels = ("finish_kernel", "fp4_kernel")
     architectures = ("SM120", "SM121")
     tiled = False

@@ -63,6 +63,8 @@ class ExpertLayout(ABC):
     name: str
     repeats = True
     """Whether its product repeats bit for bit: the check before serving holds it to that."""
+    kernels: tuple[str, ...] = ()
+    """Names of the Triton functions of this package its product launches; none where PyTorch or another package multiplies."""
 
     @abstractmethod
     def supports(self, request: ExpertRequest) -> str | None:

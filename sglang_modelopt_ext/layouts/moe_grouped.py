@@ -71,6 +71,7 @@ class GroupedDecoded(GroupedExperts):
     """Every weight format, 4-bit ones decoded in registers, at the width they are stored in."""
 
     name = "triton_grouped"
+    kernels = ("combine_kernel", "decode_kernel", "dense_kernel", "grouped_kernel", "route_kernel", "swiglu_kernel")
 
     def supports(self, request: ExpertRequest) -> str | None:
         """GPUs from SM80, with activations that a type which the product takes holds exactly."""
@@ -137,6 +138,7 @@ class GroupedMxfp4(GroupedExperts):
     """MXFP4 weights as stored, in Blackwell's block-scaled matrix instructions."""
 
     name = "triton_grouped_mxfp4_tcgen05"
+    kernels = ("combine_kernel", "grouped_kernel", "route_kernel", "swiglu_kernel")
 
     def supports(self, request: ExpertRequest) -> str | None:
         """MXFP4 weights with FP8 activations on SM100 and SM103."""
@@ -161,6 +163,7 @@ class GroupedBf16(GroupedExperts):
     """Weights decoded to bf16 once, for what the others cannot hold."""
 
     name = "triton_grouped_bf16"
+    kernels = ("combine_kernel", "dense_kernel", "grouped_kernel", "route_kernel", "swiglu_kernel")
 
     def supports(self, request: ExpertRequest) -> str | None:
         """GPUs from SM80, for formats and activations whose products are (nearly always) exact in bf16."""

@@ -70,6 +70,7 @@ class BlackwellMxfp4(Mxfp4):
     """The codes as stored."""
 
     name = "triton_mxfp4_tcgen05"
+    kernels = ("finish_kernel", "tcgen05_kernel")
     architectures = ("SM100", "SM103")
     paired = False
 
@@ -82,5 +83,6 @@ class WidenedMxfp4(Mxfp4):
     """The codes widened to E4M3 in registers, where no instruction mixes the two."""
 
     name = "triton_mxfp4_mma"
+    kernels = ("finish_kernel", "mxfp4_widened_kernel")
     architectures = ("SM120", "SM121")
     paired = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -85,6 +86,8 @@ class Scheme:
         algo: ModelOpt's ``quant_algo`` in upper case.
         weights: names of the weight formats it may use, one for each group size.
         activation: name of the activation format, None for weight-only recipes.
+        static_activation: name of the activation format of layers that store its tensors, where ModelOpt exports layers with and
+            without them under the algorithm's name; None where ``activation`` serves every layer.
         flag: the ``--quantization`` family of this package the algorithm belongs to.
         low_rank: whether its layers carry SVDQuant's branch.
         activation_in_doubt: the same export stands for a recipe with and one without activation rounding.
@@ -98,12 +101,26 @@ class Scheme:
     weights: tuple[str, ...]
     activation: str | None
     flag: str
+    static_activation: str | None = None
     low_rank: bool = False
     activation_in_doubt: bool = False
     rounds_weight_to_fp8: bool = False
     stock_flag: str | None = None
     stock_capability: int | None = None
     note: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where the stored tensors cannot tell the two activation formats apart."""
+        if self.static_activation is None:
+            return
+        dynamic = ACTIVATION_FORMATS[self.activation].tensors if self.activation else ()
+        if dynamic or not ACTIVATION_FORMATS[self.static_activation].tensors:
+            raise ValueError(f"{self.algo}: no stored tensor tells {self.static_activation} from {self.activation}")
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """Names of the activation formats its layers may have; none for weight-only recipes."""
+        return tuple(name for name in (self.activation, self.static_activation) if name is not None)
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
@@ -126,6 +143,10 @@ class Scheme:
             raise ModelOptExtError.at(where, subject, expected, got)
         return WEIGHT_FORMATS[self.weights[sizes.index(group_size)]]
 
-    def activation_format(self) -> ActivationFormat | None:
-        """The activation format of the row."""
+    def activation_format(self, stored: Collection[str] = ()) -> ActivationFormat | None:
+        """The activation format of a layer that stores the tensors ``stored``, by spec name."""
+        if self.static_activation is not None:
+            static = ACTIVATION_FORMATS[self.static_activation]
+            if any(spec.name in stored for spec in static.tensors):
+                return static
         return ACTIVATION_FORMATS[self.activation] if self.activation else None

@@ -23,8 +23,10 @@ _ROWS = (
         "W4A8_MXFP4_FP8",
         weights=("mxfp4",),
         activation="fp8_per_token",
+        static_activation="fp8_static",
         flag=W4A8,
-        note="MXFP4 weights; no activation scale is exported, so FP8 activations are scaled per token.",
+        note="MXFP4 weights. FP8 activations are static per tensor in layers that store an input_scale (calibrated ones), and "
+        "scaled per token in the others.",
     ),
     Scheme(
         "W4A8_AWQ",
@@ -39,7 +41,8 @@ _ROWS = (
         activation="mxfp4_dynamic",
         flag=MXFP4,
         activation_in_doubt=True,
-        note="Exported as `mxfp4` with and without activation rounding alike: SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS says which.",
+        note="Exported as `mxfp4` with and without activation rounding alike: SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS says which; "
+        "not set, they are rounded, with a warning.",
     ),
     Scheme(
         "NVFP4",

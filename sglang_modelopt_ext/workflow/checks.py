@@ -135,12 +135,12 @@ def _check_input(module: Any, algo: str) -> None:
         if enabled:
             raise _unserved(f"{algo}, which rounds no activations, with activations of num_bits {quantizer.num_bits}")
         return
-    bits, scales = _INPUTS[scheme.activation]
+    expected = {_INPUTS[name] for name in scheme.activations}
     blocks: Any = quantizer.block_sizes or {}
     found = (quantizer.num_bits, blocks.get("scale_bits")) if enabled else None
-    if found != (bits, scales):
+    if found not in expected:
         got = f"num_bits {found[0]}, scale_bits {found[1]}" if found else "activations that are not rounded"
-        raise _unserved(f"{algo}, whose activations are {scheme.activation}, with {got}")
+        raise _unserved(f"{algo}, whose activations are {' or '.join(scheme.activations)}, with {got}")
 
 
 def check_model(model: torch.nn.Module, recipe: str, methods: Sequence[str]) -> dict[str, str]:
@@ -162,6 +162,7 @@ def check_model(model: torch.nn.Module, recipe: str, methods: Sequence[str]) -> 
     if not algos and not experts and cache is None:
         raise ModelOptExtError.at(recipe, "model", "a layer or a KV cache to quantize", "none that the recipe names")
     _check_fused(model, algos)
+    quantizers.rounds_activations(model)  # or the error, before anything is calibrated
     return algos
 
 

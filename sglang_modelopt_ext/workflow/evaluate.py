@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
-from sglang_modelopt_ext.checkpoint.reader import bits_per_weight, read_checkpoint
+from sglang_modelopt_ext.checkpoint.reader import assumption, bits_per_weight, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.progress import ticking
@@ -162,6 +162,13 @@ def describe(folder: Path) -> tuple[str, float]:
     if dtype not in _UNQUANTIZED_BITS:
         raise ModelOptExtError.at(folder / "config.json", "dtype", f"one of {', '.join(_UNQUANTIZED_BITS)}", dtype)
     return _SHORT_NAMES[dtype], _UNQUANTIZED_BITS[dtype]
+
+
+def assumptions(folder: Path) -> list[str]:
+    """What a server, and whatever else reads the checkpoint, assumes because the checkpoint does not say."""
+    config = read_quant_config(folder)
+    assumed = None if config is None else assumption(config)
+    return [assumed] if assumed else []
 
 
 def format_table(rows: Sequence[Row]) -> str:

@@ -24,6 +24,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 from sglang_modelopt_ext.checkpoint.reader import (
     Checkpoint,
     QuantizedLinear,
+    assumption,
     bits_per_weight,
     check_stored_values,
     is_kv_cache_tensor,
@@ -36,7 +37,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.ownership import decide
 from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
-from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES, UMBRELLA
+from sglang_modelopt_ext.schemes.table import SCHEMES, UMBRELLA
 from sglang_modelopt_ext.workflow.loading import Loading, not_checked, rehearse_loading
 from sglang_modelopt_ext.workflow.models import served_dtype
 from sglang_modelopt_ext.workflow.target import Target
@@ -151,6 +152,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
         serving: who serves it.
         loading: whether SGLang's model class loads it.
         record: what this package recorded when it made the checkpoint.
+        notes: what is assumed because the checkpoint does not say.
         problems: everything that a server of this package would stop at.
         remarks: what this package would object to in a checkpoint that SGLang serves by itself.
     """
@@ -169,6 +171,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     serving: Serving
     loading: Loading
     record: dict[str, Any]
+    notes: list[str]
     problems: list[str]
     remarks: list[str]
 
@@ -240,6 +243,7 @@ def inspect_checkpoint(
         serving=serving,
         loading=loading,
         record=_record(folder),
+        notes=[assumed] if config is not None and (assumed := assumption(config)) else [],
         problems=[] if is_stock else lines,
         remarks=remarks,
     )
@@ -287,15 +291,9 @@ def _record(folder: Path) -> dict[str, Any]:
     return dict(own) if isinstance(own, Mapping) else {}
 
 
-def _algorithms(config: QuantConfig) -> list[str]:
-    if config.algo == MIXED_PRECISION:
-        return sorted({layer.algo for layer in config.quantized_layers.values()})
-    return [config.algo] if config.algo else []
-
-
 def _serving(folder: Path, config: QuantConfig | None, target: Target, problems: list[ModelOptExtError]) -> Serving:
     def serving(owner: str | None, flags: Sequence[str], why: str) -> Serving:
-        algorithms = _algorithms(config) if config else []
+        algorithms = config.algorithms if config else ()
         stock = {algo: STOCK_BEHAVIOUR.get(algo, "unknown to this package") for algo in algorithms}
         if config and config.algo is None and config.kv_cache_algo:
             stock["KV cache only"] = "rejected: it has no quant_algo"

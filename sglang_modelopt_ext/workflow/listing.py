@@ -124,7 +124,7 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
         aliases=aliases,
         algorithms=tuple(algos),
         bits=stored_bits(*next(iter(algos.items()))) if len(algos) == 1 else None,
-        activations=tuple(dict.fromkeys(_activation(algo, modules, found) for algo in algos)) if algos else (),
+        activations=tuple(dict.fromkeys(_activation(algo, modules, found, methods) for algo in algos)) if algos else (),
         kv_cache=kv_recipe,
         calibration=methods or (NONE,),
         served=elsewhere or not problem,
@@ -133,10 +133,13 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
     )
 
 
-def _activation(algo: str, modules: dict[str, Any], found: dict[str, str]) -> str:
+def _activation(algo: str, modules: dict[str, Any], found: dict[str, str], methods: Sequence[str]) -> str:
+    """The activation format of the algorithm's layers; every calibration gives them the static scales they may have."""
+    scheme = SCHEMES[algo]
     layer = next(name for name, other in found.items() if other == algo)
     rounded = quantizers.is_on(modules[layer].input_quantizer)
-    return (SCHEMES[algo].activation or NONE) if rounded else NONE
+    calibrated = scheme.static_activation if methods else None
+    return (calibrated or scheme.activation or NONE) if rounded else NONE
 
 
 def stored_bits(algo: str, group_size: int) -> float:

@@ -68,6 +68,7 @@ def _rows(record: Record, size: int) -> list[tuple[str, str]]:
     rows = [("base model", f"`{record.base_model}`"), ("recipe", f"`{record.recipe}`")]
     for group in record.formats:
         details = [f"blocks of {group.group_size}"] if group.group_size else []
+        details += [f"activations {group.activation}"] if group.activation else []
         details += ["smoothed inputs"] if group.pre_quant_scale else []
         details += [f"low rank {group.low_rank}"] if group.low_rank else []
         rows.append((f"{len(group.layers)} linear layers", ", ".join([group.algo, *details])))

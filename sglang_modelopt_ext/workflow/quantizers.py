@@ -47,8 +47,41 @@ def is_on(quantizer: Any) -> bool:
 
 
 def rounds_activations(model: torch.nn.Module) -> bool:
-    """Whether the input of any linear layer or expert is rounded; to be asked before the export, which takes quantizers away."""
-    return any(is_on(module) for name, module in model.named_modules() if name.endswith("input_quantizer"))
+    """Whether inputs are rounded: those of the MXFP4 layers, whose export does not say it; without such layers, any layer's.
+
+    To be asked before the export, which takes quantizers away.
+
+    Raises:
+        ModelOptExtError: some MXFP4 layers round their inputs and others do not, which no export tells apart.
+    """
+    pairs = list(_quantizer_pairs(model))
+    in_doubt = {
+        is_on(inputs): name
+        for name, weights, inputs in pairs
+        if _is_mxfp4(weights) and (_is_mxfp4(inputs) or not is_on(inputs))
+    }
+    if len(in_doubt) > 1:
+        expected = "MXFP4 layers that all round their inputs or none: the export does not say which do"
+        raise ModelOptExtError.at("model", f"{in_doubt[True]}, {in_doubt[False]}", expected, "one of each")
+    return next(iter(in_doubt)) if in_doubt else any(is_on(inputs) for _, _, inputs in pairs)
+
+
+def _quantizer_pairs(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """The quantizers of weight and input of every quantized linear layer and of every product of experts, with its name."""
+    for name, module in quantized_linears(model):
+        yield name, module.weight_quantizer, getattr(module, "input_quantizer", None)
+    for name, module in fused_experts(model):
+        for key in EXPERT_WEIGHTS:
+            weights = getattr(module, f"{key}_weight_quantizers", None)
+            if is_on(weights):
+                yield f"{name}.{key}", weights, getattr(module, f"{key}_input_quantizer", None)
+
+
+def _is_mxfp4(quantizer: Any) -> bool:
+    """Whether a quantizer that is on, or the first of several, rounds to E2M1 under powers of two."""
+    if isinstance(quantizer, torch.nn.Sequential | torch.nn.ModuleList):
+        quantizer = quantizer[0] if len(quantizer) else None
+    return is_on(quantizer) and quantizer.num_bits == (2, 1) and bool(quantizer.is_mx_format)
 
 
 def kv_cache(model: torch.nn.Module) -> tuple[str | None, KVCache | None]:

@@ -68,6 +68,7 @@ class LayerFormat(msgspec.Struct, frozen=True, kw_only=True):
         pre_quant_scale: whether the layers' inputs are multiplied by a stored smoothing scale.
         low_rank: the rank of SVDQuant's branch, 0 without one.
         layers: their names in the checkpoint.
+        activation: the number format their input is rounded to, ``none`` where it is not rounded.
     """
 
     algo: str
@@ -75,6 +76,7 @@ class LayerFormat(msgspec.Struct, frozen=True, kw_only=True):
     pre_quant_scale: bool
     low_rank: int
     layers: tuple[str, ...]
+    activation: str = ""
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +124,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
     A field that an older version of this package did not write has its default.
 
     Attributes:
-        rounds_activations: whether any linear layer's input is rounded.
+        rounds_activations: whether the inputs of MXFP4 layers are rounded; without such layers, whether any layer's is.
         kv_cache_recipe: the KV cache's recipe, a name of ``KV_RECIPES``, or None.
         version: of this package.
         recipe, base_model, algorithm, calibration, simulation, selection, smoothed, searched, search: see :class:`Origin`.
@@ -178,14 +180,22 @@ def read_record(folder: Path) -> Record | None:
 
 def layer_formats(checkpoint: Checkpoint) -> tuple[LayerFormat, ...]:
     """The quantized linear layers of a checkpoint, grouped by how they are quantized, in the order they are first met."""
-    groups: dict[tuple[str, int, bool, int], list[str]] = {}
+    groups: dict[tuple[str, int, bool, int, str], list[str]] = {}
     for linear in checkpoint.linears.values():
         scheme = linear.scheme
-        key = (scheme.algo, scheme.weight.group_size, scheme.smoothing, scheme.low_rank)
+        activation = scheme.activation.name if scheme.activation else "none"
+        key = (scheme.algo, scheme.weight.group_size, scheme.smoothing, scheme.low_rank, activation)
         groups.setdefault(key, []).append(linear.name)
     return tuple(
-        LayerFormat(algo=algo, group_size=group, pre_quant_scale=smooth, low_rank=rank, layers=tuple(names))
-        for (algo, group, smooth, rank), names in groups.items()
+        LayerFormat(
+            algo=algo,
+            group_size=group,
+            pre_quant_scale=smooth,
+            low_rank=rank,
+            layers=tuple(names),
+            activation=activation,
+        )
+        for (algo, group, smooth, rank, activation), names in groups.items()
     )
 
 

@@ -31,7 +31,7 @@ from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.client import ServerClient, vocabulary_size
-from sglang_modelopt_ext.workflow.evaluate import Logprobs, divergences, perplexity, positions_within
+from sglang_modelopt_ext.workflow.evaluate import Logprobs, assumptions, divergences, perplexity, positions_within
 from sglang_modelopt_ext.workflow.models import served_dtype
 from sglang_modelopt_ext.workflow.progress import ticking
 from sglang_modelopt_ext.workflow.reference import ReferenceModel
@@ -121,7 +121,7 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
             one global scale, or one smoothing, and simulates each under its own.
         worst: the tokens that differ most.
         failures: what is beyond its limit; empty when the checkpoint passes.
-        notes: what was not compared.
+        notes: what was not compared, and what was assumed because the checkpoint does not say.
     """
 
     folder: str
@@ -219,6 +219,7 @@ def verify(
     if base:
         check_base(base)
     kv_cache, notes = _kv_cache(folder, served, target)
+    notes += assumptions(folder)
     # The truth has more precision than the server.
     exact = torch.float64 if served.dtype == torch.float32 else torch.float32
     expected = _reference(folder, exact, target, kv_cache, windows, served.rows, "decoding the export", progress)

@@ -258,7 +258,7 @@ HEADER_FAULTS: dict[str, tuple[str, list[Edit], str]] = {
     "smoothing on one shard": (
         NVFP4,
         [edits.add_tensors({f"{Q}.pre_quant_scale": torch.ones(256, dtype=torch.bfloat16)})],
-        r"[kq]_proj: expected .*as .*_proj it is fused with",
+        r"k_proj\.pre_quant_scale: expected a tensor, as .*q_proj it is fused with",
     ),
     "one shard unquantized": (
         NVFP4,

@@ -33,6 +33,7 @@ EXPORTS = "SGLANG_MODELOPT_EXT_TEST_EXPORTS"
 RECIPES = (
     "W4A8_NVFP4_FP8_CFG",
     "W4A8_MXFP4_FP8_CFG",
+    "W4A8_MXFP4_FP8_CFG+max",
     "W4A8_AWQ_BETA_CFG",
     "INT4_AWQ_CFG",
     "NVFP4_DEFAULT_CFG",
@@ -48,6 +49,7 @@ RECIPES = (
     "INT8_SMOOTHQUANT_CFG",
     "INT8_WEIGHT_ONLY_CFG",
 )
+"""Behind a plus: the calibration algorithm instead of the preset's own. Calibrated, MXFP4 layers store an ``input_scale``."""
 FAMILIES = ("llama", "qwen2")  # without and with biases
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-5}
 """Two roundings to the model's type, of the input after smoothing and of the output, each by at most half its epsilon; float32 sums
@@ -59,10 +61,11 @@ def folder_of(recipe: str, family: str) -> Path:
     if EXPORTS in os.environ:
         return Path(os.environ[EXPORTS]) / recipe / family
     pytest.importorskip("modelopt", reason="needs nvidia-modelopt to make exports")
-    from tests.support.exports import export
+    from tests.support.exports import Variant, export
     from tests.support.models import TinyModel, model_dir
 
-    return export(model_dir(TinyModel(family)), recipe)  # type: ignore[arg-type]
+    preset, _, algorithm = recipe.partition("+")
+    return export(model_dir(TinyModel(family)), preset, Variant(algorithm=algorithm or None))  # type: ignore[arg-type]
 
 
 def layers_of(folder: Path) -> Iterator[tuple[str, list[QuantizedLinear], list[dict[str, torch.Tensor]]]]:

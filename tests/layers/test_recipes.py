@@ -7,6 +7,7 @@ outlier channels, split over ranks and in every floating-point type.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("sglang")
 
 from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 
-from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, check_all_values, read_checkpoint
+from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, assumption, check_all_values, read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS, W4A8_MATH
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.loading import quantized_modules, unquantized_shape
@@ -253,12 +254,21 @@ def test_fp8_with_smoothing(tmp_path: Path, stored: torch.dtype) -> None:
 
 
 def test_mxfp4_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An `mxfp4` export does not say whether activations are rounded: the user must."""
+    """An `mxfp4` export does not say whether activations are rounded: without an answer it is taken for MXFP4_DEFAULT."""
+    monkeypatch.delenv(MXFP4_ACTIVATIONS.variable)
+    rounded = export(model_dir(MODEL), "MXFP4_DEFAULT_CFG")
+    assumed = assumption(read_checkpoint(rounded).config)
+    assert assumed is not None
+    assert re.search(
+        r"hf_quant_config.json: quant_algo MXFP4 does not .*SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS=mxfp4", assumed
+    )
+    assert "\n" not in assumed
+    check_layers(rounded)
+    monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "mxfp4")
+    assert assumption(read_checkpoint(rounded).config) is None
     weight_only = export(model_dir(MODEL), "MXFP4_MLP_WEIGHT_ONLY_CFG")
-    monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "")
-    with pytest.raises(ModelOptExtError, match=r"SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS=mxfp4 .* or none"):
-        read_checkpoint(weight_only)
     monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "none")
+    assert assumption(read_checkpoint(weight_only).config) is None
     layer = build(weight_only)[0].get_submodule("model.layers.0.mlp.down_proj")
     reference = Reference(weight_only, activation="none").model.get_submodule("model.layers.0.mlp.down_proj")
     x = layer_inputs(512, torch.float32)

@@ -11,7 +11,7 @@ from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.cli.main import main
 from tests.serving.checks import check_batch_against_single, check_logprobs, check_prefill_against_decode
 from tests.support import edits
-from tests.support.exports import export
+from tests.support.exports import export, mixed_recipe
 from tests.support.models import FAMILIES, Family, TinyModel, model_dir
 from tests.support.server import Server, failing_start
 
@@ -90,11 +90,27 @@ def test_every_parameter_layout_over_ranks(recipe: str) -> None:
         check_logprobs(server, folder, "float32")
 
 
-def test_mxfp4_activations() -> None:
+@pytest.mark.parametrize(("answer", "tp"), [("mxfp4", 1), (None, 1), (None, 2)])
+def test_mxfp4_activations(answer: str | None, tp: int) -> None:
+    """Without an answer the checkpoint is taken for MXFP4_DEFAULT, and the log says so once, however many ranks there are."""
     folder = export(model_dir(TinyModel("mistral")), "MXFP4_DEFAULT_CFG")
-    env = {"SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS": "mxfp4"}
-    with Server(folder, dtype="float32", args=("--quantization", "modelopt_mxfp4"), env=env) as server:
+    env = {"SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS": answer}
+    with Server(folder, dtype="float32", tp=tp, args=("--quantization", "modelopt_mxfp4"), env=env) as server:
         check_logprobs(server, folder, "float32")
+        said = [line for line in server.output().splitlines() if "does not say whether activations are rounded" in line]
+    assert len(said) == (0 if answer else 1)
+    assert all("taken for MXFP4_DEFAULT" in line and "MXFP4_ACTIVATIONS=mxfp4" in line for line in said)
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_a_mix_with_calibrated_mxfp4(tmp_path: Path, tp: int) -> None:
+    """W4A8_MXFP4_FP8 attention and FP8 MLPs calibrated together; one layer without its scale, which goes by token."""
+    source = export(model_dir(TinyModel("qwen2")), mixed_recipe({"*self_attn*": MXFP4, "*mlp*": "FP8_DEFAULT_CFG"}))
+    folder = edits.copy_with(source, tmp_path / "mix", [edits.drop_tensors("*1.self_attn.o_proj.input_scale")])
+    with Server(folder, dtype="float32", tp=tp) as server:
+        check_logprobs(server, folder, "float32")
+        for activation in ("fp8_static", "fp8_per_token"):
+            assert f"W4A8_MXFP4_FP8 (weights mxfp4, activations {activation})" in server.output()
 
 
 def test_auto_quantized(tmp_path: Path) -> None:

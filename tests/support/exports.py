@@ -71,6 +71,24 @@ def export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant = 
     return cached_folder("exports", f"{name}-{key}", lambda folder: _export(model_dir, recipe, variant, folder))
 
 
+def mixed_recipe(parts: Mapping[str, str], algorithm: str = "max") -> dict[str, Any]:
+    """A configuration that quantizes each kind of layer by another one, all calibrated together.
+
+    Args:
+        parts: patterns of layers, such as ``*self_attn*``, and the names of the configurations for them.
+        algorithm: the calibration algorithm of the whole model.
+    """
+    import modelopt.torch.quantization as mtq
+
+    entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+    for pattern, name in parts.items():
+        for entry in getattr(mtq, name)["quant_cfg"]:
+            if "cfg" in entry:
+                entries.append({**entry, "quantizer_name": pattern + entry["quantizer_name"].removeprefix("*")})
+    off = [entry for entry in mtq.FP8_DEFAULT_CFG["quant_cfg"][1:] if "cfg" not in entry]
+    return {"quant_cfg": [*entries, *off], "algorithm": algorithm}
+
+
 def calibration_tokens(vocab: int, seed: int) -> list[torch.Tensor]:
     """The batches of random tokens an export is calibrated with."""
     generator = torch.Generator().manual_seed(seed)

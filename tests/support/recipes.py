@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 
 Math = Literal["exact", "fp8"]
-Activation = Literal["recipe", "per_tensor", "none", "keep_fp4"]
-"""What rounds an input: the recipe; one scale for the tensor; nothing; the recipe unless to FP4, as before Blackwell."""
+Activation = Literal["recipe", "per_tensor", "per_token", "none", "keep_fp4"]
+"""What rounds an input: the recipe; FP8 under a scale for the tensor, or for each token; nothing; the recipe unless to FP4, as
+before Blackwell."""
 Parts = Mapping[str, torch.Tensor]
 """The stored tensors of one linear layer by the last part of their name."""
 
@@ -247,5 +248,6 @@ OPTIONAL = frozenset({"bias", "pre_quant_scale", "svdquant_lora_a", "svdquant_lo
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor, Parts], tuple[torch.Tensor, torch.Tensor]]] = {
     "per_tensor": round_tensor_fp8,
+    "per_token": round_token_fp8,
     "none": round_nothing,
 }

@@ -21,9 +21,9 @@ pytest.importorskip("modelopt")
 from sglang_modelopt_ext.checkpoint.reader import bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.workflow.autoquant import layers, search
-from sglang_modelopt_ext.workflow.autoquant.formats import find_formats
+from sglang_modelopt_ext.workflow.autoquant.formats import _try, find_formats
 from sglang_modelopt_ext.workflow.autoquant.measure import load_texts, part, perplexity
-from sglang_modelopt_ext.workflow.autoquant.state import Report, read_report
+from sglang_modelopt_ext.workflow.autoquant.state import Layer, Report, read_report
 from sglang_modelopt_ext.workflow.autoquant.work import SCORES
 from sglang_modelopt_ext.workflow.calibration import CalibrationData
 from sglang_modelopt_ext.workflow.record import read_record
@@ -118,6 +118,19 @@ def texts(model: Path) -> tuple[CalibrationData, CalibrationData, CalibrationDat
         [str(TEXT)], [], load_tokenizer(model), samples=SAMPLES, sequence_length=48, seed=0, progress=False
     )
     return calibration, part(calibration, spread(calibration.windows, SCORED)), held_out
+
+
+def test_calibration_decides_what_an_mxfp4_layer_stores() -> None:
+    """The preset's layers store no scale of their input; calibrated ones do, and it counts."""
+    import modelopt.torch.quantization as mtq
+
+    plain = find_formats(["W4A8_MXFP4_FP8"], "cpu")[0]
+    calibrated = _try("CALIBRATED", {**mtq.W4A8_MXFP4_FP8_CFG, "algorithm": "max"}, "cpu")
+    names = [candidate.scheme.activation.name for candidate in (plain, calibrated) if candidate.scheme.activation]
+    assert names == ["fp8_per_token", "fp8_static"]
+    layer = Layer(name="layer", n=256, k=512)
+    costs = [candidate.cost(layer, torch.bfloat16) for candidate in (plain, calibrated)]
+    assert costs == [256 * 512 * 4.25, 256 * 512 * 4.25 + 32]
 
 
 def test_the_export_is_as_near_as_what_was_measured(done: Done, model: Path) -> None:

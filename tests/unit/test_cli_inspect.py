@@ -18,12 +18,13 @@ from safetensors import safe_open
 
 from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.dispatch import LAYOUTS
+from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.workflow.inspect import _joined_name
 from sglang_modelopt_ext.workflow.loading import rehearse_loading
 from sglang_modelopt_ext.workflow.target import find_target
 from tests.layers.test_recipes import mixed_checkpoint
 from tests.support import edits
-from tests.support.exports import export
+from tests.support.exports import export, mixed_recipe
 from tests.support.kv_exports import kv_export
 from tests.support.models import TinyModel, model_dir
 from tests.support.sparse import llama_70b
@@ -103,7 +104,26 @@ def test_what_is_left_to_sglang(capsys: pytest.CaptureFixture[str], tmp_path: Pa
     found = inspect(capsys, smoothed, "--gpu", "sm90", code=1)
     assert found["serving"]["owner"] == "sglang-modelopt-ext"
     assert len(found["problems"]) == 1, "gate_proj has no such scale"
-    assert "model.layers.0.mlp.up_proj: expected FP8 (weights fp8, activations fp8_static), as" in found["problems"][0]
+    assert "gate_proj.pre_quant_scale: expected a tensor, as model.layers.0.mlp.up_proj it is" in found["problems"][0]
+
+
+def test_a_mix_with_calibrated_mxfp4(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """How each layer's input is rounded, by its own tensors; layers that differ in it are groups of their own."""
+    recipe = mixed_recipe({"*self_attn*": "W4A8_MXFP4_FP8_CFG", "*mlp*": "FP8_DEFAULT_CFG"})
+    source = export(model_dir(TinyModel("llama")), recipe)
+    folder = edits.copy_with(source, tmp_path / "mix", [edits.drop_tensors("*1.self_attn.o_proj.input_scale")])
+    for gpu, kernel in (("cpu", "dense_float32"), ("sm90", "triton_mxfp4_folded"), ("sm120", "triton_mxfp4_mma")):
+        found = inspect(capsys, folder, "--gpu", gpu)
+        assert found["problems"] == []
+        assert found["serving"]["flags"] == ["modelopt_ext"]
+        groups = {group["name"]: group for group in found["layers"] if group["algo"] == "W4A8_MXFP4_FP8"}
+        assert {group["kernel"] for group in groups.values()} == {kernel}
+        rounded = {name: group["activation"] for name, group in groups.items()}
+        assert rounded == {
+            **{f"model.layers.[0-1].self_attn.{part}_proj": "fp8_static" for part in "qkv"},
+            "model.layers.0.self_attn.o_proj": "fp8_static",
+            "model.layers.1.self_attn.o_proj": "fp8_per_token",
+        }
 
 
 def test_mixed_precision_with_a_line_for_every_layer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -114,6 +134,21 @@ def test_mixed_precision_with_a_line_for_every_layer(capsys: pytest.CaptureFixtu
         name: layer["quant_algo"].upper() for name, layer in declared.items()
     }
     assert found["serving"]["stock"].keys() == {group["algo"] for group in found["layers"]}
+
+
+def test_an_mxfp4_export_without_an_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is assumed is a note, and no problem."""
+    folder = export(model_dir(TinyModel("llama")), "MXFP4_DEFAULT_CFG")
+    monkeypatch.delenv(MXFP4_ACTIVATIONS.variable, raising=False)
+    found = inspect(capsys, folder)
+    assert found["problems"] == []
+    assert {group["activation"] for group in found["layers"]} == {"mxfp4_dynamic"}
+    (note,) = found["notes"]
+    assert main(["inspect", str(folder)]) == 0
+    assert f"note: {note}" in capsys.readouterr().out
+    monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "none")
+    found = inspect(capsys, folder)
+    assert (found["notes"], {group["activation"] for group in found["layers"]}) == ([], {"none"})
 
 
 def test_kv_cache(capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +179,7 @@ def test_every_problem_is_listed(capsys: pytest.CaptureFixture[str], folder: Pat
     subjects = (
         r"layers\.0\.mlp\.down_proj\.weight_scale_2: expected a tensor of",
         r"layers\.1\.self_attn\.o_proj\.input_scale: expected a tensor of",
-        r"layers\.0\.mlp\.up_proj: expected .* as model\.layers\.0\.mlp\.gate_proj",
+        r"layers\.0\.mlp\.up_proj\.pre_quant_scale: expected a tensor, as model\.layers\.0\.mlp\.gate_proj",
         r"layers\.0\.self_attn\.v_proj\.input_scale: expected shape \[\], got \[3\]",
         r"layers\.1\.mlp\.down_proj\.surplus_scale: expected only the tensors of",
         r"k_scale: expected no KV cache tensors",

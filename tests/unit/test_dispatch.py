@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -51,6 +53,17 @@ def request(algo: str, capability: int | None = 90, weight: str | None = None, *
     device = "cpu" if capability is None else "cuda"
     arguments = {"n": 4096, "k": 4096, "packages": {}} | fields
     return LinearRequest(served_scheme(layer, device, capability), device, capability, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("capability", [None, 80, 89, 90, 100, 103, 120])
+def test_calibrated_mxfp4_has_the_kernels_of_the_preset(capability: int | None) -> None:
+    """All of them take static FP8 activations as they take those scaled by token."""
+    asked = request("W4A8_MXFP4_FP8", capability)
+    by_token = [layout.name for layout in candidates(asked, "layer")]
+    static = SCHEMES["W4A8_MXFP4_FP8"].activation_format(["input_scale"])
+    asked = dataclasses.replace(asked, scheme=dataclasses.replace(asked.scheme, activation=static))
+    assert asked.scheme.describe() == "W4A8_MXFP4_FP8 (weights mxfp4, activations fp8_static)"
+    assert [layout.name for layout in candidates(asked, "layer")] == by_token
 
 
 def test_every_algorithm_is_expected_somewhere() -> None:

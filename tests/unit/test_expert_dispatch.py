@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -39,6 +40,17 @@ def test_on_a_gpu(algo: str, weight: str, capability: int) -> None:
     tcgen05 = algo == "W4A8_MXFP4_FP8" and capability in (100, 103)
     asked = request(algo, capability, weight)
     assert expert_candidates(asked, "experts")[0].name == (TCGEN05 if tcgen05 else GROUPED)
+
+
+@pytest.mark.parametrize("capability", [None, 80, 89, 90, 100, 103, 120])
+def test_calibrated_mxfp4_has_the_kernels_of_the_preset(capability: int | None) -> None:
+    """All of them take static FP8 activations as they take those scaled by token."""
+    asked = request("W4A8_MXFP4_FP8", capability)
+    by_token = [layout.name for layout in expert_candidates(asked, "experts")]
+    static = SCHEMES["W4A8_MXFP4_FP8"].activation_format(["input_scale"])
+    asked = dataclasses.replace(asked, scheme=dataclasses.replace(asked.scheme, activation=static))
+    assert asked.scheme.describe() == "W4A8_MXFP4_FP8 (weights mxfp4, activations fp8_static)"
+    assert [layout.name for layout in expert_candidates(asked, "experts")] == by_token
 
 
 @pytest.mark.parametrize(("algo", "weight"), ROWS)

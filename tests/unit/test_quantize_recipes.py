@@ -101,6 +101,14 @@ def test_rows() -> None:
     assert "not served: " in format_recipes(rows.values(), [])
 
 
+def test_calibrated_mxfp4_is_static() -> None:
+    """The preset is not calibrated; any calibration leaves a static scale of the input."""
+    _, config = find_recipe("W4A8_MXFP4_FP8")
+    assert describe("W4A8_MXFP4_FP8", (), config).activations == ("fp8_per_token",)
+    calibrated = describe("calibrated", (), {**config, "algorithm": "max"})
+    assert (calibrated.activations, calibrated.served, calibrated.bits) == (("fp8_static",), True, 4.25)
+
+
 def test_kv_rows() -> None:
     rows = {row.name: row for row in list_kv_caches()}
     assert rows.keys() == {"fp8", "fp8_affine", "fp8_cast", "nvfp4", "nvfp4_affine", "nvfp4_cast", "nvfp4_rotate"}

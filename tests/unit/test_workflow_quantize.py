@@ -182,6 +182,11 @@ class TestComplete:
         assert plan.recipe.name == record.kv_cache_recipe
         assert bool(plan.layers) is record.kv_cache.calibrated
 
+    def test_calibrating_a_kv_cache_leaves_mxfp4_layers_static(self, model: Path, data: str, tmp_path: Path) -> None:
+        record = run(model, tmp_path / "out", data, "W4A8_MXFP4_FP8", changes=Changes(kv="fp8")).exported.record
+        assert {(group.algo, group.activation) for group in record.formats} == {("W4A8_MXFP4_FP8", "fp8_static")}
+        assert "activations fp8_static" in (tmp_path / "out" / "README.md").read_text()
+
     def test_a_recipe_file_and_its_kv_cache_taken_away(self, model: Path, data: str, tmp_path: Path) -> None:
         name = "general/ptq/fp8_default-kv_fp8"
         with_cache = run(model, tmp_path / "with", data, name).exported.record

@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from sglang_modelopt_ext.checkpoint.quant_config import OWN_KEY
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow import modelopt_cpu
+from sglang_modelopt_ext.workflow.evaluate import assumptions
 from sglang_modelopt_ext.workflow.quantize import Options, quantize
 from tests.support import edits
 from tests.support.models import TinyModel, model_dir
@@ -31,9 +33,58 @@ def test_our_own_mxfp4_exports_say_whether_they_round_activations(
     assert own["simulation"] == ("cuda" if torch.cuda.is_available() else "cpu")
     schemes = {linear.scheme.activation for linear in read_checkpoint(folder).linears.values()}
     assert all((activation is not None) == rounds for activation in schemes)
+    assert assumptions(folder) == []
     monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "none" if rounds else "mxfp4")
     with pytest.raises(ModelOptExtError, match=r"as hf_quant_config\.json records, got"):
         read_checkpoint(folder)
+
+
+MXFP4_BITS = {"num_bits": "e2m1", "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": "e8m0"}}
+
+
+def recipe_file(folder: Path, rounded: tuple[str, ...]) -> str:
+    """MXFP4 MLPs beside FP8 attention; of the MLPs' inputs, those of the layers ``rounded`` are rounded."""
+    fp8 = {"num_bits": "e4m3", "axis": None}
+    entries: list[dict[str, object]] = [{"quantizer_name": "*", "enable": False}]
+    entries += [{"quantizer_name": f"*self_attn*{side}_quantizer", "cfg": fp8} for side in ("weight", "input")]
+    entries += [{"quantizer_name": "*mlp*weight_quantizer", "cfg": MXFP4_BITS}]
+    entries += [{"quantizer_name": f"*{name}*input_quantizer", "cfg": MXFP4_BITS} for name in rounded]
+    file = folder / "mine.yaml"
+    content = {"metadata": {"recipe_type": "ptq"}, "quantize": {"algorithm": "max", "quant_cfg": entries}}
+    file.write_text(yaml.safe_dump(content))
+    return str(file)
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_mxfp4_layers_of_a_mix_are_read_as_they_were_made(tmp_path: Path, rounds: bool) -> None:
+    """The record is of them, whatever the FP8 layers beside them do."""
+    data = tmp_path / "text.txt"
+    data.write_text("import os\nprint(os.getcwd())\n" * 200)
+    options = Options(
+        recipe_file(tmp_path, ("mlp",) if rounds else ()),
+        data=(str(data),),
+        samples=4,
+        sequence_length=32,
+        device="cpu",
+    )
+    done = quantize(str(model_dir(TinyModel())), tmp_path / "out", options, progress=False)
+    assert done is not None
+    record = done.exported.record
+    assert record.rounds_activations is rounds
+    assert {(group.algo, group.activation) for group in record.formats} == {
+        ("FP8", "fp8_static"),
+        ("MXFP4", "mxfp4_dynamic" if rounds else "none"),
+    }
+
+
+def test_a_mix_that_no_export_tells_apart_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "text.txt"
+    data.write_text("x = 1\n" * 200)
+    recipe = recipe_file(tmp_path, ("layers.0.mlp",))
+    options = Options(recipe, data=(str(data),), samples=4, sequence_length=32, device="cpu")
+    with pytest.raises(ModelOptExtError, match=r"expected MXFP4 layers that all round their inputs or none"):
+        quantize(str(model_dir(TinyModel())), tmp_path / "out", options, progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_hadamard_is_its_own_inverse_and_keeps_lengths() -> None:

@@ -16,7 +16,7 @@ from sglang_modelopt_ext.workflow.target import Target
 from tests.layers.test_recipes import RECIPES, mixed_checkpoint
 from tests.serving.checks import FP32_MEDIAN, SHORT_PROMPTS
 from tests.support import edits
-from tests.support.exports import export
+from tests.support.exports import export, mixed_recipe
 from tests.support.kv_exports import PRESETS, kv_export
 from tests.support.models import FAMILIES, Family, TinyModel, model_dir
 from tests.support.reference import Difference, Reference, difference
@@ -62,6 +62,16 @@ def test_every_recipe_on_every_family(recipe: str, family: Family) -> None:
 
 def test_mixed_precision(tmp_path: Path) -> None:
     check(mixed_checkpoint(tmp_path))
+
+
+def test_a_mix_with_calibrated_mxfp4(tmp_path: Path) -> None:
+    """Static where the scale is stored, by token where it is not."""
+    folder = export(
+        model_dir(TinyModel("qwen2")), mixed_recipe({"*self_attn*": "W4A8_MXFP4_FP8_CFG", "*mlp*": "FP8_DEFAULT_CFG"})
+    )
+    check(folder)
+    assert apart(ReferenceModel(folder), Reference(folder, activation="per_token")).median > 10 * FP32_MEDIAN
+    check(edits.copy_with(folder, tmp_path / "mix", [edits.drop_tensors("*1.self_attn.o_proj.input_scale")]))
 
 
 def test_unquantized() -> None:

@@ -92,13 +92,16 @@ def evaluation(name: str, value: float) -> Evaluation:
 
 
 def test_text() -> None:
-    result = EvaluateResult(tokens=7, windows=2, checkpoints=[evaluation("a", 2.0), evaluation("b", 3.0)], plot=None)
+    result = EvaluateResult(
+        tokens=7, windows=2, checkpoints=[evaluation("a", 2.0), evaluation("b", 3.0)], plot=None, notes=["assumed"]
+    )
     lines = result.text().splitlines()
     numbers = "2.000 [1.000, 3.000] - 2.00000 [1.00000, 3.00000]"
     assert " ".join(lines[2].split()) == f"a FP8 8.00 1.00 MB {numbers}"
     assert [line.split() for line in lines if "acc" in line] == [[name, "words", "acc", "0.5000", "-"] for name in "ab"]
     assert "f1 (strict)" in result.text()
     assert "over 7 tokens in 2 windows" in result.text()
+    assert lines[-1] == "note: assumed"
 
 
 def test_picture(tmp_path: Path) -> None:

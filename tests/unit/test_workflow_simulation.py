@@ -9,6 +9,7 @@ import torch
 
 from sglang_modelopt_ext.workflow.quantize import Options, quantize
 from sglang_modelopt_ext.workflow.recipes import Changes
+from sglang_modelopt_ext.workflow.record import read_record
 from sglang_modelopt_ext.workflow.simulation import objection
 from sglang_modelopt_ext.workflow.target import Target
 from sglang_modelopt_ext.workflow.verify import Served, Verification, verify
@@ -50,6 +51,18 @@ def test_what_was_exported_is_what_was_simulated(recipe: str, data: Path, tmp_pa
     assert found.simulated is not None, found.notes
     assert found.simulated.median_abs_logprob < CLOSE, found.simulated
     assert not any("simulation" in note for note in found.notes)
+
+
+def test_calibrated_mxfp4_is_simulated_by_its_stored_scale(data: Path, tmp_path: Path) -> None:
+    """ModelOpt scales the input by what it calibrated, as the export is read, and not by each token or batch."""
+    folder = made(tmp_path / "made", "W4A8_MXFP4_FP8", data, Changes(algorithm="max"))
+    record = read_record(folder)
+    assert record is not None
+    assert {group.activation for group in record.formats} == {"fp8_static"}
+    found = compared(folder)
+    assert found.failures == []
+    assert found.simulated is not None, found.notes
+    assert found.simulated.median_abs_logprob < CLOSE, found.simulated
 
 
 def test_what_the_export_changes_shows(data: Path, tmp_path: Path) -> None:

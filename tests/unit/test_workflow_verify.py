@@ -13,6 +13,7 @@ from torch import nn
 
 from sglang_modelopt_ext.cli.verify import VerifyResult
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
+from sglang_modelopt_ext.workflow.evaluate import assumptions
 from sglang_modelopt_ext.workflow.reference import TIE, DecodedLinear, ReferenceModel
 from sglang_modelopt_ext.workflow.target import Target
 from sglang_modelopt_ext.workflow.verify import FACTOR, RESOLUTION, Served, Verification, verify
@@ -73,6 +74,19 @@ def test_one_wrong_tensor_fails(folder: Path, tmp_path: Path, factors: dict[str,
     assert len(found.failures) >= 2
     assert not VerifyResult(verification=found).passed()
     assert "FAILED: mean_abs_logprob is" in VerifyResult(verification=found).text()
+
+
+def test_an_mxfp4_export_without_an_answer_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reading that a server takes by itself is verified, and said; with the answer given there is nothing to say."""
+    monkeypatch.delenv(MXFP4_ACTIVATIONS.variable, raising=False)
+    folder = export(model_dir(TIES), "MXFP4_DEFAULT_CFG")
+    found = check(folder, served(folder, torch.float32))
+    assert found.failures == []
+    (note,) = found.notes
+    assert "taken for MXFP4_DEFAULT, which rounds them (SGLANG_MODELOPT_EXT_MXFP4_ACTIVATIONS=mxfp4)" in note
+    assert f"note: {note}" in VerifyResult(verification=found).text()
+    monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "mxfp4")
+    assert assumptions(folder) == []
 
 
 def first_rank(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -125,7 +125,7 @@ def _try(name: str, config: dict[str, Any], device: str) -> Candidate:
     if any(entry.get("enable", True) for entry in config["quant_cfg"] if entry["quantizer_name"] in attention):
         raise ModelOptExtError.at("--formats", name, "a format of linear layers", "one that quantizes attention too")
     try:
-        algo, block, smoothing = _quantize_one_layer(QuantizeConfig(**copy.deepcopy(config)), device)
+        algo, block, stored = _quantize_one_layer(QuantizeConfig(**copy.deepcopy(config)), device)
     except Exception as error:  # ModelOpt fails with assertions and errors of every kind
         raise ModelOptExtError.at(
             "--formats", name, "a format ModelOpt can simulate and export", f"{type(error).__name__}: {error}"
@@ -139,14 +139,14 @@ def _try(name: str, config: dict[str, Any], device: str) -> Candidate:
     if stored_blocks != ({block} if block else set()):
         expected = f"blocks of {' or '.join(map(str, stored_blocks)) or 'no size'}, as {algo} is served"
         raise ModelOptExtError.at("--formats", name, expected, block or "none")
-    scheme = LayerScheme(row.algo, weight, row.activation_format(), smoothing)
+    scheme = LayerScheme(row.algo, weight, row.activation_format(stored), PRE_QUANT_SCALE.name in stored)
     costed = {**copy.deepcopy(config), "effective_bits": weight.bits_per_weight()}
     steps = dict(algorithm) if isinstance(algorithm, dict) else {"method": algorithm or "none"}
     return Candidate(name, costed, scheme, steps)
 
 
-def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, bool]:
-    """ModelOpt's algorithm for a linear layer quantized like that (None: it is not), its block size, whether it is smoothed."""
+def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, frozenset[str]]:
+    """ModelOpt's algorithm for a linear layer quantized like that (None: it is not), its block size, the scales of its input."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export.quant_utils import (
         get_quantization_format,
@@ -168,8 +168,10 @@ def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, bool
     block = int(get_weight_block_size(model[0]))
     kind = get_quantization_format(model[0])
     described = process_layer_quant_config({"layer.quantization": kind, "layer.awq_block_size": block})
-    smoothing = getattr(model[0].input_quantizer, "_pre_quant_scale", None) is not None
-    return described["quant_algo"] if kind is not None else None, block, smoothing
+    inputs: Any = model[0].input_quantizer
+    of_input = {PRE_QUANT_SCALE.name: getattr(inputs, "_pre_quant_scale", None), "input_scale": inputs.amax}
+    stored = frozenset(name for name, scale in of_input.items() if scale is not None)
+    return described["quant_algo"] if kind is not None else None, block, stored
 
 
 @contextlib.contextmanager
