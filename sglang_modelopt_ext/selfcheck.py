@@ -73,6 +73,8 @@ def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -
         # E4M3 numbers are numbers of every type that activations come in.
         x = random(m, k).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
+        if layout.operand(request) == torch.int8:
+            x, row_scale = (16 * x).round(), row_scale / 16
         down = random(m, low_rank) if low_rank else None
         launch, exact = _product(layout, request, prepared, x, row_scale, down)
         y = _run(launch, device)

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.quant_config import QuantConfig, canonical_name
+from sglang_modelopt_ext.checkpoint.leftovers import layer_position
+from sglang_modelopt_ext.checkpoint.quant_config import QuantConfig
 from sglang_modelopt_ext.checkpoint.reader import KV_CACHE_NAMES, is_kv_cache_tensor
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_tensors
 from sglang_modelopt_ext.checkpoint.values import check_values
@@ -67,13 +68,6 @@ class StoredLayer:
     tensors: dict[str, StoredTensor] = field(default_factory=dict)
     has_keys: bool = False
     has_values: bool = False
-
-
-def layer_position(module: str) -> tuple[str, int] | None:
-    """``(canonical name of the list of layers, number)`` of a module in it; None for one outside any layer."""
-    parts = module.split(".")
-    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
-    return None if not number else (canonical_name(".".join(parts[:number])), int(parts[number]))
 
 
 @dataclass(frozen=True)

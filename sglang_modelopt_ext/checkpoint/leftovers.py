@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_modelopt_ext.checkpoint.kv_scales import layer_position
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 
 LAYER_COUNT = "num_hidden_layers"
@@ -24,6 +23,13 @@ BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_ca
 
 _MTP = "mtp"
 _DECODER = "layers"
+
+
+def layer_position(module: str) -> tuple[str, int] | None:
+    """``(canonical name of the list of layers, number)`` of a module in it; None for one outside any layer."""
+    parts = module.split(".")
+    number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
+    return None if not number else (canonical_name(".".join(parts[:number])), int(parts[number]))
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class ServedLayers:
         return cls(count if isinstance(count, int) else None, max(declared, default=0))
 
     def leaves_out(self, tensor: str) -> bool:
-        """Whether a decoder of these layers has no part that ``tensor`` could belong to."""
+        """Whether a decoder of these layers has no part that ``tensor`` (or a module) could belong to."""
         if tensor.endswith(BUFFERS):
             return True
         parts = canonical_name(tensor).split(".")

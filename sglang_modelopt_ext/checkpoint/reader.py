@@ -14,9 +14,10 @@ from pathlib import Path
 import torch
 
 from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, is_expert, read_experts
+from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
 from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS as FUSED_SHARDS
 from sglang_modelopt_ext.checkpoint.names import canonical_name
-from sglang_modelopt_ext.checkpoint.quant_config import LayerQuantization, QuantConfig, read_quant_config
+from sglang_modelopt_ext.checkpoint.quant_config import LayerQuantization, QuantConfig, read_quant_config, text_config
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
 from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_blocks
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
@@ -191,6 +192,7 @@ def survey_checkpoint(
     if config is None:
         raise ModelOptExtError.at(folder, "quantization_config", "a checkpoint exported by ModelOpt", "none")
     tensors = read_headers(folder)
+    served = ServedLayers.of(text_config(folder))
     linears, problems, incomplete = {}, [], set()
     modules = _quantized_modules(tensors)
     keeps = not rounds_fp4 and any(_lacks_fp4_scale(config.layer(module), stored) for module, stored in modules.items())
@@ -198,15 +200,18 @@ def survey_checkpoint(
         try:
             linears[canonical_name(module)] = _describe(module, stored, config, keeps)
         except ModelOptExtError as error:
-            problems.append(error)
+            if not served.leaves_out(module):
+                problems.append(error)
             incomplete.add(canonical_name(module))
     experts: Mapping[str, ExpertLayer] = {}
     try:
-        experts = {} if any(map(is_expert, incomplete)) else read_experts(linears, tensors)
+        wanted = {name: linear for name, linear in linears.items() if not served.leaves_out(linear.name)}
+        faulty = any(is_expert(name) and not served.leaves_out(name) for name in incomplete)
+        experts = {} if faulty else read_experts(wanted, tensors)
     except ModelOptExtError as error:
         problems.append(error)
     checkpoint = Checkpoint(folder, config, tensors, linears, experts)
-    problems += _fused_problems(checkpoint, incomplete)
+    problems += _fused_problems(checkpoint, incomplete, served)
     kv_cache = next((name for name in sorted(tensors) if is_kv_cache_tensor(name)), None)
     if kv_cache and config.kv_cache_algo is None:
         problems.append(
@@ -312,15 +317,15 @@ def _check_shape(tensor: StoredTensor, spec: TensorSpec, n: int, k: int) -> None
         raise ModelOptExtError.at(tensor.file, tensor.name, f"shape {list(expected)}", list(tensor.shape))
 
 
-def _fused_problems(checkpoint: Checkpoint, incomplete: Set[str]) -> list[ModelOptExtError]:
-    """One for each layer that SGLang fuses of shards that do not agree; those with a shard in ``incomplete`` are left out."""
+def _fused_problems(checkpoint: Checkpoint, incomplete: Set[str], served: ServedLayers) -> list[ModelOptExtError]:
+    """One for each served layer that SGLang fuses of shards that do not agree; not where a shard is in ``incomplete``."""
     problems = []
     for shards in FUSED_SHARDS.values():
         owners = {
             name.removesuffix(shard) for name in checkpoint.linears for shard in shards if name.endswith("." + shard)
         }
         for owner in sorted(owners):
-            if any(owner + shard in incomplete for shard in shards):
+            if served.leaves_out(owner) or any(owner + shard in incomplete for shard in shards):
                 continue
             try:
                 _check_fused(checkpoint, owner, shards)

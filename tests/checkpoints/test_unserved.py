@@ -114,14 +114,29 @@ def test_what_is_served_has_none(folder: Path) -> None:
     assert problems(folder) == []
 
 
-def test_an_mtp_block_that_is_not_served_may_be_anything(folder: Path, tmp_path: Path) -> None:
-    def block(tensors: edits.Tensors) -> None:
-        for name in edits.matching(tensors, "*.layers.0.self_attn.o_proj.*"):
-            tensors[name.replace("model.layers.0.self_attn.o_proj", "mtp.layers.0.self_attn.qkv_proj")] = tensors[
-                name
-            ].clone()
+MTP: dict[str, tuple[str, str]] = {
+    "fused": ("self_attn.o_proj", "self_attn.qkv_proj"),
+    "a shard alone": ("self_attn.q_proj", "self_attn.q_proj"),
+    "one expert's projection": ("mlp.up_proj", "mlp.experts.3.up_proj"),
+}
 
-    assert problems(edits.copy_with(folder, tmp_path / "model", [edits.edit_tensors(block)])) == []
+
+@pytest.mark.parametrize("place", ["mtp.layers.0", "model.layers.2"])
+@pytest.mark.parametrize("case", MTP)
+def test_an_mtp_block_that_is_not_served_may_be_anything(case: str, place: str, folder: Path, tmp_path: Path) -> None:
+    old, new = MTP[case]
+
+    def block(tensors: edits.Tensors) -> None:
+        for name in edits.matching(tensors, f"*.layers.0.{old}.*"):
+            tensors[name.replace(f"model.layers.0.{old}", f"{place}.{new}")] = tensors[name].clone()
+        tensors[f"{place}.mlp.down_proj.input_scale"] = torch.ones(3)  # of no layer, and of no such shape
+
+    changes = [edits.edit_tensors(block), edits.set_fields("config.json", {"num_nextn_predict_layers": 1})]
+    assert problems(edits.copy_with(folder, tmp_path / "model", changes)) == []
+    if place == "model.layers.2":  # where nobody declared it, it is a layer like the others
+        bad = edits.copy_with(tmp_path / "model", tmp_path / "bad", [])
+        edits.set_fields("config.json", {"num_nextn_predict_layers": 0})(bad)
+        assert problems(bad)
 
 
 class TestScalesThatAreNotNeeded:

@@ -66,6 +66,17 @@ def test_over_ranks(family: Family, recipe: str, tp: int, ep: int) -> None:
 
 
 @pytest.mark.full
+def test_an_expert_that_was_never_calibrated(tmp_path: Path) -> None:
+    """Without an ``input_scale`` where activations are not rounded: served, and refused where they are."""
+    whole = export(model_dir(tiny("qwen3_moe")), "NVFP4_DEFAULT_CFG")
+    folder = edits.copy_with(whole, tmp_path / "model", [edits.drop_tensors("*.1.mlp.experts.2.*.input_scale")])
+    with Server(folder, dtype="float32", env={"SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS": "keep"}) as server:
+        check_logprobs(server, folder, "float32", activation="none")
+    refused = failing_start(folder, dtype="float32")
+    assert "mlp.experts.2.down_proj.input_scale: expected a tensor of NVFP4" in refused.output
+
+
+@pytest.mark.full
 @pytest.mark.parametrize("recipe", [NVFP4, MXFP4, "NVFP4_MLP_WEIGHT_ONLY_CFG"])
 @pytest.mark.parametrize("family", MOE_FAMILIES)
 def test_at_the_bf16_noise_floor(family: Family, recipe: str) -> None:
