@@ -178,6 +178,9 @@ EXPORTS: dict[str, Export] = {
     "w4a8-nvfp4-kv-nvfp4-affine": dense("W4A8_NVFP4_FP8", "mistral", NVFP4, "nvfp4_affine", PRESETS["nvfp4_affine"]),
     "w4a8-mxfp4-kv-fp8-affine": dense("W4A8_MXFP4_FP8", "qwen2", MXFP4, "fp8_affine", PRESETS["fp8_affine"]),
     "moe-w4a8-nvfp4-kv-nvfp4": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, "nvfp4", PRESETS["nvfp4"], layers=2),
+    "moe-w4a8-mxfp4-kv-nvfp4-affine": mixture(
+        "W4A8_MXFP4_FP8", "mixtral", MXFP4, "nvfp4_affine", PRESETS["nvfp4_affine"]
+    ),
     "fp8-kv-fp8": dense("FP8", "llama", "FP8_DEFAULT_CFG", "fp8", PRESETS["fp8"]),
 }
 """Every export by name; the folder in the pack has the same name."""

@@ -40,9 +40,7 @@ PORTS = 21000
 
 KERNEL = re.compile(r"modelopt_ext: \d+ .*kernel ([\w.+]+)\s*$", re.MULTILINE)
 CACHE = re.compile(r"modelopt_ext: KV cache .*", re.MULTILINE)
-REASON = re.compile(
-    r"^(?:\[?[\w.\-: \]]*\]? ?)?((?:[\w.]*Error|[\w.]*Exception|SystemExit|AssertionError)\b.*)$", re.MULTILINE
-)
+REASON = re.compile(r"^(?:\[[^\]\n]*\] )?([\w.]*(?:Error|Exception|SystemExit)\b.*)$", re.MULTILINE)
 
 
 class Runner:

@@ -18,6 +18,7 @@ from tests.conformance.drive import Drive
 from tests.conformance.exports import EXPORTS, Export
 from tests.conformance.judge import Judge, Judgement, compare
 from tests.conformance.reading import Reader, Reading, first_raw, read_check
+from tests.conformance.run import reason
 
 pytest.importorskip("modelopt", reason="needs nvidia-modelopt to make exports")
 
@@ -225,3 +226,11 @@ def test_twins_must_agree() -> None:
     apart = [{"ids": [1, 2, 3], "group": "300", "values": [-1.1, -2.2]}]
     assert compare(one, answers, answers, noise=0.1)["right"]
     assert not compare(one, answers, apart, noise=0.1)["right"]
+
+
+def test_the_reason_of_a_failure() -> None:
+    log = "[10:00 TP0] fine\nTraceback\n  raise\nNameError: name 'x' is not defined\n[10:01] Killed\n"
+    assert reason(log) == "NameError: name 'x' is not defined"
+    assert reason(f"sglang.X\nModelOptExtError: a: b\n{log}") == "ModelOptExtError: a: b"
+    assert reason("AssertionError\nend") == "AssertionError"
+    assert reason("one\ntwo\n") == "two"
