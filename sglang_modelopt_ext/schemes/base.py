@@ -17,6 +17,9 @@ _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRE_QUANT_SCALE = TensorSpec("pre_quant_scale", _MODEL_DTYPES, (Dim("K"),), ValueRule.POSITIVE)
 """AWQ's and SmoothQuant's smoothing: ``y = Q(x * pre_quant_scale) @ Q(W)^T``, W already divided by it."""
 
+INPUT_SCALE = "input_scale"
+"""The static scale of a calibrated input."""
+
 LORA_A, LORA_B = "svdquant_lora_a", "svdquant_lora_b"
 
 

@@ -1,8 +1,8 @@
 """The verdict on what an engine answered: against the float32 reading, by the noise of the same model in bf16.
 
 The tolerance is that of tests/serving/tolerance.py: a bf16 engine may be NOISE_FACTOR times as far from the float32 reading as
-the same model run in bf16 by Hugging Face. Both are one draw of rounding errors, of roundings at other places. It is held for each kind of
-request by itself, by the mean and by the median over its tokens.
+the same model run in bf16 by Hugging Face. Both are one draw of rounding errors, which happen at other places. It is held for
+each kind of request by itself, by the mean and by the median over its tokens.
 """
 
 from __future__ import annotations

@@ -15,12 +15,14 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import FrameType
 
 from tests.conformance.cases import Case, chosen
 from tests.conformance.judge import compare
@@ -54,14 +56,21 @@ class Runner:
     def __init__(self, args: argparse.Namespace, exports: Path, logs: Path, gpus: int) -> None:
         self.args, self.exports, self.logs, self.gpus = args, exports, logs, gpus
         self.begun = time.monotonic()
-        self.done = 0
+        self.done: list[Outcome] = []
+        self._running: dict[str, ProcessTree] = {}
 
     def all(self, cases: list[Case]) -> list[Outcome]:
         """Every case; prints a line for each as it ends."""
         with ThreadPoolExecutor(self.args.workers) as pool:
             outcomes = list(pool.map(lambda item: self._one(*item, len(cases)), enumerate(cases)))
-        self._compare(outcomes)
+        self.compare(outcomes)
         return outcomes
+
+    def stop(self) -> None:
+        """Ends everything that runs."""
+        self.args.budget = 0
+        for processes in list(self._running.values()):
+            processes.kill()
 
     def _one(self, number: int, case: Case, count: int) -> Outcome:
         passed = time.monotonic() - self.begun
@@ -70,8 +79,8 @@ class Runner:
         else:
             time.sleep(min(number, self.args.workers) * 0.5 if number < self.args.workers else 0)
             outcome = self._run(number, case)
-        self.done += 1
-        print(f"[{self.done:2}/{count} {time.monotonic() - self.begun:4.0f} s] {line(outcome)}", flush=True)
+        self.done.append(outcome)
+        print(f"[{len(self.done):2}/{count} {time.monotonic() - self.begun:4.0f} s] {line(outcome)}", flush=True)
         return outcome
 
     def _run(self, number: int, case: Case) -> Outcome:
@@ -81,7 +90,7 @@ class Runner:
         command += ["--port", str(PORTS + 8 * number), "--result", str(result)]
         start = time.monotonic()
         limit = min(self.args.case_seconds, self.args.budget - (start - self.begun))
-        processes = ProcessTree()
+        processes = self._running[case.name] = ProcessTree()
         try:
             process = processes.start(command, self._environment(number, case), log)
             try:
@@ -90,6 +99,7 @@ class Runner:
                 code = None
         finally:
             left = processes.kill()
+            self._running.pop(case.name, None)
         seconds = time.monotonic() - start
         output = log.read_text(encoding="utf-8", errors="replace")
         served = sorted(set(KERNEL.findall(output)))
@@ -117,7 +127,7 @@ class Runner:
             environment["CUDA_VISIBLE_DEVICES"] = str(number % self.gpus)
         return environment | dict(case.env)
 
-    def _compare(self, outcomes: list[Outcome]) -> None:
+    def compare(self, outcomes: list[Outcome]) -> None:
         """Cases that must agree with another."""
         by_name = {outcome.case.name: outcome for outcome in outcomes}
         for outcome in outcomes:
@@ -147,6 +157,17 @@ def commit() -> str:
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
+
+
+def write(outcomes: list[Outcome], args: argparse.Namespace) -> None:
+    """Writes the results, where they are wanted."""
+    if args.results:
+        revision = args.commit or commit()
+        args.results.parent.mkdir(parents=True, exist_ok=True)
+        args.results.with_suffix(".json").write_text(
+            json.dumps(as_json(outcomes, revision), indent=1), encoding="utf-8"
+        )
+        args.results.with_suffix(".md").write_text(as_markdown(outcomes, revision, args), encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -198,15 +219,24 @@ def main() -> int:
                 print(f"{gpus} GPUs are visible, {args.tp} needed", file=sys.stderr)
                 return 2
         print(f"{len(cases)} cases, {args.workers} at a time, on {f'{gpus} GPU' if gpus else 'a CPU'}", flush=True)
-        outcomes = Runner(args, exports, logs, gpus).all(cases)
+        runner = Runner(args, exports, logs, gpus)
+
+        def ended(signum: int, frame: FrameType | None) -> None:
+            """At the end of somebody's patience: no process is left, and what is known is written."""
+            runner.stop()
+            runner.compare(runner.done)
+            write(runner.done, args)
+            print(
+                "\n" + table(runner.done) + f"\n\nended by a signal: {len(runner.done)} of {len(cases)} cases",
+                flush=True,
+            )
+            os._exit(128 + signum)
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, ended)
+        outcomes = runner.all(cases)
     print("\n" + table(outcomes))
-    if args.results:
-        revision = args.commit or commit()
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.with_suffix(".json").write_text(
-            json.dumps(as_json(outcomes, revision), indent=1), encoding="utf-8"
-        )
-        args.results.with_suffix(".md").write_text(as_markdown(outcomes, revision, args), encoding="utf-8")
+    write(outcomes, args)
     surprises = [outcome for outcome in outcomes if not outcome.as_expected]
     print(
         f"\n{len(outcomes) - len(surprises)} of {len(outcomes)} as expected"
