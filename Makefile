@@ -57,6 +57,7 @@ quality: setup ## Measure every recipe on the shipped model and write docs/quali
 
 docs: setup ## Regenerate the documents that come from code
 	$(BIN)/python tools/support_matrix.py
+	$(BIN)/python tools/ownership_table.py
 	$(BIN)/python tools/cli_reference.py
 
 clean: ## Remove builds and caches

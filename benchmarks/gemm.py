@@ -235,8 +235,8 @@ PRODUCTS = {
     "int4": block_scaled("int4"),
     "int8 x int8": eight_bit("int8", random_int8),
     "int8 x bf16": eight_bit("int8", random_bf16),
-    "fp8 block": eight_bit("fp8_block", random_bf16),
-    "mxfp8": eight_bit("mxfp8", random_bf16),
+    "fp8_pb x bf16": eight_bit("fp8_block", random_bf16),
+    "mxfp8 x bf16": eight_bit("mxfp8", random_bf16),
     "mxfp4 folded": Product(
         lambda capability: capability in (89, 90),
         folded_weight,

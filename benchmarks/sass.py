@@ -101,7 +101,7 @@ def _overwrites(instructions: list[str]) -> Iterator[str]:
         elif wait:
             groups = groups[max(len(groups) - int(wait[1], 16), 0) :]
         elif _written(text) & current.union(*groups):
-            yield text
+            yield text.strip()
 
 
 def _written(text: str) -> set[int]:

@@ -30,22 +30,25 @@ from sglang_modelopt_ext.layouts.moe_fused import FusedExperts, FusedRequest
 from sglang_modelopt_ext.layouts.moe_grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
 from sglang_modelopt_ext.layouts.mxfp4 import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.layouts.weight_only import FlashInferWeightOnly, QuackWeightOnly
-from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.base import LayerScheme, is_fp4
 from sglang_modelopt_ext.tuned import ranking
 
 BLACKWELL = 100
 """Compute capability times ten from which matrix instructions take FP4 activations."""
 
 
-def served_scheme(scheme: LayerScheme, device: str, capability: int | None) -> LayerScheme:
-    """``scheme`` without its activation rounding where ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` leaves that out."""
-    if scheme.activation is None or scheme.activation.name not in ("nvfp4_dynamic", "mxfp4_dynamic"):
-        return scheme
+def rounds_fp4(device: str, capability: int | None) -> bool:
+    """Whether recipes with FP4 activations are served with them, as ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` says."""
     setting = FP4_ACTIVATIONS.read()
     older_gpu = device == "cuda" and capability is not None and capability < BLACKWELL
-    if setting == "keep" or (setting == "auto" and older_gpu):
-        return dataclasses.replace(scheme, activation=None)
-    return scheme
+    return setting == "round" or (setting == "auto" and not older_gpu)
+
+
+def served_scheme(scheme: LayerScheme, device: str, capability: int | None) -> LayerScheme:
+    """``scheme`` without its activation rounding where ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` leaves that out."""
+    if not is_fp4(scheme.activation) or rounds_fp4(device, capability):
+        return scheme
+    return dataclasses.replace(scheme, activation=None)
 
 
 LAYOUTS: tuple[Layout, ...] = (

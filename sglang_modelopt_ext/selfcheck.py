@@ -1,7 +1,9 @@
 """A layout proves itself on the machine at hand before it serves a layer there.
 
 Kernels are tested on the hardware their authors had. A compiler that miscompiles for another architecture, a driver, or a library
-that reads its arguments differently would otherwise show as wrong logits only.
+that reads its arguments differently would otherwise show as wrong logits only. On a GPU the layer of the check has about the sizes
+of the layer that is served and fills the GPU, and every product is launched several times and compared bit for bit: a race shows
+under load, and not in each launch.
 """
 
 from __future__ import annotations
@@ -19,8 +21,15 @@ from sglang_modelopt_ext.layouts.moe_fused import FusedExperts, FusedRequest, St
 from sglang_modelopt_ext.schemes.base import LORA_B
 
 N, K = 128, 512
-TILE = 256
-"""Inputs to a tile at the most: kernels are compiled apart for inputs that are not whole tiles."""
+"""Outputs and inputs of the layer on a CPU."""
+LEAST, MOST = 2048, 4096
+"""Outputs and inputs of the layer on a GPU lie between these; a layer within them is checked at its own size."""
+ROW_TILE, TILE = 128, 256
+"""Outputs and inputs to a tile at the most: kernels are compiled apart for inputs that are not whole tiles."""
+REPEATS = 16
+"""Further launches of each product on a GPU."""
+COLUMN_TOKENS = 16
+"""Tokens from which an output is held to its own norm: with fewer it may be small because its products cancel."""
 TOKENS = (1, 24, 40, 80, 300, 900, 2049)
 """One number of tokens, or more, for each way the layouts of ``dispatch.py`` choose by it."""
 EXPERT_TOKENS = (1, 40, 80, 640, 1280, 2560)
@@ -44,94 +53,103 @@ _Result = TypeVar("_Result")
 
 
 def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -> None:
-    """Compares ``layout`` with float64 on a small random layer of the request's formats, once for each in this process.
+    """Compare ``layout`` with float64 on a random layer of the request's formats, once for each kind of layer in this process.
 
-    The small layer ends within a tile of inputs where the layer does.
+    The layer of the check ends within a tile of inputs, and of outputs, where the request's does.
 
     Raises:
-        ValueError: the outputs differ, or the kernel does not run.
+        ValueError: the outputs differ, from float64 or from launch to launch, or the kernel does not run.
     """
-    k = _inputs(request)
-    key = (layout, request.scheme.weight.name, layout.operand(request), request.math, request.dtype, device, k)
+    kind = (request.scheme.weight.name, layout.operand(request), request.math, request.dtype)
+    key = (layout, *kind, device, request.n % ROW_TILE if device.type == "cuda" else 0, request.k % TILE)
     if key in _passed:
         return
-    random = _generator()
+    random = _generator(device)
+    n, k = _sizes(request, device)
     low_rank = request.scheme.low_rank if isinstance(layout, BlockLayout) and layout.takes_low_rank else 0
-    shard, weight, factor = _random_weight(random, request, device, low_rank)
+    shard, weight, factor = _random_weight(random, request, n, k, low_rank)
     prepared = _run(partial(layout.prepare, [shard]), device)
-    for m in (*TOKENS, *layout.check_tokens(device)):
-        # E4M3 numbers are numbers of every type that activations come in, but for int8.
+    for m in (*TOKENS, *layout.check_tokens(device, n)):
+        # E4M3 numbers are numbers of every type that activations come in.
         x = random(m, k).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
-        if layout.operand(request) == torch.int8:
-            x, row_scale = (16 * x).round(), row_scale / 16
         down = random(m, low_rank) if low_rank else None
-        y, exact = _run(partial(_multiply, layout, request, prepared, x, row_scale, down, device), device)
+        launch, exact = _product(layout, request, prepared, x, row_scale, down)
+        y = _run(launch, device)
         expected = exact @ weight.T
         if down is not None and factor is not None:
             expected += down.double() @ factor.T
         _compare(y, expected, device, m)
+        if layout.repeats:
+            _repeat(launch, y, device, m)
     _passed.add(key)
 
 
-def _multiply(
+def _product(
     layout: Layout,
     request: LinearRequest,
     prepared: Mapping[str, torch.Tensor],
     x: torch.Tensor,
     row_scale: torch.Tensor,
     down: torch.Tensor | None,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The layout's product for E4M3 numbers ``x`` times ``row_scale``, and the activations it then stands for, float64.
+) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
+    """The layout's product for E4M3 numbers ``x`` times ``row_scale``, and the activations it stands for, float64.
 
     A layout that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale,
     and ``down`` for its low-rank branch, where it has one.
     """
     if not isinstance(layout, BlockLayout):
-        values = x.to(device).to(layout.operand(request))
-        y = layout.matmul(prepared, values, row_scale.to(device), None, request.dtype)
-        return y.double().cpu(), x.double() * row_scale.double()
+        values = x.to(layout.operand(request))
+        return (
+            partial(layout.matmul, prepared, values, row_scale, None, request.dtype),
+            x.double() * row_scale.double(),
+        )
     activation = request.scheme.activation
     if activation is None:
         raise ValueError(f"{layout.name} took a layer with unrounded activations")
     static = row_scale[0, 0] if activation.tensors else None
-    scale = None if static is None else static.to(device)
-    rounded = round_to_blocks(activation, x.to(device), None, scale, layout.swizzles(x.shape[0]))
+    rounded = round_to_blocks(activation, x, None, static, layout.swizzles(x.shape[0]))
     numbers, scale = activation.quantize(x, static)
     exact = numbers.double() if scale is None else numbers.double() * scale.double()
     if down is None:
-        y = layout.matmul_blocks(prepared, rounded, None, request.dtype)
-    else:
-        y = layout.matmul_low_rank(prepared, rounded, down.to(device), None, request.dtype)
-    return y.double().cpu(), exact
+        return partial(layout.matmul_blocks, prepared, rounded, None, request.dtype), exact
+    return partial(layout.matmul_low_rank, prepared, rounded, down, None, request.dtype), exact
 
 
 def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: torch.device) -> None:
-    """Likewise with a few experts: one that gets no token, rows of no expert, and both shapes of activations."""
-    k = _inputs(request)
-    key = (layout, request.scheme.weight.name, layout.operand(request), request.math, request.dtype, device, k)
+    """Compare a layout of experts with float64 on a few random ones, once for each kind of layer in this process.
+
+    One expert gets no token, some rows have no expert, and activations come in both shapes.
+
+    Raises:
+        ValueError: the outputs differ, from float64 or from launch to launch, or the kernel does not run.
+    """
+    kind = (request.scheme.weight.name, layout.operand(request), request.math, request.dtype)
+    key = (layout, *kind, device, request.n % ROW_TILE if device.type == "cuda" else 0, request.k % TILE)
     if key in _passed:
         return
-    random = _generator()
-    shards, weights, _ = zip(*(_random_weight(random, request, device) for _ in range(EXPERTS)), strict=True)
+    random = _generator(device)
+    n, k = _sizes(request, device)
+    shards, weights, _ = zip(*(_random_weight(random, request, n, k) for _ in range(EXPERTS)), strict=True)
     prepared = _run(partial(layout.prepare, [[shard] for shard in shards]), device)
     for m in EXPERT_TOKENS:
         experts = (random(m * TOP_K) * 1e6).long() % (EXPERTS - 1)
         experts[:: max(m // 3, 2)] = NO_EXPERT
-        routing = Routing(experts.to(torch.int32).to(device), TOP_K)
-        x = random(m, k).to(torch.float8_e4m3fn)
+        routing = Routing(experts.to(torch.int32), TOP_K)
+        x = random(m, k).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m * TOP_K, 1).abs() + 0.5
-        values = x.to(device).to(torch.float32).to(layout.operand(request))
+        values = x.to(layout.operand(request))
         rows = x.double().repeat_interleave(TOP_K, dim=0)
-        expected = torch.zeros(m * TOP_K, N, dtype=torch.float64)
+        expected = torch.zeros(m * TOP_K, n, dtype=torch.float64, device=device)
         for expert, weight in enumerate(weights):
             expected[experts == expert] = rows[experts == expert] @ weight.T
         expected *= row_scale.double()
         for operand in (values, values.repeat_interleave(TOP_K, dim=0)):
-            scale = row_scale.to(device)
-            y = _run(partial(_multiply_experts, layout, request, prepared, operand, scale, routing), device)
+            launch = partial(layout.matmul, prepared, operand, row_scale, routing, request.dtype)
+            y = _run(launch, device)
             _compare(y, expected, device, m)
+            if layout.repeats:
+                _repeat(launch, y, device, m)
     _passed.add(key)
 
 
@@ -141,7 +159,7 @@ def check_fused_layout(layout: FusedExperts, request: FusedRequest, device: torc
     key = (layout, asked.scheme.weight.name, asked.math, asked.dtype, device)
     if key in _passed:
         return
-    random = _generator()
+    random = _generator(torch.device("cpu"))
     scales = 0.002 + 0.0005 * torch.arange(EXPERTS, dtype=torch.float32, device="cpu")
     second = _random_experts(random, asked, FUSED_HIDDEN, FUSED_INNER, 1, scales)
     # What enters the layer is rounded once where all experts have one scale for it, and for each of them where they do not.
@@ -227,48 +245,62 @@ def _run_fused(
     return layout.run(prepared, x, numbers, weights).double().cpu()
 
 
-def _multiply_experts(
-    layout: ExpertLayout,
-    request: ExpertRequest,
-    prepared: Mapping[str, torch.Tensor],
-    values: torch.Tensor,
-    row_scale: torch.Tensor,
-    routing: Routing,
-) -> torch.Tensor:
-    # Copied here, where an error of a kernel that was launched shows.
-    return layout.matmul(prepared, values, row_scale, routing, request.dtype).double().cpu()
+def _sizes(request: LinearRequest, device: torch.device) -> tuple[int, int]:
+    """Outputs and inputs of the layer of the check."""
+    if device.type != "cuda":
+        return N, K + request.k % TILE
+    return _within(request.n, ROW_TILE), _within(request.k, TILE)
 
 
-def _inputs(request: LinearRequest) -> int:
-    return K + request.k % TILE
+def _within(size: int, tile: int) -> int:
+    """``size``, or what whole tiles more or less bring between LEAST and MOST."""
+    if size < LEAST:
+        return size + (LEAST - size + tile - 1) // tile * tile
+    return size - max(size - MOST + tile - 1, 0) // tile * tile
 
 
-def _generator() -> Callable[..., torch.Tensor]:
+def _generator(device: torch.device) -> Callable[..., torch.Tensor]:
     # SGLang prepares layers under a default type and device of its own: neither is left to the default here.
-    return partial(torch.randn, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
+    return partial(torch.randn, generator=torch.Generator(device).manual_seed(0), dtype=torch.float32, device=device)
 
 
 def _random_weight(
-    random: Callable[..., torch.Tensor], request: LinearRequest, device: torch.device, low_rank: int = 0
+    random: Callable[..., torch.Tensor], request: LinearRequest, n: int, k: int, low_rank: int = 0
 ) -> tuple[ShardWeight, torch.Tensor, torch.Tensor | None]:
-    """A stored weight on ``device``; what it stands for in float64; and likewise the second low-rank factor, where it has one.
+    """A stored weight; what it stands for in float64; and the second low-rank factor in float64, where it has one.
 
     Its rows have every size that block scales have, subnormal ones included, and outputs that float16 holds.
     """
-    sizes = torch.exp2(6.0 - torch.arange(N, device="cpu") % SIZES).to(torch.float32).unsqueeze(1)
-    stored = request.scheme.weight.quantize((random(N, _inputs(request)) * sizes).to(torch.bfloat16))
+    weight = random(n, k)
+    sizes = torch.exp2(6.0 - torch.arange(n, device=weight.device) % SIZES).to(torch.float32).unsqueeze(1)
+    stored = request.scheme.weight.quantize((weight * sizes).to(torch.bfloat16))
     decoded = ShardWeight(request.scheme.weight, stored, request.math).decode()
-    weight = decoded.unit.double() * decoded.out_scale.double()
+    factor = None
     if low_rank:
-        stored[LORA_B] = (random(N, low_rank) * sizes).to(torch.bfloat16)
-    on_device = {name: tensor.to(device) for name, tensor in stored.items()}
-    factor = stored[LORA_B].double() if low_rank else None
-    return ShardWeight(request.scheme.weight, on_device, request.math), weight, factor
+        stored[LORA_B] = (random(n, low_rank) * sizes).to(torch.bfloat16)
+        factor = stored[LORA_B].double()
+    shard = ShardWeight(request.scheme.weight, stored, request.math)
+    return shard, decoded.unit.double() * decoded.out_scale.double(), factor
+
+
+def _repeat(launch: Callable[[], torch.Tensor], first: torch.Tensor, device: torch.device, tokens: int) -> None:
+    """Launch a product again and again on a GPU; raise ValueError where a result is not the first one, bit for bit."""
+    if device.type != "cuda":
+        return
+    differing = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(REPEATS):
+        differing += (launch() != first).any()
+    count = _run(differing.item, device)
+    if count:
+        raise ValueError(f"races on {device}: {count} of {REPEATS} results differ from the first with {tokens} tokens")
 
 
 def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
     try:
-        return step()
+        result = step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # an error of a kernel that was launched shows here
+        return result
     except ValueError:
         raise
     except Exception as error:
@@ -280,9 +312,9 @@ def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
 def _compare(
     y: torch.Tensor, expected: torch.Tensor, device: torch.device, tokens: int, tolerance: float = TOLERANCE
 ) -> None:
-    worst = _relative_error(y, expected, dim=1)
-    if tokens >= N // 8:  # an output of fewer tokens may be small because its products cancel
-        worst = torch.maximum(worst, _relative_error(y, expected, dim=0))
+    worst = _relative_error(y.double(), expected, dim=1)
+    if tokens >= COLUMN_TOKENS:
+        worst = torch.maximum(worst, _relative_error(y.double(), expected, dim=0))
     if not bool(worst < tolerance):
         raise ValueError(f"is wrong on {device}: relative error {float(worst):.2g} with {tokens} tokens")
 

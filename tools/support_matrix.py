@@ -225,7 +225,7 @@ def attention(recipe: KVRecipe, capability: int | None, evidence: Evidence) -> s
     if capability is None:
         return f"`{BACKENDS[device]}`: tested"
     runs = evidence.of_cache(recipe.name, capability)
-    stock = is_stock(KVCachePlan(recipe, "", {}), device, "auto")
+    stock = is_stock(KVCachePlan(recipe, ""), device)
     owner = "*SGLang*" if stock else f"`{BACKENDS[device]}`"
     if runs:
         return f"{owner}: {run_status(runs)}"
@@ -350,9 +350,8 @@ def render(evidence: Evidence) -> str:
             notes.append(f"- `{scheme.algo}`: {scheme.note}")
     tail = [
         "",
-        "`MIXED_PRECISION` checkpoints (AutoQuantize) may mix any of these rows by layer. On a GPU a mix of NVFP4,",
-        "W4A16_NVFP4 and FP8 with at least one NVFP4 layer is left to SGLang. `pre_quant_scale` (AWQ, SmoothQuant) is applied",
-        "wherever it is stored.",
+        "`MIXED_PRECISION` checkpoints (AutoQuantize) may mix any of these rows by layer; which of them are left to SGLang on a",
+        "GPU is in [flags.md](flags.md). `pre_quant_scale` (AWQ, SmoothQuant) is applied wherever it is stored.",
         "",
         "Notes:",
         "",

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sglang_modelopt_ext.checkpoint.quant_config import EXPERT, canonical_name
+from sglang_modelopt_ext.checkpoint.names import EXPERT, canonical_name
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
 

@@ -12,26 +12,31 @@ What an export says, and what only its tensors show:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import dataclasses
+import functools
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
+from sglang_modelopt_ext.checkpoint.kv_scales import (
+    Attention,
+    KVLayer,
+    ResolvedScales,
+    StoredScales,
+    resolve,
+    stored_divisor,
+    stored_scales,
+)
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
     KV_CACHE_RECIPE,
     OWN_KEY,
     QuantConfig,
-    canonical_name,
     text_config,
 )
-from sglang_modelopt_ext.checkpoint.reader import KV_CACHE_NAMES, is_kv_cache_tensor
-from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
-from sglang_modelopt_ext.checkpoint.values import check_values
+from sglang_modelopt_ext.checkpoint.reader import is_kv_cache_tensor
+from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME, read_headers, read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_kernels.formats.base import ValueRule
-from sglang_modelopt_kernels.formats.e4m3 import MAX as E4M3_MAX
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe
 
 FLAG_PREFIX = "modelopt_"
@@ -55,22 +60,8 @@ KV_ALGOS: dict[str, tuple[str, ...]] = {
 CAST_AMAX = 448.0
 """What the ``_cast`` presets, and a cache quantized by flag alone, take for the largest magnitude."""
 
-_PROJECTIONS = ("k_proj", "v_proj")
-
-
-@dataclass(frozen=True)
-class KVLayer:
-    """The static numbers of one attention layer.
-
-    Attributes:
-        k_scale, v_scale: amax / range of the recipe's format.
-        k_bias, v_bias: float32 ``[H_kv, D]``, of all ranks, or None.
-    """
-
-    k_scale: float
-    v_scale: float
-    k_bias: torch.Tensor | None = None
-    v_bias: torch.Tensor | None = None
+DECODER_LAYERS = "layers"
+"""The usual place of the decoder's layers, by canonical name."""
 
 
 @dataclass(frozen=True)
@@ -80,33 +71,59 @@ class KVCachePlan:
     Attributes:
         recipe: the formats and what is done around them.
         source: where its scales are from, for the log.
-        layers: by :func:`canonical_name` of the attention module; empty when every layer has the scale of an amax of 448.
+        folder: the checkpoint.
+        stored: what its tensors say, None when every layer has the scale of an amax of 448.
     """
 
     recipe: KVRecipe
     source: str
-    layers: Mapping[str, KVLayer] = field(default_factory=dict)
+    folder: Path | None = None
+    stored: StoredScales | None = None
 
-    def layer(self, module: str) -> KVLayer:
-        """The numbers of the attention module of that name. Raises ModelOptExtError when the checkpoint has none for it."""
-        if not self.layers:
-            scale = CAST_AMAX / self.recipe.format.range
-            return KVLayer(scale, scale)
-        found = self.layers.get(canonical_name(module))
-        if found is None:
-            raise ModelOptExtError.at(
-                module, "k_scale", "KV cache scales for every attention layer, or for none", "none for this one"
-            )
-        return found
+    @property
+    def fallback(self) -> KVLayer:
+        """The numbers of a layer that nobody calibrated."""
+        scale = CAST_AMAX / self.recipe.format.range
+        return KVLayer(scale, scale)
+
+    def resolve(self, attention: Attention, *, strict: bool = True) -> ResolvedScales:
+        """The numbers of the attention layers of a model, see :func:`~sglang_modelopt_ext.checkpoint.kv_scales.resolve`."""
+        if self.stored is None:
+            return ResolvedScales(dict.fromkeys(attention.layers, self.fallback), frozenset(), frozenset())
+        if strict and self.recipe.affine and not self.stored:
+            where = self.stored.config.file
+            raise ModelOptExtError.at(where, "kv_cache_quant_algo", "k_bias and v_bias tensors for it", "none")
+        return resolve(self.recipe, self.stored, attention, self.fallback, strict=strict)
+
+    @functools.cached_property
+    def layers(self) -> Mapping[int, KVLayer]:
+        """The numbers of the decoder's layers as config.json and the tensors have them, empty where none are stored.
+
+        For those who have no model at hand. Raises ModelOptExtError for what is wrong with them.
+        """
+        if self.folder is None or not self.stored:
+            return self.resolve(Attention({})).layers
+        layers = self.resolve(_declared_attention(self.folder, self.stored)).layers
+        _check_heads(self.folder, self.recipe, layers)
+        return layers
+
+    def layer(self, number: int) -> KVLayer:
+        """The numbers of one of :attr:`layers`; of any layer where none are stored."""
+        return self.layers[number] if self.layers else self.fallback
 
 
-def kv_cache_plan(folder: Path, config: QuantConfig | None, flag: str) -> KVCachePlan | None:
+def kv_cache_plan(
+    folder: Path, config: QuantConfig | None, flag: str, names: Collection[str] | None = None
+) -> KVCachePlan | None:
     """How the model in ``folder`` is to be cached under ``--kv-cache-dtype flag``; None where it is SGLang's own business.
 
+    The recipe only, which has to be settled before a model on the hub is downloaded: :func:`read_plan` has the scales as well.
+
     Args:
-        folder: the checkpoint; a hub model that is not downloaded yet has no tensors there, and its FP8 is taken for plain.
+        folder: the checkpoint.
         config: what it declares, None when ModelOpt did not write it.
         flag: the flag's value, ``auto`` when it was not given.
+        names: of its tensors; those that :func:`stored_names` finds by default. Where there are none, FP8 is taken for plain.
 
     Raises:
         ModelOptExtError: the flag contradicts the checkpoint, or its tensors do not fit what it declares.
@@ -118,10 +135,9 @@ def kv_cache_plan(folder: Path, config: QuantConfig | None, flag: str) -> KVCach
     if flag in UNQUANTIZED_KV:
         return None
     recipes = _declared_recipes(config)
-    tensors = read_headers(folder) if any(folder.glob("*.safetensors")) else {}
-    stored = {name: tensor for name, tensor in tensors.items() if is_kv_cache_tensor(name)}
-    recipe = _recipe(config, recipes, stored)
-    if recipe.name == "fp8" and is_latent(folder):
+    names = stored_names(folder) if names is None else names
+    recipe = _recipe(config, recipes, sorted(name for name in names if is_kv_cache_tensor(name)), folder)
+    if flag not in KV_FLAGS and is_latent(folder):
         return None
     if wanted is not None and wanted.name in recipes and wanted.affine == recipe.affine:
         recipe = wanted
@@ -133,9 +149,18 @@ def kv_cache_plan(folder: Path, config: QuantConfig | None, flag: str) -> KVCach
             f"auto, {', '.join(fitting)} or bf16 for a KV cache calibrated as {declared} ({config.file.name})",
             flag,
         )
-    layers = _read_layers(config, recipe, tensors, stored)
-    _check_heads(folder, recipe, layers)
-    return KVCachePlan(recipe, _source(config, recipe, stored), layers)
+    check_declared_head_dim(folder, recipe)
+    return KVCachePlan(recipe, f"{config.file.name}, scales of its tensors", folder)
+
+
+def read_plan(folder: Path, config: QuantConfig | None, flag: str) -> KVCachePlan | None:
+    """:func:`kv_cache_plan` with the scales, from a ``folder`` that has the weights. Raises ModelOptExtError likewise."""
+    tensors = read_headers(folder) if config is not None and config.kv_cache_algo is not None else {}
+    plan = kv_cache_plan(folder, config, flag, tensors)
+    if plan is None or config is None or plan.folder is None:
+        return plan
+    stored = stored_scales(config, tensors)
+    return dataclasses.replace(plan, source=_source(config, plan.recipe, stored), stored=stored)
 
 
 def _cast_plan(recipe: KVRecipe, flag: str) -> KVCachePlan:
@@ -162,80 +187,42 @@ def _declared_recipes(config: QuantConfig) -> tuple[str, ...]:
     return recipes
 
 
-def _recipe(config: QuantConfig, recipes: tuple[str, ...], stored: Mapping[str, StoredTensor]) -> KVRecipe:
-    bias = next((name for name in sorted(stored) if name.endswith("_bias")), None)
+def stored_names(folder: Path) -> Collection[str]:
+    """The names of a checkpoint's tensors, from its index or its headers; none where neither is there (yet)."""
+    index = folder / INDEX_NAME
+    if index.exists():
+        found = read_json_object(index).get("weight_map")
+        return found.keys() if isinstance(found, dict) else ()
+    return read_headers(folder).keys() if any(folder.glob("*.safetensors")) else ()
+
+
+def _recipe(config: QuantConfig, recipes: tuple[str, ...], stored: Sequence[str], folder: Path) -> KVRecipe:
+    bias = next((name for name in stored if name.endswith("_bias")), None)
     recipe = KV_RECIPES[config.kv_cache_recipe or recipes[0]]
     if bias is not None and not recipe.affine:
         affine = next((KV_RECIPES[name] for name in recipes if KV_RECIPES[name].affine), None)
         if affine is None or config.kv_cache_recipe is not None:
-            raise ModelOptExtError.at(stored[bias].file, bias, f"no biases for {config.kv_cache_algo}", "one")
+            raise ModelOptExtError.at(folder, bias, f"no biases for {config.kv_cache_algo}", "one")
         return affine
     return recipe
 
 
-def _owner(tensor: str) -> str:
-    """The attention module a KV tensor belongs to."""
-    module = tensor.rpartition(".")[0]
-    return module.rpartition(".")[0] if module.rpartition(".")[2] in _PROJECTIONS else module
-
-
-def _is_megatron(tensor: str) -> bool:
-    return tensor.rpartition(".")[0].rpartition(".")[2] not in _PROJECTIONS
-
-
-def _source(config: QuantConfig, recipe: KVRecipe, stored: Mapping[str, StoredTensor]) -> str:
+def _source(config: QuantConfig, recipe: KVRecipe, stored: StoredScales) -> str:
     if not stored:
         return f"{config.file.name}, no scales stored, amax {CAST_AMAX:g}"
-    divisor = _divisor(recipe, next(iter(stored)))
-    return f"{config.file.name}, scales read as amax / {divisor:g}"
+    return f"{config.file.name}, scales read as amax / {stored_divisor(recipe, stored.some().name):g}"
 
 
-def _divisor(recipe: KVRecipe, tensor: str) -> float:
-    """What amax was divided by in a stored scale."""
-    return recipe.format.range if _is_megatron(tensor) else E4M3_MAX
-
-
-def _read_layers(
-    config: QuantConfig, recipe: KVRecipe, tensors: Mapping[str, StoredTensor], stored: Mapping[str, StoredTensor]
-) -> dict[str, KVLayer]:
-    owners: dict[str, dict[str, StoredTensor]] = {}
-    for name, tensor in stored.items():
-        owners.setdefault(_owner(name), {})[name.rpartition(".")[2]] = tensor
-    if not owners:
-        if recipe.affine and tensors:
-            raise ModelOptExtError.at(config.file, "kv_cache_quant_algo", "k_bias and v_bias tensors for it", "none")
-        return {}
-    wanted = sorted(KV_CACHE_NAMES if recipe.affine else {name for name in KV_CACHE_NAMES if name.endswith("_scale")})
-    attention = {_owner(name) for name in tensors if name.endswith(".k_proj.weight")}
-    for owner in sorted(attention | owners.keys()):
-        found = owners.get(owner, {})
-        for name in wanted:
-            if name not in found:
-                some = next(iter(stored.values()))
-                raise ModelOptExtError.at(some.file, f"{owner}: {name}", "one for every attention layer", "none")
-    return {canonical_name(owner): _read_layer(recipe, found) for owner, found in owners.items()}
-
-
-def _read_layer(recipe: KVRecipe, found: Mapping[str, StoredTensor]) -> KVLayer:
-    scales, biases = {}, {}
-    for stored, tensor in read_tensors(list(found.values())):
-        name = stored.name.rpartition(".")[2]
-        if not tensor.is_floating_point() or tensor.dtype.itemsize < 2:
-            raise ModelOptExtError.at(stored.file, stored.name, "16-bit or 32-bit floats", tensor.dtype)
-        if name.endswith("_scale"):
-            if tensor.numel() != 1:
-                raise ModelOptExtError.at(stored.file, stored.name, "one value", f"shape {list(tensor.shape)}")
-            check_values(stored.file, stored.name, tensor, ValueRule.POSITIVE)
-            # In double precision and rounded once: the stored scale is itself a rounded quotient.
-            scales[name] = float(tensor) * _divisor(recipe, stored.name) / recipe.format.range
-        else:
-            if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != (1, 1):
-                raise ModelOptExtError.at(
-                    stored.file, stored.name, "shape [1, KV heads, 1, head_dim]", list(tensor.shape)
-                )
-            check_values(stored.file, stored.name, tensor, ValueRule.FINITE)
-            biases[name] = tensor[0, :, 0].to(torch.float32)
-    return KVLayer(scales["k_scale"], scales["v_scale"], biases.get("k_bias"), biases.get("v_bias"))
+def _declared_attention(folder: Path, stored: StoredScales) -> Attention:
+    """The decoder's attention layers by what is stored of each, up to the number that config.json has."""
+    fields = text_config(folder)
+    count = fields.get("num_hidden_layers")
+    shared = fields.get("num_kv_shared_layers")  # the last ones, which read the caches of others
+    end = count - (shared if isinstance(shared, int) else 0) if isinstance(count, int) else None
+    # Without a model's names: the list of most layers whose attention stores anything, the decoder's by far.
+    path = max(stored.blocks, key=lambda path: (path == DECODER_LAYERS, len(stored.blocks[path])))
+    numbers = (number for number in stored.blocks[path] if end is None or number < end)
+    return Attention({number: f"{path}.{number}.self_attn" for number in numbers})
 
 
 def is_latent(folder: Path) -> bool:
@@ -243,24 +230,36 @@ def is_latent(folder: Path) -> bool:
     return text_config(folder).get("kv_lora_rank") is not None
 
 
-def _check_heads(folder: Path, recipe: KVRecipe, layers: Mapping[str, KVLayer]) -> None:
-    """Head counts and sizes against config.json, where it states them."""
+def _head_sizes(folder: Path) -> tuple[int, int] | None:
+    """``(KV heads, head_dim)`` of config.json, None where it does not state them."""
     fields = text_config(folder)
     queries = fields.get("num_attention_heads")
     heads = fields.get("num_key_value_heads") or queries
     head_dim = fields.get("head_dim")
     if head_dim is None and isinstance(queries, int) and isinstance(fields.get("hidden_size"), int):
         head_dim = fields["hidden_size"] // queries
-    if not isinstance(head_dim, int) or not isinstance(heads, int):
+    return (heads, head_dim) if isinstance(head_dim, int) and isinstance(heads, int) else None
+
+
+def check_declared_head_dim(folder: Path, recipe: KVRecipe) -> None:
+    """:func:`check_head_dim` of config.json, where it states one."""
+    sizes = _head_sizes(folder)
+    if sizes is not None:
+        check_head_dim(recipe, sizes[1], folder / CONFIG_NAME)
+
+
+def _check_heads(folder: Path, recipe: KVRecipe, layers: Mapping[int, KVLayer]) -> None:
+    """Head counts and sizes against config.json, where it states them."""
+    sizes = _head_sizes(folder)
+    if sizes is None:
         return
-    check_head_dim(recipe, head_dim, folder / CONFIG_NAME)
-    for name, layer in layers.items():
+    for number, layer in layers.items():
         for side, bias in (("k_bias", layer.k_bias), ("v_bias", layer.v_bias)):
-            if bias is not None and tuple(bias.shape) != (heads, head_dim):
+            if bias is not None and tuple(bias.shape) != sizes:
                 raise ModelOptExtError.at(
                     folder,
-                    f"{name}: {side}",
-                    f"shape {[1, heads, 1, head_dim]}",
+                    f"layers.{number}.self_attn: {side}",
+                    f"shape {[1, sizes[0], 1, sizes[1]]}",
                     [1, bias.shape[0], 1, bias.shape[1]],
                 )
 

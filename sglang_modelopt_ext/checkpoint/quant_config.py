@@ -2,19 +2,21 @@
 
 ModelOpt writes ``hf_quant_config.json`` (``{"producer": ..., "quantization": {...}}``) and, since 0.29, a converted copy of it
 as ``quantization_config`` in ``config.json``. The copy knows less (no ``group_size`` for most formats) and calls the
-exclusions ``ignore``. Where both are there they must not contradict each other; what only one of them says is taken from it.
+exclusions ``ignore``. What only one of the two files says is taken from it. Where both speak they must not contradict each other,
+except in their exclusions: for a module that only one of them excludes, its tensors decide.
 """
 
 from __future__ import annotations
 
-import fnmatch
+import dataclasses
 import functools
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_modelopt_ext.checkpoint.names import EXPERT, Exclusions
+from sglang_modelopt_ext.checkpoint.names import canonical_name as canonical_name
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION
@@ -32,28 +34,9 @@ ROUNDS_ACTIVATIONS = "rounds_activations"
 KV_CACHE_RECIPE = "kv_cache_recipe"
 """Under :data:`OWN_KEY`: the KV cache's recipe, which tells a rotated cache from a plain one."""
 
-EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
-"""The name of one projection of one expert."""
 
-_NOT_NAMED = ("model", "language_model")
-
-
-def canonical_name(module: str) -> str:
-    """A module's name without the wrappers around the decoder.
-
-    The same linear layer is ``model.layers.0.mlp.up_proj`` in a text model's checkpoint, ``model.language_model.layers...`` in a
-    multimodal one and ``language_model.model.layers...`` in SGLang's module tree. Only leading parts are dropped.
-    """
-    parts = module.split(".")
-    while len(parts) > 1 and parts[0] in _NOT_NAMED:
-        parts.pop(0)
-    return ".".join(parts)
-
-
-def matches(pattern: str, module: str) -> bool:
-    """Whether an exclusion pattern names ``module``: by wildcard, exactly, or by naming one of its parents."""
-    pattern, module = canonical_name(pattern), canonical_name(module)
-    return fnmatch.fnmatchcase(module, pattern) or module.startswith(pattern + ".")
+_KV_CACHE_KEYS = ("kv_cache_quant_algo", "kv_cache_scheme")
+_KV_CACHE_BITS = {8: "FP8", 4: "NVFP4"}
 
 
 @dataclass(frozen=True)
@@ -73,35 +56,70 @@ class QuantConfig:
         algo: ``quant_algo`` in upper case, None for a checkpoint that quantizes only its KV cache.
         group_size: inputs per block scale, None when the configuration leaves it out.
         exclude_modules: patterns of modules that are not quantized.
+        doubtful_modules: patterns that only one of two files excludes; the tensors decide.
         quantized_layers: for MIXED_PRECISION, what each layer is.
         kv_cache_algo: the KV cache's scheme in upper case, or None.
         rounds_activations: recorded by this package's own exports, None elsewhere.
-        kv_cache_recipe: likewise, a name of ``KV_RECIPES``.
+        kv_cache_recipe: recorded by this package's own exports, a name of ``KV_RECIPES``; None elsewhere.
+        notes: what a user should know of the files, one line each.
     """
 
     file: Path
-    algo: str | None
+    algo: str | None = None
     group_size: int | None = None
     exclude_modules: tuple[str, ...] = ()
     quantized_layers: Mapping[str, LayerQuantization] = field(default_factory=dict)
     kv_cache_algo: str | None = None
     rounds_activations: bool | None = None
     kv_cache_recipe: str | None = None
+    doubtful_modules: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def is_excluded(self, module: str) -> bool:
-        """Whether ``module`` (a checkpoint's or SGLang's name of it) is declared as not quantized."""
-        return any(matches(pattern, module) for pattern in self.exclude_modules)
+        """Return whether ``module`` (a checkpoint's or SGLang's name of it) is declared as not quantized."""
+        return self._excluded.cover(module)
 
-    def layer(self, module: str) -> LayerQuantization | None:
-        """How ``module`` is quantized according to the configuration, None when it is not."""
-        if self.algo is None or self.is_excluded(module):
+    def layer(self, module: str, *, stored: bool = False) -> LayerQuantization | None:
+        """Return how ``module`` is quantized according to the configuration, None when it is not.
+
+        Args:
+            module: a checkpoint's or SGLang's name of it.
+            stored: whether it has the tensors of a quantized layer, which decides where two files differ.
+        """
+        if self.algo is None or self.is_excluded(module) or (not stored and self._doubtful.cover(module)):
             return None
         if self.algo != MIXED_PRECISION:
             return LayerQuantization(self.algo, self.group_size)
+        return self.listed(module)
+
+    def listed(self, module: str) -> LayerQuantization | None:
+        """Return the entry of a mix for ``module``, whether it is excluded or not."""
         wanted = canonical_name(module)
         expert = EXPERT.fullmatch(wanted)
         # ModelOpt lists all experts of a layer as the one module they are in Hugging Face's model.
         return self._listed.get(wanted) or (self._listed.get(expert["layer"]) if expert else None)
+
+    def renamed(self, rename: Callable[[str], str | None]) -> QuantConfig:
+        """Return a copy that also knows every pattern and layer by the name that ``rename`` gives it (None: no other)."""
+
+        def both(names: Iterable[str]) -> tuple[str, ...]:
+            return tuple(dict.fromkeys(name for old in names for name in (old, rename(old)) if name is not None))
+
+        layers = {name: entry for old, entry in self.quantized_layers.items() if (name := rename(old)) is not None}
+        return dataclasses.replace(
+            self,
+            exclude_modules=both(self.exclude_modules),
+            doubtful_modules=both(self.doubtful_modules),
+            quantized_layers={**layers, **self.quantized_layers},
+        )
+
+    @functools.cached_property
+    def _excluded(self) -> Exclusions:
+        return Exclusions(self.exclude_modules)
+
+    @functools.cached_property
+    def _doubtful(self) -> Exclusions:
+        return Exclusions(self.doubtful_modules)
 
     @property
     def algorithms(self) -> tuple[str, ...]:
@@ -138,54 +156,79 @@ def is_modelopt_section(section: object) -> bool:
 
 
 def read_quant_config(folder: Path) -> QuantConfig | None:
-    """The quantization of the checkpoint in ``folder``, or None when ModelOpt did not write one.
+    """Return the quantization of the checkpoint in ``folder``, or None when ModelOpt did not write one.
 
     Raises:
-        ModelOptExtError: a file that is not JSON, a field of the wrong type, or the two files disagreeing.
+        ModelOptExtError: a file that is not JSON, a field of the wrong type, the two files contradicting each other, or
+            ``config.json`` naming another method beside an ``hf_quant_config.json``.
     """
-    sections: list[QuantConfig] = []
     quant_file, config_file = folder / QUANT_CONFIG_NAME, folder / CONFIG_NAME
+    spoken = []
     if quant_file.exists():
-        sections.append(parse_quant_config(read_json_object(quant_file), quant_file))
+        content = read_json_object(quant_file)
+        if content.get("quantization") != {}:  # an empty section says nothing
+            spoken.append(_fields(content, quant_file))
     if config_file.exists():
-        config = read_json_object(config_file)
-        # Multimodal configurations keep the language model's section one level down.
-        for owner in (config, config.get("text_config")):
-            section = owner.get("quantization_config") if isinstance(owner, Mapping) else None
-            if isinstance(section, Mapping) and is_modelopt_section(section):
-                sections.append(parse_quant_config(section, config_file))
+        for section in quantization_sections(read_json_object(config_file)):
+            if is_modelopt_section(section):
+                assert isinstance(section, Mapping), "a section of ModelOpt's is an object"
+                spoken.append(_fields(section, config_file))
                 break
-            if section is not None and quant_file.exists():
+            if quant_file.exists():
                 raise ModelOptExtError.at(
                     config_file,
                     "quantization_config.quant_method",
                     f"modelopt, as in {QUANT_CONFIG_NAME}",
                     repr(section)[:80],
                 )
-    if not sections:
+    if not spoken:
         return None
-    return sections[0] if len(sections) == 1 else _merge(sections[0], sections[1])
+    return QuantConfig(**(_merge(*spoken) if len(spoken) == 2 else spoken[0]))
+
+
+def quantization_sections(config: Mapping[str, Any]) -> list[object]:
+    """Return what a ``config.json`` says of quantization, the one that SGLang prefers first; None of them is ``null``.
+
+    Multimodal configurations may keep the language model's section one level down; ``compression_config`` is the name of
+    compressed-tensors.
+    """
+    text = config.get("text_config")
+    found = [
+        config.get("quantization_config"),
+        text.get("quantization_config") if isinstance(text, Mapping) else None,
+        config.get("compression_config"),
+    ]
+    return [section for section in found if section is not None]
 
 
 def parse_quant_config(content: Mapping[str, Any], file: Path) -> QuantConfig:
-    """Reads one section, nested (``{"quantization": {...}}``) or flat. Raises ModelOptExtError for a malformed field."""
+    """Read one section, nested (``{"quantization": {...}}``) or flat. Raises ModelOptExtError for a malformed field."""
+    return QuantConfig(**_fields(content, file))
+
+
+def _fields(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
+    """Return the fields of a :class:`QuantConfig` that a section has a word for, ``algo`` in any case."""
     section = content.get("quantization", content)
     # config.json leaves the algorithm out where only the KV cache is quantized.
-    if not isinstance(section, Mapping) or not section.keys() & {"quant_algo", "kv_cache_scheme"}:
+    if not isinstance(section, Mapping) or not section.keys() & {"quant_algo", *_KV_CACHE_KEYS}:
         raise ModelOptExtError.at(file, "quantization.quant_algo", "the name of a ModelOpt algorithm", "no such field")
     algo = section.get("quant_algo")
     if algo is not None and (not isinstance(algo, str) or not algo):
         raise ModelOptExtError.at(file, "quant_algo", "a string or null", repr(algo))
-    return QuantConfig(
-        file=file,
-        algo=algo.upper() if algo else None,
-        group_size=_group_size(section, file),
-        exclude_modules=_exclusions(section, file),
-        quantized_layers=_quantized_layers(section, file),
-        kv_cache_algo=_kv_cache_algo(section, file),
-        rounds_activations=_rounds_activations(content, file),
-        kv_cache_recipe=_kv_cache_recipe(content, file),
-    )
+    found: dict[str, Any] = {"file": file}
+    if "quant_algo" in section:
+        found["algo"] = algo.upper() if algo else None
+    optional = {
+        "group_size": _group_size(section, file),
+        "exclude_modules": _exclusions(section, file),
+        "quantized_layers": _quantized_layers(section, file) or None,
+        "rounds_activations": _rounds_activations(content, file),
+        "kv_cache_recipe": _kv_cache_recipe(content, file),
+    }
+    found |= {name: value for name, value in optional.items() if value is not None}
+    if section.keys() & set(_KV_CACHE_KEYS):  # null is a word too: no quantized cache
+        found["kv_cache_algo"] = _kv_cache_algo(section, file)
+    return found
 
 
 def _positive_int(value: object, file: Path, name: str) -> int | None:
@@ -202,13 +245,14 @@ def _group_size(section: Mapping[str, Any], file: Path) -> int | None:
     # For MIXED_PRECISION the groups are per-layer guesses of the conversion (it writes 16 where nothing is known).
     mixed = str(section.get("quant_algo")).upper() == MIXED_PRECISION
     if declared is None and not mixed and isinstance(groups, Mapping) and len(groups) == 1:
-        weights = next(iter(groups.values())).get("weights")
+        (group,) = groups.values()
+        weights = group.get("weights") if isinstance(group, Mapping) else None
         if isinstance(weights, Mapping):
             declared = _positive_int(weights.get("group_size"), file, "config_groups.weights.group_size")
     return declared
 
 
-def _exclusions(section: Mapping[str, Any], file: Path) -> tuple[str, ...]:
+def _exclusions(section: Mapping[str, Any], file: Path) -> tuple[str, ...] | None:
     for name in ("exclude_modules", "ignore"):
         value = section.get(name)
         if value is None:
@@ -220,7 +264,7 @@ def _exclusions(section: Mapping[str, Any], file: Path) -> tuple[str, ...]:
         ):
             raise ModelOptExtError.at(file, name, "a list of module patterns", repr(value)[:80])
         return tuple(value)
-    return ()
+    return None
 
 
 def _quantized_layers(section: Mapping[str, Any], file: Path) -> dict[str, LayerQuantization]:
@@ -240,12 +284,12 @@ def _quantized_layers(section: Mapping[str, Any], file: Path) -> dict[str, Layer
 
 
 def _kv_cache_algo(section: Mapping[str, Any], file: Path) -> str | None:
-    value = section.get("kv_cache_quant_algo", section.get("kv_cache_scheme"))
-    if isinstance(value, Mapping):
-        # The converted form of config.json; only FP8 has one.
-        if value.get("type") == "float" and value.get("num_bits") == 8:
-            return "FP8"
-        raise ModelOptExtError.at(file, "kv_cache_scheme", "8-bit float or a name", repr(dict(value))[:80])
+    value = next(section[key] for key in _KV_CACHE_KEYS if key in section)
+    if isinstance(value, Mapping):  # the converted form of config.json
+        for bits, name in _KV_CACHE_BITS.items():
+            if value.get("type") == "float" and value.get("num_bits") == bits:
+                return name
+        raise ModelOptExtError.at(file, "kv_cache_scheme", "an 8-bit or 4-bit float or a name", repr(dict(value))[:80])
     if value is not None and not isinstance(value, str):
         raise ModelOptExtError.at(file, "kv_cache_quant_algo", "a string or null", repr(value))
     return value.upper() if value else None
@@ -262,39 +306,27 @@ def _rounds_activations(content: Mapping[str, Any], file: Path) -> bool | None:
 def _kv_cache_recipe(content: Mapping[str, Any], file: Path) -> str | None:
     own = content.get(OWN_KEY)
     value = own.get(KV_CACHE_RECIPE) if isinstance(own, Mapping) else None
-    if value is not None and value not in KV_RECIPES:
+    if value is not None and value not in tuple(KV_RECIPES):
         raise ModelOptExtError.at(file, f"{OWN_KEY}.{KV_CACHE_RECIPE}", f"one of {', '.join(KV_RECIPES)}", repr(value))
     return value
 
 
-def _merge(first: QuantConfig, second: QuantConfig) -> QuantConfig:
-    """One description from two files; raises ModelOptExtError where both speak and disagree."""
-    for name, mine, other in (
-        ("quant_algo", first.algo, second.algo),
-        ("group_size", first.group_size, second.group_size),
-        ("kv_cache_quant_algo", first.kv_cache_algo, second.kv_cache_algo),
-    ):
-        silent = other is None and name == "group_size"
-        if mine != other and not silent and not (mine is None and name == "group_size"):
-            raise ModelOptExtError.at(second.file, name, f"{mine}, as in {first.file.name}", other)
-    if set(first.exclude_modules) != set(second.exclude_modules):
-        differ = sorted(set(first.exclude_modules) ^ set(second.exclude_modules))
-        raise ModelOptExtError.at(
-            second.file, "ignore", f"the exclude_modules of {first.file.name}", f"a difference in {', '.join(differ)}"
-        )
-    if first.quantized_layers and second.quantized_layers and first.quantized_layers != second.quantized_layers:
-        names = set(first.quantized_layers) | set(second.quantized_layers)
-        differ = sorted(n for n in names if first.quantized_layers.get(n) != second.quantized_layers.get(n))
-        raise ModelOptExtError.at(
-            second.file, f"quantized_layers.{differ[0]}", f"as in {first.file.name}", "another value"
-        )
-    return QuantConfig(
-        file=first.file,
-        algo=first.algo,
-        group_size=first.group_size if first.group_size is not None else second.group_size,
-        exclude_modules=first.exclude_modules,
-        quantized_layers=first.quantized_layers or second.quantized_layers,
-        kv_cache_algo=first.kv_cache_algo,
-        rounds_activations=first.rounds_activations,
-        kv_cache_recipe=first.kv_cache_recipe,
-    )
+def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Return what two files say together; raises ModelOptExtError where both speak and contradict each other."""
+    where, file = second["file"], first["file"]
+    for name, key in (("quant_algo", "algo"), ("group_size", "group_size"), ("kv_cache_quant_algo", "kv_cache_algo")):
+        if key in first and key in second and first[key] != second[key]:
+            raise ModelOptExtError.at(where, name, f"{first[key]}, as in {file.name}", second[key])
+    layers, others = first.get("quantized_layers"), second.get("quantized_layers")
+    if layers is not None and others is not None and layers != others:
+        differ = sorted(name for name in layers.keys() | others.keys() if layers.get(name) != others.get(name))
+        raise ModelOptExtError.at(where, f"quantized_layers.{differ[0]}", f"as in {file.name}", "another value")
+    merged = {**second, **first}
+    excluded, ignored = first.get("exclude_modules"), second.get("exclude_modules")
+    if excluded is not None and ignored is not None and set(excluded) != set(ignored):
+        merged["exclude_modules"] = tuple(name for name in excluded if name in ignored)
+        doubtful = tuple(name for name in dict.fromkeys((*excluded, *ignored)) if name not in merged["exclude_modules"])
+        merged["doubtful_modules"] = doubtful
+        few = ", ".join(doubtful[:3]) + (f" and {len(doubtful) - 3} more" if len(doubtful) > 3 else "")
+        merged["notes"] = (f"{where}: ignore differs from exclude_modules of {file.name} in {few}: the tensors decide",)
+    return merged

@@ -6,6 +6,7 @@ model. Block scales are checked where they are loaded (:mod:`sglang_modelopt_ext
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,26 +14,17 @@ from pathlib import Path
 import torch
 
 from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, is_expert, read_experts
-from sglang_modelopt_ext.checkpoint.quant_config import (
-    LayerQuantization,
-    QuantConfig,
-    canonical_name,
-    read_quant_config,
-)
+from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS as FUSED_SHARDS
+from sglang_modelopt_ext.checkpoint.names import canonical_name
+from sglang_modelopt_ext.checkpoint.quant_config import LayerQuantization, QuantConfig, read_quant_config
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
 from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_blocks
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme
+from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme, is_fp4
 from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, ValueRule
-
-FUSED_SHARDS: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-"""SGLang's fused linear layers and the checkpoint's layers each is made of, in order."""
 
 _SCALE_NAMES = frozenset(
     {PRE_QUANT_SCALE.name, LORA_A, LORA_B}
@@ -105,6 +97,12 @@ class Checkpoint:
             return None
         return next((spec for spec in linear.scheme.tensors if spec.name == name), None)
 
+    def leaves_out(self, tensor: str) -> bool:
+        """Whether it is a scale of activations that are not rounded, of a quantized layer."""
+        module, _, name = standard_name(tensor).rpartition(".")
+        linear = self.linears.get(canonical_name(module))
+        return linear is not None and name in _SCALE_NAMES and name not in linear.stored
+
 
 def layer_scheme(
     config: QuantConfig, quantization: LayerQuantization, stored: Mapping[str, StoredTensor] | None = None
@@ -162,21 +160,29 @@ def assumption(config: QuantConfig) -> str | None:
     )
 
 
-def read_checkpoint(folder: Path, config: QuantConfig | None = None) -> Checkpoint:
-    """Reads and validates the checkpoint in ``folder``.
+def read_checkpoint(folder: Path, config: QuantConfig | None = None, *, rounds_fp4: bool = True) -> Checkpoint:
+    """Reads and validates the checkpoint in ``folder``; ``rounds_fp4`` as for :func:`survey_checkpoint`.
 
     Raises:
         ModelOptExtError: anything about the files, the configuration, or the name, shape and dtype of a tensor that is not as
             the scheme declares it.
     """
-    checkpoint, problems = survey_checkpoint(folder, config)
+    checkpoint, problems = survey_checkpoint(folder, config, rounds_fp4=rounds_fp4)
     if problems:
         raise problems[0]
     return checkpoint
 
 
-def survey_checkpoint(folder: Path, config: QuantConfig | None = None) -> tuple[Checkpoint, list[ModelOptExtError]]:
+def survey_checkpoint(
+    folder: Path, config: QuantConfig | None = None, *, rounds_fp4: bool = True
+) -> tuple[Checkpoint, list[ModelOptExtError]]:
     """The same without stopping at a layer that is wrong: the description of the others, and every fault found.
+
+    Args:
+        folder: the checkpoint.
+        config: what it declares, read when None.
+        rounds_fp4: whether recipes with FP4 activations will be served with them. Where not, their scales are not needed: a
+            checkpoint that lacks some is read as one without any.
 
     Raises:
         ModelOptExtError: the files or the configuration cannot be read, so that nothing can be said of the layers.
@@ -186,9 +192,11 @@ def survey_checkpoint(folder: Path, config: QuantConfig | None = None) -> tuple[
         raise ModelOptExtError.at(folder, "quantization_config", "a checkpoint exported by ModelOpt", "none")
     tensors = read_headers(folder)
     linears, problems, incomplete = {}, [], set()
-    for module, stored in _quantized_modules(tensors).items():
+    modules = _quantized_modules(tensors)
+    keeps = not rounds_fp4 and any(_lacks_fp4_scale(config.layer(module), stored) for module, stored in modules.items())
+    for module, stored in modules.items():
         try:
-            linears[canonical_name(module)] = _describe(module, stored, config)
+            linears[canonical_name(module)] = _describe(module, stored, config, keeps)
         except ModelOptExtError as error:
             problems.append(error)
             incomplete.add(canonical_name(module))
@@ -227,15 +235,29 @@ def _quantized_modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[st
     }
 
 
-def _describe(module: str, stored: Mapping[str, StoredTensor], config: QuantConfig) -> QuantizedLinear:
+def _lacks_fp4_scale(quantization: LayerQuantization | None, stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether a layer of a recipe with FP4 activations stores no scale for them."""
+    scheme = SCHEMES.get(quantization.algo) if quantization is not None else None
+    activation = scheme.activation_format() if scheme is not None else None
+    return is_fp4(activation) and any(spec.name not in stored and not spec.optional for spec in activation.tensors)
+
+
+def _describe(
+    module: str, stored: Mapping[str, StoredTensor], config: QuantConfig, keeps_fp4: bool = False
+) -> QuantizedLinear:
+    """``keeps_fp4``: read the layer without its FP4 activations, and without their tensors."""
     some = next(iter(stored.values()))
-    quantization = config.layer(module)
+    quantization = config.layer(module, stored=True)
     if quantization is None:
         extra = next(tensor for name, tensor in sorted(stored.items()) if name in _SCALE_NAMES or name == "weight")
         raise ModelOptExtError.at(
             some.file, extra.name, f"no quantized tensors: {config.file.name} says the layer is not quantized", "one"
         )
     scheme = layer_scheme(config, quantization, stored)
+    if keeps_fp4 and is_fp4(scheme.activation):
+        dropped = {spec.name for spec in scheme.activation.tensors}
+        stored = {name: tensor for name, tensor in stored.items() if name not in dropped}
+        scheme = dataclasses.replace(scheme, activation=None)
     specs = {spec.name: spec for spec in scheme.tensors}
     for name, tensor in stored.items():
         if name not in specs and name != "bias":

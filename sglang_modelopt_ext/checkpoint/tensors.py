@@ -7,7 +7,7 @@ points nowhere or outside the folder, tensors stored twice.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +104,19 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not (index.parent / name).is_file():
             raise ModelOptExtError.at(index, tensor, f"the file {name} beside it", "no such file")
     return weight_map
+
+
+def tensor_names(folder: Path) -> Collection[str]:
+    """Return the names of a checkpoint's tensors, from its index where it has one; none where no weights are there (yet).
+
+    Raises:
+        ModelOptExtError: an index or a file that cannot be read.
+    """
+    index = folder / INDEX_NAME
+    if index.exists():
+        found = read_json_object(index).get("weight_map")
+        return found.keys() if isinstance(found, dict) else ()
+    return read_headers(folder).keys() if any(folder.glob("*.safetensors")) else ()
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:

@@ -18,7 +18,7 @@ class InspectResult(Result, frozen=True, kw_only=True):
     contents: Contents
 
     def passed(self) -> bool:
-        """Whether nothing is wrong with the checkpoint."""
+        """Whether nothing is known that a server would stop at."""
         return not self.contents.problems
 
     def text(self) -> str:
@@ -33,6 +33,10 @@ class InspectResult(Result, frozen=True, kw_only=True):
         if self.contents.record:
             record = (f"  {name}: {_shortened(name, value)}" for name, value in self.contents.record.items())
             parts.append("\n".join(["recorded when it was made:", *record]))
+        parts.append(self._loading())
+        if self.contents.remarks:
+            remarks = (f"  {remark}" for remark in self.contents.remarks)
+            parts.append("\n".join(["what this package would object to:", *remarks]))
         parts += [f"note: {note}" for note in self.contents.notes]
         problems = self.contents.problems
         parts.append("\n".join([f"problems: {len(problems) or 'none'}", *(f"  {problem}" for problem in problems)]))
@@ -71,6 +75,18 @@ class InspectResult(Result, frozen=True, kw_only=True):
             for name, reason in group.passed_over.items():
                 reasons[f"  {group.kernel or 'none'} and not {name} for {group.weight}: {name} {reason}"] = None
         return "\n".join([*lines, *reasons])
+
+    def _loading(self) -> str:
+        loading = self.contents.loading
+        if not loading.checked:
+            return f"loads: not checked: {loading.why_not}"
+        if loading.loads:
+            left_out = f"; {loading.left_out} stored tensors are not needed" if loading.left_out else ""
+            return f"loads: into {loading.model} of SGLang, by names, types and shapes; values were not read{left_out}"
+        names = [f"  missing: {name}" for name in loading.missing] + [
+            f"  left over: {name}" for name in loading.left_over
+        ]
+        return "\n".join(["loads: no, see the problems", *names])
 
     def _layers(self) -> str:
         header = ["quantized layers", "algorithm", "weight", "activation", "kernel"]
@@ -131,13 +147,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--scales", action="store_true", help="read all scales, check them and show their ranges; else headers only"
     )
+    parser.add_argument(
+        "--headers-only",
+        action="store_true",
+        help="do not try whether SGLang's model class loads it, which imports SGLang",
+    )
 
 
 def run(args: argparse.Namespace) -> InspectResult:
     """Inspects the checkpoint."""
     target = find_target(args.gpu)
     folder = find_folder(args.checkpoint, "CHECKPOINT")
-    return InspectResult(contents=inspect_checkpoint(folder, target, each_layer=args.layers, scales=args.scales))
+    contents = inspect_checkpoint(
+        folder, target, each_layer=args.layers, scales=args.scales, rehearse=not args.headers_only
+    )
+    return InspectResult(contents=contents)
 
 
 COMMAND = Command("inspect", "Show what is in a checkpoint and what will serve it.", add_arguments, run, InspectResult)

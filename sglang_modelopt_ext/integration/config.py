@@ -27,8 +27,9 @@ from sglang_modelopt_ext.checkpoint.reader import (
     assumption,
     check_scalar_values,
     layer_scheme,
-    read_checkpoint,
 )
+from sglang_modelopt_ext.checkpoint.unserved import read_for_serving
+from sglang_modelopt_ext.dispatch import rounds_fp4
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.folders import config_folder, weights_folder
@@ -60,6 +61,7 @@ class ModelOptExtConfig(QuantizationConfig):
         config: what the checkpoint declares.
         checkpoint: its tensors, None for ``--load-format dummy``.
         packed_modules_mapping: the model's fused layers, beside the usual ones.
+        is_draft: whether it is for the draft of speculative decoding, which is made of the checkpoint's MTP block.
     """
 
     def __init__(
@@ -68,11 +70,13 @@ class ModelOptExtConfig(QuantizationConfig):
         config: QuantConfig,
         checkpoint: Checkpoint | None,
         packed_modules_mapping: Mapping[str, list[str]] | None = None,
+        is_draft: bool = False,
     ) -> None:
         super().__init__()
         self.family = family
         self.config = config
         self.checkpoint = checkpoint
+        self.is_draft = is_draft
         self.packed_modules_mapping = {**FUSED_SHARDS, **(packed_modules_mapping or {})}
         self.linears: dict[str, QuantizedLinear] = dict(checkpoint.linears) if checkpoint else {}
         self.experts: dict[str, ExpertLayer] = dict(checkpoint.experts) if checkpoint else {}
@@ -113,7 +117,8 @@ class ModelOptExtConfig(QuantizationConfig):
         return []
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
-        """Adds SGLang's names of the layers to the checkpoint's, for models that rename modules."""
+        """Add SGLang's names to the checkpoint's, of layers and in the configuration's lists, for models that rename modules."""
+        self.config = self.config.renamed(hf_to_sglang_mapper._map_name)
         for linear in list(self.linears.values()):
             renamed = hf_to_sglang_mapper._map_name(linear.name)
             if renamed is not None:
@@ -268,14 +273,25 @@ def _get_quant_config(
             model_config.model_path, "quant_algo", f"a checkpoint of {model_config.quantization}", "none"
         )
     family, config = owned
+    is_draft = bool(getattr(model_config, "is_draft_model", False))
     assumed = assumption(config)
     if assumed:
         _warn_once_on_rank0(assumed)
     if load_format == "dummy":
-        return ModelOptExtConfig(family, config, None, packed_modules_mapping)
-    checkpoint = read_checkpoint(weights_folder(model_config, load_config), config)
+        return ModelOptExtConfig(family, config, None, packed_modules_mapping, is_draft)
+    checkpoint = read_served(weights_folder(model_config, load_config), config)
+    return ModelOptExtConfig(family, config, checkpoint, packed_modules_mapping, is_draft)
+
+
+def read_served(folder: Path, config: QuantConfig) -> Checkpoint:
+    """The checkpoint as this machine serves it. Raises ModelOptExtError naming the cause where it cannot."""
+    capability = gpu_capability()
+    device = "cpu" if capability is None else "cuda"
+    checkpoint, problems = read_for_serving(folder, config, rounds_fp4=rounds_fp4(device, capability))
+    if problems:
+        raise problems[0]
     check_scalar_values(checkpoint)
-    return ModelOptExtConfig(family, config, checkpoint, packed_modules_mapping)
+    return checkpoint
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """Quantized KV caches in SGLang: which recipe, checked before anything starts, and the pool that holds it.
 
-The plan of a cache comes from the checkpoint's folder and the flag alone, whoever serves the weights. On a GPU the plain FP8 cache,
-and NVFP4 under SGLang's own flag for it, are SGLang's, with the checkpoint's scales loaded here. So are the other recipes where
+The recipe is settled before any process starts, from the checkpoint's configuration, the names of its tensors and the flag. The
+scales are read when the weights are there, for the attention layers that the model has. On a GPU the plain FP8 cache, and whatever
+SGLang's own flags say, are SGLang's: the checkpoint's scales are loaded here where they fit, and nothing about them is an error
+that is none without this package. SGLang's pool also holds the other recipes where
 ``--attention-backend`` names attention of SGLang's that can have a bias or a rotation around it
 (:mod:`sglang_modelopt_ext.kv.wrapped`): SGLang then resolves its own flag, and by that its checks, its pool and its kernels.
 Everything else, and every recipe on a CPU, is a pool of ours.
@@ -12,8 +14,7 @@ from __future__ import annotations
 import functools
 import logging
 import typing
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,14 +26,12 @@ from sglang_modelopt_ext.checkpoint.kv_cache import (
     STOCK_FP8_KV,
     KVCachePlan,
     check_head_dim,
-    is_latent,
-    kv_cache_plan,
 )
-from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
-from sglang_modelopt_ext.checkpoint.reader import is_kv_cache_tensor
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.folders import config_folder
+from sglang_modelopt_ext.integration.folders import config_folder, downloaded_folder
 from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.integration.kv_scales import plan_for, scales_for_sglang, served_plan, wrapped_plan
+from sglang_modelopt_ext.integration.ownership import gpu_capability, owned_family
 from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 
 logger = logging.getLogger(__name__)
@@ -74,18 +73,16 @@ UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 """Arguments that do not go with a cache of ours: the flag, whether it is set, why not."""
 
 
-@functools.lru_cache(maxsize=8)
-def plan_for(model_path: str, revision: str | None, flag: str) -> KVCachePlan | None:
-    """The plan for a model under ``--kv-cache-dtype flag``, None where it is SGLang's own business. Raises ModelOptExtError."""
-    folder = config_folder(model_path, revision)
-    if folder is None:
-        return kv_cache_plan(Path(model_path), None, flag)
-    return kv_cache_plan(folder, read_quant_config(folder), flag)
+def is_stock(plan: KVCachePlan, device: str) -> bool:
+    """Whether a pool of SGLang's own holds the cache without anything around it: plain FP8 on every device but a CPU."""
+    return device != "cpu" and plan.recipe.name == "fp8"
 
 
-def is_stock(plan: KVCachePlan, device: str, flag: str) -> bool:
-    """Whether a pool of SGLang's own holds the cache: FP8, and NVFP4 where its flag (Blackwell only) asks for it."""
-    return device == "cuda" and (plan.recipe.name == "fp8" or flag in STOCK_FLAGS)
+def _is_sglangs(args: Any) -> bool:
+    """Whether SGLang serves the weights itself. Raises ModelOptExtError for a checkpoint that nobody serves."""
+    folder = config_folder(args.model_path, args.revision)
+    flag = args.quantization.lower() if args.quantization else None
+    return folder is None or owned_family(folder, flag, gpu_capability()) is None
 
 
 def asks_for_wrapped(args: Any) -> bool:
@@ -94,32 +91,38 @@ def asks_for_wrapped(args: Any) -> bool:
     return _device(args) == "cuda" and bool(named & WRAPPED_BACKENDS)
 
 
-def wrapped_plan(server_args: Any) -> KVCachePlan | None:
-    """The plan of a cache in SGLang's own pool that SGLang's flag alone does not describe; None for any other.
-
-    From what the user gave, which stays in the arguments, and what :func:`declare` made of it: every process finds the same.
-    """
-    from sglang.srt.arg_groups.overrides import resolved_view
-
-    given, settled = server_args.kv_cache_dtype, resolved_view(server_args).kv_cache_dtype
-    if settled not in STOCK_FLAGS or given in STOCK_FLAGS:
-        return None
-    plan = plan_for(server_args.model_path, server_args.revision, given)
-    return None if plan is None or plan.recipe.name == "fp8" else plan
-
-
 def declare(server_args: Any) -> None:
-    """Settles the flag and the attention backend before SGLang picks defaults. Raises ModelOptExtError for a bad combination."""
-    from sglang.srt.arg_groups.overrides import declare_resolution, resolving_view
+    """Settles the flag and the attention backend before SGLang picks defaults. Raises ModelOptExtError for a bad combination.
+
+    Where SGLang serves the weights and nobody asked for a cache of ours, what stands in the way of one leaves the cache to SGLang.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
 
     if wrapped_plan(server_args) is not None:
         return  # settled before: the flag is SGLang's by now
     args = resolving_view(server_args)
-    plan = plan_for(args.model_path, args.revision, args.kv_cache_dtype)
-    if plan is None:
-        return
+    asked = args.kv_cache_dtype in KV_FLAGS
+    if _device(args) == "cuda" and not asked and args.kv_cache_dtype != "auto":
+        return  # SGLang's own flag on SGLang's own device
+    plan = None
+    try:
+        plan = plan_for(args.model_path, args.revision, args.kv_cache_dtype)
+        if plan is not None:
+            _declare_plan(server_args, args, plan)
+    except ModelOptExtError as error:
+        # Without its biases a cache would be another than the checkpoint was calibrated for.
+        needs_ours = asked or _device(args) != "cuda" or (plan is not None and plan.recipe.affine)
+        if needs_ours or not _is_sglangs(args):
+            raise
+        logger.warning("modelopt_ext: the KV cache is left to SGLang: %s", error)
+
+
+def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
+    """Raises ModelOptExtError, before anything is declared, where the plan's cache does not go with the arguments."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
     device = _device(args)
-    if is_stock(plan, device, args.kv_cache_dtype):
+    if is_stock(plan, device):
         if args.kv_cache_dtype in KV_FLAGS:
             declare_resolution(server_args, __name__, kv_cache_dtype=STOCK_FP8_KV)
         return
@@ -215,7 +218,7 @@ def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_laye
     from sglang.srt.runtime_context import get_parallel, get_server_args
     from sglang.srt.utils import log_info_on_rank0
 
-    from sglang_modelopt_ext.kv.layers import check_sinks
+    from sglang_modelopt_ext.kv.layers import check_sinks, served_attention
     from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
 
     config = self.model_config
@@ -228,12 +231,11 @@ def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_laye
         )
     if config.v_head_dim != config.head_dim:
         raise ModelOptExtError.at(config.model_path, "v_head_dim", f"head_dim, {config.head_dim}", config.v_head_dim)
-    args = get_server_args()
-    plan = plan_for(args.model_path, args.revision, self.kv_cache_dtype_str)
-    assert plan is not None, "a flag of ours has a plan"
+    plan = served_plan(get_server_args(), self.kv_cache_dtype_str)
     method = ModelOptExtKVMethod(recipe)
     parallel = get_parallel()
-    method.load_layers(self.model, plan, parallel.attn_tp_rank, parallel.attn_tp_size)
+    numbers = plan.resolve(served_attention(self.model)).layers
+    method.load_layers(self.model, numbers, parallel.attn_tp_rank, parallel.attn_tp_size)
     log_info_on_rank0(logger, f"modelopt_ext: KV cache {recipe.name}, {plan.source}")
     return method
 
@@ -247,19 +249,27 @@ def _set_scales_of_sglangs_cache(configurator: Any, method: Any) -> None:
     from sglang.srt.utils import log_info_on_rank0
 
     from sglang_modelopt_ext.kv import wrapped
-    from sglang_modelopt_ext.kv.layers import check_sinks, rank_layers
+    from sglang_modelopt_ext.kv.layers import check_sinks, rank_layers, served_attention
 
     args, model, config = get_server_args(), configurator.model, configurator.model_config
-    plan = wrapped_plan(args)
-    if plan is None and configurator.kv_cache_dtype_str == "nvfp4":
-        plan = plan_for(args.model_path, args.revision, "nvfp4")
+    is_wrapped = wrapped_plan(args) is not None
+    if is_wrapped:
+        plan: KVCachePlan | None = served_plan(args, args.kv_cache_dtype)
+    elif configurator.kv_cache_dtype_str == "nvfp4":
+        plan = scales_for_sglang(args, downloaded_folder(args.model_path, args.revision, args.download_dir), "nvfp4")
+    else:
+        return
     if plan is None:
         return
     recipe, parallel, sm100 = plan.recipe, get_parallel(), bool(get_platform().is_sm100)
     backends = _attention_backends(args)
-    layers = rank_layers(model, plan, parallel.attn_tp_rank, parallel.attn_tp_size)
-    wrapped.check_range(recipe, layers, backends[0])
-    if wrapped_plan(args) is not None:
+    attention = served_attention(model)
+    numbers = plan.resolve(attention, strict=is_wrapped)
+    if numbers.layers.keys() != attention.layers.keys():
+        return  # SGLang's own way with a checkpoint that has scales for some layers
+    layers = rank_layers(model, numbers.layers, parallel.attn_tp_rank, parallel.attn_tp_size)
+    if is_wrapped:
+        wrapped.check_range(recipe, layers, backends[0])
         check_sinks(model)
         wrapped.check_attention(model, config.dtype)
         check_head_dim(recipe, config.head_dim, config.model_path)
@@ -297,6 +307,15 @@ def _build_mha_kv_pool(
     )
 
 
+HYBRID_SWA, LINEAR_ATTENTION, SPARSE = "a hybrid sliding-window cache", "linear attention", "sparse attention"
+"""Models whose caches a recipe of ours has no pool for."""
+
+
+def refused_pool(kind: str, flag: str) -> ModelOptExtError:
+    """The error for a cache of ours in a model of that kind."""
+    return ModelOptExtError.at("command line", "--kv-cache-dtype", f"bf16 for a model with {kind}", flag)
+
+
 def _refuse_pool(kind: str) -> Callable[..., Any]:
     """A wrapper around the builder of another pool than that of plain attention."""
 
@@ -305,47 +324,10 @@ def _refuse_pool(kind: str) -> Callable[..., Any]:
 
         plan = wrapped_plan(get_server_args())
         if self.kv_cache_dtype_str in KV_FLAGS or plan is not None:
-            flag = self.kv_cache_dtype_str if plan is None else FLAG_PREFIX + plan.recipe.name
-            raise ModelOptExtError.at("command line", "--kv-cache-dtype", f"auto or bf16 for a model with {kind}", flag)
+            raise refused_pool(kind, self.kv_cache_dtype_str if plan is None else FLAG_PREFIX + plan.recipe.name)
         return original(self, *args, **kwargs)
 
     return around
-
-
-def _get_all_weights(
-    original: Callable[..., Iterator[tuple[str, torch.Tensor]]], self: Any, model_config: Any, model: torch.nn.Module
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights without the KV cache's numbers, which SGLang's models load, drop or fail on, each in its way."""
-    folder = config_folder(model_config.model_path, model_config.revision)
-    config = read_quant_config(folder) if folder is not None else None
-    if folder is None or config is None or config.kv_cache_algo is None or is_latent(folder):
-        yield from original(self, model_config, model)
-        return
-    set_stock_scales(model, plan_for(model_config.model_path, model_config.revision, "auto"))
-    for name, tensor in original(self, model_config, model):
-        if not is_kv_cache_tensor(name):
-            yield name, tensor
-
-
-def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan | None) -> None:
-    """Writes the plan of a cache of SGLang's own into the ``k_scale`` and ``v_scale`` of its layers, where the model has them.
-
-    Its NVFP4 caches expect amax / 2688 there, while exports store amax / 448; the pool of plain attention takes them away
-    again (:func:`_set_scales_of_sglangs_cache`). Layers that are set up already, as in an update of the weights, stay as they are.
-    """
-    from sglang.srt.runtime_context import get_model
-
-    from sglang_modelopt_ext.kv.layers import attention_layers
-
-    flag = get_model().kv_cache_dtype
-    if plan is None or plan.recipe.name != ("fp8" if flag == "auto" else STOCK_FLAGS.get(flag)):
-        return
-    for name, module in attention_layers(model):
-        if not isinstance(module.k_scale, torch.nn.Parameter) or module.k_scale_float is not None:
-            continue
-        layer = plan.layer(name)
-        module.k_scale.data.fill_(layer.k_scale)
-        module.v_scale.data.fill_(layer.v_scale)
 
 
 def register_kv_caches() -> None:
@@ -384,11 +366,12 @@ def _wrapped_backend(original: Callable[[Any], Any], runner: Any) -> Any:
         return backend
     from sglang.srt.runtime_context import get_parallel
 
-    from sglang_modelopt_ext.kv.layers import rank_layers
+    from sglang_modelopt_ext.kv.layers import rank_layers, served_attention
     from sglang_modelopt_ext.kv.wrapped import around_layers, wrap
 
-    parallel = get_parallel()
-    layers = rank_layers(runner.model, plan, parallel.attn_tp_rank, parallel.attn_tp_size)
+    parallel, args = get_parallel(), runner.server_args
+    numbers = served_plan(args, args.kv_cache_dtype).resolve(served_attention(runner.model)).layers
+    layers = rank_layers(runner.model, numbers, parallel.attn_tp_rank, parallel.attn_tp_size)
     wrap(backend, around_layers(plan.recipe, layers, runner.model, runner.device))
     return backend
 
@@ -436,24 +419,18 @@ HOOKS = (
         _CONFIGURATOR + "_build_hybrid_swa_kv_pool",
         ("self", "full_max_total_num_tokens", "swa_max_total_num_tokens", "mha_pool_class"),
         "a hybrid sliding-window pool would hold codes as numbers",
-        _refuse_pool("a hybrid sliding-window cache"),
+        _refuse_pool(HYBRID_SWA),
     ),
     Hook(
         _CONFIGURATOR + "_build_hybrid_linear_kv_pool",
         ("self", "max_total_num_tokens", "req_to_token_pool", "mha_pool_class", "mla_pool_class", "dsa_pool_class"),
         "a hybrid linear-attention pool would hold codes as numbers",
-        _refuse_pool("linear attention"),
+        _refuse_pool(LINEAR_ATTENTION),
     ),
     Hook(
         _CONFIGURATOR + "_build_minimax_sparse_kv_pool",
         ("self", "max_total_num_tokens"),
         "a pool of sparse attention would hold codes as numbers, or vectors without what is done around them",
-        _refuse_pool("sparse attention"),
-    ),
-    Hook(
-        "sglang.srt.model_loader.loader.DefaultModelLoader._get_all_weights",
-        ("self", "model_config", "model"),
-        "the KV cache's scales would be dropped, or fail to load, depending on the model",
-        _get_all_weights,
+        _refuse_pool(SPARSE),
     ),
 )

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS
+from sglang_modelopt_ext.checkpoint.leftovers import LAYER_COUNT, MTP_COUNTS, ServedLayers
+from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, standard_name
 from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -26,8 +28,9 @@ from sglang_modelopt_ext.methods.parameters import ExpertParameter
 
 logger = logging.getLogger(__name__)
 
-UNUSED_BY_ANY_MODEL = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
-"""Buffers some exporters store and every engine recomputes."""
+
+CLASSIFIER = "score"
+"""The head of sequence classifiers and reward models."""
 
 
 def quantized_modules(
@@ -76,20 +79,49 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
     return (sizes[index], module.input_size) if name == "weight" else (sizes[index],)
 
 
+def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False) -> set[str]:
+    """The stored tensors that ``model`` has no part for by design: MTP blocks where no draft is loaded, buffers, unused scales.
+
+    A part that the model does have under such a name is its own.
+    """
+    unused = {name for name in checkpoint.tensors if checkpoint.leaves_out(name)}
+    if is_draft:
+        return unused
+    config = getattr(model, "config", None)
+    text = getattr(config, "text_config", None) or config
+    served = ServedLayers.of({name: getattr(text, name, None) for name in (LAYER_COUNT, *MTP_COUNTS)})
+    modules = {canonical_name(name) for name, _ in model.named_modules()}
+    return unused | {
+        name
+        for name in checkpoint.tensors
+        if served.leaves_out(name) and canonical_name(name).rpartition(".")[0] not in modules
+    }
+
+
 class StrictLoad:
     """One pass of a checkpoint's tensors into a model.
 
     A tensor counts as used when, while or after it was read, a parameter's loader is called with it (told by its memory) or,
     for loaders that transform it first, called while it is the one being read.
+
+    Args:
+        model: with the parameters to load.
+        checkpoint: what is stored.
+        is_draft: whether the model is the draft of speculative decoding, made of the checkpoint's MTP block.
+        has_values: whether the tensors have values to check; a rehearsal on the meta device has none.
     """
 
-    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self, model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False, *, has_values: bool = True
+    ) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.current: str | None = None
         self.used: set[str] = set()
         self.loads: dict[str, set[Any]] = {}
         self._by_memory: dict[int, str] = {}
+        self.has_values = has_values
+        self.left_out = left_out(model, checkpoint, is_draft)
         self._names = _expert_names(model, checkpoint)
 
     def read(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -100,13 +132,13 @@ class StrictLoad:
                 raise ModelOptExtError.at(
                     self.checkpoint.folder, name, "a tensor found in the files' headers", "an unknown one"
                 )
-            if is_kv_cache_tensor(name):
-                continue  # read by checkpoint.kv_cache, where the cache is quantized
+            if is_kv_cache_tensor(name) or name in self.left_out:
+                continue  # the first are read by integration.kv_scales, where the cache is quantized
             spec = self.checkpoint.spec_of(name)
-            if spec is not None:
+            if spec is not None and self.has_values:
                 check_values(stored.file, name, tensor, spec.values)
             self.current = name
-            self._by_memory[tensor.untyped_storage().data_ptr()] = name
+            self._by_memory[_memory(tensor)] = name
             yield self._names(standard_name(name)), tensor
 
     @contextmanager
@@ -131,7 +163,7 @@ class StrictLoad:
         module = self.model.get_submodule(module_name)
 
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            source = self._by_memory.get(tensor.untyped_storage().data_ptr(), self.current)
+            source = self._by_memory.get(_memory(tensor), self.current)
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
             if "expert_id" in kwargs:  # the experts' loader, whose first other argument is the parameter's name
                 shard = kwargs["shard_id"]
@@ -156,6 +188,14 @@ class StrictLoad:
         self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], weights: Iterable[tuple[str, torch.Tensor]]
     ) -> None:
         """Calls ``load`` with the checked ``weights`` and verifies what it did. Raises ModelOptExtError naming a tensor."""
+        self.load(load, weights)
+        for problem in (*self.missing(), *self.left_over(self._used_anywhere())):
+            raise problem
+
+    def load(
+        self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> None:
+        """Calls ``load`` with the checked ``weights``, noting what it does. Raises ModelOptExtError where it fails."""
         with self.watch_parameters():
             try:
                 load(self.read(weights))
@@ -165,29 +205,41 @@ class StrictLoad:
                 stored = self.checkpoint.tensors.get(self.current or "")
                 where = stored.file if stored else self.checkpoint.folder
                 reason = str(error) or type(error).__name__
+                if isinstance(error, KeyError):
+                    reason = f"a name that {type(self.model).__name__} has no parameter for: {error}"
                 raise ModelOptExtError.at(
                     where, self.current or "tensors", "a tensor this model can load", reason
                 ) from error
-        self.check_parameters()
-        self.check_tensors(self._used_anywhere())
+        self._zero_head_bias()
 
-    def check_parameters(self) -> None:
-        """Every parameter of this rank was written, and every shard of a fused one."""
+    def _zero_head_bias(self) -> None:
+        """A classifier's head has no bias in Hugging Face's models; SGLang's has, and would keep what it was made with."""
+        for name, module in self.model.named_modules():
+            bias = getattr(module, "bias", None)
+            if type(module) is not torch.nn.Linear or bias is None or name.rpartition(".")[2] != CLASSIFIER:
+                continue
+            if f"{name}.weight" in self.loads and f"{name}.bias" not in self.checkpoint.tensors:
+                bias.data.zero_()
+                self.loads.setdefault(f"{name}.bias", set()).add(None)
+
+    def missing(self) -> Iterator[ModelOptExtError]:
+        """One error for each parameter of this rank that was not written, or a shard of it."""
         modules = dict(self.model.named_modules())
         for name, _ in self.model.named_parameters():
             shards = self.loads.get(name)
             if not shards and _is_stock_kv_scale(modules, name):
                 continue
             if not shards:
-                raise ModelOptExtError.at(
+                yield ModelOptExtError.at(
                     self.checkpoint.folder, name, "a tensor for this parameter of the model", "none"
                 )
+                continue
             if None in shards:
                 continue
             wanted = _wanted_shards(modules[name.rpartition(".")[0]], name.rpartition(".")[2], shards)
             missing = sorted(map(str, wanted - shards))
             if missing:
-                raise ModelOptExtError.at(
+                yield ModelOptExtError.at(
                     self.checkpoint.folder, name, "a tensor for every shard", f"none for {', '.join(missing[:3])}"
                 )
 
@@ -202,24 +254,32 @@ class StrictLoad:
         torch.distributed.all_gather_object(gathered, self.used, group=group)
         return set().union(*(used for used in gathered if used))
 
-    def check_tensors(self, used: set[str]) -> None:
-        """Every stored tensor was used by some rank."""
-        tied = bool(getattr(getattr(self.model, "config", None), "tie_word_embeddings", False))
-        unused = sorted(
-            name
-            for name in self.checkpoint.tensors.keys() - used
-            if not name.endswith(UNUSED_BY_ANY_MODEL)
-            and not is_kv_cache_tensor(name)
-            and not (tied and name.endswith("lm_head.weight"))
-        )
+    def left_over(self, used: set[str]) -> Iterator[ModelOptExtError]:
+        """At most one error, for the stored tensors that no rank used."""
+        unused = self.unused(used)
         if unused:
             more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
-            raise ModelOptExtError.at(
+            yield ModelOptExtError.at(
                 self.checkpoint.tensors[unused[0]].file,
                 unused[0],
                 "a tensor the model uses",
                 f"one nothing reads{more}",
             )
+
+    def unused(self, used: set[str]) -> list[str]:
+        """The stored tensors outside ``used`` that a model should have used."""
+        tied = bool(getattr(getattr(self.model, "config", None), "tie_word_embeddings", False))
+        return sorted(
+            name
+            for name in self.checkpoint.tensors.keys() - used - self.left_out
+            if not is_kv_cache_tensor(name) and not (tied and name.endswith("lm_head.weight"))
+        )
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """What tells whose memory a view is of; on the meta device there is none, and the storage object stands for it."""
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() or int(storage._cdata)
 
 
 def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> set[Any]:
@@ -255,7 +315,7 @@ def _expert_names(model: torch.nn.Module, checkpoint: Checkpoint) -> Callable[[s
 
 
 def _is_stock_kv_scale(modules: dict[str, torch.nn.Module], parameter: str) -> bool:
-    """Whether it is a scale of SGLang's own FP8 cache, written by :mod:`sglang_modelopt_ext.integration.kv_cache`."""
+    """Whether it is a scale of SGLang's own FP8 cache, written by :mod:`sglang_modelopt_ext.integration.kv_scales`."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     module, _, name = parameter.rpartition(".")
@@ -279,10 +339,15 @@ def _load_weights_only(
         return original(model, weights, target_device)
     if config.checkpoint is None:
         raise ModelOptExtError.at("--load-format", "dummy", "no weights to load", "weights")
-    strict = StrictLoad(model, config.checkpoint)
+    strict = StrictLoad(model, config.checkpoint, config.is_draft)
     strict.run(lambda checked: original(model, checked, target_device), weights)
     for _, method in quantized_modules(model):
         method.verified = True
+    if strict.left_out:
+        from sglang.srt.utils import log_info_on_rank0
+
+        some = min(strict.left_out)
+        log_info_on_rank0(logger, f"modelopt_ext: {len(strict.left_out)} stored tensors are not needed, such as {some}")
     return None
 
 

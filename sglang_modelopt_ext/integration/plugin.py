@@ -41,7 +41,7 @@ def register() -> None:
 
 def _install() -> None:
     # Imported here: importing SGLang's modules takes seconds, and a failure must reach the handler above.
-    from sglang_modelopt_ext.integration import config, kv_cache, loading, processes, updates
+    from sglang_modelopt_ext.integration import config, kv_cache, kv_scales, loading, processes, updates
     from sglang_modelopt_ext.integration.hooks import install
 
     processes.print_errors_in_one_line()
@@ -49,4 +49,4 @@ def _install() -> None:
     config.register_methods()
     kv_cache.register_kv_caches()
     processes.register_preflight()
-    install((*config.HOOKS, *loading.HOOKS, *kv_cache.HOOKS, *updates.HOOKS, *processes.HOOKS))
+    install((*config.HOOKS, *loading.HOOKS, *kv_cache.HOOKS, *kv_scales.HOOKS, *updates.HOOKS, *processes.HOOKS))

@@ -8,6 +8,7 @@ server that asks for them is refused by name.
 from __future__ import annotations
 
 import atexit
+import logging
 import os
 import shutil
 import sys
@@ -17,14 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from sglang_modelopt_ext.checkpoint.reader import check_scalar_values, read_checkpoint
+from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS
 from sglang_modelopt_ext.env import ERROR_FILE, SETTINGS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import kv_cache
-from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS
+from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS, read_served
 from sglang_modelopt_ext.integration.folders import config_folder
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.ownership import gpu_capability, owned_family
+from sglang_modelopt_ext.integration.ownership import Ownership, decide, gpu_capability
+
+logger = logging.getLogger(__name__)
 
 _COMMAND_LINES = ("sglang.launch_server", "sglang.cli.main", "sglang")
 
@@ -38,13 +41,14 @@ def preflight(server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
     args = resolving_view(server_args)
-    kv_cache.declare(server_args)
     folder = config_folder(args.model_path, args.revision)
-    if folder is None:
-        return
     flag = args.quantization.lower() if args.quantization else None
-    owned = owned_family(folder, flag, gpu_capability())
-    if owned is None:
+    owner = decide(folder, flag, gpu_capability()) if folder is not None else Ownership(None)
+    report(owner)
+    if owner.in_doubt and args.kv_cache_dtype not in KV_FLAGS:
+        return  # a cache of ours is still ours, and its errors too
+    kv_cache.declare(server_args)
+    if folder is None or owner.family is None:
         return
     for setting in SETTINGS:
         setting.read()
@@ -56,7 +60,20 @@ def preflight(server_args: Any) -> None:
             "command line", "--load-format", f"one of {', '.join(SERVED_LOAD_FORMATS)}", load_format
         )
     if load_format != "dummy" and Path(args.model_path).is_dir():
-        check_scalar_values(read_checkpoint(folder, owned[1]))
+        assert owner.config is not None, "a checkpoint of ours was read"
+        read_served(folder, owner.config)
+
+
+def report(owner: Ownership) -> None:
+    """Log who serves the checkpoint and why, in one line; and what its files leave open."""
+    if owner.family is not None:
+        logger.info("modelopt_ext: serves the checkpoint as %s: %s", owner.family, owner.why)
+        for note in owner.config.notes if owner.config is not None else ():
+            logger.warning("modelopt_ext: %s", note)
+    elif owner.in_doubt:
+        logger.warning("modelopt_ext: left to SGLang, for it is not understood here: %s", owner.why)
+    elif owner.why:
+        logger.info("modelopt_ext: left to SGLang: %s", owner.why)
 
 
 def _check_launch(args: Any) -> None:

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.reader import Checkpoint, check_all_values, is_kv_cache_tensor, read_checkpoint
+from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
+from sglang_modelopt_ext.checkpoint.reader import Checkpoint, check_all_values, is_kv_cache_tensor
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+from sglang_modelopt_ext.integration.config import ModelOptExtConfig, read_served
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.loading import ext_config
 
@@ -28,7 +29,10 @@ def check_replacement(config: ModelOptExtConfig, folder: Path) -> Checkpoint:
         raise ModelOptExtError.at(
             "update_weights_from_disk", "--load-format", "weights that were read from disk", "dummy"
         )
-    checkpoint = read_checkpoint(folder)
+    new_config = read_quant_config(folder)
+    if new_config is None:
+        raise ModelOptExtError.at(folder, "quantization_config", "a checkpoint exported by ModelOpt", "none")
+    checkpoint = read_served(folder, new_config)
     served = config.checkpoint
     for name in sorted(served.linears.keys() | checkpoint.linears.keys()):
         old, new = served.linears.get(name), checkpoint.linears.get(name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, KVLayer
+from sglang_modelopt_ext.checkpoint.kv_scales import Attention, KVLayer
+from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.errors import ModelOptExtError
 
 
@@ -18,6 +19,19 @@ def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if isinstance(module, RadixAttention):
             yield name.rpartition(".")[0], module
+
+
+def served_attention(model: torch.nn.Module) -> Attention:
+    """The attention layers of ``model`` on this rank by their numbers, under which their keys and values are cached.
+
+    Several modules of one number read one cache (the shared layers of Gemma 3n and Gemma 4); the first has its name.
+    """
+    layers: dict[int, str] = {}
+    for name, module in attention_layers(model):
+        layers.setdefault(int(module.layer_id), name)
+    own = {canonical_name(name).partition(".")[0] for name in layers.values()}
+    parts = {canonical_name(name).partition(".")[0] for name, _ in model.named_modules() if name}
+    return Attention(layers, parts - own)
 
 
 SINKS = ("sinks", "attention_sink_bias")
@@ -53,18 +67,16 @@ def local_heads(bias: torch.Tensor, heads: int, rank: int, size: int, where: str
     return bias[first : first + heads].contiguous()
 
 
-def rank_layers(model: torch.nn.Module, plan: KVCachePlan, rank: int, size: int) -> dict[int, KVLayer]:
-    """The plan's numbers for every attention layer of this rank, by layer id. Raises ModelOptExtError where they do not fit."""
+def rank_layers(model: torch.nn.Module, numbers: Mapping[int, KVLayer], rank: int, size: int) -> dict[int, KVLayer]:
+    """This rank's part of the numbers of every attention layer, by layer number. Raises ModelOptExtError where they do not fit."""
     found: dict[int, KVLayer] = {}
     for name, module in attention_layers(model):
-        layer = plan.layer(name)
+        layer = numbers[module.layer_id]
         heads, head_dim = module.tp_k_head_num, module.head_dim
         biases = []
         for bias in (layer.k_bias, layer.v_bias):
             if bias is not None and bias.shape[1] != head_dim:
                 raise ModelOptExtError.at(name, "k_bias, v_bias", f"head_dim {head_dim}", bias.shape[1])
             biases.append(None if bias is None else local_heads(bias, heads, rank, size, name))
-        if module.layer_id in found:
-            raise ModelOptExtError.at(name, "layer_id", "one attention layer of each id", module.layer_id)
-        found[module.layer_id] = KVLayer(layer.k_scale, layer.v_scale, *biases)
+        found.setdefault(module.layer_id, KVLayer(layer.k_scale, layer.v_scale, *biases))
     return found

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import KVCacheQuantMethodBase
 
-from sglang_modelopt_ext.checkpoint.kv_cache import FLAG_PREFIX, KVCachePlan, KVLayer
+from sglang_modelopt_ext.checkpoint.kv_cache import FLAG_PREFIX
+from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
 from sglang_modelopt_ext.kv.layers import rank_layers
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.formats.kv_cache import KVRecipe
@@ -22,9 +23,9 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
         self.name = FLAG_PREFIX + recipe.name
         self.layers: Mapping[int, KVLayer] = {}
 
-    def load_layers(self, model: torch.nn.Module, plan: KVCachePlan, rank: int, size: int) -> None:
-        """Takes this rank's scales and biases from the plan. Raises ModelOptExtError where they do not fit the model."""
-        self.layers = rank_layers(model, plan, rank, size)
+    def load_layers(self, model: torch.nn.Module, numbers: Mapping[int, KVLayer], rank: int, size: int) -> None:
+        """Takes this rank's scales and biases from ``numbers``. Raises ModelOptExtError where they do not fit the model."""
+        self.layers = rank_layers(model, numbers, rank, size)
 
     def create_buffers(self, size: int, head_num: int, head_dim: int, layer_num: int, device: str) -> dict[str, Any]:
         """SGLang's names for the codes ``[size, H, ...]`` of each layer, and the block scales where there are any.

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.kv_cache import KVLayer
+from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.kv.layers import attention_layers
 from sglang_modelopt_kernels.formats.e4m3 import MAX as E4M3_MAX

@@ -78,6 +78,8 @@ class Layout(ABC):
     """A way to keep a weight, and the product that reads it."""
 
     name: str
+    repeats = True
+    """Whether its product repeats bit for bit: the check before serving holds it to that."""
     kernels: tuple[str, ...] = ()
     """Names of the Triton functions of this package its product launches; none where PyTorch or another package multiplies."""
     takes_vocabulary = False
@@ -112,9 +114,9 @@ class Layout(ABC):
     ) -> torch.Tensor:
         """The layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
 
-    def check_tokens(self, device: torch.device) -> tuple[int, ...]:
-        """Numbers of tokens of which :mod:`..selfcheck` has none and with which a product of its size takes a way of its own."""
-        del device
+    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
+        """Return numbers of tokens with which a product of ``n`` outputs takes a way that :mod:`..selfcheck` does not."""
+        del device, n
         return ()
 
     def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:

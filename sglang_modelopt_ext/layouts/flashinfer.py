@@ -54,6 +54,7 @@ class FlashInferFp4(BlockLayout):
     """
 
     name = "flashinfer_mm_fp4"
+    repeats = False  # not known
     swizzled = True
     weights: Mapping[str, str] = {"nvfp4_dynamic": "nvfp4", "mxfp4_dynamic": "mxfp4"}
     """The weight format that goes with each activation format."""
@@ -223,6 +224,7 @@ class FlashInferMxfp8(BlockLayout):
     """MXFP8 weights and activations in block-scaled FP8 matrix instructions: ``flashinfer.mm_mxfp8``, its CUTLASS kernels."""
 
     name = "flashinfer_mm_mxfp8"
+    repeats = False  # not known
     swizzled = True
 
     def objection(self, request: LinearRequest) -> str | None:

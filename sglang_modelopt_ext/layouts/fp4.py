@@ -82,9 +82,9 @@ class BlackwellFp4(Fp4):
         """Where a tile of the product has as many tokens as a tile of scales."""
         return takes_tiles(tokens)
 
-    def check_tokens(self, device: torch.device) -> tuple[int, ...]:
+    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
         """Those of the persistent kernel."""
-        return persistent_tokens(TILED_CONFIGS, device)
+        return persistent_tokens(TILED_CONFIGS, device, n)
 
 
 class MmaFp4(Fp4):

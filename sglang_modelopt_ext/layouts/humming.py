@@ -28,6 +28,7 @@ class Humming(Layout):
     """
 
     name = "humming_mxfp4_fp8"
+    repeats = False  # adds up in an order that differs from launch to launch
 
     def objection(self, request: LinearRequest) -> str | None:
         """MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""

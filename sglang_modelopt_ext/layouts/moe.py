@@ -61,6 +61,8 @@ class ExpertLayout(ABC):
     """A way to keep the weights of all experts of this rank, and the product that reads them."""
 
     name: str
+    repeats = True
+    """Whether its product repeats bit for bit: the check before serving holds it to that."""
     kernels: tuple[str, ...] = ()
     """Names of the Triton functions of this package its product launches; none where PyTorch or another package multiplies."""
 

@@ -74,9 +74,9 @@ class BlackwellMxfp4(Mxfp4):
     architectures = ("SM100", "SM103")
     paired = False
 
-    def check_tokens(self, device: torch.device) -> tuple[int, ...]:
+    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
         """Those of the persistent kernel."""
-        return persistent_tokens(CONFIGS, device)
+        return persistent_tokens(CONFIGS, device, n)
 
 
 class WidenedMxfp4(Mxfp4):

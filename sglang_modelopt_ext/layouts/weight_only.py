@@ -47,6 +47,7 @@ class FlashInferWeightOnly(Layout):
     """
 
     name = "flashinfer_mm_bf16_fp4"
+    repeats = False  # not known
 
     def objection(self, request: LinearRequest) -> str | None:
         """See :func:`weight_only_objection`."""
@@ -107,6 +108,7 @@ class QuackWeightOnly(Layout):
     """``quack.gemm_w4.gemm_w4a16`` on SM90, format ``nvfp4``."""
 
     name = "quack_w4a16"
+    repeats = False  # not known
 
     def objection(self, request: LinearRequest) -> str | None:
         """See :func:`weight_only_objection`; on SM90, the only architecture it is written for here."""

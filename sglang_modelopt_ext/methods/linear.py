@@ -99,14 +99,15 @@ class ModelOptExtLinearMethod(LinearMethodBase):
 
     def _check_sizes(self, layer: torch.nn.Module, input_size: int, partition_sizes: list[int]) -> None:
         """The model's sizes against the checkpoint's: on a CPU SGLang's loaders pad a short tensor with zeros."""
+        source = _source_of_sizes(layer)
         if self.stored_k is not None and self.stored_k != input_size:
             raise ModelOptExtError.at(
-                self.where, f"{self.prefix}.weight", f"{input_size} inputs, as config.json has it", self.stored_k
+                self.where, f"{self.prefix}.weight", f"{input_size} inputs, as {source}", self.stored_k
             )
         expected = full_shard_sizes(layer, partition_sizes)
         if self.stored_n is not None and expected is not None and list(self.stored_n) != expected:
             raise ModelOptExtError.at(
-                self.where, f"{self.prefix}.weight", f"{expected} outputs, as config.json has it", list(self.stored_n)
+                self.where, f"{self.prefix}.weight", f"{expected} outputs, as {source}", list(self.stored_n)
             )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
@@ -174,6 +175,15 @@ def fill_dummy(tensor: torch.Tensor, spec: TensorSpec) -> None:
         tensor.copy_(torch.ones(tensor.shape, device=tensor.device))
     else:
         tensor.fill_(2.0**-10)
+
+
+def _source_of_sizes(layer: Any) -> str:
+    """Where a model's sizes are from, for messages: SGLang changes those that do not divide by the ranks of a CPU."""
+    from sglang.srt.utils import is_cpu
+
+    ranks = getattr(layer, "tp_size", 1)
+    padded = ranks > 1 and is_cpu()
+    return f"SGLang pads config.json for --tp-size {ranks} on a CPU" if padded else "config.json has it"
 
 
 def full_shard_sizes(layer: Any, partition_sizes: list[int]) -> list[int] | None:

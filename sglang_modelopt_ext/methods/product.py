@@ -26,7 +26,6 @@ from sglang_modelopt_ext.layouts.base import (
     ShardWeight,
     round_to_blocks,
 )
-from sglang_modelopt_ext.schemes.base import INPUT_SCALE as INPUT_SCALE
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.selfcheck import check_layout
 from sglang_modelopt_ext.tuned import gpu_of
@@ -36,6 +35,8 @@ from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
 
 logger = logging.getLogger(__name__)
+
+INPUT_SCALE = "input_scale"
 
 Shard = Mapping[str, torch.Tensor]
 """The tensors of one shard, by the last part of their names."""

@@ -24,3 +24,7 @@ STOCK_BEHAVIOUR: dict[str, str] = {
     "W8A16": "rejected as unknown",
 }
 """By algorithm of the scheme table; a test keeps the two in step."""
+
+LEFT_AND_RUN: dict[str, str] = {}
+"""By row of docs/flags.md (its first cell): the GPU and date on which SGLang's side of it was run as a server with this plugin
+installed and its numbers compared. ``make docs`` puts them into the table."""

@@ -21,7 +21,7 @@ import msgspec
 import torch
 
 from sglang_modelopt_ext import __version__
-from sglang_modelopt_ext.checkpoint.kv_cache import kv_cache_plan
+from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import KV_CACHE_RECIPE, OWN_KEY, QUANT_CONFIG_NAME, ROUNDS_ACTIVATIONS
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
@@ -165,7 +165,9 @@ def check_folder(folder: Path) -> Checkpoint:
     """
     checkpoint = read_checkpoint(folder)
     check_all_values(checkpoint)
-    kv_cache_plan(folder, checkpoint.config, "auto")
+    plan = read_plan(folder, checkpoint.config, "auto")
+    if plan is not None:
+        _ = plan.layers
     return checkpoint
 
 

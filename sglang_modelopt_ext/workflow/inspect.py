@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 import torch
 
-from sglang_modelopt_ext.checkpoint.kv_cache import kv_cache_plan
+from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
+from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
     OWN_KEY,
@@ -27,16 +28,17 @@ from sglang_modelopt_ext.checkpoint.reader import (
     bits_per_weight,
     check_stored_values,
     is_kv_cache_tensor,
-    survey_checkpoint,
 )
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_json_object
-from sglang_modelopt_ext.dispatch import objections, served_scheme
+from sglang_modelopt_ext.checkpoint.unserved import read_for_serving
+from sglang_modelopt_ext.dispatch import objections, rounds_fp4, served_scheme
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.ownership import owned_family
+from sglang_modelopt_ext.integration.ownership import decide
 from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
 from sglang_modelopt_ext.schemes.table import SCHEMES, UMBRELLA
+from sglang_modelopt_ext.workflow.loading import Loading, not_checked, rehearse_loading
 from sglang_modelopt_ext.workflow.models import served_dtype
 from sglang_modelopt_ext.workflow.target import Target
 from sglang_modelopt_kernels.formats.base import ValueRule
@@ -148,9 +150,11 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
         plain: the other tensors.
         kv_cache: None where the cache is not quantized.
         serving: who serves it.
+        loading: whether SGLang's model class loads it.
         record: what this package recorded when it made the checkpoint.
         notes: what is assumed because the checkpoint does not say.
-        problems: everything the strict reader objects to.
+        problems: everything that a server of this package would stop at.
+        remarks: what this package would object to in a checkpoint that SGLang serves by itself.
     """
 
     folder: str
@@ -165,12 +169,16 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     plain: list[PlainGroup]
     kv_cache: KVCache | None
     serving: Serving
+    loading: Loading
     record: dict[str, Any]
     notes: list[str]
     problems: list[str]
+    remarks: list[str]
 
 
-def inspect_checkpoint(folder: Path, target: Target, *, each_layer: bool = False, scales: bool = False) -> Contents:
+def inspect_checkpoint(
+    folder: Path, target: Target, *, each_layer: bool = False, scales: bool = False, rehearse: bool = False
+) -> Contents:
     """Reads headers and configuration, with ``scales`` every scale as well.
 
     Args:
@@ -178,6 +186,7 @@ def inspect_checkpoint(folder: Path, target: Target, *, each_layer: bool = False
         target: where it is to be served.
         each_layer: list every layer and tensor by itself.
         scales: read and check the scales, too, and give their ranges.
+        rehearse: build SGLang's model without weights, in a process of its own, and load the headers into it.
 
     Raises:
         ModelOptExtError: there is nothing to describe: no such files, or ones that cannot be read at all.
@@ -187,13 +196,33 @@ def inspect_checkpoint(folder: Path, target: Target, *, each_layer: bool = False
     tensors = read_headers(folder)
     checkpoint = None
     if config is not None:
-        checkpoint, found = survey_checkpoint(folder, config)
-        problems += [*found, *_left_unquantized(checkpoint)]
-    serving = _serving(folder, config, target, problems)
+        rounded = rounds_fp4(target.device, target.capability)
+        checkpoint, found = read_for_serving(folder, config, rounds_fp4=rounded)
+        problems += found or _left_unquantized(checkpoint)
+    refusals: list[ModelOptExtError] = []
+    serving = _serving(folder, config, target, refusals)
+    problems = [*refusals, *problems]
     linears = list(checkpoint.linears.values()) if checkpoint else []
     ranges: dict[str, dict[str, Range]] = {}
     for linear in linears if scales else ():
         ranges[linear.name] = _scale_ranges(linear, problems)
+    kv_problems: list[ModelOptExtError] = []
+    kv_cache = _kv_cache(folder, config, kv_problems)
+    # SGLang's own cache on a GPU: what it makes of a scale that is missing or wrong is its affair.
+    stock_kv_cache = target.device == "cuda" and config is not None and config.kv_cache_algo == "FP8"
+    if kv_cache is not None and kv_cache.recipe != "fp8":
+        stock_kv_cache = False
+    layers = _layer_groups(linears, target, serving.owner, served_dtype(folder, "auto"), ranges, each_layer, problems)
+    lines = list(dict.fromkeys(str(problem) for problem in problems))
+    loading = _loading(folder, target, serving, stock_kv_cache, lines if rehearse else None)
+    lines += [line for line in loading.problems if line not in lines]
+    is_stock = serving.owner == STOCK
+    remarks = lines if is_stock else []
+    kv_lines = [str(problem) for problem in kv_problems]
+    if is_stock or stock_kv_cache:
+        remarks = [*remarks, *kv_lines]
+    elif not loading.checked:  # which asks about the layers that the model has
+        lines += kv_lines
     architectures = (
         read_json_object(folder / CONFIG_NAME).get("architectures") if (folder / CONFIG_NAME).exists() else ()
     )
@@ -208,29 +237,49 @@ def inspect_checkpoint(folder: Path, target: Target, *, each_layer: bool = False
         quantized_bytes=sum(tensors[name].num_bytes for name in owned),
         bits_per_weight=bits_per_weight(checkpoint) if checkpoint and linears else None,
         exclude_modules=list(config.exclude_modules) if config else [],
-        layers=_layer_groups(
-            linears, target, serving.owner, served_dtype(folder, "auto"), ranges, each_layer, problems
-        ),
+        layers=layers,
         plain=_plain_groups(tensors.values(), owned, each_layer),
-        kv_cache=_kv_cache(folder, config, problems),
+        kv_cache=kv_cache,
         serving=serving,
+        loading=loading,
         record=_record(folder),
         notes=[assumed] if config is not None and (assumed := assumption(config)) else [],
-        problems=list(dict.fromkeys(str(problem) for problem in problems)),
+        problems=[] if is_stock else lines,
+        remarks=remarks,
     )
+
+
+def _loading(
+    folder: Path, target: Target, serving: Serving, stock_kv_cache: bool, problems: Sequence[str] | None
+) -> Loading:
+    """``problems``: what is known to be wrong already, None where nothing is to be tried."""
+    if serving.owner == STOCK:
+        return not_checked(f"SGLang serves it by itself on {target.name}")
+    if problems is None:
+        return not_checked("headers only")
+    if problems:
+        return not_checked("a server would stop before it builds the model")
+    return rehearse_loading(folder, target, stock_kv_cache)
 
 
 def _left_unquantized(checkpoint: Checkpoint) -> list[ModelOptExtError]:
     """Layers that are declared as quantized, as their siblings are, and stored as they were; a server refuses them."""
     config = checkpoint.config
     leaves = {name.rpartition(".")[2] for name in checkpoint.linears}
+    served = ServedLayers.of(text_config(checkpoint.folder))
     problems = []
     for tensor in checkpoint.tensors.values():
         module, _, name = tensor.name.rpartition(".")
         # What stores a scale is described already, or is a problem of its own.
         plain = name == "weight" and len(tensor.shape) == 2 and f"{module}.weight_scale" not in checkpoint.tensors
         known = canonical_name(module) in checkpoint.linears or module.rpartition(".")[2] not in leaves
-        if plain and not known and tensor.dtype.itemsize > 1 and config.layer(module) is not None:
+        if (
+            plain
+            and not known
+            and not served.leaves_out(tensor.name)
+            and tensor.dtype.itemsize > 1
+            and config.layer(module) is not None
+        ):
             expected = f"a {config.algo} layer, or it in exclude_modules"
             problems.append(ModelOptExtError.at(tensor.file, tensor.name, expected, "neither"))
     return problems
@@ -253,23 +302,20 @@ def _serving(folder: Path, config: QuantConfig | None, target: Target, problems:
     if config is None:
         return serving(STOCK, (), "it was not quantized by ModelOpt")
     try:
-        owned = owned_family(folder, None, target.capability)
+        found = decide(folder, None, target.capability)
     except ModelOptExtError as error:
         problems.append(error)
         return serving(None, (), "no --quantization serves it (see the problems)")
-    if owned is None:
-        return serving(STOCK, (UMBRELLA,), "SGLang 0.5.23 serves it rightly there")
-    flags = [owned[0], *({UMBRELLA} - {owned[0]})]
-    if config.algo is None:
-        return serving(OURS, flags, "it quantizes its KV cache only, which SGLang refuses")
-    if target.capability is None:
-        return serving(OURS, flags, "SGLang has no CPU kernels for ModelOpt's formats")
-    return serving(OURS, flags, "SGLang 0.5.23 does not serve it rightly there")
+    if found.family is None:
+        doubt = "it is not understood here: " if found.in_doubt else ""
+        return serving(STOCK, () if found.in_doubt else (UMBRELLA,), doubt + found.why)
+    return serving(OURS, [found.family, *({UMBRELLA} - {found.family})], found.why)
 
 
 def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptExtError]) -> KVCache | None:
     try:
-        plan = kv_cache_plan(folder, config, "auto")
+        plan = read_plan(folder, config, "auto")
+        layers = plan.layers if plan is not None else {}
     except ModelOptExtError as error:
         problems.append(error)
         return None
@@ -280,7 +326,7 @@ def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptE
     if head_dim is None and fields.get("hidden_size") and fields.get("num_attention_heads"):
         head_dim = fields["hidden_size"] // fields["num_attention_heads"]
     bits = 8 * plan.recipe.bytes_per_vector(head_dim) / head_dim if head_dim else None
-    return KVCache(recipe=plan.recipe.name, source=plan.source, layers=len(plan.layers), bits=bits)
+    return KVCache(recipe=plan.recipe.name, source=plan.source, layers=len(layers), bits=bits)
 
 
 def _scale_ranges(linear: QuantizedLinear, problems: list[ModelOptExtError]) -> dict[str, Range]:

@@ -217,12 +217,10 @@ def round_cached_vectors(model: Any, plan: KVCachePlan, ties: bool = False) -> N
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    names = {id(module): name for name, module in model.named_modules()}
-
     def attention(
         module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **kwargs: Any
     ) -> tuple[torch.Tensor, None]:
-        layer = module.kv_plan.layer(names[id(module)])
+        layer = module.kv_plan.layer(module.layer_idx)
         recipe = module.kv_plan.recipe
         # Only keys are rotated.
         key = _as_cached(key, recipe, layer.k_scale, layer.k_bias, module.kv_ties)

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, kv_cache_plan
+from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.client import ServerClient, vocabulary_size
@@ -280,7 +280,7 @@ def verify(
 
 def _kv_cache(folder: Path, served: Served, target: Target) -> tuple[KVCachePlan | None, list[str]]:
     """How the reference must round keys and values."""
-    plan = kv_cache_plan(folder, read_quant_config(folder), served.kv_cache_dtype)
+    plan = read_plan(folder, read_quant_config(folder), served.kv_cache_dtype)
     if plan is not None and target.device == "cuda":
         note = f"KV cache {plan.recipe.name}: on a GPU a prompt meets its own keys and values unrounded, not compared"
         return None, [note]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -15,9 +16,6 @@ KV_CHUNK = 256
 
 DENSE_CHUNK = 512
 """Where a cache is not, for some cases. The others take their longest prompt in one piece."""
-
-WITHOUT_PLUGIN = {"SGLANG_PLUGINS": "none"}
-"""SGLang loads the plugins that this names, and none is called so."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Case:
         env: environment variables.
         chunk: tokens of a prompt prefilled at a time; None: all of it.
         graphs: the CUDA graphs that are captured.
-        plugin: whether it is loaded.
+        plugin: whether this package's is loaded.
         same_as: the case that must give the same log probabilities.
         expect: the verdict a sound run has; ``"any"`` for what SGLang alone does.
         tp: tensor-parallel ranks.
@@ -102,10 +100,7 @@ CASES: tuple[Case, ...] = (
     case("moe-w4a8-nvfp4-mixtral", "moe-w4a8-nvfp4-fp8-math", **FP8_MATH),
     case("mxfp4", "mxfp4-weight-only", env=MXFP4_KEEPS, activation="none"),
     case("bf16", "kv-nvfp4-rotate-by-flag", **ROTATED),
-    *(
-        case(name, f"{name}-alone", env=WITHOUT_PLUGIN, plugin=False, same_as=name, expect="any")
-        for name in LEFT_TO_SGLANG
-    ),
+    *(case(name, f"{name}-alone", plugin=False, same_as=name, expect="any") for name in LEFT_TO_SGLANG),
 )
 
 RANKS: tuple[Case, ...] = tuple(
@@ -115,11 +110,18 @@ RANKS: tuple[Case, ...] = tuple(
 """The same over two ranks, by ``--tp 2``: beside the cases of one that they must agree with."""
 
 
-def chosen(tp: int, only: str | None) -> list[Case]:
-    """The cases of a run: those over one rank or over two, of which ``only`` limits the names (comma-separated, ``*`` for any)."""
-    import fnmatch
+FIRST = ("trained", "wrong-scale", "large", "w4a8", "moe-w4a8", "kv")
+"""What begins first, since a run may be ended before its end."""
 
-    cases = list(CASES)
+
+def chosen(tp: int, only: str | None) -> list[Case]:
+    """The cases of a run, the longest and the most telling first.
+
+    Args:
+        tp: 1, or 2 for those over two ranks, beside those of one that they must agree with.
+        only: names, comma-separated, with ``*`` for any part; None for all.
+    """
+    cases = sorted(CASES, key=lambda case: (case.graphs != "all", not case.name.startswith(FIRST)))
     if tp > 1:
         partners = {case.same_as for case in RANKS}
         cases = [*(case for case in CASES if case.name in partners), *RANKS]

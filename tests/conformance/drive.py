@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,12 @@ BATCH_LENGTH_KV = 12
 PREFIXES, PREFIX, ODD_PREFIX, TAIL = 3, 256, 120, 40
 """A prefix of whole chunks, and one that is not."""
 
+FOLLOW = 8
+PAGE = 64
+"""The largest page of SGLang's attention backends: of a prefix, whole pages are found again."""
+
+FLUSHES = 100
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -36,6 +43,7 @@ class Scored:
         values: one for each token from there.
         prompt: how many tokens were sent.
         cached: how many of these were found in the cache.
+        follow: the likeliest continuation, where one was asked for.
     """
 
     group: str
@@ -44,6 +52,7 @@ class Scored:
     values: list[float]
     prompt: int
     cached: int = 0
+    follow: tuple[int, ...] = ()
 
 
 class Drive:
@@ -58,17 +67,25 @@ class Drive:
         self.engine = engine
         self.case = case
         self.chunk = case.chunk or WHOLE
+        self.repeats = float("nan")
+        """The share of the long prompts' tokens whose log probability is the same, bit for bit, when they are sent again."""
 
     def all(self) -> list[Scored]:
-        """Every request, one kind after the other."""
+        """Every request, one kind after the other; ``self.repeats`` is then known."""
         scored: list[Scored] = []
+        again: list[Scored] = []
         length = BATCH_LENGTH if self.chunk >= BATCH * BATCH_LENGTH else BATCH_LENGTH_KV
         prompts = [random_ids(length, seed=100 + number, vocab=VOCAB) for number in range(BATCH)]
         scored += self.prompts("batch of 16", prompts)
         for size in SINGLES:
             scored += self.prompts("up to 200", [random_ids(size, seed=200 + size, vocab=VOCAB)])
         for size in LONG:
-            scored += self.prompts(str(size), [random_ids(size, seed=300 + size, vocab=VOCAB)])
+            ids = random_ids(size, seed=300 + size, vocab=VOCAB)
+            scored += self.prompts(str(size), [ids])
+            again += self.prompts(str(size), [ids])
+        first = [value for one in scored if one.group in map(str, LONG) for value in one.values]
+        second = [value for one in again for value in one.values]
+        self.repeats = sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
         for number in range(4):
             scored += self.decoded("decode, 1", [random_ids(24, seed=400 + number, vocab=VOCAB)], 24)
         scored += self.decoded("decode, 16", [ids[:BATCH_LENGTH_KV] for ids in prompts], 12)
@@ -77,11 +94,13 @@ class Drive:
             scored += self.cached("cached odd prefix", ODD_PREFIX)
         return scored
 
-    def prompts(self, group: str, prompts: Sequence[Sequence[int]], start: int = 0, flush: bool = True) -> list[Scored]:
-        """Scores the prompts, sent at once."""
+    def prompts(
+        self, group: str, prompts: Sequence[Sequence[int]], start: int = 0, flush: bool = True, count: int = 1
+    ) -> list[Scored]:
+        """Scores the prompts, sent at once, and lets ``count`` tokens follow."""
         if flush:
-            self.engine.flush_cache()
-        answers = self._generate(prompts, 1, logprob_start_len=start)
+            self.flush()
+        answers = self._generate(prompts, count, logprob_start_len=start)
         scored = []
         for ids, answer in zip(prompts, answers, strict=True):
             info = answer["meta_info"]
@@ -89,14 +108,14 @@ class Drive:
             if [entry[1] for entry in entries] != list(ids[-len(entries) :]):
                 raise AssertionError(f"{group}: the engine scored other tokens than it was sent")
             values = [float(entry[0]) for entry in entries]
-            scored.append(
-                Scored(group, list(ids), len(ids) - len(values), values, len(ids), int(info["cached_tokens"]))
-            )
+            follow = tuple(int(entry[1]) for entry in info["output_token_logprobs"])
+            first, found = len(ids) - len(values), int(info["cached_tokens"])
+            scored.append(Scored(group, list(ids), first, values, len(ids), found, follow))
         return scored
 
     def decoded(self, group: str, prompts: Sequence[Sequence[int]], count: int) -> list[Scored]:
         """Scores the likeliest continuation of each prompt, token by token as it is decoded."""
-        self.engine.flush_cache()
+        self.flush()
         scored = []
         for ids, answer in zip(prompts, self._generate(prompts, count), strict=True):
             entries = answer["meta_info"]["output_token_logprobs"]
@@ -111,14 +130,22 @@ class Drive:
         scored = []
         for number in range(PREFIXES):
             ids = random_ids(prefix + TAIL, seed=500 + prefix + number, vocab=VOCAB)
-            scored += self.prompts(f"{group}, fresh", [ids], start=prefix)
-            self.engine.flush_cache()
+            scored += self.prompts(f"{group}, fresh", [ids], start=prefix, count=FOLLOW)
+            self.flush()
             self._generate([ids[:prefix]], 1)
-            hit = self.prompts(group, [ids], start=prefix, flush=False)
-            if not prefix - 1 <= hit[0].cached <= prefix:
+            hit = self.prompts(group, [ids], start=prefix, flush=False, count=FOLLOW)
+            if not prefix - PAGE < hit[0].cached <= prefix:
                 raise AssertionError(f"{group}: {hit[0].cached} of {prefix} tokens were found in the cache")
             scored += hit
         return scored
+
+    def flush(self) -> None:
+        """Forgets the prefixes of earlier prompts; an engine that has not quite ended its last request is asked again."""
+        for _ in range(FLUSHES):
+            if getattr(self.engine.flush_cache(), "success", True):
+                return
+            time.sleep(0.05)
+        raise AssertionError("the engine does not forget its cache")
 
     def _generate(self, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> list[Mapping[str, Any]]:
         sampling = {"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True}

@@ -36,6 +36,7 @@ class Export:
         make: makes it, or finds it in the cache.
         kv: the recipe of its KV cache.
         mixture: whether it has experts.
+        large: whether it is no export, but made by :mod:`tests.conformance.large` where it is served.
     """
 
     algo: str
@@ -43,6 +44,7 @@ class Export:
     make: Callable[[], Path]
     kv: str = "none"
     mixture: bool = False
+    large: bool = False
 
 
 def _dense(family: Family, recipe: Any, variant: Variant, **fields: Any) -> Path:
@@ -107,6 +109,10 @@ def trained(algo: str, recipe: Any, kv: str = "none", merge: str | None = None) 
     return Export(algo, "llama", partial(_trained, "model", recipe, Variant(kv_cache=merge)), kv)
 
 
+def _elsewhere() -> Path:
+    raise NotImplementedError("made where it is served")
+
+
 def _llama() -> Path:
     return model_dir(TinyModel("llama", max_position=POSITIONS))
 
@@ -133,6 +139,11 @@ EXPORTS: dict[str, Export] = {
     # Wider layers.
     "w4a8-nvfp4-wide": dense("W4A8_NVFP4_FP8", "llama", NVFP4, **WIDE),
     "w4a8-mxfp4-wide": dense("W4A8_MXFP4_FP8", "llama", MXFP4, **WIDE),
+    # Layers of an 8B model's sizes.
+    **{
+        f"large-{algo.lower().replace('_', '-')}": Export(algo, "llama", _elsewhere, large=True)
+        for algo in ("W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "W4A8_AWQ", "W4A16_AWQ")
+    },
     # The shipped models, trained on text: rounding moves their answers a fraction of what it moves those of random weights.
     "trained-w4a8-nvfp4": trained("W4A8_NVFP4_FP8", NVFP4),
     "trained-w4a8-mxfp4": trained("W4A8_MXFP4_FP8", MXFP4),

@@ -133,6 +133,7 @@ class Judge:
         self._check_rounding(judgement)
         for name in [name for name in rows if f"{name}, fresh" in rows]:
             self._compare_cached(judgement, name, rows[name], rows[f"{name}, fresh"])
+            judgement.notes[-1] += f", the same {same_tokens(scored, name)} tokens follow"
         return judgement
 
     def _check_reading(self, judgement: Judgement) -> None:
@@ -140,14 +141,14 @@ class Judge:
         if self.known is None:
             return
         values, prompts = self.known
-        rounding, self.exact._rounding = self.exact._rounding, None
-        if rounding is not None:
-            rounding |= {"raw_from": None, "fp8_queries": False}
-        found = torch.cat([self.exact.scores(ids) for ids in prompts])
-        apart = float((found - torch.tensor(values)).abs().median())
+        found = torch.cat([self.exact.plain_scores(ids) for ids in prompts])
+        # A rounding that falls the other way (FP32_MEDIAN says why) moves that token and later ones, not those before.
+        apart = float((found - torch.tensor(values)).abs().quantile(0.25))
         judgement.notes.append(f"reading against a CPU's {apart:.1e}")
         if not apart < FP32_MEDIAN:
-            judgement.faults.append(f"the reading is {apart:.1e} from a CPU's, more than {FP32_MEDIAN:.0e}")
+            judgement.faults.append(
+                f"three quarters of the reading are {apart:.1e} or more from a CPU's, more than {FP32_MEDIAN:.0e}"
+            )
 
     def _check_rounding(self, judgement: Judgement) -> None:
         """The cache's rounding shows in what is judged: leaving it out would be told from having it."""
@@ -175,6 +176,14 @@ class Judge:
         apart = float((served[-length:] - served_fresh[-length:]).abs().mean())
         meant = float((read[-length:] - read_fresh[-length:]).abs().mean())
         judgement.notes.append(f"{name}: {apart:.3f} from fresh, the reading {meant:.3f}")
+
+
+def same_tokens(scored: Sequence[Scored], name: str) -> str:
+    """How many of the tokens that follow a prompt are the same behind a cached prefix: ``23 of 24``."""
+    hit, fresh = (
+        [token for one in scored if one.group == group for token in one.follow] for group in (name, f"{name}, fresh")
+    )
+    return f"{sum(a == b for a, b in zip(hit, fresh, strict=True))} of {len(hit)}"
 
 
 def _group(

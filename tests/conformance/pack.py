@@ -45,7 +45,7 @@ def build(target: Path, names: list[str] | None = None) -> None:
     target.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {}
     folders: dict[str, Path] = {}
-    for name in names or list(EXPORTS):
+    for name in names or [name for name, export in EXPORTS.items() if not export.large]:
         start = time.monotonic()
         folder = EXPORTS[name].make()
         readings: dict[str, Any] = {}

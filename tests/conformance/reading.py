@@ -107,12 +107,21 @@ class Reader:
         with self._here():
             return self.reference.input_logprobs(ids).to("cpu", torch.float32)
 
+    def plain_scores(self, ids: Sequence[int]) -> torch.Tensor:
+        """Likewise with every key and value as the cache has it, and queries as they are."""
+        if self._rounding is not None:
+            self._rounding["fp8_queries"] = False
+        try:
+            return self.scores(ids)
+        finally:
+            if self._rounding is not None:
+                self._rounding["fp8_queries"] = self.reading.fp8_attention
+
 
 def read_check(folder: Path, reading: Reading, prompts: Sequence[Sequence[int]]) -> list[float]:
     """The log probabilities of ``prompts`` under a reading on a CPU, for the manifest."""
     reader = Reader(folder, reading, torch.float32)
-    reader._rounding = None
-    return torch.cat([reader.scores(ids) for ids in prompts]).tolist()
+    return torch.cat([reader.plain_scores(ids) for ids in prompts]).tolist()
 
 
 def first_raw(length: int, prompt: int, cached: int, chunk: int) -> list[int]:

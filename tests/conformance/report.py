@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tests.conformance.cases import Case
+from tests.serving.tolerance import NOISE_FACTOR
+
+Row = Mapping[str, Any]
 
 
 @dataclass
@@ -42,143 +44,159 @@ class Outcome:
         return self.verdict == self.case.expect and self.agrees is not False
 
     @property
-    def backend(self) -> str:
-        """The kernels of the layers, and the attention."""
-        kernels = " + ".join(self.kernels) or ("SGLang" if self.result else "-")
-        return kernels if not self.result else f"{kernels}, {self.result['attention']}"
-
-    @property
     def served_by(self) -> str:
         """``ours`` where this package serves the layers or the cache, by the log."""
         return "ours" if self.kernels or self.cache else "sglang"
 
-    @property
-    def remarks(self) -> str:
-        """Everything said about it."""
-        judged = self.result.get("judgement", {})
-        groups = [
+    def row(self, commit: str) -> dict[str, Any]:
+        """The case for the support matrix."""
+        of, judged = self.case.of, self.result.get("judgement", {})
+        groups = judged.get("groups", {})
+        beyond = [
             f"{name}: mean {group['mean']:.3f} (noise {group['noise_mean']:.3f}), median {group['median']:.3f} "
             f"({group['noise_median']:.3f}) of {group['tokens']}"
-            for name, group in judged.get("groups", {}).items()
-            if self.verdict == "wrong"
-            and not (group["mean"] <= 2 * group["noise_mean"] and group["median"] <= 2 * group["noise_median"])
+            for name, group in groups.items()
+            if not all(group[part] <= NOISE_FACTOR * group[f"noise_{part}"] for part in ("mean", "median"))
         ]
-        return "; ".join(
-            filter(None, [self.note, *judged.get("faults", []), *groups, *self.notes, *judged.get("notes", [])])
-        )
+        repeats = self.result.get("repeats")
+        if repeats is not None:
+            beyond.append(f"{repeats:.1%} of the long prompts' tokens repeat bit for bit")
+        notes = [self.note, *judged.get("faults", []), *beyond, *self.notes, *judged.get("notes", [])]
+        return {
+            "case": self.case.name,
+            "algo": of.algo,
+            "kv": self.case.kv,
+            "family": of.family,
+            "experts": of.mixture,
+            "export": not of.large,
+            "served_by": self.served_by,
+            "plugin": self.case.plugin,
+            "math": self.case.math,
+            "tp": self.case.tp,
+            "graphs": self.case.graphs,
+            "chunk": self.case.chunk,
+            "backend": " + ".join(self.kernels) or ("sglang" if self.result else ""),
+            "attention": self.result.get("attention", ""),
+            "cache": self.cache,
+            "verdict": self.verdict,
+            "expected": self.case.expect,
+            "agrees": self.agrees,
+            "median": judged.get("median"),
+            "mean": judged.get("mean"),
+            "noise": judged.get("noise_mean"),
+            "noise_median": judged.get("noise_median"),
+            "used": judged.get("used"),
+            "repeats": repeats,
+            "prompts": list(groups),
+            "groups": groups,
+            "seconds": round(self.seconds, 1),
+            "commit": commit,
+            "note": "; ".join(filter(None, notes)),
+        }
 
 
 def line(outcome: Outcome) -> str:
     """The case in one line."""
+    row = outcome.row("")
     figures = ""
     if outcome.result:
-        judged = outcome.result["judgement"]
         figures = (
-            f" mean {judged['mean']:.4f} (noise {judged['noise_mean']:.4f}) median {judged['median']:.4f}"
-            f" ({judged['noise_median']:.4f}) used {judged['used']:.2f}"
+            f" mean {row['mean']:.4f} (noise {row['noise']:.4f}) median {row['median']:.4f} ({row['noise_median']:.4f})"
+            f" used {row['used']:.2f}"
         )
-    return (
-        f"{outcome.case.name}: {outcome.verdict}{figures} {outcome.seconds:.0f} s [{outcome.backend}] {outcome.remarks}"
-    )
+    where = f"[{row['backend']}, {row['attention']}] " if outcome.result else ""
+    return f"{outcome.case.name}: {outcome.verdict}{figures} {outcome.seconds:.0f} s {where}{row['note']}"
 
 
-def _cells(outcome: Outcome) -> list[str]:
-    of = outcome.case.of
-    cells = [outcome.case.name, of.algo, outcome.case.kv, of.family, outcome.backend, outcome.verdict]
-    judged = outcome.result.get("judgement")
-    figures = ["mean", "noise_mean", "median", "noise_median", "used"]
-    cells += [f"{judged[name]:.3f}" if judged else "-" for name in figures]
-    return [*cells, f"{outcome.seconds:.0f}"]
+HEADER = (
+    "case",
+    "algorithm",
+    "KV",
+    "family",
+    "kernels",
+    "attention",
+    "verdict",
+    "mean",
+    "noise",
+    "median",
+    "noise",
+    "used",
+    "s",
+)
 
 
-HEADER = ["case", "algorithm", "KV", "family", "served by", "verdict", "mean", "noise", "median", "noise", "used", "s"]
+def _cells(row: Row) -> list[str]:
+    cells = [row[name] for name in ("case", "algo", "kv", "family", "backend", "attention", "verdict")]
+    figures = [row[name] for name in ("mean", "noise", "median", "noise_median", "used")]
+    return [*cells, *("-" if value is None else f"{value:.3f}" for value in figures), f"{row['seconds']:.0f}"]
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
     """One row a case, in columns."""
-    rows = [HEADER, *(_cells(outcome) for outcome in outcomes)]
+    rows = [HEADER, *(_cells(outcome.row("")) for outcome in outcomes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
 
 
-def machine(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The hardware and the versions, by the first case that answered."""
-    for outcome in outcomes:
-        if outcome.result:
-            return {name: outcome.result[name] for name in ("gpu", "capability", "versions")}
-    return {"gpu": "unknown", "capability": None, "versions": {}}
+def as_json(outcomes: Sequence[Outcome], commit: str, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What the support matrix reads: hardware and versions, and a row for each case.
+
+    ``earlier`` is such a content: its rows of cases that were not run now are kept.
+
+    Raises:
+        ValueError: that was on other hardware, or under other versions.
+    """
+    rows = [outcome.row(commit) for outcome in outcomes]
+    machine = next(
+        ({name: o.result[name] for name in ("gpu", "capability", "versions")} for o in outcomes if o.result), None
+    )
+    if earlier is not None:
+        machine = machine or {name: earlier[name] for name in ("gpu", "capability", "versions")}
+        if any(machine[name] != earlier[name] for name in machine):
+            raise ValueError(f"results of {earlier['gpu']} under {earlier['versions']} cannot be added to")
+        known = {row["case"] for row in rows if row["verdict"] != "not run"}
+        kept = [row for row in earlier["rows"] if row["case"] not in known]
+        names = {row["case"] for row in kept}
+        rows = [*kept, *(row for row in rows if row["case"] not in names)]
+    unknown: dict[str, Any] = {"gpu": "unknown", "capability": None, "versions": {}}
+    return {"date": datetime.date.today().isoformat(), **(machine or unknown), "commit": commit, "rows": rows}
 
 
-def as_json(outcomes: Sequence[Outcome], commit: str) -> dict[str, Any]:
-    """What the support matrix reads."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        **machine(outcomes),
-        "commit": commit,
-        "rows": [_row(outcome) for outcome in outcomes],
-    }
-
-
-def _row(outcome: Outcome) -> dict[str, Any]:
-    of, judged = outcome.case.of, outcome.result.get("judgement", {})
-    return {
-        "case": outcome.case.name,
-        "algo": of.algo,
-        "kv": outcome.case.kv,
-        "family": of.family,
-        "experts": of.mixture,
-        "served_by": outcome.served_by,
-        "plugin": outcome.case.plugin,
-        "math": outcome.case.math,
-        "tp": outcome.case.tp,
-        "graphs": outcome.case.graphs,
-        "chunk": outcome.case.chunk,
-        "backend": " + ".join(outcome.kernels) or ("sglang" if outcome.result else ""),
-        "attention": outcome.result.get("attention", ""),
-        "verdict": outcome.verdict,
-        "expected": outcome.case.expect,
-        "agrees": outcome.agrees,
-        "median": judged.get("median"),
-        "mean": judged.get("mean"),
-        "noise": judged.get("noise_mean"),
-        "used": judged.get("used"),
-        "prompts": list(judged.get("groups", {})),
-        "groups": judged.get("groups", {}),
-        "seconds": round(outcome.seconds, 1),
-        "note": outcome.remarks,
-    }
-
-
-def as_markdown(outcomes: Sequence[Outcome], commit: str, args: argparse.Namespace) -> str:
-    """A page for benchmarks/results."""
-    found = machine(outcomes)
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    verdicts = [outcome.verdict for outcome in outcomes if outcome.case.expect == "right"]
+def as_markdown(content: Mapping[str, Any]) -> str:
+    """A page for benchmarks/results of what :func:`as_json` gives."""
+    rows = content["rows"]
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    verdicts = [row["verdict"] for row in rows if row["expected"] == "right"]
     count = {verdict: verdicts.count(verdict) for verdict in ("right", "wrong", "failed", "not run")}
+    apart = [row["case"] for row in rows if row["agrees"] is False]
     lines = [
-        f"# Served models on {found['gpu']}",
+        f"# Served models on {content['gpu']}",
         "",
-        f"{datetime.date.today().isoformat()}, {args.tp} x {found['gpu']}, {versions}; commit {commit[:12]}.",
-        f"Command: `python tests/conformance run --tp {args.tp}`. Real ModelOpt exports of small models through `sglang.Engine`,",
-        "judged by the log probabilities of prompts of 3 to 2100 tokens, alone and 16 at a time, in chunks and behind cached",
-        "prefixes, and of decoded tokens. A case is right where, for every kind of request, mean and median of the differences",
-        "from an independent float32 reading are within twice those of the same model in bf16 by Hugging Face (`noise`); `used`",
-        "is the largest share of that tolerance. Cases that a sound run finds wrong are controls; those named `-alone` ran",
-        "without this package, whatever they give.",
+        f"{content['date']}, {max((row['tp'] for row in rows), default=1)} x {content['gpu']}, {versions};",
+        f"commit {content['commit'][:12]}. Command: `make test-gpu-served`.",
+        "",
+        "Real ModelOpt exports of small models (`large-`: random weights in an 8B model's sizes) through `sglang.Engine`, judged",
+        "by the log probabilities of prompts of 3 to 2100 tokens, alone and 16 at a time, in chunks and behind cached prefixes,",
+        "and of decoded tokens. A case is right where, for every kind of request, mean and median of the differences from an",
+        "independent float32 reading are within",
+        f"{NOISE_FACTOR:g} times those of the same model in bf16 by Hugging Face (`noise`); `used` is the largest share of that",
+        "tolerance. `wrong-scale` is a control, which a sound run finds wrong; cases named `-alone` ran without this package,",
+        "whatever they give.",
         "",
         "Of what must be right: "
         + ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
         + ".",
+        *(["Not the same as the case they must agree with: " + ", ".join(apart) + "."] if apart else []),
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),
-        *("| " + " | ".join(_cells(outcome)) + " |" for outcome in outcomes),
+        *("| " + " | ".join(_cells(row)) + " |" for row in rows),
         "",
         "## Remarks",
         "",
-        *(f"- `{outcome.case.name}`: {outcome.remarks}" for outcome in outcomes if outcome.remarks),
+        *(f"- `{row['case']}`: {row['note']}" for row in rows if row["note"]),
         "",
     ]
     return "\n".join(lines)

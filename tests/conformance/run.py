@@ -15,12 +15,14 @@ import argparse
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 
@@ -77,8 +79,11 @@ class Runner:
         if passed > self.args.budget - 30:
             outcome = Outcome(case, "not run", note=f"after {passed:.0f} s of {self.args.budget}")
         else:
-            time.sleep(min(number, self.args.workers) * 0.5 if number < self.args.workers else 0)
-            outcome = self._run(number, case)
+            time.sleep(1.5 * number if number < self.args.workers else 0)  # not all at the same point of their start
+            try:
+                outcome = self._run(number, case)
+            except Exception as error:  # whatever it is, the other cases go on
+                outcome = Outcome(case, "failed", note=f"{type(error).__name__}: {error}")
         self.done.append(outcome)
         print(f"[{len(self.done):2}/{count} {time.monotonic() - self.begun:4.0f} s] {line(outcome)}", flush=True)
         return outcome
@@ -125,6 +130,10 @@ class Runner:
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(case.tp))
         elif case.tp == 1 and self.gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(number % self.gpus)
+        if case.tp > 1:  # engines beside it use what they use of either GPU
+            environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
+        if not case.plugin:
+            environment["SGLANG_PLUGINS"] = other_plugins()
         return environment | dict(case.env)
 
     def compare(self, outcomes: list[Outcome]) -> None:
@@ -138,6 +147,12 @@ class Runner:
             found = compare(outcome.case, outcome.result["scored"], other.result["scored"], noise)
             outcome.agrees = found["right"]
             outcome.notes.append(found["note"])
+
+
+def other_plugins() -> str:
+    """What ``SGLANG_PLUGINS`` must be for SGLang to load every plugin but this package's."""
+    found = {point.name for point in entry_points(group="sglang.srt.plugins")} - {"modelopt_ext"}
+    return ",".join(sorted(found)) or "none"  # an empty value would mean all
 
 
 def reason(output: str) -> str:
@@ -161,13 +176,14 @@ def commit() -> str:
 
 def write(outcomes: list[Outcome], args: argparse.Namespace) -> None:
     """Writes the results, where they are wanted."""
-    if args.results:
-        revision = args.commit or commit()
-        args.results.parent.mkdir(parents=True, exist_ok=True)
-        args.results.with_suffix(".json").write_text(
-            json.dumps(as_json(outcomes, revision), indent=1), encoding="utf-8"
-        )
-        args.results.with_suffix(".md").write_text(as_markdown(outcomes, revision, args), encoding="utf-8")
+    if not args.results:
+        return
+    target, page = args.results.with_suffix(".json"), args.results.with_suffix(".md")
+    earlier = json.loads(target.read_text(encoding="utf-8")) if args.add and target.exists() else None
+    content = as_json(outcomes, args.commit or commit(), earlier)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    page.write_text(as_markdown(content), encoding="utf-8")
 
 
 def arguments() -> argparse.Namespace:
@@ -177,10 +193,13 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pack", type=Path, default=ROOT / ".exports", help="the folder that pack.py made")
     parser.add_argument("--only", metavar="A,B", help="cases by name, * for any part")
+    parser.add_argument(
+        "--part", metavar="I/N", help="of N parts the I-th, counted from 1; cases that must agree are in one"
+    )
     parser.add_argument("--tp", type=int, default=1, help="2: the cases over two GPUs, and the same over one")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--workers", type=int, default=8, help="engines at a time")
-    parser.add_argument("--case-seconds", type=float, default=240, help="after which a case is killed")
+    parser.add_argument("--workers", type=int, default=max(1, 3 * (os.cpu_count() or 1) // 4), help="engines at a time")
+    parser.add_argument("--case-seconds", type=float, default=400, help="after which a case is killed")
     parser.add_argument(
         "--budget", type=float, default=3600, help="seconds of the whole run; what has not begun then is not run"
     )
@@ -188,6 +207,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, help="write FILE.json and FILE.md, such as benchmarks/results/served-h200"
     )
+    parser.add_argument("--add", action="store_true", help="keep what --results has of other cases")
     parser.add_argument("--commit", default="", help="the revision, where git does not know it")
     parser.add_argument("--list", action="store_true", help="print the cases and end")
     return parser.parse_args()
@@ -197,6 +217,10 @@ def main() -> int:
     """Runs the cases; 0 when every verdict is the expected one."""
     args = arguments()
     cases = chosen(args.tp, args.only)
+    if args.part:
+        part, parts = map(int, args.part.split("/"))
+        roots = list(dict.fromkeys(case.same_as or case.name for case in cases))
+        cases = [case for case in cases if roots.index(case.same_as or case.name) % parts == part - 1]
     if args.list:
         print("\n".join(f"{case.name}: {case.of.algo}, {case.of.family}, KV {case.kv}" for case in cases))
         return 0
@@ -230,6 +254,7 @@ def main() -> int:
                 "\n" + table(runner.done) + f"\n\nended by a signal: {len(runner.done)} of {len(cases)} cases",
                 flush=True,
             )
+            shutil.rmtree(scratch, ignore_errors=True)
             os._exit(128 + signum)
 
         for number in (signal.SIGTERM, signal.SIGINT):

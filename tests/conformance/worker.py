@@ -48,6 +48,7 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
     import sglang
     import torch
 
+    from tests.conformance import large
     from tests.conformance.cases import chosen
     from tests.conformance.drive import Drive, engine_arguments
     from tests.conformance.judge import Judge
@@ -64,21 +65,30 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
         seconds[what], start = round(now - start, 1), now
         print(f"CONFORMANCE {what} {seconds[what]} s", flush=True)
 
-    engine = sglang.Engine(**engine_arguments(case, str(exports / case.export), device, port))
+    served = exports / case.export
+    if case.of.large:
+        # A folder of its own: a control or a twin beside it makes the same again.
+        served = exports / "large" / case.name
+        large.make(served, case.of.algo, device, shrink=1 if device == "cuda" else 8)
+        lap("checkpoint")
+    engine = sglang.Engine(**engine_arguments(case, str(served), device, port))
     attention = _attention(engine)
     lap("start")
-    scored = Drive(engine, case).all()
+    drive = Drive(engine, case)
+    scored = drive.all()
     lap("requests")
     engine.shutdown()
     found = hardware(device)
     reading = Reading.of(case, found["capability"], attention)
-    manifest = json.loads((exports / MANIFEST).read_text(encoding="utf-8"))[case.reads]
-    known = manifest["readings"][reading.key], check_prompts()
+    manifest = json.loads((exports / MANIFEST).read_text(encoding="utf-8"))
+    known = None if case.of.large else (manifest[case.reads]["readings"][reading.key], check_prompts())
     with torch.inference_mode():
-        judgement = Judge(exports / case.reads, case, reading, device, known).judge(scored)
+        judge = Judge(served if case.of.large else exports / case.reads, case, reading, device, known)
+        judgement = judge.judge(scored)
     lap("judgement")
     return {
         "judgement": judgement.as_json(),
+        "repeats": drive.repeats,
         "reading": asdict(reading),
         "attention": attention,
         "seconds": seconds,

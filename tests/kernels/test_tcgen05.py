@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from sglang_modelopt_ext.selfcheck import TOKENS, K, N
+from sglang_modelopt_ext.selfcheck import LEAST, MOST, TOKENS
 from sglang_modelopt_kernels.gemm.fp4.linear import TILED_CONFIGS
 from sglang_modelopt_kernels.gemm.mxfp4.linear import CONFIGS
 from sglang_modelopt_kernels.gemm.tcgen05 import persistent_tokens, takes_tiles, tcgen05_product, tiles_of
@@ -103,7 +103,9 @@ def test_many_tokens_are_for_the_persistent_kernel(configs: tuple[KernelConfig, 
 def test_the_check_at_load_sees_every_configuration(configs: tuple[KernelConfig, ...]) -> None:
     """A layer's proof on the device at hand: on a GPU also with so many tokens that a program takes a second tile."""
     with mock.patch.object(LAUNCH, "machine", return_value=(100, PROCESSORS)):
-        more = persistent_tokens(configs, torch.device("cuda"))
-    assert {choose(configs, m, N, K, PROCESSORS)[0] for m in (*TOKENS, *more)} == set(configs)
-    assert configs[-1].tiles(more[0], N) == PROCESSORS + 1
-    assert persistent_tokens(configs, torch.device("cpu")) == ()
+        for n in (LEAST, LEAST + 128, MOST):
+            more = persistent_tokens(configs, torch.device("cuda"), n)
+            assert {choose(configs, m, n, MOST, PROCESSORS)[0] for m in (*TOKENS, *more)} == set(configs)
+            rows = configs[-1].tiles(1, n)
+            assert PROCESSORS < configs[-1].tiles(more[0], n) <= PROCESSORS + rows
+    assert persistent_tokens(configs, torch.device("cpu"), LEAST) == ()

@@ -133,7 +133,11 @@ def nan_scale(scale: torch.Tensor) -> torch.Tensor:
 
 REFUSALS: dict[str, tuple[list[edits.Edit], tuple[str, ...], str]] = {
     "config.json is no JSON": ([edits.overwrite(edits.CONFIG, b"{")], (), "config.json: file: expected a JSON object"),
-    "unknown algo": ([edits.set_config({"quant_algo": "W3A5"})], (), "quant_algo: expected one of"),
+    "unknown algo": (
+        [edits.set_config({"quant_algo": "W3A5"})],
+        ("--quantization", "modelopt_ext"),
+        "quant_algo: expected one of",
+    ),
     "truncated weights": ([edits.truncate()], (), "model.safetensors: file: expected a readable safetensors file"),
     "wrong flag": ([], ("--quantization", "modelopt_fp4"), "which --quantization modelopt_w4a8"),
     "bypassing load format": (

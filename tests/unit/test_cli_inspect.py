@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -19,6 +20,8 @@ from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.dispatch import LAYOUTS
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.workflow.inspect import _joined_name
+from sglang_modelopt_ext.workflow.loading import rehearse_loading
+from sglang_modelopt_ext.workflow.target import find_target
 from tests.layers.test_recipes import mixed_checkpoint
 from tests.support import edits
 from tests.support.exports import export, mixed_recipe
@@ -27,6 +30,8 @@ from tests.support.models import TinyModel, model_dir
 from tests.support.sparse import llama_70b
 
 W4A8 = "W4A8_NVFP4_FP8_CFG"
+REHEARSE = "rehearse"
+"""Among the arguments of :func:`inspect`: without ``--headers-only``, which takes a process that imports SGLang."""
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,8 @@ def folder() -> Path:
 def inspect(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> dict[str, Any]:
     """The ``contents`` of ``inspect --json``."""
     capsys.readouterr()  # what making an export printed
-    assert main(["inspect", *map(str, args), "--json"]) == code
+    extra = [] if REHEARSE in args else ["--headers-only"]
+    assert main(["inspect", *(str(arg) for arg in args if arg != REHEARSE), *extra, "--json"]) == code
     contents: dict[str, Any] = json.loads(capsys.readouterr().out)["contents"]
     return contents
 
@@ -180,7 +186,7 @@ def test_every_problem_is_listed(capsys: pytest.CaptureFixture[str], folder: Pat
     )
     for subject in subjects:
         assert any(re.search(subject, problem) for problem in found["problems"]), (subject, found["problems"])
-    text_code = main(["inspect", str(tmp_path / "bad")])
+    text_code = main(["inspect", str(tmp_path / "bad"), "--headers-only"])
     assert text_code == 1
     assert f"problems: {len(found['problems'])}" in capsys.readouterr().out
 
@@ -244,7 +250,7 @@ def test_by_its_name_in_an_offline_hub_cache(folder: Path, tmp_path: Path) -> No
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(revision)
     environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "sglang_modelopt_ext.cli", "inspect", "someone/model", "--json"]
+    command = [sys.executable, "-m", "sglang_modelopt_ext.cli", "inspect", "someone/model", "--headers-only", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["contents"]["folder"] == str(snapshot)
@@ -269,6 +275,85 @@ def test_bad_input(capsys: pytest.CaptureFixture[str], args: tuple[str, ...], me
 def test_an_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["inspect", str(tmp_path)]) == 2
     assert "expected at least one safetensors file, got none" in capsys.readouterr().err
+
+
+# Whether it loads, which a process of SGLang's answers
+
+
+BLOCK = {
+    "mtp.fc.weight": torch.zeros(4, 8),
+    "mtp.layers.0.self_attn.q_proj.weight": torch.zeros(4, 4),
+}
+
+
+def test_it_loads(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    """In SGLang's own class, with an MTP block that this model has no part for."""
+    pytest.importorskip("sglang")
+    model = edits.copy_with(folder, tmp_path / "model", [edits.add_tensors(BLOCK)])
+    before = {file: file.stat().st_mtime_ns for file in model.iterdir()}
+    found = inspect(capsys, model, "--gpu", "sm90", REHEARSE)
+    assert found["loading"]["checked"], found["loading"]["why_not"]
+    assert found["loading"]["model"] == "Qwen2ForCausalLM"
+    assert found["loading"]["left_out"] == len(BLOCK)
+    assert found["problems"] == []
+    assert before == {file: file.stat().st_mtime_ns for file in model.iterdir()}, "nothing is written"
+
+
+def test_it_does_not_load(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    """The line of the server, and everything that is missing or left over."""
+    pytest.importorskip("sglang")
+    changes = [
+        edits.drop_tensors("model.norm.weight"),
+        edits.drop_tensors("model.layers.1.input_layernorm.weight"),
+        edits.add_tensors({"model.layers.0.stray.weight": torch.zeros(3)}),
+    ]
+    model = edits.copy_with(folder, tmp_path / "model", changes)
+    loading = inspect(capsys, model, REHEARSE, code=1)["loading"]
+    assert loading["checked"], loading["why_not"]
+    assert len(loading["missing"]) == 2
+    assert loading["left_over"] == ["model.layers.0.stray.weight"]
+    assert (
+        "input_layernorm.weight: expected a tensor for this parameter of the model, got none" in loading["problems"][0]
+    )
+    assert "stray.weight: expected a tensor the model uses, got one nothing reads" in loading["problems"][1]
+
+
+@pytest.mark.full
+def test_a_cache_of_ours_asks_for_the_models_layers(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("sglang")
+    export_ = kv_export("nvfp4", "mistral", W4A8)
+    assert inspect(capsys, export_, "--gpu", "sm90", REHEARSE)["problems"] == []
+    bad = edits.copy_with(export_, tmp_path / "bad", [edits.drop_tensors("*1.self_attn.v_proj.v_scale")])
+    found = inspect(capsys, bad, "--gpu", "sm90", REHEARSE, code=1)
+    assert "layers.1.self_attn: v_scale: expected one for every attention layer" in found["loading"]["problems"][0]
+
+
+def test_it_never_says_loads_unchecked(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
+    assert main(["inspect", str(folder), "--headers-only"]) == 0
+    assert "loads: not checked: headers only" in capsys.readouterr().out
+    stock = export(model_dir(TinyModel("llama")), "FP8_DEFAULT_CFG")
+    assert main(["inspect", str(stock), "--gpu", "sm90"]) == 0
+    assert "loads: not checked: SGLang serves it by itself on sm90" in capsys.readouterr().out
+
+
+def test_a_missing_sglang_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    found = rehearse_loading(folder, find_target("cpu"), stock_kv_cache=False)
+    assert (found.checked, found.loads, found.why_not) == (False, False, "SGLang is not installed")
+
+
+def test_what_sglang_serves_is_not_a_problem(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A cache of SGLang's own with a scale missing: this package would object to it, and is not asked."""
+    bad = edits.copy_with(
+        kv_export("fp8", "qwen2", "FP8_DEFAULT_CFG"),
+        tmp_path / "bad",
+        [edits.drop_tensors("*1.self_attn.v_proj.v_scale")],
+    )
+    found = inspect(capsys, bad, "--gpu", "sm90")
+    assert (found["serving"]["owner"], found["problems"]) == ("SGLang", [])
+    assert "v_scale: expected one for every attention layer" in found["remarks"][0]
+    found = inspect(capsys, bad, "--gpu", "cpu", code=1)
+    assert "v_scale: expected one for every attention layer" in found["problems"][0]
 
 
 def test_joined_names() -> None:

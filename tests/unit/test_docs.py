@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("tool", ["support_matrix.py", "cli_reference.py"])
+@pytest.mark.parametrize("tool", ["support_matrix.py", "ownership_table.py", "cli_reference.py"])
 def test_generated_pages_are_not_stale(tool: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / tool), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)

@@ -14,7 +14,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, KVLayer
+from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import kv_cache
 from sglang_modelopt_ext.kv.layers import check_sinks, local_heads, rank_layers
@@ -22,6 +22,7 @@ from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
 from sglang_modelopt_ext.kv.pool import ModelOptExtKVPool
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 from tests.support.kv_exports import PRESETS, kv_export
+from tests.support.kv_trees import attention_model
 from tests.support.models import TinyModel, model_dir
 
 
@@ -48,70 +49,26 @@ def test_heads_that_are_not_the_models(total: int, size: int, heads: int) -> Non
         local_heads(torch.zeros(total, 16), heads, 0, size, "layers.0.self_attn")
 
 
-def attention_model(layers: int = 2, heads: int = 2, scales: bool = False) -> torch.nn.Module:
-    """A tree of modules with SGLang's attention layers at the usual places."""
-    from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
-    from sglang.srt.layers.radix_attention import RadixAttention
-
-    model = torch.nn.Module()
-    model.model = torch.nn.Module()
-    model.model.layers = torch.nn.ModuleList()
-    for index in range(layers):
-        layer = torch.nn.Module()
-        layer.self_attn = torch.nn.Module()
-        layer.self_attn.attn = RadixAttention(4, 16, 0.25, heads, index)
-        if scales:
-            BaseKVCacheMethod(SimpleNamespace()).create_weights(layer.self_attn.attn)
-        model.model.layers.append(layer)
-    return model
-
-
-def full_plan(recipe: str, layers: int = 2, heads: int = 4) -> KVCachePlan:
-    numbers = {
-        f"layers.{i}.self_attn": KVLayer(
-            0.5 + i, 0.25 + i, torch.full((heads, 16), 1.0 + i), torch.full((heads, 16), -1.0 - i)
-        )
+def full_numbers(layers: int = 2, heads: int = 4) -> dict[int, KVLayer]:
+    return {
+        i: KVLayer(0.5 + i, 0.25 + i, torch.full((heads, 16), 1.0 + i), torch.full((heads, 16), -1.0 - i))
         for i in range(layers)
     }
-    return KVCachePlan(KV_RECIPES[recipe], "test", numbers)
 
 
 def test_every_attention_layer_gets_its_numbers() -> None:
-    found = rank_layers(attention_model(), full_plan("fp8_affine"), rank=1, size=2)
+    found = rank_layers(attention_model(), full_numbers(), rank=1, size=2)
     assert {index: (layer.k_scale, layer.v_scale) for index, layer in found.items()} == {0: (0.5, 0.25), 1: (1.5, 1.25)}
     assert found[1].k_bias is not None
     assert found[1].k_bias.shape == (2, 16)
-    with pytest.raises(
-        ModelOptExtError, match=r"model.layers.2.self_attn: k_scale: expected KV cache scales for every"
-    ):
-        rank_layers(attention_model(layers=3), full_plan("fp8_affine"), rank=1, size=2)
 
 
 def test_attention_sinks_are_refused() -> None:
     model = attention_model()
     check_sinks(model)
-    model.model.layers[1].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
+    model.get_submodule("model.layers.1.self_attn").sinks = torch.nn.Parameter(torch.zeros(4))
     with pytest.raises(ModelOptExtError, match=r"expected auto or bf16 with attention sinks, got .*1.self_attn.sinks"):
         check_sinks(model)
-
-
-def test_scales_of_sglangs_own_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sglang.srt.runtime_context
-
-    flag = SimpleNamespace(kv_cache_dtype="auto")
-    monkeypatch.setattr(sglang.srt.runtime_context, "get_model", lambda: flag)
-    for recipe, scaled in (("fp8", ("auto", "fp8_e4m3")), ("nvfp4", ("nvfp4",)), ("nvfp4_rotate", ())):
-        for flag.kv_cache_dtype in ("auto", "fp8_e4m3", "nvfp4", "bf16", "modelopt_fp8", "modelopt_nvfp4", "fp8_e5m2"):
-            model = attention_model(scales=True)
-            kv_cache.set_stock_scales(model, full_plan(recipe))
-            attention = model.model.layers[1].self_attn.attn
-            found = (float(attention.k_scale), float(attention.v_scale))
-            assert found == ((1.5, 1.25) if flag.kv_cache_dtype in scaled else (-1.0, -1.0)), (recipe, flag)
-    attention.k_scale_float = 1.0
-    attention.k_scale.data.fill_(1.0)
-    flag.kv_cache_dtype = "nvfp4"
-    kv_cache.set_stock_scales(model, full_plan("nvfp4"))
-    assert float(attention.k_scale) == 1.0, "an update of the weights"
 
 
 @pytest.mark.parametrize("recipe", KV_RECIPES)

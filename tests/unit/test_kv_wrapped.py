@@ -16,7 +16,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, KVLayer
+from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.kv import wrapped
 from sglang_modelopt_ext.kv.layers import attention_layers, rank_layers
@@ -228,14 +228,14 @@ def test_the_heads_of_every_rank(kernels: Kernels) -> None:
     from sglang.srt.layers.radix_attention import RadixAttention
 
     bias = [torch.randn(2, D, generator=torch.Generator().manual_seed(side)) for side in (1, 2)]
-    plan = KVCachePlan(KV_RECIPES["fp8_affine"], "test", {"layers.0.self_attn": KVLayer(1.0, 1.0, *bias)})
+    numbers = {0: KVLayer(1.0, 1.0, *bias)}
     for rank in range(4):
         model = torch.nn.Module()
         model.layers = torch.nn.ModuleList([torch.nn.Module()])
         model.layers[0].self_attn = torch.nn.Module()
         model.layers[0].self_attn.attn = RadixAttention(2, D, 1.0, 1, 0)
-        layers = rank_layers(model, plan, rank, 4)
-        around = wrapped.around_layers(plan.recipe, layers, model, "cpu")[0]
+        layers = rank_layers(model, numbers, rank, 4)
+        around = wrapped.around_layers(KV_RECIPES["fp8_affine"], layers, model, "cpu")[0]
         assert around.k_bias is not None
         assert torch.equal(around.k_bias, bias[0][rank // 2 : rank // 2 + 1])
         expected = bias[1].repeat_interleave(4, 0)[2 * rank : 2 * rank + 2].flatten()

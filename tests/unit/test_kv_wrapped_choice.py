@@ -11,6 +11,8 @@ import torch
 
 pytest.importorskip("sglang")
 
+from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
+from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import kv_cache
 from sglang_modelopt_ext.kv import wrapped
@@ -35,6 +37,12 @@ def arguments(recipe: str | None, **fields: Any) -> Any:
 
     folder = model_dir(TinyModel()) if recipe is None else kv_export(recipe)
     return ServerArgs(model_path=str(folder), **{"device": "cuda", **fields})
+
+
+def loaded(recipe: str) -> KVCachePlan | None:
+    """The plan of an export, scales included."""
+    folder = kv_export(recipe)
+    return read_plan(folder, read_quant_config(folder), "auto")
 
 
 def settled(args: Any) -> tuple[str, str | None, str | None]:
@@ -163,10 +171,10 @@ def test_the_plans_scales_reach_sglangs_nvfp4_cache(monkeypatch: pytest.MonkeyPa
     """Under SGLang's own flag as well, and not on the layers."""
     model = tree()
     method = configured(monkeypatch, arguments("nvfp4", attention_backend=TRT, kv_cache_dtype=given), model)
-    plan = kv_cache.plan_for(str(kv_export("nvfp4")), None, "auto")
+    plan = loaded("nvfp4")
     assert plan is not None
     for index in range(2):
-        layer = plan.layer(f"model.layers.{index}.self_attn")
+        layer = plan.layer(index)
         assert method.get_bmm_scales(index) == pytest.approx((layer.k_scale * 6, layer.v_scale * 6), rel=1e-12)
         assert model.model.layers[index].self_attn.attn.k_scale_float == 1.0
 
@@ -183,11 +191,11 @@ def test_the_plans_scales_reach_sglangs_fp8_cache(monkeypatch: pytest.MonkeyPatc
     model, lines = tree(), []
     monkeypatch.setattr(sglang.srt.utils, "log_info_on_rank0", lambda logger, line: lines.append(line))
     assert configured(monkeypatch, arguments("fp8_affine", attention_backend=TRT), model) is None
-    plan = kv_cache.plan_for(str(kv_export("fp8_affine")), None, "auto")
+    plan = loaded("fp8_affine")
     assert plan is not None
     attention = model.model.layers[1].self_attn.attn
-    assert attention.k_scale_float == plan.layer("model.layers.1.self_attn").k_scale
-    assert float(attention.v_scale) == pytest.approx(plan.layer("model.layers.1.self_attn").v_scale, rel=1e-7)
+    assert attention.k_scale_float == plan.layer(1).k_scale
+    assert float(attention.v_scale) == pytest.approx(plan.layer(1).v_scale, rel=1e-7)
     assert lines == [
         "modelopt_ext: KV cache fp8_affine, hf_quant_config.json, scales read as amax / 448; "
         "prefill by trtllm_mha of SGLang, queries rounded to E4M3 without a scale; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.ownership import owned_family
+from sglang_modelopt_ext.integration.ownership import decide, owned_family
 from sglang_modelopt_ext.schemes.table import FAMILIES, SCHEMES, UMBRELLA
 
 MIXED_LAYERS = {
@@ -69,13 +70,17 @@ def test_group_32_is_ours(tmp_path: Path) -> None:
         (MIXED_LAYERS, 100, False),
         (MIXED_LAYERS, None, True),
         ({"a": {"quant_algo": "FP8"}}, 100, True),
-        ({**MIXED_LAYERS, "b": {"quant_algo": "MXFP8"}}, 100, True),
+        ({**MIXED_LAYERS, "b": {"quant_algo": "MXFP8"}}, 100, False),
+        ({**MIXED_LAYERS, "b": {"quant_algo": "FP8_PB_WO", "group_size": 128}}, 80, False),
+        ({**MIXED_LAYERS, "b": {"quant_algo": "FP8_BLOCK_SCALES"}}, None, False),
+        ({**MIXED_LAYERS, "b": {"quant_algo": "W4A16_NVFP4", "group_size": 32}}, 100, True),
+        (MIXED_LAYERS, 80, False),
         ({**MIXED_LAYERS, "b": {"quant_algo": "W4A8_NVFP4_FP8", "group_size": 32}}, 100, True),
     ],
 )
 def test_mixed_precision(tmp_path: Path, layers: dict[str, Any], capability: int | None, ours: bool) -> None:
     folder = checkpoint(tmp_path, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
-    for flag in (None, "modelopt_mixed"):
+    for flag in (None, "modelopt_mixed", "unquant"):
         assert (owned_family(folder, flag, capability) is not None) == ours
 
 
@@ -108,12 +113,50 @@ def test_a_flag_that_does_not_fit_is_refused_with_the_one_that_does(tmp_path: Pa
         owned_family(folder, flag, None)
 
 
-def test_requantizing_flags_are_sglangs(tmp_path: Path) -> None:
-    """SGLang turns some of the checkpoints it reads into other formats; that is not ours to refuse."""
-    folder = checkpoint(tmp_path, {"quant_algo": "NVFP4"})
-    assert owned_family(folder, "quark_mxfp4", 90) is None
-    with pytest.raises(ModelOptExtError, match="--quantization modelopt_fp8, got NVFP4"):
-        owned_family(folder, "modelopt_fp8", 90)
+def test_flags_that_sglang_corrects_are_none_and_those_that_requantize_are_its_own(tmp_path: Path) -> None:
+    """SGLang replaces a flag by what it finds in the checkpoint, except where it asks for another format."""
+    folder = checkpoint(tmp_path, {"quant_algo": "NVFP4_AWQ"})
+    for flag in ("modelopt_fp8", "modelopt_mixed", "awq", "fp8"):
+        assert owned_family(folder, flag, 100) is None
+        for capability in (None, 90):
+            owned = owned_family(folder, flag, capability)
+            assert owned is not None
+            assert owned[0] == UMBRELLA
+    for flag in ("quark_mxfp4", "nvfp4_online", "w4afp8"):
+        for capability in (None, 90, 100):
+            assert owned_family(folder, flag, capability) is None
+
+
+@pytest.mark.parametrize("flag", ["modelopt_fp4", "awq"])
+def test_flags_on_a_mix(tmp_path: Path, flag: str) -> None:
+    """SGLang corrects them where one layer is NVFP4; elsewhere it refuses them, as it is refused here."""
+    folder = checkpoint(tmp_path, {"quant_algo": "MIXED_PRECISION", "quantized_layers": MIXED_LAYERS})
+    assert owned_family(folder, flag, 100) is None
+    assert owned_family(folder, flag, None) is not None
+    layers = {"a": {"quant_algo": "FP8"}}
+    folder = checkpoint(tmp_path, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
+    with pytest.raises(ModelOptExtError, match=rf"--quantization {flag}, got MIXED_PRECISION, which .*modelopt_mixed"):
+        owned_family(folder, flag, 100)
+
+
+@pytest.mark.parametrize(("name", "left"), [("weight_scale", False), ("weight_scale_inv", True)])
+@pytest.mark.parametrize("capability", [None, 90, 100])
+def test_block_scales_under_sglangs_name_are_sglangs(
+    tmp_path: Path, name: str, left: bool, capability: int | None
+) -> None:
+    scales = {f"b.{name}": torch.ones(2, 2)}
+    for section in (
+        {"quant_algo": "MXFP8"},
+        {"quant_algo": "MIXED_PRECISION", "quantized_layers": {**MIXED_LAYERS, "b": {"quant_algo": "MXFP8"}}},
+    ):
+        assert (owned_family(checkpoint(tmp_path, section, scales), None, capability) is None) == left
+
+
+def test_unreadable_weights_are_no_error_here(tmp_path: Path) -> None:
+    folder = checkpoint(tmp_path, {"quant_algo": "FP8"})
+    (folder / "model.safetensors").write_bytes(b"nothing")
+    assert owned_family(folder, None, 90) is None
+    assert owned_family(folder, None, 80) is not None
 
 
 def test_our_flag_on_a_checkpoint_of_another_family(tmp_path: Path) -> None:
@@ -137,16 +180,87 @@ def test_models_that_are_not_modelopts_are_left_alone(tmp_path: Path) -> None:
     assert owned_family(folder, "awq", None) is None
 
 
-@pytest.mark.parametrize("flag", [None, "modelopt", "modelopt_fp4", "modelopt_ext"])
-def test_unknown_algorithms_list_the_known_ones(tmp_path: Path, flag: str | None) -> None:
-    with pytest.raises(ModelOptExtError, match=r"quant_algo: expected one of FP8, .*MIXED_PRECISION.*, got W2A2"):
-        owned_family(checkpoint(tmp_path, {"quant_algo": "W2A2"}), flag, 100)
-    layers = {"model.layers.0.mlp.up_proj": {"quant_algo": "W2A2"}}
-    mixed = checkpoint(tmp_path, {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers})
-    with pytest.raises(
-        ModelOptExtError, match=r"quantized_layers\.model\.layers\.0\.mlp\.up_proj: quant_algo: expected one of"
-    ):
-        owned_family(mixed, None, 100)
+@pytest.mark.parametrize("capability", [None, 100])
+@pytest.mark.parametrize("flag", [None, "modelopt", "modelopt_fp4", *FAMILIES])
+def test_unknown_algorithms_are_sglangs_but_for_a_flag_of_ours(
+    tmp_path: Path, flag: str | None, capability: int | None
+) -> None:
+    sections = (
+        ({"quant_algo": "W2A2"}, r"quant_algo: expected one of FP8, .*MIXED_PRECISION.*, got W2A2"),
+        (
+            {"quant_algo": "MIXED_PRECISION", "quantized_layers": {"model.mlp.up_proj": {"quant_algo": "W2A2"}}},
+            r"quantized_layers\.model\.mlp\.up_proj: quant_algo: expected one of .*, got W2A2",
+        ),
+    )
+    for section, message in sections:
+        folder = checkpoint(tmp_path, section)
+        if flag in FAMILIES:
+            with pytest.raises(ModelOptExtError, match=message):
+                decide(folder, flag, capability)
+        else:
+            found = decide(folder, flag, capability)
+            assert found.family is None
+            assert found.in_doubt
+            assert re.search(message, found.why)
+
+
+@pytest.mark.parametrize("algo", sorted(SCHEMES))
+@pytest.mark.parametrize("change", [{"group_size": "16"}, {"exclude_modules": "lm_head"}, {"quantized_layers": [1]}])
+def test_malformed_is_an_error_where_the_algorithm_can_only_be_ours(
+    tmp_path: Path, algo: str, change: dict[str, Any]
+) -> None:
+    folder = checkpoint(tmp_path, {"quant_algo": algo, **change})
+    if SCHEMES[algo].stock_flag is not None or algo == "MXFP8":
+        assert decide(folder, None, 100).in_doubt
+    else:
+        with pytest.raises(ModelOptExtError, match=next(iter(change))):
+            decide(folder, None, 100)
+    with pytest.raises(ModelOptExtError, match=next(iter(change))):
+        decide(folder, UMBRELLA, 100)
+
+
+JUNK = (None, True, 0, -1, 1.5, "", "text", [], [1], ["a", 2], {}, {"a": 1}, {"a": {"quant_algo": 4}}, {"a": [1]}, [[]])
+
+
+@pytest.mark.parametrize("algo", ["NVFP4", "MIXED_PRECISION", "W2A2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quant_algo",
+        "kv_cache_quant_algo",
+        "kv_cache_scheme",
+        "group_size",
+        "config_groups",
+        "exclude_modules",
+        "ignore",
+        "quantized_layers",
+        "producer",
+        "quant_method",
+        "quantization",
+        "text_config",
+        "architectures",
+        "model_type",
+        "compression_config",
+        "sglang_modelopt_ext",
+    ],
+)
+def test_nothing_malformed_is_an_error_without_a_flag_of_ours(tmp_path: Path, name: str, algo: str) -> None:
+    """A field of any type, in either file and at any level: SGLang may make something of it."""
+    layers = {"quantized_layers": MIXED_LAYERS} if algo == "MIXED_PRECISION" else {}
+    whole = {"quant_algo": algo, "group_size": 16, **layers}
+    for junk in (*JUNK, {"kv_cache_recipe": []}, {"rounds_activations": "x"}, {"type": "float", "num_bits": []}):
+        changed = {**whole, name: junk}
+        for file, config in (
+            ({"quantization": changed}, {}),
+            ({"quantization": whole, name: junk}, {name: junk}),
+            (changed, {"quantization_config": whole}),
+            ({"quantization": whole}, {"quantization_config": changed, "architectures": ["A"]}),
+            ({"quantization": junk}, {"quantization_config": junk}),
+        ):
+            (tmp_path / "hf_quant_config.json").write_text(json.dumps(file))
+            (tmp_path / "config.json").write_text(json.dumps(config))
+            for flag in (None, "modelopt_fp4"):
+                decide(tmp_path, flag, 90)
 
 
 @pytest.mark.parametrize("capability", [None, 90, 100])
@@ -163,5 +277,8 @@ def test_a_checkpoint_that_quantizes_only_its_kv_cache_is_ours(
 @pytest.mark.parametrize("flag", ["modelopt_w4a8", "modelopt_fp8", "awq"])
 def test_other_flags_on_a_checkpoint_that_quantizes_only_its_kv_cache(tmp_path: Path, flag: str) -> None:
     folder = checkpoint(tmp_path, {"quant_algo": None, "kv_cache_quant_algo": "FP8"})
+    if flag not in FAMILIES:
+        assert owned_family(folder, flag, None) is None
+        return
     with pytest.raises(ModelOptExtError, match=rf"an algorithm of --quantization {flag}, got null: only the KV cache"):
         owned_family(folder, flag, None)

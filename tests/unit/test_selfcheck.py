@@ -298,3 +298,30 @@ def test_the_next_layout_serves_experts(monkeypatch: pytest.MonkeyPatch) -> None
         else:
             with pytest.raises(ModelOptExtError, match=r"experts\.w2\.weight: expected .* got wrong_experts: is wrong"):
                 product.prepare(torch.nn.Module(), "w2", [[stored], [stored]], 64, 256, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", [(4096, 4096), (256, 768)])
+def test_a_racing_kernel_does_not_get_a_layer(sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The NVFP4 x FP8 product without its wait, and without the look at what it was compiled to: found in 20 of 20 starts."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the race is one of wgmma")
+    from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
+    from sglang_modelopt_kernels.gemm.block_scaled import launch
+    from sglang_modelopt_kernels.gemm.tile import launch as tile
+
+    layer = LayerScheme("W4A8_NVFP4_FP8", WEIGHT_FORMATS["nvfp4_w4a8"], SCHEMES["W4A8_NVFP4_FP8"].activation_format())
+    asked, device = LinearRequest(layer, "cuda", 90, *sizes), torch.device("cuda", 0)
+    selfcheck.check_layout(BlockScaled(), asked, device)
+    selfcheck._passed.clear()
+    monkeypatch.setattr(launch, "needs_drain", lambda x: False)
+    with pytest.raises(ValueError, match="was compiled to a race"):
+        selfcheck.check_layout(BlockScaled(), asked, device)
+    monkeypatch.setattr(tile, "checked", lambda compiled: None)
+    found = 0
+    for _ in range(20):
+        try:
+            selfcheck.check_layout(BlockScaled(), asked, device)
+        except ValueError as error:
+            found += "races on" in str(error) or "is wrong on" in str(error)
+    assert found == 20

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_modelopt_ext.checkpoint.kv_cache import kv_cache_plan
+from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import OWN_KEY, read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -130,7 +130,7 @@ class TestComplete:
         (group,) = record.formats
         assert (group.algo, group.group_size, group.pre_quant_scale, len(group.layers)) == ("NVFP4", 16, False, 14)
         assert record.versions["nvidia-modelopt"] == "0.47.0"
-        plan = kv_cache_plan(folder, read_quant_config(folder), "auto")
+        plan = read_plan(folder, read_quant_config(folder), "auto")
         assert plan is not None
         assert plan.recipe.rotate
 
@@ -177,7 +177,7 @@ class TestComplete:
         assert record.kv_cache.calibrated is not kv.endswith("_cast")
         assert record.bits_per_weight is None
         assert not done.exported.checkpoint.linears
-        plan = kv_cache_plan(done.exported.folder, read_quant_config(done.exported.folder), "auto")
+        plan = read_plan(done.exported.folder, read_quant_config(done.exported.folder), "auto")
         assert plan is not None
         assert plan.recipe.name == record.kv_cache_recipe
         assert bool(plan.layers) is record.kv_cache.calibrated

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_modelopt_ext.checkpoint.kv_cache import kv_cache_plan
+from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, MXFP4_ACTIVATIONS, W4A8_MATH
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -102,7 +102,7 @@ def test_quantized_vocabulary(tmp_path: Path) -> None:
 def test_kv_caches(recipe: str) -> None:
     folder = kv_export(recipe, "mistral", "W4A8_NVFP4_FP8_CFG" if recipe == "nvfp4_affine" else None)
     flag = "modelopt_nvfp4_rotate" if recipe == "nvfp4_rotate" else "auto"
-    plan = kv_cache_plan(folder, read_quant_config(folder), flag)
+    plan = read_plan(folder, read_quant_config(folder), flag)
     assert plan is not None
     assert plan.recipe.name == recipe
     found = apart(ReferenceModel(folder, kv_cache=plan), Reference(folder, kv_cache=recipe))

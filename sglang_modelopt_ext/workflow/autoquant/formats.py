@@ -22,7 +22,7 @@ from sglang_modelopt_ext.dispatch import candidates, served_scheme
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layouts.base import LinearRequest
-from sglang_modelopt_ext.schemes.base import INPUT_SCALE, PRE_QUANT_SCALE, LayerScheme
+from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
 from sglang_modelopt_ext.workflow.source import import_modelopt
@@ -169,7 +169,7 @@ def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, froz
     kind = get_quantization_format(model[0])
     described = process_layer_quant_config({"layer.quantization": kind, "layer.awq_block_size": block})
     inputs: Any = model[0].input_quantizer
-    of_input = {PRE_QUANT_SCALE.name: getattr(inputs, "_pre_quant_scale", None), INPUT_SCALE: inputs.amax}
+    of_input = {PRE_QUANT_SCALE.name: getattr(inputs, "_pre_quant_scale", None), "input_scale": inputs.amax}
     stored = frozenset(name for name, scale in of_input.items() if scale is not None)
     return described["quant_algo"] if kind is not None else None, block, stored
 

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.quant_config import matches
-from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS
+from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS, matches
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate as FormatCandidate
 from sglang_modelopt_ext.workflow.autoquant.formats import serving

@@ -14,7 +14,7 @@ from sglang_modelopt_kernels.attention.launch import architecture, options, shar
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
-from sglang_modelopt_kernels.gemm.tile import checked, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile import checked, needs_drain
 
 _RAW = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
@@ -148,7 +148,7 @@ def extend_attention(
             CAUSAL=is_causal,
             WINDOW=max(sliding_window_size, 0),
             RAW=raw,
-            WGMMA=q_extend.is_cuda and matrix_instruction(architecture(q_extend) or 0) == "wgmma",
+            WGMMA=needs_drain(q_extend),
             BM=config.queries,
             BN=config.keys,
             num_warps=config.warps,

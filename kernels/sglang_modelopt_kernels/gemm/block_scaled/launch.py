@@ -9,7 +9,15 @@ import triton
 
 from sglang_modelopt_kernels.gemm import groups
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
-from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, choose, launch, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile import (
+    Epilogue,
+    KernelConfig,
+    choose,
+    launch,
+    machine,
+    matrix_instruction,
+    needs_drain,
+)
 from sglang_modelopt_kernels.gemm.tile.launch import Plan
 
 from .kernel import block_scaled_kernel, decode_kernel
@@ -146,7 +154,7 @@ def run(
         ASM=x.is_cuda,
         FRAGMENTS=makes_operands(weight.kind, weight.group, weight.k, plan[0], capability),
         ORDERED=ordered,
-        WGMMA=x.is_cuda and matrix_instruction(capability) == "wgmma",
+        WGMMA=needs_drain(x),
     )
 
 

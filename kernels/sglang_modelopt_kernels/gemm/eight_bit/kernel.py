@@ -50,6 +50,10 @@ def whole_sum(
     # The interpreter multiplies the bits of bf16 operands, and has no E4M3: it gets the same numbers in float32.
     BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
     acc = tl.zeros((BN, BM), tl.int32 if MATH == "i8" else tl.float32)
+    # Scales of sums are read a step ahead: what a product does not read is not pipelined.
+    if KIND == "e4m3_float":
+        s_row_at = s_ptr + s_row[:, None] * blocks + block[None, :]
+        following = tl.load(s_row_at + tl.minimum(start, k - 1) // GROUP)
     for offset in range(start, end, BK):
         drain_wgmma(offset, WGMMA)
         w_at = w_ptr + row[:, None] * k + (offset + input_)[None, :]
@@ -63,6 +67,9 @@ def whole_sum(
             x_inside = (offset + input_ < k)[:, None]
             w = tl.load(w_at, mask=w_inside, other=0 if KIND == "int8" or not NATIVE else 0.0)
             x = tl.load(x_at, mask=x_inside, other=0 if MATH == "i8" else 0.0)
+        if KIND == "e4m3_float":
+            sum_scale = following
+            following = tl.load(s_row_at + tl.minimum(offset + BK, k - 1) // GROUP)
         if MATH == "fp8":
             if ASM:
                 # On Hopper the instruction keeps about 14 bits of a sum: promoted to float32 after every step.
@@ -92,7 +99,7 @@ def whole_sum(
             x = x.to(tl.float16 if MATH == "f16" else BF16)
             if KIND == "e4m3_float":
                 # One block per step: scale its sum.
-                acc += tl.dot(unit, x, input_precision="ieee") * tl.load(s_at)
+                acc += tl.dot(unit, x, input_precision="ieee") * sum_scale
             else:
                 acc = tl.dot(unit, x, acc, input_precision="ieee")
     return acc

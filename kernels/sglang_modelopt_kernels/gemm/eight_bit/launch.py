@@ -10,7 +10,15 @@ import triton
 
 from sglang_modelopt_kernels.gemm import groups
 from sglang_modelopt_kernels.gemm.block_scaled.launch import SCRATCH_BYTES
-from sglang_modelopt_kernels.gemm.tile import Epilogue, KernelConfig, choose, launch, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile import (
+    Epilogue,
+    KernelConfig,
+    choose,
+    launch,
+    machine,
+    matrix_instruction,
+    needs_drain,
+)
 from sglang_modelopt_kernels.gemm.tile.launch import Plan
 
 from .kernel import byte_decode_kernel, eight_bit_kernel
@@ -136,7 +144,7 @@ def run(
         MATH=math,
         NATIVE=capability >= 89,
         ASM=x.is_cuda,
-        WGMMA=x.is_cuda and matrix_instruction(capability) == "wgmma",
+        WGMMA=needs_drain(x),
         SCALE_ROWS=weight.scale_rows,
     )
 

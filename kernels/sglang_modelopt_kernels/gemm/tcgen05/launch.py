@@ -118,6 +118,8 @@ def tiles_of(rows: int, blocks: int) -> tuple[int, int]:
     return triton.cdiv(rows, TILE) * TILE, triton.cdiv(blocks, 4) * 4
 
 
-def persistent_tokens(configs: Sequence[KernelConfig], device: torch.device) -> tuple[int, ...]:
-    """Of a GPU a number of tokens with which the persistent one of ``configs`` serves 128 outputs, one program two of its tiles."""
-    return (configs[-1].bm * machine(device)[1] + 1,) if device.type == "cuda" else ()
+def persistent_tokens(configs: Sequence[KernelConfig], device: torch.device, n: int) -> tuple[int, ...]:
+    """Return for a GPU the fewest tokens with which the last of ``configs``, for ``n`` outputs, has two tiles for a program."""
+    if device.type != "cuda":
+        return ()
+    return (configs[-1].bm * (machine(device)[1] // triton.cdiv(n, configs[-1].bn)) + 1,)

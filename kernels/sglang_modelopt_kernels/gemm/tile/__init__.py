@@ -1,7 +1,14 @@
 """What the products in tiles share: configurations, splits along K, scales and bias after the sum, and the launch."""
 
 from sglang_modelopt_kernels.gemm.tile.epilogue import Epilogue, check_epilogue
-from sglang_modelopt_kernels.gemm.tile.launch import KernelConfig, choose, launch, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile.launch import (
+    KernelConfig,
+    choose,
+    launch,
+    machine,
+    matrix_instruction,
+    needs_drain,
+)
 from sglang_modelopt_kernels.gemm.tile.wgmma import checked
 
 __all__ = [
@@ -13,4 +20,5 @@ __all__ = [
     "launch",
     "machine",
     "matrix_instruction",
+    "needs_drain",
 ]

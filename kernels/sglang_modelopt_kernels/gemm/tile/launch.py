@@ -53,6 +53,11 @@ def machine(device: torch.device) -> tuple[int, int]:
     return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
+def needs_drain(x: torch.Tensor) -> bool:
+    """Whether kernels over ``x`` must call :func:`.kernel.drain_wgmma`: the GPU multiplies by ``wgmma``."""
+    return x.is_cuda and matrix_instruction(machine(x.device)[0]) == "wgmma"
+
+
 def choose(configs: Sequence[KernelConfig], m: int, n: int, k: int, processors: int) -> Plan:
     """The first of ``configs``, ascending by tokens, that holds ``m`` tokens, or the last; a function of its arguments alone.
 

@@ -11,7 +11,7 @@ from sglang_modelopt_kernels.gemm.block_scaled.launch import configs as block_sc
 from sglang_modelopt_kernels.gemm.block_scaled.launch import descale as block_scaled_descale
 from sglang_modelopt_kernels.gemm.block_scaled.launch import makes_operands
 from sglang_modelopt_kernels.gemm.mxfp4.linear import ROW_CONFIGS as MXFP4
-from sglang_modelopt_kernels.gemm.tile import KernelConfig, checked, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.tile import KernelConfig, checked, machine, matrix_instruction, needs_drain
 from sglang_modelopt_kernels.moe.route import Routed
 
 from .kernel import grouped_kernel
@@ -141,7 +141,7 @@ def run(
             NATIVE=native,
             ASM=x.is_cuda,
             FRAGMENTS=makes_fragments(weight.kind, group, k, config, capability),
-            WGMMA=x.is_cuda and matrix_instruction(capability) == "wgmma",
+            WGMMA=needs_drain(x),
             DESCALE=descale(weight.kind, math),
             HAS_ROW_SCALE=row_scale is not None,
             SHARE=pairs // x.shape[0],

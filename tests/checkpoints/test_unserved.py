@@ -1,0 +1,157 @@
+"""Kinds of storage that are not served: one line for each, of the cause."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_modelopt_ext.checkpoint.unserved import read_for_serving
+from tests.support import edits
+from tests.support.exports import export
+from tests.support.models import TinyModel, model_dir
+
+W4A8 = "W4A8_NVFP4_FP8_CFG"
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return export(model_dir(TinyModel("llama")), W4A8)
+
+
+def problems(folder: Path) -> list[str]:
+    return [str(error) for error in read_for_serving(folder)[1]]
+
+
+def rename(old: str, new: str) -> edits.Edit:
+    """Stores a layer's tensors under another name."""
+
+    def apply(tensors: edits.Tensors) -> None:
+        for name in edits.matching(tensors, f"*.{old}.*"):
+            tensors[name.replace(f".{old}.", f".{new}.")] = tensors.pop(name)
+
+    return edits.edit_tensors(apply)
+
+
+def fuse(fused: str, shards: tuple[str, ...]) -> edits.Edit:
+    """Stores shards as one tensor, as Phi-3 does."""
+
+    def apply(tensors: edits.Tensors) -> None:
+        for name in edits.matching(tensors, f"*.{shards[0]}.*"):
+            parts = [tensors.pop(name.replace(f".{shards[0]}.", f".{shard}.")) for shard in shards]
+            tensors[name.replace(f".{shards[0]}.", f".{fused}.")] = torch.cat(parts) if parts[0].dim() else parts[0]
+
+    return edits.edit_tensors(apply)
+
+
+def pack(tensors: edits.Tensors) -> None:
+    """The experts of each layer in one tensor, as gpt-oss and Llama 4 are exported."""
+    for layer in (0, 1):
+        base = f"model.layers.{layer}.mlp"
+        for name in edits.matching(tensors, f"{base}.*_proj.*"):
+            del tensors[name]
+        tensors[f"{base}.experts.down_proj"] = torch.zeros(4, 128, 256, dtype=torch.uint8)
+        tensors[f"{base}.experts.down_proj_weight_scale"] = torch.zeros(4, 16, 256).to(torch.float8_e4m3fn)
+        tensors[f"{base}.experts.down_proj_weight_scale_2"] = torch.ones(())
+
+
+CASES: dict[str, tuple[list[edits.Edit], str]] = {
+    "q, k, v fused": (
+        [fuse("qkv_proj", ("q_proj", "k_proj", "v_proj"))],
+        "model.layers.0.self_attn.qkv_proj.weight: expected q_proj, k_proj, v_proj stored apart, got them fused in one "
+        "W4A8_NVFP4_FP8 tensor",
+    ),
+    "gate and up fused": (
+        [fuse("gate_up_proj", ("gate_proj", "up_proj"))],
+        "model.layers.0.mlp.gate_up_proj.weight: expected gate_proj, up_proj stored apart, got them fused",
+    ),
+    "latent attention": (
+        [rename("o_proj", "kv_b_proj")],
+        "self_attn.kv_b_proj.weight: expected the projections of latent attention (MLA) unquantized, got W4A8_NVFP4_FP8",
+    ),
+    "linear attention": (
+        [rename("self_attn.o_proj", "linear_attn.in_proj_qkvz")],
+        "linear_attn.in_proj_qkvz.weight: expected the input projections of linear attention (GDN) unquantized, got W4A8",
+    ),
+    "packed experts": (
+        [edits.edit_tensors(pack)],
+        "model.layers.0.mlp.experts.down_proj: expected a quantized tensor for each expert, got all experts of "
+        "model.layers.0.mlp.experts packed in one",
+    ),
+    "a tied head": (
+        [
+            rename("layers.1.mlp.down_proj", "lm_head"),
+            edits.edit_tensors(
+                lambda tensors: tensors.update(
+                    {name.removeprefix("model."): tensors.pop(name) for name in list(tensors) if ".lm_head." in name}
+                )
+            ),
+            edits.set_fields("config.json", {"tie_word_embeddings": True}),
+            edits.set_config({}),
+            edits.set_file_config({"exclude_modules": []}),
+            edits.set_embedded_config({"ignore": []}),
+        ],
+        "lm_head.weight: expected an unquantized head, as tie_word_embeddings of config.json makes it the embedding, got W4A8",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_line_is_of_the_cause(case: str, folder: Path, tmp_path: Path) -> None:
+    changes, expected = CASES[case]
+    found = problems(edits.copy_with(folder, tmp_path / "model", changes))
+    assert expected in found[0]
+    assert "\n" not in found[0]
+
+
+def test_one_line_for_a_kind(folder: Path, tmp_path: Path) -> None:
+    changes = [fuse("qkv_proj", ("q_proj", "k_proj", "v_proj"))]
+    assert len(problems(edits.copy_with(folder, tmp_path / "model", changes))) == 1, "not one for every layer"
+
+
+def test_what_is_served_has_none(folder: Path) -> None:
+    assert problems(folder) == []
+
+
+def test_an_mtp_block_that_is_not_served_may_be_anything(folder: Path, tmp_path: Path) -> None:
+    def block(tensors: edits.Tensors) -> None:
+        for name in edits.matching(tensors, "*.layers.0.self_attn.o_proj.*"):
+            tensors[name.replace("model.layers.0.self_attn.o_proj", "mtp.layers.0.self_attn.qkv_proj")] = tensors[
+                name
+            ].clone()
+
+    assert problems(edits.copy_with(folder, tmp_path / "model", [edits.edit_tensors(block)])) == []
+
+
+class TestScalesThatAreNotNeeded:
+    """Activations that are not rounded have no scale, and a checkpoint may lack it."""
+
+    def lacking(self, target: Path, pattern: str) -> Path:
+        folder = export(model_dir(TinyModel("qwen3_moe", intermediate=128)), "NVFP4_DEFAULT_CFG")
+        return edits.copy_with(folder, target, [edits.drop_tensors(pattern)])
+
+    @pytest.mark.parametrize("pattern", ["*.layers.1.mlp.experts.3.*.input_scale", "*.input_scale"])
+    def test_the_rest_is_read_without_them(self, pattern: str, tmp_path: Path) -> None:
+        folder = self.lacking(tmp_path / "model", pattern)
+        checkpoint, found = read_for_serving(folder, rounds_fp4=False)
+        assert found == []
+        assert {linear.scheme.activation for linear in checkpoint.linears.values()} == {None}
+        kept = [name for name in checkpoint.tensors if name.endswith(".input_scale")]
+        assert all(checkpoint.leaves_out(name) for name in kept)
+        assert not any(checkpoint.leaves_out(name) for name in checkpoint.tensors if name not in kept)
+
+    def test_they_are_an_error_where_they_are_used(self, tmp_path: Path) -> None:
+        folder = self.lacking(tmp_path / "model", "*.layers.1.mlp.experts.3.up_proj.input_scale")
+        found = problems(folder)
+        assert "model.layers.1.mlp.experts.3.up_proj.input_scale: expected a tensor of NVFP4" in found[0]
+
+    def test_a_whole_checkpoint_keeps_them(self) -> None:
+        folder = export(model_dir(TinyModel("llama")), "NVFP4_DEFAULT_CFG")
+        checkpoint, found = read_for_serving(folder, rounds_fp4=False)
+        assert found == []
+        assert all(linear.scheme.activation is not None for linear in checkpoint.linears.values())
+
+    def test_other_scales_stay_needed(self, folder: Path, tmp_path: Path) -> None:
+        bad = edits.copy_with(folder, tmp_path / "model", [edits.drop_tensors("*1.mlp.down_proj.input_scale")])
+        assert "down_proj.input_scale: expected a tensor" in str(read_for_serving(bad, rounds_fp4=False)[1][0])

@@ -1,0 +1,227 @@
+"""The conformance run without an engine: an independent reading of the checkpoint, in bf16, answers in its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
+from tests.conformance import drive, large, pack, report
+from tests.conformance.cases import CASES, RANKS, Case, case, chosen
+from tests.conformance.drive import Drive
+from tests.conformance.exports import EXPORTS, Export
+from tests.conformance.judge import Judge, Judgement, compare
+from tests.conformance.reading import Reader, Reading, first_raw, read_check
+
+pytest.importorskip("modelopt", reason="needs nvidia-modelopt to make exports")
+
+GPU = 90
+
+
+class Engine:
+    """Answers as an engine on a GPU before Blackwell should, whose cache holds whole prompts until it is flushed."""
+
+    def __init__(self, folder: Path, case: Case, reading: Reading) -> None:
+        self.reader = Reader(folder, reading, torch.bfloat16)
+        self.chunk = case.chunk or drive.WHOLE
+        self.own_chunk = reading.own_chunk
+        self.cache: list[list[int]] = []
+
+    def flush_cache(self) -> SimpleNamespace:
+        """Forgets all prompts."""
+        self.cache = []
+        return SimpleNamespace(success=True)
+
+    def generate(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        sampling_params: dict[str, Any],
+        return_logprob: bool,
+        logprob_start_len: int = -1,
+    ) -> list[dict[str, Any]]:
+        """One answer for each prompt."""
+        answers = []
+        for ids in input_ids:
+            limit = len(ids) - 1 if logprob_start_len < 0 else logprob_start_len
+            cached = min(limit, max((_common(ids, known) for known in self.cache), default=0))
+            sequence, entries = list(ids), []
+            for _ in range(sampling_params["max_new_tokens"]):
+                scores = self._next(sequence, self._first_raw(len(sequence), len(ids), cached))
+                entries.append((float(scores.max()), int(scores.argmax()), None))
+                sequence.append(entries[-1][1])
+            scores = self.reader.scores(ids, self._first_raw(len(ids), len(ids), cached))
+            values = [None, *scores.tolist()][max(limit, 0) :]
+            scored = [(value, token, None) for value, token in zip(values, ids[-len(values) :], strict=True)]
+            info = {"input_token_logprobs": scored, "output_token_logprobs": entries, "cached_tokens": cached}
+            answers.append({"meta_info": info})
+        self.cache += [list(ids) for ids in input_ids]
+        return answers
+
+    def _first_raw(self, length: int, prompt: int, cached: int) -> list[int] | None:
+        return None if self.own_chunk else first_raw(length, prompt, cached, self.chunk)
+
+    def _next(self, sequence: list[int], raw: Sequence[int] | None) -> torch.Tensor:
+        if self.reader._rounding is not None:
+            self.reader._rounding["raw_from"] = raw
+        return self.reader.reference.logprobs(sequence)[-1]
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+@pytest.fixture(autouse=True)
+def few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds of request as ever, and fewer and shorter ones."""
+    for name, value in {"SINGLES": (33, 65), "LONG": (300,), "BATCH": 4, "PREFIXES": 1, "FOLLOW": 2}.items():
+        monkeypatch.setattr(drive, name, value)
+
+
+def judged(served: Case, reading: Reading, told: Reading | None = None, folder: Path | None = None) -> Judgement:
+    """The verdict on an engine that answers as ``told`` of the case's export; by default as it should."""
+    reads = EXPORTS[served.reads].make()
+    engine = Engine(folder or served.of.make(), served, told or reading)
+    known = read_check(reads, reading, pack.check_prompts()), pack.check_prompts()
+    asked = Drive(engine, served)
+    with torch.inference_mode():
+        found = Judge(reads, served, reading, "cpu", known).judge(asked.all())
+    assert asked.repeats == 1.0
+    return found
+
+
+def test_a_sound_engine_is_right() -> None:
+    one = case("fp8-blocks")
+    found = judged(one, Reading.of(one, GPU))
+    assert found.verdict == "right", found
+    assert set(found.groups) == {
+        *("batch of 16", "up to 200", "300", "decode, 1", "decode, 16"),
+        *("cached prefix", "cached prefix, fresh"),
+    }
+    assert any("the same 2 of 2 tokens follow" in note for note in found.notes)
+
+
+def test_a_wrong_scale_in_one_layer_is_found() -> None:
+    one = next(case for case in CASES if case.name == "wrong-scale")
+    found = judged(one, Reading.of(one, GPU))
+    assert found.verdict == "wrong"
+    assert not found.faults, "by its figures, and not for another reason"
+
+
+def test_a_reading_of_another_checkpoint_is_a_fault() -> None:
+    one = case("fp8-blocks")
+    reads, reading = EXPORTS[one.reads].make(), Reading.of(one, GPU)
+    known = [value + 0.1 for value in read_check(reads, reading, pack.check_prompts())]
+    judge = Judge(reads, one, reading, "cpu", (known, pack.check_prompts()))
+    found = Judgement({})
+    judge._check_reading(found)
+    assert found.faults
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("export", ["kv-nvfp4-affine", "kv-nvfp4-rotate"])
+def test_a_cache_is_judged_by_what_meets_it_rounded(export: str) -> None:
+    """Right where a chunk meets itself unrounded and the rest rounded; wrong where a chunk is rounded too, or nothing is."""
+    one = next(case for case in CASES if case.name == export)
+    reading = Reading.of(one, GPU)
+    assert not reading.own_chunk
+    found = judged(one, reading)
+    assert found.verdict == "right", found
+    assert judged(one, reading, Reading.of(one, None)).verdict == "wrong"
+    unrounded = Reading(reading.math, reading.activation, "unquantized")
+    wrong = judged(one, reading, unrounded)
+    assert wrong.verdict == "wrong"
+    assert not wrong.groups["decode, 16"].right, "decoding alone tells it"
+    assert not wrong.groups["cached prefix"].right
+
+
+def test_fp8_attention_of_sglang_rounds_queries() -> None:
+    one = case("kv-fp8")
+    reading = Reading.of(one, GPU, "fa3")
+    assert reading.fp8_attention
+    assert reading.own_chunk
+    assert not Reading.of(one, GPU, "triton").fp8_attention
+    assert judged(one, reading).verdict == "right"
+
+
+def test_first_raw() -> None:
+    assert first_raw(8, 6, 0, 4) == [0, 0, 0, 0, 4, 4, 7, 8]
+    assert first_raw(8, 8, 3, 4) == [0, 0, 0, 3, 3, 3, 3, 7]
+
+
+@pytest.mark.parametrize(
+    "export", [export for export in EXPORTS.values() if export.large], ids=lambda export: export.algo
+)
+def test_large_checkpoints_are_read(export: Export, tmp_path: Path) -> None:
+    """The strict reader and the independent one take what is made where it is served."""
+    large.make(tmp_path / "out", export.algo, "cpu", shrink=16)
+    assert read_checkpoint(tmp_path / "out").config.algo == export.algo
+    reading = Reading("exact", "keep_fp4", "none")
+    assert bool(torch.isfinite(Reader(tmp_path / "out", reading, torch.float32).scores([5, 6, 7, 8])).all())
+
+
+def test_the_pack_gives_back_what_went_in(tmp_path: Path) -> None:
+    names = ["w4a8-nvfp4-llama", "w4a8-nvfp4-kv-nvfp4-affine", "fp8-blocks"]
+    pack.build(tmp_path / "pack", names)
+    entries = pack.unpack(tmp_path / "pack", tmp_path / "out")
+    assert list(entries) == names
+    for name in names:
+        for file in EXPORTS[name].make().iterdir():
+            assert (tmp_path / "out" / name / file.name).read_bytes() == file.read_bytes()
+    manifest = tmp_path / "pack" / pack.MANIFEST
+    content = json.loads(manifest.read_text(encoding="utf-8"))
+    content["exports"][names[0]]["digest"] = "0"
+    manifest.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(pack.StalePack, match=names[0]):
+        pack.unpack(tmp_path / "pack", tmp_path / "again")
+
+
+def test_every_case_has_a_partner_and_every_recipe_a_case() -> None:
+    from sglang_modelopt_ext.schemes.table import SCHEMES
+    from tests.support.kv_exports import PRESETS
+
+    names = [one.name for one in (*CASES, *RANKS)]
+    assert len(names) == len(set(names))
+    assert {one.same_as for one in (*CASES, *RANKS)} - {None} <= set(names)
+    assert {one.of.algo for one in CASES} - {"none", "MIXED_PRECISION"} == SCHEMES.keys()
+    assert {one.kv for one in CASES} - {"none"} == PRESETS.keys()
+    assert {one.name for one in chosen(2, None)} >= {one.same_as for one in RANKS}
+
+
+def test_results_are_added_to() -> None:
+    def outcome(name: str, verdict: str) -> report.Outcome:
+        judgement = {
+            "verdict": verdict,
+            "groups": {},
+            "mean": 0.1,
+            "median": 0.1,
+            "noise_mean": 0.1,
+            "noise_median": 0.1,
+            "used": 0.5,
+        }
+        result = {"judgement": judgement, "gpu": "G", "capability": 90, "versions": {"torch": "1"}, "attention": "fa3"}
+        return report.Outcome(next(one for one in CASES if one.name == name), verdict, result=result)
+
+    first = report.as_json([outcome("fp8", "right"), outcome("nvfp4", "wrong")], "a")
+    second = report.as_json([outcome("nvfp4", "right")], "b", first)
+    assert [(row["case"], row["verdict"], row["commit"]) for row in second["rows"]] == [
+        ("fp8", "right", "a"),
+        ("nvfp4", "right", "b"),
+    ]
+    assert "2 right" in report.as_markdown(second)
+    other = report.as_json([outcome("nvfp4", "right")], "b") | {"gpu": "H"}
+    with pytest.raises(ValueError, match="cannot be added"):
+        report.as_json([outcome("fp8", "right")], "c", other)
+
+
+def test_twins_must_agree() -> None:
+    one = next(case for case in CASES if case.same_as)
+    answers = [{"ids": [1, 2, 3], "group": "300", "values": [-1.0, -2.0]}]
+    apart = [{"ids": [1, 2, 3], "group": "300", "values": [-1.1, -2.2]}]
+    assert compare(one, answers, answers, noise=0.1)["right"]
+    assert not compare(one, answers, apart, noise=0.1)["right"]

@@ -1,0 +1,411 @@
+"""The scales of a KV cache, from a checkpoint's tensors to the attention layers that a model has."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("sglang")
+
+from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
+from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration import kv_cache, kv_scales
+from sglang_modelopt_ext.kv.layers import rank_layers, served_attention
+from tests.support import edits
+from tests.support.kv_exports import kv_export
+from tests.support.kv_trees import attention_model, attention_tree, kv_folder, scales_of, stored_attention
+
+UNSET = (-1.0, -1.0)
+Weights = list[tuple[str, torch.Tensor]]
+
+
+def plan_of(folder: Path, flag: str = "auto") -> KVCachePlan:
+    found = read_plan(folder, read_quant_config(folder), flag)
+    assert found is not None
+    return found
+
+
+def text_model(scales: bool = True) -> torch.nn.Module:
+    return attention_model(scales=scales)
+
+
+def with_tower() -> torch.nn.Module:
+    places = [(f"language_model.model.layers.{i}.self_attn.attn", i) for i in range(2)]
+    return attention_tree(places, scales=True, others=["vision_tower.encoder.layers.0.qkv"])
+
+
+def hybrid() -> torch.nn.Module:
+    """Qwen3-Next: attention in every second layer, and none of its modules is called ``self_attn``."""
+    return attention_tree([(f"model.layers.{i}.attn", i) for i in (1, 3)], scales=True)
+
+
+def mamba() -> torch.nn.Module:
+    return attention_tree([(f"model.layers.{i}.mixer.attn", i) for i in (2, 5)], scales=True)
+
+
+def layers(pattern: str, numbers: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Scales that say which layer they are of: 0.5 + n and 0.25 + n."""
+    found: dict[str, torch.Tensor] = {}
+    for number in numbers:
+        found |= stored_attention(pattern.format(number), 0.5 + number, 0.25 + number)
+    return found
+
+
+PLACES: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, torch.Tensor]]] = {
+    "usual": (text_model, layers("model.layers.{}.self_attn", (0, 1))),
+    "a vision tower": (
+        with_tower,
+        layers("language_model.model.layers.{}.self_attn", (0, 1))
+        | stored_attention("vision_tower.encoder.layers.0.self_attn", None, None),
+    ),
+    "a calibrated vision tower of more layers": (
+        with_tower,
+        layers("model.language_model.layers.{}.self_attn", (0, 1))
+        | {
+            name: tensor + 7
+            for name, tensor in layers("model.vision_tower.encoder.layers.{}.self_attn", (0, 1, 2)).items()
+        },
+    ),
+    "an MTP block with a number": (
+        text_model,
+        layers("model.layers.{}.self_attn", (0, 1)) | stored_attention("model.layers.2.self_attn", None, None),
+    ),
+    "an MTP block beside the model": (
+        text_model,
+        layers("model.layers.{}.self_attn", (0, 1)) | stored_attention("mtp.layers.0.self_attn", 9.0, 9.0),
+    ),
+    "linear attention between": (hybrid, layers("model.layers.{}.self_attn", (1, 3))),
+    "another name of the decoder": (
+        mamba,
+        layers("backbone.layers.{}.mixer", (2, 5)) | stored_attention("mtp.layers.0.mixer", None, None),
+    ),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_scales_find_their_layer_by_its_number(place: str, tmp_path: Path) -> None:
+    make, tensors = PLACES[place]
+    model, plan = make(), plan_of(kv_folder(tmp_path / "model", tensors))
+    done = kv_scales.set_stock_scales(model, plan)
+    expected = {name: (0.5 + number, 0.25 + number) for number, name in served_attention(model).layers.items()}
+    assert scales_of(model) == expected
+    # For a cache of ours: nothing that the model lacks is asked for.
+    assert plan.resolve(served_attention(model)).layers.keys() == served_attention(model).layers.keys()
+    assert len(done) == 2 * len(expected), "what the model is not to see any more"
+
+
+def test_a_tower_alone_is_not_taken_for_the_decoder(tmp_path: Path) -> None:
+    tower = layers("vision_tower.encoder.layers.{}.self_attn", (0, 1))
+    model, plan = with_tower(), plan_of(kv_folder(tmp_path / "model", tower))
+    assert kv_scales.set_stock_scales(model, plan) == frozenset()
+    assert set(scales_of(model).values()) == {UNSET}
+    with pytest.raises(ModelOptExtError, match=r"layers.0.self_attn: k_scale: expected one for every attention"):
+        plan.resolve(served_attention(model))
+
+
+def test_layers_that_share_a_cache(tmp_path: Path) -> None:
+    """Gemma 3n and Gemma 4: the last layers read the keys and values of others, and may have projections nobody uses."""
+    places = [("model.layers.0.self_attn.attn", 0), ("model.layers.1.self_attn.attn", 0)]
+    model = attention_tree(places, scales=True)
+    tensors = stored_attention("model.layers.0.self_attn", 0.5, 0.25) | stored_attention(
+        "model.layers.1.self_attn", None, None
+    )
+    plan = plan_of(kv_folder(tmp_path / "model", tensors, num_kv_shared_layers=1))
+    kv_scales.set_stock_scales(model, plan)
+    assert set(scales_of(model).values()) == {(0.5, 0.25)}
+    assert rank_layers(model, plan.resolve(served_attention(model)).layers, 0, 1).keys() == {0}
+    assert plan.layers.keys() == {0}, "and without a model"
+
+
+def test_keys_that_are_the_values(tmp_path: Path) -> None:
+    """Gemma 4 without ``v_proj``: one scale for both, as SGLang has it; a lost ``v_scale`` beside a ``v_proj`` is none."""
+    for values, expected in ((False, (1.5, 1.5)), (True, UNSET)):
+        tensors = layers("model.layers.{}.self_attn", (0,))
+        tensors |= stored_attention("model.layers.1.self_attn", 1.5, None, values=values)
+        model, plan = text_model(), plan_of(kv_folder(tmp_path / str(values), tensors))
+        kv_scales.set_stock_scales(model, plan)
+        assert scales_of(model)["model.layers.1.self_attn"] == expected
+        if values:
+            with pytest.raises(ModelOptExtError, match=r"layers.1.self_attn: v_scale: expected one for every"):
+                plan.resolve(served_attention(model))
+        else:
+            assert plan.resolve(served_attention(model)).layers[1].v_scale == 1.5
+
+
+def test_excluded_layers_do_not_count(tmp_path: Path) -> None:
+    tensors = layers("model.layers.{}.self_attn", (0,)) | stored_attention("model.layers.1.self_attn", None, None)
+    strict = plan_of(kv_folder(tmp_path / "all", tensors))
+    with pytest.raises(ModelOptExtError, match="k_scale: expected one for every attention layer"):
+        strict.resolve(served_attention(text_model()))
+    plan = plan_of(kv_folder(tmp_path / "excluded", tensors, exclude=["model.layers.1*"]))
+    found = plan.resolve(served_attention(text_model()))
+    assert (found.layers[0].k_scale, found.layers[1].k_scale) == (0.5, 1.0)
+    assert found.default == {1}
+
+
+BROKEN = {
+    "nan": {"model.layers.1.self_attn.k_proj.k_scale": torch.tensor(float("nan"))},
+    "two values": {"model.layers.1.self_attn.k_proj.k_scale": torch.ones(2)},
+    "integers": {"model.layers.1.self_attn.v_proj.v_scale": torch.ones(1, dtype=torch.int32)},
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_nothing_is_fatal_for_a_cache_of_sglangs_own(
+    fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tensors = layers("model.layers.{}.self_attn", (0, 1)) | BROKEN[fault]
+    model, plan = text_model(), plan_of(kv_folder(tmp_path / "model", tensors))
+    with caplog.at_level(logging.WARNING):
+        done = kv_scales.set_stock_scales(model, plan)
+    assert scales_of(model) == {
+        "model.layers.0.self_attn": (0.5, 0.25),
+        "model.layers.1.self_attn": UNSET,
+    }
+    assert not any("layers.1" in name for name in done), "SGLang's model gets those"
+    assert "are left to SGLang" in caplog.text
+    with pytest.raises(ModelOptExtError, match=r"layers.1.self_attn"):
+        plan.resolve(served_attention(model))
+
+
+# From the loader
+
+
+class Runtime:
+    """What SGLang knows in a scheduler: the flag that was settled on, and the arguments."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import sglang.srt.runtime_context as context
+        from sglang.srt.model_loader import loader
+
+        self.model = SimpleNamespace(kv_cache_dtype="auto", model_checksum=None)
+        self.args: Any = None
+        for module in (context, loader):
+            monkeypatch.setattr(module, "get_model", lambda: self.model)
+            monkeypatch.setattr(module, "get_server_args", lambda: self.args)
+
+    def start(self, model_path: Path | str, flag: str = "auto", **fields: Any) -> None:
+        """Settles the arguments of a server on a GPU, as the launching process does."""
+        from sglang.srt.arg_groups.overrides import resolved_view
+        from sglang.srt.server_args import ServerArgs
+
+        self.args = ServerArgs(model_path=str(model_path), kv_cache_dtype=flag, **{"device": "cuda", **fields})
+        kv_cache.declare(self.args)
+        self.model.kv_cache_dtype = resolved_view(self.args).kv_cache_dtype
+
+    def load(self, model: torch.nn.Module, model_path: Path | str, stored: Weights, **config: Any) -> list[str]:
+        """The names of the tensors that ``model`` is handed, as a scheduler reads them."""
+        from sglang.srt.configs.load_config import LoadConfig
+
+        def original(loader: Any, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+            yield from stored
+
+        model_config = SimpleNamespace(model_path=str(model_path), revision=None, **config)
+        loader = SimpleNamespace(load_config=LoadConfig())
+        return [name for name, _ in kv_scales._get_all_weights(original, loader, model_config, model)]
+
+
+@pytest.fixture
+def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    return Runtime(monkeypatch)
+
+
+def weights(folder: Path) -> Weights:
+    return sorted(edits.read_tensors(folder).items())
+
+
+def plain_names(folder: Path) -> list[str]:
+    return [name for name, _ in weights(folder) if not name.endswith(("k_scale", "v_scale", "_bias"))]
+
+
+@pytest.mark.parametrize("flag", ["auto", "fp8_e4m3"])
+def test_a_loaded_fp8_cache(flag: str, runtime: Runtime, tmp_path: Path) -> None:
+    folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)))
+    runtime.start(folder, flag)
+    model = text_model()
+    assert runtime.load(model, folder, weights(folder)) == plain_names(folder)
+    assert scales_of(model)["model.layers.1.self_attn"] == (1.5, 1.25)
+    # An update of the weights: the layers are set up, and the cache keeps what it has.
+    attention = model.get_submodule("model.layers.1.self_attn.attn")
+    attention.k_scale_float = 1.0
+    attention.k_scale.data.fill_(1.0)
+    assert runtime.load(model, folder, weights(folder)) == plain_names(folder)
+    assert float(attention.k_scale) == 1.0
+
+
+def test_a_loaded_nvfp4_cache_of_sglangs(runtime: Runtime, tmp_path: Path) -> None:
+    folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="NVFP4")
+    runtime.start(folder, "nvfp4")
+    model = text_model()
+    assert runtime.load(model, folder, weights(folder)) == plain_names(folder)
+    found = scales_of(model)["model.layers.1.self_attn"]
+    assert found == pytest.approx((1.5 / 6, 1.25 / 6), rel=1e-7), "amax / 2688 of the stored amax / 448"
+
+
+@pytest.mark.parametrize("flag", ["bf16", "fp8_e5m2", "mxfp8"])
+def test_sglangs_own_flags_are_its_affair(flag: str, runtime: Runtime, tmp_path: Path) -> None:
+    """None is refused on a GPU. Without quantization no scale may reach a layer, whose attention would multiply by it."""
+    folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)))
+    runtime.start(folder, flag)
+    assert runtime.model.kv_cache_dtype == flag
+    model = text_model()
+    handed = runtime.load(model, folder, weights(folder))
+    assert handed == (plain_names(folder) if flag == "bf16" else [name for name, _ in weights(folder)])
+    assert set(scales_of(model).values()) == {UNSET}
+
+
+@pytest.mark.parametrize("flag", ["fp8_e4m3", "nvfp4", "fp8_e5m2"])
+def test_scales_that_belong_to_a_bias_are_not_used_without_it(flag: str, runtime: Runtime) -> None:
+    folder = kv_export("fp8_affine")
+    runtime.start(folder, flag)
+    assert runtime.model.kv_cache_dtype == flag
+    model = text_model()
+    assert runtime.load(model, folder, weights(folder)) == plain_names(folder)
+    assert set(scales_of(model).values()) == {UNSET}
+
+
+def test_a_drafts_layers_are_not_the_models(runtime: Runtime, tmp_path: Path) -> None:
+    folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)))
+    runtime.start(folder)
+    model = text_model()
+    assert runtime.load(model, folder, weights(folder), is_draft_model=True) == [name for name, _ in weights(folder)]
+    assert set(scales_of(model).values()) == {UNSET}
+
+
+def test_a_cache_of_ours_is_checked_before_the_weights_are_read(runtime: Runtime, tmp_path: Path) -> None:
+    tensors = layers("model.layers.{}.self_attn", (0,)) | stored_attention("model.layers.1.self_attn", None, None)
+    folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4")
+    runtime.start(folder)
+    assert runtime.model.kv_cache_dtype == "modelopt_nvfp4"
+    with pytest.raises(ModelOptExtError, match=r"layers.1.self_attn: k_scale: expected one for every attention layer"):
+        runtime.load(text_model(), folder, weights(folder))
+
+
+def test_files_that_are_not_read_here(runtime: Runtime, tmp_path: Path) -> None:
+    """Such as every tensor twice, in two formats: SGLang picks one, and its model loads the scales as it does alone."""
+    folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)))
+    runtime.start(folder)
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    stored = weights(folder)
+    assert runtime.load(text_model(), folder, stored) == [name for name, _ in stored]
+
+
+def test_an_algorithm_nobody_knows(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a checkpoint of SGLang's it is SGLang's affair; on one of ours it is refused."""
+    folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="INT8")
+    monkeypatch.setattr(kv_cache, "gpu_capability", lambda: 90)
+    runtime.start(folder)
+    assert runtime.model.kv_cache_dtype == "auto"
+    monkeypatch.setattr(kv_cache, "gpu_capability", lambda: None)
+    with pytest.raises(ModelOptExtError, match="kv_cache_quant_algo: expected null or one of FP8"):
+        runtime.start(folder)
+
+
+def test_an_obstacle_to_a_cache_of_ours_leaves_sglangs_checkpoints_to_it(
+    runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It serves NVFP4 caches unrounded under ``auto``, with features that a cache of ours has none of."""
+    folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="NVFP4")
+    monkeypatch.setattr(kv_cache, "gpu_capability", lambda: 90)
+    runtime.start(folder, enable_hierarchical_cache=True)
+    assert runtime.model.kv_cache_dtype == "auto"
+    assert runtime.load(text_model(), folder, weights(folder)) == plain_names(folder)
+    with pytest.raises(ModelOptExtError, match="--enable-hierarchical-cache: expected it unset"):
+        runtime.start(folder, "modelopt_nvfp4", enable_hierarchical_cache=True)
+    with pytest.raises(ModelOptExtError, match="--enable-hierarchical-cache: expected it unset"):
+        runtime.start(kv_export("nvfp4_affine", "llama", "FP8_DEFAULT_CFG"), enable_hierarchical_cache=True)
+
+
+# A model on the hub
+
+
+class Hub:
+    """The cache of a hub that cannot be reached, and a model in it that comes file by file."""
+
+    NAME, REVISION = "someone/model", "0" * 40
+
+    def __init__(self, root: Path, source: Path) -> None:
+        self.source = source
+        self.snapshot = root / "models--someone--model" / "snapshots" / self.REVISION
+        self.snapshot.mkdir(parents=True)
+        refs = root / "models--someone--model" / "refs"
+        refs.mkdir()
+        (refs / "main").write_text(self.REVISION)
+
+    def fetch(self, *patterns: str) -> None:
+        for pattern in patterns:
+            for file in self.source.glob(pattern):
+                shutil.copyfile(file, self.snapshot / file.name)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Hub]:
+    import huggingface_hub.constants as constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
+    return lambda source: Hub(tmp_path / "hub", source)
+
+
+def test_the_first_start_of_a_hub_model_has_the_scales_of_the_second(
+    runtime: Runtime, hub: Callable[[Path], Hub], tmp_path: Path
+) -> None:
+    """Nothing but the configuration is there when the arguments are settled; the weights come with the scheduler."""
+    folder = kv_folder(tmp_path / "source", layers("model.layers.{}.self_attn", (0, 1)))
+    cache = hub(folder)
+    cache.fetch("*.json")
+    found = []
+    for _ in range(2):
+        runtime.start(Hub.NAME)
+        cache.fetch("*.safetensors")
+        model = text_model()
+        assert runtime.load(model, Hub.NAME, weights(folder)) == plain_names(folder)
+        found.append(scales_of(model)["model.layers.1.self_attn"])
+    assert found == [(1.5, 1.25)] * 2
+
+
+def test_a_pool_of_ours_likewise(runtime: Runtime, hub: Callable[[Path], Hub], tmp_path: Path) -> None:
+    folder = kv_folder(tmp_path / "source", layers("model.layers.{}.self_attn", (0, 1)))
+    cache = hub(folder)
+    cache.fetch("*.json")
+    runtime.start(Hub.NAME, device="cpu")
+    assert runtime.model.kv_cache_dtype == "modelopt_fp8"
+    cache.fetch("*.safetensors")
+    runtime.load(text_model(), Hub.NAME, weights(folder))
+    plan = kv_scales.served_plan(runtime.args, "modelopt_fp8")
+    assert plan.resolve(served_attention(text_model())).layers[1].k_scale == 1.5
+
+
+def test_biases_are_known_from_the_index_of_a_hub_model(
+    runtime: Runtime, hub: Callable[[Path], Hub], tmp_path: Path
+) -> None:
+    cache = hub(edits.copy_with(kv_export("fp8_affine"), tmp_path / "source", [edits.shard()]))
+    cache.fetch("*.json")
+    runtime.start(Hub.NAME)
+    assert runtime.model.kv_cache_dtype == "modelopt_fp8_affine"
+
+
+def test_biases_that_nobody_knew_of_before_the_download(
+    runtime: Runtime, hub: Callable[[Path], Hub], tmp_path: Path
+) -> None:
+    """Without an index FP8 was taken for plain: one line, and the second start knows. Never FP8 without the bias."""
+    folder = kv_export("fp8_affine")
+    cache = hub(folder)
+    cache.fetch("*.json")
+    runtime.start(Hub.NAME)
+    assert runtime.model.kv_cache_dtype == "auto"
+    cache.fetch("*.safetensors")
+    with pytest.raises(ModelOptExtError, match=r"k_bias, v_bias: expected no biases, as settled before the download"):
+        runtime.load(text_model(), Hub.NAME, weights(folder))
+    runtime.start(Hub.NAME)
+    assert runtime.model.kv_cache_dtype == "modelopt_fp8_affine"
