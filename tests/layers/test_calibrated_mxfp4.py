@@ -86,6 +86,24 @@ def test_a_mix_calibrated_together() -> None:
     check_layers(folder)
 
 
+@pytest.mark.parametrize("kv_cache", ["FP8_KV_CFG", "fp8_cast"])
+@pytest.mark.parametrize("recipe", ["W4A8_MXFP4_FP8_CFG", "FP8_PER_CHANNEL_PER_TOKEN_CFG", "MXFP8_DEFAULT_CFG"])
+def test_recipes_without_calibration_beside_a_kv_cache(recipe: str, kv_cache: str, tmp_path: Path) -> None:
+    """Beside a KV cache ModelOpt calibrates W4A8_MXFP4_FP8 too: static input scales are then its recipe. (The cache is cut off.)"""
+    source = export(model_dir(TinyModel("qwen2")), recipe, Variant(kv_cache=kv_cache))
+    no_cache = [edits.drop_embedded_config, edits.set_file_config({"kv_cache_quant_algo": None})]
+    if kv_cache == "FP8_KV_CFG":
+        no_cache.append(edits.drop_tensors("*.[kv]_scale"))
+    folder = edits.copy_with(source, tmp_path / "checkpoint", no_cache)
+    check_layers(folder)
+    formats = {
+        layer.scheme.activation.name for layer in read_checkpoint(folder).linears.values() if layer.scheme.activation
+    }
+    calibrated = any(name.endswith(".input_scale") for name in edits.read_tensors(folder))
+    assert calibrated == recipe.startswith("W4A8")
+    assert ("fp8_static" in formats) == calibrated
+
+
 def test_each_layer_decides_for_itself(tmp_path: Path) -> None:
     """As in a search over formats: layers beside each other, one with and one without the scale."""
     changes = [
