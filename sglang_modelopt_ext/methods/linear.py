@@ -179,9 +179,10 @@ def fill_dummy(tensor: torch.Tensor, spec: TensorSpec) -> None:
 
 def _source_of_sizes(layer: Any) -> str:
     """Where a model's sizes are from, for messages: SGLang changes those that do not divide by the ranks of a CPU."""
+    from sglang.srt.distributed.utils import get_group_rank_size
     from sglang.srt.utils import is_cpu
 
-    ranks = getattr(layer, "tp_size", 1)
+    _, ranks = get_group_rank_size(getattr(layer, "tp_group", None))
     padded = ranks > 1 and is_cpu()
     return f"SGLang pads config.json for --tp-size {ranks} on a CPU" if padded else "config.json has it"
 

@@ -71,7 +71,7 @@ def test_an_expert_that_was_never_calibrated(tmp_path: Path) -> None:
     whole = export(model_dir(tiny("qwen3_moe")), "NVFP4_DEFAULT_CFG")
     folder = edits.copy_with(whole, tmp_path / "model", [edits.drop_tensors("*.1.mlp.experts.2.*.input_scale")])
     with Server(folder, dtype="float32", env={"SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS": "keep"}) as server:
-        check_logprobs(server, folder, "float32", activation="none")
+        check_logprobs(server, whole, "float32", activation="none")
     refused = failing_start(folder, dtype="float32")
     assert "mlp.experts.2.down_proj.input_scale: expected a tensor of NVFP4" in refused.output
 

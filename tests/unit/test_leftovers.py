@@ -122,8 +122,22 @@ def test_a_classifier_without_bias(tmp_path: Path) -> None:
     ],
 )
 def test_whose_sizes_a_message_names(ranks: int, cpu: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a layer of SGLang's with more outputs than are stored."""
     utils = pytest.importorskip("sglang.srt.utils")
-    from sglang_modelopt_ext.methods.linear import _source_of_sizes
+    from sglang.srt.layers.linear import ColumnParallelLinear
+
+    from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
+    from sglang_modelopt_ext.errors import ModelOptExtError
+    from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+    from sglang_modelopt_ext.schemes.table import UMBRELLA
+    from tests.layers.harness import parallel_rank
 
     monkeypatch.setattr(utils, "is_cpu", lambda: cpu)
-    assert _source_of_sizes(SimpleNamespace(tp_size=ranks)) == expected
+    checkpoint = read_checkpoint(export(model_dir(TinyModel("qwen2")), "W4A8_NVFP4_FP8_CFG"))
+    config = ModelOptExtConfig(UMBRELLA, checkpoint.config, checkpoint)
+    name = "model.layers.0.mlp.down_proj"
+    with (
+        parallel_rank(0, ranks),
+        pytest.raises(ModelOptExtError, match=rf"expected \[384\] outputs, as {expected}, got"),
+    ):
+        ColumnParallelLinear(512, 384, bias=False, quant_config=config, prefix=name)
