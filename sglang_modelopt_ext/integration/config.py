@@ -299,7 +299,11 @@ def _warn_once_on_rank0(message: str) -> None:
     """A warning in the log of the first tensor-parallel rank, once in its process."""
     from sglang.srt.runtime_context import get_parallel
 
-    if get_parallel().tp_rank == 0:
+    try:
+        rank = get_parallel().tp_rank
+    except RuntimeError:  # no group yet, as where a configuration is read alone
+        rank = 0
+    if rank == 0:
         logger.warning("modelopt_ext: %s", message)
 
 
