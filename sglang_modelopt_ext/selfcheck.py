@@ -303,8 +303,8 @@ def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # an error of a kernel that was launched shows here
         return result
-    except ValueError:
-        raise
+    except (ValueError, torch.OutOfMemoryError):
+        raise  # a lack of memory is no fault of the layout: the next one needs as much, or more
     except Exception as error:
         # Kernels of other packages are compiled on first use, and fail in as many ways as there are packages.
         reason = str(error).strip() or type(error).__name__
