@@ -21,11 +21,10 @@ from sglang_modelopt_ext.checkpoint.kv_cache import (
     is_latent,
     kv_cache_plan,
     read_plan,
-    stored_names,
 )
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QUANT_CONFIG_NAME, QuantConfig, read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import is_kv_cache_tensor
-from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME
+from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME, tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.folders import config_folder, downloaded_folder, weights_folder
 from sglang_modelopt_ext.integration.hooks import Hook
@@ -60,20 +59,34 @@ def loaded_plan(model_path: str, revision: str | None, flag: str, folder: Path |
 
 
 def served_plan(server_args: Any, flag: str) -> KVCachePlan:
-    """The plan, with its scales, of the cache that this server has by ``flag``."""
+    """Return the plan, with its scales, of the cache that this server has by ``flag``.
+
+    Raises:
+        ModelOptExtError: the scales do not fit, or the weights that were loaded are not found again.
+    """
     args = server_args
-    folder = None
-    if str(getattr(args.load_format, "value", args.load_format)) != "dummy":
-        folder = downloaded_folder(args.model_path, args.revision, args.download_dir)
+    is_dummy = str(getattr(args.load_format, "value", args.load_format)) == "dummy"
+    folder = None if is_dummy else downloaded_folder(args.model_path, args.revision, args.download_dir)
     plan = loaded_plan(args.model_path, args.revision, flag, folder)
     assert plan is not None, "a flag of ours has a plan"
+    if not is_dummy and _lacks_scales(plan):
+        # A calibrated cache would get the scales of one that nobody calibrated.
+        raise ModelOptExtError.at(args.model_path, "k_scale, v_scale", "the weights that were loaded", "no such folder")
     return plan
+
+
+def _lacks_scales(plan: KVCachePlan) -> bool:
+    """Whether the plan of a checkpoint was made without its tensors."""
+    return plan.folder is not None and plan.stored is None
 
 
 def wrapped_plan(server_args: Any) -> KVCachePlan | None:
     """The plan of a cache in SGLang's own pool that SGLang's flag alone does not describe; None for any other.
 
     From what the user gave, which stays in the arguments, and what the plugin made of it: every process finds the same.
+
+    Raises:
+        ModelOptExtError: the flag is ours and the checkpoint, complete by now, is none for it.
     """
     from sglang.srt.arg_groups.overrides import resolved_view
 
@@ -83,6 +96,8 @@ def wrapped_plan(server_args: Any) -> KVCachePlan | None:
     try:
         plan = plan_for(server_args.model_path, server_args.revision, given)
     except ModelOptExtError:
+        if given in KV_FLAGS:
+            raise
         return None  # the cache was left to SGLang, or this server would have been refused
     return None if plan is None or plan.recipe.name == "fp8" else plan
 
@@ -154,7 +169,7 @@ def _set_scales(
 
 
 def _has_biases(folder: Path) -> bool:
-    return any(is_kv_cache_tensor(name) and name.endswith("_bias") for name in stored_names(folder))
+    return any(is_kv_cache_tensor(name) and name.endswith("_bias") for name in tensor_names(folder))
 
 
 def _settled_on_another(folder: Path) -> ModelOptExtError:
@@ -175,7 +190,9 @@ def scales_for_sglang(source: Any, folder: Path | None, flag: str) -> KVCachePla
     except ModelOptExtError as error:
         logger.warning("modelopt_ext: the KV cache's scales are left to SGLang: %s", error)
         return None
-    return plan if plan is not None and plan.recipe.name == STOCK_FLAGS.get(flag, "fp8") else None
+    if plan is None or _lacks_scales(plan) or plan.recipe.name != STOCK_FLAGS.get(flag, "fp8"):
+        return None
+    return plan
 
 
 def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan) -> Set[str]:
