@@ -156,7 +156,11 @@ def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: to
 
 
 def check_fused_layout(layout: FusedExperts, request: FusedRequest, device: torch.device) -> None:
-    """Likewise for a whole layer of experts, which rounds its middle as the recipe says, by a scale for each expert."""
+    """Compare a whole layer of experts, which rounds its middle as the recipe says, by a scale for each expert, with float64.
+
+    Raises:
+        ValueError: the outputs differ, or the kernel does not run.
+    """
     asked = request.gate_up
     key = (layout, asked.scheme.weight.name, asked.math, asked.dtype, device)
     if key in _passed:

@@ -33,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 
 def plan_for(model_path: str, revision: str | None, flag: str) -> KVCachePlan | None:
-    """The recipe for a model under ``--kv-cache-dtype flag``, None where it is SGLang's own business. Raises ModelOptExtError."""
+    """Return the recipe for a model under ``--kv-cache-dtype flag``, None where it is SGLang's own. Raises ModelOptExtError."""
     folder = config_folder(model_path, revision)
     return _plan(folder or Path(model_path), flag, _files(folder) if folder is not None else ())
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of the files that a plan is read from: those of a model on the hub come while a server starts."""
+    """Return name, size and time of the files that a plan is read from: those of a model on the hub come while a server starts."""
     found = [*folder.glob("*.safetensors"), folder / INDEX_NAME, folder / CONFIG_NAME, folder / QUANT_CONFIG_NAME]
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.exists())
 
@@ -50,7 +50,7 @@ def _plan(folder: Path, flag: str, files: tuple[tuple[str, int, int], ...]) -> K
 
 
 def loaded_plan(model_path: str, revision: str | None, flag: str, folder: Path | None) -> KVCachePlan | None:
-    """:func:`plan_for` with the scales, once the weights are in ``folder``. Raises ModelOptExtError."""
+    """Return :func:`plan_for` with the scales, once the weights are in ``folder``. Raises ModelOptExtError."""
     described = config_folder(model_path, revision)
     config = read_quant_config(described) if described is not None else None
     if folder is None or config is None:
@@ -76,12 +76,12 @@ def served_plan(server_args: Any, flag: str) -> KVCachePlan:
 
 
 def _lacks_scales(plan: KVCachePlan) -> bool:
-    """Whether the plan of a checkpoint was made without its tensors."""
+    """Return whether the plan of a checkpoint was made without its tensors."""
     return plan.folder is not None and plan.stored is None
 
 
 def wrapped_plan(server_args: Any) -> KVCachePlan | None:
-    """The plan of a cache in SGLang's own pool that SGLang's flag alone does not describe; None for any other.
+    """Return the plan of a cache in SGLang's own pool that SGLang's flag alone does not describe; None for any other.
 
     From what the user gave, which stays in the arguments, and what the plugin made of it: every process finds the same.
 
@@ -105,7 +105,7 @@ def wrapped_plan(server_args: Any) -> KVCachePlan | None:
 def _get_all_weights(
     original: Callable[..., Iterator[tuple[str, torch.Tensor]]], self: Any, model_config: Any, model: torch.nn.Module
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights without the KV cache's numbers, which SGLang's models load, drop or fail on, each in its way.
+    """Yield the weights without the KV cache's numbers, which SGLang's models load, drop or fail on, each in its way.
 
     A model is handed those tensors that are not set here. A draft's layers have numbers of their own, and are SGLang's.
     """
@@ -128,7 +128,7 @@ def _get_all_weights(
 def _set_scales(
     model: torch.nn.Module, model_config: Any, load_config: Any, config: QuantConfig
 ) -> Callable[[str], bool]:
-    """Gives the layers of ``model`` the scales of SGLang's own cache, or checks those of a cache of ours.
+    """Give the layers of ``model`` the scales of SGLang's own cache, or check those of a cache of ours.
 
     Returns:
         Which of the KV cache's tensors the model is not to see.
@@ -173,13 +173,13 @@ def _has_biases(folder: Path) -> bool:
 
 
 def _settled_on_another(folder: Path) -> ModelOptExtError:
-    """A download brought biases, which nobody knew of when the recipe was settled on."""
+    """Return the error for biases that a download brought, and nobody knew of when the recipe was settled on."""
     expected = "no biases, as settled before the download (start again, or name the --kv-cache-dtype)"
     return ModelOptExtError.at(folder, "k_bias, v_bias", expected, "some")
 
 
 def scales_for_sglang(source: Any, folder: Path | None, flag: str) -> KVCachePlan | None:
-    """The scales for a cache of SGLang's own, None where the checkpoint has none for its format; never an error.
+    """Return the scales for a cache of SGLang's own, None where the checkpoint has none for its format; never an error.
 
     ``source``: with ``model_path`` and ``revision``.
     """
@@ -196,7 +196,7 @@ def scales_for_sglang(source: Any, folder: Path | None, flag: str) -> KVCachePla
 
 
 def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan) -> Set[str]:
-    """Writes the plan of a cache of SGLang's own into the ``k_scale`` and ``v_scale`` of its layers, where the model has them.
+    """Write the plan of a cache of SGLang's own into the ``k_scale`` and ``v_scale`` of its layers, where the model has them.
 
     Its NVFP4 caches expect amax / 2688 there, while exports store amax / 448; the pool of plain attention takes them away
     again (:mod:`sglang_modelopt_ext.integration.kv_cache`). Layers that are set up already, as in an update of the weights,

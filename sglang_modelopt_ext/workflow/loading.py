@@ -44,17 +44,17 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def loads(self) -> bool:
-        """Whether it was tried and nothing stood in the way."""
+        """Return whether it was tried and nothing stood in the way."""
         return self.checked and not self.problems
 
 
 def not_checked(why: str) -> Loading:
-    """That nothing was tried."""
+    """Return that nothing was tried."""
     return Loading(checked=False, why_not=why)
 
 
 def rehearse_loading(folder: Path, target: Target, stock_kv_cache: bool) -> Loading:
-    """Rehearses the start of a server that serves ``folder`` by this package on one rank of ``target``.
+    """Rehearse the start of a server that serves ``folder`` by this package on one rank of ``target``.
 
     The model is built on this machine's CPU, wherever it is to be served: its modules, names and shapes are the same.
 
