@@ -156,7 +156,11 @@ def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: to
 
 
 def check_fused_layout(layout: FusedExperts, request: FusedRequest, device: torch.device) -> None:
-    """Likewise for a whole layer of experts, which rounds its middle as the recipe says, by a scale for each expert."""
+    """Compare a whole layer of experts, which rounds its middle as the recipe says, by a scale for each expert, with float64.
+
+    Raises:
+        ValueError: the outputs differ, or the kernel does not run.
+    """
     asked = request.gate_up
     key = (layout, asked.scheme.weight.name, asked.math, asked.dtype, device)
     if key in _passed:
@@ -303,8 +307,8 @@ def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # an error of a kernel that was launched shows here
         return result
-    except ValueError:
-        raise
+    except (ValueError, torch.OutOfMemoryError):
+        raise  # a lack of memory is no fault of the layout: the next one needs as much, or more
     except Exception as error:
         # Kernels of other packages are compiled on first use, and fail in as many ways as there are packages.
         reason = str(error).strip() or type(error).__name__

@@ -35,7 +35,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
     text_config,
 )
 from sglang_modelopt_ext.checkpoint.reader import is_kv_cache_tensor
-from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME, read_headers, read_json_object
+from sglang_modelopt_ext.checkpoint.tensors import read_headers, tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe
 
@@ -123,7 +123,7 @@ def kv_cache_plan(
         folder: the checkpoint.
         config: what it declares, None when ModelOpt did not write it.
         flag: the flag's value, ``auto`` when it was not given.
-        names: of its tensors; those that :func:`stored_names` finds by default. Where there are none, FP8 is taken for plain.
+        names: of its tensors; those that :func:`tensor_names` finds by default. Where there are none, FP8 is taken for plain.
 
     Raises:
         ModelOptExtError: the flag contradicts the checkpoint, or its tensors do not fit what it declares.
@@ -135,7 +135,7 @@ def kv_cache_plan(
     if flag in UNQUANTIZED_KV:
         return None
     recipes = _declared_recipes(config)
-    names = stored_names(folder) if names is None else names
+    names = tensor_names(folder) if names is None else names
     recipe = _recipe(config, recipes, sorted(name for name in names if is_kv_cache_tensor(name)), folder)
     if flag not in KV_FLAGS and is_latent(folder):
         return None
@@ -185,15 +185,6 @@ def _declared_recipes(config: QuantConfig) -> tuple[str, ...]:
             config.kv_cache_recipe,
         )
     return recipes
-
-
-def stored_names(folder: Path) -> Collection[str]:
-    """The names of a checkpoint's tensors, from its index or its headers; none where neither is there (yet)."""
-    index = folder / INDEX_NAME
-    if index.exists():
-        found = read_json_object(index).get("weight_map")
-        return found.keys() if isinstance(found, dict) else ()
-    return read_headers(folder).keys() if any(folder.glob("*.safetensors")) else ()
 
 
 def _recipe(config: QuantConfig, recipes: tuple[str, ...], stored: Sequence[str], folder: Path) -> KVRecipe:

@@ -86,13 +86,13 @@ class StoredScales:
         return any(layer.tensors for block in self.blocks.values() for layer in block.values())
 
     def some(self) -> StoredTensor:
-        """One of the tensors, for errors and for the naming scheme."""
+        """Return one of the tensors, for errors and for the naming scheme."""
         return next(
             tensor for block in self.blocks.values() for layer in block.values() for tensor in layer.tensors.values()
         )
 
     def decoder(self, attention: Attention) -> Mapping[int, StoredLayer]:
-        """The block of the decoder with ``attention``, empty where none is."""
+        """Return the block of the decoder with ``attention``, empty where none is."""
         wanted = attention.layers.keys()
         places = {place[0] for name in attention.layers.values() if (place := layer_position(name))}
         for path in sorted(places & self.blocks.keys()):
@@ -105,7 +105,7 @@ class StoredScales:
 
 
 def stored_scales(config: QuantConfig, tensors: Mapping[str, StoredTensor]) -> StoredScales:
-    """Sorts a checkpoint's tensors. Raises ModelOptExtError where two modules of one layer have numbers of a cache."""
+    """Sort a checkpoint's tensors. Raises ModelOptExtError where two modules of one layer have numbers of a cache."""
     blocks: dict[str, dict[int, StoredLayer]] = {}
     for name, tensor in tensors.items():
         of_cache = is_kv_cache_tensor(name)
@@ -149,7 +149,7 @@ class ResolvedScales:
 def resolve(
     recipe: KVRecipe, stored: StoredScales, attention: Attention, fallback: KVLayer, *, strict: bool
 ) -> ResolvedScales:
-    """The numbers of every layer of ``attention``.
+    """Return the numbers of every layer of ``attention``.
 
     Args:
         recipe: of the cache they are for; its ranges are those of the scales.
@@ -193,7 +193,7 @@ def _missing(stored: StoredScales, owner: str, name: str) -> ModelOptExtError:
 
 
 def wanted_names(recipe: KVRecipe, layer: StoredLayer) -> Iterator[str]:
-    """The tensors a layer must have.
+    """Yield the tensors a layer must have.
 
     Where one projection makes keys and values (Gemma 4), ModelOpt has no ``v_proj`` to export the values' scale with, and SGLang
     takes the keys' for both. A bias of the keys would be none of the values': they get no rotary embedding.
@@ -232,6 +232,6 @@ def _read_layer(recipe: KVRecipe, stored: StoredScales, layer: StoredLayer) -> K
 
 
 def stored_divisor(recipe: KVRecipe, tensor: str) -> float:
-    """What amax was divided by in a stored scale: Megatron's exports divide by the format's range, the others by E4M3's."""
+    """Return what amax was divided by in a stored scale: Megatron's exports divide by the format's range, the others by E4M3's."""
     megatron = tensor.rpartition(".")[0].rpartition(".")[2] not in _PROJECTIONS
     return recipe.format.range if megatron else E4M3_MAX

@@ -26,7 +26,7 @@ _DECODER = "layers"
 
 
 def layer_position(module: str) -> tuple[str, int] | None:
-    """``(canonical name of the list of layers, number)`` of a module in it; None for one outside any layer."""
+    """Return ``(canonical name of the list of layers, number)`` of a module in it; None for one outside any layer."""
     parts = module.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     return None if not number else (canonical_name(".".join(parts[:number])), int(parts[number]))
@@ -46,13 +46,13 @@ class ServedLayers:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> ServedLayers:
-        """From the language model's fields of config.json."""
+        """Read the language model's fields of config.json."""
         count = fields.get(LAYER_COUNT)
         declared = [fields[name] for name in MTP_COUNTS if isinstance(fields.get(name), int)]
         return cls(count if isinstance(count, int) else None, max(declared, default=0))
 
     def leaves_out(self, tensor: str) -> bool:
-        """Whether a decoder of these layers has no part that ``tensor`` (or a module) could belong to."""
+        """Return whether a decoder of these layers has no part that ``tensor`` (or a module) could belong to."""
         if tensor.endswith(BUFFERS):
             return True
         parts = canonical_name(tensor).split(".")

@@ -31,7 +31,7 @@ _PACKED_EXPERTS = re.compile(
 def read_for_serving(
     folder: Path, config: QuantConfig | None = None, *, rounds_fp4: bool = True
 ) -> tuple[Checkpoint, list[ModelOptExtError]]:
-    """The checkpoint and everything wrong with it, the causes of what cannot be served before their consequences.
+    """Return the checkpoint and everything wrong with it, the causes of what cannot be served before their consequences.
 
     Args:
         folder: the checkpoint.
@@ -46,7 +46,7 @@ def read_for_serving(
 
 
 def unserved(checkpoint: Checkpoint) -> list[ModelOptExtError]:
-    """One error for each kind of storage that is not served, naming the first layer of the kind."""
+    """Return one error for each kind of storage that is not served, naming the first layer of the kind."""
     found: dict[str, ModelOptExtError] = {}
     for kind, error in _faults(checkpoint):
         found.setdefault(kind, error)
@@ -84,7 +84,7 @@ def _is_quantized(tensor: StoredTensor, tensors: Mapping[str, StoredTensor]) -> 
 
 
 def _heads(checkpoint: Checkpoint) -> Iterator[tuple[str, ModelOptExtError]]:
-    """A quantized head that is the embedding too: SGLang multiplies by the embedding and loads no head."""
+    """Yield an error for a quantized head that is the embedding too: SGLang multiplies by the embedding and loads no head."""
     linear = checkpoint.linears.get("lm_head")
     if linear is not None and _is_tied(checkpoint.folder):
         file = next(iter(linear.stored.values())).file

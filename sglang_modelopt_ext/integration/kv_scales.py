@@ -21,11 +21,10 @@ from sglang_modelopt_ext.checkpoint.kv_cache import (
     is_latent,
     kv_cache_plan,
     read_plan,
-    stored_names,
 )
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QUANT_CONFIG_NAME, QuantConfig, read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import is_kv_cache_tensor
-from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME
+from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME, tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.folders import config_folder, downloaded_folder, weights_folder
 from sglang_modelopt_ext.integration.hooks import Hook
@@ -34,13 +33,13 @@ logger = logging.getLogger(__name__)
 
 
 def plan_for(model_path: str, revision: str | None, flag: str) -> KVCachePlan | None:
-    """The recipe for a model under ``--kv-cache-dtype flag``, None where it is SGLang's own business. Raises ModelOptExtError."""
+    """Return the recipe for a model under ``--kv-cache-dtype flag``, None where it is SGLang's own. Raises ModelOptExtError."""
     folder = config_folder(model_path, revision)
     return _plan(folder or Path(model_path), flag, _files(folder) if folder is not None else ())
 
 
 def _files(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Name, size and time of the files that a plan is read from: those of a model on the hub come while a server starts."""
+    """Return name, size and time of the files that a plan is read from: those of a model on the hub come while a server starts."""
     found = [*folder.glob("*.safetensors"), folder / INDEX_NAME, folder / CONFIG_NAME, folder / QUANT_CONFIG_NAME]
     return tuple((file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in found if file.exists())
 
@@ -51,7 +50,7 @@ def _plan(folder: Path, flag: str, files: tuple[tuple[str, int, int], ...]) -> K
 
 
 def loaded_plan(model_path: str, revision: str | None, flag: str, folder: Path | None) -> KVCachePlan | None:
-    """:func:`plan_for` with the scales, once the weights are in ``folder``. Raises ModelOptExtError."""
+    """Return :func:`plan_for` with the scales, once the weights are in ``folder``. Raises ModelOptExtError."""
     described = config_folder(model_path, revision)
     config = read_quant_config(described) if described is not None else None
     if folder is None or config is None:
@@ -60,20 +59,34 @@ def loaded_plan(model_path: str, revision: str | None, flag: str, folder: Path |
 
 
 def served_plan(server_args: Any, flag: str) -> KVCachePlan:
-    """The plan, with its scales, of the cache that this server has by ``flag``."""
+    """Return the plan, with its scales, of the cache that this server has by ``flag``.
+
+    Raises:
+        ModelOptExtError: the scales do not fit, or the weights that were loaded are not found again.
+    """
     args = server_args
-    folder = None
-    if str(getattr(args.load_format, "value", args.load_format)) != "dummy":
-        folder = downloaded_folder(args.model_path, args.revision, args.download_dir)
+    is_dummy = str(getattr(args.load_format, "value", args.load_format)) == "dummy"
+    folder = None if is_dummy else downloaded_folder(args.model_path, args.revision, args.download_dir)
     plan = loaded_plan(args.model_path, args.revision, flag, folder)
     assert plan is not None, "a flag of ours has a plan"
+    if not is_dummy and _lacks_scales(plan):
+        # A calibrated cache would get the scales of one that nobody calibrated.
+        raise ModelOptExtError.at(args.model_path, "k_scale, v_scale", "the weights that were loaded", "no such folder")
     return plan
 
 
+def _lacks_scales(plan: KVCachePlan) -> bool:
+    """Return whether the plan of a checkpoint was made without its tensors."""
+    return plan.folder is not None and plan.stored is None
+
+
 def wrapped_plan(server_args: Any) -> KVCachePlan | None:
-    """The plan of a cache in SGLang's own pool that SGLang's flag alone does not describe; None for any other.
+    """Return the plan of a cache in SGLang's own pool that SGLang's flag alone does not describe; None for any other.
 
     From what the user gave, which stays in the arguments, and what the plugin made of it: every process finds the same.
+
+    Raises:
+        ModelOptExtError: the flag is ours and the checkpoint, complete by now, is none for it.
     """
     from sglang.srt.arg_groups.overrides import resolved_view
 
@@ -83,6 +96,8 @@ def wrapped_plan(server_args: Any) -> KVCachePlan | None:
     try:
         plan = plan_for(server_args.model_path, server_args.revision, given)
     except ModelOptExtError:
+        if given in KV_FLAGS:
+            raise
         return None  # the cache was left to SGLang, or this server would have been refused
     return None if plan is None or plan.recipe.name == "fp8" else plan
 
@@ -90,7 +105,7 @@ def wrapped_plan(server_args: Any) -> KVCachePlan | None:
 def _get_all_weights(
     original: Callable[..., Iterator[tuple[str, torch.Tensor]]], self: Any, model_config: Any, model: torch.nn.Module
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights without the KV cache's numbers, which SGLang's models load, drop or fail on, each in its way.
+    """Yield the weights without the KV cache's numbers, which SGLang's models load, drop or fail on, each in its way.
 
     A model is handed those tensors that are not set here. A draft's layers have numbers of their own, and are SGLang's.
     """
@@ -113,7 +128,7 @@ def _get_all_weights(
 def _set_scales(
     model: torch.nn.Module, model_config: Any, load_config: Any, config: QuantConfig
 ) -> Callable[[str], bool]:
-    """Gives the layers of ``model`` the scales of SGLang's own cache, or checks those of a cache of ours.
+    """Give the layers of ``model`` the scales of SGLang's own cache, or check those of a cache of ours.
 
     Returns:
         Which of the KV cache's tensors the model is not to see.
@@ -154,17 +169,17 @@ def _set_scales(
 
 
 def _has_biases(folder: Path) -> bool:
-    return any(is_kv_cache_tensor(name) and name.endswith("_bias") for name in stored_names(folder))
+    return any(is_kv_cache_tensor(name) and name.endswith("_bias") for name in tensor_names(folder))
 
 
 def _settled_on_another(folder: Path) -> ModelOptExtError:
-    """A download brought biases, which nobody knew of when the recipe was settled on."""
+    """Return the error for biases that a download brought, and nobody knew of when the recipe was settled on."""
     expected = "no biases, as settled before the download (start again, or name the --kv-cache-dtype)"
     return ModelOptExtError.at(folder, "k_bias, v_bias", expected, "some")
 
 
 def scales_for_sglang(source: Any, folder: Path | None, flag: str) -> KVCachePlan | None:
-    """The scales for a cache of SGLang's own, None where the checkpoint has none for its format; never an error.
+    """Return the scales for a cache of SGLang's own, None where the checkpoint has none for its format; never an error.
 
     ``source``: with ``model_path`` and ``revision``.
     """
@@ -175,11 +190,13 @@ def scales_for_sglang(source: Any, folder: Path | None, flag: str) -> KVCachePla
     except ModelOptExtError as error:
         logger.warning("modelopt_ext: the KV cache's scales are left to SGLang: %s", error)
         return None
-    return plan if plan is not None and plan.recipe.name == STOCK_FLAGS.get(flag, "fp8") else None
+    if plan is None or _lacks_scales(plan) or plan.recipe.name != STOCK_FLAGS.get(flag, "fp8"):
+        return None
+    return plan
 
 
 def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan) -> Set[str]:
-    """Writes the plan of a cache of SGLang's own into the ``k_scale`` and ``v_scale`` of its layers, where the model has them.
+    """Write the plan of a cache of SGLang's own into the ``k_scale`` and ``v_scale`` of its layers, where the model has them.
 
     Its NVFP4 caches expect amax / 2688 there, while exports store amax / 448; the pool of plain attention takes them away
     again (:mod:`sglang_modelopt_ext.integration.kv_cache`). Layers that are set up already, as in an update of the weights,

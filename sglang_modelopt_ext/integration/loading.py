@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS
-from sglang_modelopt_ext.checkpoint.leftovers import LAYER_COUNT, MTP_COUNTS, ServedLayers
+from sglang_modelopt_ext.checkpoint.leftovers import BUFFERS, LAYER_COUNT, MTP_COUNTS, ServedLayers
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, standard_name
 from sglang_modelopt_ext.checkpoint.values import check_values
@@ -272,7 +272,10 @@ class StrictLoad:
         return sorted(
             name
             for name in self.checkpoint.tensors.keys() - used - self.left_out
-            if not is_kv_cache_tensor(name) and not (tied and name.endswith("lm_head.weight"))
+            if not is_kv_cache_tensor(name)
+            and not (tied and name.endswith("lm_head.weight"))
+            # Where the model has a rotary embedding, its loader is handed the buffer, and skips it.
+            and not name.endswith(BUFFERS)
         )
 
 

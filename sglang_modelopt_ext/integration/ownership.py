@@ -128,7 +128,7 @@ def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
 
 
 def _judged(family: str, config: QuantConfig, folder: Path, capability: int | None) -> Ownership:
-    """Ours, unless SGLang itself serves the checkpoint rightly or has an algorithm in it that is none of ours."""
+    """Return that it is ours, unless SGLang itself serves the checkpoint rightly or has an algorithm in it that is none of ours."""
     unknown = sorted({layer.algo for layer in config.quantized_layers.values()} - SCHEMES.keys())
     if unknown:
         return Ownership(None, config, f"{', '.join(unknown)} in a mix is SGLang's own")

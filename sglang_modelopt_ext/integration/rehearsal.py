@@ -31,7 +31,7 @@ MOST_NAMES = 20
 
 
 def rehearse(folder: Path, server_arguments: list[str], stock_kv_cache: bool) -> dict[str, Any]:
-    """What loading ``folder`` comes to.
+    """Return what loading ``folder`` comes to.
 
     Args:
         folder: the checkpoint, one that this package serves.
@@ -85,7 +85,7 @@ def rehearse(folder: Path, server_arguments: list[str], stock_kv_cache: bool) ->
 
 
 def _settle(folder: Path, server_arguments: list[str]) -> Any:
-    """SGLang's configuration of the model, in a process that is set up as a scheduler of one rank on a CPU."""
+    """Return SGLang's configuration of the model, in a process that is set up as a scheduler of one rank on a CPU."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.moe.utils import initialize_moe_config
@@ -110,7 +110,7 @@ def _free_port() -> int:
 
 
 def _without_values(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every stored tensor as its header has it; one of a single value is real, as loaders ask for it."""
+    """Yield every stored tensor as its header has it; one of a single value is real, as loaders ask for it."""
     for name, stored in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[0])):
         elements = 1
         for size in stored.shape:
@@ -120,7 +120,7 @@ def _without_values(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]
 
 
 def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, config: Any) -> list[ModelOptExtError]:
-    """What is wrong with a cache of ours for this model."""
+    """Return what is wrong with a cache of ours for this model."""
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.runtime_context import get_model
 
@@ -146,7 +146,7 @@ def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, 
 
 
 def main() -> None:
-    """Prints the result as one line of JSON behind :data:`RESULT`; ``error`` in it says why there is none."""
+    """Print the result as one line of JSON behind :data:`RESULT`; ``error`` in it says why there is none."""
     parser = argparse.ArgumentParser(description="Whether a checkpoint loads, without its weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stock-kv-cache", action="store_true")

@@ -22,7 +22,7 @@ def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def served_attention(model: torch.nn.Module) -> Attention:
-    """The attention layers of ``model`` on this rank by their numbers, under which their keys and values are cached.
+    """Return the attention layers of ``model`` on this rank by their numbers, under which their keys and values are cached.
 
     Several modules of one number read one cache (the shared layers of Gemma 3n and Gemma 4); the first has its name.
     """
@@ -68,7 +68,7 @@ def local_heads(bias: torch.Tensor, heads: int, rank: int, size: int, where: str
 
 
 def rank_layers(model: torch.nn.Module, numbers: Mapping[int, KVLayer], rank: int, size: int) -> dict[int, KVLayer]:
-    """This rank's part of the numbers of every attention layer, by layer number. Raises ModelOptExtError where they do not fit."""
+    """Return this rank's part of the numbers, by layer number. Raises ModelOptExtError where they do not fit."""
     found: dict[int, KVLayer] = {}
     for name, module in attention_layers(model):
         layer = numbers[module.layer_id]

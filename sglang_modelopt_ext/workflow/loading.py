@@ -44,17 +44,17 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def loads(self) -> bool:
-        """Whether it was tried and nothing stood in the way."""
+        """Return whether it was tried and nothing stood in the way."""
         return self.checked and not self.problems
 
 
 def not_checked(why: str) -> Loading:
-    """That nothing was tried."""
+    """Return that nothing was tried."""
     return Loading(checked=False, why_not=why)
 
 
 def rehearse_loading(folder: Path, target: Target, stock_kv_cache: bool) -> Loading:
-    """Rehearses the start of a server that serves ``folder`` by this package on one rank of ``target``.
+    """Rehearse the start of a server that serves ``folder`` by this package on one rank of ``target``.
 
     The model is built on this machine's CPU, wherever it is to be served: its modules, names and shapes are the same.
 
@@ -69,11 +69,10 @@ def rehearse_loading(folder: Path, target: Target, stock_kv_cache: bool) -> Load
     rounded = "round" if rounds_fp4(target.device, target.capability) else "keep"
     own = {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **own, FP4_ACTIVATIONS.variable: rounded}
-    command = [sys.executable, "-m", MODULE, str(folder), *(["--stock-kv-cache"] if stock_kv_cache else [])]
+    # -P: nothing is imported from the working directory. A checkpoint may bring code of its own.
+    command = [sys.executable, "-P", "-m", MODULE, str(folder), *(["--stock-kv-cache"] if stock_kv_cache else [])]
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=False, cwd=folder
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=False)
     except subprocess.TimeoutExpired:
         return not_checked(f"no answer after {TIMEOUT:.0f} s")
     line = next((line for line in done.stdout.splitlines() if line.startswith(RESULT)), None)

@@ -107,7 +107,7 @@ RANKS: tuple[Case, ...] = tuple(
     case(name, f"{name}-tp2", tp=2, same_as=name)
     for name in ("w4a8-nvfp4-qwen2", "w4a8-mxfp4-qwen2", "kv-nvfp4-affine", "moe-w4a8-nvfp4-qwen3_moe")
 )
-"""The same over two ranks, by ``--tp 2``: beside the cases of one that they must agree with."""
+"""Cases over two ranks, by ``--tp 2``: beside those of one that they must agree with."""
 
 
 FIRST = ("trained", "wrong-scale", "large", "w4a8", "moe-w4a8", "kv")

@@ -168,7 +168,7 @@ class Judge:
         hit: Sequence[Sequence[torch.Tensor]],
         fresh: Sequence[Sequence[torch.Tensor]],
     ) -> None:
-        """The same tokens behind a cached prefix and without one: how far apart the engine's answers are, and the readings."""
+        """Compare tokens behind a cached prefix and without one: how far apart the engine's answers are, and the readings."""
         (served, read), (served_fresh, read_fresh) = (
             [torch.cat([row[place][-len(row[0]) :] for row in rows]) for place in (0, 1)] for rows in (hit, fresh)
         )

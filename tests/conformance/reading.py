@@ -108,7 +108,7 @@ class Reader:
             return self.reference.input_logprobs(ids).to("cpu", torch.float32)
 
     def plain_scores(self, ids: Sequence[int]) -> torch.Tensor:
-        """Likewise with every key and value as the cache has it, and queries as they are."""
+        """Score the tokens with every key and value as the cache has it, and queries as they are."""
         if self._rounding is not None:
             self._rounding["fp8_queries"] = False
         try:

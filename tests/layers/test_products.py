@@ -192,7 +192,7 @@ def interpreted_fp4_errors(folder: Path) -> float:
 
 
 def interpreted_byte_errors(folder: Path) -> float:
-    """Likewise of the 8-bit layout, on activations as the recipe rounds them."""
+    """The 8-bit layout on activations as the recipe rounds them: against the stored tensors in float64."""
     _, linears, stored = next(layers_of(folder))
     layout, scheme = EightBit(), linears[0].scheme
     request = LinearRequest(scheme, "cuda", 80, sum(linear.n for linear in linears), linears[0].k)

@@ -87,7 +87,7 @@ def without_plugin(folder: Path, flag: str | None, capability: int) -> Decision:
 
 
 def with_plugin(folder: Path, flag: str | None, capability: int) -> Decision:
-    """The same under the hooks of this package."""
+    """Decide as SGLang does under the hooks of this package."""
     stock_verify, stock_read = ModelConfig._verify_quantization, weight_utils.get_quant_config
     methods = {**quantization.QUANTIZATION_METHODS, **dict.fromkeys(FAMILIES, config.ModelOptExtConfig)}
 

@@ -286,10 +286,14 @@ BLOCK = {
 }
 
 
-def test_it_loads(capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path) -> None:
-    """In SGLang's own class, with an MTP block that this model has no part for."""
+def test_it_loads(
+    capsys: pytest.CaptureFixture[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In SGLang's own class, with an MTP block that this model has no part for, and code that is not run."""
     pytest.importorskip("sglang")
     model = edits.copy_with(folder, tmp_path / "model", [edits.add_tensors(BLOCK)])
+    (model / "socket.py").write_text("raise SystemExit('code of the checkpoint was run')\n")
+    monkeypatch.chdir(model)
     before = {file: file.stat().st_mtime_ns for file in model.iterdir()}
     found = inspect(capsys, model, "--gpu", "sm90", REHEARSE)
     assert found["loading"]["checked"], found["loading"]["why_not"]

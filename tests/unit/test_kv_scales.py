@@ -386,6 +386,16 @@ def test_a_pool_of_ours_likewise(runtime: Runtime, hub: Callable[[Path], Hub], t
     assert plan.resolve(served_attention(text_model())).layers[1].k_scale == 1.5
 
 
+def test_weights_that_are_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their scales are not replaced by those of a cache that nobody calibrated, but for dummy weights, which have none."""
+    monkeypatch.setattr(kv_scales, "downloaded_folder", lambda *_: None)
+    fields = {"model_path": str(kv_export("nvfp4")), "revision": None, "download_dir": None}
+    with pytest.raises(ModelOptExtError, match="k_scale, v_scale: expected the weights that were loaded, got no such"):
+        kv_scales.served_plan(SimpleNamespace(load_format="auto", **fields), "modelopt_nvfp4")
+    assert kv_scales.served_plan(SimpleNamespace(load_format="dummy", **fields), "modelopt_nvfp4").stored is None
+    assert kv_scales.scales_for_sglang(SimpleNamespace(**fields), None, "nvfp4") is None
+
+
 def test_biases_are_known_from_the_index_of_a_hub_model(
     runtime: Runtime, hub: Callable[[Path], Hub], tmp_path: Path
 ) -> None:

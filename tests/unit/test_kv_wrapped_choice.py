@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +17,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import kv_cache
 from sglang_modelopt_ext.kv import wrapped
+from tests.support import edits
 from tests.support.kv_exports import PRESETS, kv_export
 from tests.support.models import TinyModel, model_dir
 
@@ -36,7 +38,7 @@ def arguments(recipe: str | None, **fields: Any) -> Any:
     from sglang.srt.server_args import ServerArgs
 
     folder = model_dir(TinyModel()) if recipe is None else kv_export(recipe)
-    return ServerArgs(model_path=str(folder), **{"device": "cuda", **fields})
+    return ServerArgs(**{"model_path": str(folder), "device": "cuda", **fields})
 
 
 def loaded(recipe: str) -> KVCachePlan | None:
@@ -65,6 +67,17 @@ def test_named_by_the_user(recipe: str, backend: str) -> None:
         args = arguments(recipe, **{f"{phase}_attention_backend": backend}, **flags)
         assert settled(args) == (own, None, recipe)
         assert settled(args) == (own, None, recipe), "a second resolution"
+
+
+def test_a_checkpoint_that_is_none_for_our_flag_any_more(tmp_path: Path) -> None:
+    """As where a download brings it after the flags were settled: SGLang's cache without what is done around it is another."""
+    folder = edits.copy_with(kv_export("nvfp4_rotate"), tmp_path / "model")
+    args = arguments(None, model_path=str(folder), attention_backend=TRT, kv_cache_dtype="modelopt_nvfp4_rotate")
+    assert settled(args)[2] == "nvfp4_rotate"
+    edits.set_file_config({"kv_cache_quant_algo": "FP8"})(folder)
+    edits.set_embedded_config({"kv_cache_scheme": "FP8", "kv_cache_quant_algo": "FP8"})(folder)
+    with pytest.raises(ModelOptExtError, match="--kv-cache-dtype: expected auto, modelopt_fp8"):
+        kv_cache.wrapped_plan(args)
 
 
 def test_never_by_itself() -> None:

@@ -84,6 +84,23 @@ def test_a_model_loads_without_them(tmp_path: Path) -> None:
 BLOCKS = ("model.layers.2", "mtp.layers.0")
 
 
+def test_a_buffer_of_a_rotary_embedding_that_the_model_has(tmp_path: Path) -> None:
+    """SGLang's loaders skip it, whether or not the module is there; any other tensor they skip is an error."""
+    pytest.importorskip("sglang")
+    from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
+    from sglang_modelopt_ext.integration.loading import StrictLoad
+
+    folder = edits.copy_with(export(model_dir(TinyModel("qwen2")), "W4A8_NVFP4_FP8_CFG"), tmp_path / "model")
+    names = ["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.0.self_attn.rotary_emb.weight"]
+    edits.add_tensors({name: torch.ones(4) for name in names})(folder)
+    checkpoint = read_checkpoint(folder)
+    model = torch.nn.ModuleDict({"model": torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Module()])})})
+    layer = model.get_submodule("model.layers.0")
+    layer.self_attn = torch.nn.ModuleDict({"rotary_emb": torch.nn.Module()})
+    strict = StrictLoad(model, checkpoint)
+    assert strict.unused(set(checkpoint.tensors) - set(names)) == names[1:]
+
+
 def test_a_classifier_without_bias(tmp_path: Path) -> None:
     """Hugging Face's have none, SGLang's keep the one they were made with: zero, and only for the head."""
     pytest.importorskip("sglang")

@@ -67,6 +67,17 @@ class Broken(Dense):
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
 
+class Full(Dense):
+    """Finds no memory."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float32, ("cpu",))
+        self.name = "full"
+
+    def matmul(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
 class Flushed(Dense):
     """Loses the smallest of its outputs, as a kernel does that takes subnormal scales for zero."""
 
@@ -247,6 +258,15 @@ def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
         ModelOptExtError, match=r"wrong: is wrong on cpu.*; dense_float32: does not run on cpu: no kernel image"
     ):
         other.prepare(torch.nn.Module(), [stored], 64, 256)
+
+
+def test_a_lack_of_memory_is_no_fault_of_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise ranks would serve one layer by different kernels, by what each had free."""
+    stored = WEIGHT_FORMATS["fp8"].quantize(torch.randn(64, 256)) | {"input_scale": torch.tensor(0.1)}
+    monkeypatch.setattr(dispatch, "LAYOUTS", (Full(), Dense(torch.float32, ("cpu",))))
+    product = LinearProduct(request("FP8", "fp8").scheme, "folder", "layer", dtype=torch.float32)
+    with pytest.raises(torch.OutOfMemoryError):
+        product.prepare(torch.nn.Module(), [stored], 64, 256)
 
 
 def expert_request(algo: str, weight: str) -> ExpertRequest:

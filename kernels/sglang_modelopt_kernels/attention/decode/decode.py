@@ -14,6 +14,7 @@ from sglang_modelopt_kernels.attention.launch import architecture, options, shar
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
+from sglang_modelopt_kernels.gemm.tile import checked
 
 RESIDENT = 8
 """Parts of a request and KV head for each processor, a warp each: of 4 to 16, the fastest on an H100, but for FP8 in large batches,
@@ -175,33 +176,35 @@ def decode_attention(
     turned = turn_queries(q.contiguous()) if k_buffer.rotated else q
     strides = (*attn_logits.stride()[:3], *attn_lse.stride()[:2])
     nothing = k_buffer.scale
-    split_kernel[(heads // config.heads, requests, max_kv_splits)](
-        turned,
-        k_buffer.codes,
-        k_buffer.scale,
-        nothing if k_buffer.bias is None else k_buffer.bias,
-        v_buffer.codes,
-        shared_scales(k_buffer, v_buffer),
-        v_buffer.scale,
-        kv_indptr,
-        kv_indices,
-        max_kv_splits,
-        attn_logits,
-        attn_lse,
-        sm_scale,
-        logit_cap,
-        turned.stride(0),
-        *strides,
-        H=heads,
-        GROUP=group,
-        CAP=logit_cap > 0,
-        BH=config.heads,
-        BG=max(LEAST_QUERIES, 1 << (group - 1).bit_length()),
-        BN=config.tokens,
-        LEAST=LEAST_TOKENS,
-        num_warps=config.heads,
-        num_stages=config.stages,
-        **constants,
+    checked(
+        split_kernel[(heads // config.heads, requests, max_kv_splits)](
+            turned,
+            k_buffer.codes,
+            k_buffer.scale,
+            nothing if k_buffer.bias is None else k_buffer.bias,
+            v_buffer.codes,
+            shared_scales(k_buffer, v_buffer),
+            v_buffer.scale,
+            kv_indptr,
+            kv_indices,
+            max_kv_splits,
+            attn_logits,
+            attn_lse,
+            sm_scale,
+            logit_cap,
+            turned.stride(0),
+            *strides,
+            H=heads,
+            GROUP=group,
+            CAP=logit_cap > 0,
+            BH=config.heads,
+            BG=max(LEAST_QUERIES, 1 << (group - 1).bit_length()),
+            BN=config.tokens,
+            LEAST=LEAST_TOKENS,
+            num_warps=config.heads,
+            num_stages=config.stages,
+            **constants,
+        )
     )
     merge_kernel[(requests, query_heads)](
         attn_logits,

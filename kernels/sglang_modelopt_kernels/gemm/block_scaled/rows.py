@@ -36,7 +36,7 @@ def _(codes: torch.Tensor, scale: torch.Tensor, out_scale: torch.Tensor, indices
 
 
 def block_scaled_rows(weight: PackedWeight, indices: torch.Tensor) -> torch.Tensor:
-    """Rows of the weight, float32 ``[..., K]``, for indices ``[...]``; exact but for INT4's scales. Does not stop the stream."""
+    """Return rows of the weight, float32 ``[..., K]``, for indices ``[...]``; exact but for INT4's scales. No host sync."""
     tensors = to_tensors(dataclasses.replace(weight, fp8=False))
     flat = indices.reshape(-1)
     rows: torch.Tensor = _block_scaled_rows(tensors["codes"], tensors["block_scale"], tensors["out_scale"], flat)

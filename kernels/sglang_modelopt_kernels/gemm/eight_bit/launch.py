@@ -97,25 +97,25 @@ _INT8: dict[str, tuple[KernelConfig, ...]] = {
 
 
 def math_of(kind: Kind, dtype: torch.dtype) -> Math:
-    """The numerics of activations of ``dtype``. Raises ValueError when the weights are not multiplied by such."""
+    """Return the numerics of activations of ``dtype``. Raises ValueError when the weights are not multiplied by such."""
     if dtype not in TAKEN[kind]:
         raise ValueError(f"{kind} weights are multiplied by {' or '.join(map(str, TAKEN[kind]))}, not {dtype}")
     return "i8" if dtype == torch.int8 else "bf16" if dtype == torch.bfloat16 else "f16"
 
 
 def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
-    """The configurations on compute capability ``capability`` (times ten), by tokens, ascending."""
+    """Return the configurations on compute capability ``capability`` (times ten), by tokens, ascending."""
     known = _INT8 if math == "i8" else _FLOAT if kind == "e4m3_float" else _DECODED
     return known[matrix_instruction(capability)]
 
 
 def _codes(weight: ByteWeight, capability: int) -> torch.Tensor:
-    """As Triton reads them: it has no E4M3 before sm_89."""
+    """Return the codes as Triton reads them: it has no E4M3 before sm_89."""
     return weight.codes.view(torch.uint8) if capability < 89 and weight.kind != "int8" else weight.codes
 
 
 def _scale(weight: ByteWeight) -> torch.Tensor:
-    """The kernels take a pointer for what is absent and never read through it."""
+    """Return the block scales, or any tensor: the kernels take a pointer for what is absent and never read through it."""
     return weight.out_scale if weight.scale is None else weight.scale
 
 
@@ -127,7 +127,7 @@ def run(
     out_dtype: torch.dtype,
     plan: Plan | None = None,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as :func:`eight_bit_linear`, ``plan`` instead of the one chosen by size."""
+    """Launch the kernel; arguments as :func:`eight_bit_linear`, ``plan`` instead of the one chosen by size."""
     capability, processors = machine(x.device)
     math = math_of(weight.kind, x.dtype)
     plan = plan or choose(configs(weight.kind, math, capability), x.shape[0], weight.n, weight.k, processors)
@@ -150,7 +150,7 @@ def run(
 
 
 def decode_rows(weight: ByteWeight, first: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the weight without ``out_scale`` in ``dtype``, ``[rows, K]``; of ``e4m3_float`` without its block scales."""
+    """Return rows of the weight without ``out_scale`` in ``dtype``, ``[rows, K]``; of ``e4m3_float`` without its block scales."""
     capability = machine(weight.codes.device)[0]
     y = torch.empty((rows, weight.k), dtype=dtype, device=weight.codes.device)
     byte_decode_kernel[(triton.cdiv(rows, 8), triton.cdiv(weight.k, 512))](
@@ -171,7 +171,7 @@ def decode_rows(weight: ByteWeight, first: int, rows: int, dtype: torch.dtype) -
 
 
 def _parts(n: int, bytes_of_row: int) -> Iterator[slice]:
-    """Rows that take at most SCRATCH_BYTES together, one part after the other."""
+    """Yield rows that take at most SCRATCH_BYTES together, one part after the other."""
     step = max(SCRATCH_BYTES // bytes_of_row // 128 * 128, 128)
     for first in range(0, n, step):
         yield slice(first, min(first + step, n))
@@ -184,8 +184,9 @@ def run_dense(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The same product for many tokens: rows decoded into a bounded scratch buffer, then cuBLAS with float32 output.
+    """Multiply many tokens: rows of the weight decoded into a bounded scratch buffer, then cuBLAS with float32 output.
 
+    Arguments as :func:`eight_bit_linear`.
     Under float32 block scales the codes are decoded, and :mod:`..groups` scales the sum of each block; K is whole blocks.
     """
     math_of(weight.kind, x.dtype)
@@ -209,7 +210,7 @@ def run_int8(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Likewise for int8 activations in ``torch._int_mm`` (cuBLASLt), whose int32 sums are those of :func:`run`."""
+    """Multiply many int8 tokens in ``torch._int_mm`` (cuBLASLt), whose int32 sums are those of :func:`run`."""
     values, epilogue = x.contiguous(), Epilogue(weight.out_scale, row_scale, bias)
     y = torch.empty((x.shape[0], weight.n), dtype=out_dtype, device=x.device)
     for part in _parts(weight.n, 4 * x.shape[0]):
@@ -219,10 +220,10 @@ def run_int8(
 
 
 def takes_int_mm(m: int, n: int, k: int, capability: int) -> bool:
-    """Whether ``torch._int_mm`` takes such a product. On Blackwell it was not tried."""
+    """Return whether ``torch._int_mm`` takes such a product. On Blackwell it was not tried."""
     return capability < 100 and m > 16 and n % 8 == 0 and k % 8 == 0
 
 
 def takes_dense(weight: ByteWeight) -> bool:
-    """Whether :func:`run_dense` takes the weight."""
+    """Return whether :func:`run_dense` takes the weight."""
     return weight.kind != "e4m3_float" or weight.k % FLOAT_BLOCK == 0

@@ -37,7 +37,7 @@ def _eight_bit_linear(
 
 
 def _choose(x: torch.Tensor, weight: ByteWeight) -> Callable[..., torch.Tensor]:
-    """The launch for that many tokens. All form the same exact products; what differs is how a float32 sum is rounded."""
+    """Return the launch for that many tokens. All form the same exact products; what differs is how a float32 sum is rounded."""
     m = x.shape[0]
     if not x.is_cuda or m < DENSE_FROM:
         return run
@@ -68,7 +68,7 @@ def eight_bit_linear(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """``(x @ unit^T) * row_scale * out_scale + bias`` with exact products, and a float32 sum or, of int8, an exact one.
+    """Compute ``(x @ unit^T) * row_scale * out_scale + bias`` with exact products, and a float32 sum or, of int8, an exact one.
 
     Args:
         x: ``[M, K]`` in float16 or bf16, for int8 weights in int8 too; bf16 alone for ``e4m3_exponent``.

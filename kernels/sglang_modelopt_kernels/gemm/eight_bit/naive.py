@@ -13,7 +13,7 @@ def naive_eight_bit_linear(
     row_scale: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See :func:`eight_bit_linear`; float64 ``[M, N]``."""
+    """Compute the product of :func:`eight_bit_linear` in float64, ``[M, N]``."""
     y = x.to(torch.float64) @ unpack(weight).T * weight.out_scale.to(torch.float64)
     if row_scale is not None:
         y = y * row_scale.to(torch.float64)

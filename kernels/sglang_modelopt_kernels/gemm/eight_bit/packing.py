@@ -68,12 +68,12 @@ class ByteWeight:
 
 
 def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> ByteWeight:
-    """Int8 or E4M3 numbers ``[N, K]`` under float32 ``[N]``."""
+    """Keep int8 or E4M3 numbers ``[N, K]`` under float32 ``[N]``."""
     return ByteWeight(codes, None, out_scale, "int8" if codes.dtype == torch.int8 else "e4m3")
 
 
 def float_blocks(shards: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> ByteWeight:
-    """E4M3 codes ``[N, K]`` under float32 ``[ceil(N / 128), ceil(K / 128)]``, of shards one below the other.
+    """Keep E4M3 codes ``[N, K]`` under float32 ``[ceil(N / 128), ceil(K / 128)]``, of shards one below the other.
 
     A shard starts its blocks anew. Where that is not at a multiple of 128 rows, scales are repeated for as many rows as there are
     whole ones of in every shard but the last.
@@ -89,7 +89,7 @@ def float_blocks(shards: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> ByteWei
 
 
 def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> ByteWeight:
-    """E4M3 codes ``[N, K]`` under UE8M0 ``[N, K / 32]``, which become relative to a row's largest; exact, or refused.
+    """Keep E4M3 codes ``[N, K]`` under UE8M0 ``[N, K / 32]``, which become relative to a row's largest; exact, or refused.
 
     Raises:
         ValueError: a scale is NaN, or a row's scales span more than the kernel's range.
@@ -106,7 +106,7 @@ def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> ByteWeight:
 
 
 def to_tensors(weight: ByteWeight) -> dict[str, torch.Tensor]:
-    """All of a weight: its kind is told by the types of ``codes`` and ``block_scale``."""
+    """Return all tensors of a weight: its kind is told by the types of ``codes`` and ``block_scale``."""
     tensors = {"codes": weight.codes, "out_scale": weight.out_scale}
     return tensors if weight.scale is None else tensors | {"block_scale": weight.scale}
 
@@ -120,21 +120,21 @@ _KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor]) -> ByteWeight:
-    """The inverse of :func:`to_tensors`; copies nothing."""
+    """Invert :func:`to_tensors`; copies nothing."""
     codes, scale = tensors["codes"], tensors.get("block_scale")
     kind = _KIND_OF[codes.dtype, None if scale is None else scale.dtype]
     return ByteWeight(codes, scale, tensors["out_scale"], kind)
 
 
 def scales_of_rows(weight: ByteWeight) -> torch.Tensor:
-    """The block scales of ``e4m3_float`` for each row, float32 ``[N, ceil(K / 128)]``. Raises ValueError for other kinds."""
+    """Return the block scales of ``e4m3_float`` for each row, float32 ``[N, ceil(K / 128)]``. Raises ValueError for other kinds."""
     if weight.kind != "e4m3_float" or weight.scale is None:
         raise ValueError(f"{weight.kind} weights have no float32 block scales")
     return weight.scale.unsqueeze(1).expand(-1, weight.scale_rows, -1).flatten(0, 1)[: weight.n]
 
 
 def rows_of(weight: ByteWeight, indices: torch.Tensor) -> torch.Tensor:
-    """Rows of the weight, float32 ``[..., K]``, for indices ``[...]``: a lookup in an embedding. Does not stop the stream."""
+    """Return rows of the weight, float32 ``[..., K]``, for indices ``[...]``: a lookup in an embedding. No host sync."""
     # Not every device looks up in E4M3.
     codes = weight.codes.view(torch.uint8)[indices].view(weight.codes.dtype)
     values = codes.to(torch.float32)
@@ -151,7 +151,7 @@ def rows_of(weight: ByteWeight, indices: torch.Tensor) -> torch.Tensor:
 
 
 def unpack(weight: ByteWeight) -> torch.Tensor:
-    """The weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
+    """Return the weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
     codes = weight.codes.double() if weight.kind == "int8" else e4m3.decode(weight.codes).double()
     if weight.kind == "e4m3_float":
         return codes * scales_of_rows(weight).double().repeat_interleave(FLOAT_BLOCK, dim=1)[:, : weight.k]

@@ -18,7 +18,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-_LABEL = re.compile(r"^\s*(\$\w+):", re.M)
 _STATEMENT = re.compile(
     r"(?P<label>^\s*\$\w+(?=:))"
     r"|\bbra(?:\.uni)?\s+(?P<jump>\$\w+)"

@@ -10,7 +10,7 @@ from sglang_modelopt_kernels.formats.int8 import INT8StaticPerTensor
 def naive_quantize_int8(
     x: torch.Tensor, smoothing: torch.Tensor | None, static_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See :func:`quantize_int8`."""
+    """Round as :func:`quantize_int8` does."""
     wide = x.to(torch.float32)
     if smoothing is not None:
         wide = wide * smoothing.to(torch.float32)

@@ -45,7 +45,7 @@ def _(x: torch.Tensor, smoothing: torch.Tensor | None, static_scale: torch.Tenso
 def quantize_int8(
     x: torch.Tensor, smoothing: torch.Tensor | None, static_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``values, row_scale`` with ``x * smoothing ~ values * row_scale``, by the formula of ``INT8StaticPerTensor``.
+    """Round to ``values, row_scale`` with ``x * smoothing ~ values * row_scale``, by the formula of ``INT8StaticPerTensor``.
 
     Args:
         x: ``[M, K]`` of a float type; copied unless the entries of a row lie side by side.
