@@ -25,6 +25,6 @@ STOCK_BEHAVIOUR: dict[str, str] = {
 }
 """By algorithm of the scheme table; a test keeps the two in step."""
 
-LEFT_AND_RUN: dict[str, str] = {}
+LEFT_AND_RUN: dict[str, str] = {"FP8": "NVIDIA H200, 2026-11-29"}
 """By row of docs/flags.md (its first cell): the GPU and date on which SGLang's side of it was run as a server with this plugin
 installed and its numbers compared. ``make docs`` puts them into the table."""

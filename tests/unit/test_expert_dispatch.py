@@ -112,9 +112,9 @@ def test_a_layout_may_refuse_by_values() -> None:
     assert torch.equal(prepared["codes"][1, 4:].float(), number.decode(stored).unit)
 
 
-def interpreted() -> list[list[str]]:
+def interpreted(tokens: tuple[int, ...]) -> list[list[str]]:
     """Every scheme through the check that a layout passes on the device at hand, in Triton's interpreter, and what failed."""
-    selfcheck.TOKENS, selfcheck.N, selfcheck.K = (1, 40), 72, 256
+    selfcheck.EXPERT_TOKENS, selfcheck.N, selfcheck.K = tokens, 72, 256
     failed = []
     for algo, weight in ROWS:
         for capability in (90, 100):
@@ -135,13 +135,14 @@ def interpreted() -> list[list[str]]:
     return failed
 
 
-def test_every_scheme_in_the_interpreter() -> None:
-    """One process: Triton decides at import whether it interprets."""
+@pytest.mark.parametrize("tokens", [(1, 40), pytest.param(selfcheck.EXPERT_TOKENS, marks=pytest.mark.full)])
+def test_every_scheme_in_the_interpreter(tokens: tuple[int, ...]) -> None:
+    """One process: Triton decides at import whether it interprets. Products of many tokens take minutes there."""
     script = (
         "import json, sys, importlib.util as u\n"
         f"spec = u.spec_from_file_location('cases', {str(Path(__file__))!r}); cases = u.module_from_spec(spec)\n"
         "spec.loader.exec_module(cases)\n"
-        "print(json.dumps(cases.interpreted()))\n"
+        f"print(json.dumps(cases.interpreted({tokens})))\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)

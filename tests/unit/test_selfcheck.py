@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import subprocess
@@ -327,8 +328,8 @@ def test_a_racing_kernel_does_not_get_a_layer(sizes: tuple[int, int], monkeypatc
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the race is one of wgmma")
     from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
-    from sglang_modelopt_kernels.gemm.block_scaled import launch
-    from sglang_modelopt_kernels.gemm.tile import launch as tile
+    launch = importlib.import_module("sglang_modelopt_kernels.gemm.block_scaled.launch")
+    tile = importlib.import_module("sglang_modelopt_kernels.gemm.tile.launch")
 
     layer = LayerScheme("W4A8_NVFP4_FP8", WEIGHT_FORMATS["nvfp4_w4a8"], SCHEMES["W4A8_NVFP4_FP8"].activation_format())
     asked, device = LinearRequest(layer, "cuda", 90, *sizes), torch.device("cuda", 0)
