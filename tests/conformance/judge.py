@@ -6,8 +6,8 @@ each kind of request by itself, by the mean and by the median over its tokens.
 
 In a mixture of experts rounding may choose another expert where two router logits are nearly equal; that token then moves by
 whole units, in a sound engine as well. Such tokens, which :func:`in_doubt` finds without regard to what the engine answered, are
-left out of all figures of their group. Where that would be more than half of the group, it leaves out none and the median alone
-decides.
+left out of all figures of their group. Where that would be more than half of the group, it leaves out none: so many ties fall the
+other way in the noise as well, and its mean bounds them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Group:
     """One kind of request.
 
     Attributes:
-        tokens: how many log probabilities were compared; those in doubt are not, unless ``by_median``.
+        tokens: how many log probabilities were compared; those in doubt are not, unless ``all_compared``.
         mean, median: of the absolute differences between engine and reading.
         noise_mean, noise_median: likewise between Hugging Face's bf16 and the reading.
         noise_all: ``noise_mean`` over all tokens, those in doubt too.
         unrounded: the mean between the reading and one without the cache's rounding; None without a quantized cache.
         in_doubt: how many tokens are in doubt by their routing.
-        by_median: whether these are more than half, so that all tokens are compared, and by the median alone.
+        all_compared: whether these are more than half, so that none is left out.
     """
 
     tokens: int
@@ -49,26 +49,25 @@ class Group:
     noise_all: float
     unrounded: float | None = None
     in_doubt: int = 0
-    by_median: bool = False
+    all_compared: bool = False
 
     @property
     def all_tokens(self) -> int:
         """How many tokens there are, those left out too."""
-        return self.tokens if self.by_median else self.tokens + self.in_doubt
+        return self.tokens if self.all_compared else self.tokens + self.in_doubt
 
     @property
     def used(self) -> float:
         """The largest share of a tolerance that is used; NaN where an answer is not finite."""
         if not math.isfinite(self.mean):
             return math.nan
-        pairs = [(self.median, self.noise_median), *([] if self.by_median else [(self.mean, self.noise_mean)])]
+        pairs = ((self.mean, self.noise_mean), (self.median, self.noise_median))
         return max(part / (NOISE_FACTOR * noise) if noise else math.inf for part, noise in pairs)
 
     @property
     def right(self) -> bool:
-        """Whether what decides is within the tolerance; an answer that is not finite never is."""
-        mean = self.by_median or self.mean <= NOISE_FACTOR * self.noise_mean
-        return math.isfinite(self.mean) and mean and self.median <= NOISE_FACTOR * self.noise_median
+        """Whether what decides is within the tolerance; NaN is not."""
+        return self.mean <= NOISE_FACTOR * self.noise_mean and self.median <= NOISE_FACTOR * self.noise_median
 
 
 @dataclass
@@ -241,14 +240,14 @@ def in_doubt(exact: Sequence[torch.Tensor], rough: Sequence[torch.Tensor], exper
 
 
 def doubt_notes(groups: Mapping[str, Group]) -> list[str]:
-    """What was left out since its routing is in doubt, and which groups are judged by their median for that."""
+    """What was left out since its routing is in doubt, and of which groups nothing was."""
     left_out = [
-        f"{g.in_doubt} of {g.all_tokens} ({name})" for name, g in groups.items() if g.in_doubt and not g.by_median
+        f"{g.in_doubt} of {g.all_tokens} ({name})" for name, g in groups.items() if g.in_doubt and not g.all_compared
     ]
-    by_median = [f"{g.in_doubt} of {g.all_tokens} ({name})" for name, g in groups.items() if g.by_median]
+    all_compared = [f"{g.in_doubt} of {g.all_tokens} ({name})" for name, g in groups.items() if g.all_compared]
     return [
         *([f"left out, their routing in doubt: {', '.join(left_out)}"] if left_out else []),
-        *([f"by the median alone, the routing of most in doubt: {', '.join(by_median)}"] if by_median else []),
+        *([f"none left out, the routing of most in doubt: {', '.join(all_compared)}"] if all_compared else []),
     ]
 
 
@@ -261,9 +260,9 @@ def compared(
 ) -> Group:
     """One group out of the log probabilities of all its tokens: answers, readings in float32 and bf16, and what is in doubt."""
     count = int(doubt.sum())
-    by_median = 2 * count > len(doubt)
+    all_compared = 2 * count > len(doubt)
     # No rounding explains an answer that is not finite: it counts wherever it is.
-    kept = torch.ones_like(doubt) if by_median else ~doubt | ~served.isfinite()
+    kept = torch.ones_like(doubt) if all_compared else ~doubt | ~served.isfinite()
     apart, noise = (served - exact).abs(), (rough - exact).abs()
     return Group(
         tokens=int(kept.sum()),
@@ -274,7 +273,7 @@ def compared(
         noise_all=float(noise.mean()),
         unrounded=None if unrounded is None else float((unrounded - exact).abs()[kept].mean()),
         in_doubt=count,
-        by_median=by_median,
+        all_compared=all_compared,
     )
 
 

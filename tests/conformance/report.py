@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,10 +56,7 @@ class Outcome:
             f"{name}: mean {group['mean']:.3f} (noise {group['noise_mean']:.3f}), median {group['median']:.3f} "
             f"({group['noise_median']:.3f}) of {group['tokens']}"
             for name, group in groups.items()
-            if not all(
-                group[part] <= NOISE_FACTOR * group[f"noise_{part}"]
-                for part in (("median",) if group["by_median"] and math.isfinite(group["mean"]) else ("mean", "median"))
-            )
+            if not all(group[part] <= NOISE_FACTOR * group[f"noise_{part}"] for part in ("mean", "median"))
         ]
         repeats = self.result.get("repeats")
         if repeats is not None:
@@ -187,7 +183,7 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         "independent float32 reading are within",
         f"{NOISE_FACTOR:g} times those of the same model in bf16 by Hugging Face (`noise`); `used` is the largest share of that",
         "tolerance. Where bf16's rounding may choose another expert of a mixture, a token is in doubt and left out; where most",
-        "tokens of a kind of request are in doubt, none is left out and the median alone decides. `wrong-scale` is a control,",
+        "tokens of a kind of request are in doubt, none is left out. `wrong-scale` is a control,",
         "which a sound run finds wrong; cases named `-alone` ran without this package, whatever they give.",
         "",
         "Of what must be right: "
