@@ -290,7 +290,8 @@ def other_cases(arch: int) -> Iterator[Case]:
 
 
 HEAD_DIMS = (64, 128, 256)
-QUICK_RECIPES = ("fp8_affine", "nvfp4", "nvfp4_rotate")
+QUICK_RECIPES = ("fp8_affine", "nvfp4_rotate")
+"""Of 4-bit codes, biases and a rotation, each is in one and not in the other."""
 
 
 def attention_cases(arch: int) -> Iterator[Case]:
@@ -363,16 +364,20 @@ def cases(arch: int) -> list[Case]:
 
 
 def quick(all_cases: list[Case]) -> list[Case]:
-    """A sample: of each kind of product the smallest and the largest configuration, of attention and of experts some."""
+    """A sample: of each kind of product the smallest and the largest configuration, and likewise the first and the last case of
+    what stands around them; of attention and of experts some.
+    """
     attention = [case for case in all_cases if " D=" in case.name]
     experts = [case for case in all_cases if case.name.startswith("grouped")]
-    products = [case for case in all_cases if case.matrix and case not in attention and case not in experts]
-    first = {case.name.split(" ")[1]: case for case in reversed(products)}
-    last = {case.name.split(" ")[1]: case for case in products}
-    others = [case for case in all_cases if not case.matrix and case not in attention and "swizzled" not in case.name]
+    others = [case for case in all_cases if case not in attention and case not in experts]
+    ends: dict[tuple[str, ...], list[Case]] = {}
+    for case in others:
+        if "swizzled" not in case.name:
+            kind = tuple(case.name.split(" ")[:2])
+            ends[kind] = [*ends.get(kind, [])[:1], case]
     sample = [case for case in attention if case.name.endswith(tuple(f" {name} D=128" for name in QUICK_RECIPES))]
     of_experts = [next((case for case in experts if case.name.startswith(name)), None) for name in QUICK_GROUPED]
-    return [*first.values(), *last.values(), *others, *sample, *(case for case in of_experts if case)]
+    return [*(case for kind in ends.values() for case in kind), *sample, *(case for case in of_experts if case)]
 
 
 def compile_case(case: Case, arch: int) -> Result:
