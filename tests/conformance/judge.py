@@ -3,6 +3,11 @@
 The tolerance is that of tests/serving/tolerance.py: a bf16 engine may be NOISE_FACTOR times as far from the float32 reading as
 the same model run in bf16 by Hugging Face. Both are one draw of rounding errors, which happen at other places. It is held for
 each kind of request by itself, by the mean and by the median over its tokens.
+
+In a mixture of experts rounding may choose another expert where two router logits are nearly equal; that token then moves by
+whole units, in a sound engine as well. Such tokens, which :func:`in_doubt` finds without regard to what the engine answered, are
+left out of all figures of their group. Where that would be more than half of the group, it leaves out none and the median alone
+decides.
 """
 
 from __future__ import annotations
@@ -27,10 +32,13 @@ class Group:
     """One kind of request.
 
     Attributes:
-        tokens: how many log probabilities were compared.
+        tokens: how many log probabilities were compared; those in doubt are not, unless ``by_median``.
         mean, median: of the absolute differences between engine and reading.
         noise_mean, noise_median: likewise between Hugging Face's bf16 and the reading.
+        noise_all: ``noise_mean`` over all tokens, those in doubt too.
         unrounded: the mean between the reading and one without the cache's rounding; None without a quantized cache.
+        in_doubt: how many tokens are in doubt by their routing.
+        by_median: whether these are more than half, so that all tokens are compared, and by the median alone.
     """
 
     tokens: int
@@ -38,12 +46,29 @@ class Group:
     median: float
     noise_mean: float
     noise_median: float
+    noise_all: float
     unrounded: float | None = None
+    in_doubt: int = 0
+    by_median: bool = False
+
+    @property
+    def all_tokens(self) -> int:
+        """How many tokens there are, those left out too."""
+        return self.tokens if self.by_median else self.tokens + self.in_doubt
+
+    @property
+    def used(self) -> float:
+        """The largest share of a tolerance that is used; NaN where an answer is not finite."""
+        if not math.isfinite(self.mean):
+            return math.nan
+        pairs = [(self.median, self.noise_median), *([] if self.by_median else [(self.mean, self.noise_mean)])]
+        return max(part / (NOISE_FACTOR * noise) if noise else math.inf for part, noise in pairs)
 
     @property
     def right(self) -> bool:
-        """Whether mean and median are within the tolerance; NaN is not."""
-        return self.mean <= NOISE_FACTOR * self.noise_mean and self.median <= NOISE_FACTOR * self.noise_median
+        """Whether what decides is within the tolerance; an answer that is not finite never is."""
+        mean = self.by_median or self.mean <= NOISE_FACTOR * self.noise_mean
+        return math.isfinite(self.mean) and mean and self.median <= NOISE_FACTOR * self.noise_median
 
 
 @dataclass
@@ -60,20 +85,15 @@ class Judgement:
         return "wrong" if self.faults or not all(group.right for group in self.groups.values()) else "right"
 
     def figures(self) -> dict[str, float]:
-        """Mean, median and noise over all tokens, and the largest share of a tolerance that any group uses."""
-        tokens = sum(group.tokens for group in self.groups.values())
-
-        def pooled(name: str) -> float:
-            return sum(getattr(group, name) * group.tokens for group in self.groups.values()) / tokens
-
-        used = [
-            part / (NOISE_FACTOR * noise) if noise else math.inf
-            for group in self.groups.values()
-            for part, noise in ((group.mean, group.noise_mean), (group.median, group.noise_median))
-        ]
-        worst = math.nan if any(math.isnan(value) for value in used) else max(used)
+        """Mean, median and noise over all that was compared, and the largest share of a tolerance that any group uses."""
+        groups = self.groups.values()
+        tokens = sum(group.tokens for group in groups)
         names = ("mean", "median", "noise_mean", "noise_median")
-        return {"tokens": tokens, **{name: pooled(name) for name in names}, "used": worst}
+        pooled = {name: sum(getattr(group, name) * group.tokens for group in groups) / tokens for name in names}
+        noise = sum(group.noise_all * group.all_tokens for group in groups) / sum(g.all_tokens for g in groups)
+        used = [group.used for group in groups]
+        worst = math.nan if any(math.isnan(value) for value in used) else max(used)
+        return {"tokens": tokens, **pooled, "noise_all": noise, "used": worst}
 
     def as_json(self) -> dict[str, Any]:
         """All of it."""
@@ -111,6 +131,9 @@ class Judge:
         rounded = reading.kv not in ("none", "unquantized")
         self.unrounded = Reader(folder, reading, torch.float32, device, "unquantized") if rounded else None
         self.known = known
+        self.experts = self.exact.experts_per_token
+        if (self.experts is None) == case.of.mixture:
+            raise ValueError(f"{folder}: whether it is a mixture is told otherwise by its case")
 
     def judge(self, scored: Sequence[Scored]) -> Judgement:
         """The verdict on all of ``scored``."""
@@ -123,14 +146,19 @@ class Judge:
             )
             served = torch.tensor(one.values)
             readers = (self.exact, self.rough, *([self.unrounded] if self.unrounded else []))
-            read = [reader.scores(one.ids, raw)[one.start - 1 :][: len(served)] for reader in readers]
-            rows.setdefault(one.group, []).append((served, *read))
+            read = [reader.scores_and_routing(one.ids, raw) for reader in readers]
+            doubt = torch.zeros(len(one.ids) - 1, dtype=torch.bool)
+            if self.experts is not None:
+                doubt = in_doubt(read[0][1], read[1][1], self.experts)
+            parts = (*(scores for scores, _ in read[:2]), doubt, *(scores for scores, _ in read[2:]))
+            rows.setdefault(one.group, []).append((served, *(part[one.start - 1 :][: len(served)] for part in parts)))
         groups = {
-            name: _group(*(torch.cat(parts) for parts in zip(*found, strict=True))) for name, found in rows.items()
+            name: compared(*(torch.cat(parts) for parts in zip(*found, strict=True))) for name, found in rows.items()
         }
         judgement = Judgement(groups)
         self._check_reading(judgement)
         self._check_rounding(judgement)
+        judgement.notes += doubt_notes(groups)
         for name in [name for name in rows if f"{name}, fresh" in rows]:
             self._compare_cached(judgement, name, rows[name], rows[f"{name}, fresh"])
             judgement.notes[-1] += f", the same {same_tokens(scored, name)} tokens follow"
@@ -186,17 +214,67 @@ def same_tokens(scored: Sequence[Scored], name: str) -> str:
     return f"{sum(a == b for a, b in zip(hit, fresh, strict=True))} of {len(hit)}"
 
 
-def _group(
-    served: torch.Tensor, exact: torch.Tensor, rough: torch.Tensor, unrounded: torch.Tensor | None = None
+def in_doubt(exact: Sequence[torch.Tensor], rough: Sequence[torch.Tensor], experts: int) -> torch.Tensor:
+    """Which tokens of a sequence may meet other experts by rounding alone, ``[T]``.
+
+    A router chooses the ``experts`` largest logits; the margin of a token is the last that is chosen minus the first that is not.
+    Where rounding moves a logit by eps at most, it moves a margin by 2 eps at most. For each mixture eps is the largest difference
+    of a logit between the two readings. That is one draw of rounding errors and the engine another, hence NOISE_FACTOR: a token
+    is in doubt where a margin is below ``NOISE_FACTOR * 2 * eps``.
+
+    A token in doubt says nothing of the rounding in later mixtures, since the readings may differ there by whole experts: it does
+    not count for their eps.
+
+    Args:
+        exact: the router logits of each mixture in float32, ``[T, number of experts]``, from the first layer on.
+        rough: the same in bf16.
+        experts: how many are chosen; all of them are never in doubt.
+    """
+    doubt = torch.zeros(len(exact[0]), dtype=torch.bool)
+    for logits, rounded in zip(exact, rough, strict=True):
+        if bool(doubt.all()) or experts >= logits.shape[1]:
+            continue
+        eps = (logits - rounded).abs().amax(dim=1)[~doubt].max()
+        largest = logits.topk(experts + 1).values
+        doubt |= largest[:, -2] - largest[:, -1] < NOISE_FACTOR * 2 * eps
+    return doubt
+
+
+def doubt_notes(groups: Mapping[str, Group]) -> list[str]:
+    """What was left out since its routing is in doubt, and which groups are judged by their median for that."""
+    left_out = [
+        f"{g.in_doubt} of {g.all_tokens} ({name})" for name, g in groups.items() if g.in_doubt and not g.by_median
+    ]
+    by_median = [f"{g.in_doubt} of {g.all_tokens} ({name})" for name, g in groups.items() if g.by_median]
+    return [
+        *([f"left out, their routing in doubt: {', '.join(left_out)}"] if left_out else []),
+        *([f"by the median alone, the routing of most in doubt: {', '.join(by_median)}"] if by_median else []),
+    ]
+
+
+def compared(
+    served: torch.Tensor,
+    exact: torch.Tensor,
+    rough: torch.Tensor,
+    doubt: torch.Tensor,
+    unrounded: torch.Tensor | None = None,
 ) -> Group:
+    """One group out of the log probabilities of all its tokens: answers, readings in float32 and bf16, and what is in doubt."""
+    count = int(doubt.sum())
+    by_median = 2 * count > len(doubt)
+    # No rounding explains an answer that is not finite: it counts wherever it is.
+    kept = torch.ones_like(doubt) if by_median else ~doubt | ~served.isfinite()
     apart, noise = (served - exact).abs(), (rough - exact).abs()
     return Group(
-        tokens=len(served),
-        mean=float(apart.mean()),
-        median=float(apart.median()),
-        noise_mean=float(noise.mean()),
-        noise_median=float(noise.median()),
-        unrounded=None if unrounded is None else float((unrounded - exact).abs().mean()),
+        tokens=int(kept.sum()),
+        mean=float(apart[kept].mean()),
+        median=float(apart[kept].median()),
+        noise_mean=float(noise[kept].mean()),
+        noise_median=float(noise[kept].median()),
+        noise_all=float(noise.mean()),
+        unrounded=None if unrounded is None else float((unrounded - exact).abs()[kept].mean()),
+        in_doubt=count,
+        by_median=by_median,
     )
 
 

@@ -20,6 +20,9 @@ BLACKWELL = 100
 QUERY_ROUNDING = frozenset({"fa3"})
 """SGLang's attention that multiplies FP8 with FP8 over its own FP8 cache: queries and the softmax's weights are rounded too."""
 
+ROUTERS = frozenset({"gate", "router"})
+"""Names of a mixture's router."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -81,6 +84,9 @@ class Reader:
                 folder, dtype=dtype, math=reading.math, activation=reading.activation, kv_cache=kv or reading.kv
             )
             self.reference.model.to(self.device)
+        self._router_logits: list[torch.Tensor] = []
+        for _, router in routers(self.reference.model):
+            router.register_forward_hook(self._keep_router_logits)
         self._rounding: dict[str, Any] | None = getattr(self.reference.model.config, "kv_rounding", None)
         if self._rounding is not None:
             self._rounding["fp8_queries"] = reading.fp8_attention
@@ -102,10 +108,34 @@ class Reader:
 
         ``raw_from`` is the first key that each token meets unrounded; None: no token meets any.
         """
+        return self.scores_and_routing(ids, raw_from)[0]
+
+    def scores_and_routing(
+        self, ids: Sequence[int], raw_from: Sequence[int] | None = None
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """:meth:`scores`, and for each mixture, from the first layer on, its router's logits ``[len(ids) - 1, experts]``.
+
+        Row ``t`` of either is about the same token: both are computed at the position that predicts it. Without mixtures the
+        list is empty.
+        """
         if self._rounding is not None:
             self._rounding["raw_from"] = raw_from
+        self._router_logits.clear()
         with self._here():
-            return self.reference.input_logprobs(ids).to("cpu", torch.float32)
+            found = self.reference.input_logprobs(ids).to("cpu", torch.float32)
+        return found, [logits[: len(found)].to("cpu", torch.float32) for logits in self._router_logits]
+
+    def _keep_router_logits(self, router: torch.nn.Module, args: Any, output: Any) -> None:
+        logits = output[0] if isinstance(output, tuple) else output
+        self._router_logits.append(logits.detach().flatten(end_dim=-2))
+
+    @property
+    def experts_per_token(self) -> int | None:
+        """How many experts a router chooses; None for a model without mixtures."""
+        found = {int(router.top_k) for _, router in routers(self.reference.model)}
+        if len(found) > 1:
+            raise NotImplementedError(f"mixtures that choose different numbers of experts: {sorted(found)}")
+        return found.pop() if found else None
 
     def plain_scores(self, ids: Sequence[int]) -> torch.Tensor:
         """Score the tokens with every key and value as the cache has it, and queries as they are."""
@@ -116,6 +146,30 @@ class Reader:
         finally:
             if self._rounding is not None:
                 self._rounding["fp8_queries"] = self.reading.fp8_attention
+
+
+def routers(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The routers of a Hugging Face model and their names: ``gate`` or ``router`` beside ``experts``, from the first layer on.
+
+    Each chooses the ``top_k`` largest of its logits, which it returns, alone or first.
+
+    Raises:
+        NotImplementedError: experts without such a router beside them.
+    """
+    found = []
+    for name, block in model.named_modules():
+        if not isinstance(getattr(block, "experts", None), torch.nn.Module):
+            continue
+        beside = {child: module for child, module in block.named_children() if child in ROUTERS}
+        fits = [
+            (f"{name}.{child}", module)
+            for child, module in beside.items()
+            if getattr(getattr(module, "weight", None), "ndim", 0) == 2 and hasattr(module, "top_k")
+        ]
+        if len(fits) != 1:
+            raise NotImplementedError(f"{name}: one router beside the experts is expected, found {sorted(beside)}")
+        found += fits
+    return found
 
 
 def read_check(folder: Path, reading: Reading, prompts: Sequence[Sequence[int]]) -> list[float]:

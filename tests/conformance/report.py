@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +57,10 @@ class Outcome:
             f"{name}: mean {group['mean']:.3f} (noise {group['noise_mean']:.3f}), median {group['median']:.3f} "
             f"({group['noise_median']:.3f}) of {group['tokens']}"
             for name, group in groups.items()
-            if not all(group[part] <= NOISE_FACTOR * group[f"noise_{part}"] for part in ("mean", "median"))
+            if not all(
+                group[part] <= NOISE_FACTOR * group[f"noise_{part}"]
+                for part in (("median",) if group["by_median"] and math.isfinite(group["mean"]) else ("mean", "median"))
+            )
         ]
         repeats = self.result.get("repeats")
         if repeats is not None:
@@ -182,8 +186,9 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         "and of decoded tokens. A case is right where, for every kind of request, mean and median of the differences from an",
         "independent float32 reading are within",
         f"{NOISE_FACTOR:g} times those of the same model in bf16 by Hugging Face (`noise`); `used` is the largest share of that",
-        "tolerance. `wrong-scale` is a control, which a sound run finds wrong; cases named `-alone` ran without this package,",
-        "whatever they give.",
+        "tolerance. Where bf16's rounding may choose another expert of a mixture, a token is in doubt and left out; where most",
+        "tokens of a kind of request are in doubt, none is left out and the median alone decides. `wrong-scale` is a control,",
+        "which a sound run finds wrong; cases named `-alone` ran without this package, whatever they give.",
         "",
         "Of what must be right: "
         + ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)

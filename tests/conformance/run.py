@@ -141,7 +141,7 @@ class Runner:
             other = by_name.get(outcome.case.same_as or "")
             if other is None or not outcome.result or not other.result:
                 continue
-            noise = outcome.result["judgement"]["noise_mean"]
+            noise = outcome.result["judgement"]["noise_all"]
             found = compare(outcome.case, outcome.result["scored"], other.result["scored"], noise)
             outcome.agrees = found["right"]
             outcome.notes.append(found["note"])

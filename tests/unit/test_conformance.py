@@ -14,11 +14,13 @@ import torch
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from tests.conformance import drive, large, pack, report
 from tests.conformance.cases import CASES, RANKS, Case, case, chosen
-from tests.conformance.drive import Drive
+from tests.conformance.drive import Drive, Scored
 from tests.conformance.exports import EXPORTS, Export
-from tests.conformance.judge import Judge, Judgement, compare
+from tests.conformance.judge import Judge, Judgement, compare, compared, in_doubt
 from tests.conformance.reading import Reader, Reading, first_raw, read_check
 from tests.conformance.run import reason
+from tests.support import edits
+from tests.support.models import random_ids
 
 pytest.importorskip("modelopt", reason="needs nvidia-modelopt to make exports")
 
@@ -112,6 +114,63 @@ def test_a_wrong_scale_in_one_layer_is_found() -> None:
     found = judged(one, Reading.of(one, GPU))
     assert found.verdict == "wrong"
     assert not found.faults, "by its figures, and not for another reason"
+
+
+def test_a_tie_of_the_routing_does_not_count(tmp_path: Path) -> None:
+    """An engine as sound as bf16, whose one wrong token is in doubt; another that is not; and a wrong scale everywhere."""
+    one = case("moe-fp8-blocks")
+    reads, reading = EXPORTS[one.reads].make(), Reading.of(one, GPU)
+    judge = Judge(reads, one, reading, "cpu")
+    ids = random_ids(65, seed=3, vocab=drive.VOCAB)
+    scale = edits.scale_tensors({"*.experts.*.down_proj.weight_scale": 1.25})
+    wrong = edits.copy_with(reads, tmp_path / "wrong", [scale])
+
+    def verdict(values: torch.Tensor) -> Judgement:
+        return judge.judge([Scored("65", ids, 1, values.tolist(), len(ids))])
+
+    with torch.inference_mode():
+        sound, rough = judge.rough.scores_and_routing(ids)
+        _, exact = judge.exact.scores_and_routing(ids)
+        doubt = in_doubt(exact, rough, 2)
+        tie = next(place for place in range(1, len(doubt)) if doubt[place] and not doubt[place - 1])
+        found = {}
+        for place in (tie, tie - 1):
+            values = sound.clone()
+            values[place] -= 5
+            found[place] = verdict(values)
+        assert found[tie].verdict == "right", found
+        assert found[tie].groups["65"].tokens == 64 - int(doubt.sum())
+        assert any(f"{int(doubt.sum())} of 64 (65)" in note for note in found[tie].notes)
+        assert found[tie - 1].verdict == "wrong", found
+        values = sound.clone()
+        values[tie] = float("nan")
+        assert verdict(values).verdict == "wrong", "no tie explains NaN"
+        assert verdict(Reader(wrong, reading, torch.bfloat16).scores(ids)).verdict == "wrong"
+
+
+def test_tokens_in_doubt() -> None:
+    """A margin below NOISE_FACTOR * 2 * eps = 0.4 in any mixture; the others are not in doubt."""
+    exact = torch.tensor([[3.0, 2.0, 1.61, 0.0], [3.0, 2.0, 1.59, 0.0], [2.1, 2.0, 0.0, 0.0]])
+    rough = exact + torch.tensor([0.1, -0.05, 0.0, 0.0])
+    assert in_doubt([exact], [rough], 2).tolist() == [True, False, False]
+    # The second token met another expert in the first mixture: how far it is off in the next is not rounding.
+    ahead = torch.tensor([[3.0, 2.0, 1.0, 0.0], [3.0, 2.5, 2.0, 0.0]])
+    rounded = [ahead + torch.tensor(moved) for moved in ([[0.0], [0.2]], [[0.1], [9.0]])]
+    assert in_doubt([ahead, ahead], rounded, 2).tolist() == [False, True]
+    assert in_doubt([exact], [rough + 9], 4).tolist() == [False] * 3, "all experts are chosen"
+
+
+def test_where_most_tokens_are_in_doubt_the_median_decides() -> None:
+    exact, rough = torch.zeros(9), torch.full((9,), 0.1)
+    doubt = torch.arange(9) < 5
+    served = torch.full((9,), 0.15)
+    served[0] = 5.0
+    assert compared(served, exact, rough, doubt).right
+    assert compared(served, exact, rough, doubt).tokens == 9
+    assert not compared(served, exact, rough, torch.zeros(9, dtype=torch.bool)).right
+    assert not compared(torch.full((9,), 0.3), exact, rough, doubt).right
+    served[0] = -torch.inf
+    assert not compared(served, exact, rough, doubt).right
 
 
 def test_a_reading_of_another_checkpoint_is_a_fault() -> None:
