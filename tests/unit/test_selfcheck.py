@@ -328,6 +328,7 @@ def test_a_racing_kernel_does_not_get_a_layer(sizes: tuple[int, int], monkeypatc
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the race is one of wgmma")
     from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
+
     launch = importlib.import_module("sglang_modelopt_kernels.gemm.block_scaled.launch")
     tile = importlib.import_module("sglang_modelopt_kernels.gemm.tile.launch")
 
