@@ -87,11 +87,16 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "moe-mxfp8": {"graphs": "none"},
     "moe-int8-weight-only": {"graphs": "none"},
     "kv-nvfp4": {"graphs": "none"},
+    "mix-block-fp8-inv": {"reads": "mix-block-fp8"},
+    "mix-unknown": {"reads": "mix-nvfp4-fp8"},
     "wrong-scale": {"reads": "trained-w4a8-nvfp4", "expect": "wrong"},
 }
 """What differs from the plain case of an export."""
 
-LEFT_TO_SGLANG = ("fp8", "nvfp4", "fp8-kv-fp8", "mix-searched-qwen2", "w4a16-nvfp4", "moe-nvfp4", "moe-fp8")
+LEFT_TO_SGLANG = (
+    *("fp8", "nvfp4", "fp8-kv-fp8", "w4a16-nvfp4", "moe-nvfp4", "moe-fp8"),
+    *("mix-nvfp4-w4a16", "mix-nvfp4-fp8", "mix-fp8-experts", "mix-block-fp8-inv", "mix-unknown"),
+)
 """Exports served without the plugin as well: the log probabilities must be the same."""
 
 CASES: tuple[Case, ...] = (
@@ -100,7 +105,10 @@ CASES: tuple[Case, ...] = (
     case("moe-w4a8-nvfp4-mixtral", "moe-w4a8-nvfp4-fp8-math", **FP8_MATH),
     case("mxfp4", "mxfp4-weight-only", env=MXFP4_KEEPS, activation="none"),
     case("bf16", "kv-nvfp4-rotate-by-flag", **ROTATED),
-    *(case(name, f"{name}-alone", plugin=False, same_as=name, expect="any") for name in LEFT_TO_SGLANG),
+    *(
+        case(name, f"{name}-alone", plugin=False, same_as=name, expect="any", **_SPECIAL.get(name, {}))
+        for name in LEFT_TO_SGLANG
+    ),
 )
 
 RANKS: tuple[Case, ...] = tuple(

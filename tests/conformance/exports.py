@@ -13,7 +13,7 @@ from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest
 from tests.support.exports import Variant, export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, UNQUANTIZED
 from tests.support.models import Family, TinyModel, model_dir
-from tests.support.moe import tiny
+from tests.support.moe import mixed_checkpoint, tiny
 
 POSITIONS = 4096
 """Room for the long prompts of the run."""
@@ -95,6 +95,32 @@ def _searched(family: Family, formats: str, bits: str) -> Path:
     return cached_folder("searched", f"{family}-{digest(formats, bits, folder_digest(model))}", make)
 
 
+def _mixed_experts(experts: str, attention: str) -> Path:
+    """Qwen3-MoE, whose class names its fused layers, so that SGLang finds them in a mix."""
+    key = digest(experts, attention, folder_digest(model_dir(tiny("qwen3_moe", max_position=POSITIONS))))
+
+    def make(folder: Path) -> None:
+        folder.rmdir()
+        mixed_checkpoint("qwen3_moe", folder, experts, attention, max_position=POSITIONS)
+
+    return cached_folder("mixed", f"{experts}-{attention}-{key}", make)
+
+
+def mixed(experts: str, attention: str) -> Export:
+    """A mix of experts in one format and attention layers in another."""
+    return Export("MIXED_PRECISION", "qwen3_moe", partial(_mixed_experts, experts, attention), mixture=True)
+
+
+def _rename_block_scales(tensors: edits.Tensors) -> None:
+    """From ModelOpt's name of the block scales of FP8 to SGLang's."""
+    for name in [name for name in tensors if ".self_attn." in name and name.endswith(".weight_scale")]:
+        tensors[f"{name}_inv"] = tensors.pop(name)
+
+
+def _list_unknown(content: dict[str, Any]) -> None:
+    content["quantization"]["quantized_layers"]["lm_head"] = {"quant_algo": "NVFP9"}
+
+
 def _trained(model: str, recipe: Any, variant: Variant) -> Path:
     """An export of a shipped model, with room for the long prompts: what it computes moves less than a random model's."""
     source = REPOSITORY / "examples/stdlib_lm" / model
@@ -153,6 +179,10 @@ EXPORTS: dict[str, Export] = {
     "mix-w4a8-llama": Export(
         "MIXED_PRECISION", "llama", partial(_searched, "llama", "W4A8_NVFP4_FP8,FP8,NVFP4_AWQ", "6")
     ),
+    "mix-nvfp4-w4a16": mixed("NVFP4_DEFAULT_CFG", "W4A16_NVFP4_CFG"),
+    "mix-nvfp4-fp8": mixed("NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG"),
+    "mix-fp8-experts": mixed("FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"),
+    "mix-block-fp8": mixed("NVFP4_DEFAULT_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
     "mix-fp8-mha": dense("MIXED_PRECISION", "llama", "NVFP4_FP8_MHA_CONFIG", kv="fp8"),
     # Experts: every algorithm that ModelOpt exports for them.
     "moe-w4a8-nvfp4-qwen3_moe": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, layers=2),
@@ -196,3 +226,9 @@ EXPORTS["wrong-scale"] = Export(
     ),
 )
 """A control: a server of this folder must be told from one of the folder it was made of."""
+for _name, _source, _edit in (
+    ("mix-block-fp8-inv", "mix-block-fp8", edits.edit_tensors(_rename_block_scales)),
+    ("mix-unknown", "mix-nvfp4-fp8", edits.edit_json(edits.QUANT_CONFIG, _list_unknown)),
+):
+    _make = partial(_edited, EXPORTS[_source], _edit, name=_name)
+    EXPORTS[_name] = Export("MIXED_PRECISION", "qwen3_moe", _make, mixture=True)

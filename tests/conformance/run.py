@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 PORTS = 21000
-"""The first of the ports of the engines' process groups: each has its own, below those that are handed out."""
+"""The first port of the engines' process groups. Each engine has its own, below the range of ephemeral ports."""
 
 KERNEL = re.compile(r"modelopt_ext: \d+ .*kernel ([\w.+]+)\s*$", re.MULTILINE)
 CACHE = re.compile(r"modelopt_ext: KV cache .*", re.MULTILINE)
@@ -90,7 +90,7 @@ class Runner:
         log, result = self.logs / f"{case.name}.log", self.logs / f"{case.name}.json"
         command = [sys.executable, str(ROOT / "tests/conformance"), "worker", case.name, "--tp", str(self.args.tp)]
         command += ["--exports", str(self.exports), "--device", self.args.device]
-        command += ["--port", str(PORTS + 8 * number), "--result", str(result)]
+        command += ["--port", str(self.args.ports + 8 * number), "--result", str(result)]
         start = time.monotonic()
         limit = min(self.args.case_seconds, self.args.budget - (start - self.begun))
         processes = self._running[case.name] = ProcessTree()
@@ -197,6 +197,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tp", type=int, default=1, help="2: the cases over two GPUs, and the same over one")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--workers", type=int, default=max(1, 3 * (os.cpu_count() or 1) // 4), help="engines at a time")
+    parser.add_argument(
+        "--ports", type=int, default=PORTS, help="the first port of the engines' process groups (default: %(default)s)"
+    )
     parser.add_argument("--case-seconds", type=float, default=400, help="after which a case is killed")
     parser.add_argument(
         "--budget", type=float, default=3600, help="seconds of the whole run; what has not begun then is not run"

@@ -20,10 +20,16 @@ def tiny(family: Family, **fields: int) -> TinyModel:
 
 
 def mixed_checkpoint(
-    family: Family, target: Path, experts: str = "W4A8_NVFP4_FP8_CFG", attention: str = "FP8_DEFAULT_CFG"
+    family: Family,
+    target: Path,
+    experts: str = "W4A8_NVFP4_FP8_CFG",
+    attention: str = "FP8_DEFAULT_CFG",
+    **fields: int,
 ) -> Path:
     """A MIXED_PRECISION checkpoint of two exports: the experts of one, the attention layers of the other."""
-    folders = {part: export(model_dir(tiny(family)), recipe) for part, recipe in (("e", experts), ("a", attention))}
+    folders = {
+        part: export(model_dir(tiny(family, **fields)), recipe) for part, recipe in (("e", experts), ("a", attention))
+    }
     sections = {
         part: json.loads((folder / edits.QUANT_CONFIG).read_text(encoding="utf-8"))["quantization"]
         for part, folder in folders.items()
