@@ -38,24 +38,24 @@ from sglang_modelopt_kernels.attention.extend.kernel import extend_kernel
 from sglang_modelopt_kernels.attention.store.kernel import store_kernel, turn_kernel
 from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe, hadamard_block
-from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel, decode_kernel
-from sglang_modelopt_kernels.gemm.block_scaled.launch import configs, descale, in_order, makes_operands
-from sglang_modelopt_kernels.gemm.eight_bit import launch as eight_bit
-from sglang_modelopt_kernels.gemm.eight_bit.kernel import byte_decode_kernel, eight_bit_kernel
-from sglang_modelopt_kernels.gemm.folded import linear as folded
-from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel, unfold_kernel
-from sglang_modelopt_kernels.gemm.fp4 import linear as fp4
-from sglang_modelopt_kernels.gemm.fp4.kernel import fp4_kernel
-from sglang_modelopt_kernels.gemm.groups import launch as groups
-from sglang_modelopt_kernels.gemm.groups.kernel import group_scaled_kernel
-from sglang_modelopt_kernels.gemm.mxfp4 import linear as mxfp4
-from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_widened_kernel
-from sglang_modelopt_kernels.gemm.tcgen05 import takes_tiles
-from sglang_modelopt_kernels.gemm.tcgen05.kernel import tcgen05_kernel
-from sglang_modelopt_kernels.gemm.tcgen05.launch import HEIGHT, TILE
-from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
-from sglang_modelopt_kernels.gemm.tile.kernel import finish_kernel
-from sglang_modelopt_kernels.gemm.tile.wgmma import register_race
+from sglang_modelopt_kernels.gemm.blackwell_common import takes_tiles
+from sglang_modelopt_kernels.gemm.blackwell_common.kernel import tcgen05_kernel
+from sglang_modelopt_kernels.gemm.blackwell_common.launch import HEIGHT, TILE
+from sglang_modelopt_kernels.gemm.common import KernelConfig, matrix_instruction
+from sglang_modelopt_kernels.gemm.common.kernel import finish_kernel
+from sglang_modelopt_kernels.gemm.common.wgmma import register_race
+from sglang_modelopt_kernels.gemm.fp4_blackwell import linear as fp4
+from sglang_modelopt_kernels.gemm.fp4_blackwell.kernel import fp4_kernel
+from sglang_modelopt_kernels.gemm.group_scaled import launch as groups
+from sglang_modelopt_kernels.gemm.group_scaled.kernel import group_scaled_kernel
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import linear as mxfp4
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.kernel import mxfp4_widened_kernel
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import linear as folded
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper.kernel import folded_kernel, unfold_kernel
+from sglang_modelopt_kernels.gemm.w4_decode.kernel import block_scaled_kernel, decode_kernel
+from sglang_modelopt_kernels.gemm.w4_decode.launch import configs, descale, in_order, makes_operands
+from sglang_modelopt_kernels.gemm.w8_decode import launch as eight_bit
+from sglang_modelopt_kernels.gemm.w8_decode.kernel import byte_decode_kernel, eight_bit_kernel
 from sglang_modelopt_kernels.quantize.blocks import quantize as blocks
 from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kernel
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel

@@ -17,8 +17,11 @@ from pathlib import Path
 
 from evidence import RESULTS, CompiledFile, CompiledRow, Run, compile_status, read_compiled, read_served, run_status
 
-from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan
-from sglang_modelopt_ext.dispatch import (
+from sglang_modelopt_ext.backends.base import Layout, LinearRequest
+from sglang_modelopt_ext.backends.experts.base import ExpertLayout, ExpertRequest
+from sglang_modelopt_ext.backends.experts.fused import FusedExperts
+from sglang_modelopt_ext.backends.packages import VERSIONS
+from sglang_modelopt_ext.backends.select import (
     EXPERT_LAYOUTS,
     FUSED_LAYOUTS,
     LAYOUTS,
@@ -26,12 +29,9 @@ from sglang_modelopt_ext.dispatch import (
     expert_candidates,
     served_scheme,
 )
+from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.kv_cache import BACKENDS, is_stock
-from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
-from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest
-from sglang_modelopt_ext.layouts.moe_fused import FusedExperts
-from sglang_modelopt_ext.layouts.packages import VERSIONS
+from sglang_modelopt_ext.integration.kv.hooks import ATTENTION_BACKENDS, is_stock
 from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -223,10 +223,10 @@ def attention(recipe: KVRecipe, capability: int | None, evidence: Evidence) -> s
     """The cell for one recipe of the KV cache on one target."""
     device = "cpu" if capability is None else "cuda"
     if capability is None:
-        return f"`{BACKENDS[device]}`: tested"
+        return f"`{ATTENTION_BACKENDS[device]}`: tested"
     runs = evidence.of_cache(recipe.name, capability)
     stock = is_stock(KVCachePlan(recipe, ""), device)
-    owner = "*SGLang*" if stock else f"`{BACKENDS[device]}`"
+    owner = "*SGLang*" if stock else f"`{ATTENTION_BACKENDS[device]}`"
     if runs:
         return f"{owner}: {run_status(runs)}"
     if stock:

@@ -16,14 +16,14 @@ from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_modelopt_ext import env
+from sglang_modelopt_ext.backends.experts.flashinfer import CutlassNvfp4Experts
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS, W4A8_MATH
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
 from sglang_modelopt_ext.integration.loading import quantized_modules
-from sglang_modelopt_ext.layouts.moe_flashinfer import CutlassNvfp4Experts
-from sglang_modelopt_ext.methods.moe import ExtFusedMoEMethod
+from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod
 from sglang_modelopt_ext.schemes.table import UMBRELLA
 from tests.layers.harness import load
 from tests.layers.moe_harness import build, published, run

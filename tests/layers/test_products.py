@@ -16,18 +16,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_modelopt_ext.backends.base import LinearRequest, ShardWeight, round_to_blocks
+from sglang_modelopt_ext.backends.linear.block_scaled import BlockScaled
+from sglang_modelopt_ext.backends.linear.eight_bit import EightBit
+from sglang_modelopt_ext.backends.linear.fp4 import BlackwellFp4, MmaFp4
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, QuantizedLinear, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, MXFP4_ACTIVATIONS
-from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight, round_to_blocks
-from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
-from sglang_modelopt_ext.layouts.eight_bit import EightBit
-from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4, MmaFp4
-from sglang_modelopt_ext.methods.product import LinearProduct, round_input
+from sglang_modelopt_ext.layers.linear import LinearProduct, round_input
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B
 from sglang_modelopt_ext.schemes.table import SCHEMES
-from sglang_modelopt_kernels.gemm.dense import naive_linear
+from sglang_modelopt_kernels.gemm.reference import naive_linear
 
 EXPORTS = "SGLANG_MODELOPT_EXT_TEST_EXPORTS"
 RECIPES = (

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sglang_modelopt_ext.backends.select import LAYOUTS
 from sglang_modelopt_ext.cli.main import main
-from sglang_modelopt_ext.dispatch import LAYOUTS
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
-from sglang_modelopt_ext.workflow.inspect import _joined_name
-from sglang_modelopt_ext.workflow.loading import rehearse_loading
-from sglang_modelopt_ext.workflow.target import find_target
+from sglang_modelopt_ext.workflow.common.target import find_target
+from sglang_modelopt_ext.workflow.inspect.loading import rehearse_loading
+from sglang_modelopt_ext.workflow.inspect.run import _joined_name
 from tests.layers.test_recipes import mixed_checkpoint
 from tests.support import edits
 from tests.support.exports import export, mixed_recipe

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_modelopt_ext.layouts import flashinfer, humming, packages, weight_only
+from sglang_modelopt_ext.backends import packages
+from sglang_modelopt_ext.backends.linear import flashinfer, humming, weight_only
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 from tests.support.contracts import bind, calls, decorator, evaluate, function, parameters, source_folder, version_of

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_modelopt_ext import selfcheck
-from sglang_modelopt_ext.dispatch import EXPERT_LAYOUTS, FUSED_LAYOUTS, expert_candidates, fused_candidates
+from sglang_modelopt_ext.backends import packages, self_test
+from sglang_modelopt_ext.backends.experts import flashinfer as experts_flashinfer
+from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, ExpertRequest
+from sglang_modelopt_ext.backends.experts.flashinfer import FOUR_OVER_SIX, CutlassMxfp8Experts, CutlassNvfp4Experts
+from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
+from sglang_modelopt_ext.backends.select import EXPERT_LAYOUTS, FUSED_LAYOUTS, expert_candidates, fused_candidates
 from sglang_modelopt_ext.env import EXPERTS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts import moe_flashinfer, packages
-from sglang_modelopt_ext.layouts.moe import NO_EXPERT, ExpertRequest
-from sglang_modelopt_ext.layouts.moe_flashinfer import FOUR_OVER_SIX, CutlassMxfp8Experts, CutlassNvfp4Experts
-from sglang_modelopt_ext.layouts.moe_fused import FusedExperts, FusedRequest, StoredExperts
-from sglang_modelopt_ext.methods.experts import ExpertProduct
-from sglang_modelopt_ext.methods.fused import PREFIX, FusedProduct
-from sglang_modelopt_ext.methods.mixture import Choices, mix
+from sglang_modelopt_ext.layers.experts import ExpertProduct
+from sglang_modelopt_ext.layers.fused import PREFIX, FusedProduct
+from sglang_modelopt_ext.layers.mixture import Choices, mix
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
@@ -44,9 +44,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
         return
     monkeypatch.setitem(sys.modules, "flashinfer.fused_moe", fused_kernel.module())
     monkeypatch.delenv(FOUR_OVER_SIX, raising=False)
-    selfcheck._passed.clear()
+    self_test._passed.clear()
     yield
-    selfcheck._passed.clear()
+    self_test._passed.clear()
 
 
 def scheme_of(algo: str) -> LayerScheme:
@@ -74,8 +74,8 @@ CASES = [
 @pytest.mark.parametrize(("layout", "asked"), CASES)
 def test_layouts_serve_what_they_say(layout: FusedExperts, asked: FusedRequest) -> None:
     assert layout.supports(asked) is None
-    selfcheck.check_fused_layout(layout, asked, torch.device("cpu"))
-    assert len(selfcheck._passed) == 1
+    self_test.check_fused_layout(layout, asked, torch.device("cpu"))
+    assert len(self_test._passed) == 1
 
 
 @pytest.mark.parametrize(
@@ -248,14 +248,14 @@ class Wrong(CutlassNvfp4Experts):
 )
 def test_the_check_at_load_finds_out(fault: str) -> None:
     with pytest.raises(ValueError, match="is wrong on cpu: relative error"):
-        selfcheck.check_fused_layout(Wrong(fault), asked_for("NVFP4"), torch.device("cpu"))
-    assert not selfcheck._passed
+        self_test.check_fused_layout(Wrong(fault), asked_for("NVFP4"), torch.device("cpu"))
+    assert not self_test._passed
 
 
 def test_a_package_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer.fused_moe", None)
     with pytest.raises(ValueError, match="does not run on cpu: import of"):
-        selfcheck.check_fused_layout(*CASES[0], torch.device("cpu"))
+        self_test.check_fused_layout(*CASES[0], torch.device("cpu"))
 
 
 def test_the_operator_has_a_fake() -> None:
@@ -272,7 +272,7 @@ def test_the_operator_has_a_fake() -> None:
 
 
 def test_the_call_fits_its_function() -> None:
-    (call,) = calls(Path(inspect.getfile(moe_flashinfer)), "cutlass_fused_moe")
+    (call,) = calls(Path(inspect.getfile(experts_flashinfer)), "cutlass_fused_moe")
     bound = bind(call, function(fused_kernel.CORE, "cutlass_fused_moe"))
     assert bound["use_fused_finalize"] == "False"
     assert [bound[name] for name in ("fc1_expert_weights", "fc2_expert_weights")] == [

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sglang_modelopt_ext.dispatch import EXPERT_LAYOUTS, LAYOUTS
+from sglang_modelopt_ext.backends.select import EXPERT_LAYOUTS, LAYOUTS
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 

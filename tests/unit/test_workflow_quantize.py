@@ -20,13 +20,20 @@ from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import OWN_KEY, read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow import export as export_module
-from sglang_modelopt_ext.workflow import modelopt_cpu
-from sglang_modelopt_ext.workflow import quantize as module
-from sglang_modelopt_ext.workflow.export import check_space
-from sglang_modelopt_ext.workflow.quantize import Options, Quantized, quantize
-from sglang_modelopt_ext.workflow.recipes import Changes
-from sglang_modelopt_ext.workflow.record import Calibration, KVCache, LayerFormat, Record, Selection, read_record
+from sglang_modelopt_ext.workflow.common import modelopt_cpu
+from sglang_modelopt_ext.workflow.quantize import export as export_module
+from sglang_modelopt_ext.workflow.quantize import run as module
+from sglang_modelopt_ext.workflow.quantize.export import check_space
+from sglang_modelopt_ext.workflow.quantize.recipes import Changes
+from sglang_modelopt_ext.workflow.quantize.record import (
+    Calibration,
+    KVCache,
+    LayerFormat,
+    Record,
+    Selection,
+    read_record,
+)
+from sglang_modelopt_ext.workflow.quantize.run import Options, Quantized, quantize
 from tests.support.models import TinyModel, model_dir, random_ids
 from tests.support.moe import tiny
 from tests.support.reference import Reference
@@ -249,8 +256,8 @@ def input_maxima(model: Path, data: str) -> dict[str, torch.Tensor]:
     """The largest magnitude of each input channel of every layer, over the windows :func:`run` takes."""
     from transformers import AutoModelForCausalLM
 
-    from sglang_modelopt_ext.workflow.calibration import load_calibration
-    from sglang_modelopt_ext.workflow.text import load_tokenizer
+    from sglang_modelopt_ext.workflow.common.text import load_tokenizer
+    from sglang_modelopt_ext.workflow.quantize.calibration import load_calibration
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
     found: dict[str, torch.Tensor] = {}
@@ -543,7 +550,7 @@ def test_what_a_killed_run_left_is_removed(model: Path, data: str, tmp_path: Pat
     """SIGKILL leaves the temporary folder; the lock of its process is gone, so the next run for the same output clears it."""
     code = (
         "import os, signal\nfrom pathlib import Path\n"
-        "from sglang_modelopt_ext.workflow.export import partial_folder\n"
+        "from sglang_modelopt_ext.workflow.quantize.export import partial_folder\n"
         f"with partial_folder(Path({str(tmp_path / 'out')!r})) as folder:\n"
         "    (folder / 'half').touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.dispatch import candidates, served_scheme
+from sglang_modelopt_ext.backends.base import LinearRequest
+from sglang_modelopt_ext.backends.select import candidates, served_scheme
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts.base import LinearRequest
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
-from sglang_modelopt_ext.workflow.source import import_modelopt
+from sglang_modelopt_ext.workflow.common.source import import_modelopt
 
 GPUS: dict[str, int | None] = {
     "sm80": 80,

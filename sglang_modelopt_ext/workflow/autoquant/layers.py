@@ -14,7 +14,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate as FormatCandidate
 from sglang_modelopt_ext.workflow.autoquant.formats import serving
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Candidate, Format, Group, Layer, LmHead
-from sglang_modelopt_ext.workflow.digest import folder_digest
+from sglang_modelopt_ext.workflow.common.digest import folder_digest
 
 
 @dataclass(frozen=True)
