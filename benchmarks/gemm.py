@@ -199,7 +199,7 @@ def humming_weight(n: int, k: int) -> dict[str, Any]:
     stored = ShardWeight(WEIGHT_FORMATS["mxfp4"], {"weight": codes, "weight_scale": scale})
     prepared = Humming().prepare([stored])
     sizes = {"codes": prepared["weight"], "scale": prepared["weight_scale"]}
-    return {"layout": Humming(), "prepared": prepared, "stored": (codes, scale), **sizes}
+    return {"backend": Humming(), "prepared": prepared, "stored": (codes, scale), **sizes}
 
 
 def quack_weight(n: int, k: int) -> dict[str, Any]:
@@ -213,12 +213,12 @@ def quack_weight(n: int, k: int) -> dict[str, Any]:
     tensors = {"weight": codes, "weight_scale": scale, "weight_scale_2": one}
     prepared = QuackWeightOnly().prepare([ShardWeight(WEIGHT_FORMATS["nvfp4"], tensors)])
     sizes = {"codes": codes, "scale": scale}
-    return {"layout": QuackWeightOnly(), "prepared": prepared, "stored": (codes, scale), **sizes}
+    return {"backend": QuackWeightOnly(), "prepared": prepared, "stored": (codes, scale), **sizes}
 
 
 def run_package(x: torch.Tensor, weight: Mapping[str, Any], out_dtype: torch.dtype) -> torch.Tensor:
     """The product of another package, which rounds to bf16."""
-    y: torch.Tensor = weight["layout"].matmul(weight["prepared"], x, None, None, torch.bfloat16)
+    y: torch.Tensor = weight["backend"].matmul(weight["prepared"], x, None, None, torch.bfloat16)
     return y.to(out_dtype)
 
 

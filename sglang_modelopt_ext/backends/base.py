@@ -1,4 +1,4 @@
-"""What a layout is asked, and what it is given."""
+"""What a backend is asked, and what it is given."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FP8_ACTIVATIONS = ("fp8_static", "fp8_per_token")
 
 @dataclass(frozen=True)
 class LinearRequest:
-    """What a layout may base its answer on.
+    """What a backend may base its answer on.
 
     Attributes:
         scheme: how the layer is quantized, as :func:`served_scheme` has it.
@@ -74,7 +74,7 @@ class ShardWeight:
         return round_unit_to_e4m3(decoded) if self.math == "fp8" else decoded
 
 
-class Layout(ABC):
+class Backend(ABC):
     """A way to keep a weight, and the product that reads it."""
 
     name: str
@@ -93,7 +93,7 @@ class Layout(ABC):
 
     @abstractmethod
     def objection(self, request: LinearRequest) -> str | None:
-        """Likewise, apart from what every layout asks."""
+        """Likewise, apart from what every backend asks."""
 
     @abstractmethod
     def operand(self, request: LinearRequest) -> torch.dtype:
@@ -101,7 +101,7 @@ class Layout(ABC):
 
     @abstractmethod
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """The tensors kept for the shards, one below the other. Raises ValueError when the layout cannot hold them."""
+        """The tensors kept for the shards, one below the other. Raises ValueError when the backend cannot hold them."""
 
     @abstractmethod
     def matmul(
@@ -124,8 +124,8 @@ class Layout(ABC):
         raise NotImplementedError(f"{self.name} does not take vocabulary layers")
 
 
-class BlockLayout(Layout):
-    """A layout whose product reads rounded activations as codes under block scales, not as numbers."""
+class BlockBackend(Backend):
+    """A backend whose product reads rounded activations as codes under block scales, not as numbers."""
 
     swizzled = False
     """Whether it reads the activations' block scales in tiles of 128 x 4, :func:`naive_swizzle`, whatever their number."""
@@ -182,9 +182,9 @@ def round_to_blocks(
     scale: torch.Tensor | None,
     swizzled: bool = False,
 ) -> BlockActivation:
-    """What a :class:`BlockLayout` multiplies: ``x * smoothing`` ``[M, K]`` in the format's codes, ``scale`` its static scale.
+    """What a :class:`BlockBackend` multiplies: ``x * smoothing`` ``[M, K]`` in the format's codes, ``scale`` its static scale.
 
-    Block scales are in tiles where ``swizzled``, as :meth:`BlockLayout.swizzles` has it.
+    Block scales are in tiles where ``swizzled``, as :meth:`BlockBackend.swizzles` has it.
 
     Raises ValueError when the activations have no codes under block scales.
     """

@@ -1,8 +1,8 @@
 """Which kernel serves a linear layer, or the experts of a mixture.
 
-One step at load: a request (scheme, device, sizes) is offered to every layout in order; the first that has no objection to it
+One step at load: a request (scheme, device, sizes) is offered to every backend in order; the first that has no objection to it
 and can hold the layer's weights gets the layer, and when none is left the error carries every objection. A layer holds
-exactly one prepared copy of its weights. At run time the number of tokens picks among the kernels that read the layout.
+exactly one prepared copy of its weights. At run time the number of tokens picks among the kernels that read it.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import TypeVar
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Layout, LinearRequest
-from sglang_modelopt_ext.backends.experts.base import ExpertLayout, ExpertRequest, ReferenceExperts
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest
+from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, ReferenceExperts
 from sglang_modelopt_ext.backends.experts.flashinfer import CutlassMxfp8Experts, CutlassNvfp4Experts
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest
 from sglang_modelopt_ext.backends.experts.grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
@@ -51,7 +51,7 @@ def served_scheme(scheme: LayerScheme, device: str, capability: int | None) -> L
     return dataclasses.replace(scheme, activation=None)
 
 
-LAYOUTS: tuple[Layout, ...] = (
+BACKENDS: tuple[Backend, ...] = (
     BlackwellMxfp4(),
     WidenedMxfp4(),
     # On Blackwell nothing of this package has run, and these have: where FlashInfer is installed, its kernels come first.
@@ -75,36 +75,36 @@ LAYOUTS: tuple[Layout, ...] = (
     Dense(torch.float32, ("cuda", "cpu")),
 )
 
-EXPERT_LAYOUTS: tuple[ExpertLayout, ...] = (GroupedMxfp4(), GroupedDecoded(), GroupedBf16(), ReferenceExperts())
-FUSED_LAYOUTS: tuple[FusedExperts, ...] = (CutlassNvfp4Experts(), CutlassMxfp8Experts())
+EXPERT_BACKENDS: tuple[ExpertBackend, ...] = (GroupedMxfp4(), GroupedDecoded(), GroupedBf16(), ReferenceExperts())
+FUSED_BACKENDS: tuple[FusedExperts, ...] = (CutlassNvfp4Experts(), CutlassMxfp8Experts())
 """For a whole layer of experts, in other packages. They serve by name alone: none was run, and ours were."""
 
-AnyLayout = TypeVar("AnyLayout", Layout, ExpertLayout)
+AnyBackend = TypeVar("AnyBackend", Backend, ExpertBackend)
 
 
 def objections(request: LinearRequest) -> dict[str, str | None]:
-    """Every layout that may serve, best first, with its reason not to take ``request``, None where it does.
+    """Every backend that may serve, best first, with its reason not to take ``request``, None where it does.
 
     ``SGLANG_MODELOPT_EXT_GEMM`` limits them to the ones it names, in its order. Else those that a tuning file has times of for
-    the layer come first, by their times, and the others after them in the order of ``LAYOUTS``.
+    the layer come first, by their times, and the others after them in the order of ``BACKENDS``.
 
     Raises:
-        ModelOptExtError: the variable names a layout there is not.
+        ModelOptExtError: the variable names a backend there is not.
     """
-    known = {layout.name: layout for layout in LAYOUTS}
+    known = {backend.name: backend for backend in BACKENDS}
     wanted = _named(GEMM, known)
     return {name: known[name].supports(request) for name in wanted or _measured_first(request, known)}
 
 
 def _measured_first(request: LinearRequest, known: Iterable[str]) -> list[str]:
-    """The layouts that a tuning file has times of, by these, then the others in the built-in order."""
+    """The backends that a tuning file has times of, by these, then the others in the built-in order."""
     names = list(known)
     measured = [name for name in ranking(request) if name in names]
     return [*measured, *(name for name in names if name not in measured)]
 
 
 def _named(setting: Setting, known: Iterable[str]) -> list[str]:
-    """The layouts that ``setting`` names, if any. Raises ModelOptExtError for one there is not."""
+    """The backends that ``setting`` names, if any. Raises ModelOptExtError for one there is not."""
     wanted = setting.read().split(",") if setting.read() else []
     unknown = [name for name in wanted if name not in known]
     if unknown:
@@ -112,43 +112,43 @@ def _named(setting: Setting, known: Iterable[str]) -> list[str]:
     return wanted
 
 
-def candidates(request: LinearRequest, subject: str) -> list[Layout]:
-    """The layouts that take ``request``, best first. Raises ModelOptExtError with every reason when there is none."""
-    known = {layout.name: layout for layout in LAYOUTS}
+def candidates(request: LinearRequest, subject: str) -> list[Backend]:
+    """The backends that take ``request``, best first. Raises ModelOptExtError with every reason when there is none."""
+    known = {backend.name: backend for backend in BACKENDS}
     return _without_objection(known, objections(request), request, subject)
 
 
-def expert_candidates(request: ExpertRequest, subject: str) -> list[ExpertLayout]:
+def expert_candidates(request: ExpertRequest, subject: str) -> list[ExpertBackend]:
     """Likewise for one product of a layer's experts; ``SGLANG_MODELOPT_EXT_EXPERTS`` limits them to the ones it names."""
-    known = {layout.name: layout for layout in EXPERT_LAYOUTS}
+    known = {backend.name: backend for backend in EXPERT_BACKENDS}
     wanted = [name for name in _named_experts() if name in known] or _measured_first(request, known)
     return _without_objection(known, {name: known[name].supports(request) for name in wanted}, request, subject)
 
 
 def fused_candidates(request: FusedRequest) -> tuple[list[FusedExperts], dict[str, str]]:
-    """Likewise for a whole layer of experts: the layouts that ``SGLANG_MODELOPT_EXT_EXPERTS`` names and that take it, in order;
+    """Likewise for a whole layer of experts: the backends that ``SGLANG_MODELOPT_EXT_EXPERTS`` names and that take it, in order;
     and why the others it names do not.
     """
-    known = {layout.name: layout for layout in FUSED_LAYOUTS}
+    known = {backend.name: backend for backend in FUSED_BACKENDS}
     reasons = {name: known[name].supports(request) for name in _named_experts() if name in known}
     taking = [known[name] for name, reason in reasons.items() if reason is None]
     return taking, {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def only_fused_is_named() -> bool:
-    """Whether ``SGLANG_MODELOPT_EXT_EXPERTS`` leaves no layout of one product."""
+    """Whether ``SGLANG_MODELOPT_EXT_EXPERTS`` leaves no backend of one product."""
     names = _named_experts()
-    return bool(names) and not any(layout.name in names for layout in EXPERT_LAYOUTS)
+    return bool(names) and not any(backend.name in names for backend in EXPERT_BACKENDS)
 
 
 def _named_experts() -> list[str]:
-    known = [*(layout.name for layout in FUSED_LAYOUTS), *(layout.name for layout in EXPERT_LAYOUTS)]
+    known = [*(backend.name for backend in FUSED_BACKENDS), *(backend.name for backend in EXPERT_BACKENDS)]
     return _named(EXPERTS, known)
 
 
 def _without_objection(
-    known: Mapping[str, AnyLayout], reasons: Mapping[str, str | None], request: LinearRequest, subject: str
-) -> list[AnyLayout]:
+    known: Mapping[str, AnyBackend], reasons: Mapping[str, str | None], request: LinearRequest, subject: str
+) -> list[AnyBackend]:
     taking = [known[name] for name, reason in reasons.items() if reason is None]
     if not taking:
         why = "; ".join(f"{name} {reason}" for name, reason in reasons.items())

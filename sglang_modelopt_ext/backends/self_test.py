@@ -1,4 +1,4 @@
-"""A layout proves itself on the machine at hand before it serves a layer there.
+"""A backend proves itself on the machine at hand before it serves a layer there.
 
 Kernels are tested on the hardware their authors had. A compiler that miscompiles for another architecture, a driver, or a library
 that reads its arguments differently would otherwise show as wrong logits only. On a GPU the layer of the check has about the sizes
@@ -15,8 +15,8 @@ from typing import TypeVar
 
 import torch
 
-from sglang_modelopt_ext.backends.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
-from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, ExpertLayout, ExpertRequest, Routing
+from sglang_modelopt_ext.backends.base import Backend, BlockBackend, LinearRequest, ShardWeight, round_to_blocks
+from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, ExpertBackend, ExpertRequest, Routing
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
 from sglang_modelopt_ext.schemes.base import LORA_B
 
@@ -31,9 +31,9 @@ REPEATS = 16
 COLUMN_TOKENS = 16
 """Tokens from which an output is held to its own norm: with fewer it may be small because its products cancel."""
 TOKENS = (1, 24, 40, 80, 300, 900, 2049)
-"""One number of tokens, or more, for each way the layouts of ``backends/select.py`` choose by it."""
+"""One number of tokens, or more, for each way the backends of ``backends/select.py`` choose by it."""
 EXPERT_TOKENS = (1, 40, 80, 640, 1280, 2560)
-"""Likewise for the layouts of experts."""
+"""Likewise for the backends of experts."""
 SIZES = 16
 """Powers of two that the rows of the layer differ by."""
 TOLERANCE = 2.0**-7
@@ -52,117 +52,117 @@ _passed: set[tuple[object, ...]] = set()
 _Result = TypeVar("_Result")
 
 
-def check_layout(layout: Layout, request: LinearRequest, device: torch.device) -> None:
-    """Compare ``layout`` with float64 on a random layer of the request's formats, once for each kind of layer in this process.
+def check_backend(backend: Backend, request: LinearRequest, device: torch.device) -> None:
+    """Compare ``backend`` with float64 on a random layer of the request's formats, once for each kind of layer in this process.
 
     The layer of the check ends within a tile of inputs, and of outputs, where the request's does.
 
     Raises:
         ValueError: the outputs differ, from float64 or from launch to launch, or the kernel does not run.
     """
-    kind = (request.scheme.weight.name, layout.operand(request), request.math, request.dtype)
-    key = (layout, *kind, device, request.n % ROW_TILE if device.type == "cuda" else 0, request.k % TILE)
+    kind = (request.scheme.weight.name, backend.operand(request), request.math, request.dtype)
+    key = (backend, *kind, device, request.n % ROW_TILE if device.type == "cuda" else 0, request.k % TILE)
     if key in _passed:
         return
     random = _generator(device)
     n, k = _sizes(request, device)
-    low_rank = request.scheme.low_rank if isinstance(layout, BlockLayout) and layout.takes_low_rank else 0
+    low_rank = request.scheme.low_rank if isinstance(backend, BlockBackend) and backend.takes_low_rank else 0
     shard, weight, factor = _random_weight(random, request, n, k, low_rank)
-    prepared = _run(partial(layout.prepare, [shard]), device)
-    for m in (*TOKENS, *layout.check_tokens(device, n)):
+    prepared = _run(partial(backend.prepare, [shard]), device)
+    for m in (*TOKENS, *backend.check_tokens(device, n)):
         # E4M3 numbers are numbers of every type that activations come in.
         x = random(m, k).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
-        if layout.operand(request) == torch.int8:
+        if backend.operand(request) == torch.int8:
             x, row_scale = (16 * x).round(), row_scale / 16
         down = random(m, low_rank) if low_rank else None
-        launch, exact = _product(layout, request, prepared, x, row_scale, down)
+        launch, exact = _product(backend, request, prepared, x, row_scale, down)
         y = _run(launch, device)
         expected = exact @ weight.T
         if down is not None and factor is not None:
             expected += down.double() @ factor.T
         _compare(y, expected, device, m)
-        if layout.repeats:
+        if backend.repeats:
             _repeat(launch, y, device, m)
     _passed.add(key)
 
 
 def _product(
-    layout: Layout,
+    backend: Backend,
     request: LinearRequest,
     prepared: Mapping[str, torch.Tensor],
     x: torch.Tensor,
     row_scale: torch.Tensor,
     down: torch.Tensor | None,
 ) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    """The layout's product for E4M3 numbers ``x`` times ``row_scale``, and the activations it stands for, float64.
+    """The backend's product for E4M3 numbers ``x`` times ``row_scale``, and the activations it stands for, float64.
 
-    A layout that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale,
+    A backend that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale,
     and ``down`` for its low-rank branch, where it has one.
     """
-    if not isinstance(layout, BlockLayout):
-        values = x.to(layout.operand(request))
+    if not isinstance(backend, BlockBackend):
+        values = x.to(backend.operand(request))
         return (
-            partial(layout.matmul, prepared, values, row_scale, None, request.dtype),
+            partial(backend.matmul, prepared, values, row_scale, None, request.dtype),
             x.double() * row_scale.double(),
         )
     activation = request.scheme.activation
     if activation is None:
-        raise ValueError(f"{layout.name} took a layer with unrounded activations")
+        raise ValueError(f"{backend.name} took a layer with unrounded activations")
     static = row_scale[0, 0] if activation.tensors else None
-    rounded = round_to_blocks(activation, x, None, static, layout.swizzles(x.shape[0]))
+    rounded = round_to_blocks(activation, x, None, static, backend.swizzles(x.shape[0]))
     numbers, scale = activation.quantize(x, static)
     exact = numbers.double() if scale is None else numbers.double() * scale.double()
     if down is None:
-        return partial(layout.matmul_blocks, prepared, rounded, None, request.dtype), exact
-    return partial(layout.matmul_low_rank, prepared, rounded, down, None, request.dtype), exact
+        return partial(backend.matmul_blocks, prepared, rounded, None, request.dtype), exact
+    return partial(backend.matmul_low_rank, prepared, rounded, down, None, request.dtype), exact
 
 
-def check_expert_layout(layout: ExpertLayout, request: ExpertRequest, device: torch.device) -> None:
-    """Compare a layout of experts with float64 on a few random ones, once for each kind of layer in this process.
+def check_expert_backend(backend: ExpertBackend, request: ExpertRequest, device: torch.device) -> None:
+    """Compare a backend of experts with float64 on a few random ones, once for each kind of layer in this process.
 
     One expert gets no token, some rows have no expert, and activations come in both shapes.
 
     Raises:
         ValueError: the outputs differ, from float64 or from launch to launch, or the kernel does not run.
     """
-    kind = (request.scheme.weight.name, layout.operand(request), request.math, request.dtype)
-    key = (layout, *kind, device, request.n % ROW_TILE if device.type == "cuda" else 0, request.k % TILE)
+    kind = (request.scheme.weight.name, backend.operand(request), request.math, request.dtype)
+    key = (backend, *kind, device, request.n % ROW_TILE if device.type == "cuda" else 0, request.k % TILE)
     if key in _passed:
         return
     random = _generator(device)
     n, k = _sizes(request, device)
     shards, weights, _ = zip(*(_random_weight(random, request, n, k) for _ in range(EXPERTS)), strict=True)
-    prepared = _run(partial(layout.prepare, [[shard] for shard in shards]), device)
+    prepared = _run(partial(backend.prepare, [[shard] for shard in shards]), device)
     for m in EXPERT_TOKENS:
         experts = (random(m * TOP_K) * 1e6).long() % (EXPERTS - 1)
         experts[:: max(m // 3, 2)] = NO_EXPERT
         routing = Routing(experts.to(torch.int32), TOP_K)
         x = random(m, k).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m * TOP_K, 1).abs() + 0.5
-        values = x.to(layout.operand(request))
+        values = x.to(backend.operand(request))
         rows = x.double().repeat_interleave(TOP_K, dim=0)
         expected = torch.zeros(m * TOP_K, n, dtype=torch.float64, device=device)
         for expert, weight in enumerate(weights):
             expected[experts == expert] = rows[experts == expert] @ weight.T
         expected *= row_scale.double()
         for operand in (values, values.repeat_interleave(TOP_K, dim=0)):
-            launch = partial(layout.matmul, prepared, operand, row_scale, routing, request.dtype)
+            launch = partial(backend.matmul, prepared, operand, row_scale, routing, request.dtype)
             y = _run(launch, device)
             _compare(y, expected, device, m)
-            if layout.repeats:
+            if backend.repeats:
                 _repeat(launch, y, device, m)
     _passed.add(key)
 
 
-def check_fused_layout(layout: FusedExperts, request: FusedRequest, device: torch.device) -> None:
+def check_fused_backend(backend: FusedExperts, request: FusedRequest, device: torch.device) -> None:
     """Compare a whole layer of experts, which rounds its middle as the recipe says, by a scale for each expert, with float64.
 
     Raises:
         ValueError: the outputs differ, or the kernel does not run.
     """
     asked = request.gate_up
-    key = (layout, asked.scheme.weight.name, asked.math, asked.dtype, device)
+    key = (backend, asked.scheme.weight.name, asked.math, asked.dtype, device)
     if key in _passed:
         return
     random = _generator(torch.device("cpu"))
@@ -171,14 +171,14 @@ def check_fused_layout(layout: FusedExperts, request: FusedRequest, device: torc
     # What enters the layer is rounded once where all experts have one scale for it, and for each of them where they do not.
     for of_input in (scales[:1].expand(EXPERTS), scales) if second.scale is not None else (scales,):
         first = _random_experts(random, asked, FUSED_INNER, FUSED_HIDDEN, 2, of_input)
-        prepared = _run(partial(layout.prepare, first.stored(device), second.stored(device)), device)
+        prepared = _run(partial(backend.prepare, first.stored(device), second.stored(device)), device)
         for m in TOKENS:
             numbers = (random(m, TOP_K) * 1e6).long() % (EXPERTS - 1)
             numbers[:: max(m // 3, 2), 0] = NO_EXPERT
             x, weights = random(m, FUSED_HIDDEN).to(asked.dtype), random(m, TOP_K).abs() + 0.5
             expected = _expect_fused(first, second, x, numbers, weights)
             arguments = (x.to(device), numbers.to(torch.int32).to(device), weights.to(device))
-            y = _run(partial(_run_fused, layout, prepared, *arguments), device)
+            y = _run(partial(_run_fused, backend, prepared, *arguments), device)
             _compare(y, expected, device, m, FUSED_TOLERANCE)
     _passed.add(key)
 
@@ -241,14 +241,14 @@ def _random_experts(
 
 
 def _run_fused(
-    layout: FusedExperts,
+    backend: FusedExperts,
     prepared: Mapping[str, torch.Tensor],
     x: torch.Tensor,
     numbers: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
     # Copied here, where an error of a kernel that was launched shows.
-    return layout.run(prepared, x, numbers, weights).double().cpu()
+    return backend.run(prepared, x, numbers, weights).double().cpu()
 
 
 def _sizes(request: LinearRequest, device: torch.device) -> tuple[int, int]:
@@ -308,7 +308,7 @@ def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
             torch.cuda.synchronize(device)  # an error of a kernel that was launched shows here
         return result
     except (ValueError, torch.OutOfMemoryError):
-        raise  # a lack of memory is no fault of the layout: the next one needs as much, or more
+        raise  # a lack of memory is no fault of the backend: the next one needs as much, or more
     except Exception as error:
         # Kernels of other packages are compiled on first use, and fail in as many ways as there are packages.
         reason = str(error).strip() or type(error).__name__

@@ -1,7 +1,7 @@
-"""Tuning files: which layouts were measured for which layers, on one GPU with one set of versions.
+"""Tuning files: which backends were measured for which layers, on one GPU with one set of versions.
 
 A file is made by ``python -m sglang_modelopt_ext.tuning`` (:mod:`sglang_modelopt_ext.tuning.run`) and read by the dispatch. It only
-orders the layouts that take a layer anyway: a layer that no file knows keeps the built-in order, and so does every layer when
+orders the backends that take a layer anyway: a layer that no file knows keeps the built-in order, and so does every layer when
 the file is another GPU's or other versions'.
 """
 
@@ -34,7 +34,7 @@ SHIPPED = Path(__file__).parents[1] / "tuning_results"
 
 
 class LayerKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What of a layer decides how fast a layout serves it.
+    """What of a layer decides how fast a backend serves it.
 
     Attributes:
         weight, activation: names of the formats, None for activations that are not rounded.
@@ -62,8 +62,8 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         layer: the layer.
-        us: microseconds of the whole layer, rounding of activations included, by layout and then by ``TuningFile.tokens``.
-        refused: the layouts that did not pass their check, with the reason.
+        us: microseconds of the whole layer, rounding of activations included, by backend and then by ``TuningFile.tokens``.
+        refused: the backends that did not pass their check, with the reason.
     """
 
     layer: LayerKey
@@ -105,7 +105,7 @@ def gpu_of(device: torch.device) -> str:
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Everything here whose version may change how fast a layout is."""
+    """Everything here whose version may change how fast a backend is."""
     own = {"sglang-modelopt-ext": __version__, "torch": str(torch.__version__), "triton": triton.__version__}
     return {**own, **installed()}
 
@@ -159,12 +159,12 @@ def objection(content: TuningFile, gpu: str) -> str | None:
 
 
 def score(times: list[float]) -> float:
-    """What layouts are ranked by, smallest first: the geometric mean over the numbers of tokens, each counting alike."""
+    """What backends are ranked by, smallest first: the geometric mean over the numbers of tokens, each counting alike."""
     return sum(math.log(time) for time in times) / len(times)
 
 
 def ranking(request: LinearRequest) -> list[str]:
-    """The layouts measured for the layer of ``request``, best first, ties by name; none where no file applies.
+    """The backends measured for the layer of ``request``, best first, ties by name; none where no file applies.
 
     Raises ModelOptExtError when the file that ``SGLANG_MODELOPT_EXT_TUNING`` names is not one.
     """

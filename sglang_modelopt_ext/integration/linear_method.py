@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
-from sglang_modelopt_ext.backends.base import Layout
+from sglang_modelopt_ext.backends.base import Backend
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.parameters import make_parameter, shard_tensor
@@ -54,9 +54,9 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         self._k = 0
 
     @property
-    def layout(self) -> Layout | None:
-        """The layout that serves the layer, None until it is prepared."""
-        return self.product.layout if self.product.is_prepared else None
+    def backend(self) -> Backend | None:
+        """The backend that serves the layer, None until it is prepared."""
+        return self.product.backend if self.product.is_prepared else None
 
     @property
     def groups(self) -> tuple[ShardGroup, ...]:
@@ -111,7 +111,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
             )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Decodes the weights once into the layout that serves them, and drops what the checkpoint stored."""
+        """Prepares the weights once for the backend that serves them, and drops what the checkpoint stored."""
         if not self.verified:
             raise ModelOptExtError.at(
                 self.where,

@@ -366,9 +366,9 @@ def log_schemes(model: torch.nn.Module) -> None:
     counts: Counter[tuple[str, str]] = Counter()
     for _, method in quantized_modules(model):
         if isinstance(method, ModelOptExtLinearMethod):
-            if method.layout:
+            if method.backend:
                 counts[
-                    "linear layers", f"{method.scheme.describe()}, math {method.math}, kernel {method.layout.name}"
+                    "linear layers", f"{method.scheme.describe()}, math {method.math}, kernel {method.backend.name}"
                 ] += 1
             continue
         for name, kernel in method.kernels.items():

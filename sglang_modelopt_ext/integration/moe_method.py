@@ -172,7 +172,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         self._config = moe_runner_config
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Puts the experts into the layout that serves them, once, and drops what the checkpoint stored."""
+        """Prepares the experts once for the backend that serves them, and drops what the checkpoint stored."""
         if not self.verified:
             raise ModelOptExtError.at(
                 self.where,
@@ -207,8 +207,8 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
     @property
     def kernels(self) -> dict[str, str]:
         """By product, the kernel that serves it; empty before the weights are in place."""
-        serving = {name: self.fused.layout or product.layout for name, product in self.products.items()}
-        return {name: layout.name for name, layout in serving.items() if layout}
+        serving = {name: self.fused.backend or product.backend for name, product in self.products.items()}
+        return {name: backend.name for name, backend in serving.items() if backend}
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
         """Makes room for the checkpoint's tensors again, so that weights can be updated from disk."""
@@ -241,7 +241,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             # On other devices SGLang's models scale what they are given.
             factor=self._config.routed_scaling_factor if x.is_cuda else None,
         )
-        if self.fused.layout:
+        if self.fused.backend:
             return StandardCombineInput(hidden_states=self.fused.apply(layer, x, choices))
         y = mix(layer, self.products[GATE_UP], self.products[DOWN], x, choices)
         return StandardCombineInput(hidden_states=y)

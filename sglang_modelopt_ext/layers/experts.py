@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from sglang_modelopt_ext.backends.base import ShardWeight
-from sglang_modelopt_ext.backends.experts.base import ExpertLayout, ExpertRequest, Routing
+from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
 from sglang_modelopt_ext.backends.select import expert_candidates, served_scheme
-from sglang_modelopt_ext.backends.self_test import check_expert_layout
+from sglang_modelopt_ext.backends.self_test import check_expert_backend
 from sglang_modelopt_ext.backends.timings import gpu_of
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -39,7 +39,7 @@ class ExpertGroup:
     """Shards of every expert computed by one product.
 
     Attributes:
-        prepared: the layout's names of its tensors, and the layer's names of them.
+        prepared: the backend's names of its tensors, and the layer's names of them.
         inputs: likewise what is applied to the input, as present: ``input_scale`` and ``pre_quant_scale``.
         each: the names among ``inputs`` whose tensor has a first dimension of experts, because they differ.
     """
@@ -76,7 +76,7 @@ class ExpertProduct:
         self.rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None
         """Where ranks hold slices of the same rows: the maximum over them."""
         self.groups: tuple[ExpertGroup, ...] = ()
-        self.layout: ExpertLayout | None = None
+        self.backend: ExpertBackend | None = None
         self._operand = torch.float32
 
     def prepare(
@@ -87,9 +87,9 @@ class ExpertProduct:
         n: int,
         k: int,
         top_k: int,
-        layouts: Sequence[ExpertLayout] | None = None,
+        backends: Sequence[ExpertBackend] | None = None,
     ) -> None:
-        """Puts the stored experts into the first layout that can hold them, as parameters of ``layer``.
+        """Prepares the stored experts with the first backend that can hold them, as parameters of ``layer``.
 
         Args:
             layer: the module that will hold the tensors.
@@ -97,7 +97,7 @@ class ExpertProduct:
             experts: what is stored for each of this rank's experts.
             n, k: output and input features of one expert, all shards together.
             top_k: how many experts a token goes to.
-            layouts: the layouts to try, in order; None for those of the dispatch.
+            backends: the backends to try, in order; None for those of the dispatch.
 
         Raises:
             ModelOptExtError: a value is illegal, or no kernel takes the experts, with the reason of each.
@@ -106,22 +106,22 @@ class ExpertProduct:
             check_blocks(self.where, self.prefix, self.scheme, shards)
         device = experts[0][0]["weight"].device
         request = self.request(device, n, k, len(experts), top_k)
-        taking = expert_candidates(request, self.prefix) if layouts is None else layouts
+        taking = expert_candidates(request, self.prefix) if backends is None else backends
         self.scheme = request.scheme
         names = [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
         members = _group_experts(experts, names)
         reasons = []
-        for layout in taking:
+        for backend in taking:
             try:
-                check_expert_layout(layout, request, device)
-                prepared = [layout.prepare(self._weights(experts, indices)) for indices in members]
+                check_expert_backend(backend, request, device)
+                prepared = [backend.prepare(self._weights(experts, indices)) for indices in members]
             except ValueError as error:
-                reasons.append(f"{layout.name}: {error}")
+                reasons.append(f"{backend.name}: {error}")
                 say_once(f"modelopt_ext: experts {request.scheme.describe()}: passed over {reasons[-1]}")
                 continue
-            self.layout, self._operand = layout, layout.operand(request)
+            self.backend, self._operand = backend, backend.operand(request)
             self.groups = tuple(
-                self._register(layer, f"{name}_{layout.name}_{indices[0]}_", tensors, experts, indices[0], names)
+                self._register(layer, f"{name}_{backend.name}_{indices[0]}_", tensors, experts, indices[0], names)
                 for indices, tensors in zip(members, prepared, strict=True)
             )
             return
@@ -166,7 +166,7 @@ class ExpertProduct:
         for group in self.groups:
             for name in (*group.prepared.values(), *group.inputs.values()):
                 delattr(layer, name)
-        self.groups, self.layout = (), None
+        self.groups, self.backend = (), None
 
     def apply(
         self,
@@ -200,7 +200,7 @@ class ExpertProduct:
         out_dtype: torch.dtype,
         weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        if self.layout is None:
+        if self.backend is None:
             raise RuntimeError(f"{self.prefix} is used before it is prepared")
         prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
@@ -218,7 +218,7 @@ class ExpertProduct:
             row_scale = row_scale * weights if weights is not None else row_scale.contiguous()
         else:
             row_scale = weights
-        return self.layout.matmul(prepared, values, row_scale, routing, out_dtype)
+        return self.backend.matmul(prepared, values, row_scale, routing, out_dtype)
 
 
 def _for_rows(tensor: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -10,7 +10,7 @@ from sglang_modelopt_ext.backends.base import ShardWeight
 from sglang_modelopt_ext.backends.experts.base import ExpertRequest
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
 from sglang_modelopt_ext.backends.select import fused_candidates, only_fused_is_named
-from sglang_modelopt_ext.backends.self_test import check_fused_layout
+from sglang_modelopt_ext.backends.self_test import check_fused_backend
 from sglang_modelopt_ext.env import EXPERTS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.experts import ExpertShards
@@ -31,7 +31,7 @@ class FusedProduct:
     def __init__(self, where: object, prefix: str) -> None:
         self.where = where
         self.prefix = prefix
-        self.layout: FusedExperts | None = None
+        self.backend: FusedExperts | None = None
         self._names: tuple[str, ...] = ()
 
     def prepare(
@@ -41,7 +41,7 @@ class FusedProduct:
         gate_up: Sequence[ExpertShards],
         down: Sequence[ExpertShards],
     ) -> bool:
-        """Puts the stored experts into the first layout that is named and can hold them, as parameters of ``layer``.
+        """Prepares the stored experts with the first backend that is named and can hold them, as parameters of ``layer``.
 
         Args:
             layer: the module that will hold the tensors.
@@ -52,7 +52,7 @@ class FusedProduct:
             Whether there was one. If not, the log says why.
 
         Raises:
-            ModelOptExtError: a value is illegal, or no layout is named that takes the layer, with the reason of each.
+            ModelOptExtError: a value is illegal, or no backend is named that takes the layer, with the reason of each.
         """
         taking, refused = fused_candidates(request)
         reasons = [f"{name} {reason}" for name, reason in refused.items()]
@@ -60,16 +60,16 @@ class FusedProduct:
             for shards in experts:
                 check_blocks(self.where, self.prefix, asked.scheme, shards)
         device = gate_up[0][0]["weight"].device
-        for layout in taking:
+        for backend in taking:
             try:
-                check_fused_layout(layout, request, device)
-                prepared = layout.prepare(_stored(request.gate_up, gate_up), _stored(request.down, down))
+                check_fused_backend(backend, request, device)
+                prepared = backend.prepare(_stored(request.gate_up, gate_up), _stored(request.down, down))
             except ValueError as error:
-                reasons.append(f"{layout.name}: {error}")
+                reasons.append(f"{backend.name}: {error}")
                 continue
             for name, tensor in prepared.items():
                 layer.register_parameter(PREFIX + name, torch.nn.Parameter(tensor, requires_grad=False))
-            self.layout, self._names = layout, tuple(prepared)
+            self.backend, self._names = backend, tuple(prepared)
             return True
         if only_fused_is_named():
             raise ModelOptExtError.at(
@@ -83,21 +83,21 @@ class FusedProduct:
         """Takes the prepared tensors off ``layer`` again."""
         for name in self._names:
             delattr(layer, PREFIX + name)
-        self.layout, self._names = None, ()
+        self.backend, self._names = None, ()
 
     def tensors(self, layer: torch.nn.Module) -> Mapping[str, torch.Tensor]:
-        """What is prepared on ``layer``, by the layout's names."""
+        """What is prepared on ``layer``, by the backend's names."""
         return {name: layer.get_parameter(PREFIX + name) for name in self._names}
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, choices: Choices) -> torch.Tensor:
         """As :func:`mix`, for choices whose weights are not multiplied to the input."""
-        if self.layout is None or choices.weights_input:
+        if self.backend is None or choices.weights_input:
             raise RuntimeError(f"{self.prefix} is not prepared for this")
         weights = choices.weights.to(torch.float32)
         if choices.factor is not None:
             weights = weights * choices.factor
         numbers = choices.numbers.to(torch.int32).contiguous()
-        return self.layout.run(self.tensors(layer), x.contiguous(), numbers, weights.contiguous())
+        return self.backend.run(self.tensors(layer), x.contiguous(), numbers, weights.contiguous())
 
 
 def _stored(request: ExpertRequest, experts: Sequence[ExpertShards]) -> StoredExperts:

@@ -16,14 +16,14 @@ import torch
 
 from sglang_modelopt_ext.backends.base import (
     FP8_ACTIVATIONS,
-    BlockLayout,
-    Layout,
+    Backend,
+    BlockBackend,
     LinearRequest,
     ShardWeight,
     round_to_blocks,
 )
 from sglang_modelopt_ext.backends.select import candidates, served_scheme
-from sglang_modelopt_ext.backends.self_test import check_layout
+from sglang_modelopt_ext.backends.self_test import check_backend
 from sglang_modelopt_ext.backends.timings import gpu_of
 from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
 from sglang_modelopt_ext.env import W4A8Math
@@ -47,7 +47,7 @@ class ShardGroup:
     """Adjacent shards computed by one matrix product.
 
     Attributes:
-        prepared: the layout's names of its tensors, and the layer's names of them.
+        prepared: the backend's names of its tensors, and the layer's names of them.
         inputs: likewise what is applied to the input: ``input_scale``, ``pre_quant_scale`` and the low-rank factors, as present.
         rows: output features of the group.
     """
@@ -84,21 +84,21 @@ class LinearProduct:
         self.rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None
         """For a row-parallel layer: the maximum over the ranks that hold the other slices of the same tokens."""
         self.groups: tuple[ShardGroup, ...] = ()
-        self._layout: Layout | None = None
+        self._backend: Backend | None = None
         self._operand = torch.float32
         self._input_names: list[str] = []
 
     @property
-    def layout(self) -> Layout:
-        """The layout that serves the layer, once it is prepared."""
-        if self._layout is None:
+    def backend(self) -> Backend:
+        """The backend that serves the layer, once it is prepared."""
+        if self._backend is None:
             raise RuntimeError(f"{self.prefix} is used before it is prepared")
-        return self._layout
+        return self._backend
 
     @property
     def is_prepared(self) -> bool:
         """Whether weights are in place."""
-        return self._layout is not None
+        return self._backend is not None
 
     def prepare(
         self,
@@ -107,23 +107,23 @@ class LinearProduct:
         n: int,
         k: int,
         vocabulary: bool = False,
-        layouts: Sequence[Layout] | None = None,
+        backends: Sequence[Backend] | None = None,
     ) -> None:
-        """Puts the stored shards into the first layout that can hold them, as parameters of ``layer``.
+        """Prepares the stored shards with the first backend that can hold them, as parameters of ``layer``.
 
         Args:
             layer: the module that will hold the tensors.
             shards: what is stored for each shard.
             n, k: output and input features of all of them.
             vocabulary: whether it is an embedding or an ``lm_head``.
-            layouts: the layouts to try, in order; None for those of the dispatch.
+            backends: the backends to try, in order; None for those of the dispatch.
 
         Raises:
             ModelOptExtError: a value is illegal, or no kernel takes the layer, with the reason of each.
         """
         check_blocks(self.where, self.prefix, self.scheme, shards)
         request = self.request(shards[0]["weight"].device, n, k, vocabulary)
-        taking = candidates(request, self.prefix) if layouts is None else layouts
+        taking = candidates(request, self.prefix) if backends is None else backends
         self.scheme = request.scheme
         self._input_names = (
             [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
@@ -133,15 +133,15 @@ class LinearProduct:
             [ShardWeight(self.scheme.weight, shards[index], self.math) for index in indices] for indices in members
         ]
         reasons = []
-        for layout in taking:
+        for backend in taking:
             try:
-                check_layout(layout, request, shards[0]["weight"].device)
-                prepared = [layout.prepare(group) for group in weights]
+                check_backend(backend, request, shards[0]["weight"].device)
+                prepared = [backend.prepare(group) for group in weights]
             except ValueError as error:
-                reasons.append(f"{layout.name}: {error}")
+                reasons.append(f"{backend.name}: {error}")
                 say_once(f"modelopt_ext: {request.scheme.describe()}: passed over {reasons[-1]}")
                 continue
-            self._layout, self._operand = layout, layout.operand(request)
+            self._backend, self._operand = backend, backend.operand(request)
             self.groups = tuple(
                 self._register(layer, [shards[index] for index in indices], indices[0], tensors)
                 for indices, tensors in zip(members, prepared, strict=True)
@@ -164,9 +164,9 @@ class LinearProduct:
         inputs = {name: shards[0][name].clone() for name in self._input_names if name in shards[0]}
         if self.scheme.low_rank:
             inputs[LORA_A] = torch.cat([shard[LORA_A].to(torch.float32) for shard in shards])
-            if not (isinstance(self.layout, BlockLayout) and self.layout.takes_low_rank):
+            if not (isinstance(self.backend, BlockBackend) and self.backend.takes_low_rank):
                 inputs[LORA_B] = torch.block_diag(*(shard[LORA_B].to(torch.float32) for shard in shards))
-        prefix = f"{self.layout.name}_{first}_"
+        prefix = f"{self.backend.name}_{first}_"
         for name, tensor in (prepared | inputs).items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
         return ShardGroup(
@@ -180,7 +180,7 @@ class LinearProduct:
         for group in self.groups:
             for name in (*group.prepared.values(), *group.inputs.values()):
                 delattr(layer, name)
-        self.groups, self._layout = (), None
+        self.groups, self._backend = (), None
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """``y = Q(x) @ W^T + bias`` for ``x`` ``[..., K]`` in fp32, bf16 or fp16; the result has its type."""
@@ -201,14 +201,14 @@ class LinearProduct:
         if not self.scheme.low_rank:
             return self._multiply(prepared, inputs, x, bias, x.dtype)
         down = smooth(x, inputs) @ inputs[LORA_A].T
-        if isinstance(self.layout, BlockLayout) and self.layout.takes_low_rank:
-            return self.layout.matmul_low_rank(prepared, self._blocks(self.layout, inputs, x), down, bias, x.dtype)
+        if isinstance(self.backend, BlockBackend) and self.backend.takes_low_rank:
+            return self.backend.matmul_low_rank(prepared, self._blocks(self.backend, inputs, x), down, bias, x.dtype)
         y = self._multiply(prepared, inputs, x, bias, torch.float32)
         return (y + down @ inputs[LORA_B].T).to(x.dtype)
 
-    def _blocks(self, layout: BlockLayout, inputs: Mapping[str, torch.Tensor], x: torch.Tensor) -> BlockActivation:
+    def _blocks(self, backend: BlockBackend, inputs: Mapping[str, torch.Tensor], x: torch.Tensor) -> BlockActivation:
         smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
-        return round_to_blocks(self.scheme.activation, x, smoothing, scale, layout.swizzles(x.shape[0]))
+        return round_to_blocks(self.scheme.activation, x, smoothing, scale, backend.swizzles(x.shape[0]))
 
     def _multiply(
         self,
@@ -218,15 +218,15 @@ class LinearProduct:
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        if isinstance(self.layout, BlockLayout):
-            return self.layout.matmul_blocks(prepared, self._blocks(self.layout, inputs, x), bias, out_dtype)
+        if isinstance(self.backend, BlockBackend):
+            return self.backend.matmul_blocks(prepared, self._blocks(self.backend, inputs, x), bias, out_dtype)
         values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
-        return self.layout.matmul(prepared, values, row_scale, bias, out_dtype)
+        return self.backend.matmul(prepared, values, row_scale, bias, out_dtype)
 
     def rows(self, layer: torch.nn.Module, indices: torch.Tensor) -> torch.Tensor:
         """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
         prepared = {name: getattr(layer, attribute) for name, attribute in self.groups[0].prepared.items()}
-        return self.layout.rows(prepared, indices).to(self.dtype)
+        return self.backend.rows(prepared, indices).to(self.dtype)
 
 
 def capability_of(device: torch.device) -> int | None:
@@ -264,12 +264,12 @@ def round_input(
     inputs: Mapping[str, torch.Tensor],
     rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The activations a layout reads, and their scale.
+    """The activations a backend reads, and their scale.
 
     Args:
         x: the input ``[M, K]``.
         activation: how it is rounded, None for not at all.
-        operand: the type the layout reads.
+        operand: the type the backend reads.
         inputs: ``input_scale`` and ``pre_quant_scale``, as present: ``[]`` and ``[K]``, or one for each row, ``[M, 1]`` and
             ``[M, K]``.
         rank_amax: the maximum over the ranks that hold the other slices of the same rows.

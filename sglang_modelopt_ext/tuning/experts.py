@@ -1,4 +1,4 @@
-"""Likewise for the experts of a mixture: every layout that takes a product of a layer's experts, on the GPU at hand.
+"""Likewise for the experts of a mixture: every backend that takes a product of a layer's experts, on the GPU at hand.
 
 Random tokens go to random experts, each token to as many different ones as the model says. What is timed is one product, gate and
 up together or down, with the sorting of rows and the rounding of activations.
@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.experts.base import ExpertLayout, ExpertRequest, Routing
+from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
 from sglang_modelopt_ext.backends.timings import Result, key_of
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
@@ -25,7 +25,7 @@ from sglang_modelopt_ext.tuning.sample import (
     ends,
     filling_the_cache,
     math_of,
-    measure_layouts,
+    measure_backends,
     random_shard,
 )
 
@@ -100,7 +100,7 @@ def measure_experts(
     dtype: torch.dtype,
     tokens: Sequence[int],
     timer: Callable[[Callable[[int], object]], float],
-    layouts: Sequence[ExpertLayout],
+    backends: Sequence[ExpertBackend],
     report: Callable[[str], object],
 ) -> Result:
     """Measures one kind. Arguments as :func:`sglang_modelopt_ext.tuning.run.tune` has them."""
@@ -115,11 +115,11 @@ def measure_experts(
     ]
     samples = [[Sample.of(asked.scheme, shard) for shard in shards] for shards in stored]
 
-    def measure(layout: ExpertLayout) -> list[float]:
-        copies = _copies(kind, layout, stored, dtype)
+    def measure(backend: ExpertBackend) -> list[float]:
+        copies = _copies(kind, backend, stored, dtype)
         return [_time(kind, copies, samples, m, device, dtype, timer) for m in tokens]
 
-    times, refused = measure_layouts(layouts, asked, measure, report)
+    times, refused = measure_backends(backends, asked, measure, report)
     return Result(key_of(asked), times, refused)
 
 
@@ -132,14 +132,14 @@ class _Copy:
 
 
 def _copies(
-    kind: ExpertKind, layout: ExpertLayout, stored: list[list[dict[str, torch.Tensor]]], dtype: torch.dtype
+    kind: ExpertKind, backend: ExpertBackend, stored: list[list[dict[str, torch.Tensor]]], dtype: torch.dtype
 ) -> list[_Copy]:
     """As often as fills the cache, or is called. Raises ValueError as the check at load does."""
     experts = [stored[expert % len(stored)] for expert in range(kind.experts)]
 
     def make(module: torch.nn.Module) -> _Copy:
         product = kind.product(dtype)
-        product.prepare(module, "tuned", experts, kind.n, kind.k, kind.top_k, layouts=[layout])
+        product.prepare(module, "tuned", experts, kind.n, kind.k, kind.top_k, backends=[backend])
         return _Copy(product, module)
 
     return filling_the_cache(make)

@@ -1,7 +1,7 @@
-"""Measures, on the GPU at hand, every layout that takes the layers of a checkpoint, and writes a tuning file.
+"""Measures, on the GPU at hand, every backend that takes the layers of a checkpoint, and writes a tuning file.
 
 Layers are built as a server builds them (scheme, fused shards, a rank's part), with random weights: only shapes and formats are
-the checkpoint's. A layout is timed only after it passed the check every layout passes at load, and another one on the layer's own
+the checkpoint's. A backend is timed only after it passed the check every backend passes at load, and another one on the layer's own
 sizes; what is timed is the whole layer, from the model's activations to its output, in a captured CUDA graph.
 """
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import msgspec
 import torch
 
-from sglang_modelopt_ext.backends.base import Layout, LinearRequest
-from sglang_modelopt_ext.backends.experts.base import ExpertLayout
-from sglang_modelopt_ext.backends.select import EXPERT_LAYOUTS, LAYOUTS
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest
+from sglang_modelopt_ext.backends.experts.base import ExpertBackend
+from sglang_modelopt_ext.backends.select import BACKENDS, EXPERT_BACKENDS
 from sglang_modelopt_ext.backends.timings import (
     FORMAT,
     LayerKey,
@@ -42,7 +42,7 @@ from sglang_modelopt_ext.tuning.sample import (
     ends,
     filling_the_cache,
     math_of,
-    measure_layouts,
+    measure_backends,
     random_shard,
 )
 from sglang_modelopt_kernels.timing import median_us
@@ -141,8 +141,8 @@ def tune(
     tokens: Sequence[int] = TOKENS,
     device: str = "cuda",
     timer: Timer = median_us,
-    layouts: Sequence[Layout] = LAYOUTS,
-    expert_layouts: Sequence[ExpertLayout] = EXPERT_LAYOUTS,
+    backends: Sequence[Backend] = BACKENDS,
+    expert_backends: Sequence[ExpertBackend] = EXPERT_BACKENDS,
     report: Callable[[str], object] = print,
 ) -> TuningFile:
     """Measures the layers of the checkpoint in ``folder``.
@@ -153,8 +153,8 @@ def tune(
         tokens: numbers of tokens to measure.
         device: where.
         timer: what measures one call.
-        layouts, expert_layouts: what to measure, where it takes a layer, or a product of experts.
-        report: gets one line for each layer and layout.
+        backends, expert_backends: what to measure, where it takes a layer, or a product of experts.
+        report: gets one line for each layer and backend.
 
     Raises:
         ModelOptExtError: the checkpoint, or a size that ``tp_size`` does not divide.
@@ -171,12 +171,12 @@ def tune(
         if key_of(asked) in results:
             continue
         report(f"{layer.name} and its like ({layer.count}): {layer.scheme.describe()}, {layer.n} x {layer.k}")
-        times, refused = _measure(layer, asked, where, tokens, timer, layouts, report)
+        times, refused = _measure(layer, asked, where, tokens, timer, backends, report)
         results[key_of(asked)] = Result(key_of(asked), times, refused)
     for kind in experts_of(checkpoint, tp_size):
         described = f"{kind.scheme.describe()}, {kind.experts} experts of {kind.n} x {kind.k}"
         report(f"{kind.name} and its like ({kind.count}): {described}")
-        result = measure_experts(kind, where, dtype, tokens, timer, expert_layouts, report)
+        result = measure_experts(kind, where, dtype, tokens, timer, expert_backends, report)
         results[result.layer] = result
     return TuningFile(FORMAT, gpu_of(where), versions(), list(tokens), list(results.values()))
 
@@ -187,17 +187,17 @@ def _measure(
     device: torch.device,
     tokens: Sequence[int],
     timer: Timer,
-    layouts: Sequence[Layout],
+    backends: Sequence[Backend],
     report: Callable[[str], object],
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     stored = random_shard(asked.scheme, layer.n, layer.k, asked.dtype, device)
     sample = Sample.of(asked.scheme, stored)
 
-    def measure(layout: Layout) -> list[float]:
-        copies = _copies(layer, asked, layout, stored)
+    def measure(backend: Backend) -> list[float]:
+        copies = _copies(layer, asked, backend, stored)
         return [_time(copies, sample, m, asked, timer) for m in tokens]
 
-    return measure_layouts(layouts, asked, measure, report)
+    return measure_backends(backends, asked, measure, report)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,12 +211,12 @@ class _Copy:
         return self.product.apply(self.module, x)
 
 
-def _copies(layer: Layer, asked: LinearRequest, layout: Layout, stored: dict[str, torch.Tensor]) -> list[_Copy]:
-    """The layer as ``layout`` keeps it, as often as fills the cache, or is called. Raises ValueError as the check at load does."""
+def _copies(layer: Layer, asked: LinearRequest, backend: Backend, stored: dict[str, torch.Tensor]) -> list[_Copy]:
+    """The layer as ``backend`` keeps it, as often as fills the cache, or is called. Raises ValueError as the check at load does."""
 
     def make(module: torch.nn.Module) -> _Copy:
         product = LinearProduct(layer.scheme, "tuning", layer.name, asked.math, asked.dtype)
-        product.prepare(module, [stored], layer.n, layer.k, layouts=[layout])
+        product.prepare(module, [stored], layer.n, layer.k, backends=[backend])
         return _Copy(product, module)
 
     return filling_the_cache(make)

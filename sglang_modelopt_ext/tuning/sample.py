@@ -25,7 +25,7 @@ Copy = TypeVar("Copy")
 
 
 class Named(Protocol):
-    """A layout, of linear layers or of experts."""
+    """A backend, of linear layers or of experts."""
 
     name: str
 
@@ -37,21 +37,21 @@ def math_of(scheme: LayerScheme) -> W4A8Math:
     return w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
 
 
-def measure_layouts(
-    layouts: Iterable[Named], request: Any, measure: Callable[[Any], list[float]], report: Callable[[str], object]
+def measure_backends(
+    backends: Iterable[Named], request: Any, measure: Callable[[Any], list[float]], report: Callable[[str], object]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """What ``measure`` says of every layout that takes ``request``, and its ValueError for those that are refused."""
+    """What ``measure`` says of every backend that takes ``request``, and its ValueError for those that are refused."""
     times: dict[str, list[float]] = {}
     refused: dict[str, str] = {}
-    for layout in layouts:
-        if layout.supports(request) is not None:
+    for backend in backends:
+        if backend.supports(request) is not None:
             continue
         try:
-            times[layout.name] = measure(layout)
-            report(f"  {layout.name:24}" + "".join(f"{us:10.1f}" for us in times[layout.name]))
-        except ValueError as error:  # a layout that errs, or does not run, here
-            refused[layout.name] = str(error)
-            report(f"  {layout.name:24} {error}")
+            times[backend.name] = measure(backend)
+            report(f"  {backend.name:24}" + "".join(f"{us:10.1f}" for us in times[backend.name]))
+        except ValueError as error:  # a backend that errs, or does not run, here
+            refused[backend.name] = str(error)
+            report(f"  {backend.name:24} {error}")
     return times, refused
 
 

@@ -358,12 +358,12 @@ def test_one_kernel_for_a_whole_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
     No further from float32, token for token, than twice the two products that it stands for.
     """
-    layout = CutlassNvfp4Experts
+    backend = CutlassNvfp4Experts
     folders = [export(model_dir(tiny("qwen3_moe", seed=seed)), "NVFP4_DEFAULT_CFG") for seed in (0, 7)]
     two_products = [expert_layers(build(folder, dtype=torch.bfloat16)[0]) for folder in folders]
     monkeypatch.setitem(sys.modules, "flashinfer.fused_moe", fused_kernel.module())
-    monkeypatch.setattr(layout, "supports", lambda *_: None)
-    monkeypatch.setenv(env.EXPERTS.variable, layout.name)
+    monkeypatch.setattr(backend, "supports", lambda *_: None)
+    monkeypatch.setenv(env.EXPERTS.variable, backend.name)
     model, _ = build(folders[0], dtype=torch.bfloat16)
     names = {name for name, _ in model.named_parameters()}
     for folder, others in zip(folders, two_products, strict=True):
@@ -373,7 +373,7 @@ def test_one_kernel_for_a_whole_layer(monkeypatch: pytest.MonkeyPatch) -> None:
             load(model, read_checkpoint(folder))
         assert {name for name, _ in model.named_parameters()} == names
         for name, layer in expert_layers(model).items():
-            assert set(layer.quant_method.kernels.values()) == {layout.name}
+            assert set(layer.quant_method.kernels.values()) == {backend.name}
             x = layer_inputs(layer.hidden_size, torch.bfloat16)
             chosen, weights = routing(len(x))
             expected = reference_layer(folder, name)(x.float(), chosen, weights).double()

@@ -1,4 +1,4 @@
-"""Layouts of other packages' kernels, with a kernel in PyTorch in place of each: it checks its arguments with the package's own
+"""Backends of other packages' kernels, with a kernel in PyTorch in place of each: it checks its arguments with the package's own
 checks, reads scales and codes in the package's order, and computes in float64.
 """
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sglang_modelopt_ext.backends import packages, select, self_test
-from sglang_modelopt_ext.backends.base import BlockLayout, Layout, LinearRequest, ShardWeight, round_to_blocks
+from sglang_modelopt_ext.backends.base import Backend, BlockBackend, LinearRequest, ShardWeight, round_to_blocks
 from sglang_modelopt_ext.backends.linear.flashinfer import FlashInferFp4, FlashInferMxfp8, FlashInferSvdquant
 from sglang_modelopt_ext.backends.linear.humming import Humming, layer_config
 from sglang_modelopt_ext.backends.linear.weight_only import FlashInferWeightOnly, QuackWeightOnly
@@ -303,28 +303,28 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "asked"), CASES)
-def test_layouts_serve_what_they_say(layout: Layout, asked: LinearRequest) -> None:
-    assert layout.supports(asked) is None
-    self_test.check_layout(layout, asked, torch.device("cpu"))
+@pytest.mark.parametrize(("backend", "asked"), CASES)
+def test_backends_serve_what_they_say(backend: Backend, asked: LinearRequest) -> None:
+    assert backend.supports(asked) is None
+    self_test.check_backend(backend, asked, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(("layout", "asked"), CASES)
-def test_without_the_package(layout: Layout, asked: LinearRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("backend", "asked"), CASES)
+def test_without_the_package(backend: Backend, asked: LinearRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is a reason at dispatch, and where the package is there but does not load, one at the check."""
     fields = {name: getattr(asked, name) for name in asked.__dataclass_fields__}
-    assert "is not installed" in str(layout.supports(LinearRequest(**fields | {"packages": {}})))
+    assert "is not installed" in str(backend.supports(LinearRequest(**fields | {"packages": {}})))
     other = dict.fromkeys(packages.VERSIONS, "9.9")
-    assert "not 9.9" in str(layout.supports(LinearRequest(**fields | {"packages": other})))
+    assert "not 9.9" in str(backend.supports(LinearRequest(**fields | {"packages": other})))
     monkeypatch.setitem(sys.modules, "flashinfer", None)
     monkeypatch.setitem(sys.modules, "quack.gemm_w4", None)
     monkeypatch.setitem(sys.modules, "humming.transform", None)
     with pytest.raises(ValueError, match="does not run on cpu: import of"):
-        self_test.check_layout(layout, asked, torch.device("cpu"))
+        self_test.check_backend(backend, asked, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
-    ("layout", "asked", "reason"),
+    ("backend", "asked", "reason"),
     [
         (FlashInferFp4(), asked_for("NVFP4", capability=90), "is for SM100"),
         (FlashInferFp4(), asked_for("MXFP4", capability=120), "is for SM100, SM103"),
@@ -353,12 +353,12 @@ def test_without_the_package(layout: Layout, asked: LinearRequest, monkeypatch: 
         (Humming(), asked_for("W4A8_MXFP4_FP8", capability=90, k=96), "K in 128s"),
     ],
 )
-def test_reasons(layout: Layout, asked: LinearRequest, reason: str) -> None:
-    assert reason in str(layout.supports(asked))
+def test_reasons(backend: Backend, asked: LinearRequest, reason: str) -> None:
+    assert reason in str(backend.supports(asked))
 
 
-def blocks(layout: BlockLayout, asked: LinearRequest, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
-    return round_to_blocks(asked.scheme.activation, x, None, scale, layout.swizzles(x.shape[0]))
+def blocks(backend: BlockBackend, asked: LinearRequest, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
+    return round_to_blocks(asked.scheme.activation, x, None, scale, backend.swizzles(x.shape[0]))
 
 
 def shards(weight: str, rows: Sequence[int], k: int, one_scale: bool) -> list[ShardWeight]:
@@ -375,44 +375,44 @@ def shards(weight: str, rows: Sequence[int], k: int, one_scale: bool) -> list[Sh
             part = {name: t[start : start + count] if t.dim() else t for name, t in together.items()}
             stored.append(part)
             start += count
-    for tensors, count in zip(stored, rows, strict=True):  # read by the layout with a low-rank branch, and by it alone
+    for tensors, count in zip(stored, rows, strict=True):  # read by the backend with a low-rank branch, and by it alone
         tensors[LORA_B] = torch.randn(count, 32, generator=generator).to(torch.bfloat16)
     return [ShardWeight(form, tensors) for tensors in stored]
 
 
-@pytest.mark.parametrize(("layout", "asked"), CASES)
-def test_fused_shards(layout: Layout, asked: LinearRequest) -> None:
+@pytest.mark.parametrize(("backend", "asked"), CASES)
+def test_fused_shards(backend: Backend, asked: LinearRequest) -> None:
     """Merged where they have one global scale, and refused where they do not."""
     parts = shards(asked.scheme.weight.name, (128, 64), 256, one_scale=True)
-    prepared = layout.prepare(parts)
+    prepared = backend.prepare(parts)
     decoded = [part.decode() for part in parts]
     expected = torch.cat([part.unit.double() * part.out_scale.double() for part in decoded])
     x = torch.randn(5, 256, generator=torch.Generator().manual_seed(4)).to(torch.bfloat16).float()
     bias = torch.randn(192, generator=torch.Generator().manual_seed(5))
-    if isinstance(layout, BlockLayout):
+    if isinstance(backend, BlockBackend):
         activation = asked.scheme.activation
         assert activation is not None
         scale = torch.tensor(0.002) if activation.tensors else None
-        y = layout.matmul_blocks(prepared, blocks(layout, asked, x, scale), bias, torch.bfloat16)
+        y = backend.matmul_blocks(prepared, blocks(backend, asked, x, scale), bias, torch.bfloat16)
         values, row_scale = activation.quantize(x, scale)
         x = values if row_scale is None else values * row_scale
     else:
-        operand = layout.operand(asked)
+        operand = backend.operand(asked)
         x = x.to(operand).float()
-        y = layout.matmul(prepared, x.to(operand), None, bias, torch.bfloat16)
+        y = backend.matmul(prepared, x.to(operand), None, bias, torch.bfloat16)
     right = x.double() @ expected.T + bias.double()
     assert y.dtype == torch.bfloat16
     assert float((y.double() - right).norm() / right.norm()) < 2**-8  # two roundings to bf16
     if "weight_scale_2" in parts[0].tensors:
         with pytest.raises(ValueError, match="one global scale"):
-            layout.prepare(shards(asked.scheme.weight.name, (128, 64), 256, one_scale=False))
+            backend.prepare(shards(asked.scheme.weight.name, (128, 64), 256, one_scale=False))
 
 
-@pytest.mark.parametrize("layout", [layout for layout, _ in CASES])
-def test_shards_apart_may_be_too_uneven(layout: Layout) -> None:
-    weight = {FlashInferMxfp8: "mxfp8", Humming: "mxfp4"}.get(type(layout), "nvfp4")  # type: ignore[call-overload]
+@pytest.mark.parametrize("backend", [backend for backend, _ in CASES])
+def test_shards_apart_may_be_too_uneven(backend: Backend) -> None:
+    weight = {FlashInferMxfp8: "mxfp8", Humming: "mxfp4"}.get(type(backend), "nvfp4")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="rows of shards"):
-        layout.prepare(shards(weight, (44,), 256, one_scale=True))
+        backend.prepare(shards(weight, (44,), 256, one_scale=True))
 
 
 @pytest.mark.parametrize(
@@ -431,23 +431,23 @@ def test_what_humming_holds(lowest: int, highest: int, reason: str | None) -> No
     exponents = torch.linspace(lowest, highest, 16).round().to(torch.uint8).repeat(8, 1)
     codes[:, 16:32], exponents[:, 1] = 0x80, 0
     shard = ShardWeight(WEIGHT_FORMATS["mxfp4"], {"weight": codes, "weight_scale": exponents})
-    layout = Humming()
+    backend = Humming()
     if reason is not None:
         with pytest.raises(ValueError, match=reason):
-            layout.prepare([shard])
+            backend.prepare([shard])
         return
-    prepared = layout.prepare([shard])
+    prepared = backend.prepare([shard])
     x = torch.eye(512)[::37].to(torch.float8_e4m3fn)
-    y = layout.matmul(prepared, x, None, None, torch.bfloat16)
+    y = backend.matmul(prepared, x, None, None, torch.bfloat16)
     assert torch.equal(y.float(), shard.decode().unit.T[::37].to(torch.bfloat16).float())
 
 
 @pytest.mark.parametrize("algo", ["NVFP4", "NVFP4_AWQ", "MXFP8"])
 def test_a_layer_through_them(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole product, smoothing and rounding included, equals the recipe's."""
-    layout = FlashInferMxfp8() if algo == "MXFP8" else FlashInferFp4()
-    monkeypatch.setattr(select, "LAYOUTS", (layout,))
-    monkeypatch.setattr(type(layout), "supports", lambda *_: None)
+    backend = FlashInferMxfp8() if algo == "MXFP8" else FlashInferFp4()
+    monkeypatch.setattr(select, "BACKENDS", (backend,))
+    monkeypatch.setattr(type(backend), "supports", lambda *_: None)
     asked = asked_for(algo)
     scheme = LayerScheme(algo, asked.scheme.weight, asked.scheme.activation, smoothing=algo == "NVFP4_AWQ")
     generator = torch.Generator().manual_seed(7)
@@ -464,7 +464,7 @@ def test_a_layer_through_them(algo: str, monkeypatch: pytest.MonkeyPatch) -> Non
     product.prepare(layer, [stored], 128, 256)
     y = product.apply(layer, x)
     right = naive_linear(wide, scheme.weight.decode(stored), scheme.activation, scale)
-    assert product.layout is layout
+    assert product.backend is backend
     assert y.dtype == torch.bfloat16
     assert float((y.double() - right).norm() / right.norm()) < 2**-9
 
@@ -472,7 +472,7 @@ def test_a_layer_through_them(algo: str, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.mark.parametrize("shared", [True, False])
 def test_a_low_rank_layer(shared: bool) -> None:
     """Fused shards with factors of their own; with input scales of their own, too, they are computed apart."""
-    layout = FlashInferSvdquant()
+    backend = FlashInferSvdquant()
     scheme = dataclasses.replace(asked_for("NVFP4_SVD", low_rank=32).scheme, smoothing=True)
     parts, smoothing = [], torch.rand(256) + 0.5
     for index, part in enumerate(shards("nvfp4", (128, 64), 256, one_scale=True)):
@@ -480,7 +480,7 @@ def test_a_low_rank_layer(shared: bool) -> None:
         input_scale = torch.tensor(0.002 if shared else 0.002 * (index + 1))
         parts.append({**part.tensors, LORA_A: factor, "input_scale": input_scale, "pre_quant_scale": smoothing})
     product, module_ = LinearProduct(scheme, "folder", "layer"), torch.nn.Module()
-    product.prepare(module_, parts, 192, 256, layouts=[layout])
+    product.prepare(module_, parts, 192, 256, backends=[backend])
     assert len(product.groups) == (1 if shared else 2)
     assert not [name for name, _ in module_.named_parameters() if LORA_B in name], "one copy of each factor"
     x, bias = torch.randn(5, 256).to(torch.bfloat16), torch.randn(192).to(torch.bfloat16)
@@ -498,33 +498,35 @@ def test_a_low_rank_layer(shared: bool) -> None:
     assert float(((y.double() - right).norm(dim=1) / right.norm(dim=1)).max()) < 2**-8
     parts[0][LORA_B] = parts[0][LORA_B].float() * 1.001
     with pytest.raises(ModelOptExtError, match="svdquant_lora_b is not exact in bf16"):
-        LinearProduct(scheme, "folder", "layer").prepare(torch.nn.Module(), parts, 192, 256, layouts=[layout])
+        LinearProduct(scheme, "folder", "layer").prepare(torch.nn.Module(), parts, 192, 256, backends=[backend])
 
 
 def test_no_tokens() -> None:
-    for layout, asked in CASES:
-        prepared = layout.prepare(shards(asked.scheme.weight.name, (128,), 256, one_scale=True))
-        if isinstance(layout, BlockLayout):
+    for backend, asked in CASES:
+        prepared = backend.prepare(shards(asked.scheme.weight.name, (128,), 256, one_scale=True))
+        if isinstance(backend, BlockBackend):
             scale = torch.tensor(0.5) if asked.scheme.activation and asked.scheme.activation.tensors else None
-            y = layout.matmul_blocks(prepared, blocks(layout, asked, torch.zeros(0, 256), scale), None, torch.bfloat16)
+            y = backend.matmul_blocks(
+                prepared, blocks(backend, asked, torch.zeros(0, 256), scale), None, torch.bfloat16
+            )
         else:
-            y = layout.matmul(prepared, torch.zeros(0, 256).to(layout.operand(asked)), None, None, torch.bfloat16)
+            y = backend.matmul(prepared, torch.zeros(0, 256).to(backend.operand(asked)), None, None, torch.bfloat16)
         assert y.shape == (0, 128)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("layout", "asked"), CASES)
-def test_on_a_gpu(layout: Layout, asked: LinearRequest) -> None:
+@pytest.mark.parametrize(("backend", "asked"), CASES)
+def test_on_a_gpu(backend: Backend, asked: LinearRequest) -> None:
     """The package's own kernel, eagerly and in a captured graph, where package and GPU are there."""
     product = LinearProduct(asked.scheme, "folder", "layer", dtype=asked.dtype)
     device = torch.device("cuda")
     here = product.request(device, 1024, 2048)
-    reason = layout.supports(dataclasses.replace(here, scheme=asked.scheme))
+    reason = backend.supports(dataclasses.replace(here, scheme=asked.scheme))
     if reason is not None:
-        pytest.skip(f"{layout.name} {reason}")
+        pytest.skip(f"{backend.name} {reason}")
     module = torch.nn.Module()
     stored = random_shard(asked.scheme, here.n, here.k, asked.dtype, device)
-    product.prepare(module, [stored], here.n, here.k, layouts=[layout])
+    product.prepare(module, [stored], here.n, here.k, backends=[backend])
     for m in (1, 7, 64, 300):
         x = torch.randn(m, here.k, generator=torch.Generator().manual_seed(m)).to(asked.dtype)
         target = x.to(device)
@@ -543,7 +545,7 @@ def test_on_a_gpu(layout: Layout, asked: LinearRequest) -> None:
         replayed.fill_(float("nan"))
         graph.replay()
         again = product.apply(module, target)
-        if isinstance(layout, Humming):
+        if isinstance(backend, Humming):
             # Its blocks add their parts in the order in which they finish: one rounding to bf16 apart, seen on an H100.
             assert float((replayed.double() - again.double()).norm() / again.double().norm()) < 2**-8
         else:

@@ -12,7 +12,7 @@ from sglang_modelopt_ext.backends.linear.fp4 import BlackwellFp4, MmaFp4
 from sglang_modelopt_ext.backends.linear.mxfp4_blackwell import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.backends.linear.mxfp4_hopper import FoldedMxfp4
 from sglang_modelopt_ext.backends.packages import VERSIONS
-from sglang_modelopt_ext.backends.select import LAYOUTS, candidates, served_scheme
+from sglang_modelopt_ext.backends.select import BACKENDS, candidates, served_scheme
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
@@ -59,11 +59,11 @@ def request(algo: str, capability: int | None = 90, weight: str | None = None, *
 def test_calibrated_mxfp4_has_the_kernels_of_the_preset(capability: int | None) -> None:
     """All of them take static FP8 activations as they take those scaled by token."""
     asked = request("W4A8_MXFP4_FP8", capability)
-    by_token = [layout.name for layout in candidates(asked, "layer")]
+    by_token = [backend.name for backend in candidates(asked, "layer")]
     static = SCHEMES["W4A8_MXFP4_FP8"].activation_format(["input_scale"])
     asked = dataclasses.replace(asked, scheme=dataclasses.replace(asked.scheme, activation=static))
     assert asked.scheme.describe() == "W4A8_MXFP4_FP8 (weights mxfp4, activations fp8_static)"
-    assert [layout.name for layout in candidates(asked, "layer")] == by_token
+    assert [backend.name for backend in candidates(asked, "layer")] == by_token
 
 
 def test_every_algorithm_is_expected_somewhere() -> None:
@@ -91,8 +91,8 @@ def test_on_a_gpu(algo: str, capability: int) -> None:
 def test_with_the_packages_of_sglang(algo: str, capability: int) -> None:
     """FlashInfer comes first on Blackwell, where nothing of ours has run; on SM90 nothing comes before what is measured."""
     weight = SCHEMES[algo].weights[0]
-    names = [layout.name for layout in candidates(request(algo, capability, weight, packages=VERSIONS), "layer")]
-    ours = [layout.name for layout in candidates(request(algo, capability, weight), "layer")]
+    names = [backend.name for backend in candidates(request(algo, capability, weight, packages=VERSIONS), "layer")]
+    ours = [backend.name for backend in candidates(request(algo, capability, weight), "layer")]
     expected = None
     if capability >= 100:
         mxfp4 = "flashinfer_mm_fp4" if capability < 110 else None
@@ -109,7 +109,7 @@ def test_with_the_packages_of_sglang(algo: str, capability: int) -> None:
 
 @pytest.mark.parametrize("algo", EXPECTED)
 def test_on_a_cpu(algo: str) -> None:
-    names = [layout.name for layout in candidates(request(algo, None), "layer")]
+    names = [backend.name for backend in candidates(request(algo, None), "layer")]
     assert names == [FP32]
 
 
@@ -174,35 +174,35 @@ def test_fp4_activations(monkeypatch: pytest.MonkeyPatch, setting: str, capabili
     ("exponents", "holds"),
     [((117, 117), (True, True)), ((1, 1), (True, False)), ((100, 201), (False, True)), ((1, 202), (False, False))],
 )
-def test_a_layout_may_refuse_by_values(exponents: tuple[int, int], holds: tuple[bool, bool]) -> None:
-    """MXFP8 scales of a row too far apart for its own layout, and those that are not exact in bf16, go to the next one."""
+def test_a_backend_may_refuse_by_values(exponents: tuple[int, int], holds: tuple[bool, bool]) -> None:
+    """MXFP8 scales of a row too far apart for its own backend, and those that are not exact in bf16, go to the next one."""
     scheme = request("MXFP8", 80).scheme
     codes = torch.arange(128, dtype=torch.uint8).clamp(max=126).view(torch.float8_e4m3fn).repeat(2, 1)
     stored = {"weight": codes, "weight_scale": torch.tensor([exponents * 2] * 2, dtype=torch.uint8)}
-    layouts = candidates(request("MXFP8", 80), "layer")
-    assert [layout.name for layout in layouts] == [BYTE, BF16, FP32]
+    backends = candidates(request("MXFP8", 80), "layer")
+    assert [backend.name for backend in backends] == [BYTE, BF16, FP32]
     expected = scheme.weight.decode(stored).unit
-    for layout, held in zip(layouts, (*holds, True), strict=True):
+    for backend, held in zip(backends, (*holds, True), strict=True):
         if held:
-            prepared = layout.prepare([ShardWeight(scheme.weight, stored)])
-            rows = layout.rows(prepared, torch.arange(2))
+            prepared = backend.prepare([ShardWeight(scheme.weight, stored)])
+            rows = backend.rows(prepared, torch.arange(2))
             assert torch.equal(rows, expected)
         else:
             with pytest.raises(ValueError, match=r"not exact in torch|span 2\^"):
-                layout.prepare([ShardWeight(scheme.weight, stored)])
+                backend.prepare([ShardWeight(scheme.weight, stored)])
 
 
 def test_shards_apart_may_be_too_uneven() -> None:
     """A fused layer fits, but not a shard of it that has an input scale of its own."""
-    layout = candidates(request("FP8", n=48), "layer")[0]
-    assert layout.name == FP8
+    backend = candidates(request("FP8", n=48), "layer")[0]
+    assert backend.name == FP8
     stored = WEIGHT_FORMATS["fp8"].quantize(torch.randn(24, 256))
     with pytest.raises(ValueError, match=r"^24 rows of shards"):
-        layout.prepare([ShardWeight(WEIGHT_FORMATS["fp8"], stored)])
+        backend.prepare([ShardWeight(WEIGHT_FORMATS["fp8"], stored)])
 
 
 def test_operands_hold_the_activations() -> None:
-    # SM110 rounds FP4 activations and has no layout that reads their codes.
+    # SM110 rounds FP4 activations and has no backend that reads their codes.
     operand = {algo: candidates(request(algo, 110), "layer")[0].operand(request(algo, 110)) for algo in EXPECTED}
     older = request("W4A8_NVFP4_FP8", 80)
     assert candidates(older, "layer")[0].operand(older) == operand["NVFP4"] == torch.float16
@@ -233,7 +233,7 @@ def test_an_override(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_fold_and_what_is_left_to_take_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """MXFP4 x FP8 is folded before Blackwell; the block-scaled product comes next, for rows that E4M3 cannot hold."""
     folded = "triton_mxfp4_folded"
-    names = [layout.name for layout in candidates(request("W4A8_MXFP4_FP8", 90), "layer")]
+    names = [backend.name for backend in candidates(request("W4A8_MXFP4_FP8", 90), "layer")]
     assert names[:2] == [folded, BLOCK]
     monkeypatch.setenv(GEMM.variable, f"{folded},{BLOCK}")
     for algo, capability, first in (
@@ -246,8 +246,8 @@ def test_the_fold_and_what_is_left_to_take_its_rows(monkeypatch: pytest.MonkeyPa
         assert candidates(request(algo, capability), "layer")[0].name == first
 
 
-def test_mxfp4_layouts_keep_the_weight() -> None:
-    """Two shards through ``prepare``: what each layout keeps is the stored weight, in its order."""
+def test_mxfp4_backends_keep_the_weight() -> None:
+    """Two shards through ``prepare``: what each backend keeps is the stored weight, in its order."""
     weight = WEIGHT_FORMATS["mxfp4"]
     generator = torch.Generator().manual_seed(0)
     stored = [weight.quantize(torch.randn(n, 128, generator=generator) * n) for n in (16, 8)]
@@ -261,8 +261,8 @@ def test_mxfp4_layouts_keep_the_weight() -> None:
     assert torch.equal(weight.decode({"weight": plain["codes"], "weight_scale": scale}).unit, expected)
     assert torch.equal(paired["codes"], pair_blocks(plain["codes"]))
     assert torch.equal(paired["block_scale"], scale)
-    for layout, block_scale in ((BlackwellFp4(), plain["block_scale"]), (MmaFp4(), scale)):
-        fp4 = layout.prepare(shards)
+    for backend, block_scale in ((BlackwellFp4(), plain["block_scale"]), (MmaFp4(), scale)):
+        fp4 = backend.prepare(shards)
         assert torch.equal(fp4["codes"], plain["codes"])
         assert torch.equal(fp4["block_scale"], block_scale)
         assert bool((fp4["out_scale"] == 1).all())
@@ -278,10 +278,10 @@ def test_weights_keep_their_stored_size(algo: str, capability: int, vocabulary: 
         asked = request(algo, capability, name, n=sum(sizes), k=1024, vocabulary=vocabulary)
         generator = torch.Generator().manual_seed(0)
         stored = [weight.quantize(torch.randn(n, 1024, generator=generator)) for n in sizes]
-        layout = candidates(asked, "layer")[0]
-        prepared = layout.prepare([ShardWeight(weight, shard) for shard in stored])
+        backend = candidates(asked, "layer")[0]
+        prepared = backend.prepare([ShardWeight(weight, shard) for shard in stored])
         held = sum(tensor.nbytes for tensor in prepared.values())
-        assert held <= 1.03 * sum(tensor.nbytes for shard in stored for tensor in shard.values()), layout.name
+        assert held <= 1.03 * sum(tensor.nbytes for shard in stored for tensor in shard.values()), backend.name
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -292,12 +292,12 @@ def test_rows_of_a_vocabulary(algo: str, capability: int) -> None:
         weight = WEIGHT_FORMATS[name]
         stored = weight.quantize(torch.randn(192, 256, generator=torch.Generator().manual_seed(0)))
         asked = request(algo, capability, name, n=192, k=256, vocabulary=True)
-        layout = candidates(asked, "layer")[0]
-        assert layout.name in (BLOCK, FP8, BYTE)
-        prepared = layout.prepare([ShardWeight(weight, stored)])
+        backend = candidates(asked, "layer")[0]
+        assert backend.name in (BLOCK, FP8, BYTE)
+        prepared = backend.prepare([ShardWeight(weight, stored)])
         expected = weight.decode(stored).dequantize()
         for indices in (torch.tensor([[191, 0, 7], [130, 64, 7]]), torch.zeros(0, dtype=torch.int64)):
-            rows = layout.rows(prepared, indices)
+            rows = backend.rows(prepared, indices)
             assert rows.dtype == torch.float32
             torch.testing.assert_close(rows, expected[indices], rtol=2.0**-22, atol=0)
 
@@ -320,4 +320,4 @@ def test_every_reason_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     object.__setattr__(impossible, "device", "xpu")
     with pytest.raises(ModelOptExtError) as caught:
         candidates(impossible, "layer")
-    assert all(layout.name in str(caught.value) for layout in LAYOUTS)
+    assert all(backend.name in str(caught.value) for backend in BACKENDS)

@@ -16,7 +16,7 @@ from sglang_modelopt_ext.backends import self_test
 from sglang_modelopt_ext.backends.base import ShardWeight
 from sglang_modelopt_ext.backends.experts.base import ExpertRequest, Routing
 from sglang_modelopt_ext.backends.experts.grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
-from sglang_modelopt_ext.backends.select import EXPERT_LAYOUTS, expert_candidates, served_scheme
+from sglang_modelopt_ext.backends.select import EXPERT_BACKENDS, expert_candidates, served_scheme
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -46,16 +46,16 @@ def test_on_a_gpu(algo: str, weight: str, capability: int) -> None:
 def test_calibrated_mxfp4_has_the_kernels_of_the_preset(capability: int | None) -> None:
     """All of them take static FP8 activations as they take those scaled by token."""
     asked = request("W4A8_MXFP4_FP8", capability)
-    by_token = [layout.name for layout in expert_candidates(asked, "experts")]
+    by_token = [backend.name for backend in expert_candidates(asked, "experts")]
     static = SCHEMES["W4A8_MXFP4_FP8"].activation_format(["input_scale"])
     asked = dataclasses.replace(asked, scheme=dataclasses.replace(asked.scheme, activation=static))
     assert asked.scheme.describe() == "W4A8_MXFP4_FP8 (weights mxfp4, activations fp8_static)"
-    assert [layout.name for layout in expert_candidates(asked, "experts")] == by_token
+    assert [backend.name for backend in expert_candidates(asked, "experts")] == by_token
 
 
 @pytest.mark.parametrize(("algo", "weight"), ROWS)
 def test_on_a_cpu(algo: str, weight: str) -> None:
-    assert [layout.name for layout in expert_candidates(request(algo, None, weight), "experts")] == [
+    assert [backend.name for backend in expert_candidates(request(algo, None, weight), "experts")] == [
         "experts_reference"
     ]
 
@@ -78,9 +78,9 @@ def test_on_a_cpu(algo: str, weight: str) -> None:
 )
 def test_operands_hold_the_activations(algo: str, fields: dict[str, object], operand: torch.dtype) -> None:
     asked = request(algo, **fields)  # type: ignore[arg-type]
-    layout = expert_candidates(asked, "experts")[0]
-    assert layout.name == GROUPED
-    assert layout.operand(asked) == operand
+    backend = expert_candidates(asked, "experts")[0]
+    assert backend.name == GROUPED
+    assert backend.operand(asked) == operand
 
 
 def test_what_does_not_fit_falls_back_or_is_refused() -> None:
@@ -96,11 +96,11 @@ def test_what_does_not_fit_falls_back_or_is_refused() -> None:
     ):
         with pytest.raises(ModelOptExtError, match=reason) as caught:
             expert_candidates(asked, "experts")
-        assert all(layout.name in str(caught.value) for layout in EXPERT_LAYOUTS)
+        assert all(backend.name in str(caught.value) for backend in EXPERT_BACKENDS)
 
 
-def test_a_layout_may_refuse_by_values() -> None:
-    """MXFP4 whose exponents do not fit the packed form goes to the next layout, which keeps the same weight."""
+def test_a_backend_may_refuse_by_values() -> None:
+    """MXFP4 whose exponents do not fit the packed form goes to the next backend, which keeps the same weight."""
     number = WEIGHT_FORMATS["mxfp4"]
     stored = {"weight": torch.full((4, 32), 0x21, dtype=torch.uint8)}
     stored["weight_scale"] = torch.tensor([[127, 90]], dtype=torch.uint8).repeat(4, 1)
@@ -113,23 +113,23 @@ def test_a_layout_may_refuse_by_values() -> None:
 
 
 def interpreted(tokens: tuple[int, ...]) -> list[list[str]]:
-    """Every scheme through the check that a layout passes on the device at hand, in Triton's interpreter, and what failed."""
+    """Every scheme through the check that a backend passes on the device at hand, in Triton's interpreter, and what failed."""
     self_test.EXPERT_TOKENS, self_test.N, self_test.K = tokens, 72, 256
     failed = []
     for algo, weight in ROWS:
         for capability in (90, 100):
             asked = request(algo, capability, weight, dtype=torch.float32 if algo == "FP8" else torch.bfloat16)
-            for layout in expert_candidates(asked, "experts"):
+            for backend in expert_candidates(asked, "experts"):
                 try:
-                    self_test.check_expert_layout(layout, asked, torch.device("cpu"))
+                    self_test.check_expert_backend(backend, asked, torch.device("cpu"))
                 except ValueError as error:
-                    failed.append([algo, layout.name, str(error)])
+                    failed.append([algo, backend.name, str(error)])
     # One sorting serves both products of a layer.
-    layout, number = GroupedDecoded(), WEIGHT_FORMATS["fp8"]
-    prepared = layout.prepare([[ShardWeight(number, number.quantize(torch.randn(32, 32)))]] * 3)
+    backend, number = GroupedDecoded(), WEIGHT_FORMATS["fp8"]
+    prepared = backend.prepare([[ShardWeight(number, number.quantize(torch.randn(32, 32)))]] * 3)
     routing = Routing(torch.tensor([0, 2, -1, 1], dtype=torch.int32), 2)
     for rows in (2, 4):
-        layout.matmul(prepared, torch.zeros(rows, 32, dtype=torch.float16), None, routing, torch.float32)
+        backend.matmul(prepared, torch.zeros(rows, 32, dtype=torch.float16), None, routing, torch.float32)
     if len(routing.derived) != 1:
         failed.append(["routing", str(len(routing.derived)), "sortings"])
     return failed

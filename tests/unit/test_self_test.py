@@ -102,7 +102,7 @@ def request(algo: str, weight: str) -> LinearRequest:
 @pytest.mark.parametrize(("algo", "weight"), [(row.algo, weight) for row in SCHEMES.values() for weight in row.weights])
 def test_what_serves_passes(algo: str, weight: str) -> None:
     asked = request(algo, weight)
-    self_test.check_layout(select.candidates(asked, "layer")[0], asked, torch.device("cpu"))
+    self_test.check_backend(select.candidates(asked, "layer")[0], asked, torch.device("cpu"))
     assert len(self_test._passed) == 1
 
 
@@ -110,26 +110,26 @@ BYTES = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "W8A8_SQ_PER_
 
 
 def check_bytes(wrong: bool) -> list[str]:
-    """What the check says of the 8-bit layout for every recipe, in the interpreter; ``wrong`` turns the sign of its last row."""
-    layout, found = EightBit(), []
+    """What the check says of the 8-bit backend for every recipe, in the interpreter; ``wrong`` turns the sign of its last row."""
+    backend, found = EightBit(), []
     if wrong:
-        prepare = layout.prepare
+        prepare = backend.prepare
 
         def negated(shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
             prepared = prepare(shards)
             prepared["out_scale"][-1] *= -1
             return prepared
 
-        layout.prepare = negated  # type: ignore[method-assign]
+        backend.prepare = negated  # type: ignore[method-assign]
     self_test.TOKENS = (1, 24)
     for algo in BYTES:
         for dtype in (torch.bfloat16, torch.float16):
             asked = dataclasses.replace(
                 request(algo, SCHEMES[algo].weights[0]), device="cuda", capability=80, dtype=dtype
             )
-            assert layout.supports(asked) is None
+            assert backend.supports(asked) is None
             try:
-                self_test.check_layout(layout, asked, torch.device("cpu"))
+                self_test.check_backend(backend, asked, torch.device("cpu"))
                 found.append("right")
             except ValueError as error:
                 found.append(str(error))
@@ -154,7 +154,7 @@ def test_defaults_of_the_caller_do_not_matter() -> None:
     torch.set_default_dtype(torch.float16)
     try:
         with torch.device("meta"):
-            self_test.check_layout(Dense(torch.float32, ("cpu",)), asked, torch.device("cpu"))
+            self_test.check_backend(Dense(torch.float32, ("cpu",)), asked, torch.device("cpu"))
     finally:
         torch.set_default_dtype(previous)
 
@@ -162,7 +162,7 @@ def test_defaults_of_the_caller_do_not_matter() -> None:
 @pytest.mark.parametrize("factor", [1.02, 0.98, float("nan"), float("inf"), -1.0])
 def test_what_is_wrong_does_not(factor: float) -> None:
     with pytest.raises(ValueError, match=r"is wrong on cpu: relative error .* with 300 tokens"):
-        self_test.check_layout(Wrong(factor), request("FP8", "fp8"), torch.device("cpu"))
+        self_test.check_backend(Wrong(factor), request("FP8", "fp8"), torch.device("cpu"))
     assert not self_test._passed
 
 
@@ -175,13 +175,13 @@ class Tail(Dense):
 
 
 def test_the_check_ends_within_a_tile_where_the_layer_does() -> None:
-    layout, asked, device = Tail(torch.float32, ("cpu",)), request("NVFP4", "nvfp4"), torch.device("cpu")
-    self_test.check_layout(layout, asked, device)
+    backend, asked, device = Tail(torch.float32, ("cpu",)), request("NVFP4", "nvfp4"), torch.device("cpu")
+    self_test.check_backend(backend, asked, device)
     for k in (1376, 2880, 336):
         with pytest.raises(ValueError, match="is wrong on cpu"):
-            self_test.check_layout(layout, dataclasses.replace(asked, k=k), device)
+            self_test.check_backend(backend, dataclasses.replace(asked, k=k), device)
     assert len(self_test._passed) == 1
-    self_test.check_layout(Dense(torch.float32, ("cpu",)), dataclasses.replace(asked, k=336), device)
+    self_test.check_backend(Dense(torch.float32, ("cpu",)), dataclasses.replace(asked, k=336), device)
     assert len(self_test._passed) == 2
 
 
@@ -190,14 +190,14 @@ def test_what_reads_codes(algo: str, weight: str) -> None:
     """It gets activations in its own format, and what it makes of them is held to that format's numbers."""
     asked = dataclasses.replace(request(algo, weight), dtype=torch.bfloat16)
     assert Blocks(False).supports(asked) is None
-    self_test.check_layout(Blocks(False), asked, torch.device("cpu"))
+    self_test.check_backend(Blocks(False), asked, torch.device("cpu"))
     with pytest.raises(ValueError, match="is wrong on cpu"):
-        self_test.check_layout(Blocks(True), asked, torch.device("cpu"))
+        self_test.check_backend(Blocks(True), asked, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("algo", ["NVFP4_AWQ", "NVFP4_SVD", "MXFP4"])
-def test_a_layer_whose_layout_reads_codes(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two shards with scales of their own, smoothing, bias and low rank, against the reference layout's result."""
+def test_a_layer_whose_backend_reads_codes(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two shards with scales of their own, smoothing, bias and low rank, against the reference backend's result."""
     generator = torch.Generator().manual_seed(0)
     scheme = SCHEMES[algo]
     smoothing, rank = algo != "MXFP4", 4 if algo == "NVFP4_SVD" else 0
@@ -214,12 +214,12 @@ def test_a_layer_whose_layout_reads_codes(algo: str, monkeypatch: pytest.MonkeyP
         shards.append(shard)
     x, bias = torch.randn(5, 96, generator=generator).bfloat16(), torch.randn(64, generator=generator).bfloat16()
     results = []
-    for layout in (Blocks(False), Dense(torch.float32, ("cpu",))):
-        monkeypatch.setattr(select, "LAYOUTS", (layout,))
+    for backend in (Blocks(False), Dense(torch.float32, ("cpu",))):
+        monkeypatch.setattr(select, "BACKENDS", (backend,))
         product, module = LinearProduct(layer, "folder", "layer"), torch.nn.Module()
         product.prepare(module, shards, 64, 96)
         results.append(product.apply(module, x, bias).double())
-        assert product.layout is layout
+        assert product.backend is backend
     error = (results[0] - results[1]).norm(dim=1) / results[1].norm(dim=1)
     assert float(error.max()) < 2**-8  # each rounded to bf16 once
 
@@ -227,7 +227,7 @@ def test_a_layer_whose_layout_reads_codes(algo: str, monkeypatch: pytest.MonkeyP
 @pytest.mark.parametrize(("algo", "weight"), [("NVFP4", "nvfp4"), ("W4A8_MXFP4_FP8", "mxfp4"), ("MXFP8", "mxfp8")])
 def test_small_outputs_count(algo: str, weight: str) -> None:
     with pytest.raises(ValueError, match=r"is wrong on cpu: relative error 1 with 24 tokens"):
-        self_test.check_layout(Flushed(torch.float32, ("cpu",)), request(algo, weight), torch.device("cpu"))
+        self_test.check_backend(Flushed(torch.float32, ("cpu",)), request(algo, weight), torch.device("cpu"))
 
 
 def test_block_scales_of_every_size() -> None:
@@ -239,20 +239,20 @@ def test_block_scales_of_every_size() -> None:
             seen.append(shards[0].tensors["weight_scale"].float())
             return super().prepare(shards)
 
-    self_test.check_layout(Looking(torch.float32, ("cpu",)), request("NVFP4", "nvfp4"), torch.device("cpu"))
+    self_test.check_backend(Looking(torch.float32, ("cpu",)), request("NVFP4", "nvfp4"), torch.device("cpu"))
     assert float(seen[0].min()) < 2.0**-6 < 2.0**4 < float(seen[0].max())
 
 
-def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_next_backend_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     right = Dense(torch.float32, ("cpu",))
     stored = WEIGHT_FORMATS["fp8"].quantize(torch.randn(64, 256))
     product = LinearProduct(request("FP8", "fp8").scheme, "folder", "layer", dtype=torch.float32)
     stored["input_scale"] = torch.tensor(0.1)
-    monkeypatch.setattr(select, "LAYOUTS", (Wrong(2.0), right))
+    monkeypatch.setattr(select, "BACKENDS", (Wrong(2.0), right))
     product.prepare(torch.nn.Module(), [stored], 64, 256)
-    assert product.layout is right
+    assert product.backend is right
     assert ["passed over wrong: is wrong on cpu" in message for message in caplog.messages] == [True]
-    monkeypatch.setattr(select, "LAYOUTS", (Wrong(2.0), Broken(torch.float32, ("cpu",))))
+    monkeypatch.setattr(select, "BACKENDS", (Wrong(2.0), Broken(torch.float32, ("cpu",))))
     other = LinearProduct(request("FP8", "fp8").scheme, "folder", "layer", dtype=torch.float32)
     with pytest.raises(
         ModelOptExtError, match=r"wrong: is wrong on cpu.*; dense_float32: does not run on cpu: no kernel image"
@@ -260,10 +260,10 @@ def test_the_next_layout_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
         other.prepare(torch.nn.Module(), [stored], 64, 256)
 
 
-def test_a_lack_of_memory_is_no_fault_of_a_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lack_of_memory_is_no_fault_of_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise ranks would serve one layer by different kernels, by what each had free."""
     stored = WEIGHT_FORMATS["fp8"].quantize(torch.randn(64, 256)) | {"input_scale": torch.tensor(0.1)}
-    monkeypatch.setattr(select, "LAYOUTS", (Full(), Dense(torch.float32, ("cpu",))))
+    monkeypatch.setattr(select, "BACKENDS", (Full(), Dense(torch.float32, ("cpu",))))
     product = LinearProduct(request("FP8", "fp8").scheme, "folder", "layer", dtype=torch.float32)
     with pytest.raises(torch.OutOfMemoryError):
         product.prepare(torch.nn.Module(), [stored], 64, 256)
@@ -277,7 +277,7 @@ def expert_request(algo: str, weight: str) -> ExpertRequest:
 @pytest.mark.parametrize(("algo", "weight"), [(row.algo, weight) for row in SCHEMES.values() for weight in row.weights])
 def test_what_serves_experts_passes(algo: str, weight: str) -> None:
     asked = expert_request(algo, weight)
-    self_test.check_expert_layout(select.expert_candidates(asked, "layer")[0], asked, torch.device("cpu"))
+    self_test.check_expert_backend(select.expert_candidates(asked, "layer")[0], asked, torch.device("cpu"))
     assert len(self_test._passed) == 1
 
 
@@ -303,19 +303,19 @@ class WrongExperts(ReferenceExperts):
 @pytest.mark.parametrize("fault", ["last expert", "no expert", "shared rows"])
 def test_what_is_wrong_for_some_experts_does_not(fault: str) -> None:
     with pytest.raises(ValueError, match="is wrong on cpu: relative error"):
-        self_test.check_expert_layout(WrongExperts(fault), expert_request("FP8", "fp8"), torch.device("cpu"))
+        self_test.check_expert_backend(WrongExperts(fault), expert_request("FP8", "fp8"), torch.device("cpu"))
     assert not self_test._passed
 
 
-def test_the_next_layout_serves_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_backend_serves_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     right = ReferenceExperts()
     stored = WEIGHT_FORMATS["fp8"].quantize(torch.randn(64, 256)) | {"input_scale": torch.tensor(0.1)}
-    for layouts, served in (((WrongExperts("no expert"), right), True), ((WrongExperts("no expert"),), False)):
-        monkeypatch.setattr(select, "EXPERT_LAYOUTS", layouts)
+    for backends, served in (((WrongExperts("no expert"), right), True), ((WrongExperts("no expert"),), False)):
+        monkeypatch.setattr(select, "EXPERT_BACKENDS", backends)
         product = ExpertProduct(expert_request("FP8", "fp8").scheme, "folder", "experts.w2", dtype=torch.float32)
         if served:
             product.prepare(torch.nn.Module(), "w2", [[stored], [stored]], 64, 256, 1)
-            assert product.layout is right
+            assert product.backend is right
         else:
             with pytest.raises(ModelOptExtError, match=r"experts\.w2\.weight: expected .* got wrong_experts: is wrong"):
                 product.prepare(torch.nn.Module(), "w2", [[stored], [stored]], 64, 256, 1)
@@ -334,16 +334,16 @@ def test_a_racing_kernel_does_not_get_a_layer(sizes: tuple[int, int], monkeypatc
 
     layer = LayerScheme("W4A8_NVFP4_FP8", WEIGHT_FORMATS["nvfp4_w4a8"], SCHEMES["W4A8_NVFP4_FP8"].activation_format())
     asked, device = LinearRequest(layer, "cuda", 90, *sizes), torch.device("cuda", 0)
-    self_test.check_layout(BlockScaled(), asked, device)
+    self_test.check_backend(BlockScaled(), asked, device)
     self_test._passed.clear()
     monkeypatch.setattr(launch, "needs_drain", lambda x: False)
     with pytest.raises(ValueError, match="was compiled to a race"):
-        self_test.check_layout(BlockScaled(), asked, device)
+        self_test.check_backend(BlockScaled(), asked, device)
     monkeypatch.setattr(tile, "checked", lambda compiled: None)
     found = 0
     for _ in range(20):
         try:
-            self_test.check_layout(BlockScaled(), asked, device)
+            self_test.check_backend(BlockScaled(), asked, device)
         except ValueError as error:
             found += "races on" in str(error) or "is wrong on" in str(error)
     assert found == 20

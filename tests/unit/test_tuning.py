@@ -58,7 +58,7 @@ FIRST, SECOND = Renamed("first"), Renamed("second")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(select, "LAYOUTS", (FIRST, SECOND))
+    monkeypatch.setattr(select, "BACKENDS", (FIRST, SECOND))
     timings._table.cache_clear()
     self_test._passed.clear()
     yield
@@ -83,10 +83,10 @@ def in_turn(*times: float) -> tuple[Callable[[Callable[[int], object]], float], 
     return timer, said
 
 
-def measured(checkpoint: Checkpoint, *times: float, layouts: tuple[Dense, ...] = (FIRST, SECOND)) -> TuningFile:
+def measured(checkpoint: Checkpoint, *times: float, backends: tuple[Dense, ...] = (FIRST, SECOND)) -> TuningFile:
     timer, _ = in_turn(*times)
     return tuning.tune(
-        checkpoint.folder, tokens=TOKENS, device="cpu", timer=timer, layouts=layouts, report=lambda _: None
+        checkpoint.folder, tokens=TOKENS, device="cpu", timer=timer, backends=backends, report=lambda _: None
     )
 
 
@@ -95,7 +95,7 @@ def choice(checkpoint: Checkpoint, layer: tuning.Layer) -> str:
     product = LinearProduct(layer.scheme, checkpoint.folder, layer.name, dtype=tuning.model_dtype(checkpoint))
     stored = tuning.random_shard(layer.scheme, layer.n, layer.k, product.dtype, torch.device("cpu"))
     product.prepare(torch.nn.Module(), [stored], layer.n, layer.k)
-    return product.layout.name
+    return product.backend.name
 
 
 def test_the_loop(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_every_layer_of_a_model(checkpoint: Checkpoint) -> None:
             tuning.layers_of(checkpoint, tp_size)
 
 
-def test_a_wrong_layout_is_not_timed(checkpoint: Checkpoint) -> None:
+def test_a_wrong_backend_is_not_timed(checkpoint: Checkpoint) -> None:
     wrong, late = Renamed("wrong", 1.1), WrongInItsSize("late")
     timer, said = in_turn(5.0)
     content = tuning.tune(
@@ -153,7 +153,7 @@ def test_a_wrong_layout_is_not_timed(checkpoint: Checkpoint) -> None:
         tokens=TOKENS,
         device="cpu",
         timer=timer,
-        layouts=(wrong, late, SECOND),
+        backends=(wrong, late, SECOND),
         report=lambda _: None,
     )
     for result in content.results:
@@ -185,7 +185,7 @@ def a_file(us: dict[str, list[float]], **fields: object) -> TuningFile:
 def test_the_same_file_gives_the_same_order(
     tmp_path_factory: pytest.TempPathFactory, times: dict[str, list[float]], order: object
 ) -> None:
-    """Whatever the order of its entries; and every layout of the built-in order is in it once."""
+    """Whatever the order of its entries; and every backend of the built-in order is in it once."""
     names = list(times)
     order.shuffle(names)  # type: ignore[attr-defined]
     choices = []
@@ -194,7 +194,7 @@ def test_the_same_file_gives_the_same_order(
         timings.write(path, a_file(us))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(TUNING.variable, str(path))
-            choices.append([layout.name for layout in select.candidates(asked(), "layer")])
+            choices.append([backend.name for backend in select.candidates(asked(), "layer")])
     assert choices[0] == choices[1]
     assert sorted(choices[0]) == ["first", "second"]
     if times.keys() >= {"first", "second"} and times["second"] < times["first"]:
@@ -331,4 +331,4 @@ def test_on_a_gpu(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     kind = tuning.layers_of(read_checkpoint(folder))[0]
     product = LinearProduct(kind.scheme, folder, kind.name)
     request = product.request(torch.device("cuda"), kind.n, kind.k)
-    assert next(layout.name for layout in select.candidates(request, "layer")) == timings.ranking(request)[0]
+    assert next(backend.name for backend in select.candidates(request, "layer")) == timings.ranking(request)[0]

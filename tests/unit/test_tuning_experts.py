@@ -42,7 +42,7 @@ FIRST, SECOND, WRONG = Renamed("first"), Renamed("second"), Renamed("wrong", 1.1
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(select, "EXPERT_LAYOUTS", (FIRST, SECOND))
+    monkeypatch.setattr(select, "EXPERT_BACKENDS", (FIRST, SECOND))
     timings._table.cache_clear()
     self_test._passed.clear()
     yield
@@ -67,15 +67,15 @@ def timer_of(*times: float) -> Callable[[Callable[[int], object]], float]:
 
 
 def measured(
-    checkpoint: Checkpoint, *times: float, layouts: tuple[Renamed, ...] = (FIRST, SECOND)
+    checkpoint: Checkpoint, *times: float, backends: tuple[Renamed, ...] = (FIRST, SECOND)
 ) -> timings.TuningFile:
     return tuning.tune(
         checkpoint.folder,
         tokens=TOKENS,
         device="cpu",
         timer=timer_of(*times),
-        layouts=(),
-        expert_layouts=layouts,
+        backends=(),
+        expert_backends=backends,
         report=lambda _: None,
     )
 
@@ -118,8 +118,8 @@ def test_from_a_file_to_the_choice(checkpoint: Checkpoint, tmp_path: Path, monke
     assert choices() == ["first", "first"], "what the user names is not reordered"
 
 
-def test_a_layout_that_errs_is_not_timed(checkpoint: Checkpoint) -> None:
-    content = measured(checkpoint, 1.0, layouts=(WRONG, FIRST))
+def test_a_backend_that_errs_is_not_timed(checkpoint: Checkpoint) -> None:
+    content = measured(checkpoint, 1.0, backends=(WRONG, FIRST))
     for result in content.results:
         if result.layer.experts:
             assert list(result.us) == ["first"]

@@ -23,7 +23,7 @@ NO_EXPERT = -1
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertRequest(LinearRequest):
-    """What an expert layout may base its answer on: as for a linear layer, whose ``n`` and ``k`` are those of one expert.
+    """What an expert backend may base its answer on: as for a linear layer, whose ``n`` and ``k`` are those of one expert.
 
     Attributes:
         experts: how many experts this rank holds.
@@ -43,7 +43,7 @@ class Routing:
     Attributes:
         experts: int32 ``[R]``, ``R = tokens * top_k``: this rank's number of the expert, or :data:`NO_EXPERT`.
         top_k: rows for each token.
-        derived: what a layout works out of it (sorted rows, offsets) and wants to find again: the object is made once for
+        derived: what a backend works out of it (sorted rows, offsets) and wants to find again: the object is made once for
             each pass through a layer and given to all of its products.
     """
 
@@ -57,7 +57,7 @@ class Routing:
         return self.experts.shape[0]
 
 
-class ExpertLayout(ABC):
+class ExpertBackend(ABC):
     """A way to keep the weights of all experts of this rank, and the product that reads them."""
 
     name: str
@@ -82,7 +82,7 @@ class ExpertLayout(ABC):
             experts: for each expert its shards, one below the other (gate above up).
 
         Raises:
-            ValueError: the layout cannot hold them.
+            ValueError: the backend cannot hold them.
         """
 
     @abstractmethod
@@ -112,7 +112,7 @@ class ExpertLayout(ABC):
         """
 
 
-class ReferenceExperts(ExpertLayout):
+class ReferenceExperts(ExpertBackend):
     """Weights decoded to float32 once, one matrix product for each expert that has rows: the reference path, on a CPU."""
 
     name = "experts_reference"
@@ -142,7 +142,7 @@ class ReferenceExperts(ExpertLayout):
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """See :class:`ExpertLayout`."""
+        """See :class:`ExpertBackend`."""
         unit, out_scale = prepared["unit"], prepared["out_scale"]
         y = torch.zeros(routing.rows, unit.shape[1], dtype=torch.float32, device=values.device)
         shared = routing.top_k if values.shape[0] != routing.rows else 1

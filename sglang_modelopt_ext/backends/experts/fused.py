@@ -16,7 +16,7 @@ from sglang_modelopt_ext.backends.experts.base import ExpertRequest
 
 @dataclass(frozen=True)
 class FusedRequest:
-    """What such a layout may base its answer on.
+    """What such a backend may base its answer on.
 
     Attributes:
         gate_up, down: the two products.
@@ -60,7 +60,7 @@ class FusedExperts(ABC):
 
     @abstractmethod
     def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> dict[str, torch.Tensor]:
-        """The tensors kept. Raises ValueError when the layout cannot hold the weights or their scales."""
+        """The tensors kept. Raises ValueError when the backend cannot hold the weights or their scales."""
 
     @abstractmethod
     def run(

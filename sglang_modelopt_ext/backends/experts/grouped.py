@@ -14,7 +14,7 @@ from sglang_modelopt_ext.backends.base import (
     merge_blocks,
     merge_decoded,
 )
-from sglang_modelopt_ext.backends.experts.base import ExpertLayout, ExpertRequest, Routing
+from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
 from sglang_modelopt_kernels.moe import grouped
@@ -37,7 +37,7 @@ KINDS: dict[str, Kind] = {
 """How weights without 4-bit blocks are kept."""
 
 
-class GroupedExperts(ExpertLayout):
+class GroupedExperts(ExpertBackend):
     """A product of :mod:`sglang_modelopt_kernels.moe.grouped`."""
 
     def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> dict[str, torch.Tensor]:
@@ -46,7 +46,7 @@ class GroupedExperts(ExpertLayout):
 
     @abstractmethod
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
-        """The weight of one expert. Raises ValueError when the layout cannot hold it."""
+        """The weight of one expert. Raises ValueError when the backend cannot hold it."""
 
     def matmul(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import FP8_ACTIVATIONS, Layout, LinearRequest, ShardWeight, merge_blocks
+from sglang_modelopt_ext.backends.base import FP8_ACTIVATIONS, Backend, LinearRequest, ShardWeight, merge_blocks
 from sglang_modelopt_kernels.gemm.w4_decode import (
     block_scaled_linear,
     block_scaled_rows,
@@ -16,7 +16,7 @@ from sglang_modelopt_kernels.gemm.w4_decode import (
 )
 
 
-class BlockScaled(Layout):
+class BlockScaled(Backend):
     """4-bit codes decoded in registers: :mod:`sglang_modelopt_kernels.gemm.w4_decode`."""
 
     name = "triton_block_scaled"

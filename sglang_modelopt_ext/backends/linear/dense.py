@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Layout, LinearRequest, ShardWeight, merge_decoded
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, merge_decoded
 from sglang_modelopt_kernels.gemm.reference import dense_linear, prepare_dense
 
 
-class Dense(Layout):
+class Dense(Backend):
     """The reference path of :mod:`sglang_modelopt_kernels.gemm.reference`."""
 
     takes_vocabulary = True

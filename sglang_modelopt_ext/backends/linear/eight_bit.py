@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import FP8_ACTIVATIONS, Layout, LinearRequest, ShardWeight, merge_decoded
+from sglang_modelopt_ext.backends.base import FP8_ACTIVATIONS, Backend, LinearRequest, ShardWeight, merge_decoded
 from sglang_modelopt_kernels.gemm import w8_decode
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w8_decode import MOST_INPUTS_INT8, ByteWeight
@@ -23,7 +23,7 @@ KINDS: dict[str, Kind] = {
 """How each weight format is kept."""
 
 
-class EightBit(Layout):
+class EightBit(Backend):
     """8-bit codes as stored, decoded in registers, or INT8 times INT8: :mod:`sglang_modelopt_kernels.gemm.w8_decode`."""
 
     name = "triton_eight_bit"

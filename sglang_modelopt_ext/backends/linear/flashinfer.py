@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import BlockLayout, LinearRequest, ShardWeight, one_scale
+from sglang_modelopt_ext.backends.base import BlockBackend, LinearRequest, ShardWeight, one_scale
 from sglang_modelopt_ext.backends.packages import package_objection
 from sglang_modelopt_ext.schemes.base import LORA_B
 from sglang_modelopt_kernels.formats.base import BlockActivation
@@ -46,7 +46,7 @@ def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return y if bias is None else (y.to(torch.float32) + bias.to(torch.float32)).to(y.dtype)
 
 
-class FlashInferFp4(BlockLayout):
+class FlashInferFp4(BlockBackend):
     """FP4 weights and activations in FP4 matrix instructions: ``flashinfer.mm_fp4``.
 
     NVFP4 goes to its CUTLASS kernels, MXFP4 to its CuTe-DSL ones, the only ones for MXFP4 that plan nothing for each number of
@@ -220,7 +220,7 @@ def _(
     return down.new_empty((x.shape[0], codes.shape[0]))
 
 
-class FlashInferMxfp8(BlockLayout):
+class FlashInferMxfp8(BlockBackend):
     """MXFP8 weights and activations in block-scaled FP8 matrix instructions: ``flashinfer.mm_mxfp8``, its CUTLASS kernels."""
 
     name = "flashinfer_mm_mxfp8"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import BlockLayout, LinearRequest, ShardWeight
+from sglang_modelopt_ext.backends.base import BlockBackend, LinearRequest, ShardWeight
 from sglang_modelopt_kernels.formats import e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens, takes_tiles
@@ -17,7 +17,7 @@ from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 _ACTIVATION_OF = {"nvfp4": "nvfp4_dynamic", "mxfp4": "mxfp4_dynamic"}
 
 
-class Fp4(BlockLayout):
+class Fp4(BlockBackend):
     """Weights as stored times activations of the same format: :mod:`sglang_modelopt_kernels.gemm.fp4_blackwell`."""
 
     architectures: tuple[str, ...]

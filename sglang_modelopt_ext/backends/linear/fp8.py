@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Layout, LinearRequest, ShardWeight, fp8_objection, merge_decoded
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, merge_decoded
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w8_decode import rows_of, whole
 
 
-class Fp8(Layout):
+class Fp8(Backend):
     """FP8 weights and activations in FP8 matrix instructions: :mod:`sglang_modelopt_kernels.gemm.fp8`."""
 
     name = "fp8_scaled_mm"

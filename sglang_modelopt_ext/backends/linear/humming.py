@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Layout, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
 from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, stored
 from sglang_modelopt_ext.backends.packages import package_objection
 
@@ -21,7 +21,7 @@ LOWEST = 8
 LOCKS = 1024
 
 
-class Humming(Layout):
+class Humming(Backend):
     """MXFP4 weights as E4M3 in registers, in FP8 matrix instructions: ``humming.forward.humming_forward``.
 
     humming rounds codes of rows whose exponents differ by more than SPAN; such weights are refused here.

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Layout, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
 from sglang_modelopt_kernels.formats import ue8m0
 from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import mxfp4_linear, pair_blocks
@@ -14,7 +14,7 @@ from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.linear import CONFIGS
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 
-class Mxfp4(Layout):
+class Mxfp4(Backend):
     """MXFP4 weights with FP8 activations in block-scaled instructions: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell`."""
 
     architectures: tuple[str, ...]

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Layout, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear
 
 
-class FoldedMxfp4(Layout):
+class FoldedMxfp4(Backend):
     """MXFP4 weights made E4M3 numbers in registers: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper`."""
 
     name = "triton_mxfp4_folded"

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Layout, LinearRequest, ShardWeight, one_scale
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, one_scale
 from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, flashinfer_objection, stored
 from sglang_modelopt_ext.backends.packages import package_objection
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
@@ -40,7 +40,7 @@ def blocks_of_16(shards: Sequence[ShardWeight]) -> tuple[torch.Tensor, torch.Ten
     return codes, repeated.view(torch.float8_e4m3fn).contiguous()
 
 
-class FlashInferWeightOnly(Layout):
+class FlashInferWeightOnly(Backend):
     """``flashinfer.mm_bf16_fp4``, its CuTe-DSL kernel for SM100 and SM103.
 
     Its kernel for SM120 multiplies in float16, which does not hold every bf16 activation, and is not used.
@@ -104,7 +104,7 @@ def _(x: torch.Tensor, codes: torch.Tensor, block_scale: torch.Tensor, alpha: to
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
-class QuackWeightOnly(Layout):
+class QuackWeightOnly(Backend):
     """``quack.gemm_w4.gemm_w4a16`` on SM90, format ``nvfp4``."""
 
     name = "quack_w4a16"

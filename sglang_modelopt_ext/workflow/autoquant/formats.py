@@ -193,5 +193,5 @@ def serving(candidate: Candidate, layer: Layer, gpu: str, dtype: torch.dtype) ->
     scheme = served_scheme(candidate.scheme, device, capability)
     math_ = w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
     request = LinearRequest(scheme, device, capability, layer.n, layer.k, math_, dtype)
-    layouts = candidates(request, f"--formats: {candidate.name} on {gpu}, {layer.name}")
-    return [layout.name for layout in layouts], scheme.describe()
+    backends = candidates(request, f"--formats: {candidate.name} on {gpu}, {layer.name}")
+    return [backend.name for backend in backends], scheme.describe()

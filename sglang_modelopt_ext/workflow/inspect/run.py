@@ -397,7 +397,7 @@ def _layer_groups(
 
 
 def _kernel(linear: QuantizedLinear, target: Target, dtype: torch.dtype) -> tuple[str | None, dict[str, str]]:
-    """The layout that dispatch would try first, and those before it with their reasons."""
+    """The backend that dispatch would try first, and those before it with their reasons."""
     scheme = served_scheme(linear.scheme, target.device, target.capability)
     math = w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
     vocabulary = linear.name.rpartition(".")[2] in _VOCABULARY
