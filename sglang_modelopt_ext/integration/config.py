@@ -14,6 +14,7 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig, Quant
 from sglang_modelopt_ext.backends.select import rounds_fp4
 from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, ExpertLayer
 from sglang_modelopt_ext.checkpoint.kv_cache import STOCK_FLAGS
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.ownership import gpu_capability, owned_family
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
@@ -25,7 +26,6 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 from sglang_modelopt_ext.checkpoint.reader import (
     FUSED_SHARDS,
     Checkpoint,
-    QuantizedLinear,
     assumption,
     check_scalar_values,
     layer_scheme,

@@ -29,8 +29,9 @@ from sglang_modelopt_ext.backends.timings import (
     versions,
 )
 from sglang_modelopt_ext.checkpoint.experts import is_expert
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, canonical_name
-from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, Checkpoint, QuantizedLinear, assumption, read_checkpoint
+from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, Checkpoint, assumption, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.linear import LinearProduct

@@ -20,8 +20,9 @@ from sglang_modelopt_ext.backends.base import LinearRequest, ShardWeight, round_
 from sglang_modelopt_ext.backends.linear.block_scaled import BlockScaled
 from sglang_modelopt_ext.backends.linear.eight_bit import EightBit
 from sglang_modelopt_ext.backends.linear.fp4 import BlackwellFp4, MmaFp4
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
-from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, QuantizedLinear, read_checkpoint
+from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.layers.linear import LinearProduct, round_input

@@ -14,6 +14,7 @@ from sglang_modelopt_ext.backends.base import LinearRequest
 from sglang_modelopt_ext.backends.select import objections, rounds_fp4, served_scheme
 from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.ownership import decide
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
@@ -26,7 +27,6 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 )
 from sglang_modelopt_ext.checkpoint.reader import (
     Checkpoint,
-    QuantizedLinear,
     assumption,
     bits_per_weight,
     check_stored_values,

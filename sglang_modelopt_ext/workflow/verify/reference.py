@@ -20,8 +20,9 @@ from torch import nn
 from sglang_modelopt_ext.backends.base import ShardWeight
 from sglang_modelopt_ext.backends.select import served_scheme
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name, read_quant_config
-from sglang_modelopt_ext.checkpoint.reader import Checkpoint, QuantizedLinear, is_kv_cache_tensor, read_checkpoint
+from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_headers, read_tensors
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
