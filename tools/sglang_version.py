@@ -84,7 +84,7 @@ def list_broken(version: str) -> int:
         for note in pins(metadata.read_text(encoding="utf-8")):
             print(note)
         uses = (*contract.USES, *contract.of_hooks(all_hooks()))
-        broken = contract.check(uses, place / contract.ROOT)
+        broken = contract.check(uses, place / "sglang")
     for line in broken:
         print(line)
     print(f"SGLang {version}: {len(broken)} breaches of {len(uses)} rows")
