@@ -25,8 +25,8 @@ from pathlib import Path
 
 from sglang_modelopt_ext.integration import contract
 from sglang_modelopt_ext.integration.plugin import all_hooks
-from sglang_modelopt_ext.integration.versions import TESTED_SGLANG, installed_sglang
 from sglang_modelopt_ext.layouts import packages
+from sglang_modelopt_ext.schemes.versions import TESTED_SGLANG, installed_sglang
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (

@@ -24,8 +24,8 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.stock import MIX_ALGOS, NVFP4_ALGOS, stock_fault, stores_stock_scales
-from sglang_modelopt_ext.integration.versions import described_sglang
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
+from sglang_modelopt_ext.schemes.versions import described_sglang
 
 GENERIC_FLAG = "modelopt"
 """SGLang's flag for "whatever ModelOpt wrote"."""

@@ -7,7 +7,7 @@ import logging
 from sglang_modelopt_ext.env import ERROR_FILE
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.versions import TESTED_SGLANG, installed_sglang
+from sglang_modelopt_ext.schemes.versions import TESTED_SGLANG, installed_sglang
 
 logger = logging.getLogger(__name__)
 

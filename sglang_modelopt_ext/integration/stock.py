@@ -2,7 +2,7 @@
 
 Read from the sources of their wheels (``layers/quantization/modelopt_quant.py``, ``configs/model_config.py``,
 ``model_loader/weight_utils.py``, ``models/``). No SGLang is imported here. Where the two differ, the
-installed one counts (:func:`~sglang_modelopt_ext.integration.versions.described_sglang`).
+installed one counts (:func:`~sglang_modelopt_ext.schemes.versions.described_sglang`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QuantConfig
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object, tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, unmapped_in
-from sglang_modelopt_ext.integration.versions import described_sglang
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES
+from sglang_modelopt_ext.schemes.versions import described_sglang
 
 NVFP4_ALGOS = frozenset({"NVFP4", "W4A16_NVFP4"})
 """Without one of these in a mix, SGLang takes it for ``w4afp8``."""

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.env import ERROR_FILE
-from sglang_modelopt_ext.integration.versions import TESTED_SGLANG, described_sglang, installed_sglang
+from sglang_modelopt_ext.schemes.versions import TESTED_SGLANG, described_sglang, installed_sglang
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

@@ -19,8 +19,8 @@ pytest.importorskip("sglang")
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import processes
 from sglang_modelopt_ext.integration.ownership import decide
-from sglang_modelopt_ext.integration.versions import described_sglang
 from sglang_modelopt_ext.schemes.table import FAMILIES
+from sglang_modelopt_ext.schemes.versions import described_sglang
 from tests.support import decisions
 from tests.support.decisions import FLAGS, REFUSED, UNQUANTIZED, with_plugin, without_plugin
 from tests.support.pairs import EDITED, EXPORTS, PUBLISHED, Pair

@@ -11,7 +11,7 @@ pytest.importorskip("sglang")
 from sglang_modelopt_ext.checkpoint.names import EXPERT, FUSED_SHARDS, Exclusions
 from sglang_modelopt_ext.integration.stock import MIX_ALGOS, NVFP4_ALGOS
 from sglang_modelopt_ext.integration.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, unmapped_in
-from sglang_modelopt_ext.integration.versions import described_sglang
+from sglang_modelopt_ext.schemes.versions import described_sglang
 from tests.support.sglang_models import models_that_rename_block_scales, unmapped_layers
 
 
