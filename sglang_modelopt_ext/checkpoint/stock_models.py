@@ -1,6 +1,6 @@
-"""What the model classes of SGLang 0.5.23 lack for a mix of algorithms, by architecture.
+"""What the model classes of SGLang 0.5.22 and 0.5.23 lack for a mix of algorithms, by architecture.
 
-Read from its sources: ``tests/unit/test_stock_models.py`` reads them again and compares.
+Read from their sources: ``tests/unit/test_stock_models.py`` reads them again and compares.
 """
 
 from __future__ import annotations
@@ -159,7 +159,18 @@ UNMAPPED_LAYERS: dict[str, frozenset[str]] = {
     for name in names.split()
 }
 """Fused layers whose shards the class does not name in a ``packed_modules_mapping``, so that a mix that lists the shards does not
-reach them."""
+reach them. Of the newest tested version."""
+
+_UNMAPPED_BEFORE: dict[str, dict[str, frozenset[str]]] = {
+    "0.5.22": {"MiniCPMV4_6ForConditionalGeneration": frozenset({"qkv_proj", "gate_up_proj"})},
+}
+"""By older tested version, the classes that have got a mapping since."""
+
+
+def unmapped_in(version: str) -> dict[str, frozenset[str]]:
+    """Return :data:`UNMAPPED_LAYERS` as they are in a version of SGLang."""
+    return {**UNMAPPED_LAYERS, **_UNMAPPED_BEFORE.get(version, {})}
+
 
 MODELS_THAT_RENAME_BLOCK_SCALES = frozenset(
     {

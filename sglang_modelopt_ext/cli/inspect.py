@@ -69,7 +69,7 @@ class InspectResult(Result, frozen=True, kw_only=True):
         if serving.flags:
             ways = " or ".join(f"--quantization {flag}" for flag in serving.flags)
             lines.append(f"  {'to have it served by this package' if serving.owner == 'SGLang' else 'flags'}: {ways}")
-        lines += [f"  SGLang 0.5.23 alone, {algo}: {what}" for algo, what in serving.stock.items()]
+        lines += [f"  SGLang alone, {algo}: {what}" for algo, what in serving.stock.items()]
         reasons: dict[str, None] = {}
         for group in self.contents.layers:
             for name, reason in group.passed_over.items():

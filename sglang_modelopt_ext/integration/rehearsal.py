@@ -150,11 +150,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Whether a checkpoint loads, without its weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stock-kv-cache", action="store_true")
-    args, rest = parser.parse_known_args()
+    options, rest = parser.parse_known_args()
     # No GPU is touched, whatever the machine has; SGLang asks for these when it is imported.
     os.environ.update(SGLANG_USE_CPU_ENGINE="1", CUDA_VISIBLE_DEVICES="")
     try:
-        found = rehearse(args.folder, rest, args.stock_kv_cache)
+        found = rehearse(options.folder, rest, options.stock_kv_cache)
     except ModelOptExtError as error:
         found = {"model": None, "problems": [str(error)], "missing": [], "left_over": [], "left_out": 0}
     except (Exception, SystemExit) as error:  # SGLang's, of any kind: the caller says that nothing was checked
