@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
+from sglang_modelopt_kernels.gemm.w4_decode.packing import Kind
 
 KINDS: tuple[tuple[Kind, int], ...] = (
     ("e2m1_e4m3", 16),

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.aot_case import KINDS, Case
-from sglang_modelopt_kernels.gemm.tile import KernelConfig, matrix_instruction
+from sglang_modelopt_kernels.gemm.common import KernelConfig, matrix_instruction
 from sglang_modelopt_kernels.moe.combine.kernel import combine_kernel
 from sglang_modelopt_kernels.moe.grouped import launch as grouped
 from sglang_modelopt_kernels.moe.grouped.dense import launch as dense

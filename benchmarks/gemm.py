@@ -20,12 +20,12 @@ from triton.errors import TritonError
 
 from sglang_modelopt_kernels.formats import e2m1
 from sglang_modelopt_kernels.formats.base import BlockActivation, BlockWeight
-from sglang_modelopt_kernels.gemm.block_scaled import block_scaled_linear, naive_block_scaled_linear, pack
-from sglang_modelopt_kernels.gemm.eight_bit import eight_bit_linear, float_blocks, mxfp8, naive_eight_bit_linear, whole
-from sglang_modelopt_kernels.gemm.folded import fold, folded_linear
-from sglang_modelopt_kernels.gemm.fp4 import fp4_linear, naive_fp4_linear
-from sglang_modelopt_kernels.gemm.mxfp4 import mxfp4_linear, naive_mxfp4_linear, pair_blocks
-from sglang_modelopt_kernels.gemm.tcgen05 import takes_tiles
+from sglang_modelopt_kernels.gemm.blackwell_common import takes_tiles
+from sglang_modelopt_kernels.gemm.fp4_blackwell import fp4_linear, naive_fp4_linear
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import mxfp4_linear, naive_mxfp4_linear, pair_blocks
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold, folded_linear
+from sglang_modelopt_kernels.gemm.w4_decode import block_scaled_linear, naive_block_scaled_linear, pack
+from sglang_modelopt_kernels.gemm.w8_decode import eight_bit_linear, float_blocks, mxfp8, naive_eight_bit_linear, whole
 from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, naive_swizzle, naive_unswizzle, quantize_blocks
 from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
 from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
@@ -191,21 +191,21 @@ def fp4(kind: str) -> Product:
 
 def humming_weight(n: int, k: int) -> dict[str, Any]:
     """A random MXFP4 weight in humming's packing, by this package's adapter, and as stored. Raises ImportError without humming."""
-    from sglang_modelopt_ext.layouts.base import ShardWeight
-    from sglang_modelopt_ext.layouts.humming import Humming
+    from sglang_modelopt_ext.backends.base import ShardWeight
+    from sglang_modelopt_ext.backends.linear.humming import Humming
     from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 
     codes, scale = random_codes(n, k), random_scale("mxfp4", n, k)
     stored = ShardWeight(WEIGHT_FORMATS["mxfp4"], {"weight": codes, "weight_scale": scale})
     prepared = Humming().prepare([stored])
     sizes = {"codes": prepared["weight"], "scale": prepared["weight_scale"]}
-    return {"layout": Humming(), "prepared": prepared, "stored": (codes, scale), **sizes}
+    return {"backend": Humming(), "prepared": prepared, "stored": (codes, scale), **sizes}
 
 
 def quack_weight(n: int, k: int) -> dict[str, Any]:
     """A random NVFP4 weight in quack's packing, likewise, and as stored. Raises ImportError without quack."""
-    from sglang_modelopt_ext.layouts.base import ShardWeight
-    from sglang_modelopt_ext.layouts.weight_only import QuackWeightOnly
+    from sglang_modelopt_ext.backends.base import ShardWeight
+    from sglang_modelopt_ext.backends.linear.weight_only import QuackWeightOnly
     from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 
     codes, scale = random_codes(n, k), random_scale("nvfp4", n, k)
@@ -213,12 +213,12 @@ def quack_weight(n: int, k: int) -> dict[str, Any]:
     tensors = {"weight": codes, "weight_scale": scale, "weight_scale_2": one}
     prepared = QuackWeightOnly().prepare([ShardWeight(WEIGHT_FORMATS["nvfp4"], tensors)])
     sizes = {"codes": codes, "scale": scale}
-    return {"layout": QuackWeightOnly(), "prepared": prepared, "stored": (codes, scale), **sizes}
+    return {"backend": QuackWeightOnly(), "prepared": prepared, "stored": (codes, scale), **sizes}
 
 
 def run_package(x: torch.Tensor, weight: Mapping[str, Any], out_dtype: torch.dtype) -> torch.Tensor:
     """The product of another package, which rounds to bf16."""
-    y: torch.Tensor = weight["layout"].matmul(weight["prepared"], x, None, None, torch.bfloat16)
+    y: torch.Tensor = weight["backend"].matmul(weight["prepared"], x, None, None, torch.bfloat16)
     return y.to(out_dtype)
 
 

@@ -29,8 +29,8 @@ sys.path.append(str(ROOT / "examples" / "stdlib_lm"))
 
 from corpus import read_heldout  # noqa: E402 - found through the line above
 
-from sglang_modelopt_ext.workflow import modelopt_cpu  # noqa: E402
-from sglang_modelopt_ext.workflow.text import encode, load_tokenizer  # noqa: E402
+from sglang_modelopt_ext.workflow.common import modelopt_cpu  # noqa: E402
+from sglang_modelopt_ext.workflow.common.text import encode, load_tokenizer  # noqa: E402
 from tests.support.cache import one_thread  # noqa: E402
 from tests.support.kv_exports import PRESETS, UNQUANTIZED  # noqa: E402
 from tests.support.reference import Reference  # noqa: E402

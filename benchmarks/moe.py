@@ -18,8 +18,8 @@ import triton
 
 from benchmarks.gemm import median_us, read_bandwidth
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
-from sglang_modelopt_kernels.gemm.block_scaled import pack
-from sglang_modelopt_kernels.gemm.dense import prepare_dense
+from sglang_modelopt_kernels.gemm.reference import prepare_dense
+from sglang_modelopt_kernels.gemm.w4_decode import pack
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.combine import combine
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, unpack

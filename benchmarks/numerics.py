@@ -21,7 +21,7 @@ sys.path.append(str(ROOT / "examples" / "stdlib_lm"))
 
 from corpus import read_heldout  # noqa: E402 - found through the line above
 
-from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread  # noqa: E402
+from sglang_modelopt_ext.workflow.common.text import begin_token, encode, load_tokenizer, split_windows, spread  # noqa: E402
 from tests.support.exports import DEFAULT, Variant, export  # noqa: E402
 from tests.support.reference import Reference  # noqa: E402
 

@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.evaluate import Logprobs, describe, mean_divergence
-from sglang_modelopt_ext.workflow.server import ServerProcess
-from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread
+from sglang_modelopt_ext.workflow.common.text import begin_token, encode, load_tokenizer, split_windows, spread
+from sglang_modelopt_ext.workflow.evaluate.measure import Logprobs, describe, mean_divergence
+from sglang_modelopt_ext.workflow.server.process import ServerProcess
 
 
 @dataclass(frozen=True)

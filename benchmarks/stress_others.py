@@ -16,8 +16,8 @@ from sglang_modelopt_kernels.attention.store import store_kv, turn_queries
 from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
-from sglang_modelopt_kernels.gemm.block_scaled import pack
-from sglang_modelopt_kernels.gemm.dense import prepare_dense
+from sglang_modelopt_kernels.gemm.reference import prepare_dense
+from sglang_modelopt_kernels.gemm.w4_decode import pack
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.combine import combine
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, unpack

@@ -10,17 +10,17 @@ import torch
 
 from benchmarks.stress_case import Launch, StressCase
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
-from sglang_modelopt_kernels.gemm.block_scaled import launch as block_scaled
-from sglang_modelopt_kernels.gemm.block_scaled import pack, unpack
-from sglang_modelopt_kernels.gemm.eight_bit import eight_bit_linear, packing
-from sglang_modelopt_kernels.gemm.eight_bit import launch as eight_bit
-from sglang_modelopt_kernels.gemm.eight_bit.packing import ByteWeight
-from sglang_modelopt_kernels.gemm.eight_bit.packing import Kind as EightBitKind
-from sglang_modelopt_kernels.gemm.folded import fold
-from sglang_modelopt_kernels.gemm.folded import linear as folded
+from sglang_modelopt_kernels.gemm.common import KernelConfig, machine
+from sglang_modelopt_kernels.gemm.common.launch import Plan
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
-from sglang_modelopt_kernels.gemm.tile import KernelConfig, machine
-from sglang_modelopt_kernels.gemm.tile.launch import Plan
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import linear as folded
+from sglang_modelopt_kernels.gemm.w4_decode import launch as block_scaled
+from sglang_modelopt_kernels.gemm.w4_decode import pack, unpack
+from sglang_modelopt_kernels.gemm.w8_decode import eight_bit_linear, packing
+from sglang_modelopt_kernels.gemm.w8_decode import launch as eight_bit
+from sglang_modelopt_kernels.gemm.w8_decode.packing import ByteWeight
+from sglang_modelopt_kernels.gemm.w8_decode.packing import Kind as EightBitKind
 
 N = 4096
 FILLING = 3

@@ -26,15 +26,15 @@ from triton.errors import TritonError
 
 from benchmarks import gemm
 from benchmarks.workers import Workers
-from sglang_modelopt_kernels.gemm.block_scaled import launch as block_scaled
-from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_kernel
-from sglang_modelopt_kernels.gemm.block_scaled.packing import Kind
-from sglang_modelopt_kernels.gemm.folded import linear as folded
-from sglang_modelopt_kernels.gemm.folded.kernel import folded_kernel
-from sglang_modelopt_kernels.gemm.groups import config_for
-from sglang_modelopt_kernels.gemm.groups.kernel import group_scaled_kernel
-from sglang_modelopt_kernels.gemm.tile import KernelConfig, choose
-from sglang_modelopt_kernels.gemm.tile.launch import Plan
+from sglang_modelopt_kernels.gemm.common import KernelConfig, choose
+from sglang_modelopt_kernels.gemm.common.launch import Plan
+from sglang_modelopt_kernels.gemm.group_scaled import config_for
+from sglang_modelopt_kernels.gemm.group_scaled.kernel import group_scaled_kernel
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import linear as folded
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper.kernel import folded_kernel
+from sglang_modelopt_kernels.gemm.w4_decode import launch as block_scaled
+from sglang_modelopt_kernels.gemm.w4_decode.kernel import block_scaled_kernel
+from sglang_modelopt_kernels.gemm.w4_decode.packing import Kind
 from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
 
 SHAPES = ("28672,4096", "4096,14336")

@@ -24,8 +24,9 @@ from stdlib_lm.corpus import collect, read_heldout
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import W4A8
-from sglang_modelopt_ext.workflow.client import vocabulary_size
-from sglang_modelopt_ext.workflow.evaluate import (
+from sglang_modelopt_ext.workflow.common.source import find_model
+from sglang_modelopt_ext.workflow.common.text import begin_token, encode, load_tokenizer, split_windows, spread
+from sglang_modelopt_ext.workflow.evaluate.measure import (
     Logprobs,
     Plan,
     Row,
@@ -34,9 +35,8 @@ from sglang_modelopt_ext.workflow.evaluate import (
     measure,
     positions_within,
 )
-from sglang_modelopt_ext.workflow.server import ServerProcess, kill_session
-from sglang_modelopt_ext.workflow.source import find_model
-from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread
+from sglang_modelopt_ext.workflow.server.client import vocabulary_size
+from sglang_modelopt_ext.workflow.server.process import ServerProcess, kill_session
 
 HERE = Path(__file__).resolve().parent
 SHIPPED_MODEL = HERE / "stdlib_lm" / "model"

@@ -17,8 +17,8 @@ from demo import HERE, SHIPPED_MODEL, hardware, make_plan, quantize, versions, w
 
 from sglang_modelopt_ext.env import W4A8_MATH
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.evaluate import Logprobs, Plan, Row, measure
-from sglang_modelopt_ext.workflow.server import ServerProcess
+from sglang_modelopt_ext.workflow.evaluate.measure import Logprobs, Plan, Row, measure
+from sglang_modelopt_ext.workflow.server.process import ServerProcess
 
 OUTPUT = HERE.parent / "docs" / "quality.md"
 RECIPES = (

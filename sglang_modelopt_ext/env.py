@@ -76,8 +76,8 @@ TUNING = Setting(
     "TUNING",
     (),
     "",
-    "A file made by `python -m sglang_modelopt_ext.tune`: the layouts that take a layer are tried in the order of their measured "
-    "times. It must be of this GPU and these versions, else it is not used and the log says why.",
+    "A file made by `python -m sglang_modelopt_ext.tuning`: the backends that take a layer are tried in the order of their "
+    "measured times. It must be of this GPU and these versions, else it is not used and the log says why.",
 )
 ERROR_FILE = Setting(
     "ERROR_FILE",

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sglang_modelopt_ext.checkpoint.ownership import MXFP8, STOCK_MIXED_FLAG, STOCK_MXFP8_FLAG, decide
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QUANT_CONFIG_NAME
 from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME
-from sglang_modelopt_ext.integration.ownership import MXFP8, STOCK_MIXED_FLAG, STOCK_MXFP8_FLAG, decide
 from sglang_modelopt_ext.schemes.stock import LEFT_AND_RUN
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES, UMBRELLA
 

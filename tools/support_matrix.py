@@ -17,21 +17,21 @@ from pathlib import Path
 
 from evidence import RESULTS, CompiledFile, CompiledRow, Run, compile_status, read_compiled, read_served, run_status
 
-from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan
-from sglang_modelopt_ext.dispatch import (
-    EXPERT_LAYOUTS,
-    FUSED_LAYOUTS,
-    LAYOUTS,
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest
+from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest
+from sglang_modelopt_ext.backends.experts.fused import FusedExperts
+from sglang_modelopt_ext.backends.packages import VERSIONS
+from sglang_modelopt_ext.backends.select import (
+    BACKENDS,
+    EXPERT_BACKENDS,
+    FUSED_BACKENDS,
     candidates,
     expert_candidates,
     served_scheme,
 )
+from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.kv_cache import BACKENDS, is_stock
-from sglang_modelopt_ext.layouts.base import Layout, LinearRequest
-from sglang_modelopt_ext.layouts.moe import ExpertLayout, ExpertRequest
-from sglang_modelopt_ext.layouts.moe_fused import FusedExperts
-from sglang_modelopt_ext.layouts.packages import VERSIONS
+from sglang_modelopt_ext.integration.kv.hooks import ATTENTION_BACKENDS, is_stock
 from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -150,9 +150,9 @@ def read_evidence(folder: Path = RESULTS) -> Evidence:
 
 def choices(
     scheme: Scheme, capability: int | None, experts: bool
-) -> dict[str, tuple[Layout | ExpertLayout, LinearRequest] | None]:
-    """The layouts that serve an algorithm's weight formats, by name, with what they were asked; None where none does."""
-    found: dict[str, tuple[Layout | ExpertLayout, LinearRequest] | None] = {}
+) -> dict[str, tuple[Backend | ExpertBackend, LinearRequest] | None]:
+    """The backends that serve an algorithm's weight formats, by name, with what they were asked; None where none does."""
+    found: dict[str, tuple[Backend | ExpertBackend, LinearRequest] | None] = {}
     for weight in scheme.weights:
         low_rank = 32 if scheme.low_rank else 0  # ModelOpt's default
         layer = LayerScheme(scheme.algo, WEIGHT_FORMATS[weight], scheme.activation_format(), low_rank=low_rank)
@@ -165,16 +165,16 @@ def choices(
                 found.setdefault(of_experts.name, (of_experts, mixture))
             else:
                 request = LinearRequest(served, device, capability, 4096, 4096, packages=VERSIONS)
-                layout = candidates(request, "matrix")[0]
-                found.setdefault(layout.name, (layout, request))
+                backend = candidates(request, "matrix")[0]
+                found.setdefault(backend.name, (backend, request))
         except ModelOptExtError:
             found["none"] = None
     return found
 
 
-def is_foreign(layout: Layout | ExpertLayout, request: LinearRequest) -> bool:
-    """Whether another package multiplies: without any, the layout does not take what it takes with them."""
-    return isinstance(layout, Layout) and layout.supports(dataclasses.replace(request, packages={})) is not None
+def is_foreign(backend: Backend | ExpertBackend, request: LinearRequest) -> bool:
+    """Whether another package multiplies: without any, the backend does not take what it takes with them."""
+    return isinstance(backend, Backend) and backend.supports(dataclasses.replace(request, packages={})) is not None
 
 
 def kernel(scheme: Scheme, capability: int | None, evidence: Evidence, experts: bool = False) -> str:
@@ -195,20 +195,20 @@ def kernel(scheme: Scheme, capability: int | None, evidence: Evidence, experts: 
 
 
 def status(
-    layout: Layout | ExpertLayout,
+    backend: Backend | ExpertBackend,
     request: LinearRequest,
     capability: int | None,
     runs: Sequence[Run],
     evidence: Evidence,
 ) -> str:
-    """What is known of a layout on a target: ``run`` only by a row of a result file that names it."""
+    """What is known of a backend on a target: ``run`` only by a row of a result file that names it."""
     if capability is None:
         return "tested"
-    own = [run for run in runs if layout.name in run.backends]
+    own = [run for run in runs if backend.name in run.backends]
     if own:
         return run_status(own)
-    compiled = compile_status(evidence.compiled, layout.kernels, capability)
-    return compiled or ("not run" if is_foreign(layout, request) else "interpreted")
+    compiled = compile_status(evidence.compiled, backend.kernels, capability)
+    return compiled or ("not run" if is_foreign(backend, request) else "interpreted")
 
 
 def _other_backends(runs: Sequence[Run], how: str) -> list[str]:
@@ -223,10 +223,10 @@ def attention(recipe: KVRecipe, capability: int | None, evidence: Evidence) -> s
     """The cell for one recipe of the KV cache on one target."""
     device = "cpu" if capability is None else "cuda"
     if capability is None:
-        return f"`{BACKENDS[device]}`: tested"
+        return f"`{ATTENTION_BACKENDS[device]}`: tested"
     runs = evidence.of_cache(recipe.name, capability)
     stock = is_stock(KVCachePlan(recipe, ""), device)
-    owner = "*SGLang*" if stock else f"`{BACKENDS[device]}`"
+    owner = "*SGLang*" if stock else f"`{ATTENTION_BACKENDS[device]}`"
     if runs:
         return f"{owner}: {run_status(runs)}"
     if stock:
@@ -243,8 +243,8 @@ def render_experts(evidence: Evidence) -> str:
         if scheme.algo not in NOT_EXPORTED_FOR_EXPERTS:
             cells = [kernel(scheme, capability, evidence, experts=True) for capability in TARGETS.values()]
             lines.append("| " + " | ".join([f"`{scheme.algo}`", *cells]) + " |")
-    names = [f"| `{layout.name}` | {summary(layout)} |" for layout in EXPERT_LAYOUTS]
-    names += [f"| `{layout.name}`, by name | {summary(layout)} |" for layout in FUSED_LAYOUTS]
+    names = [f"| `{backend.name}` | {summary(backend)} |" for backend in EXPERT_BACKENDS]
+    names += [f"| `{backend.name}`, by name | {summary(backend)} |" for backend in FUSED_BACKENDS]
     return EXPERTS_HEAD + "\n".join(lines) + "\n" + EXPERTS_TAIL + "\n".join(names) + "\n"
 
 
@@ -329,9 +329,9 @@ def sources(evidence: Evidence) -> str:
     return "\n".join(f"- {line}" for line in lines)
 
 
-def summary(layout: Layout | ExpertLayout | FusedExperts) -> str:
-    """The first line of a layout's description."""
-    line = (inspect.getdoc(layout) or "").splitlines()[0].removesuffix(".")
+def summary(backend: Backend | ExpertBackend | FusedExperts) -> str:
+    """The first line of a backend's description."""
+    line = (inspect.getdoc(backend) or "").splitlines()[0].removesuffix(".")
     return re.sub(r":(?:mod|class|func):`([^`]+)`", r"`\1`", line).replace("``", "`")
 
 
@@ -364,7 +364,7 @@ def render(evidence: Evidence) -> str:
         "",
         "| name | what it is |",
         "|---|---|",
-        *(f"| `{layout.name}` | {summary(layout)} |" for layout in LAYOUTS),
+        *(f"| `{backend.name}` | {summary(backend)} |" for backend in BACKENDS),
     ]
     packages = ", ".join(f"{name} {version}" for name, version in VERSIONS.items())
     words = "\n".join(f"| {word} | {meaning} |" for word, meaning in WORDS.items())

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.names import EXPERT, canonical_name
+from sglang_modelopt_ext.checkpoint.tensors import StoredTensor
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
-
-if TYPE_CHECKING:
-    from sglang_modelopt_ext.checkpoint.reader import QuantizedLinear
-    from sglang_modelopt_ext.checkpoint.tensors import StoredTensor
 
 EXPERT_PROJECTIONS: tuple[tuple[str, str, str], ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Gate, up and down, in each naming scheme."""

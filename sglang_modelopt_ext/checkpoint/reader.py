@@ -15,6 +15,7 @@ import torch
 
 from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, is_expert, read_experts
 from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS as FUSED_SHARDS
 from sglang_modelopt_ext.checkpoint.names import canonical_name
 from sglang_modelopt_ext.checkpoint.quant_config import LayerQuantization, QuantConfig, read_quant_config, text_config
@@ -52,24 +53,6 @@ def standard_name(tensor: str) -> str:
         if tensor.endswith(alias):
             return tensor.removesuffix(alias) + name
     return tensor
-
-
-@dataclass(frozen=True)
-class QuantizedLinear:
-    """One quantized linear layer of a checkpoint.
-
-    Attributes:
-        name: its module name in the checkpoint.
-        scheme: how it is quantized.
-        n, k: output and input features.
-        stored: the tensors found for it, by spec name.
-    """
-
-    name: str
-    scheme: LayerScheme
-    n: int
-    k: int
-    stored: Mapping[str, StoredTensor]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,12 @@ from sglang_modelopt_ext.cli.serving import (
     server_arguments,
     text_windows,
 )
-from sglang_modelopt_ext.workflow.evaluate import assumptions, describe, folder_size
-from sglang_modelopt_ext.workflow.models import find_folder, served_dtype
-from sglang_modelopt_ext.workflow.plots import find_pyplot, plot_intervals
-from sglang_modelopt_ext.workflow.score import (
+from sglang_modelopt_ext.workflow.common.models import find_folder, served_dtype
+from sglang_modelopt_ext.workflow.common.table import format_bytes, format_columns
+from sglang_modelopt_ext.workflow.common.text import load_tokenizer
+from sglang_modelopt_ext.workflow.evaluate.measure import assumptions, describe, folder_size
+from sglang_modelopt_ext.workflow.evaluate.plots import find_pyplot, plot_intervals
+from sglang_modelopt_ext.workflow.evaluate.score import (
     Interval,
     Scores,
     check_same_tokens,
@@ -28,10 +30,8 @@ from sglang_modelopt_ext.workflow.score import (
     ratio_interval,
     score,
 )
-from sglang_modelopt_ext.workflow.server import ServerProcess
-from sglang_modelopt_ext.workflow.table import format_bytes, format_columns
-from sglang_modelopt_ext.workflow.tasks import TaskScore, find_lm_eval, run_tasks
-from sglang_modelopt_ext.workflow.text import load_tokenizer
+from sglang_modelopt_ext.workflow.evaluate.tasks import TaskScore, find_lm_eval, run_tasks
+from sglang_modelopt_ext.workflow.server.process import ServerProcess
 
 SAMPLES, SEQUENCE_LENGTH = 32, 512
 

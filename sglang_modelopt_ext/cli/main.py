@@ -12,7 +12,7 @@ from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.cli import auto_quantize, evaluate, inspect, quantize, serve, verify
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.interrupts import signals_interrupt
+from sglang_modelopt_ext.workflow.common.interrupts import signals_interrupt
 
 COMMANDS: tuple[Command, ...] = (
     quantize.COMMAND,

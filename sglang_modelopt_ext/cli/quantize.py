@@ -8,11 +8,11 @@ from pathlib import Path
 
 from sglang_modelopt_ext.cli.command import Command, Result
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow import calibration
-from sglang_modelopt_ext.workflow.listing import KVRow, RecipeRow, format_recipes, list_kv_caches, list_recipes
-from sglang_modelopt_ext.workflow.quantize import Options, quantize
-from sglang_modelopt_ext.workflow.recipes import ALGORITHMS, NONE, Changes
-from sglang_modelopt_ext.workflow.record import Record, Selection
+from sglang_modelopt_ext.workflow.quantize import calibration
+from sglang_modelopt_ext.workflow.quantize.listing import KVRow, RecipeRow, format_recipes, list_kv_caches, list_recipes
+from sglang_modelopt_ext.workflow.quantize.recipes import ALGORITHMS, NONE, Changes
+from sglang_modelopt_ext.workflow.quantize.record import Record, Selection
+from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
 
 
 class QuantizeResult(Result, frozen=True, kw_only=True, tag="quantized"):

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.calibration import read_documents
-from sglang_modelopt_ext.workflow.text import begin_token, builtin_texts, encode, split_windows, spread
+from sglang_modelopt_ext.workflow.common.text import begin_token, builtin_texts, encode, split_windows, spread
+from sglang_modelopt_ext.workflow.quantize.calibration import read_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

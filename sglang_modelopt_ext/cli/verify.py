@@ -13,13 +13,13 @@ from sglang_modelopt_ext.cli.serving import (
     server_arguments,
     text_windows,
 )
-from sglang_modelopt_ext.workflow.client import ServerClient
-from sglang_modelopt_ext.workflow.models import find_folder, served_dtype
-from sglang_modelopt_ext.workflow.server import ServerProcess
-from sglang_modelopt_ext.workflow.table import format_columns
-from sglang_modelopt_ext.workflow.target import find_target
-from sglang_modelopt_ext.workflow.text import load_tokenizer
-from sglang_modelopt_ext.workflow.verify import Difference, Served, Verification, ask_server, check_base, verify
+from sglang_modelopt_ext.workflow.common.models import find_folder, served_dtype
+from sglang_modelopt_ext.workflow.common.table import format_columns
+from sglang_modelopt_ext.workflow.common.target import find_target
+from sglang_modelopt_ext.workflow.common.text import load_tokenizer
+from sglang_modelopt_ext.workflow.server.client import ServerClient
+from sglang_modelopt_ext.workflow.server.process import ServerProcess
+from sglang_modelopt_ext.workflow.verify.run import Difference, Served, Verification, ask_server, check_base, verify
 
 SAMPLES, SEQUENCE_LENGTH = 16, 128
 

@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from sglang_modelopt_ext.backends.select import rounds_fp4
 from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, ExpertLayer
 from sglang_modelopt_ext.checkpoint.kv_cache import STOCK_FLAGS
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
+from sglang_modelopt_ext.checkpoint.ownership import gpu_capability, owned_family
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
     QUANT_CONFIG_NAME,
@@ -23,20 +26,17 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 from sglang_modelopt_ext.checkpoint.reader import (
     FUSED_SHARDS,
     Checkpoint,
-    QuantizedLinear,
     assumption,
     check_scalar_values,
     layer_scheme,
 )
 from sglang_modelopt_ext.checkpoint.unserved import read_for_serving
-from sglang_modelopt_ext.dispatch import rounds_fp4
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.folders import config_folder, weights_folder
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.ownership import gpu_capability, owned_family
-from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod
-from sglang_modelopt_ext.methods.moe import ExtFusedMoEMethod
+from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
+from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
 

@@ -22,9 +22,9 @@ from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import COMMON_BLOCK, MIXTRAL_BLOCK, ModelOptExtConfig
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.methods.linear import ModelOptExtLinearMethod, full_shard_sizes
-from sglang_modelopt_ext.methods.moe import GATE_UP, SHARDS, ExtFusedMoEMethod
-from sglang_modelopt_ext.methods.parameters import ExpertParameter
+from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod, full_shard_sizes
+from sglang_modelopt_ext.integration.moe_method import GATE_UP, SHARDS, ExtFusedMoEMethod
+from sglang_modelopt_ext.integration.parameters import ExpertParameter
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +133,7 @@ class StrictLoad:
                     self.checkpoint.folder, name, "a tensor found in the files' headers", "an unknown one"
                 )
             if is_kv_cache_tensor(name) or name in self.left_out:
-                continue  # the first are read by integration.kv_scales, where the cache is quantized
+                continue  # the first are read by integration.kv.scales, where the cache is quantized
             spec = self.checkpoint.spec_of(name)
             if spec is not None and self.has_values:
                 check_values(stored.file, name, tensor, spec.values)
@@ -318,7 +318,7 @@ def _expert_names(model: torch.nn.Module, checkpoint: Checkpoint) -> Callable[[s
 
 
 def _is_stock_kv_scale(modules: dict[str, torch.nn.Module], parameter: str) -> bool:
-    """Whether it is a scale of SGLang's own FP8 cache, written by :mod:`sglang_modelopt_ext.integration.kv_scales`."""
+    """Whether it is a scale of SGLang's own FP8 cache, written by :mod:`sglang_modelopt_ext.integration.kv.scales`."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     module, _, name = parameter.rpartition(".")
@@ -366,9 +366,9 @@ def log_schemes(model: torch.nn.Module) -> None:
     counts: Counter[tuple[str, str]] = Counter()
     for _, method in quantized_modules(model):
         if isinstance(method, ModelOptExtLinearMethod):
-            if method.layout:
+            if method.backend:
                 counts[
-                    "linear layers", f"{method.scheme.describe()}, math {method.math}, kernel {method.layout.name}"
+                    "linear layers", f"{method.scheme.describe()}, math {method.math}, kernel {method.backend.name}"
                 ] += 1
             continue
         for name, kernel in method.kernels.items():

@@ -41,12 +41,14 @@ def register() -> None:
 
 def _install() -> None:
     # Imported here: importing SGLang's modules takes seconds, and a failure must reach the handler above.
-    from sglang_modelopt_ext.integration import config, kv_cache, kv_scales, loading, processes, updates
+    from sglang_modelopt_ext.integration import config, loading, processes, updates
     from sglang_modelopt_ext.integration.hooks import install
+    from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
+    from sglang_modelopt_ext.integration.kv import scales as kv_scales
 
     processes.print_errors_in_one_line()
     processes.open_error_channel()
     config.register_methods()
-    kv_cache.register_kv_caches()
+    kv_hooks.register_kv_caches()
     processes.register_preflight()
-    install((*config.HOOKS, *loading.HOOKS, *kv_cache.HOOKS, *kv_scales.HOOKS, *updates.HOOKS, *processes.HOOKS))
+    install((*config.HOOKS, *loading.HOOKS, *kv_hooks.HOOKS, *kv_scales.HOOKS, *updates.HOOKS, *processes.HOOKS))

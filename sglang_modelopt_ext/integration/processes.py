@@ -19,13 +19,13 @@ from types import TracebackType
 from typing import Any
 
 from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS
+from sglang_modelopt_ext.checkpoint.ownership import Ownership, decide, gpu_capability
 from sglang_modelopt_ext.env import ERROR_FILE, SETTINGS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration import kv_cache
 from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS, read_served
 from sglang_modelopt_ext.integration.folders import config_folder
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.ownership import Ownership, decide, gpu_capability
+from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def preflight(server_args: Any) -> None:
     report(owner)
     if owner.in_doubt and args.kv_cache_dtype not in KV_FLAGS:
         return  # a cache of ours is still ours, and its errors too
-    kv_cache.declare(server_args)
+    kv_hooks.declare(server_args)
     if folder is None or owner.family is None:
         return
     for setting in SETTINGS:

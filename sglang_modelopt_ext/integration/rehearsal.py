@@ -21,7 +21,7 @@ import torch
 from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS, read_plan
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.kv_cache import pool_kind, refused_pool
+from sglang_modelopt_ext.integration.kv.hooks import pool_kind, refused_pool
 
 RESULT = "REHEARSAL "
 """What the last line of the output begins with, before JSON: ``{"model", "problems", "missing", "left_over", "left_out"}``."""
@@ -123,7 +123,7 @@ def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, 
     """Return what is wrong with a cache of ours for this model."""
     from sglang.srt.runtime_context import get_model
 
-    from sglang_modelopt_ext.kv.layers import check_sinks, served_attention
+    from sglang_modelopt_ext.integration.kv.layers import check_sinks, served_attention
 
     flag = get_model().kv_cache_dtype
     if flag not in KV_FLAGS:

@@ -1,6 +1,6 @@
 """Changing the weights of a running server: from disk with the same recipe, and by no other way.
 
-A quantized layer keeps its weights in the layout that serves them, not in the checkpoint's. An update from disk restores the
+A quantized layer keeps its weights as its backend prepared them, not as they are stored. An update from disk restores the
 checkpoint's parameters, loads strictly and prepares again. SGLang "rolls back" a failed update by reading the new folder a second
 time, so everything that can fail is checked before anything is touched.
 """

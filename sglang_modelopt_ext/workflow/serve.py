@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.digest import file_digest, folder_digest
-from sglang_modelopt_ext.workflow.export import check_folder
-from sglang_modelopt_ext.workflow.quantize import Options, quantize
-from sglang_modelopt_ext.workflow.record import package_versions
-from sglang_modelopt_ext.workflow.server import cpu_arguments, cpu_environment
-from sglang_modelopt_ext.workflow.source import CODE_FILES, HUB_FILES, default_device, find_model
+from sglang_modelopt_ext.workflow.common.digest import file_digest, folder_digest
+from sglang_modelopt_ext.workflow.common.source import CODE_FILES, HUB_FILES, default_device, find_model
+from sglang_modelopt_ext.workflow.quantize.export import check_folder
+from sglang_modelopt_ext.workflow.quantize.record import package_versions
+from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
+from sglang_modelopt_ext.workflow.server.process import cpu_arguments, cpu_environment
 
 DEFAULT_CACHE = Path("~/.cache/sglang-modelopt")
 _OWN = ("--model-path", "--model", "--quantization", "--kv-cache-dtype", "--load-format")

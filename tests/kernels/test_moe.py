@@ -17,10 +17,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sglang_modelopt_ext import selfcheck
+from sglang_modelopt_ext.backends import self_test
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS, ue8m0
-from sglang_modelopt_kernels.gemm.block_scaled import pack
-from sglang_modelopt_kernels.gemm.dense import prepare_dense
+from sglang_modelopt_kernels.gemm.reference import prepare_dense
+from sglang_modelopt_kernels.gemm.w4_decode import pack
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.combine import combine, naive_combine
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear, unpack
@@ -350,9 +350,9 @@ def test_blocks_follow_the_load(kind: Any, capability: int) -> None:
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize("kind", FORMATS)
 def test_many_pairs_take_dense_tiles(kind: str, capability: int) -> None:
-    """And the check of a layout on its machine meets them in blocks of every size, and what comes before them."""
-    weight = grouped.stack([one_expert(kind, 16, 128, torch.Generator().manual_seed(0))] * selfcheck.EXPERTS)
-    checked = [tokens * selfcheck.TOP_K for tokens in selfcheck.EXPERT_TOKENS]
+    """And the check of a backend on its machine meets them in blocks of every size, and what comes before them."""
+    weight = grouped.stack([one_expert(kind, 16, 128, torch.Generator().manual_seed(0))] * self_test.EXPERTS)
+    checked = [tokens * self_test.TOP_K for tokens in self_test.EXPERT_TOKENS]
     for dtype in grouped_launch.TAKEN[weight.kind]:
         dense = [pairs for pairs in checked if dense_launch.takes_dense(weight, dtype, pairs, capability)]
         blocks = {dense_launch.dense_block(weight, dtype, pairs, capability) for pairs in dense}
@@ -360,9 +360,9 @@ def test_many_pairs_take_dense_tiles(kind: str, capability: int) -> None:
         # INT4 comes to dense tiles when blocks are large already.
         both = kind != "int4_float" and (operand == torch.float8_e4m3fn or kind == "bf16")
         assert blocks == (set() if kind == "mxfp4" else {64, 128} if both else {128})
-        assert not dense_launch.takes_dense(weight, dtype, 16 * selfcheck.EXPERTS, capability)
+        assert not dense_launch.takes_dense(weight, dtype, 16 * self_test.EXPERTS, capability)
         whole = weight.codes.dtype == operand and weight.scale is None
-        assert any(pairs > 16 * selfcheck.EXPERTS and pairs not in dense for pairs in checked) != whole
+        assert any(pairs > 16 * self_test.EXPERTS and pairs not in dense for pairs in checked) != whole
 
 
 @pytest.mark.parametrize(

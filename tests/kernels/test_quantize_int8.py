@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_modelopt_ext.methods.product import round_input
+from sglang_modelopt_ext.layers.linear import round_input
 from sglang_modelopt_kernels.formats.int8 import INT8StaticPerTensor
 from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
 

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import tiles
 from benchmarks.workers import Workers
-from sglang_modelopt_kernels.gemm.tile import KernelConfig
+from sglang_modelopt_kernels.gemm.common import KernelConfig
 
 SHARED = 227 << 10
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import aot
 from benchmarks.aot_case import Case
 from benchmarks.sass import register_races
-from sglang_modelopt_kernels.gemm.tile.wgmma import checked, register_race
+from sglang_modelopt_kernels.gemm.common.wgmma import checked, register_race
 
 PRODUCT = "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%f1,%f2}, {%r1,%r2,%r3,%r4}, %rd1, %p1, 1, 1, 0;"
 FROM_MEMORY = "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%f1,%f2}, %rd2, %rd1, %p1, 1, 1, 0, 0;"

@@ -54,7 +54,7 @@ def test_auto_quantize(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
-    from sglang_modelopt_ext.workflow import modelopt_cpu
+    from sglang_modelopt_ext.workflow.common import modelopt_cpu
 
     modelopt_cpu.install()
     torch.manual_seed(0)
@@ -84,9 +84,9 @@ def test_every_format_in_one_mix(tmp_path: Path) -> None:
     from sglang_modelopt_ext.workflow.autoquant.formats import find_formats
     from sglang_modelopt_ext.workflow.autoquant.layers import plan_groups, read_linears
     from sglang_modelopt_ext.workflow.autoquant.search import Search
-    from sglang_modelopt_ext.workflow.export import export_checkpoint
-    from sglang_modelopt_ext.workflow.record import Origin
-    from sglang_modelopt_ext.workflow.source import load_model
+    from sglang_modelopt_ext.workflow.common.source import load_model
+    from sglang_modelopt_ext.workflow.quantize.export import export_checkpoint
+    from sglang_modelopt_ext.workflow.quantize.record import Origin
 
     source = model_dir(TinyModel(layers=5))
     model, simulation = load_model(source, "cpu", progress=False)

@@ -14,10 +14,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sglang_modelopt_ext.backends.experts.base import NO_EXPERT
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS
-from sglang_modelopt_ext.layouts.moe import NO_EXPERT
-from sglang_modelopt_ext.methods.experts import ExpertProduct
-from sglang_modelopt_ext.methods.mixture import Choices, activate, add_choices, mix
+from sglang_modelopt_ext.layers.experts import ExpertProduct
+from sglang_modelopt_ext.layers.mixture import Choices, activate, add_choices, mix
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS

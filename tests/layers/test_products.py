@@ -16,18 +16,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_modelopt_ext.backends.base import LinearRequest, ShardWeight, round_to_blocks
+from sglang_modelopt_ext.backends.linear.block_scaled import BlockScaled
+from sglang_modelopt_ext.backends.linear.eight_bit import EightBit
+from sglang_modelopt_ext.backends.linear.fp4 import BlackwellFp4, MmaFp4
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
-from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, QuantizedLinear, read_checkpoint
+from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, MXFP4_ACTIVATIONS
-from sglang_modelopt_ext.layouts.base import LinearRequest, ShardWeight, round_to_blocks
-from sglang_modelopt_ext.layouts.block_scaled import BlockScaled
-from sglang_modelopt_ext.layouts.eight_bit import EightBit
-from sglang_modelopt_ext.layouts.fp4 import BlackwellFp4, MmaFp4
-from sglang_modelopt_ext.methods.product import LinearProduct, round_input
+from sglang_modelopt_ext.layers.linear import LinearProduct, round_input
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B
 from sglang_modelopt_ext.schemes.table import SCHEMES
-from sglang_modelopt_kernels.gemm.dense import naive_linear
+from sglang_modelopt_kernels.gemm.reference import naive_linear
 
 EXPORTS = "SGLANG_MODELOPT_EXT_TEST_EXPORTS"
 RECIPES = (
@@ -121,7 +122,7 @@ def check_export(folder: Path, dtype: torch.dtype, device: str) -> dict[str, flo
             assert y.dtype == dtype
             right = expected(product, stored, x)
             error = float(((y.double().cpu() - right).norm(dim=1) / right.norm(dim=1)).max())
-            errors[f"{name} m={m} {product.layout.name}"] = error
+            errors[f"{name} m={m} {product.backend.name}"] = error
             if device == "cuda":
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph):
@@ -159,31 +160,31 @@ INTERPRETED = [recipe for recipe in RECIPES if "4" in recipe.replace("W4A8_AWQ_B
 
 
 def interpreted_errors(folder: Path) -> float:
-    """Worst error of the block-scaled layout on the first fused layer of an export, run by Triton's interpreter."""
+    """Worst error of the block-scaled backend on the first fused layer of an export, run by Triton's interpreter."""
     _, linears, stored = next(layers_of(folder))
-    layout, scheme = BlockScaled(), linears[0].scheme
+    backend, scheme = BlockScaled(), linears[0].scheme
     request = LinearRequest(scheme, "cuda", 90, sum(linear.n for linear in linears), linears[0].k)
-    assert layout.supports(request) is None
-    prepared = layout.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
+    assert backend.supports(request) is None
+    prepared = backend.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
     x = torch.randn(3, linears[0].k, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
-    x = x.to(layout.operand(request))
-    y = layout.matmul(prepared, x, None, None, torch.float32).double()
+    x = x.to(backend.operand(request))
+    y = backend.matmul(prepared, x, None, None, torch.float32).double()
     right = torch.cat([naive_linear(x, scheme.weight.decode(shard), None, None) for shard in stored], dim=1)
     return float(((y - right).norm(dim=1) / right.norm(dim=1)).max())
 
 
 def interpreted_fp4_errors(folder: Path) -> float:
-    """Likewise of the FP4 layouts, on activations that the recipe rounds: against the stored tensors in float64."""
+    """Likewise of the FP4 backends, on activations that the recipe rounds: against the stored tensors in float64."""
     _, linears, stored = next(layers_of(folder))
     scheme, worst = linears[0].scheme, 0.0
     scale, smoothing = stored[0].get("input_scale"), stored[0].get("pre_quant_scale")
-    for layout, capability, tokens in ((BlackwellFp4(), 100, 3), (BlackwellFp4(), 100, 70), (MmaFp4(), 120, 3)):
+    for backend, capability, tokens in ((BlackwellFp4(), 100, 3), (BlackwellFp4(), 100, 70), (MmaFp4(), 120, 3)):
         request = LinearRequest(scheme, "cuda", capability, sum(linear.n for linear in linears), linears[0].k)
-        assert layout.supports(request) is None
-        prepared = layout.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
+        assert backend.supports(request) is None
+        prepared = backend.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
         x = torch.randn(tokens, linears[0].k, generator=torch.Generator().manual_seed(0))
-        rounded = round_to_blocks(scheme.activation, x, smoothing, scale, layout.swizzles(tokens))
-        y = layout.matmul_blocks(prepared, rounded, None, torch.float32).double()
+        rounded = round_to_blocks(scheme.activation, x, smoothing, scale, backend.swizzles(tokens))
+        y = backend.matmul_blocks(prepared, rounded, None, torch.float32).double()
         wide = x if smoothing is None else x * smoothing.float()
         right = [naive_linear(wide, scheme.weight.decode(shard), scheme.activation, scale, None) for shard in stored]
         expected = torch.cat(right, dim=1)
@@ -192,15 +193,15 @@ def interpreted_fp4_errors(folder: Path) -> float:
 
 
 def interpreted_byte_errors(folder: Path) -> float:
-    """The 8-bit layout on activations as the recipe rounds them: against the stored tensors in float64."""
+    """The 8-bit backend on activations as the recipe rounds them: against the stored tensors in float64."""
     _, linears, stored = next(layers_of(folder))
-    layout, scheme = EightBit(), linears[0].scheme
+    backend, scheme = EightBit(), linears[0].scheme
     request = LinearRequest(scheme, "cuda", 80, sum(linear.n for linear in linears), linears[0].k)
-    assert layout.supports(request) is None
-    prepared = layout.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
+    assert backend.supports(request) is None
+    prepared = backend.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
     x = torch.randn(3, linears[0].k, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    values, row_scale = round_input(x, scheme.activation, layout.operand(request), stored[0])
-    y = layout.matmul(prepared, values, row_scale, None, torch.float32).double()
+    values, row_scale = round_input(x, scheme.activation, backend.operand(request), stored[0])
+    y = backend.matmul(prepared, values, row_scale, None, torch.float32).double()
     wide = x.float() * stored[0]["pre_quant_scale"].float() if "pre_quant_scale" in stored[0] else x
     scale = stored[0].get("input_scale")
     right = [naive_linear(wide, scheme.weight.decode(shard), scheme.activation, scale, None) for shard in stored]
@@ -209,7 +210,7 @@ def interpreted_byte_errors(folder: Path) -> float:
 
 
 IN_THE_INTERPRETER = {
-    # how a layout errs: on exports of which recipes, and at least how many there are
+    # how a backend errs: on exports of which recipes, and at least how many there are
     "interpreted_errors": (INTERPRETED, 9),
     "interpreted_fp4_errors": (FP4, 3),
     "interpreted_byte_errors": (BYTES, 6),
@@ -217,7 +218,7 @@ IN_THE_INTERPRETER = {
 
 
 @pytest.mark.parametrize("function", IN_THE_INTERPRETER)
-def test_layouts_in_the_interpreter(function: str) -> None:
+def test_backends_in_the_interpreter(function: str) -> None:
     """Real exports through ``prepare`` and the product as a GPU would run them, shards with scales of their own merged."""
     recipes, least = IN_THE_INTERPRETER[function]
     folders = [str(folder_of(recipe, "llama")) for recipe in recipes]

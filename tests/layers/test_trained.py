@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint
-from sglang_modelopt_ext.workflow import modelopt_cpu
-from sglang_modelopt_ext.workflow.reference import ReferenceModel
-from sglang_modelopt_ext.workflow.text import builtin_texts, encode, load_tokenizer, split_windows, spread
+from sglang_modelopt_ext.workflow.common import modelopt_cpu
+from sglang_modelopt_ext.workflow.common.text import builtin_texts, encode, load_tokenizer, split_windows, spread
+from sglang_modelopt_ext.workflow.verify.reference import ReferenceModel
 from tests.serving.checks import check_logprobs
 from tests.support.cache import REPOSITORY
 from tests.support.reference import Reference, difference

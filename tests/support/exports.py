@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.workflow import modelopt_cpu
+from sglang_modelopt_ext.workflow.common import modelopt_cpu
 from tests.support.cache import cached_folder, digest, folder_digest, one_thread, source_digest
 from tests.support.edits import copy_with as copy_with
 

@@ -25,10 +25,10 @@ from sglang_modelopt_ext.workflow.autoquant.formats import _try, find_formats
 from sglang_modelopt_ext.workflow.autoquant.measure import load_texts, part, perplexity
 from sglang_modelopt_ext.workflow.autoquant.state import Layer, Report, read_report
 from sglang_modelopt_ext.workflow.autoquant.work import SCORES
-from sglang_modelopt_ext.workflow.calibration import CalibrationData
-from sglang_modelopt_ext.workflow.record import read_record
-from sglang_modelopt_ext.workflow.source import load_model
-from sglang_modelopt_ext.workflow.text import load_tokenizer, spread
+from sglang_modelopt_ext.workflow.common.source import load_model
+from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
+from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
+from sglang_modelopt_ext.workflow.quantize.record import read_record
 from tests.support.models import TinyModel, model_dir
 from tests.support.reference import Reference, difference
 

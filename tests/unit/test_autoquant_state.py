@@ -29,7 +29,7 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
     read_report,
     write_json,
 )
-from sglang_modelopt_ext.workflow.record import Calibration
+from sglang_modelopt_ext.workflow.quantize.record import Calibration
 
 TEXT = Calibration(data=("a.txt",), sha256="0", samples=1, tokens=100, sequence_length=100, batch_size=1, seed=0)
 FORMATS = {"W4A8_NVFP4_FP8_CFG": 4.25, "FP8_DEFAULT_CFG": 8.0}

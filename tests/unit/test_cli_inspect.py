@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from sglang_modelopt_ext.backends.select import BACKENDS
 from sglang_modelopt_ext.cli.main import main
-from sglang_modelopt_ext.dispatch import LAYOUTS
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
-from sglang_modelopt_ext.workflow.inspect import _joined_name
-from sglang_modelopt_ext.workflow.loading import rehearse_loading
-from sglang_modelopt_ext.workflow.target import find_target
+from sglang_modelopt_ext.workflow.common.target import find_target
+from sglang_modelopt_ext.workflow.inspect.loading import rehearse_loading
+from sglang_modelopt_ext.workflow.inspect.run import _joined_name
 from tests.layers.test_recipes import mixed_checkpoint
 from tests.support import edits
 from tests.support.exports import export, mixed_recipe
@@ -87,7 +87,7 @@ def test_targets(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         found = inspect(capsys, folder, "--gpu", gpu)
         assert {group["kernel"] for group in found["layers"]} == {"triton_block_scaled"}
         reasons = found["layers"][0]["passed_over"]
-        asked = [layout.name for layout in LAYOUTS]
+        asked = [backend.name for backend in BACKENDS]
         assert list(reasons) == asked[: asked.index("triton_block_scaled")], "what dispatch asks first"
     mxfp4 = inspect(capsys, export(model_dir(TinyModel("llama")), "W4A8_MXFP4_FP8_CFG"), "--gpu", "sm100")
     assert {group["kernel"] for group in mxfp4["layers"]} == {"triton_mxfp4_tcgen05"}

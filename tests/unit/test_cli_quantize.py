@@ -15,8 +15,8 @@ import pytest
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.cli.command import BAD_INPUT, INTERRUPTED, OK
 from sglang_modelopt_ext.cli.main import main
-from sglang_modelopt_ext.workflow import quantize as quantize_module
 from sglang_modelopt_ext.workflow import serve as serve_module
+from sglang_modelopt_ext.workflow.quantize import run as quantize_module
 from tests.serving.checks import check_logprobs
 from tests.support.models import TinyModel, model_dir
 from tests.support.server import Server

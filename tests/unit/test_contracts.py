@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_modelopt_ext.layouts import flashinfer, humming, packages, weight_only
+from sglang_modelopt_ext.backends import packages
+from sglang_modelopt_ext.backends.linear import flashinfer, humming, weight_only
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 from tests.support.contracts import bind, calls, decorator, evaluate, function, parameters, source_folder, version_of
@@ -115,7 +116,7 @@ def test_what_the_calls_say() -> None:
 
 
 def test_architectures() -> None:
-    """Those our layouts name are those the packages' own checks let through."""
+    """Those our backends name are those the packages' own checks let through."""
     ours = set(flashinfer.CAPABILITIES)
     fp4, mxfp8, weight = requirements("mm_fp4"), requirements("mm_mxfp8"), requirements("mm_bf16_fp4")
     assert ours <= capabilities(fp4["cutlass"])

@@ -15,24 +15,24 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_modelopt_ext import selfcheck
-from sglang_modelopt_ext.dispatch import EXPERT_LAYOUTS, FUSED_LAYOUTS, expert_candidates, fused_candidates
+from sglang_modelopt_ext.backends import packages, self_test
+from sglang_modelopt_ext.backends.experts import flashinfer as experts_flashinfer
+from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, ExpertRequest
+from sglang_modelopt_ext.backends.experts.flashinfer import FOUR_OVER_SIX, CutlassMxfp8Experts, CutlassNvfp4Experts
+from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
+from sglang_modelopt_ext.backends.select import EXPERT_BACKENDS, FUSED_BACKENDS, expert_candidates, fused_candidates
 from sglang_modelopt_ext.env import EXPERTS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts import moe_flashinfer, packages
-from sglang_modelopt_ext.layouts.moe import NO_EXPERT, ExpertRequest
-from sglang_modelopt_ext.layouts.moe_flashinfer import FOUR_OVER_SIX, CutlassMxfp8Experts, CutlassNvfp4Experts
-from sglang_modelopt_ext.layouts.moe_fused import FusedExperts, FusedRequest, StoredExperts
-from sglang_modelopt_ext.methods.experts import ExpertProduct
-from sglang_modelopt_ext.methods.fused import PREFIX, FusedProduct
-from sglang_modelopt_ext.methods.mixture import Choices, mix
+from sglang_modelopt_ext.layers.experts import ExpertProduct
+from sglang_modelopt_ext.layers.fused import PREFIX, FusedProduct
+from sglang_modelopt_ext.layers.mixture import Choices, mix
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from tests.support import fused_kernel
 from tests.support.contracts import assigned, bind, calls, function, parse, source_folder
 
-NAMES = [layout.name for layout in FUSED_LAYOUTS]
+NAMES = [backend.name for backend in FUSED_BACKENDS]
 HIDDEN, INNER, COUNT, TOP_K = 256, 128, 5, 2
 API, PREPARE = "flashinfer/fused_moe/api.py", "flashinfer/fused_moe/prepare.py"
 
@@ -44,9 +44,9 @@ def kernel(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> I
         return
     monkeypatch.setitem(sys.modules, "flashinfer.fused_moe", fused_kernel.module())
     monkeypatch.delenv(FOUR_OVER_SIX, raising=False)
-    selfcheck._passed.clear()
+    self_test._passed.clear()
     yield
-    selfcheck._passed.clear()
+    self_test._passed.clear()
 
 
 def scheme_of(algo: str) -> LayerScheme:
@@ -71,15 +71,15 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "asked"), CASES)
-def test_layouts_serve_what_they_say(layout: FusedExperts, asked: FusedRequest) -> None:
-    assert layout.supports(asked) is None
-    selfcheck.check_fused_layout(layout, asked, torch.device("cpu"))
-    assert len(selfcheck._passed) == 1
+@pytest.mark.parametrize(("backend", "asked"), CASES)
+def test_backends_serve_what_they_say(backend: FusedExperts, asked: FusedRequest) -> None:
+    assert backend.supports(asked) is None
+    self_test.check_fused_backend(backend, asked, torch.device("cpu"))
+    assert len(self_test._passed) == 1
 
 
 @pytest.mark.parametrize(
-    ("layout", "asked", "reason"),
+    ("backend", "asked", "reason"),
     [
         (CutlassNvfp4Experts(), asked_for("NVFP4", 90), "is for SM100"),
         (CutlassNvfp4Experts(), asked_for("W4A16_NVFP4"), "nvfp4 weights by unrounded activations"),
@@ -101,8 +101,8 @@ def test_layouts_serve_what_they_say(layout: FusedExperts, asked: FusedRequest) 
         (CutlassMxfp8Experts(), asked_for("MXFP8", inner=192), "in 128s and 128s"),
     ],
 )
-def test_reasons(layout: FusedExperts, asked: FusedRequest, reason: str) -> None:
-    assert reason in str(layout.supports(asked))
+def test_reasons(backend: FusedExperts, asked: FusedRequest, reason: str) -> None:
+    assert reason in str(backend.supports(asked))
 
 
 def test_another_rounding_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,9 +139,9 @@ def choices(tokens: int, factor: float | None = None) -> Choices:
 
 
 def served(monkeypatch: pytest.MonkeyPatch, algo: str, tensors: Any) -> tuple[FusedProduct, torch.nn.Module]:
-    """A layer on a CPU, as it would be on the GPU the layout is for."""
-    layout = CutlassMxfp8Experts() if algo == "MXFP8" else CutlassNvfp4Experts()
-    monkeypatch.setenv(EXPERTS.variable, layout.name)
+    """A layer on a CPU, as it would be on the GPU the backend is for."""
+    backend = CutlassMxfp8Experts() if algo == "MXFP8" else CutlassNvfp4Experts()
+    monkeypatch.setenv(EXPERTS.variable, backend.name)
     product, layer = FusedProduct("folder", "experts"), torch.nn.Module()
     assert product.prepare(layer, asked_for(algo), tensors["w13"], tensors["w2"])
     return product, layer
@@ -206,15 +206,15 @@ def test_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not FusedProduct("folder", "experts").prepare(torch.nn.Module(), asked, *stored("NVFP4").values())
     monkeypatch.setenv(EXPERTS.variable, f"triton_grouped_bf16,{','.join(NAMES)}")
     taking, refused = fused_candidates(asked)
-    assert [layout.name for layout in taking] == NAMES[:1]
+    assert [backend.name for backend in taking] == NAMES[:1]
     assert list(refused) == NAMES[1:]
-    assert [layout.name for layout in expert_candidates(asked.gate_up, "experts")] == ["triton_grouped_bf16"]
+    assert [backend.name for backend in expert_candidates(asked.gate_up, "experts")] == ["triton_grouped_bf16"]
     monkeypatch.setenv(EXPERTS.variable, "flashinfer")
     with pytest.raises(
         ModelOptExtError, match=f"{EXPERTS.variable}: expected names among .*, got flashinfer"
     ) as caught:
         expert_candidates(asked.gate_up, "experts")
-    assert all(layout.name in str(caught.value) for layout in (*EXPERT_LAYOUTS, *FUSED_LAYOUTS))
+    assert all(backend.name in str(caught.value) for backend in (*EXPERT_BACKENDS, *FUSED_BACKENDS))
 
 
 class Wrong(CutlassNvfp4Experts):
@@ -248,14 +248,14 @@ class Wrong(CutlassNvfp4Experts):
 )
 def test_the_check_at_load_finds_out(fault: str) -> None:
     with pytest.raises(ValueError, match="is wrong on cpu: relative error"):
-        selfcheck.check_fused_layout(Wrong(fault), asked_for("NVFP4"), torch.device("cpu"))
-    assert not selfcheck._passed
+        self_test.check_fused_backend(Wrong(fault), asked_for("NVFP4"), torch.device("cpu"))
+    assert not self_test._passed
 
 
 def test_a_package_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "flashinfer.fused_moe", None)
     with pytest.raises(ValueError, match="does not run on cpu: import of"):
-        selfcheck.check_fused_layout(*CASES[0], torch.device("cpu"))
+        self_test.check_fused_backend(*CASES[0], torch.device("cpu"))
 
 
 def test_the_operator_has_a_fake() -> None:
@@ -272,7 +272,7 @@ def test_the_operator_has_a_fake() -> None:
 
 
 def test_the_call_fits_its_function() -> None:
-    (call,) = calls(Path(inspect.getfile(moe_flashinfer)), "cutlass_fused_moe")
+    (call,) = calls(Path(inspect.getfile(experts_flashinfer)), "cutlass_fused_moe")
     bound = bind(call, function(fused_kernel.CORE, "cutlass_fused_moe"))
     assert bound["use_fused_finalize"] == "False"
     assert [bound[name] for name in ("fc1_expert_weights", "fc2_expert_weights")] == [
@@ -287,7 +287,7 @@ def test_the_call_fits_its_function() -> None:
 
 
 def test_architectures_and_sizes() -> None:
-    """Those our layouts name are those the package's own runners let through."""
+    """Those our backends name are those the package's own runners let through."""
     assert set(CutlassNvfp4Experts.capabilities) <= set(assigned(API, "_CUTLASS_NVFP4_ARCHS"))
     assert set(CutlassMxfp8Experts.capabilities) <= set(assigned(API, "_CUTLASS_MXFP8_ARCHS"))
     assert CutlassNvfp4Experts.multiples[0] % assigned(PREPARE, "_CUTLASS_NVFP4_HIDDEN_ALIGNMENT") == 0
@@ -305,8 +305,8 @@ def test_the_order_of_the_shards() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("layout", "asked"), CASES)
-def test_on_a_gpu(layout: FusedExperts, asked: FusedRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("backend", "asked"), CASES)
+def test_on_a_gpu(backend: FusedExperts, asked: FusedRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The package's own kernel, eagerly and in a captured graph, where package and GPU are there."""
     device = torch.device("cuda")
     scheme, algo = asked.gate_up.scheme, asked.gate_up.scheme.algo
@@ -319,13 +319,13 @@ def test_on_a_gpu(layout: FusedExperts, asked: FusedRequest, monkeypatch: pytest
     pair = [ExpertProduct(scheme, "folder", f"experts.{name}", dtype=dtype) for name in tensors]
     sizes = ((2 * INNER, HIDDEN), (HIDDEN, INNER))
     here = FusedRequest(*(p.request(device, *size, COUNT, TOP_K) for p, size in zip(pair, sizes, strict=True)))
-    reason = layout.supports(here)
+    reason = backend.supports(here)
     if reason is not None:
-        pytest.skip(f"{layout.name} {reason}")
+        pytest.skip(f"{backend.name} {reason}")
     module = torch.nn.Module()
     for product, name, size in zip(pair, tensors, sizes, strict=True):
         product.prepare(module, name, tensors[name], *size, TOP_K)
-    monkeypatch.setenv(EXPERTS.variable, layout.name)
+    monkeypatch.setenv(EXPERTS.variable, backend.name)
     fused, layer = FusedProduct("folder", "experts"), torch.nn.Module()
     assert fused.prepare(layer, here, placed["w13"], placed["w2"])
     for tokens in (1, 40, 300):

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_modelopt_ext.kv import backend as module
-from sglang_modelopt_ext.kv.backend import ModelOptExtTritonBackend
+from sglang_modelopt_ext.integration.kv import backend as module
+from sglang_modelopt_ext.integration.kv.backend import ModelOptExtTritonBackend
 from sglang_modelopt_kernels.attention.decode import DecodeScratch, decode_attention
 
 HEADS, GROUP, HEAD_DIM, MOST = 2, 4, 64, 5

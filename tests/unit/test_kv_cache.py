@@ -16,10 +16,10 @@ pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration import kv_cache
-from sglang_modelopt_ext.kv.layers import check_sinks, local_heads, rank_layers
-from sglang_modelopt_ext.kv.method import ModelOptExtKVMethod
-from sglang_modelopt_ext.kv.pool import ModelOptExtKVPool
+from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
+from sglang_modelopt_ext.integration.kv.layers import check_sinks, local_heads, rank_layers
+from sglang_modelopt_ext.integration.kv.method import ModelOptExtKVMethod
+from sglang_modelopt_ext.integration.kv.pool import ModelOptExtKVPool
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 from tests.support.kv_exports import PRESETS, kv_export
 from tests.support.kv_trees import attention_model
@@ -104,7 +104,7 @@ def test_what_sglang_divides_the_memory_by(recipe: str, size: int, monkeypatch: 
     model = SimpleNamespace(get_num_kv_heads=lambda tp, dcp: 8 // tp // dcp, head_dim=128)
     layers = SimpleNamespace(kv_cache_dtype_str=f"modelopt_{recipe}", model_config=model)
     stock = pools.DefaultPoolConfigurator._compute_cell_size
-    assert kv_cache._compute_cell_size(stock, None, layers, num_layers=3) == 3 * 4 * size
+    assert kv_hooks._compute_cell_size(stock, None, layers, num_layers=3) == 3 * 4 * size
 
 
 RESOLVE = """
@@ -177,7 +177,7 @@ def test_what_is_settled_before_a_server_starts() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flag", "is_set", "reason"), kv_cache.UNSUPPORTED, ids=[row[0] for row in kv_cache.UNSUPPORTED]
+    ("flag", "is_set", "reason"), kv_hooks.UNSUPPORTED, ids=[row[0] for row in kv_hooks.UNSUPPORTED]
 )
 def test_unsupported_arguments_exist_and_are_off_by_default(flag: str, is_set: Any, reason: str) -> None:
     from sglang.srt.server_args import ServerArgs
@@ -195,7 +195,7 @@ def test_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.server_args import ServerArgs
 
     args = ServerArgs(model_path=str(kv_export(recipe)), device="cuda")
-    kv_cache.declare(args)
+    kv_hooks.declare(args)
     view = resolving_view(args)
     if recipe == "fp8":
         assert (view.kv_cache_dtype, view.attention_backend) == ("auto", None)
@@ -211,7 +211,7 @@ def test_sglangs_nvfp4_cache_is_its_own_on_a_gpu() -> None:
 
     for device, expected in (("cuda", "nvfp4"), ("cpu", "modelopt_nvfp4")):
         args = ServerArgs(model_path=str(kv_export("nvfp4")), device=device, kv_cache_dtype="nvfp4")
-        kv_cache.declare(args)
+        kv_hooks.declare(args)
         assert resolving_view(args).kv_cache_dtype == expected
 
 
@@ -220,7 +220,7 @@ def test_our_name_of_sglangs_cache_on_a_gpu() -> None:
     from sglang.srt.server_args import ServerArgs
 
     args = ServerArgs(model_path=str(model_dir(TinyModel())), device="cuda", kv_cache_dtype="modelopt_fp8")
-    kv_cache.declare(args)
+    kv_hooks.declare(args)
     assert resolving_view(args).kv_cache_dtype == "fp8_e4m3"
 
 
@@ -229,4 +229,4 @@ def test_other_devices_are_refused(tmp_path: Path) -> None:
 
     args = ServerArgs(model_path=str(kv_export("nvfp4")), device="xpu")
     with pytest.raises(ModelOptExtError, match="--device: expected cuda or cpu for a quantized KV cache, got xpu"):
-        kv_cache.declare(args)
+        kv_hooks.declare(args)

@@ -18,8 +18,9 @@ pytest.importorskip("sglang")
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration import kv_cache, kv_scales
-from sglang_modelopt_ext.kv.layers import rank_layers, served_attention
+from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
+from sglang_modelopt_ext.integration.kv import scales as kv_scales
+from sglang_modelopt_ext.integration.kv.layers import rank_layers, served_attention
 from tests.support import edits
 from tests.support.kv_exports import kv_export
 from tests.support.kv_trees import attention_model, attention_tree, kv_folder, scales_of, stored_attention
@@ -199,7 +200,7 @@ class Runtime:
         from sglang.srt.server_args import ServerArgs
 
         self.args = ServerArgs(model_path=str(model_path), kv_cache_dtype=flag, **{"device": "cuda", **fields})
-        kv_cache.declare(self.args)
+        kv_hooks.declare(self.args)
         self.model.kv_cache_dtype = resolved_view(self.args).kv_cache_dtype
 
     def load(self, model: torch.nn.Module, model_path: Path | str, stored: Weights, **config: Any) -> list[str]:
@@ -316,10 +317,10 @@ def test_files_that_are_not_read_here(runtime: Runtime, tmp_path: Path) -> None:
 def test_an_algorithm_nobody_knows(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a checkpoint of SGLang's it is SGLang's affair; on one of ours it is refused."""
     folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="INT8")
-    monkeypatch.setattr(kv_cache, "gpu_capability", lambda: 90)
+    monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: 90)
     runtime.start(folder)
     assert runtime.model.kv_cache_dtype == "auto"
-    monkeypatch.setattr(kv_cache, "gpu_capability", lambda: None)
+    monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: None)
     with pytest.raises(ModelOptExtError, match="kv_cache_quant_algo: expected null or one of FP8"):
         runtime.start(folder)
 
@@ -329,7 +330,7 @@ def test_an_obstacle_to_a_cache_of_ours_leaves_sglangs_checkpoints_to_it(
 ) -> None:
     """It serves NVFP4 caches unrounded under ``auto``, with features that a cache of ours has none of."""
     folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="NVFP4")
-    monkeypatch.setattr(kv_cache, "gpu_capability", lambda: 90)
+    monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: 90)
     runtime.start(folder, enable_hierarchical_cache=True)
     assert runtime.model.kv_cache_dtype == "auto"
     assert runtime.load(text_model(), folder, weights(folder)) == plain_names(folder)

@@ -18,8 +18,8 @@ pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.kv import wrapped
-from sglang_modelopt_ext.kv.layers import attention_layers, rank_layers
+from sglang_modelopt_ext.integration.kv import wrapped
+from sglang_modelopt_ext.integration.kv.layers import attention_layers, rank_layers
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 from tests.support.kv import hadamard
 from tests.support.recipes import round_nvfp4, to_e4m3

@@ -15,8 +15,8 @@ pytest.importorskip("sglang")
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration import kv_cache
-from sglang_modelopt_ext.kv import wrapped
+from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
+from sglang_modelopt_ext.integration.kv import wrapped
 from tests.support import edits
 from tests.support.kv_exports import PRESETS, kv_export
 from tests.support.models import TinyModel, model_dir
@@ -51,8 +51,8 @@ def settled(args: Any) -> tuple[str, str | None, str | None]:
     """What our step declares: the flag SGLang goes on with, the attention backend, and the recipe around its cache."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    kv_cache.declare(args)
-    view, plan = resolving_view(args), kv_cache.wrapped_plan(args)
+    kv_hooks.declare(args)
+    view, plan = resolving_view(args), kv_hooks.wrapped_plan(args)
     return view.kv_cache_dtype, view.attention_backend, None if plan is None else plan.recipe.name
 
 
@@ -77,7 +77,7 @@ def test_a_checkpoint_that_is_none_for_our_flag_any_more(tmp_path: Path) -> None
     edits.set_file_config({"kv_cache_quant_algo": "FP8"})(folder)
     edits.set_embedded_config({"kv_cache_scheme": "FP8", "kv_cache_quant_algo": "FP8"})(folder)
     with pytest.raises(ModelOptExtError, match="--kv-cache-dtype: expected auto, modelopt_fp8"):
-        kv_cache.wrapped_plan(args)
+        kv_hooks.wrapped_plan(args)
 
 
 def test_never_by_itself() -> None:
@@ -87,7 +87,7 @@ def test_never_by_itself() -> None:
     on_cpu = arguments("nvfp4_affine", device="cpu", attention_backend=FLASH)
     assert settled(on_cpu) == ("modelopt_nvfp4_affine", FLASH, None)
     with pytest.raises(ModelOptExtError, match="expected torch_native or triton with --kv-cache-dtype modelopt_nvfp4"):
-        kv_cache.check_backends(on_cpu)
+        kv_hooks.check_backends(on_cpu)
 
 
 def test_plain_caches_have_nothing_around_them() -> None:
@@ -104,7 +104,7 @@ def test_a_mixture_of_ours_and_sglangs_is_refused() -> None:
         ModelOptExtError,
         match="expected flashinfer or trtllm_mha with --kv-cache-dtype modelopt_fp8_affine, got triton",
     ):
-        kv_cache.check_backends(args)
+        kv_hooks.check_backends(args)
 
 
 def test_what_was_not_worked_out_is_refused() -> None:
@@ -112,7 +112,7 @@ def test_what_was_not_worked_out_is_refused() -> None:
     with pytest.raises(
         ModelOptExtError, match=r"--enable-hierarchical-cache: expected it unset .* nobody worked it out"
     ):
-        kv_cache.declare(args)
+        kv_hooks.declare(args)
 
 
 def test_nvfp4_before_blackwell_is_refused() -> None:
@@ -121,7 +121,7 @@ def test_nvfp4_before_blackwell_is_refused() -> None:
     with override_platform(is_sm100=False, is_sm120=False):
         assert settled(arguments("fp8_affine", attention_backend=FLASH))[0] == "fp8_e4m3"
         with pytest.raises(ModelOptExtError, match="triton for a KV cache of nvfp4_affine on a GPU other than SM100"):
-            kv_cache.declare(arguments("nvfp4_affine", attention_backend=FLASH))
+            kv_hooks.declare(arguments("nvfp4_affine", attention_backend=FLASH))
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_sglang_goes_on_with_its_own_rules(asked: str, sm100: bool, expected: tu
 
     args = arguments("nvfp4_affine", attention_backend=asked)
     with override_platform(is_sm100=sm100, is_sm120=not sm100):
-        kv_cache.declare(args)
+        kv_hooks.declare(args)
         if expected is None:
             with pytest.raises(ValueError, match="requires SM100"):
                 handle_nvfp4_prefill_kv_dequant_dtype(args)
@@ -168,7 +168,7 @@ def configured(monkeypatch: pytest.MonkeyPatch, args: Any, model: torch.nn.Modul
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod
 
     with context.override_platform(is_sm100=sm100, is_sm120=not sm100):
-        kv_cache.declare(args)
+        kv_hooks.declare(args)
     flag = resolved_view(args).kv_cache_dtype
     method = NVFP4KVCacheMethod(num_layers=2, device="cpu", native_scale_layout=False) if flag == "nvfp4" else None
     monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1))
@@ -176,7 +176,7 @@ def configured(monkeypatch: pytest.MonkeyPatch, args: Any, model: torch.nn.Modul
     config = SimpleNamespace(dtype=torch.bfloat16, head_dim=D, model_path="test")
     itself = SimpleNamespace(kv_cache_dtype_str=flag, model=model, model_config=config, device="cuda")
     with context.override_platform(is_sm100=sm100, is_sm120=not sm100):
-        return kv_cache._build_mha_quant_method(lambda self, num_layers: method, itself, num_layers=2)
+        return kv_hooks._build_mha_quant_method(lambda self, num_layers: method, itself, num_layers=2)
 
 
 @pytest.mark.parametrize("given", ["auto", "nvfp4", "modelopt_nvfp4_rotate"])
@@ -224,7 +224,7 @@ def test_models_that_cannot_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     sinks.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
     with pytest.raises(ModelOptExtError, match="expected auto or bf16 with attention sinks"):
         configured(monkeypatch, args, sinks)
-    hybrid = kv_cache._refuse_pool("a hybrid sliding-window cache")
+    hybrid = kv_hooks._refuse_pool("a hybrid sliding-window cache")
     with pytest.raises(ModelOptExtError, match="hybrid sliding-window cache, got modelopt_fp8_affine"):
         hybrid(lambda self: None, SimpleNamespace(kv_cache_dtype_str="fp8_e4m3"))
 
@@ -242,9 +242,9 @@ def test_the_backend_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tree()
     for recipe, wraps in (("fp8", False), ("fp8_affine", True)):
         args = arguments(recipe, attention_backend=TRT)
-        kv_cache.declare(args)
+        kv_hooks.declare(args)
         runner = SimpleNamespace(server_args=args, model=model, device="cpu")
-        made = kv_cache._wrapped_backend(lambda runner: Stock(), runner)
+        made = kv_hooks._wrapped_backend(lambda runner: Stock(), runner)
         assert type(made) is Stock
         assert isinstance(made.forward_decode, wrapped.WrappedForward) == wraps
         assert isinstance(made.forward_extend, wrapped.WrappedForward) == wraps

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sglang_modelopt_ext.checkpoint.ownership import decide, owned_family
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.ownership import decide, owned_family
 from sglang_modelopt_ext.schemes.table import FAMILIES, SCHEMES, UMBRELLA
 
 MIXED_LAYERS = {

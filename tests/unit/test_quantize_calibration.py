@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.calibration import load_calibration, read_documents
-from sglang_modelopt_ext.workflow.text import load_tokenizer
+from sglang_modelopt_ext.workflow.common.text import load_tokenizer
+from sglang_modelopt_ext.workflow.quantize.calibration import load_calibration, read_documents
 from tests.support.models import TinyModel, model_dir
 
 TEXTS = ["import os\nprint(os.name)\n" * 6, "x = 1\n" * 30, "def f(a):\n    return a\n" * 5]

@@ -8,8 +8,14 @@ import pytest
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import SCHEMES
-from sglang_modelopt_ext.workflow.listing import describe, format_recipes, list_kv_caches, list_recipes, stored_bits
-from sglang_modelopt_ext.workflow.recipes import Changes, build, configurations, find_recipe, library, presets
+from sglang_modelopt_ext.workflow.quantize.listing import (
+    describe,
+    format_recipes,
+    list_kv_caches,
+    list_recipes,
+    stored_bits,
+)
+from sglang_modelopt_ext.workflow.quantize.recipes import Changes, build, configurations, find_recipe, library, presets
 
 pytest.importorskip("modelopt")
 

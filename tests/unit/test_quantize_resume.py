@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow import export as export_module
-from sglang_modelopt_ext.workflow.calibrate import resume_point, work_folder
-from sglang_modelopt_ext.workflow.quantize import Options, Quantized, quantize
-from sglang_modelopt_ext.workflow.recipes import Changes
+from sglang_modelopt_ext.workflow.quantize import export as export_module
+from sglang_modelopt_ext.workflow.quantize.calibrate import resume_point, work_folder
+from sglang_modelopt_ext.workflow.quantize.recipes import Changes
+from sglang_modelopt_ext.workflow.quantize.run import Options, Quantized, quantize
 from tests.support.models import TinyModel, model_dir
 
 SMALL = TinyModel(dtype="float32", hidden=128, intermediate=256, heads=2, kv_heads=1)

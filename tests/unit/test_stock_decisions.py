@@ -16,9 +16,9 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from sglang_modelopt_ext.checkpoint.ownership import decide
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import processes
-from sglang_modelopt_ext.integration.ownership import decide
 from sglang_modelopt_ext.schemes.table import FAMILIES
 from tests.support import decisions
 from tests.support.decisions import FLAGS, REFUSED, UNQUANTIZED, with_plugin, without_plugin

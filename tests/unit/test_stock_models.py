@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.checkpoint.names import EXPERT, FUSED_SHARDS, Exclusions
-from sglang_modelopt_ext.integration.stock import MIX_ALGOS, NVFP4_ALGOS
-from sglang_modelopt_ext.integration.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, UNMAPPED_LAYERS
+from sglang_modelopt_ext.checkpoint.stock import MIX_ALGOS, NVFP4_ALGOS
+from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, UNMAPPED_LAYERS
 from tests.support.sglang_models import models_that_rename_block_scales, unmapped_layers
 
 

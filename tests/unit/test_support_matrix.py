@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sglang_modelopt_ext.dispatch import EXPERT_LAYOUTS, LAYOUTS
+from sglang_modelopt_ext.backends.select import BACKENDS, EXPERT_BACKENDS
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 
@@ -202,22 +202,22 @@ def test_experts_and_caches(matrix: ModuleType, tmp_path: Path) -> None:
 
 
 def test_compilations(matrix: ModuleType, tmp_path: Path) -> None:
-    """A cell is compiled where every kernel of its layout is, and nothing of it failed in the newest file."""
-    layout = next(layout for layout in LAYOUTS if layout.name == "triton_block_scaled")
-    rows = [(name, f"{name} 64x16", 90, True) for name in layout.kernels]
+    """A cell is compiled where every kernel of its backend is, and nothing of it failed in the newest file."""
+    backend = next(backend for backend in BACKENDS if backend.name == "triton_block_scaled")
+    rows = [(name, f"{name} 64x16", 90, True) for name in backend.kernels]
     compiled(tmp_path, "a", rows)
     assert linear(matrix.render(matrix.read_evidence(tmp_path)))["SM90"] == "`triton_block_scaled`: compiled"
     assert linear(matrix.render(matrix.read_evidence(tmp_path)))["SM80"] == "`triton_block_scaled`: interpreted"
     compiled(tmp_path, "a", rows[1:])
     assert linear(matrix.render(matrix.read_evidence(tmp_path)))["SM90"] == "`triton_block_scaled`: interpreted"
-    compiled(tmp_path, "a", [*rows, (layout.kernels[0], "other", 90, False)])
+    compiled(tmp_path, "a", [*rows, (backend.kernels[0], "other", 90, False)])
     page = matrix.render(matrix.read_evidence(tmp_path))
     assert linear(page)["SM90"] == "`triton_block_scaled`: **does not compile**"
     assert (
         f"{len(rows) + 1} kernels and configurations (a sample of the configurations) for SM90, 1 with a problem."
         in page
     )
-    compiled(tmp_path, "b", [(layout.kernels[0], "other", 90, True)], date="2026-11-30")
+    compiled(tmp_path, "b", [(backend.kernels[0], "other", 90, True)], date="2026-11-30")
     assert linear(matrix.render(matrix.read_evidence(tmp_path)))["SM90"] == "`triton_block_scaled`: compiled"
 
 
@@ -264,10 +264,10 @@ def test_an_unknown_verdict_is_an_error(matrix: ModuleType, tmp_path: Path) -> N
         matrix.read_evidence(tmp_path)
 
 
-def test_layouts_name_the_kernels_they_launch() -> None:
-    """As ``benchmarks.aot`` knows them: a kernel of a product that no layout names would never count as compiled."""
+def test_backends_name_the_kernels_they_launch() -> None:
+    """As ``benchmarks.aot`` knows them: a kernel of a product that no backend names would never count as compiled."""
     from benchmarks import aot
 
     known = {case.kernel.fn.__name__ for arch in aot.ARCHITECTURES for case in aot.cases(arch)}
-    named = {name for layout in (*LAYOUTS, *EXPERT_LAYOUTS) for name in layout.kernels}
+    named = {name for backend in (*BACKENDS, *EXPERT_BACKENDS) for name in backend.kernels}
     assert named == known - AROUND

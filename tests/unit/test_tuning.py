@@ -14,16 +14,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_modelopt_ext import dispatch, selfcheck, tune, tuned, tuning
+from sglang_modelopt_ext.backends import select, self_test, timings
+from sglang_modelopt_ext.backends.base import LinearRequest
+from sglang_modelopt_ext.backends.linear.dense import Dense
+from sglang_modelopt_ext.backends.timings import FORMAT, LayerKey, Result, TuningFile, key_of
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, read_checkpoint
 from sglang_modelopt_ext.env import GEMM, TUNING
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts.base import LinearRequest
-from sglang_modelopt_ext.layouts.dense import Dense
-from sglang_modelopt_ext.methods.product import LinearProduct
+from sglang_modelopt_ext.layers.linear import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
-from sglang_modelopt_ext.tuned import FORMAT, LayerKey, Result, TuningFile, key_of
+from sglang_modelopt_ext.tuning import __main__ as tune
+from sglang_modelopt_ext.tuning import run as tuning
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from tests.layers.test_products import folder_of
 from tests.support.exports import export
@@ -48,7 +50,7 @@ class WrongInItsSize(Renamed):
 
     def matmul(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
         y = super().matmul(*arguments)
-        return y if y.shape[1] == selfcheck.N else y * 1.1
+        return y if y.shape[1] == self_test.N else y * 1.1
 
 
 FIRST, SECOND = Renamed("first"), Renamed("second")
@@ -56,12 +58,12 @@ FIRST, SECOND = Renamed("first"), Renamed("second")
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "LAYOUTS", (FIRST, SECOND))
-    tuned._table.cache_clear()
-    selfcheck._passed.clear()
+    monkeypatch.setattr(select, "BACKENDS", (FIRST, SECOND))
+    timings._table.cache_clear()
+    self_test._passed.clear()
     yield
-    tuned._table.cache_clear()
-    selfcheck._passed.clear()
+    timings._table.cache_clear()
+    self_test._passed.clear()
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +83,10 @@ def in_turn(*times: float) -> tuple[Callable[[Callable[[int], object]], float], 
     return timer, said
 
 
-def measured(checkpoint: Checkpoint, *times: float, layouts: tuple[Dense, ...] = (FIRST, SECOND)) -> TuningFile:
+def measured(checkpoint: Checkpoint, *times: float, backends: tuple[Dense, ...] = (FIRST, SECOND)) -> TuningFile:
     timer, _ = in_turn(*times)
     return tuning.tune(
-        checkpoint.folder, tokens=TOKENS, device="cpu", timer=timer, layouts=layouts, report=lambda _: None
+        checkpoint.folder, tokens=TOKENS, device="cpu", timer=timer, backends=backends, report=lambda _: None
     )
 
 
@@ -93,7 +95,7 @@ def choice(checkpoint: Checkpoint, layer: tuning.Layer) -> str:
     product = LinearProduct(layer.scheme, checkpoint.folder, layer.name, dtype=tuning.model_dtype(checkpoint))
     stored = tuning.random_shard(layer.scheme, layer.n, layer.k, product.dtype, torch.device("cpu"))
     product.prepare(torch.nn.Module(), [stored], layer.n, layer.k)
-    return product.layout.name
+    return product.backend.name
 
 
 def test_the_loop(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +106,9 @@ def test_the_loop(checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.Mo
     assert all(result.us == {"first": [30.0, 30.0], "second": [10.0, 20.0]} for result in content.results)
     assert content.gpu == "cpu"
     assert content.tokens == list(TOKENS)
-    path = tmp_path / tuned.file_name("cpu")
-    tuned.write(path, content)
-    assert tuned.read(path) == content
+    path = tmp_path / timings.file_name("cpu")
+    timings.write(path, content)
+    assert timings.read(path) == content
     assert [choice(checkpoint, kind) for kind in kinds] == ["first"] * len(kinds)
     monkeypatch.setenv(TUNING.variable, str(path))
     assert [choice(checkpoint, kind) for kind in kinds] == ["second"] * len(kinds)
@@ -143,7 +145,7 @@ def test_every_layer_of_a_model(checkpoint: Checkpoint) -> None:
             tuning.layers_of(checkpoint, tp_size)
 
 
-def test_a_wrong_layout_is_not_timed(checkpoint: Checkpoint) -> None:
+def test_a_wrong_backend_is_not_timed(checkpoint: Checkpoint) -> None:
     wrong, late = Renamed("wrong", 1.1), WrongInItsSize("late")
     timer, said = in_turn(5.0)
     content = tuning.tune(
@@ -151,7 +153,7 @@ def test_a_wrong_layout_is_not_timed(checkpoint: Checkpoint) -> None:
         tokens=TOKENS,
         device="cpu",
         timer=timer,
-        layouts=(wrong, late, SECOND),
+        backends=(wrong, late, SECOND),
         report=lambda _: None,
     )
     for result in content.results:
@@ -168,7 +170,7 @@ def asked(**fields: object) -> LinearRequest:
 
 
 def a_file(us: dict[str, list[float]], **fields: object) -> TuningFile:
-    content = TuningFile(FORMAT, "cpu", tuned.versions(), list(TOKENS), [Result(key_of(asked()), us)])
+    content = TuningFile(FORMAT, "cpu", timings.versions(), list(TOKENS), [Result(key_of(asked()), us)])
     return msgspec.structs.replace(content, **fields)
 
 
@@ -183,16 +185,16 @@ def a_file(us: dict[str, list[float]], **fields: object) -> TuningFile:
 def test_the_same_file_gives_the_same_order(
     tmp_path_factory: pytest.TempPathFactory, times: dict[str, list[float]], order: object
 ) -> None:
-    """Whatever the order of its entries; and every layout of the built-in order is in it once."""
+    """Whatever the order of its entries; and every backend of the built-in order is in it once."""
     names = list(times)
     order.shuffle(names)  # type: ignore[attr-defined]
     choices = []
     for us in (times, {name: times[name] for name in names}):
         path = tmp_path_factory.mktemp("tuning") / "file.json"
-        tuned.write(path, a_file(us))
+        timings.write(path, a_file(us))
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(TUNING.variable, str(path))
-            choices.append([layout.name for layout in dispatch.candidates(asked(), "layer")])
+            choices.append([backend.name for backend in select.candidates(asked(), "layer")])
     assert choices[0] == choices[1]
     assert sorted(choices[0]) == ["first", "second"]
     if times.keys() >= {"first", "second"} and times["second"] < times["first"]:
@@ -207,9 +209,9 @@ def test_the_same_file_gives_the_same_order(
     [
         ({"gpu": "NVIDIA H100 80GB HBM3"}, "was measured on NVIDIA H100 80GB HBM3, this is cpu"),
         ({"versions": {}}, "was measured with sglang-modelopt-ext none, here is"),
-        ({"versions": tuned.versions() | {"torch": "1.0"}}, "was measured with torch 1.0, here is"),
+        ({"versions": timings.versions() | {"torch": "1.0"}}, "was measured with torch 1.0, here is"),
         (
-            {"versions": tuned.versions() | {"quack-kernels": "0.6.5"}},
+            {"versions": timings.versions() | {"quack-kernels": "0.6.5"}},
             "was measured with quack-kernels 0.6.5, here is none",
         ),
     ],
@@ -222,33 +224,33 @@ def test_another_gpu_is_ignored(
     reason: str,
 ) -> None:
     path = tmp_path / "file.json"
-    tuned.write(path, a_file({"second": [1.0, 1.0]}, **fields))
+    timings.write(path, a_file({"second": [1.0, 1.0]}, **fields))
     monkeypatch.setenv(TUNING.variable, str(path))
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            assert dispatch.candidates(asked(), "layer")[0] is FIRST
+            assert select.candidates(asked(), "layer")[0] is FIRST
     assert [message for message in caplog.messages if reason in message and str(path) in message] == caplog.messages
     assert len(caplog.messages) == 1
 
 
 def test_shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the package are read without a word, and the user's own comes before them."""
-    monkeypatch.setattr(tuned, "SHIPPED", tmp_path)
-    tuned.write(tmp_path / "other.json", a_file({"second": [1.0, 1.0]}, gpu="another"))
-    assert dispatch.candidates(asked(), "layer")[0] is FIRST
-    tuned._table.cache_clear()
-    tuned.write(tmp_path / "this.json", a_file({"second": [1.0, 1.0]}))
-    assert dispatch.candidates(asked(), "layer")[0] is SECOND
+    monkeypatch.setattr(timings, "SHIPPED", tmp_path)
+    timings.write(tmp_path / "other.json", a_file({"second": [1.0, 1.0]}, gpu="another"))
+    assert select.candidates(asked(), "layer")[0] is FIRST
+    timings._table.cache_clear()
+    timings.write(tmp_path / "this.json", a_file({"second": [1.0, 1.0]}))
+    assert select.candidates(asked(), "layer")[0] is SECOND
     own = tmp_path / "own" / "file.json"
     own.parent.mkdir()
-    tuned.write(own, a_file({"first": [1.0, 1.0]}))
+    timings.write(own, a_file({"first": [1.0, 1.0]}))
     monkeypatch.setenv(TUNING.variable, str(own))
-    assert dispatch.candidates(asked(), "layer")[0] is FIRST
+    assert select.candidates(asked(), "layer")[0] is FIRST
 
 
 def test_what_is_shipped_is_readable() -> None:
-    for path in tuned.SHIPPED.glob("*.json"):
-        assert tuned.read(path).results
+    for path in timings.SHIPPED.glob("*.json"):
+        assert timings.read(path).results
 
 
 GOOD = json.loads(msgspec.json.encode(a_file({"first": [1.0, 2.0]})))
@@ -257,7 +259,7 @@ GOOD = json.loads(msgspec.json.encode(a_file({"first": [1.0, 2.0]})))
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "content: expected what `python -m sglang_modelopt_ext.tune` writes"),
+        ("{", "content: expected what `python -m sglang_modelopt_ext.tuning` writes"),
         ("[]", "content: expected"),
         (json.dumps(GOOD | {"extra": 1}), "unknown field `extra`"),
         (json.dumps({name: value for name, value in GOOD.items() if name != "gpu"}), "missing required field `gpu`"),
@@ -278,7 +280,7 @@ def test_a_file_that_is_none(
         path.write_text(content)
     monkeypatch.setenv(TUNING.variable, str(path))
     with pytest.raises(ModelOptExtError, match=message) as caught:
-        dispatch.candidates(asked(), "layer")
+        select.candidates(asked(), "layer")
     assert str(caught.value).startswith(f"{path}: ")
 
 
@@ -286,7 +288,7 @@ def test_adding_to_a_file(tmp_path: Path) -> None:
     path = tmp_path / "file.json"
     content = a_file({"first": [1.0, 2.0]})
     assert tuning.merge(path, content) == content
-    tuned.write(path, content)
+    timings.write(path, content)
     other = Result(key_of(asked(n=128)), {"second": [3.0, 4.0]})
     both = tuning.merge(path, msgspec.structs.replace(content, results=[other]))
     assert both.results == [*content.results, other]
@@ -323,10 +325,10 @@ def test_on_a_gpu(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder = folder_of(recipe, "llama")
     path = tmp_path / "file.json"
     assert tune.main(["--model", str(folder), "--tokens", "1,64", "--output", str(path)]) == 0
-    content = tuned.read(path)
+    content = timings.read(path)
     assert all(result.us for result in content.results)
     monkeypatch.setenv(TUNING.variable, str(path))
     kind = tuning.layers_of(read_checkpoint(folder))[0]
     product = LinearProduct(kind.scheme, folder, kind.name)
     request = product.request(torch.device("cuda"), kind.n, kind.k)
-    assert next(layout.name for layout in dispatch.candidates(request, "layer")) == tuned.ranking(request)[0]
+    assert next(backend.name for backend in select.candidates(request, "layer")) == timings.ranking(request)[0]

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_modelopt_ext import dispatch, selfcheck, tuned, tuning
+from sglang_modelopt_ext.backends import select, self_test, timings
+from sglang_modelopt_ext.backends.experts.base import ReferenceExperts
+from sglang_modelopt_ext.backends.timings import key_of
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, read_checkpoint
 from sglang_modelopt_ext.env import EXPERTS, TUNING
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layouts.moe import ReferenceExperts
-from sglang_modelopt_ext.tuned import key_of
-from sglang_modelopt_ext.tuning_experts import experts_of
+from sglang_modelopt_ext.tuning import run as tuning
+from sglang_modelopt_ext.tuning.experts import experts_of
 from tests.support.edits import copy_with, set_fields
 from tests.support.exports import export
 from tests.support.models import MOE_FAMILIES, TinyModel, model_dir
@@ -33,7 +34,7 @@ class Renamed(ReferenceExperts):
     def matmul(self, *arguments: Any) -> torch.Tensor:
         y = super().matmul(*arguments)
         # The check at load has few outputs: it passes there.
-        return y if y.shape[1] == selfcheck.N else y * self.factor
+        return y if y.shape[1] == self_test.N else y * self.factor
 
 
 FIRST, SECOND, WRONG = Renamed("first"), Renamed("second"), Renamed("wrong", 1.1)
@@ -41,12 +42,12 @@ FIRST, SECOND, WRONG = Renamed("first"), Renamed("second"), Renamed("wrong", 1.1
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(dispatch, "EXPERT_LAYOUTS", (FIRST, SECOND))
-    tuned._table.cache_clear()
-    selfcheck._passed.clear()
+    monkeypatch.setattr(select, "EXPERT_BACKENDS", (FIRST, SECOND))
+    timings._table.cache_clear()
+    self_test._passed.clear()
     yield
-    tuned._table.cache_clear()
-    selfcheck._passed.clear()
+    timings._table.cache_clear()
+    self_test._passed.clear()
 
 
 @pytest.fixture(scope="module", params=MOE_FAMILIES)
@@ -65,14 +66,16 @@ def timer_of(*times: float) -> Callable[[Callable[[int], object]], float]:
     return timer
 
 
-def measured(checkpoint: Checkpoint, *times: float, layouts: tuple[Renamed, ...] = (FIRST, SECOND)) -> tuned.TuningFile:
+def measured(
+    checkpoint: Checkpoint, *times: float, backends: tuple[Renamed, ...] = (FIRST, SECOND)
+) -> timings.TuningFile:
     return tuning.tune(
         checkpoint.folder,
         tokens=TOKENS,
         device="cpu",
         timer=timer_of(*times),
-        layouts=(),
-        expert_layouts=layouts,
+        backends=(),
+        expert_backends=backends,
         report=lambda _: None,
     )
 
@@ -97,26 +100,26 @@ def test_from_a_file_to_the_choice(checkpoint: Checkpoint, tmp_path: Path, monke
     results = [result for result in content.results if result.layer.experts]
     assert [result.us for result in results] == [{"first": [30.0, 30.0], "second": [10.0, 20.0]}] * 2
     path = tmp_path / "file.json"
-    tuned.write(path, content)
-    assert tuned.read(path) == content
+    timings.write(path, content)
+    assert timings.read(path) == content
     kinds = experts_of(checkpoint)
     requests = [kind.request(torch.device("cpu"), tuning.model_dtype(checkpoint)) for kind in kinds]
     assert [key_of(request) for request in requests] == [result.layer for result in results]
 
     def choices() -> list[str]:
-        return [dispatch.expert_candidates(request, "experts")[0].name for request in requests]
+        return [select.expert_candidates(request, "experts")[0].name for request in requests]
 
     assert choices() == ["first", "first"]
     monkeypatch.setenv(TUNING.variable, str(path))
     assert choices() == ["second", "second"]
     other = dataclasses.replace(requests[0], experts=requests[0].experts + 1)
-    assert dispatch.expert_candidates(other, "experts")[0].name == "first", "another number of experts is not known"
+    assert select.expert_candidates(other, "experts")[0].name == "first", "another number of experts is not known"
     monkeypatch.setenv(EXPERTS.variable, "first,second")
     assert choices() == ["first", "first"], "what the user names is not reordered"
 
 
-def test_a_layout_that_errs_is_not_timed(checkpoint: Checkpoint) -> None:
-    content = measured(checkpoint, 1.0, layouts=(WRONG, FIRST))
+def test_a_backend_that_errs_is_not_timed(checkpoint: Checkpoint) -> None:
+    content = measured(checkpoint, 1.0, backends=(WRONG, FIRST))
     for result in content.results:
         if result.layer.experts:
             assert list(result.us) == ["first"]

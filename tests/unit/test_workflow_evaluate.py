@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 
-from sglang_modelopt_ext.workflow.client import Completion
-from sglang_modelopt_ext.workflow.evaluate import (
+from sglang_modelopt_ext.workflow.common.text import begin_token, encode, load_tokenizer, split_windows, spread
+from sglang_modelopt_ext.workflow.evaluate.measure import (
     Logprobs,
     Plan,
     Row,
@@ -28,8 +28,8 @@ from sglang_modelopt_ext.workflow.evaluate import (
     perplexity,
     positions_within,
 )
-from sglang_modelopt_ext.workflow.server import ServerProcess
-from sglang_modelopt_ext.workflow.text import begin_token, encode, load_tokenizer, split_windows, spread
+from sglang_modelopt_ext.workflow.server.client import Completion
+from sglang_modelopt_ext.workflow.server.process import ServerProcess
 from tests.support.models import BOS, SPECIAL_TOKENS, TinyModel, model_dir
 
 VOCABULARY = 11

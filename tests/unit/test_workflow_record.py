@@ -13,9 +13,9 @@ from sglang_modelopt_ext.checkpoint.quant_config import OWN_KEY
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow import modelopt_cpu
-from sglang_modelopt_ext.workflow.evaluate import assumptions
-from sglang_modelopt_ext.workflow.quantize import Options, quantize
+from sglang_modelopt_ext.workflow.common import modelopt_cpu
+from sglang_modelopt_ext.workflow.evaluate.measure import assumptions
+from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
 from tests.support import edits
 from tests.support.models import TinyModel, model_dir
 

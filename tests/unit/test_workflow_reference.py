@@ -11,8 +11,8 @@ from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, MXFP4_ACTIVATIONS, W4A8_MATH
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.reference import ReferenceModel
-from sglang_modelopt_ext.workflow.target import Target
+from sglang_modelopt_ext.workflow.common.target import Target
+from sglang_modelopt_ext.workflow.verify.reference import ReferenceModel
 from tests.layers.test_recipes import RECIPES, mixed_checkpoint
 from tests.serving.checks import FP32_MEDIAN, SHORT_PROMPTS
 from tests.support import edits

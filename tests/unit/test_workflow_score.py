@@ -11,9 +11,9 @@ import pytest
 from sglang_modelopt_ext.cli.evaluate import EvaluateResult, Evaluation
 from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.evaluate import mean_divergence, perplexity
-from sglang_modelopt_ext.workflow.plots import plot_intervals
-from sglang_modelopt_ext.workflow.score import (
+from sglang_modelopt_ext.workflow.evaluate.measure import mean_divergence, perplexity
+from sglang_modelopt_ext.workflow.evaluate.plots import plot_intervals
+from sglang_modelopt_ext.workflow.evaluate.score import (
     Interval,
     Scores,
     check_same_tokens,
@@ -21,7 +21,7 @@ from sglang_modelopt_ext.workflow.score import (
     perplexity_interval,
     ratio_interval,
 )
-from sglang_modelopt_ext.workflow.tasks import task_scores
+from sglang_modelopt_ext.workflow.evaluate.tasks import task_scores
 from tests.support import edits
 from tests.support.models import TinyModel, model_dir
 from tests.unit.test_workflow_evaluate import VOCABULARY, random_logprobs

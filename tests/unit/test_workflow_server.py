@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.client import vocabulary_size
-from sglang_modelopt_ext.workflow.server import ServerProcess, kill_session
+from sglang_modelopt_ext.workflow.server.client import vocabulary_size
+from sglang_modelopt_ext.workflow.server.process import ServerProcess, kill_session
 
 # A process that starts a child, which starts a grandchild; all ignore the polite signals.
 FAMILY = """
@@ -98,7 +98,7 @@ def test_failure_of_ours_is_passed_on(tmp_path: Path) -> None:
 
 
 def test_timeout_ends_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_modelopt_ext.workflow.server._STOP_SECONDS", 0.2)
+    monkeypatch.setattr("sglang_modelopt_ext.workflow.server.process._STOP_SECONDS", 0.2)
     code = textwrap.dedent(FAMILY)
     server = fake_server(tmp_path, FAMILY, "2", code, timeout=3.0)
     with pytest.raises(ModelOptExtError, match="no answer for 3 s"), server:
@@ -107,7 +107,7 @@ def test_timeout_ends_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_interrupt_in_the_block_ends_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_modelopt_ext.workflow.server._STOP_SECONDS", 0.2)
+    monkeypatch.setattr("sglang_modelopt_ext.workflow.server.process._STOP_SECONDS", 0.2)
     monkeypatch.setattr(ServerProcess, "_is_ready", lambda self: True)
     pids: list[int] = []
     # A shell starts background jobs with SIGINT ignored, and Python then installs no handler for it.

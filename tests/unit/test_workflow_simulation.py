@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_modelopt_ext.workflow.quantize import Options, quantize
-from sglang_modelopt_ext.workflow.recipes import Changes
-from sglang_modelopt_ext.workflow.record import read_record
-from sglang_modelopt_ext.workflow.simulation import objection
-from sglang_modelopt_ext.workflow.target import Target
-from sglang_modelopt_ext.workflow.verify import Served, Verification, verify
+from sglang_modelopt_ext.workflow.common.target import Target
+from sglang_modelopt_ext.workflow.quantize.recipes import Changes
+from sglang_modelopt_ext.workflow.quantize.record import read_record
+from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
+from sglang_modelopt_ext.workflow.verify.run import Served, Verification, verify
+from sglang_modelopt_ext.workflow.verify.simulation import objection
 from tests.support.exports import export
 from tests.support.models import TinyModel, model_dir, random_ids
 from tests.support.reference import Reference

@@ -13,10 +13,10 @@ from torch import nn
 
 from sglang_modelopt_ext.cli.verify import VerifyResult
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
-from sglang_modelopt_ext.workflow.evaluate import assumptions
-from sglang_modelopt_ext.workflow.reference import TIE, DecodedLinear, ReferenceModel
-from sglang_modelopt_ext.workflow.target import Target
-from sglang_modelopt_ext.workflow.verify import FACTOR, RESOLUTION, Served, Verification, verify
+from sglang_modelopt_ext.workflow.common.target import Target
+from sglang_modelopt_ext.workflow.evaluate.measure import assumptions
+from sglang_modelopt_ext.workflow.verify.reference import TIE, DecodedLinear, ReferenceModel
+from sglang_modelopt_ext.workflow.verify.run import FACTOR, RESOLUTION, Served, Verification, verify
 from tests.support import edits
 from tests.support.exports import export
 from tests.support.models import TinyModel, model_dir, random_ids

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.planes.kernel import e4m3_scale_float16, planes_float16
+from sglang_modelopt_kernels.formats.fp4_packing.kernel import e4m3_scale_float16, planes_float16
 
 PLANES_DESCALE = 2.0**14
 """Planes come out as the code times its block scale times 2^-14."""

@@ -159,7 +159,7 @@ class WeightFormat(ABC):
     exact_in_bf16: bool
     """Every entry of :attr:`DecodedWeight.unit` is a bf16 number."""
     often_exact_in_bf16: bool = False
-    """Likewise for every weight but those at the end of float32's range; a layout has to look."""
+    """Likewise for every weight but those at the end of float32's range; a backend has to look."""
     has_blocks: bool = False
     """:meth:`blocks` gives 4-bit codes and block scales."""
 

@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-from sglang_modelopt_kernels.planes.packing import pack_e2m1, unpack_e2m1
+from sglang_modelopt_kernels.formats.fp4_packing.packing import pack_e2m1, unpack_e2m1
 
 from . import e2m1, e4m3
 from .checks import scale_blocks
@@ -89,7 +89,7 @@ class FP8KV(KVFormat):
 class NVFP4KV(KVFormat):
     """E2M1 under dynamic E4M3 scales of 16 entries and the static scale, packed in planes as the kernels read it.
 
-    The layout (:mod:`sglang_modelopt_kernels.planes.packing`) is the cache's own affair: no checkpoint holds one.
+    The layout (:mod:`sglang_modelopt_kernels.formats.fp4_packing.packing`) is the cache's own affair: no checkpoint holds one.
     """
 
     name = "nvfp4"

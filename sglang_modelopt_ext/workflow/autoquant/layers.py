@@ -14,7 +14,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate as FormatCandidate
 from sglang_modelopt_ext.workflow.autoquant.formats import serving
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Candidate, Format, Group, Layer, LmHead
-from sglang_modelopt_ext.workflow.digest import folder_digest
+from sglang_modelopt_ext.workflow.common.digest import folder_digest
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def plan_groups(
             for layer in layers if candidate.name in costs else ():
                 found, scheme = serving(candidate, layer, gpu, linears.dtype)
                 known = served.setdefault(candidate.name, ([], scheme))[0]
-                known += [layout for layout in found if layout not in known]
+                known += [backend for backend in found if backend not in known]
         costs[UNQUANTIZED] = sum(layer.n * layer.k for layer in layers) * bits
         groups.append(_group(name, layers, costs))
     for candidate in formats:

@@ -14,8 +14,8 @@ from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.state import State
-from sglang_modelopt_ext.workflow.calibration import SAMPLES, CalibrationData, load_calibration, tokens_digest
-from sglang_modelopt_ext.workflow.text import spread
+from sglang_modelopt_ext.workflow.common.text import spread
+from sglang_modelopt_ext.workflow.quantize.calibration import SAMPLES, CalibrationData, load_calibration, tokens_digest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

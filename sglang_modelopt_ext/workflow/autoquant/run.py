@@ -12,7 +12,6 @@ import msgspec
 
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow import modelopt_cpu
 from sglang_modelopt_ext.workflow.autoquant import formats as candidate_formats
 from sglang_modelopt_ext.workflow.autoquant.layers import model_digest, plan_groups, read_linears
 from sglang_modelopt_ext.workflow.autoquant.measure import (
@@ -41,12 +40,18 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
     write_json,
 )
 from sglang_modelopt_ext.workflow.autoquant.work import Work, work_folder
-from sglang_modelopt_ext.workflow.calibration import SEED, SEQUENCE_LENGTH, CalibrationData
-from sglang_modelopt_ext.workflow.export import check_output, export_checkpoint, move_into_place, partial_folder
-from sglang_modelopt_ext.workflow.progress import ticking
-from sglang_modelopt_ext.workflow.record import Origin, Record, package_versions, read_record
-from sglang_modelopt_ext.workflow.source import default_device, find_model, load_model, watching_activations
-from sglang_modelopt_ext.workflow.text import load_tokenizer, spread
+from sglang_modelopt_ext.workflow.common import modelopt_cpu
+from sglang_modelopt_ext.workflow.common.progress import ticking
+from sglang_modelopt_ext.workflow.common.source import default_device, find_model, load_model, watching_activations
+from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
+from sglang_modelopt_ext.workflow.quantize.calibration import SEED, SEQUENCE_LENGTH, CalibrationData
+from sglang_modelopt_ext.workflow.quantize.export import (
+    check_output,
+    export_checkpoint,
+    move_into_place,
+    partial_folder,
+)
+from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, package_versions, read_record
 
 RECIPE = "auto_quantize"
 

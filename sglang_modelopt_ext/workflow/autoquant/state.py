@@ -16,7 +16,7 @@ import msgspec
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.solve import Method, solve
-from sglang_modelopt_ext.workflow.record import Calibration
+from sglang_modelopt_ext.workflow.quantize.record import Calibration
 
 SCHEMA: Literal["sglang-modelopt-ext/autoquant/1"] = "sglang-modelopt-ext/autoquant/1"
 FILE_NAME = "autoquant.json"

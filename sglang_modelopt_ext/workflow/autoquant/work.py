@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.search import Progress
 from sglang_modelopt_ext.workflow.autoquant.state import State, Struct, write_json
-from sglang_modelopt_ext.workflow.interrupts import undisturbed
+from sglang_modelopt_ext.workflow.common.interrupts import undisturbed
 
 MANIFEST, SCORES, MODELOPT = "manifest.json", "scores.json", "modelopt.pth"
 

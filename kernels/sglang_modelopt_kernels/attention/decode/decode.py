@@ -14,7 +14,7 @@ from sglang_modelopt_kernels.attention.launch import architecture, options, shar
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
-from sglang_modelopt_kernels.gemm.tile import checked
+from sglang_modelopt_kernels.gemm.common import checked
 
 RESIDENT = 8
 """Parts of a request and KV head for each processor, a warp each: of 4 to 16, the fastest on an H100, but for FP8 in large batches,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.attention.kernel import e4m3_float16
-from sglang_modelopt_kernels.planes.kernel import e4m3_scale_float16, planes_float16
+from sglang_modelopt_kernels.formats.fp4_packing.kernel import e4m3_scale_float16, planes_float16
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from sglang_modelopt_kernels.attention.launch import architecture, options, shar
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import turn_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
-from sglang_modelopt_kernels.gemm.tile import checked, needs_drain
+from sglang_modelopt_kernels.gemm.common import checked, needs_drain
 
 _RAW = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 

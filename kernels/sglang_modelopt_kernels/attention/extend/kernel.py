@@ -17,7 +17,7 @@ from sglang_modelopt_kernels.attention.kernel import (
     load_planes,
     plane_channel,
 )
-from sglang_modelopt_kernels.gemm.tile.kernel import drain_wgmma
+from sglang_modelopt_kernels.gemm.common.kernel import drain_wgmma
 
 DESCALE = tl.constexpr(PLANES_DESCALE)
 

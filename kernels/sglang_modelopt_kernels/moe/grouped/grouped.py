@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_modelopt_kernels.gemm.tile import machine
+from sglang_modelopt_kernels.gemm.common import machine
 from sglang_modelopt_kernels.moe.route import Routed, most_blocks
 
 from .dense import dense_block, run_dense, takes_dense

@@ -9,10 +9,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.gemm.block_scaled.kernel import block_scaled_sum
-from sglang_modelopt_kernels.gemm.eight_bit.kernel import whole_sum
-from sglang_modelopt_kernels.gemm.mxfp4.kernel import mxfp4_sum
-from sglang_modelopt_kernels.gemm.tile.kernel import store_tile
+from sglang_modelopt_kernels.gemm.common.kernel import store_tile
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.kernel import mxfp4_sum
+from sglang_modelopt_kernels.gemm.w4_decode.kernel import block_scaled_sum
+from sglang_modelopt_kernels.gemm.w8_decode.kernel import whole_sum
 
 
 @triton.jit

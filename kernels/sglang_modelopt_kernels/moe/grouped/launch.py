@@ -7,11 +7,11 @@ from typing import Literal
 import torch
 import triton
 
-from sglang_modelopt_kernels.gemm.block_scaled.launch import configs as block_scaled_configs
-from sglang_modelopt_kernels.gemm.block_scaled.launch import descale as block_scaled_descale
-from sglang_modelopt_kernels.gemm.block_scaled.launch import makes_operands
-from sglang_modelopt_kernels.gemm.mxfp4.linear import ROW_CONFIGS as MXFP4
-from sglang_modelopt_kernels.gemm.tile import KernelConfig, checked, machine, matrix_instruction, needs_drain
+from sglang_modelopt_kernels.gemm.common import KernelConfig, checked, machine, matrix_instruction, needs_drain
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.linear import ROW_CONFIGS as MXFP4
+from sglang_modelopt_kernels.gemm.w4_decode.launch import configs as block_scaled_configs
+from sglang_modelopt_kernels.gemm.w4_decode.launch import descale as block_scaled_descale
+from sglang_modelopt_kernels.gemm.w4_decode.launch import makes_operands
 from sglang_modelopt_kernels.moe.route import Routed
 
 from .kernel import grouped_kernel

@@ -14,7 +14,8 @@ kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]
 ``bf16``                bf16                           none                                any, decoded
 ======================  =============================  ==================================  ================
 
-The first three are those of :mod:`sglang_modelopt_kernels.gemm.block_scaled.packing`, the fourth that of :mod:`..gemm.mxfp4`.
+The first three are those of :mod:`sglang_modelopt_kernels.gemm.w4_decode.packing`, the fourth that of
+:mod:`..gemm.mxfp4_fp8_blackwell`.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ import torch
 
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
 from sglang_modelopt_kernels.formats.checks import scale_blocks
-from sglang_modelopt_kernels.gemm import eight_bit
-from sglang_modelopt_kernels.gemm.block_scaled import packing
-from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight
+from sglang_modelopt_kernels.gemm import w8_decode
+from sglang_modelopt_kernels.gemm.w4_decode import packing
+from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
 
 Kind = Literal[
     "e2m1_e4m3", "e2m1_exponent", "int4_float", "mxfp4", "e4m3", "e4m3_float", "e4m3_exponent", "int8", "bf16"
@@ -106,7 +107,7 @@ def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
     Raises:
         ValueError: a scale is NaN, or a row's scales span more than the kernel's range.
     """
-    weight = eight_bit.mxfp8(codes, scale)
+    weight = w8_decode.mxfp8(codes, scale)
     return GroupedWeight(codes, weight.scale, weight.out_scale, "e4m3_exponent")
 
 

@@ -9,8 +9,8 @@ import torch
 import triton
 
 from sglang_modelopt_kernels.formats import ue8m0
-from sglang_modelopt_kernels.gemm.block_scaled.launch import decode_into, descale
-from sglang_modelopt_kernels.gemm.block_scaled.packing import PackedWeight
+from sglang_modelopt_kernels.gemm.w4_decode.launch import decode_into, descale
+from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
 from sglang_modelopt_kernels.moe.route import Routed
 
 from ..weights import GroupedWeight

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 import triton
 
-from sglang_modelopt_kernels.gemm.block_scaled.launch import SCRATCH_BYTES
-from sglang_modelopt_kernels.gemm.tile import KernelConfig, checked, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.common import KernelConfig, checked, machine, matrix_instruction
+from sglang_modelopt_kernels.gemm.w4_decode.launch import SCRATCH_BYTES
 from sglang_modelopt_kernels.moe.route import Routed
 
 from ..weights import GroupedWeight

@@ -1,0 +1,24 @@
+"""What the products in tiles share: configurations, splits along K, scales and bias after the sum, and the launch."""
+
+from sglang_modelopt_kernels.gemm.common.epilogue import Epilogue, check_epilogue
+from sglang_modelopt_kernels.gemm.common.launch import (
+    KernelConfig,
+    choose,
+    launch,
+    machine,
+    matrix_instruction,
+    needs_drain,
+)
+from sglang_modelopt_kernels.gemm.common.wgmma import checked
+
+__all__ = [
+    "Epilogue",
+    "KernelConfig",
+    "check_epilogue",
+    "checked",
+    "choose",
+    "launch",
+    "machine",
+    "matrix_instruction",
+    "needs_drain",
+]

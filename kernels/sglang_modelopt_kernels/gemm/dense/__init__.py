@@ -1,6 +1,0 @@
-"""The reference path: weights decoded once at load, a dense matrix product per call."""
-
-from sglang_modelopt_kernels.gemm.dense.dense import dense_linear, prepare_dense
-from sglang_modelopt_kernels.gemm.dense.naive import naive_linear
-
-__all__ = ["dense_linear", "naive_linear", "prepare_dense"]

@@ -1,6 +1,0 @@
-"""FP4 weights times FP4 activations in Blackwell's block-scaled matrix instructions (``mxf4nvf4`` and ``mxf4``)."""
-
-from sglang_modelopt_kernels.gemm.fp4.linear import fp4_linear
-from sglang_modelopt_kernels.gemm.fp4.naive import naive_fp4_linear
-
-__all__ = ["fp4_linear", "naive_fp4_linear"]

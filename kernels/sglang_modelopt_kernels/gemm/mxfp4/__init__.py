@@ -1,6 +1,0 @@
-"""MXFP4 weights times FP8 activations in Blackwell's block-scaled matrix instructions (``mxf8f6f4``)."""
-
-from sglang_modelopt_kernels.gemm.mxfp4.linear import mxfp4_linear, pair_blocks
-from sglang_modelopt_kernels.gemm.mxfp4.naive import naive_mxfp4_linear
-
-__all__ = ["mxfp4_linear", "naive_mxfp4_linear", "pair_blocks"]

@@ -1,0 +1,141 @@
+"""Which configuration runs, the launch, and the product as one PyTorch operator."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_modelopt_kernels.gemm.blackwell_common import tcgen05_product, tiles_of
+from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine
+from sglang_modelopt_kernels.gemm.common.launch import Plan
+
+from .kernel import mxfp4_widened_kernel
+
+CONFIGS = (
+    KernelConfig(128, 16, 256, 4, 4),
+    KernelConfig(128, 32, 256, 4, 4),
+    KernelConfig(128, 64, 256, 4, 4),
+    KernelConfig(128, 128, 256, 8, 3),
+    KernelConfig(128, 256, 128, 8, 4, persistent=True),
+)
+ROW_CONFIGS = (
+    KernelConfig(128, 16, 256, 4, 3),
+    KernelConfig(128, 32, 256, 4, 3),
+    KernelConfig(128, 64, 256, 4, 3),
+    KernelConfig(128, 128, 128, 8, 3),
+)
+PAIRED_CONFIGS = (
+    KernelConfig(64, 16, 256, 4, 3),
+    KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(128, 64, 128, 8, 3),
+    KernelConfig(128, 128, 128, 8, 2),
+)
+"""By tokens, ascending: for scales in tiles, for scales in rows (:func:`mxfp4_sum`), and for SM120. Not timed on any GPU: chosen by
+what compiles to ``mxf8f6f4`` without spilling (``benchmarks.aot``)."""
+
+WIDENED_DESCALE = 64.0
+"""Codes are widened to E4M3 times 2^-6."""
+
+
+def pair_blocks(codes: torch.Tensor) -> torch.Tensor:
+    """Stored codes ``[N, K / 2]``, K in 64s, with every second block in the high halves of the bytes of the one before it.
+
+    Byte j of 32 holds inputs j and 32 + j of 64, so that each half of the bytes is whole blocks in order.
+    """
+    even, odd = codes.unflatten(1, (-1, 2, 16)).unbind(2)  # the bytes of a pair's first and second block
+    return torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(1)
+
+
+def run(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    out_scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    paired: bool = False,
+    plan: Plan | None = None,
+    describe: bool = True,
+) -> torch.Tensor:
+    """Launches the kernel; arguments as :func:`mxfp4_linear`, ``plan`` instead of the one chosen by size."""
+    (m, k), n = x.shape, codes.shape[0]
+    plan = plan or choose(PAIRED_CONFIGS if paired else CONFIGS, m, n, k, machine(x.device)[1])
+    epilogue = Epilogue(out_scale, row_scale, bias, WIDENED_DESCALE if paired else 1.0)
+    if not paired:
+        return tcgen05_product(x, codes, scale, None, 32, epilogue, out_dtype, plan, describe)
+    return launch(mxfp4_widened_kernel, x.contiguous(), codes, scale, epilogue, out_dtype, plan, ASM=x.is_cuda)
+
+
+@torch.library.custom_op("modelopt_ext::mxfp4_linear", mutates_args=())
+def _mxfp4_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    out_scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    paired: bool,
+) -> torch.Tensor:
+    if x.shape[0] == 0:
+        return torch.empty((0, codes.shape[0]), dtype=out_dtype, device=x.device)
+    return run(x, codes, scale, out_scale, row_scale, bias, out_dtype, paired)
+
+
+@_mxfp4_linear.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    out_scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    paired: bool,
+) -> torch.Tensor:
+    del scale, out_scale, row_scale, bias, paired
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
+
+
+def mxfp4_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    out_scale: torch.Tensor,
+    row_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    paired: bool = False,
+) -> torch.Tensor:
+    """``(x @ W^T) * row_scale * out_scale + bias`` with ``W = code * 2^(scale - 127)`` (OCP MX v1.0).
+
+    Args:
+        x: E4M3 ``[M, K]``.
+        codes: uint8 ``[N, K / 2]``, E2M1, the even input in the low half, as ModelOpt stores it.
+        scale: uint8, UE8M0, no 255: ``[N, K / 32]`` in tiles of 128 x 4 (:func:`naive_swizzle`), or in rows where ``paired``.
+        out_scale: float32 ``[N]``.
+        row_scale: float32, one value or ``[M, 1]``; None for 1.
+        bias: ``[N]`` or None.
+        out_dtype: type of the result.
+        paired: whether ``codes`` come from :func:`pair_blocks`, for SM120; K is then in 64s.
+
+    Returns:
+        ``[M, N]`` of ``out_dtype``.
+
+    Raises:
+        ValueError: a shape or dtype that the kernel does not read.
+    """
+    n, k = codes.shape[0], 2 * codes.shape[1]
+    if x.dtype != torch.float8_e4m3fn or x.dim() != 2 or x.shape[1] != k:
+        raise ValueError(f"x must be E4M3 [M, {k}], got {tuple(x.shape)} {x.dtype}")
+    shape = (n, k // 32) if paired else tiles_of(n, k // 32)
+    if k % 32 or scale.shape != shape or codes.dtype != torch.uint8 or scale.dtype != torch.uint8:
+        expected = f"uint8 [N, K / 2] and {list(shape)}"
+        raise ValueError(f"codes and scale must be {expected}, got {tuple(codes.shape)} and {tuple(scale.shape)}")
+    if paired and k % 64:
+        raise ValueError(f"K must be in 64s where blocks are paired, got {k}")
+    if out_scale.shape != (n,) or out_scale.dtype != torch.float32:
+        raise ValueError(f"out_scale must be float32 [{n}], got {tuple(out_scale.shape)} {out_scale.dtype}")
+    check_epilogue(x.shape[0], n, row_scale, bias)
+    y: torch.Tensor = _mxfp4_linear(x, codes, scale, out_scale, row_scale, bias, out_dtype, paired)
+    return y

@@ -1,0 +1,157 @@
+"""Which configuration runs, the launches, and the product as one PyTorch operator."""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine
+from sglang_modelopt_kernels.gemm.common.launch import Plan
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
+from sglang_modelopt_kernels.gemm.w4_decode.launch import SCRATCH_BYTES
+
+from .kernel import folded_kernel, unfold_kernel
+from .packing import FoldedWeight
+
+DENSE_FROM = 897
+"""Tokens from which the weight is decoded once for ``torch._scaled_mm``: measured on an H100 at 512, where tiles of 128 tokens take
+0.75 of its time, and at 1024, where they take 1.06."""
+
+# Of one warp group, so that several programs share a processor, and one decodes while another multiplies: the fastest on an H100
+# (benchmarks.tiles). Four exponents to a thread at least (BN * BK / 32), or their loads are not pipelined.
+_WARP_GROUP = (
+    KernelConfig(64, 16, 256, 4, 3),
+    KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(64, 64, 256, 4, 4),
+    KernelConfig(64, 128, 256, 4, 3),
+)
+# The others were not timed: what compiles to FP8 matrix instructions without spilling (benchmarks.aot).
+_MMA = (
+    KernelConfig(64, 16, 256, 4, 3),
+    KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(64, 64, 256, 4, 3),
+)
+# For inputs that are not whole 256s.
+_WARP_GROUP_HALF = (
+    KernelConfig(128, 16, 128, 4, 4),
+    KernelConfig(128, 32, 128, 4, 4),
+    KernelConfig(128, 64, 128, 8, 4),
+    KernelConfig(128, 128, 128, 8, 4),
+)
+_MMA_HALF = (
+    KernelConfig(64, 16, 128, 2, 3),
+    KernelConfig(64, 32, 128, 4, 3),
+    KernelConfig(64, 64, 128, 4, 3),
+    KernelConfig(128, 128, 128, 8, 2),
+)
+
+
+def configs(capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
+    """The configurations for ``k`` inputs on compute capability ``capability`` (times ten), by tokens, ascending."""
+    if 90 <= capability < 100:
+        return _WARP_GROUP_HALF if k % 256 else _WARP_GROUP
+    return _MMA_HALF if k % 256 else _MMA
+
+
+def run(
+    x: torch.Tensor,
+    weight: FoldedWeight,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """Launches the kernel; arguments as :func:`folded_linear`, ``plan`` instead of the one chosen by size."""
+    capability, processors = machine(x.device)
+    plan = plan or choose(configs(capability, weight.k), x.shape[0], weight.n, weight.k, processors)
+    epilogue = Epilogue(weight.out_scale, row_scale, bias)
+    return launch(
+        folded_kernel, x.contiguous(), weight.codes, weight.exponent, epilogue, out_dtype, plan, ASM=x.is_cuda
+    )
+
+
+def unfold_rows(weight: FoldedWeight, first: int, rows: int) -> torch.Tensor:
+    """Rows of the weight without ``out_scale``, E4M3 ``[rows, K]``."""
+    y = torch.empty((rows, weight.k), dtype=torch.uint8, device=weight.codes.device)
+    grid = (triton.cdiv(rows, 8), triton.cdiv(weight.k, 512))
+    words = (weight.codes.view(torch.int32), weight.exponent, y.view(torch.int32))
+    unfold_kernel[grid](*words, first, rows, weight.k, ASM=y.is_cuda, BN=8)
+    return y.view(torch.float8_e4m3fn)
+
+
+def run_dense(
+    x: torch.Tensor,
+    weight: FoldedWeight,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """The same product for many tokens: rows decoded into a bounded scratch buffer, then ``torch._scaled_mm``."""
+    step, outputs = max(SCRATCH_BYTES // weight.k // 128 * 128, 128), []
+    for first in range(0, weight.n, step):
+        part = slice(first, min(first + step, weight.n))
+        unit = unfold_rows(weight, part.start, part.stop - part.start)
+        part_bias = None if bias is None else bias[part]
+        outputs.append(fp8_linear(x, row_scale, unit, weight.out_scale[part], part_bias, out_dtype))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+
+@torch.library.custom_op("modelopt_ext::folded_linear", mutates_args=())
+def _folded_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    exponent: torch.Tensor,
+    out_scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    weight = FoldedWeight(codes, exponent, out_scale)
+    if x.shape[0] == 0:
+        return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
+    if x.is_cuda and x.shape[0] >= DENSE_FROM and weight.n % 16 == 0:
+        return run_dense(x, weight, row_scale, bias, out_dtype)
+    return run(x, weight, row_scale, bias, out_dtype)
+
+
+@_folded_linear.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    exponent: torch.Tensor,
+    out_scale: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    del exponent, out_scale, row_scale, bias
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
+
+
+def folded_linear(
+    x: torch.Tensor,
+    weight: FoldedWeight,
+    row_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """``(x @ W^T) * row_scale + bias`` with exact products of E4M3 numbers.
+
+    Args:
+        x: E4M3 ``[M, K]``.
+        weight: the packed weight ``[N, K]``.
+        row_scale: float32, one value or ``[M, 1]``; None for 1.
+        bias: ``[N]`` or None.
+        out_dtype: type of the result.
+
+    Returns:
+        ``[M, N]`` of ``out_dtype``, rounded once.
+
+    Raises:
+        ValueError: a shape or dtype that the kernel does not read.
+    """
+    if x.dtype != torch.float8_e4m3fn or x.dim() != 2 or x.shape[1] != weight.k:
+        raise ValueError(f"x must be E4M3 [M, {weight.k}], got {tuple(x.shape)} {x.dtype}")
+    check_epilogue(x.shape[0], weight.n, row_scale, bias)
+    y: torch.Tensor = _folded_linear(x, weight.codes, weight.exponent, weight.out_scale, row_scale, bias, out_dtype)
+    return y

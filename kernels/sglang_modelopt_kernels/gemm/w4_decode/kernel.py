@@ -1,0 +1,469 @@
+"""``Y = X W^T`` over 4-bit codes with block scales, decoded in registers.
+
+The weight is the operand with the long side of the matrix instruction (M), because decoding has few tokens: ``Y^T = W X^T``.
+
+Numerics: a code times its block scale is formed exactly in float16 or bf16 (E2M1 has 2 significant bits, E4M3 has 4), so that with
+activations of that type every product is exact and only the float32 sum rounds. E2M1's bits are placed at the low end of
+the exponent, which makes a subnormal number of the value times 2^-14 (float16) or 2^-126 (bf16); one multiplication by the
+block scale then gives the unit weight times 1 / DESCALE. Under float32 scales (INT4) a block's partial sum is scaled instead.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_modelopt_kernels.formats.fp4_packing.kernel import (
+    E2M1_FLOAT16,
+    e4m3_scale_float16,
+    one_plane,
+    plane,
+    planes_float16,
+    planes_of,
+)
+from sglang_modelopt_kernels.gemm.common.kernel import drain_wgmma, store_tile, tokens_first
+
+_BFLOAT16 = (
+    """shr.u32 a, {w}, 3;
+    and.b32 a, a, 0x01c001c0;
+    lop3.b32 a, {w}, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p}, a, {s}, z;""",
+    """and.b32 a, {w}, 0x01c001c0;
+    shl.b32 b, {w}, 3;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p}, a, {s}, z;""",
+    """shl.b32 a, {w}, 3;
+    and.b32 a, a, 0x01c001c0;
+    shl.b32 b, {w}, 1;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p}, a, {s}, z;""",
+    """shl.b32 a, {w}, 6;
+    and.b32 a, a, 0x01c001c0;
+    shl.b32 b, {w}, 2;
+    lop3.b32 a, b, 0x80008000, a, 0xea;
+    fma.rn.bf16x2 {p}, a, {s}, z;""",
+)
+"""``fma`` with -0 because sm_80 has no bf16 multiplication."""
+_BFLOAT16_REGISTERS = ".reg .b32 a, b, z; mov.b32 z, 0x80008000;"
+PLANES_BFLOAT16: tl.constexpr = tl.constexpr(tuple(one_plane(text, _BFLOAT16_REGISTERS) for text in _BFLOAT16))
+E2M1_BFLOAT16: tl.constexpr = tl.constexpr(planes_of(_BFLOAT16, _BFLOAT16_REGISTERS, 4))
+INT4_FLOAT16: tl.constexpr = tl.constexpr(
+    planes_of(
+        (
+            """lop3.b32 a, {w}, 0x000f000f, 0x64006400, 0xea;
+            add.rn.f16x2 {p}, a, z;""",
+            """shr.u32 a, {w}, 4;
+            lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+            add.rn.f16x2 {p}, a, z;""",
+            """shr.u32 a, {w}, 8;
+            lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+            add.rn.f16x2 {p}, a, z;""",
+            """shr.u32 a, {w}, 12;
+            lop3.b32 a, a, 0x000f000f, 0x64006400, 0xea;
+            add.rn.f16x2 {p}, a, z;""",
+        ),
+        ".reg .b32 a, z; mov.b32 z, 0xe408e408;",
+        4,
+    )
+)
+"""A nibble of code + 8 under the exponent of 1024, minus 1032."""
+INT4_BFLOAT16: tl.constexpr = tl.constexpr(
+    planes_of(
+        (
+            """lop3.b32 a, {w}, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 {p}, a, o, z;""",
+            """shr.u32 a, {w}, 4;
+            lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 {p}, a, o, z;""",
+            """shr.u32 a, {w}, 8;
+            lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 {p}, a, o, z;""",
+            """shr.u32 a, {w}, 12;
+            lop3.b32 a, a, 0x000f000f, 0x43004300, 0xea;
+            fma.rn.bf16x2 {p}, a, o, z;""",
+        ),
+        ".reg .b32 a, o, z; mov.b32 o, 0x3f803f80; mov.b32 z, 0xc308c308;",
+        4,
+    )
+)
+"""The same under the exponent of 128, times 1 minus 136: sm_80 has no bf16 addition."""
+
+
+@triton.jit
+def _planes_bfloat16(w, s, ASM: tl.constexpr):
+    """As :func:`planes_float16` in bf16."""
+    if ASM:
+        p0 = plane(w, s, PLANES_BFLOAT16, 0)
+        p1 = plane(w, s, PLANES_BFLOAT16, 1)
+        p2 = plane(w, s, PLANES_BFLOAT16, 2)
+        p3 = plane(w, s, PLANES_BFLOAT16, 3)
+    else:
+        u = w.to(tl.uint16, bitcast=True)
+        f = s.to(tl.float32)
+        # In float32, from bits: the interpreter has no arithmetic of bf16. The products are bf16 numbers all the same.
+        p0 = _wide((u >> 3) & 0x01C0, u & 0x8000) * f
+        p1 = _wide(u & 0x01C0, (u << 3) & 0x8000) * f
+        p2 = _wide((u << 3) & 0x01C0, (u << 1) & 0x8000) * f
+        p3 = _wide((u << 6) & 0x01C0, (u << 2) & 0x8000) * f
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def _wide(magnitude, sign):
+    return ((magnitude | sign).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _int4_float16(nibble):
+    """A nibble of code + 8 as the float16 code: under the exponent of 1024 it counts in ones."""
+    return ((nibble | 0x6400).to(tl.float16, bitcast=True) - 1032.0).to(tl.float16)
+
+
+@triton.jit
+def _int4_float32(nibble):
+    """A nibble of code + 8 as the float32 code, a bf16 number, likewise under the exponent of 128."""
+    wide = ((nibble | 0x4300).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return wide - 136.0
+
+
+@triton.jit
+def _int4_planes(w, F16: tl.constexpr):
+    """The four planes of packed INT4, in float16 or in float32."""
+    u = w.to(tl.uint16, bitcast=True)
+    if F16:
+        p0 = _int4_float16(u & 15)
+        p1 = _int4_float16((u >> 4) & 15)
+        p2 = _int4_float16((u >> 8) & 15)
+        p3 = _int4_float16(u >> 12)
+    else:
+        p0 = _int4_float32(u & 15)
+        p1 = _int4_float32((u >> 4) & 15)
+        p2 = _int4_float32((u >> 8) & 15)
+        p3 = _int4_float32(u >> 12)
+    return p0, p1, p2, p3
+
+
+@triton.jit
+def _scale_float16(b, KIND: tl.constexpr):
+    """Stored scale bytes as the float16 scale."""
+    if KIND == "e2m1_e4m3":
+        scale = e4m3_scale_float16(b)
+    else:
+        scale = (b.to(tl.uint16) << 10).to(tl.float16, bitcast=True)
+    return scale
+
+
+@triton.jit
+def _scale_bfloat16(b, KIND: tl.constexpr):
+    """Stored scale bytes as bf16: the scale times 2^117 (e4m3) or ``2^(b + 97)`` (exponents)."""
+    if KIND == "e2m1_e4m3":
+        # e4m3's exponent and mantissa in float32's place are the value times 2^-120.
+        scale = ((b.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 2.0**120 * 2.0**117).to(tl.bfloat16)
+    else:
+        # Exponents are below 32, so `|` adds. ptxas 12.9 drops the constant of a packed 16-bit sum (`add.s16x2`).
+        scale = ((b.to(tl.uint16) | 224) << 7).to(tl.bfloat16, bitcast=True)
+    return scale
+
+
+@triton.jit
+def _operand(
+    w,
+    b,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    F16: tl.constexpr,
+    ASM: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Elements ``[ROWS, BK / 4]`` and their stored scales as the operand ``[ROWS, BK]``, 64 inputs after 64 in the order of planes.
+
+    With FRAGMENTS each plane is given the same elements, so that nothing moves between threads, and the assembly takes what a
+    thread has of 16 rows and 64 inputs as matrix instructions order it: right only where the result is one's operand in registers.
+    """
+    if KIND == "int4_float":
+        scale = w
+    elif F16:
+        scale = _scale_float16(b, KIND)
+    else:
+        scale = _scale_bfloat16(b, KIND)
+    if FRAGMENTS and ASM:
+        word = tl.reshape(tl.broadcast_to(tl.reshape(w, (ROWS, BK // 64, 1, 16)), (ROWS, BK // 64, 4, 16)), (ROWS, BK))
+        if KIND == "int4_float":
+            if F16:
+                unit = _assemble_one(INT4_FLOAT16, word).to(tl.float16, bitcast=True)
+            else:
+                unit = _assemble_one(INT4_BFLOAT16, word).to(tl.bfloat16, bitcast=True)
+        else:
+            scale = tl.reshape(scale, (ROWS, BK // 64, 1, 64 // GROUP, 1))
+            scale = tl.broadcast_to(scale, (ROWS, BK // 64, 4, 64 // GROUP, GROUP // 4))
+            scale = tl.reshape(scale, (ROWS, BK))
+            if F16:
+                unit = _assemble_two(E2M1_FLOAT16, word, scale).to(tl.float16, bitcast=True)
+            else:
+                unit = _assemble_two(E2M1_BFLOAT16, word, scale).to(tl.bfloat16, bitcast=True)
+    else:
+        if KIND == "int4_float":
+            p0, p1, p2, p3 = _int4_planes(w, F16)
+        else:
+            scale = tl.broadcast_to(scale[:, :, None], (ROWS, BK // GROUP, GROUP // 4))
+            scale = tl.reshape(scale, (ROWS, BK // 4))
+            if F16:
+                p0, p1, p2, p3 = planes_float16(w, scale, ASM)
+            else:
+                p0, p1, p2, p3 = _planes_bfloat16(w, scale, ASM)
+        planes = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (ROWS, BK // 64, 16, 4))
+        unit = tl.reshape(tl.permute(planes, (0, 1, 3, 2)), (ROWS, BK))
+    return unit
+
+
+@triton.jit
+def _assemble_one(TEXT: tl.constexpr, a):
+    """Assembly of 32 elements and as many results."""
+    return tl.inline_asm_elementwise(
+        TEXT,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        args=[a],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=32,
+    )
+
+
+@triton.jit
+def _assemble_two(TEXT: tl.constexpr, a, b):
+    """The same with two arguments."""
+    return tl.inline_asm_elementwise(
+        TEXT,
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,"
+        "r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
+        args=[a, b],
+        dtype=tl.int16,
+        is_pure=True,
+        pack=32,
+    )
+
+
+@triton.jit
+def block_scaled_sum(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    row,
+    token,
+    k,
+    start,
+    end,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    F16: tl.constexpr,
+    ASM: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    ORDERED: tl.constexpr,
+    WGMMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]`` times 1 / DESCALE.
+
+    With ORDERED ``x`` has its inputs in the order of planes already; see :func:`_operand` for FRAGMENTS and :func:`drain_wgmma` for
+    WGMMA.
+    """
+    element = tl.arange(0, BK // 4)
+    block = tl.arange(0, BK // GROUP)
+    input_ = tl.arange(0, BK)
+    if not ORDERED:
+        # Element e of plane p is input 16 (e / 4) + 4 p + e % 4.
+        input_ = input_ // 64 * 64 + input_ % 16 // 4 * 16 + input_ % 64 // 16 * 4 + input_ % 4
+        input_ = tl.max_contiguous(tl.multiple_of(input_, 4), 4)
+    blocks, quarter = k // GROUP, k // 4
+    if EVEN_K:
+        # The compiler does not see it, and loads of less than four bytes to a thread are not pipelined.
+        blocks = tl.multiple_of(blocks, BK // GROUP)
+        quarter = tl.multiple_of(quarter, BK // 4)
+    w_row = w_ptr + row[:, None] * quarter
+    s_row = s_ptr + row[:, None] * blocks
+
+    # The interpreter multiplies the bits of bf16 operands: it gets the same numbers in float32.
+    BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
+    acc = tl.zeros((BN, BM), tl.float32)
+    # Scales of sums are read a step ahead: what a product does not read is not pipelined.
+    if KIND == "int4_float":
+        following = tl.load(s_row + tl.minimum(start, k - BK) // GROUP + block[None, :])
+    for offset in range(start, end, BK):
+        drain_wgmma(offset, WGMMA)
+        w_at = w_row + (offset // 4 + element)[None, :]
+        s_at = s_row + (offset // GROUP + block)[None, :]
+        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        if EVEN_K:
+            w = tl.load(w_at)
+            x = tl.load(x_at)
+        else:
+            w = tl.load(w_at, mask=(offset + 4 * element < k)[None, :], other=0)
+            x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
+        if KIND == "int4_float":
+            b = following
+            following = tl.load(s_row + tl.minimum(offset + BK, k - BK) // GROUP + block[None, :])
+        elif EVEN_K:
+            b = tl.load(s_at)
+        else:
+            b = tl.load(s_at, mask=(offset + GROUP * block < k)[None, :], other=0)
+        unit = _operand(w, b, KIND, GROUP, F16, ASM, FRAGMENTS, BN, BK)
+        if F16:
+            x = x.to(tl.float16)
+        else:
+            unit, x = unit.to(BF16), x.to(BF16)
+        if KIND == "int4_float":
+            # One block per step (BK = GROUP): scale its sum.
+            acc += tl.dot(unit, x, input_precision="ieee") * tl.reshape(b, (BN, 1))
+        else:
+            acc = tl.dot(unit, x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def block_scaled_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    row_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    row_step,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    F16: tl.constexpr,
+    ASM: tl.constexpr,
+    FRAGMENTS: tl.constexpr,
+    ORDERED: tl.constexpr,
+    WGMMA: tl.constexpr,
+    DESCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
+    tile, part = tokens_first()
+    rows = tile * BN + tl.arange(0, BN)
+    tokens = part * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
+    row = tl.minimum(rows, n - 1).to(tl.int64)
+    token = tl.minimum(tokens, m - 1).to(tl.int64)
+    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
+    start = split * steps * BK
+    end = tl.minimum(start + steps * BK, k)
+    acc = block_scaled_sum(
+        x_ptr,
+        w_ptr,
+        s_ptr,
+        row,
+        token,
+        k,
+        start,
+        end,
+        KIND,
+        GROUP,
+        F16,
+        ASM,
+        FRAGMENTS,
+        ORDERED,
+        WGMMA,
+        EVEN_K,
+        BN,
+        BM,
+        BK,
+    )
+    store_tile(
+        acc,
+        y_ptr,
+        rows,
+        tokens,
+        split,
+        m,
+        n,
+        row_scale_ptr,
+        out_scale_ptr,
+        bias_ptr,
+        row_step,
+        DESCALE,
+        HAS_ROW_SCALE,
+        HAS_BIAS,
+        SPLIT_K,
+    )
+
+
+@triton.jit
+def decode_kernel(
+    w_ptr,
+    s_ptr,
+    y_ptr,
+    block_ptr,
+    first,
+    n,
+    k,
+    per,
+    KIND: tl.constexpr,
+    GROUP: tl.constexpr,
+    F16: tl.constexpr,
+    FP8: tl.constexpr,
+    ASM: tl.constexpr,
+    OWNED: tl.constexpr,
+    BN: tl.constexpr,
+):
+    """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program; of INT4 the integers.
+
+    With FP8 (and F16) E2M1 is divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3.
+    With OWNED, ``per`` rows are an expert's, and ``block_ptr`` has their first blocks of pairs: rows of one without pairs, whose
+    next begins where it does, are not written unless rows of others stand beside them.
+    """
+    if OWNED:
+        start = first + tl.program_id(0) * BN
+        end = first + tl.minimum(tl.program_id(0) * BN + BN, n)
+        if tl.load(block_ptr + start // per) == tl.load(block_ptr + (end - 1) // per + 1):
+            return
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
+    element = tl.program_id(1) * 64 + tl.arange(0, 64)
+    inside = (rows < n)[:, None] & (element < k // 4)[None, :]
+    w = tl.load(w_ptr + row[:, None] * (k // 4) + element[None, :], mask=inside, other=0)
+    if KIND == "int4_float":
+        p0, p1, p2, p3 = _int4_planes(w, F16)
+    else:
+        # A byte for each block, spread in registers: entries of the codes' shape would be loaded a byte to a row.
+        block = tl.program_id(1) * (256 // GROUP) + tl.arange(0, 256 // GROUP)
+        known = (rows < n)[:, None] & (block < k // GROUP)[None, :]
+        b = tl.load(s_ptr + row[:, None] * (k // GROUP) + block[None, :], mask=known, other=0)
+        if F16:
+            scale = _scale_float16(b, KIND)
+        else:
+            scale = _scale_bfloat16(b, KIND)
+        scale = tl.broadcast_to(scale[:, :, None], (BN, 256 // GROUP, GROUP // 4))
+        scale = tl.reshape(scale, (BN, 64))
+        if F16:
+            p0, p1, p2, p3 = planes_float16(w, scale, ASM)
+        else:
+            p0, p1, p2, p3 = _planes_bfloat16(w, scale, ASM)
+        if FP8:
+            p0, p1, p2, p3 = p0 * 32.0, p1 * 32.0, p2 * 32.0, p3 * 32.0
+    p0 = p0.to(y_ptr.dtype.element_ty)
+    p1 = p1.to(y_ptr.dtype.element_ty)
+    p2 = p2.to(y_ptr.dtype.element_ty)
+    p3 = p3.to(y_ptr.dtype.element_ty)
+    # Element e of plane p is input 16 (e / 4) + 4 p + e % 4: a thread's four elements are 16 inputs in a row.
+    planes = tl.join(tl.join(p0, p2), tl.join(p1, p3))
+    planes = tl.permute(tl.reshape(planes, (BN, 16, 4, 4)), (0, 1, 3, 2))
+    input_ = tl.program_id(1) * 256 + tl.arange(0, 256)
+    at = y_ptr + rows.to(tl.int64)[:, None] * k + input_[None, :]
+    tl.store(at, tl.reshape(planes, (BN, 256)), mask=(rows < n)[:, None] & (input_ < k)[None, :])

@@ -1,0 +1,28 @@
+"""Product with 8-bit weights that stay so: INT8, FP8 under any scales, and MXFP8 (Triton)."""
+
+from sglang_modelopt_kernels.gemm.w8_decode.linear import MOST_INPUTS_INT8, eight_bit_linear
+from sglang_modelopt_kernels.gemm.w8_decode.naive import naive_eight_bit_linear
+from sglang_modelopt_kernels.gemm.w8_decode.packing import (
+    ByteWeight,
+    float_blocks,
+    from_tensors,
+    mxfp8,
+    rows_of,
+    to_tensors,
+    unpack,
+    whole,
+)
+
+__all__ = [
+    "MOST_INPUTS_INT8",
+    "ByteWeight",
+    "eight_bit_linear",
+    "float_blocks",
+    "from_tensors",
+    "mxfp8",
+    "naive_eight_bit_linear",
+    "rows_of",
+    "to_tensors",
+    "unpack",
+    "whole",
+]

@@ -1,0 +1,223 @@
+"""``Y^T = W X^T`` over codes of a byte: decoded in registers, or multiplied as they are.
+
+The weight is the operand with the long side of the matrix instruction (M), because decoding has few tokens.
+
+Numerics: every product is exact, and the sum is float32. An E4M3 or int8 number is a float16 and a bf16 number; times a power of
+two within :data:`.packing.SPAN` E4M3 is a bf16 number. Under float32 scales a block's partial sum is scaled. int8 meets int8, and
+E4M3 meets E4M3, in matrix instructions of their own: sums of the former are int32, and exact.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sglang_modelopt_kernels.gemm.common.kernel import drain_wgmma, store_tile, tokens_first
+
+from .decode import e4m3_bfloat16, e4m3_float16, int8_bfloat16, int8_float16
+
+
+@triton.jit
+def whole_sum(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    row,
+    s_row,
+    token,
+    k,
+    start,
+    end,
+    KIND: tl.constexpr,
+    MATH: tl.constexpr,
+    NATIVE: tl.constexpr,
+    ASM: tl.constexpr,
+    WGMMA: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]``.
+
+    A weight has whole bytes: bf16 or int8 as KIND says, else E4M3, or with NATIVE off its bytes; ``s_row`` are the rows of its
+    block scales. The sum is float32, with MATH ``i8`` int32.
+    """
+    input_ = tl.arange(0, BK)
+    GROUP: tl.constexpr = 32 if KIND == "e4m3_exponent" else BK
+    block = tl.arange(0, BK // GROUP)
+    blocks = tl.cdiv(k, GROUP).to(tl.int64)
+    # The interpreter multiplies the bits of bf16 operands, and has no E4M3: it gets the same numbers in float32.
+    BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
+    acc = tl.zeros((BN, BM), tl.int32 if MATH == "i8" else tl.float32)
+    # Scales of sums are read a step ahead: what a product does not read is not pipelined.
+    if KIND == "e4m3_float":
+        s_row_at = s_ptr + s_row[:, None] * blocks + block[None, :]
+        following = tl.load(s_row_at + tl.minimum(start, k - 1) // GROUP)
+    for offset in range(start, end, BK):
+        drain_wgmma(offset, WGMMA)
+        w_at = w_ptr + row[:, None] * k + (offset + input_)[None, :]
+        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        s_at = s_ptr + s_row[:, None] * blocks + (offset // GROUP + block)[None, :]
+        if EVEN_K:
+            w = tl.load(w_at)
+            x = tl.load(x_at)
+        else:
+            w_inside = (offset + input_ < k)[None, :]
+            x_inside = (offset + input_ < k)[:, None]
+            w = tl.load(w_at, mask=w_inside, other=0 if KIND == "int8" or not NATIVE else 0.0)
+            x = tl.load(x_at, mask=x_inside, other=0 if MATH == "i8" else 0.0)
+        if KIND == "e4m3_float":
+            sum_scale = following
+            following = tl.load(s_row_at + tl.minimum(offset + BK, k - 1) // GROUP)
+        if MATH == "fp8":
+            if ASM:
+                # On Hopper the instruction keeps about 14 bits of a sum: promoted to float32 after every step.
+                acc = tl.dot(w, x, acc, max_num_imprecise_acc=BK)
+            else:
+                acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
+        elif MATH == "i8":
+            acc = tl.dot(w, x, acc, out_dtype=tl.int32)
+        else:
+            if KIND == "bf16":
+                unit = w.to(BF16)
+            elif KIND == "int8" and MATH == "f16":
+                unit = int8_float16(w, ASM)
+            elif KIND == "int8":
+                unit = int8_bfloat16(w, NATIVE, ASM)
+            elif MATH == "f16":
+                unit = e4m3_float16(w, NATIVE, ASM)
+            elif KIND == "e4m3_exponent":
+                if EVEN_K:
+                    b = tl.load(s_at)
+                else:
+                    b = tl.load(s_at, mask=(offset + GROUP * block < k)[None, :], other=0)
+                b = tl.reshape(tl.broadcast_to(b[:, :, None], (BN, BK // GROUP, GROUP)), (BN, BK))
+                unit = e4m3_bfloat16(w, b, True, NATIVE, ASM)
+            else:
+                unit = e4m3_bfloat16(w, w, False, NATIVE, ASM)
+            x = x.to(tl.float16 if MATH == "f16" else BF16)
+            if KIND == "e4m3_float":
+                # One block per step: scale its sum.
+                acc += tl.dot(unit, x, input_precision="ieee") * sum_scale
+            else:
+                acc = tl.dot(unit, x, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def eight_bit_kernel(
+    x_ptr,
+    w_ptr,
+    s_ptr,
+    row_scale_ptr,
+    out_scale_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    k,
+    row_step,
+    KIND: tl.constexpr,
+    MATH: tl.constexpr,
+    NATIVE: tl.constexpr,
+    ASM: tl.constexpr,
+    WGMMA: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    DESCALE: tl.constexpr,
+    HAS_ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+    BN: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a partial sum of it, unscaled, in ``y[split, m, n]``."""
+    tile, part = tokens_first()
+    rows = tile * BN + tl.arange(0, BN)
+    tokens = part * BM + tl.arange(0, BM)
+    split = tl.program_id(2)
+    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
+    row = tl.minimum(rows, n - 1).to(tl.int64)
+    token = tl.minimum(tokens, m - 1).to(tl.int64)
+    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
+    start = split * steps * BK
+    end = tl.minimum(start + steps * BK, k)
+    acc = whole_sum(
+        x_ptr,
+        w_ptr,
+        s_ptr,
+        row,
+        row // SCALE_ROWS,
+        token,
+        k,
+        start,
+        end,
+        KIND,
+        MATH,
+        NATIVE,
+        ASM,
+        WGMMA,
+        EVEN_K,
+        BN,
+        BM,
+        BK,
+    )
+    store_tile(
+        acc,
+        y_ptr,
+        rows,
+        tokens,
+        split,
+        m,
+        n,
+        row_scale_ptr,
+        out_scale_ptr,
+        bias_ptr,
+        row_step,
+        DESCALE,
+        HAS_ROW_SCALE,
+        HAS_BIAS,
+        SPLIT_K,
+    )
+
+
+@triton.jit
+def byte_decode_kernel(
+    w_ptr,
+    s_ptr,
+    y_ptr,
+    first,
+    n,
+    k,
+    KIND: tl.constexpr,
+    F16: tl.constexpr,
+    NATIVE: tl.constexpr,
+    ASM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    """Rows ``first .. first + n`` of the codes as numbers ``[n, K]``, times their exponents where KIND has some."""
+    rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
+    input_ = tl.program_id(1) * BK + tl.arange(0, BK)
+    inside = (rows < n)[:, None] & (input_ < k)[None, :]
+    w_at = w_ptr + row[:, None] * k + input_[None, :]
+    w = tl.load(w_at, mask=inside, other=0 if KIND == "int8" or not NATIVE else 0.0)
+    if KIND == "int8" and F16:
+        unit = int8_float16(w, ASM)
+    elif KIND == "int8":
+        unit = int8_bfloat16(w, NATIVE, ASM)
+    elif F16:
+        unit = e4m3_float16(w, NATIVE, ASM)
+    elif KIND == "e4m3_exponent":
+        block = tl.program_id(1) * (BK // 32) + tl.arange(0, BK // 32)
+        known = (rows < n)[:, None] & (block < k // 32)[None, :]
+        b = tl.load(s_ptr + row[:, None] * (k // 32) + block[None, :], mask=known, other=0)
+        b = tl.reshape(tl.broadcast_to(b[:, :, None], (BN, BK // 32, 32)), (BN, BK))
+        unit = e4m3_bfloat16(w, b, True, NATIVE, ASM)
+    else:
+        unit = e4m3_bfloat16(w, w, False, NATIVE, ASM)
+    at = y_ptr + rows.to(tl.int64)[:, None] * k + input_[None, :]
+    tl.store(at, unit.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,95 @@
+"""The product as one PyTorch operator, so that graphs and compilers see neither its launches nor its choice by M."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sglang_modelopt_kernels.gemm.common import check_epilogue, machine
+
+from .launch import math_of, run, run_dense, run_int8, takes_dense, takes_int_mm
+from .packing import KINDS, ByteWeight
+
+DENSE_FROM = 1024
+"""Tokens from which a weight is decoded once for cuBLAS, not in every tile of tokens, and int8 meets int8 there. Not timed."""
+MOST_INPUTS_INT8 = (1 << 17) - 1
+"""Inputs whose int8 products, 2^14 at the most, int32 always holds the sum of."""
+
+
+@torch.library.custom_op("modelopt_ext::eight_bit_linear", mutates_args=())
+def _eight_bit_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    out_scale: torch.Tensor,
+    kind: str,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of weight: {kind!r}")
+    weight = ByteWeight(codes, scale, out_scale, kind)
+    if x.shape[0] == 0:
+        return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
+    return _choose(x, weight)(x, weight, row_scale, bias, out_dtype)
+
+
+def _choose(x: torch.Tensor, weight: ByteWeight) -> Callable[..., torch.Tensor]:
+    """Return the launch for that many tokens. All form the same exact products; what differs is how a float32 sum is rounded."""
+    m = x.shape[0]
+    if not x.is_cuda or m < DENSE_FROM:
+        return run
+    if x.dtype == torch.int8:
+        return run_int8 if takes_int_mm(m, weight.n, weight.k, machine(x.device)[0]) else run
+    return run_dense if takes_dense(weight) else run
+
+
+@_eight_bit_linear.register_fake
+def _(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor | None,
+    out_scale: torch.Tensor,
+    kind: str,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    del scale, out_scale, kind, row_scale, bias
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
+
+
+def eight_bit_linear(
+    x: torch.Tensor,
+    weight: ByteWeight,
+    row_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """Compute ``(x @ unit^T) * row_scale * out_scale + bias`` with exact products, and a float32 sum or, of int8, an exact one.
+
+    Args:
+        x: ``[M, K]`` in float16 or bf16, for int8 weights in int8 too; bf16 alone for ``e4m3_exponent``.
+        weight: the weight ``[N, K]``.
+        row_scale: float32, one value or ``[M, 1]``, any strides; None for 1.
+        bias: ``[N]`` of any float type, or None.
+        out_dtype: type of the result.
+
+    Returns:
+        ``[M, N]`` of ``out_dtype``, rounded once.
+
+    Raises:
+        ValueError: a dtype or shape that the kernel does not read.
+    """
+    if x.dim() != 2 or x.shape[1] != weight.k:
+        raise ValueError(f"x must be [M, {weight.k}], got {tuple(x.shape)}")
+    math = math_of(weight.kind, x.dtype)
+    if math == "i8" and weight.k > MOST_INPUTS_INT8:
+        raise ValueError(f"int32 may not hold a sum over {weight.k} inputs, only over {MOST_INPUTS_INT8}")
+    check_epilogue(x.shape[0], weight.n, row_scale, bias)
+    y: torch.Tensor = _eight_bit_linear(
+        x, weight.codes, weight.scale, weight.out_scale, weight.kind, row_scale, bias, out_dtype
+    )
+    return y

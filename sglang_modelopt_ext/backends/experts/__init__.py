@@ -1,0 +1,1 @@
+"""Backends of the experts of a mixture."""

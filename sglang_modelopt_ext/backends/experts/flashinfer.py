@@ -1,0 +1,218 @@
+"""FlashInfer's CUTLASS kernels for a layer of experts on Blackwell, for recipes with block scales on both sides.
+
+What enters the layer is rounded here, bit for bit as the recipe says, where all experts have one scale for it. Else, and always
+before the down projection, it is rounded by FlashInfer, by the recipe's formula but with reciprocals instead of quotients
+(approximate ones, unless FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH is 1): a number within some 2^-22 of the middle between two codes
+may get the other. FlashInfer rounds to the model's type after the first product, after the gated activation, and after each
+expert's second product, whose weighted sum is float32 (``doActivationKernel`` and ``finalizeMoeRoutingKernel`` of its
+``cutlass_fused_moe_kernels.cuh``).
+"""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sglang_modelopt_ext.backends.base import ShardWeight, one_scale, round_to_blocks
+from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
+from sglang_modelopt_ext.backends.linear.flashinfer import PACKAGE
+from sglang_modelopt_ext.backends.packages import package_objection
+from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
+
+FOUR_OVER_SIX = "FLASHINFER_NVFP4_4OVER6"
+"""FlashInfer's variable for another rounding of NVFP4 activations than the recipe's."""
+
+
+class CutlassExperts(FusedExperts):
+    """A format of weights and activations that ``flashinfer.fused_moe.cutlass_fused_moe`` takes."""
+
+    weight: str
+    activation: str
+    capabilities: tuple[int, ...]
+    multiples: tuple[int, int]
+    """Of the hidden and of the intermediate size."""
+
+    def supports(self, request: FusedRequest) -> str | None:
+        """Its formats, GPUs and sizes in bf16 and float16 models, without smoothing or weighted inputs."""
+        asked = request.gate_up
+        if asked.device != "cuda" or asked.capability not in self.capabilities:
+            return f"is for {', '.join(f'SM{capability}' for capability in self.capabilities)}"
+        for scheme in (asked.scheme, request.down.scheme):
+            activation = scheme.activation.name if scheme.activation else "unrounded"
+            if (scheme.weight.name, activation) != (self.weight, self.activation):
+                return f"does not multiply {scheme.weight.name} weights by {activation} activations"
+            if scheme.smoothing:
+                return "does not smooth its input"
+        if asked.dtype not in (torch.float16, torch.bfloat16):
+            return f"has no {asked.dtype} output"
+        if asked.k % self.multiples[0] or request.down.k % self.multiples[1]:
+            hidden, inner = self.multiples
+            return f"needs sizes in {hidden}s and {inner}s, not hidden {asked.k} and intermediate {request.down.k}"
+        if request.weights_input:
+            return "weights what experts return, not what they read"
+        return package_objection(PACKAGE, asked.packages)
+
+    def run(
+        self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """See :class:`FusedExperts`."""
+        read, read_scale = self.read(prepared, x)
+        y: torch.Tensor = _cutlass_fused_moe(
+            read,
+            read_scale,
+            numbers,
+            weights,
+            prepared["gate_up"],
+            prepared["down"],
+            self.scales(prepared),
+            self.weight == "mxfp8",
+            x.dtype,
+        )
+        return y
+
+    @abstractmethod
+    def read(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the first product reads: codes and swizzled block scales, or ``x`` and None where FlashInfer has to round it."""
+
+    @abstractmethod
+    def scales(self, prepared: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """``quant_scales``, in FlashInfer's order."""
+
+
+class CutlassNvfp4Experts(CutlassExperts):
+    """NVFP4 weights and activations, a whole layer in one call: ``flashinfer.fused_moe.cutlass_fused_moe``."""
+
+    name = "flashinfer_cutlass_nvfp4_experts"
+    weight, activation = "nvfp4", "nvfp4_dynamic"
+    capabilities = (100, 103, 110, 120, 121)
+    multiples = (64, 64)
+
+    def supports(self, request: FusedRequest) -> str | None:
+        """Likewise, and FlashInfer must round as NVFP4 says."""
+        if os.environ.get(FOUR_OVER_SIX, "0") not in ("", "0"):
+            return f"rounds activations by another rule while {FOUR_OVER_SIX} is set"
+        return super().supports(request)
+
+    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> dict[str, torch.Tensor]:
+        """For ``gate_up``, whose rows are up above gate, and ``down``: codes as stored and four more tensors each.
+
+        ``NAME`` uint8 ``[E, N, K / 2]``; ``NAME_scale`` uint8, swizzled for each expert; ``NAME_alpha`` float32 ``[E]``, the scale
+        of the output; ``NAME_input`` float32, the reciprocal of the input's scale, ``[]`` if the experts have one, else ``[E]``.
+        ``input_scale`` float32 ``[]`` is there where those of gate and up have one.
+
+        Raises:
+            ValueError: gate and up of an expert have different global scales or input scales.
+        """
+        prepared: dict[str, torch.Tensor] = {}
+        for name, stored in (("gate_up", gate_up), ("down", down)):
+            experts = [list(reversed(shards)) for shards in stored.weights]
+            input_scale = stored.one_input_scale().to(torch.float32)
+            is_one = bool((input_scale == input_scale[0]).all())
+            prepared[name], prepared[f"{name}_scale"] = stack(experts)
+            prepared[f"{name}_alpha"] = torch.cat([one_scale(shards) for shards in experts]) * input_scale
+            prepared[f"{name}_input"] = (1.0 / input_scale)[0].clone() if is_one else 1.0 / input_scale
+            if is_one and name == "gate_up":
+                prepared["input_scale"] = input_scale[0].clone()
+        return prepared
+
+    def read(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rounded here where all experts read the same."""
+        if "input_scale" not in prepared:
+            return x, None
+        rounded = round_to_blocks(ACTIVATION_FORMATS[self.activation], x, None, prepared["input_scale"], swizzled=True)
+        return rounded.codes, rounded.scale.view(torch.uint8)
+
+    def scales(self, prepared: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Input, block scales and output of gate and up, then of down."""
+        return [prepared[name + suffix] for name in ("gate_up", "down") for suffix in ("_input", "_scale", "_alpha")]
+
+
+class CutlassMxfp8Experts(CutlassExperts):
+    """MXFP8 weights and activations, a whole layer in one call: ``flashinfer.fused_moe.cutlass_fused_moe``."""
+
+    name = "flashinfer_cutlass_mxfp8_experts"
+    weight, activation = "mxfp8", "mxfp8_dynamic"
+    capabilities = (100, 103)
+    multiples = (128, 128)
+
+    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> dict[str, torch.Tensor]:
+        """For ``gate_up``, whose rows are up above gate, and ``down``: ``NAME`` E4M3 ``[E, N, K]`` as stored, ``NAME_scale`` uint8,
+        swizzled for each expert, and ``NAME_alpha`` float32 ``[E]`` of ones.
+        """
+        prepared: dict[str, torch.Tensor] = {}
+        for name, stored in (("gate_up", gate_up), ("down", down)):
+            experts = [list(reversed(shards)) for shards in stored.weights]
+            prepared[name], prepared[f"{name}_scale"] = stack(experts)
+            prepared[f"{name}_alpha"] = torch.ones(len(experts), dtype=torch.float32, device=prepared[name].device)
+        return prepared
+
+    def read(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rounded here."""
+        del prepared
+        rounded = round_to_blocks(ACTIVATION_FORMATS[self.activation], x, None, None, swizzled=True)
+        return rounded.codes, rounded.scale.flatten()
+
+    def scales(self, prepared: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Block scales and output of gate and up, then of down."""
+        return [prepared[name + suffix] for name in ("gate_up", "down") for suffix in ("_scale", "_alpha")]
+
+
+def stack(experts: Sequence[Sequence[ShardWeight]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[E, N, ..]`` as stored, shards one below the other, and the block scales of each expert, uint8, swizzled."""
+    codes = torch.stack([torch.cat([shard.tensors["weight"] for shard in shards]) for shards in experts])
+    scales = [torch.cat([shard.tensors["weight_scale"].view(torch.uint8) for shard in shards]) for shards in experts]
+    return codes, torch.stack([naive_swizzle(scale) for scale in scales])
+
+
+@torch.library.custom_op("modelopt_ext::flashinfer_cutlass_fused_moe", mutates_args=())
+def _cutlass_fused_moe(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    numbers: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    scales: list[torch.Tensor],
+    is_mxfp8: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    from flashinfer.fused_moe import cutlass_fused_moe
+
+    # Every rank holds its experts and its slices of them: to FlashInfer it is alone. It tells the formats by the types: 16 FP4
+    # codes are an int64, four block scales an int32.
+    y = torch.empty((x.shape[0], down.shape[1]), dtype=out_dtype, device=x.device)
+    cutlass_fused_moe(
+        x,
+        numbers,
+        weights,
+        gate_up if is_mxfp8 else gate_up.view(torch.int64),
+        down if is_mxfp8 else down.view(torch.int64),
+        out_dtype,
+        [scale.view(torch.int32) if scale.dtype == torch.uint8 else scale for scale in scales],
+        input_sf=x_scale,
+        output=y,
+        use_mxfp8_act_scaling=is_mxfp8,
+        swizzled_input_sf=True,
+        use_fused_finalize=False,  # sums in the order of the experts, and not as they come
+    )
+    return y
+
+
+@_cutlass_fused_moe.register_fake
+def _(
+    x: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    numbers: torch.Tensor,
+    weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    scales: list[torch.Tensor],
+    is_mxfp8: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    del x_scale, numbers, weights, gate_up, scales, is_mxfp8
+    return x.new_empty((x.shape[0], down.shape[1]), dtype=out_dtype)

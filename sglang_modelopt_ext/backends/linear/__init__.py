@@ -1,0 +1,1 @@
+"""Backends of linear layers, one file for each kernel or package."""

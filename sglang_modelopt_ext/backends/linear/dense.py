@@ -1,0 +1,59 @@
+"""The reference path, on every device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, merge_decoded
+from sglang_modelopt_kernels.gemm.reference import dense_linear, prepare_dense
+
+
+class Dense(Backend):
+    """The reference path of :mod:`sglang_modelopt_kernels.gemm.reference`."""
+
+    takes_vocabulary = True
+
+    def __init__(self, dtype: torch.dtype, devices: tuple[str, ...]) -> None:
+        self.dtype = dtype
+        self.devices = devices
+        self.name = f"dense_{str(dtype).removeprefix('torch.')}"
+
+    def objection(self, request: LinearRequest) -> str | None:
+        """Any layer on its devices; in bf16 only formats and activations whose products are (nearly always) exact there."""
+        if request.device not in self.devices:
+            return f"is for {' and '.join(self.devices)}"
+        if self.dtype == torch.bfloat16:
+            weight = request.scheme.weight
+            if not (weight.exact_in_bf16 or weight.often_exact_in_bf16):
+                return f"{weight.name} weights are not exact in bf16"
+            if request.scheme.activation is None and request.dtype != torch.bfloat16:
+                return f"unrounded activations in {request.dtype} are not exact in bf16"
+        return None
+
+    def operand(self, request: LinearRequest) -> torch.dtype:
+        """The type of the decoded weight."""
+        del request
+        return self.dtype
+
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """``unit`` ``[N, K]`` and ``out_scale`` ``[N]``."""
+        unit, out_scale = prepare_dense(merge_decoded(shards), self.dtype)
+        return {"unit": unit, "out_scale": out_scale}
+
+    def matmul(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        values: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See :func:`dense_linear`."""
+        y: torch.Tensor = dense_linear(values, row_scale, prepared["unit"], prepared["out_scale"], bias)
+        return y.to(out_dtype)
+
+    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+        """``unit[indices] * out_scale[indices]``."""
+        return prepared["unit"][indices].to(torch.float32) * prepared["out_scale"][indices].unsqueeze(-1)

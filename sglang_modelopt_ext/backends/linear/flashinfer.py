@@ -1,0 +1,285 @@
+"""FlashInfer's block-scaled products on Blackwell, for recipes whose numbers they read as they are.
+
+The activations are rounded here, bit for bit as the recipe says, and not by FlashInfer's own quantizers, which multiply by
+approximate reciprocals. Every product returns its sum rounded to the model's type; a bias is added afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sglang_modelopt_ext.backends.base import BlockBackend, LinearRequest, ShardWeight, one_scale
+from sglang_modelopt_ext.backends.packages import package_objection
+from sglang_modelopt_ext.schemes.base import LORA_B
+from sglang_modelopt_kernels.formats.base import BlockActivation
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
+
+PACKAGE = "flashinfer-python"
+CAPABILITIES = (100, 103, 110, 120, 121)
+"""Compute capabilities times ten that the CUTLASS kernels of ``mm_fp4`` and ``mm_mxfp8`` are built for."""
+
+
+def flashinfer_objection(request: LinearRequest, capabilities: Sequence[int]) -> str | None:
+    """What all of these products ask: the GPU, the package and the model's type."""
+    if request.device != "cuda" or request.capability not in capabilities:
+        return f"is for {', '.join(f'SM{capability}' for capability in capabilities)}"
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return f"has no {request.dtype} output"
+    return package_objection(PACKAGE, request.packages)
+
+
+def check_rows(rows: int, multiple: int) -> None:
+    """Raises ValueError unless ``multiple`` divides the rows of shards that share a product."""
+    if rows % multiple:
+        raise ValueError(f"{rows} rows of shards that share a product are not a multiple of {multiple}")
+
+
+def stored(shards: Sequence[ShardWeight], name: str) -> torch.Tensor:
+    """The shards' tensors of that name, one below the other."""
+    return torch.cat([shard.tensors[name] for shard in shards]).contiguous()
+
+
+def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``y + bias`` in float32, rounded to the type of ``y``."""
+    return y if bias is None else (y.to(torch.float32) + bias.to(torch.float32)).to(y.dtype)
+
+
+class FlashInferFp4(BlockBackend):
+    """FP4 weights and activations in FP4 matrix instructions: ``flashinfer.mm_fp4``.
+
+    NVFP4 goes to its CUTLASS kernels, MXFP4 to its CuTe-DSL ones, the only ones for MXFP4 that plan nothing for each number of
+    tokens.
+    """
+
+    name = "flashinfer_mm_fp4"
+    repeats = False  # not known
+    swizzled = True
+    weights: Mapping[str, str] = {"nvfp4_dynamic": "nvfp4", "mxfp4_dynamic": "mxfp4"}
+    """The weight format that goes with each activation format."""
+
+    def objection(self, request: LinearRequest) -> str | None:
+        """NVFP4 and MXFP4 with rounded activations, N and K in 32s."""
+        scheme = request.scheme
+        activation = scheme.activation.name if scheme.activation else "unrounded"
+        if self.weights.get(activation) != scheme.weight.name:
+            return f"does not multiply {scheme.weight.name} weights by {activation} activations"
+        if request.n % 32 or request.k % 32:
+            return f"needs N and K in 32s, not {request.n} and {request.k}"
+        if scheme.low_rank:
+            return "has no float32 output for a low-rank branch"
+        return flashinfer_objection(request, CAPABILITIES if scheme.weight.name == "nvfp4" else (100, 103))
+
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """``codes`` uint8 ``[N, K / 2]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``."""
+        codes = stored(shards, "weight")
+        check_rows(codes.shape[0], 32)
+        scale = one_scale(shards) if "weight_scale_2" in shards[0].tensors else torch.ones(1, device=codes.device)
+        return {
+            "codes": codes,
+            "block_scale": naive_swizzle(stored(shards, "weight_scale")).view(torch.uint8),
+            "out_scale": scale.to(torch.float32).expand(codes.shape[0]).contiguous(),
+        }
+
+    def matmul_blocks(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        x: BlockActivation,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Scaled by ``out_scale`` and the activations' scale before it is rounded."""
+        is_mx = x.row_scale is None
+        alpha = prepared["out_scale"][:1] if x.row_scale is None else prepared["out_scale"][:1] * x.row_scale
+        weight = prepared["codes"], prepared["block_scale"]
+        y: torch.Tensor = _mm_fp4(x.codes, x.scale.view(torch.uint8), *weight, alpha, is_mx, out_dtype)
+        return add_bias(y, bias)
+
+
+@torch.library.custom_op("modelopt_ext::flashinfer_mm_fp4", mutates_args=())
+def _mm_fp4(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    alpha: torch.Tensor,
+    is_mx: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    from flashinfer import mm_fp4
+
+    if x.shape[0] == 0:
+        return x.new_empty((0, codes.shape[0]), dtype=out_dtype)
+    return mm_fp4(
+        x,
+        codes.T,
+        x_scale,
+        block_scale.T,
+        alpha,
+        out_dtype,
+        block_size=32 if is_mx else 16,
+        use_8x4_sf_layout=False,
+        backend="cute-dsl" if is_mx else "cutlass",
+        use_nvfp4=not is_mx,
+    )
+
+
+@_mm_fp4.register_fake
+def _(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    alpha: torch.Tensor,
+    is_mx: bool,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    del x_scale, block_scale, alpha, is_mx
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
+
+
+class FlashInferSvdquant(FlashInferFp4):
+    """NVFP4 weights and activations with SVDQuant's branch in the same product: ``flashinfer.mm_nvfp4_svdquant``.
+
+    What enters the branch's second factor is rounded to bf16, as it is where ModelOpt simulates a bf16 model.
+    """
+
+    name = "flashinfer_svdquant"
+    takes_low_rank = True
+    multiple = 32
+    """Of the rank."""
+
+    def objection(self, request: LinearRequest) -> str | None:
+        """NVFP4 layers of bf16 models with a rank in 32s, N and K in 32s."""
+        scheme = request.scheme
+        if scheme.weight.name != "nvfp4" or scheme.activation is None or scheme.activation.name != "nvfp4_dynamic":
+            return "multiplies NVFP4 weights by NVFP4 activations only"
+        if not scheme.low_rank or scheme.low_rank % self.multiple:
+            return f"needs a rank in {self.multiple}s, not {scheme.low_rank}"
+        if request.n % 32 or request.k % 32:
+            return f"needs N and K in 32s, not {request.n} and {request.k}"
+        if request.dtype != torch.bfloat16:
+            return f"has no {request.dtype} output"
+        return flashinfer_objection(request, (100, 103, 120, 121))
+
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """As :meth:`FlashInferFp4.prepare`, and ``up`` bf16 ``[N, R]``: the shards' second factors on a diagonal."""
+        factors = [shard.tensors[LORA_B].to(torch.float32) for shard in shards]
+        up = torch.block_diag(*factors).to(torch.bfloat16)
+        if not torch.equal(up.to(torch.float32), torch.block_diag(*factors)):
+            raise ValueError(f"{LORA_B} is not exact in bf16")
+        return {**super().prepare(shards), "up": up}
+
+    def matmul_low_rank(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        x: BlockActivation,
+        down: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """FlashInfer's sum is scaled as a whole: ``down`` is divided by the scale, in float32, before it is rounded."""
+        if x.row_scale is None:
+            raise ValueError("NVFP4 activations have an input_scale")
+        alpha = prepared["out_scale"][:1] * x.row_scale
+        scaled = (down / alpha).to(torch.bfloat16)
+        weight = prepared["codes"], prepared["block_scale"]
+        y: torch.Tensor = _mm_svdquant(x.codes, x.scale.view(torch.uint8), *weight, alpha, scaled, prepared["up"])
+        return add_bias(y, bias).to(out_dtype)
+
+
+@torch.library.custom_op("modelopt_ext::flashinfer_mm_nvfp4_svdquant", mutates_args=())
+def _mm_svdquant(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    alpha: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+) -> torch.Tensor:
+    from flashinfer import mm_nvfp4_svdquant
+
+    if x.shape[0] == 0:
+        return down.new_empty((0, codes.shape[0]))
+    return mm_nvfp4_svdquant(x, codes, x_scale, block_scale, alpha, down, up, backend="auto")
+
+
+@_mm_svdquant.register_fake
+def _(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    block_scale: torch.Tensor,
+    alpha: torch.Tensor,
+    down: torch.Tensor,
+    up: torch.Tensor,
+) -> torch.Tensor:
+    del x_scale, block_scale, alpha, up
+    return down.new_empty((x.shape[0], codes.shape[0]))
+
+
+class FlashInferMxfp8(BlockBackend):
+    """MXFP8 weights and activations in block-scaled FP8 matrix instructions: ``flashinfer.mm_mxfp8``, its CUTLASS kernels."""
+
+    name = "flashinfer_mm_mxfp8"
+    repeats = False  # not known
+    swizzled = True
+
+    def objection(self, request: LinearRequest) -> str | None:
+        """MXFP8, N and K in 32s and from 128."""
+        scheme = request.scheme
+        if scheme.weight.name != "mxfp8" or scheme.activation is None or scheme.activation.name != "mxfp8_dynamic":
+            return "multiplies MXFP8 weights by MXFP8 activations only"
+        if request.n % 32 or request.k % 32 or request.n < 128 or request.k < 128:
+            return f"needs N and K in 32s and from 128, not {request.n} and {request.k}"
+        return flashinfer_objection(request, CAPABILITIES)
+
+    def operand(self, request: LinearRequest) -> torch.dtype:
+        """E4M3."""
+        del request
+        return torch.float8_e4m3fn
+
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """``codes`` E4M3 ``[N, K]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``, which is 1."""
+        codes = stored(shards, "weight")
+        check_rows(codes.shape[0], 32)
+        if codes.shape[0] < 128:
+            raise ValueError(f"{codes.shape[0]} rows of shards that share a product are fewer than 128")
+        return {
+            "codes": codes,
+            "block_scale": naive_swizzle(stored(shards, "weight_scale")).flatten(),
+            "out_scale": torch.ones(codes.shape[0], dtype=torch.float32, device=codes.device),
+        }
+
+    def matmul_blocks(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        x: BlockActivation,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """All scales are those of blocks."""
+        x_scale = x.scale.flatten()
+        y: torch.Tensor = _mm_mxfp8(x.codes, x_scale, prepared["codes"], prepared["block_scale"], out_dtype)
+        return add_bias(y, bias)
+
+
+@torch.library.custom_op("modelopt_ext::flashinfer_mm_mxfp8", mutates_args=())
+def _mm_mxfp8(
+    x: torch.Tensor, x_scale: torch.Tensor, codes: torch.Tensor, block_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    from flashinfer import mm_mxfp8
+
+    if x.shape[0] == 0:
+        return x.new_empty((0, codes.shape[0]), dtype=out_dtype)
+    return mm_mxfp8(x, codes.T, x_scale, block_scale, out_dtype=out_dtype, use_8x4_sf_layout=False, backend="cutlass")
+
+
+@_mm_mxfp8.register_fake
+def _(
+    x: torch.Tensor, x_scale: torch.Tensor, codes: torch.Tensor, block_scale: torch.Tensor, out_dtype: torch.dtype
+) -> torch.Tensor:
+    del x_scale, block_scale
+    return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)

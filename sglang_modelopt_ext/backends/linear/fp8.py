@@ -1,0 +1,57 @@
+"""FP8 weights that stay FP8."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, merge_decoded
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
+from sglang_modelopt_kernels.gemm.reference import prepare_dense
+from sglang_modelopt_kernels.gemm.w8_decode import rows_of, whole
+
+
+class Fp8(Backend):
+    """FP8 weights and activations in FP8 matrix instructions: :mod:`sglang_modelopt_kernels.gemm.fp8`."""
+
+    name = "fp8_scaled_mm"
+    takes_vocabulary = True
+
+    def objection(self, request: LinearRequest) -> str | None:
+        """Weights on E4M3's grid under scales of rows, with FP8 activations, on GPUs from SM89."""
+        scheme = request.scheme
+        if request.device != "cuda" or (request.capability or 0) < 89:
+            return "is for GPUs from SM89"
+        if request.math != "fp8" and scheme.weight.name not in ("fp8", "fp8_per_channel"):
+            return f"{scheme.weight.name} weights are not E4M3 numbers under a scale for each row"
+        if request.k % 16 or request.n % 16:
+            return f"needs N and K in 16s, not {request.n} and {request.k}"
+        return fp8_objection(request)
+
+    def operand(self, request: LinearRequest) -> torch.dtype:
+        """E4M3."""
+        del request
+        return torch.float8_e4m3fn
+
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """``unit`` E4M3 ``[N, K]`` and ``out_scale`` float32 ``[N]``."""
+        unit, out_scale = prepare_dense(merge_decoded(shards), torch.float8_e4m3fn)
+        if unit.shape[0] % 16:
+            raise ValueError(f"{unit.shape[0]} rows of shards that share a product are not a multiple of 16")
+        return {"unit": unit, "out_scale": out_scale}
+
+    def matmul(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        values: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """See :func:`fp8_linear`."""
+        return fp8_linear(values, row_scale, prepared["unit"], prepared["out_scale"], bias, out_dtype)
+
+    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+        """See :func:`rows_of`."""
+        return rows_of(whole(prepared["unit"], prepared["out_scale"]), indices)

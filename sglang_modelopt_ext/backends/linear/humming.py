@@ -1,0 +1,163 @@
+"""MXFP4 weights with FP8 activations in humming's kernels, which fold the exponents into E4M3."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, stored
+from sglang_modelopt_ext.backends.packages import package_objection
+
+SPAN = 11
+"""What the exponents of a row may differ by: E4M3 then holds every E2M1 code under them, exactly."""
+
+LOWEST = 8
+"""The least UE8M0 byte a row's exponents may be counted from: its scale is kept in bf16, and halved."""
+
+LOCKS = 1024
+
+
+class Humming(Backend):
+    """MXFP4 weights as E4M3 in registers, in FP8 matrix instructions: ``humming.forward.humming_forward``.
+
+    humming rounds codes of rows whose exponents differ by more than SPAN; such weights are refused here.
+    """
+
+    name = "humming_mxfp4_fp8"
+    repeats = False  # adds up in an order that differs from launch to launch
+
+    def objection(self, request: LinearRequest) -> str | None:
+        """MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""
+        scheme = request.scheme
+        if request.device != "cuda" or request.capability not in (89, 90):
+            return "is for SM89, SM90"
+        if scheme.weight.name != "mxfp4":
+            return f"{scheme.weight.name} weights have no UE8M0 block scales"
+        if request.dtype != torch.bfloat16:
+            return f"has no {request.dtype} output here"
+        if request.k % 128 or request.n % 8:
+            return f"needs N in 8s and K in 128s, not {request.n} and {request.k}"
+        return fp8_objection(request) or package_objection("humming-kernels", request.packages)
+
+    def operand(self, request: LinearRequest) -> torch.dtype:
+        """E4M3."""
+        del request
+        return torch.float8_e4m3fn
+
+    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        """What ``transform_humming_tensors`` makes of the weight, ``locks`` of zeros, and ``out_scale`` float32 ``[N]`` of ones."""
+        from humming.transform import transform_humming_tensors
+
+        codes, scale = stored(shards, "weight"), stored(shards, "weight_scale")
+        check_rows(codes.shape[0], 8)
+        check_span(codes, scale)
+        rows = codes.shape[0]
+        tensors = {"weight": codes.view(torch.int32), "weight_scale": scale.view(torch.float8_e8m0fnu)}
+        made = transform_humming_tensors(layer_config(rows, 2 * codes.shape[1]), tensors)
+        prepared = {
+            **{name: made[name] for name in ("weight", "weight_scale", "weight_scale_2")},
+            "locks": torch.zeros(LOCKS, dtype=torch.int32, device=codes.device),
+            "out_scale": torch.ones(rows, dtype=torch.float32, device=codes.device),
+        }
+        # humming compiles for every size of a layer: now, and not with the first token.
+        zeros = torch.zeros(1, 2 * codes.shape[1], dtype=torch.uint8, device=codes.device).view(torch.float8_e4m3fn)
+        self.matmul(prepared, zeros, None, None, torch.bfloat16)
+        return prepared
+
+    def matmul(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        values: torch.Tensor,
+        row_scale: torch.Tensor | None,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Scaled by ``row_scale`` before it is rounded to bf16; the bias is added afterwards."""
+        scale = prepared["out_scale"].new_ones(1) if row_scale is None else row_scale
+        scale = scale.to(torch.float32).reshape(-1, 1).expand(values.shape[0], 1).contiguous()
+        weight = prepared["weight"], prepared["weight_scale"], prepared["weight_scale_2"], prepared["locks"]
+        y: torch.Tensor = _humming_gemm(values.contiguous(), scale, *weight, prepared["out_scale"].shape[0])
+        return add_bias(y, bias).to(out_dtype)
+
+
+def check_span(codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Raises ValueError unless humming reads the weight exactly.
+
+    Args:
+        codes: uint8 ``[N, K / 2]``.
+        scale: UE8M0, uint8 ``[N, K / 32]``.
+    """
+    used = (codes.unflatten(1, (-1, 16)) & 0x77).ne(0).any(dim=2)
+    exponent = scale.to(torch.int32)
+    lowest = torch.where(used, exponent, 255).amin(dim=1)
+    highest = exponent.amax(dim=1)
+    if bool((lowest < highest - SPAN).any()):
+        raise ValueError(f"the exponents of a row differ by more than {SPAN}")
+    if bool((used.any(dim=1) & (highest - SPAN < LOWEST)).any()):
+        raise ValueError(f"a row's exponents are below {LOWEST + SPAN - 127}")
+
+
+@functools.cache
+def layer_config(n: int, k: int) -> Any:
+    """humming's description of a layer, for the GPU at hand."""
+    from humming.schema import HummingInputSchema, HummingWeightSchema
+    from humming.transform import prepare_layer_config
+
+    weight = HummingWeightSchema(
+        b_dtype="float4e2m1",
+        bs_dtype="float8e8m0",
+        weight_scale_group_size=32,
+        weight_scale_2_type="channel",
+    )
+    return prepare_layer_config(
+        shape_n=n,
+        shape_k=k,
+        weight_schema=weight,
+        input_schema=HummingInputSchema(a_dtype="float8e4m3"),
+        pad_n_to_multiple=256,
+        torch_dtype=torch.bfloat16,
+    )
+
+
+@torch.library.custom_op("modelopt_ext::humming_gemm", mutates_args=())
+def _humming_gemm(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_2: torch.Tensor,
+    locks: torch.Tensor,
+    n: int,
+) -> torch.Tensor:
+    from humming.forward import humming_forward
+
+    if x.shape[0] == 0:
+        return x.new_empty((0, n), dtype=torch.bfloat16)
+    # The locks are zero again when the kernel is done: nothing is mutated as far as anyone can see.
+    return humming_forward(
+        layer_config(n, x.shape[1]),
+        inputs=x,
+        weight=weight,
+        weight_scale=weight_scale,
+        weight_scale_2=weight_scale_2,
+        input_scale=x_scale,
+        locks=locks,
+    )
+
+
+@_humming_gemm.register_fake
+def _(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    weight_scale_2: torch.Tensor,
+    locks: torch.Tensor,
+    n: int,
+) -> torch.Tensor:
+    del x_scale, weight, weight_scale, weight_scale_2, locks
+    return x.new_empty((x.shape[0], n), dtype=torch.bfloat16)

@@ -1,0 +1,223 @@
+"""Whose checkpoint is it: ours, SGLang's, or nobody's. No SGLang is imported here.
+
+Tolerant on purpose: what may be SGLang's is never an error of ours. Anything about a checkpoint that is not wholly understood
+leaves it to SGLang, with the reason; strictness begins once it is ours, by a flag of ours or because nobody else serves its
+algorithm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from sglang_modelopt_ext.checkpoint.quant_config import (
+    CONFIG_NAME,
+    QUANT_CONFIG_NAME,
+    QuantConfig,
+    is_modelopt_section,
+    quantization_sections,
+    read_quant_config,
+)
+from sglang_modelopt_ext.checkpoint.stock import MIX_ALGOS, NVFP4_ALGOS, stock_fault, stores_stock_scales
+from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
+
+GENERIC_FLAG = "modelopt"
+"""SGLang's flag for "whatever ModelOpt wrote"."""
+
+STOCK_MIXED_FLAG = "modelopt_mixed"
+STOCK_W4AFP8_FLAG = "w4afp8"
+"""What SGLang calls mixtures of experts with INT4 weights and FP8 activations; their MIXED_PRECISION is not ours."""
+
+MXFP8, STOCK_MXFP8_FLAG = "MXFP8", "mxfp8"
+"""The algorithm that SGLang reads under a name of its own, and that name."""
+
+NO_FLAGS = (None, "unquant")
+"""No ``--quantization``: SGLang resolves ``unquant`` to it, and reads what the checkpoint says all the same."""
+
+REQUANTIZING_FLAGS = frozenset({"nvfp4_online", "quark_mxfp4", STOCK_W4AFP8_FLAG})
+"""SGLang's flags that ask for something else than the checkpoint says. It corrects every other one to what it finds."""
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Who serves a checkpoint, and why.
+
+    Attributes:
+        family: the ``--quantization`` family of this package, None when it is left to SGLang.
+        config: what the checkpoint declares, None when that is not ModelOpt's or was not understood.
+        why: one clause; empty when there is nothing to say of it, as of a model that ModelOpt did not quantize.
+        in_doubt: whether it is left to SGLang because it was not wholly understood.
+    """
+
+    family: str | None
+    config: QuantConfig | None = None
+    why: str = ""
+    in_doubt: bool = False
+
+
+def gpu_capability() -> int | None:
+    """Return the compute capability times ten of the visible GPU, None without one."""
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return major * 10 + minor
+
+
+def owned_family(folder: Path, flag: str | None, capability: int | None) -> tuple[str, QuantConfig] | None:
+    """Return the family and configuration under which this plugin serves a checkpoint, None when it is left to SGLang.
+
+    Arguments and errors are those of :func:`decide`.
+    """
+    found = decide(folder, flag, capability)
+    return None if found.family is None or found.config is None else (found.family, found.config)
+
+
+def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
+    """Decide who serves the checkpoint in ``folder``.
+
+    Args:
+        folder: where ``config.json`` and ``hf_quant_config.json`` are.
+        flag: the value of ``--quantization``, None when it was not given.
+        capability: the GPU's compute capability times ten, None on a CPU.
+
+    Raises:
+        ModelOptExtError: a flag of ours and a checkpoint that do not fit, or an algorithm that SGLang serves nowhere in a
+            checkpoint that is malformed or does not fit the flag.
+    """
+    if flag in REQUANTIZING_FLAGS:
+        return Ownership(None)
+    flag = None if flag in NO_FLAGS else flag
+    try:
+        config = read_quant_config(folder)
+        _check_algorithms(config)
+    except ModelOptExtError as error:
+        if flag in FAMILIES or _is_only_ours(folder):
+            raise
+        return Ownership(None, why=str(error), in_doubt=True)
+    if config is None or (config.algo is None and config.kv_cache_algo is None):
+        if flag in FAMILIES:
+            raise ModelOptExtError.at(
+                folder, f"--quantization {flag}", "a checkpoint quantized by ModelOpt", "an unquantized one"
+            )
+        return Ownership(None)
+    if config.algo is None:
+        return _kv_cache_only(config, flag)
+    if flag in FAMILIES:
+        return _asked_for(config, flag)
+    if config.algo == MIXED_PRECISION:
+        corrected = any(layer.algo in NVFP4_ALGOS for layer in config.quantized_layers.values())
+        if not corrected and flag not in (None, GENERIC_FLAG, STOCK_MIXED_FLAG):
+            raise _misfit(config, str(flag))
+        return _judged(UMBRELLA, config, folder, capability)
+    scheme = find_scheme(config.algo, config.file)
+    if scheme.stock_flag is not None:
+        return _judged(scheme.flag, config, folder, capability)
+    if scheme.algo == MXFP8:
+        if stores_stock_scales(folder):
+            return Ownership(None, config, "its block scales have SGLang's own name")
+        if flag == STOCK_MXFP8_FLAG:
+            return _judged(scheme.flag, config, folder, capability)
+    if flag not in (None, GENERIC_FLAG):
+        raise _misfit(config, str(flag))
+    return _judged(scheme.flag, config, folder, capability)
+
+
+def _judged(family: str, config: QuantConfig, folder: Path, capability: int | None) -> Ownership:
+    """Return that it is ours, unless SGLang itself serves the checkpoint rightly or has an algorithm in it that is none of ours."""
+    unknown = sorted({layer.algo for layer in config.quantized_layers.values()} - SCHEMES.keys())
+    if unknown:
+        return Ownership(None, config, f"{', '.join(unknown)} in a mix is SGLang's own")
+    fault = stock_fault(config, folder, capability)
+    if fault is None:
+        return Ownership(None, config, f"SGLang 0.5.23 serves {config.algo} there")
+    if config.algo == MIXED_PRECISION and stores_stock_scales(folder):
+        return Ownership(None, config, "its block scales have SGLang's own name")
+    return Ownership(family, config, f"SGLang 0.5.23 does not: {fault}")
+
+
+def _asked_for(config: QuantConfig, flag: str | None) -> Ownership:
+    """A checkpoint under a flag of ours. Raises ModelOptExtError when it does not fit or has an algorithm nobody knows."""
+    for name, layer in config.quantized_layers.items():
+        find_scheme(layer.algo, f"{config.file}: quantized_layers.{name}")
+    family = UMBRELLA if config.algo == MIXED_PRECISION else find_scheme(config.algo or "", config.file).flag
+    if flag not in (family, UMBRELLA):
+        raise _misfit(config, str(flag))
+    return Ownership(flag, config, f"--quantization {flag} asks for it")
+
+
+def _kv_cache_only(config: QuantConfig, flag: str | None) -> Ownership:
+    """A checkpoint that quantizes nothing but its KV cache, which SGLang refuses or serves without that."""
+    if flag in (None, GENERIC_FLAG, UMBRELLA):
+        return Ownership(UMBRELLA, config, "it quantizes its KV cache only, for which SGLang 0.5.23 has no quant_algo")
+    if flag in FAMILIES:
+        raise ModelOptExtError.at(
+            config.file,
+            "quant_algo",
+            f"an algorithm of --quantization {flag}",
+            f"null: only the KV cache is quantized, which --quantization {UMBRELLA} serves",
+        )
+    return Ownership(None, config, f"--quantization {flag} is SGLang's")
+
+
+def _misfit(config: QuantConfig, flag: str) -> ModelOptExtError:
+    """The error that names the flags which serve a checkpoint."""
+    if config.algo == MIXED_PRECISION:
+        names: tuple[str | None, ...] = (UMBRELLA, STOCK_MIXED_FLAG)
+    else:
+        scheme = find_scheme(config.algo or "", config.file)
+        names = (scheme.flag, UMBRELLA, scheme.stock_flag)
+    fitting = " or ".join(f"--quantization {name}" for name in dict.fromkeys(names) if name)
+    return ModelOptExtError.at(
+        config.file,
+        "quant_algo",
+        f"an algorithm of --quantization {flag}",
+        f"{config.algo}, which {fitting} serves",
+    )
+
+
+def _check_algorithms(config: QuantConfig | None) -> None:
+    """Raise ModelOptExtError for an algorithm that neither the scheme table nor SGLang's mixes have, or a mix without layers."""
+    if config is None or config.algo is None:
+        return
+    if config.algo != MIXED_PRECISION:
+        find_scheme(config.algo, config.file)
+        return
+    if not config.quantized_layers:
+        raise ModelOptExtError.at(config.file, "quantized_layers", "the algorithm of every layer of the mix", "none")
+    for name, layer in config.quantized_layers.items():
+        if layer.algo not in MIX_ALGOS:
+            find_scheme(layer.algo, f"{config.file}: quantized_layers.{name}")
+
+
+def _is_only_ours(folder: Path) -> bool:
+    """Whether every algorithm that a checkpoint names, however malformed the rest, is one that SGLang serves nowhere."""
+    stated = list(_stated_algorithms(folder))
+    return bool(stated) and all(
+        isinstance(algo, str)
+        and (scheme := SCHEMES.get(algo.upper())) is not None
+        and scheme.stock_flag is None
+        and scheme.algo != MXFP8
+        for algo in stated
+    )
+
+
+def _stated_algorithms(folder: Path) -> Iterator[object]:
+    """Yield what both files have as ``quant_algo``, and None for a method that is not ModelOpt's."""
+    for name in (QUANT_CONFIG_NAME, CONFIG_NAME):
+        try:
+            content = read_json_object(folder / name)
+        except ModelOptExtError:
+            continue
+        sections = [content] if name == QUANT_CONFIG_NAME else quantization_sections(content)[:1]
+        for outer in sections:
+            section = outer.get("quantization", outer) if isinstance(outer, Mapping) else None
+            ours = name == QUANT_CONFIG_NAME or is_modelopt_section(outer)
+            if not isinstance(section, Mapping) or not ours:
+                yield None
+            elif "quant_algo" in section:
+                yield section["quant_algo"]

@@ -1,0 +1,219 @@
+"""What SGLang 0.5.23 does with a ModelOpt checkpoint on a GPU: each rule names one way in which it fails or errs.
+
+Read from the sources of the 0.5.23 wheel (``layers/quantization/modelopt_quant.py``, ``configs/model_config.py``,
+``model_loader/weight_utils.py``, ``models/``). No SGLang is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sglang_modelopt_ext.checkpoint.names import EXPERT, FUSED_SHARDS
+from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QuantConfig
+from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, UNMAPPED_LAYERS
+from sglang_modelopt_ext.checkpoint.tensors import read_json_object, tensor_names
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE
+from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES
+
+NVFP4_ALGOS = frozenset({"NVFP4", "W4A16_NVFP4"})
+"""Without one of these in a mix, SGLang takes it for ``w4afp8``."""
+
+BLOCK_FP8_ALGOS = frozenset({"MXFP8", "FP8_PB_WO", "FP8_BLOCK_SCALES"})
+"""FP8 with block scales, for which SGLang has a tensor called ``weight_scale_inv``; ModelOpt 0.47 exports ``weight_scale``."""
+
+MIX_ALGOS = NVFP4_ALGOS | BLOCK_FP8_ALGOS | {"FP8"}
+"""What ``ModelOptMixedPrecisionConfig`` has a method for; a layer of another algorithm it takes for unquantized."""
+
+GROUP_SIZE = 16
+"""The only NVFP4 group size it serves."""
+
+FP8_EXPERTS_CAPABILITY = 89
+"""FP8 linear layers run from SM80 (Marlin), FP8 experts in Triton, which has no E4M3 below SM89."""
+
+EMBEDDINGS = frozenset({"embed_tokens", "embeddings", "word_embeddings", "wte"})
+"""Names of token embeddings; only an NVFP4 one in a mix has a method."""
+
+_ATTENTION_LAYER = "model.layers.0.self_attn.q_proj"
+_STOCK_SCALE, _MODELOPT_SCALE = "weight_scale_inv", "weight_scale"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A checkpoint as SGLang would meet it.
+
+    Attributes:
+        config: what it declares.
+        folder: where it is.
+        capability: the GPU's compute capability times ten.
+    """
+
+    config: QuantConfig
+    folder: Path
+    capability: int
+
+    @property
+    def is_mix(self) -> bool:
+        """Whether its layers differ."""
+        return self.config.algo == MIXED_PRECISION
+
+    @cached_property
+    def algos(self) -> frozenset[str]:
+        """Every algorithm in it."""
+        layers = self.config.quantized_layers.values()
+        return frozenset(layer.algo for layer in layers) if self.is_mix else frozenset({self.config.algo or ""})
+
+    @cached_property
+    def tensors(self) -> Collection[str] | None:
+        """The names of its tensors, None where they cannot be known (yet)."""
+        try:
+            return tensor_names(self.folder) or None
+        except ModelOptExtError:
+            return None
+
+    @cached_property
+    def fields(self) -> Mapping[str, Any]:
+        """Its config.json, empty without a readable one."""
+        try:
+            return read_json_object(self.folder / CONFIG_NAME)
+        except ModelOptExtError:
+            return {}
+
+    @cached_property
+    def model(self) -> str | None:
+        """The architecture SGLang builds it as."""
+        architectures = self.fields.get("architectures")
+        first = architectures[0] if isinstance(architectures, list) and architectures else None
+        return first if isinstance(first, str) else None
+
+
+def stock_fault(config: QuantConfig, folder: Path, capability: int | None) -> str | None:
+    """Return why SGLang 0.5.23 does not serve the checkpoint rightly, None when it does.
+
+    Args:
+        config: what the checkpoint declares; every algorithm is one of the scheme table or of :data:`MIX_ALGOS`.
+        folder: where it is.
+        capability: the GPU's compute capability times ten, None on a CPU.
+    """
+    if capability is None:
+        return "it has no CPU kernels for ModelOpt's formats"
+    subject = Subject(config, folder, capability)
+    return next((fault for rule in RULES if (fault := rule(subject)) is not None), None)
+
+
+def stores_stock_scales(folder: Path) -> bool:
+    """Whether a checkpoint has block scales under SGLang's own name for them, which this package does not read."""
+    try:
+        return any(name.endswith(f".{_STOCK_SCALE}") for name in tensor_names(folder))
+    except ModelOptExtError:
+        return False
+
+
+def _algorithm(subject: Subject) -> str | None:
+    if subject.is_mix:
+        if not subject.algos & NVFP4_ALGOS:
+            return "it takes a mix without an NVFP4 layer for w4afp8"
+        if other := sorted(subject.algos - MIX_ALGOS):
+            return f"it takes layers of {', '.join(other)} in a mix for unquantized ones"
+        return None
+    (algo,) = subject.algos
+    capability = SCHEMES[algo].stock_capability
+    if capability is None:
+        return f"it does not serve {algo} as ModelOpt exports it"
+    return f"it serves {algo} rightly from SM{capability} on" if subject.capability < capability else None
+
+
+def _fp8_experts(subject: Subject) -> str | None:
+    if not subject.is_mix or subject.capability >= FP8_EXPERTS_CAPABILITY:
+        return None
+    layers = subject.config.quantized_layers.items()
+    found = any(layer.algo == "FP8" and ".experts" in f".{name}" for name, layer in layers)
+    return f"it serves FP8 experts from SM{FP8_EXPERTS_CAPABILITY} on" if found else None
+
+
+def _group_size(subject: Subject) -> str | None:
+    layers = subject.config.quantized_layers.values()
+    sizes = {layer.group_size for layer in layers if layer.algo in NVFP4_ALGOS}
+    if not subject.is_mix and "NVFP4" in (subject.config.algo or ""):
+        sizes = {subject.config.group_size}
+    other = sorted(size for size in sizes if size not in (None, GROUP_SIZE))
+    return f"it serves NVFP4 in groups of {GROUP_SIZE}, not {other[0]}" if other else None
+
+
+def _experts_of_one_layer(subject: Subject) -> str | None:
+    algos: dict[str, set[str]] = {}
+    for name, layer in subject.config.quantized_layers.items():
+        block, experts, _ = name.partition(".experts.")
+        if experts:
+            algos.setdefault(block, set()).add(layer.algo)
+    mixed = any(len(found) > 1 for found in algos.values())
+    return "it gives the experts of a layer one algorithm, these have several" if mixed else None
+
+
+def _mixtral(subject: Subject) -> str | None:
+    if subject.fields.get("model_type") != "mixtral" or subject.config.layer(_ATTENTION_LAYER):
+        return None
+    return "it fails on a Mixtral whose attention is not quantized"
+
+
+def _fused_shards(subject: Subject) -> str | None:
+    """A mix whose model class has no ``packed_modules_mapping``: its fused layers are not found and taken for unquantized.
+
+    NVFP4 then fails an assertion on the weight's shape; FP8 codes are copied as numbers, without their scales.
+    """
+    shards = {shard for layer in UNMAPPED_LAYERS.get(subject.model or "", ()) for shard in FUSED_SHARDS[layer]}
+    names = (name for name in subject.config.quantized_layers if not EXPERT.fullmatch(name))
+    shard = next((name for name in names if name.rpartition(".")[2] in shards), None)
+    return f"it does not find {shard} in a mix of {subject.model}" if shard else None
+
+
+def _embedding(subject: Subject) -> str | None:
+    listed = {
+        name: layer.algo
+        for name, layer in subject.config.quantized_layers.items()
+        if name.rpartition(".")[2] in EMBEDDINGS
+    }
+    wrong = next((name for name, algo in listed.items() if algo != "NVFP4"), None)
+    if wrong is None and subject.tensors is not None:
+        modules = (name.rpartition(".")[0] for name in subject.tensors if name.endswith(f".{_MODELOPT_SCALE}"))
+        wrong = next((name for name in modules if name.rpartition(".")[2] in EMBEDDINGS and name not in listed), None)
+    return f"it takes the quantized {wrong} for unquantized" if wrong else None
+
+
+def _smoothing(subject: Subject) -> str | None:
+    if subject.algos == {"NVFP4_AWQ"} or subject.tensors is None:
+        return None
+    stored = any(name.endswith(f".{PRE_QUANT_SCALE.name}") for name in subject.tensors)
+    return f"it multiplies by {PRE_QUANT_SCALE.name} for NVFP4_AWQ alone" if stored else None
+
+
+def _block_scales(subject: Subject) -> str | None:
+    """ModelOpt's name of the block scales of FP8, which most model classes do not know: they drop them with a warning."""
+    if not subject.algos & BLOCK_FP8_ALGOS or subject.tensors is None:
+        return None
+    if subject.model in MODELS_THAT_RENAME_BLOCK_SCALES:
+        return None
+    for name in subject.tensors:
+        module, _, last = name.rpartition(".")
+        layer = subject.config.listed(module) if last == _MODELOPT_SCALE else None
+        if layer is not None and layer.algo in BLOCK_FP8_ALGOS:
+            return f"it drops the block scales of {layer.algo} under ModelOpt's name for them, {name}"
+    return None
+
+
+RULES: tuple[Callable[[Subject], str | None], ...] = (
+    _algorithm,
+    _group_size,
+    _experts_of_one_layer,
+    _fp8_experts,
+    _mixtral,
+    _fused_shards,
+    _embedding,
+    _smoothing,
+    _block_scales,
+)
+"""Each returns what is wrong, or None; the first one is reported."""

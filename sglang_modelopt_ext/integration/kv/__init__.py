@@ -1,0 +1,1 @@
+"""Quantized KV caches in SGLang."""

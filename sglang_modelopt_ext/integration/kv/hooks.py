@@ -1,0 +1,469 @@
+"""Quantized KV caches in SGLang: which recipe, checked before anything starts, and the pool that holds it.
+
+The recipe is settled before any process starts, from the checkpoint's configuration, the names of its tensors and the flag. The
+scales are read when the weights are there, for the attention layers that the model has. On a GPU the plain FP8 cache, and whatever
+SGLang's own flags say, are SGLang's: the checkpoint's scales are loaded here where they fit, and nothing about them is an error
+that is none without this package. SGLang's pool also holds the other recipes where
+``--attention-backend`` names attention of SGLang's that can have a bias or a rotation around it
+(:mod:`.wrapped`): SGLang then resolves its own flag, and by that its checks, its pool and its kernels.
+Everything else, and every recipe on a CPU, is a pool of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import typing
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang_modelopt_ext.checkpoint.kv_cache import (
+    FLAG_PREFIX,
+    KV_FLAGS,
+    STOCK_FLAGS,
+    STOCK_FP8_KV,
+    KVCachePlan,
+    check_head_dim,
+)
+from sglang_modelopt_ext.checkpoint.ownership import gpu_capability, owned_family
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.folders import config_folder, downloaded_folder
+from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.integration.kv.scales import plan_for, scales_for_sglang, served_plan, wrapped_plan
+from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_BACKENDS = {"cpu": "torch_native", "cuda": "triton"}
+"""The attention backend chosen for a cache of ours where the user chose none."""
+
+SERVED_BACKENDS = frozenset(ATTENTION_BACKENDS.values())
+WRAPPED_BACKENDS = frozenset({"flashinfer", "trtllm_mha"})
+"""SGLang's attention that may have a bias or a rotation around it, over SGLang's own pool. Only where the user names it."""
+
+NOT_WRAPPED = "nobody worked it out for SGLang's own cache under a bias or a rotation"
+
+UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
+    (
+        "--enable-hierarchical-cache",
+        lambda a: a.enable_hierarchical_cache,
+        "its host pool has no room for block scales",
+    ),
+    ("--enable-lmcache", lambda a: a.enable_lmcache, "its host pool has no room for block scales"),
+    (
+        "--disaggregation-mode",
+        lambda a: a.disaggregation_mode != "null",
+        "the transfer would leave block scales behind",
+    ),
+    ("--speculative-algorithm", lambda a: a.speculative_algorithm is not None, "drafts have not been tested on it"),
+    ("--enable-unified-memory", lambda a: a.enable_unified_memory, "that pool does not allocate block scales"),
+    ("--enable-kv-cache-sharding", lambda a: a.enable_kv_cache_sharding, "that pool stripes plain buffers"),
+    ("--enable-page-major-kv-layout", lambda a: a.enable_page_major_kv_layout, "that pool holds plain buffers"),
+    (
+        "--enable-deterministic-inference",
+        lambda a: a.enable_deterministic_inference,
+        "its attention kernel reads plain buffers",
+    ),
+    ("--dcp-size", lambda a: (a.dcp_size or 1) > 1, "decode context parallelism masks plain buffers"),
+    ("--prefill-only-disable-kv-cache", lambda a: a.prefill_only_disable_kv_cache, "there is no cache to quantize"),
+    ("--enable-hisparse", lambda a: a.enable_hisparse, "that pool holds plain buffers"),
+)
+"""Arguments that do not go with a cache of ours: the flag, whether it is set, why not."""
+
+
+def is_stock(plan: KVCachePlan, device: str) -> bool:
+    """Whether a pool of SGLang's own holds the cache without anything around it: plain FP8 on every device but a CPU."""
+    return device != "cpu" and plan.recipe.name == "fp8"
+
+
+def _is_sglangs(args: Any) -> bool:
+    """Whether SGLang serves the weights itself. Raises ModelOptExtError for a checkpoint that nobody serves."""
+    folder = config_folder(args.model_path, args.revision)
+    flag = args.quantization.lower() if args.quantization else None
+    return folder is None or owned_family(folder, flag, gpu_capability()) is None
+
+
+def asks_for_wrapped(args: Any) -> bool:
+    """Whether the user names attention of SGLang's own for a GPU."""
+    named = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend}
+    return _device(args) == "cuda" and bool(named & WRAPPED_BACKENDS)
+
+
+def declare(server_args: Any) -> None:
+    """Settles the flag and the attention backend before SGLang picks defaults. Raises ModelOptExtError for a bad combination.
+
+    Where SGLang serves the weights and nobody asked for a cache of ours, what stands in the way of one leaves the cache to SGLang.
+    """
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    if wrapped_plan(server_args) is not None:
+        return  # settled before: the flag is SGLang's by now
+    args = resolving_view(server_args)
+    asked = args.kv_cache_dtype in KV_FLAGS
+    if _device(args) == "cuda" and not asked and args.kv_cache_dtype != "auto":
+        return  # SGLang's own flag on SGLang's own device
+    plan = None
+    try:
+        plan = plan_for(args.model_path, args.revision, args.kv_cache_dtype)
+        if plan is not None:
+            if not asked and not plan.recipe.affine and _is_sglangs(args):
+                _check_pool(server_args, plan)
+            _declare_plan(server_args, args, plan)
+    except ModelOptExtError as error:
+        # Without its biases a cache would be another than the checkpoint was calibrated for.
+        needs_ours = asked or _device(args) != "cuda" or (plan is not None and plan.recipe.affine)
+        if needs_ours or not _is_sglangs(args):
+            raise
+        logger.warning("modelopt_ext: the KV cache is left to SGLang: %s", error)
+
+
+def _check_pool(server_args: Any, plan: KVCachePlan) -> None:
+    """Raises ModelOptExtError for a model whose pool cannot hold the plan's cache."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    if is_stock(plan, _device(server_args)):
+        return
+    try:
+        config = ModelConfig.from_server_args(server_args)
+    except Exception:  # whatever is wrong with the model, SGLang will say it
+        return
+    kind = pool_kind(config)
+    if kind is not None:
+        raise refused_pool(kind, FLAG_PREFIX + plan.recipe.name)
+
+
+def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
+    """Raises ModelOptExtError, before anything is declared, where the plan's cache does not go with the arguments."""
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    device = _device(args)
+    if is_stock(plan, device):
+        if args.kv_cache_dtype in KV_FLAGS:
+            declare_resolution(server_args, __name__, kv_cache_dtype=STOCK_FP8_KV)
+        return
+    backend = ATTENTION_BACKENDS.get(device)
+    if backend is None:
+        raise ModelOptExtError.at("command line", "--device", "cuda or cpu for a quantized KV cache", device)
+    wrapped = asks_for_wrapped(args)
+    for flag, is_set, reason in UNSUPPORTED:
+        if is_set(args):
+            why = NOT_WRAPPED if wrapped else reason
+            raise ModelOptExtError.at(
+                "command line", flag, f"it unset with a KV cache of {plan.recipe.name}: {why}", "it set"
+            )
+    if wrapped:
+        _check_blackwell(plan)
+        (own,) = (own for own, name in STOCK_FLAGS.items() if name == plan.recipe.format.name)
+        declare_resolution(server_args, __name__, kv_cache_dtype=own)
+        return
+    declare_resolution(server_args, __name__, kv_cache_dtype=FLAG_PREFIX + plan.recipe.name)
+    if args.attention_backend is None:
+        declare_resolution(server_args, __name__, attention_backend=backend)
+
+
+def _check_blackwell(plan: KVCachePlan) -> None:
+    """SGLang's NVFP4 cache is for Blackwell; it would say so of a flag that nobody typed."""
+    from sglang.srt.runtime_context import get_platform
+
+    platform = get_platform()
+    if plan.recipe.format.block and not (platform.is_sm100 or platform.is_sm120):
+        raise ModelOptExtError.at(
+            "command line",
+            "--attention-backend",
+            f"triton for a KV cache of {plan.recipe.name} on a GPU other than SM100, SM103 and SM120",
+            " or ".join(sorted(WRAPPED_BACKENDS)),
+        )
+
+
+def check_backends(server_args: Any) -> None:
+    """Raises ModelOptExtError when the attention backends that were settled on cannot read a cache of ours."""
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view, use_mla_backend
+
+    args = resolved_view(server_args)
+    plan = wrapped_plan(server_args)
+    if args.kv_cache_dtype not in KV_FLAGS and plan is None:
+        return
+    flag = args.kv_cache_dtype if plan is None else FLAG_PREFIX + plan.recipe.name
+    allowed = SERVED_BACKENDS if plan is None else WRAPPED_BACKENDS
+    for backend in attention_backends_of(args):
+        if backend not in allowed:
+            raise ModelOptExtError.at(
+                "command line",
+                "--attention-backend",
+                f"{' or '.join(sorted(allowed))} with --kv-cache-dtype {flag}",
+                backend,
+            )
+    if use_mla_backend(server_args):
+        raise ModelOptExtError.at(
+            "command line", "--kv-cache-dtype", "auto for a model with latent attention (MLA)", flag
+        )
+
+
+def _device(args: Any) -> str:
+    return str(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _configure_kv_cache_dtype(original: Callable[..., Any], **kwargs: Any) -> tuple[str | None, torch.dtype]:
+    flag = kwargs["server_args_kv_cache_dtype"]
+    if flag in KV_FLAGS:
+        if kwargs["is_draft_worker"]:
+            raise ModelOptExtError.at("command line", "--speculative-algorithm", f"no drafts with {flag}", "a draft")
+        return flag, torch.uint8
+    return original(**kwargs)
+
+
+def _compute_cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int) -> int:
+    if kvc.kv_cache_dtype_str not in KV_FLAGS:
+        return original(self, kvc, num_layers)
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_modelopt_ext.integration.kv.method import ModelOptExtKVMethod
+
+    parallel, config = get_parallel(), kvc.model_config
+    heads = config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size)
+    method = ModelOptExtKVMethod(KV_FLAGS[kvc.kv_cache_dtype_str])
+    return method.compute_cell_size(heads, config.head_dim, num_layers, kv_size=1)
+
+
+def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_layers: int) -> Any:
+    if self.kv_cache_dtype_str not in KV_FLAGS:
+        method = original(self, num_layers=num_layers)
+        _set_scales_of_sglangs_cache(self, method)
+        return method
+    from sglang.srt.runtime_context import get_parallel, get_server_args
+    from sglang.srt.utils import log_info_on_rank0
+
+    from sglang_modelopt_ext.integration.kv.layers import check_sinks, served_attention
+    from sglang_modelopt_ext.integration.kv.method import ModelOptExtKVMethod
+
+    config = self.model_config
+    recipe = KV_FLAGS[self.kv_cache_dtype_str]
+    check_sinks(self.model)
+    check_head_dim(recipe, config.head_dim, config.model_path)
+    if recipe.rotate and config.head_dim > MOST_ROTATED and self.device == "cuda":
+        raise ModelOptExtError.at(
+            config.model_path, "head_dim", f"at most {MOST_ROTATED} for {recipe.name} on a GPU", config.head_dim
+        )
+    if config.v_head_dim != config.head_dim:
+        raise ModelOptExtError.at(config.model_path, "v_head_dim", f"head_dim, {config.head_dim}", config.v_head_dim)
+    plan = served_plan(get_server_args(), self.kv_cache_dtype_str)
+    method = ModelOptExtKVMethod(recipe)
+    parallel = get_parallel()
+    numbers = plan.resolve(served_attention(self.model)).layers
+    method.load_layers(self.model, numbers, parallel.attn_tp_rank, parallel.attn_tp_size)
+    log_info_on_rank0(logger, f"modelopt_ext: KV cache {recipe.name}, {plan.source}")
+    return method
+
+
+def _set_scales_of_sglangs_cache(configurator: Any, method: Any) -> None:
+    """Gives a cache of SGLang's own the plan's scales, where its NVFP4 or something around it needs them.
+
+    Plain FP8 has them from :func:`set_stock_scales`. Raises ModelOptExtError for a model whose attention cannot be wrapped.
+    """
+    from sglang.srt.runtime_context import get_parallel, get_platform, get_server_args
+    from sglang.srt.utils import log_info_on_rank0
+
+    from sglang_modelopt_ext.integration.kv import wrapped
+    from sglang_modelopt_ext.integration.kv.layers import check_sinks, rank_layers, served_attention
+
+    args, model, config = get_server_args(), configurator.model, configurator.model_config
+    is_wrapped = wrapped_plan(args) is not None
+    if is_wrapped:
+        plan: KVCachePlan | None = served_plan(args, args.kv_cache_dtype)
+    elif configurator.kv_cache_dtype_str == "nvfp4":
+        plan = scales_for_sglang(args, downloaded_folder(args.model_path, args.revision, args.download_dir), "nvfp4")
+    else:
+        return
+    if plan is None:
+        return
+    recipe, parallel, sm100 = plan.recipe, get_parallel(), bool(get_platform().is_sm100)
+    backends = _attention_backends(args)
+    attention = served_attention(model)
+    numbers = plan.resolve(attention, strict=is_wrapped)
+    if numbers.layers.keys() != attention.layers.keys():
+        return  # SGLang's own way with a checkpoint that has scales for some layers
+    layers = rank_layers(model, numbers.layers, parallel.attn_tp_rank, parallel.attn_tp_size)
+    if is_wrapped:
+        wrapped.check_range(recipe, layers, backends[0])
+        check_sinks(model)
+        wrapped.check_attention(model, config.dtype)
+        check_head_dim(recipe, config.head_dim, config.model_path)
+    if recipe.format.block:
+        wrapped.set_nvfp4_scales(method, model, layers, sm100)
+    else:
+        wrapped.set_layer_scales(model, layers)
+    note = wrapped.attention_note(recipe, backends, sm100)
+    log_info_on_rank0(logger, f"modelopt_ext: KV cache {recipe.name}, {plan.source}; {note}; not run on hardware yet")
+
+
+def _attention_backends(server_args: Any) -> tuple[str, str]:
+    from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view
+
+    prefill, decode = attention_backends_of(resolved_view(server_args))
+    return prefill, decode
+
+
+def _build_mha_kv_pool(
+    original: Callable[..., Any],
+    self: Any,
+    *,
+    max_total_num_tokens: int,
+    mha_pool_class: type,
+    quant_method: Any = None,
+) -> Any:
+    from sglang_modelopt_ext.integration.kv.method import ModelOptExtKVMethod
+    from sglang_modelopt_ext.integration.kv.pool import ModelOptExtKVPool
+
+    return original(
+        self,
+        max_total_num_tokens=max_total_num_tokens,
+        mha_pool_class=ModelOptExtKVPool if isinstance(quant_method, ModelOptExtKVMethod) else mha_pool_class,
+        quant_method=quant_method,
+    )
+
+
+HYBRID_SWA, LINEAR_ATTENTION, SPARSE = "a hybrid sliding-window cache", "linear attention", "sparse attention"
+"""Models whose caches a recipe of ours has no pool for."""
+
+
+def pool_kind(config: Any) -> str | None:
+    """Return which of the pools that hold no recipe of ours a model needs, None for that of plain attention.
+
+    Args:
+        config: SGLang's ``ModelConfig``.
+    """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import is_minimax_sparse
+
+    if config.is_hybrid_swa:
+        return HYBRID_SWA
+    if is_minimax_sparse(config.hf_config):
+        return SPARSE
+    return LINEAR_ATTENTION if mambaish_config(config) is not None else None
+
+
+def refused_pool(kind: str, flag: str) -> ModelOptExtError:
+    """The error for a cache of ours in a model of that kind."""
+    return ModelOptExtError.at("command line", "--kv-cache-dtype", f"bf16 for a model with {kind}", flag)
+
+
+def _refuse_pool(kind: str) -> Callable[..., Any]:
+    """A wrapper around the builder of another pool than that of plain attention."""
+
+    def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
+        from sglang.srt.runtime_context import get_server_args
+
+        plan = wrapped_plan(get_server_args())
+        if self.kv_cache_dtype_str in KV_FLAGS or plan is not None:
+            raise refused_pool(kind, self.kv_cache_dtype_str if plan is None else FLAG_PREFIX + plan.recipe.name)
+        return original(self, *args, **kwargs)
+
+    return around
+
+
+def register_kv_caches() -> None:
+    """Adds our recipes to the choices of ``--kv-cache-dtype``, and our checks to SGLang's argument resolution."""
+    from sglang.srt.arg_groups.resolution_hooks import _HOOKS, register_resolution_hook
+    from sglang.srt.server_args import ServerArgs
+
+    argument = typing.get_type_hints(ServerArgs, include_extras=True)["kv_cache_dtype"].__metadata__[0]
+    argument.choices.extend(flag for flag in KV_FLAGS if flag not in argument.choices)
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    for name, ours in (("triton", _triton_backend), *((name, _wrapped_backend) for name in sorted(WRAPPED_BACKENDS))):
+        if not isinstance(ATTENTION_BACKENDS[name], functools.partial):
+            ATTENTION_BACKENDS[name] = functools.partial(ours, ATTENTION_BACKENDS[name])
+    step = "handle_attention_backend_compatibility"
+    if _check_backends not in _HOOKS.get(step, []):
+        register_resolution_hook(step)(_check_backends)
+
+
+def _triton_backend(original: Callable[[Any], Any], runner: Any) -> Any:
+    """SGLang's backend, or ours where the pool is ours."""
+    from sglang_modelopt_ext.integration.kv.pool import ModelOptExtKVPool
+
+    if not isinstance(runner.token_to_kv_pool, ModelOptExtKVPool):
+        return original(runner)
+    from sglang_modelopt_ext.integration.kv.backend import ModelOptExtTritonBackend
+
+    return ModelOptExtTritonBackend(runner)
+
+
+def _wrapped_backend(original: Callable[[Any], Any], runner: Any) -> Any:
+    """SGLang's backend, with the recipe's bias or rotation around it where its cache has one."""
+    backend = original(runner)
+    plan = wrapped_plan(runner.server_args)
+    if plan is None:
+        return backend
+    from sglang.srt.runtime_context import get_parallel
+
+    from sglang_modelopt_ext.integration.kv.layers import rank_layers, served_attention
+    from sglang_modelopt_ext.integration.kv.wrapped import around_layers, wrap
+
+    parallel, args = get_parallel(), runner.server_args
+    numbers = served_plan(args, args.kv_cache_dtype).resolve(served_attention(runner.model)).layers
+    layers = rank_layers(runner.model, numbers, parallel.attn_tp_rank, parallel.attn_tp_size)
+    wrap(backend, around_layers(plan.recipe, layers, runner.model, runner.device))
+    return backend
+
+
+def _check_backends(server_args: Any, previous: Callable[[Any], None]) -> None:
+    previous(server_args)
+    check_backends(server_args)
+
+
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator."
+HOOKS = (
+    Hook(
+        "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype",
+        (
+            "server_args_kv_cache_dtype",
+            "model",
+            "model_dtype",
+            "is_draft_worker",
+            "is_dflash",
+            "speculative_draft_attention_backend",
+            "speculative_draft_kv_cache_dtype",
+        ),
+        "our values of --kv-cache-dtype would be refused",
+        _configure_kv_cache_dtype,
+    ),
+    Hook(
+        "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size",
+        ("self", "kvc", "num_layers"),
+        "a token would be sized as one byte for each entry",
+        _compute_cell_size,
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_mha_quant_method",
+        ("self", "num_layers"),
+        "the pool would hold vectors unrounded, cut to bytes",
+        _build_mha_quant_method,
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_mha_kv_pool",
+        ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
+        "a quantized cache would be read as one full-width copy",
+        _build_mha_kv_pool,
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_hybrid_swa_kv_pool",
+        ("self", "full_max_total_num_tokens", "swa_max_total_num_tokens", "mha_pool_class"),
+        "a hybrid sliding-window pool would hold codes as numbers",
+        _refuse_pool(HYBRID_SWA),
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_hybrid_linear_kv_pool",
+        ("self", "max_total_num_tokens", "req_to_token_pool", "mha_pool_class", "mla_pool_class", "dsa_pool_class"),
+        "a hybrid linear-attention pool would hold codes as numbers",
+        _refuse_pool(LINEAR_ATTENTION),
+    ),
+    Hook(
+        _CONFIGURATOR + "_build_minimax_sparse_kv_pool",
+        ("self", "max_total_num_tokens"),
+        "a pool of sparse attention would hold codes as numbers, or vectors without what is done around them",
+        _refuse_pool(SPARSE),
+    ),
+)

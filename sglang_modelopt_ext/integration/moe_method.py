@@ -1,0 +1,285 @@
+"""The one method for the experts of a mixture, on SGLang's contract of fused experts. What it computes is in ``mixture.py``.
+
+SGLang reads the names of MoE method classes: one with "ModelOpt" in it would have its block scales loaded as scales of whole
+tensors. The parameters here bring a loader of their own, and the class another name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+
+from sglang_modelopt_ext.backends.experts.fused import FusedRequest
+from sglang_modelopt_ext.checkpoint.experts import ExpertLayer
+from sglang_modelopt_ext.env import W4A8Math
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.linear_method import fill_dummy
+from sglang_modelopt_ext.integration.parameters import ExpertParameter
+from sglang_modelopt_ext.layers.experts import ExpertProduct
+from sglang_modelopt_ext.layers.fused import FusedProduct
+from sglang_modelopt_ext.layers.mixture import Choices, mix
+from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.table import SCHEMES
+
+GATE_UP, DOWN = "w13", "w2"
+SHARDS: dict[str, tuple[str, ...]] = {GATE_UP: ("w1", "w3"), DOWN: ("w2",)}
+"""SGLang's prefixes of expert parameters and the shards of each, in order: gate and up; down."""
+
+
+class ExtFusedMoEMethod(FusedMoEMethodBase):
+    """Serves the experts of one layer of a quantized checkpoint.
+
+    Args:
+        gate_up: how gate and up of every expert are quantized.
+        down: likewise down.
+        where: the checkpoint's folder, for messages.
+        prefix: the layer's name in SGLang's module tree, for messages.
+        math: the numerics of NVFP4 weights with FP8 activations.
+        stored: the checkpoint's experts, None when there is no checkpoint to ask.
+    """
+
+    def __init__(
+        self,
+        gate_up: LayerScheme,
+        down: LayerScheme,
+        where: object,
+        prefix: str,
+        math: W4A8Math,
+        stored: ExpertLayer | None,
+    ) -> None:
+        self.where = where
+        self.prefix = prefix
+        self.stored = stored
+        dtype = torch.get_default_dtype()
+        self.schemes = {GATE_UP: gate_up, DOWN: down}
+        self.products = {
+            name: ExpertProduct(
+                scheme,
+                where,
+                f"{prefix}.{name}",
+                math if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact",
+                dtype,
+            )
+            for name, scheme in self.schemes.items()
+        }
+        self.fused = FusedProduct(where, prefix)
+        """Serves instead of both products where it was prepared."""
+        self.verified = False
+        """Set by the strict loader once every tensor of the layer was loaded and checked."""
+        self.experts = 0
+        self._config: Any = None
+        self._create: Callable[[], None] | None = None
+        self._sizes: dict[str, tuple[int, int]] = {}
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Registers the checkpoint's tensors on ``layer``. Raises ModelOptExtError when they do not fit the model or this rank."""
+        self._check_layer(layer, bool(extra_weight_attrs.get("with_bias")))
+        self._check_sizes(layer, hidden_size, extra_weight_attrs["moe_intermediate_size"])
+        self.experts = num_experts
+        # Output and input features of one shard.
+        self._sizes = {
+            GATE_UP: (intermediate_size_per_partition, hidden_size),
+            DOWN: (hidden_size, intermediate_size_per_partition),
+        }
+        for product in self.products.values():
+            product.dtype = params_dtype
+        if _of(layer, "moe_tp_size") > 1:
+            self.products[DOWN].rank_amax = _rank_maximum
+
+        def create() -> None:
+            for name, scheme in self.schemes.items():
+                for spec in scheme.tensors:
+                    try:
+                        parameter = ExpertParameter(spec, num_experts, len(SHARDS[name]), *self._sizes[name])
+                    except ValueError as error:
+                        raise ModelOptExtError.at(
+                            self.where,
+                            f"{self.prefix}.{name}_{spec.name}",
+                            f"sizes per rank that hold whole blocks of {scheme.weight.name}",
+                            error,
+                        ) from error
+                    parameter.weight_loader = _loader(layer, name)  # type: ignore[attr-defined]
+                    layer.register_parameter(f"{name}_{spec.name}", parameter)
+
+        create()
+        self._create = create
+
+    def _check_layer(self, layer: torch.nn.Module, bias: bool) -> None:
+        """Refuses by name what the products here do not compute."""
+        from sglang.srt.layers.moe import get_moe_a2a_backend
+        from sglang.srt.layers.moe.topk import is_expert_remapping_enabled
+
+        config = _of(layer, "moe_runner_config")
+        scheme = self.schemes[GATE_UP]
+        unserved = {
+            "--moe-a2a-backend": ("none", not get_moe_a2a_backend().is_none()),
+            "--enable-eplb, --ep-num-redundant-experts, --init-expert-location": (
+                "every expert once, in the model's order",
+                is_expert_remapping_enabled(),
+            ),
+            "activation": ("silu", config.activation != "silu"),
+            "is_gated": ("gated experts", not config.is_gated),
+            "gemm1_alpha, gemm1_clamp_limit, swiglu_limit": (
+                "a plain SwiGLU",
+                any(v is not None for v in (config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit)),
+            ),
+            "with_bias": ("experts without a bias", bias),
+            "no_combine": ("the sum over a token's experts", config.no_combine),
+            "use_presharded_weights": ("whole weights", _of(layer, "use_presharded_weights")),
+            "--disable-shared-experts-fusion": (
+                "shared experts as linear layers of their own",
+                bool(config.num_fused_shared_experts),
+            ),
+            "svdquant_lora_a": ("experts without a low-rank branch", scheme.low_rank or self.schemes[DOWN].low_rank),
+        }
+        for subject, (expected, is_so) in unserved.items():
+            if is_so:
+                raise ModelOptExtError.at(self.prefix, subject, expected, "a layer of experts with something else")
+
+    def _check_sizes(self, layer: torch.nn.Module, hidden: int, intermediate: int) -> None:
+        """The model's sizes against the checkpoint's."""
+        if _of(layer, "intermediate_size_per_partition") * _of(layer, "moe_tp_size") != intermediate:
+            raise ModelOptExtError.at(
+                self.prefix, "--moe-runner-backend", "one that does not pad the experts", "a padded intermediate size"
+            )
+        if self.stored is None:
+            return
+        experts = _of(layer, "num_experts")
+        for subject, stored, wanted in (
+            ("experts", self.stored.count, experts),
+            ("hidden size", self.stored.hidden, hidden),
+            ("intermediate size", self.stored.intermediate, intermediate),
+        ):
+            if stored != wanted:
+                raise ModelOptExtError.at(
+                    self.where, self.stored.name, f"{wanted} {subject}, as the model has it", stored
+                )
+
+    def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
+        """Keeps the layer's configuration; there is no runner beside :meth:`apply`."""
+        del layer
+        self._config = moe_runner_config
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Prepares the experts once for the backend that serves them, and drops what the checkpoint stored."""
+        if not self.verified:
+            raise ModelOptExtError.at(
+                self.where,
+                f"{self.prefix}.{GATE_UP}_weight",
+                "a load through the strict reader",
+                "a loader that bypasses it (see --load-format)",
+            )
+        stored = {name: self._stored(layer, name) for name in self.schemes}
+        sizes = {name: (n * len(SHARDS[name]), k) for name, (n, k) in self._sizes.items()}
+        top_k = self._config.top_k or 1
+        device = stored[DOWN][0][0]["weight"].device
+        gate_up, down = (
+            self.products[name].request(device, *sizes[name], self.experts, top_k) for name in (GATE_UP, DOWN)
+        )
+        request = FusedRequest(gate_up, down, self._config.apply_router_weight_on_input)
+        is_fused = self.fused.prepare(layer, request, stored[GATE_UP], stored[DOWN])
+        for name, scheme in self.schemes.items():
+            if not is_fused:
+                self.products[name].prepare(layer, name, stored[name], *sizes[name], top_k)
+            del stored[name]
+            for spec in scheme.tensors:
+                delattr(layer, f"{name}_{spec.name}")
+
+    def _stored(self, layer: torch.nn.Module, name: str) -> list[list[dict[str, torch.Tensor]]]:
+        """What the checkpoint stores for one product: by expert and shard, by the names of the tensors."""
+        parameters = {spec.name: layer.get_parameter(f"{name}_{spec.name}").data for spec in self.schemes[name].tensors}
+        return [
+            [{key: data[expert, shard] for key, data in parameters.items()} for shard in range(len(SHARDS[name]))]
+            for expert in range(self.experts)
+        ]
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """By product, the kernel that serves it; empty before the weights are in place."""
+        serving = {name: self.fused.backend or product.backend for name, product in self.products.items()}
+        return {name: backend.name for name, backend in serving.items() if backend}
+
+    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+        """Makes room for the checkpoint's tensors again, so that weights can be updated from disk."""
+        if self._create is None or not self.kernels:
+            return
+        device = next(layer.parameters()).device
+        self.fused.release(layer)
+        for product in self.products.values():
+            product.release(layer)
+        self.verified = False
+        with torch.device(device):
+            self._create()
+
+    def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
+        """The weighted sum of each token's experts: :func:`mix`, or likewise in one kernel."""
+        from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
+        from sglang.srt.layers.moe.topk import TopKOutputChecker
+
+        if not TopKOutputChecker.format_is_standard(dispatch_output.topk_output):
+            raise ModelOptExtError.at(
+                self.prefix, "routing", "the weights and numbers of each token's experts", "another form"
+            )
+        x, (weights, numbers, _) = dispatch_output.hidden_states, dispatch_output.topk_output
+        if x.shape[0] == 0:
+            return StandardCombineInput(hidden_states=torch.zeros_like(x))
+        choices = Choices(
+            numbers,
+            weights,
+            weights_input=self._config.apply_router_weight_on_input,
+            # On other devices SGLang's models scale what they are given.
+            factor=self._config.routed_scaling_factor if x.is_cuda else None,
+        )
+        if self.fused.backend:
+            return StandardCombineInput(hidden_states=self.fused.apply(layer, x, choices))
+        y = mix(layer, self.products[GATE_UP], self.products[DOWN], x, choices)
+        return StandardCombineInput(hidden_states=y)
+
+    def fill_dummy(self, layer: torch.nn.Module) -> None:
+        """Legal values for ``--load-format dummy``."""
+        for name, scheme in self.schemes.items():
+            for spec in scheme.tensors:
+                fill_dummy(layer.get_parameter(f"{name}_{spec.name}").data, spec)
+        self.verified = True
+
+
+def _of(layer: torch.nn.Module, name: str) -> Any:
+    """An attribute of SGLang's layer, which torch types as a tensor or a module."""
+    return getattr(layer, name)
+
+
+def _loader(layer: Any, name: str) -> Callable[..., list[int]]:
+    """A weight loader with the parameters of ``FusedMoE.weight_loader``, for the parameters of one product."""
+
+    def load(
+        parameter: ExpertParameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
+    ) -> list[int]:
+        """Copies an expert's tensor where this rank holds the expert, and returns this rank's number of it, if any."""
+        del weight_name
+        expert = layer._map_global_expert_id_to_local_expert_id(expert_id)
+        if expert < 0:
+            return []
+        n_rank, k_rank = (layer.moe_tp_rank, 0) if name == GATE_UP else (0, layer.moe_tp_rank)
+        parameter.load(loaded_weight, expert, SHARDS[name].index(shard_id), n_rank, k_rank)
+        return [expert]
+
+    return load
+
+
+def _rank_maximum(amax: torch.Tensor) -> torch.Tensor:
+    from sglang.srt.runtime_context import get_parallel
+
+    # SGLang's own collective: it is the one that may run inside a captured CUDA graph.
+    gathered: torch.Tensor = get_parallel().moe_tp_group.all_gather(amax, dim=-1)
+    return gathered.amax(dim=-1, keepdim=True)

@@ -1,0 +1,1 @@
+"""Layers computed from prepared weights, without SGLang."""

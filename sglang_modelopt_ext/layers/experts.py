@@ -1,0 +1,234 @@
+"""What a product of a layer's experts computes, from the stored tensors of each to its rows. Needs no SGLang.
+
+Every expert keeps its own scales. Experts whose inputs are rounded alike (as ModelOpt exports gate and up) let a token be rounded
+once; else each pair of a token and an expert is rounded with that expert's scale. Gate and up share a product unless, in some
+expert, they round their input differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_modelopt_ext.backends.base import ShardWeight
+from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
+from sglang_modelopt_ext.backends.select import expert_candidates, served_scheme
+from sglang_modelopt_ext.backends.self_test import check_expert_backend
+from sglang_modelopt_ext.backends.timings import gpu_of
+from sglang_modelopt_ext.env import W4A8Math
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layers.linear import (
+    INPUT_SCALE,
+    Shard,
+    capability_of,
+    check_blocks,
+    group_shards,
+    round_input,
+    say_once,
+)
+from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
+
+ExpertShards = Sequence[Shard]
+"""The shards of one expert: gate and up, or down."""
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """Shards of every expert computed by one product.
+
+    Attributes:
+        prepared: the backend's names of its tensors, and the layer's names of them.
+        inputs: likewise what is applied to the input, as present: ``input_scale`` and ``pre_quant_scale``.
+        each: the names among ``inputs`` whose tensor has a first dimension of experts, because they differ.
+    """
+
+    prepared: dict[str, str]
+    inputs: dict[str, str]
+    each: frozenset[str]
+
+
+class ExpertProduct:
+    """One of the products of a layer's experts, prepared; its tensors are parameters of the module it is prepared on.
+
+    Args:
+        scheme: how its weights are quantized.
+        where: the checkpoint's folder, for messages.
+        prefix: the name of the layer and the product, for messages.
+        math: the numerics of its weights.
+        dtype: the model's type.
+    """
+
+    def __init__(
+        self,
+        scheme: LayerScheme,
+        where: object,
+        prefix: str,
+        math: W4A8Math = "exact",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.scheme = scheme
+        self.where = where
+        self.prefix = prefix
+        self.math = math
+        self.dtype = dtype
+        self.rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """Where ranks hold slices of the same rows: the maximum over them."""
+        self.groups: tuple[ExpertGroup, ...] = ()
+        self.backend: ExpertBackend | None = None
+        self._operand = torch.float32
+
+    def prepare(
+        self,
+        layer: torch.nn.Module,
+        name: str,
+        experts: Sequence[ExpertShards],
+        n: int,
+        k: int,
+        top_k: int,
+        backends: Sequence[ExpertBackend] | None = None,
+    ) -> None:
+        """Prepares the stored experts with the first backend that can hold them, as parameters of ``layer``.
+
+        Args:
+            layer: the module that will hold the tensors.
+            name: what their names start with.
+            experts: what is stored for each of this rank's experts.
+            n, k: output and input features of one expert, all shards together.
+            top_k: how many experts a token goes to.
+            backends: the backends to try, in order; None for those of the dispatch.
+
+        Raises:
+            ModelOptExtError: a value is illegal, or no kernel takes the experts, with the reason of each.
+        """
+        for shards in experts:
+            check_blocks(self.where, self.prefix, self.scheme, shards)
+        device = experts[0][0]["weight"].device
+        request = self.request(device, n, k, len(experts), top_k)
+        taking = expert_candidates(request, self.prefix) if backends is None else backends
+        self.scheme = request.scheme
+        names = [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
+        members = _group_experts(experts, names)
+        reasons = []
+        for backend in taking:
+            try:
+                check_expert_backend(backend, request, device)
+                prepared = [backend.prepare(self._weights(experts, indices)) for indices in members]
+            except ValueError as error:
+                reasons.append(f"{backend.name}: {error}")
+                say_once(f"modelopt_ext: experts {request.scheme.describe()}: passed over {reasons[-1]}")
+                continue
+            self.backend, self._operand = backend, backend.operand(request)
+            self.groups = tuple(
+                self._register(layer, f"{name}_{backend.name}_{indices[0]}_", tensors, experts, indices[0], names)
+                for indices, tensors in zip(members, prepared, strict=True)
+            )
+            return
+        expected = f"weights that a kernel with math {self.math} can hold"
+        raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
+
+    def request(self, device: torch.device, n: int, k: int, experts: int, top_k: int) -> ExpertRequest:
+        """What the dispatch is asked for ``experts`` experts on ``device``; the rest as :meth:`prepare` has it."""
+        capability = capability_of(device)
+        scheme = served_scheme(self.scheme, device.type, capability)
+        sizes = (scheme, device.type, capability, n, k, self.math, self.dtype)
+        return ExpertRequest(*sizes, gpu=gpu_of(device), experts=experts, top_k=top_k)
+
+    def _weights(self, experts: Sequence[ExpertShards], indices: Sequence[int]) -> list[list[ShardWeight]]:
+        return [[ShardWeight(self.scheme.weight, shards[index], self.math) for index in indices] for shards in experts]
+
+    def _register(
+        self,
+        layer: torch.nn.Module,
+        prefix: str,
+        prepared: Mapping[str, torch.Tensor],
+        experts: Sequence[ExpertShards],
+        shard: int,
+        names: Sequence[str],
+    ) -> ExpertGroup:
+        tensors, each = dict(prepared), set()
+        inputs = [name for name in names if name in experts[0][shard]]
+        for name in inputs:
+            stacked = torch.stack([shards[shard][name] for shards in experts])
+            differ = not bool((stacked == stacked[0]).all())
+            # Copies: a slice would keep the whole parameter of the checkpoint alive.
+            tensors[name] = stacked if differ else stacked[0].clone()
+            each |= {name} if differ else set()
+        for name, tensor in tensors.items():
+            layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
+        return ExpertGroup(
+            {name: prefix + name for name in prepared}, {name: prefix + name for name in inputs}, frozenset(each)
+        )
+
+    def release(self, layer: torch.nn.Module) -> None:
+        """Takes the prepared tensors off ``layer`` again."""
+        for group in self.groups:
+            for name in (*group.prepared.values(), *group.inputs.values()):
+                delattr(layer, name)
+        self.groups, self.backend = (), None
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        routing: Routing,
+        out_dtype: torch.dtype,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Every row times the weights of its expert.
+
+        Args:
+            layer: the module the product was prepared on.
+            x: ``[T, K]``, one input for all choices of a token, or ``[R, K]``, one for each.
+            routing: which expert serves which of the ``R = T * top_k`` rows.
+            out_dtype: the type of the result, rounded to once.
+            weights: float32 ``[R, 1]``, multiplied to the rows of the result.
+
+        Returns:
+            ``[R, N]``; zero where no expert of this rank serves the row.
+        """
+        outputs = [self._apply_group(layer, group, x, routing, out_dtype, weights) for group in self.groups]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def _apply_group(
+        self,
+        layer: torch.nn.Module,
+        group: ExpertGroup,
+        x: torch.Tensor,
+        routing: Routing,
+        out_dtype: torch.dtype,
+        weights: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self.backend is None:
+            raise RuntimeError(f"{self.prefix} is used before it is prepared")
+        prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
+        inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
+        if group.each:
+            x = _for_rows(x, routing)
+            # Rows without an expert of this rank borrow the first one's numbers; their outputs are zero.
+            chosen = routing.experts.clamp(min=0).long()
+            for name in group.each:
+                rows = inputs[name][chosen]
+                inputs[name] = rows.unsqueeze(1) if rows.dim() == 1 else rows
+        values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
+        if row_scale is not None:
+            wide = row_scale.reshape(-1, 1)
+            row_scale = wide.expand(routing.rows, 1) if wide.shape[0] == 1 else _for_rows(wide, routing)
+            row_scale = row_scale * weights if weights is not None else row_scale.contiguous()
+        else:
+            row_scale = weights
+        return self.backend.matmul(prepared, values, row_scale, routing, out_dtype)
+
+
+def _for_rows(tensor: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """``[T, ...]`` repeated to ``[R, ...]``; what has a row for each already stays as it is."""
+    return tensor if tensor.shape[0] == routing.rows else tensor.repeat_interleave(routing.top_k, dim=0)
+
+
+def _group_experts(experts: Sequence[ExpertShards], names: Sequence[str]) -> list[list[int]]:
+    """Indices of the shards that share a product: as :func:`group_shards` has it, if it has it alike for every expert."""
+    first = group_shards(experts[0], names)
+    if all(group_shards(shards, names) == first for shards in experts):
+        return first
+    return [[index] for index in range(len(experts[0]))]

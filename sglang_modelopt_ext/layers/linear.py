@@ -1,0 +1,309 @@
+"""What a quantized linear layer computes, from its stored shards to its output. Needs no SGLang.
+
+A fused layer (qkv, gate_up) keeps every shard's own scales. Shards whose activations are rounded alike share one matrix product
+and differ only in the output scale of their rows; shards whose activations differ are computed apart. No scale is ever replaced
+by another shard's.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang_modelopt_ext.backends.base import (
+    FP8_ACTIVATIONS,
+    Backend,
+    BlockBackend,
+    LinearRequest,
+    ShardWeight,
+    round_to_blocks,
+)
+from sglang_modelopt_ext.backends.select import candidates, served_scheme
+from sglang_modelopt_ext.backends.self_test import check_backend
+from sglang_modelopt_ext.backends.timings import gpu_of
+from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
+from sglang_modelopt_ext.env import W4A8Math
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
+from sglang_modelopt_kernels.formats.base import ActivationFormat, BlockActivation, ValueRule
+from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, round_blocks
+from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
+from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
+
+logger = logging.getLogger(__name__)
+
+INPUT_SCALE = "input_scale"
+
+Shard = Mapping[str, torch.Tensor]
+"""The tensors of one shard, by the last part of their names."""
+
+
+@dataclass(frozen=True)
+class ShardGroup:
+    """Adjacent shards computed by one matrix product.
+
+    Attributes:
+        prepared: the backend's names of its tensors, and the layer's names of them.
+        inputs: likewise what is applied to the input: ``input_scale``, ``pre_quant_scale`` and the low-rank factors, as present.
+        rows: output features of the group.
+    """
+
+    prepared: dict[str, str]
+    inputs: dict[str, str]
+    rows: int
+
+
+class LinearProduct:
+    """One quantized linear layer, prepared; its tensors are parameters of the module it is prepared on.
+
+    Args:
+        scheme: how the layer is quantized.
+        where: the checkpoint's folder, for messages.
+        prefix: the layer's name, for messages.
+        math: the numerics of its weights.
+        dtype: the model's type.
+    """
+
+    def __init__(
+        self,
+        scheme: LayerScheme,
+        where: object,
+        prefix: str,
+        math: W4A8Math = "exact",
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.scheme = scheme
+        self.where = where
+        self.prefix = prefix
+        self.math = math
+        self.dtype = dtype
+        self.rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None
+        """For a row-parallel layer: the maximum over the ranks that hold the other slices of the same tokens."""
+        self.groups: tuple[ShardGroup, ...] = ()
+        self._backend: Backend | None = None
+        self._operand = torch.float32
+        self._input_names: list[str] = []
+
+    @property
+    def backend(self) -> Backend:
+        """The backend that serves the layer, once it is prepared."""
+        if self._backend is None:
+            raise RuntimeError(f"{self.prefix} is used before it is prepared")
+        return self._backend
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether weights are in place."""
+        return self._backend is not None
+
+    def prepare(
+        self,
+        layer: torch.nn.Module,
+        shards: Sequence[Shard],
+        n: int,
+        k: int,
+        vocabulary: bool = False,
+        backends: Sequence[Backend] | None = None,
+    ) -> None:
+        """Prepares the stored shards with the first backend that can hold them, as parameters of ``layer``.
+
+        Args:
+            layer: the module that will hold the tensors.
+            shards: what is stored for each shard.
+            n, k: output and input features of all of them.
+            vocabulary: whether it is an embedding or an ``lm_head``.
+            backends: the backends to try, in order; None for those of the dispatch.
+
+        Raises:
+            ModelOptExtError: a value is illegal, or no kernel takes the layer, with the reason of each.
+        """
+        check_blocks(self.where, self.prefix, self.scheme, shards)
+        request = self.request(shards[0]["weight"].device, n, k, vocabulary)
+        taking = candidates(request, self.prefix) if backends is None else backends
+        self.scheme = request.scheme
+        self._input_names = (
+            [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
+        )
+        members = group_shards(shards, self._input_names)
+        weights = [
+            [ShardWeight(self.scheme.weight, shards[index], self.math) for index in indices] for indices in members
+        ]
+        reasons = []
+        for backend in taking:
+            try:
+                check_backend(backend, request, shards[0]["weight"].device)
+                prepared = [backend.prepare(group) for group in weights]
+            except ValueError as error:
+                reasons.append(f"{backend.name}: {error}")
+                say_once(f"modelopt_ext: {request.scheme.describe()}: passed over {reasons[-1]}")
+                continue
+            self._backend, self._operand = backend, backend.operand(request)
+            self.groups = tuple(
+                self._register(layer, [shards[index] for index in indices], indices[0], tensors)
+                for indices, tensors in zip(members, prepared, strict=True)
+            )
+            return
+        expected = f"weights that a kernel with math {self.math} can hold"
+        raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
+
+    def request(self, device: torch.device, n: int, k: int, vocabulary: bool = False) -> LinearRequest:
+        """What the dispatch is asked for the layer on ``device``; sizes as :meth:`prepare` has them."""
+        capability = capability_of(device)
+        scheme = served_scheme(self.scheme, device.type, capability)
+        gpu = gpu_of(device)
+        return LinearRequest(scheme, device.type, capability, n, k, self.math, self.dtype, vocabulary, gpu)
+
+    def _register(
+        self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, prepared: dict[str, torch.Tensor]
+    ) -> ShardGroup:
+        # Copies: a slice would keep the whole parameter of the checkpoint alive.
+        inputs = {name: shards[0][name].clone() for name in self._input_names if name in shards[0]}
+        if self.scheme.low_rank:
+            inputs[LORA_A] = torch.cat([shard[LORA_A].to(torch.float32) for shard in shards])
+            if not (isinstance(self.backend, BlockBackend) and self.backend.takes_low_rank):
+                inputs[LORA_B] = torch.block_diag(*(shard[LORA_B].to(torch.float32) for shard in shards))
+        prefix = f"{self.backend.name}_{first}_"
+        for name, tensor in (prepared | inputs).items():
+            layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
+        return ShardGroup(
+            prepared={name: prefix + name for name in prepared},
+            inputs={name: prefix + name for name in inputs},
+            rows=prepared["out_scale"].shape[0],
+        )
+
+    def release(self, layer: torch.nn.Module) -> None:
+        """Takes the prepared tensors off ``layer`` again."""
+        for group in self.groups:
+            for name in (*group.prepared.values(), *group.inputs.values()):
+                delattr(layer, name)
+        self.groups, self._backend = (), None
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """``y = Q(x) @ W^T + bias`` for ``x`` ``[..., K]`` in fp32, bf16 or fp16; the result has its type."""
+        flat = x.reshape(-1, x.shape[-1])
+        outputs, row = [], 0
+        for group in self.groups:
+            part = None if bias is None else bias[row : row + group.rows]
+            outputs.append(self._apply_group(layer, group, flat, part))
+            row += group.rows
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _apply_group(
+        self, layer: torch.nn.Module, group: ShardGroup, x: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
+        inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
+        if not self.scheme.low_rank:
+            return self._multiply(prepared, inputs, x, bias, x.dtype)
+        down = smooth(x, inputs) @ inputs[LORA_A].T
+        if isinstance(self.backend, BlockBackend) and self.backend.takes_low_rank:
+            return self.backend.matmul_low_rank(prepared, self._blocks(self.backend, inputs, x), down, bias, x.dtype)
+        y = self._multiply(prepared, inputs, x, bias, torch.float32)
+        return (y + down @ inputs[LORA_B].T).to(x.dtype)
+
+    def _blocks(self, backend: BlockBackend, inputs: Mapping[str, torch.Tensor], x: torch.Tensor) -> BlockActivation:
+        smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+        return round_to_blocks(self.scheme.activation, x, smoothing, scale, backend.swizzles(x.shape[0]))
+
+    def _multiply(
+        self,
+        prepared: Mapping[str, torch.Tensor],
+        inputs: Mapping[str, torch.Tensor],
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        if isinstance(self.backend, BlockBackend):
+            return self.backend.matmul_blocks(prepared, self._blocks(self.backend, inputs, x), bias, out_dtype)
+        values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
+        return self.backend.matmul(prepared, values, row_scale, bias, out_dtype)
+
+    def rows(self, layer: torch.nn.Module, indices: torch.Tensor) -> torch.Tensor:
+        """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
+        prepared = {name: getattr(layer, attribute) for name, attribute in self.groups[0].prepared.items()}
+        return self.backend.rows(prepared, indices).to(self.dtype)
+
+
+def capability_of(device: torch.device) -> int | None:
+    """The compute capability times ten of a GPU, None of anything else."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequence[Shard]) -> None:
+    """Raises ModelOptExtError where a shard has a zero block scale over codes that are not."""
+    for spec in scheme.tensors:
+        if spec.values is ValueRule.BLOCK_SCALE_E4M3:
+            for shard in shards:
+                check_zero_blocks(where, f"{prefix}.{spec.name}", shard["weight"], shard[spec.name])
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """A warning in the log, once in this process."""
+    logger.warning(message)
+
+
+def smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """``x`` in float32, times its ``pre_quant_scale`` where there is one."""
+    wide = x.to(torch.float32)
+    return wide * inputs[PRE_QUANT_SCALE.name] if PRE_QUANT_SCALE.name in inputs else wide
+
+
+def round_input(
+    x: torch.Tensor,
+    activation: ActivationFormat | None,
+    operand: torch.dtype,
+    inputs: Mapping[str, torch.Tensor],
+    rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The activations a backend reads, and their scale.
+
+    Args:
+        x: the input ``[M, K]``.
+        activation: how it is rounded, None for not at all.
+        operand: the type the backend reads.
+        inputs: ``input_scale`` and ``pre_quant_scale``, as present: ``[]`` and ``[K]``, or one for each row, ``[M, 1]`` and
+            ``[M, K]``.
+        rank_amax: the maximum over the ranks that hold the other slices of the same rows.
+
+    Returns:
+        ``operand`` ``[M, K]``, and float32 ``[]`` or ``[M, 1]``, None for 1.
+    """
+    row_scale: torch.Tensor | None
+    smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+    if activation is None:
+        return (x if smoothing is None else smooth(x, inputs)).to(operand), None
+    amax = None
+    if rank_amax is not None and (own := activation.token_amax(smooth(x, inputs))) is not None:
+        amax = rank_amax(own)
+    for_all_rows = (scale is None or scale.numel() == 1) and (smoothing is None or smoothing.dim() == 1)
+    if x.is_cuda and activation.name in FP8_ACTIVATIONS and for_all_rows:
+        exact = operand if operand == torch.float8_e4m3fn else torch.float16
+        values, row_scale = quantize_fp8(x, smoothing, scale, amax, exact)
+    elif x.is_cuda and activation.name in BLOCK_ACTIVATIONS and for_all_rows:
+        values, row_scale = round_blocks(x, activation.name, smoothing, scale, operand)
+    elif operand == torch.int8 and scale is not None and for_all_rows:
+        values, row_scale = (quantize_int8 if x.is_cuda else naive_quantize_int8)(x, smoothing, scale)
+    else:
+        values, row_scale = activation.quantize(smooth(x, inputs), scale if amax is None else amax)
+    return values.to(operand), row_scale
+
+
+def group_shards(shards: Sequence[Shard], names: Sequence[str]) -> list[list[int]]:
+    """Indices of adjacent shards that agree in the tensors ``names``, where they have them."""
+    groups: list[list[int]] = []
+    for index, shard in enumerate(shards):
+        present = [name for name in names if name in shard]
+        if groups and all(torch.equal(shard[name], shards[index - 1][name]) for name in present):
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups

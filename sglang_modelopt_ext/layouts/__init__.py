@@ -1,1 +1,0 @@
-"""Ways to keep a weight, each with the product that reads it: one file for each."""

@@ -1,0 +1,56 @@
+"""A model's folder, and the type it is served in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from sglang_modelopt_ext.checkpoint.quant_config import text_config
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.source import HUB_FILES
+
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+    "float32": torch.float32,
+    "float": torch.float32,
+}
+"""SGLang's values of ``--dtype`` but ``auto``."""
+
+
+def find_folder(name: str, flag: str) -> Path:
+    """The folder of a model, quantized or not: ``name`` itself where it is one, else the Hub's snapshot of that name.
+
+    What is in the local Hub cache is taken from there, also without a network (``HF_HUB_OFFLINE=1``).
+
+    Raises:
+        ModelOptExtError: neither; ``flag`` is the argument it names.
+    """
+    if Path(name).is_dir():
+        return Path(name).resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    expected = "a folder or a model on the Hugging Face Hub"
+    # A path that is not there must not be looked up on the Hub, where names have one slash at most.
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelOptExtError.at("command line", f"{flag} {name}", expected, "no such folder")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(HUB_FILES)))
+    except (OSError, HFValidationError, ValueError) as error:
+        raise ModelOptExtError.at("command line", f"{flag} {name}", expected, error) from error
+
+
+def served_dtype(folder: Path, flag: str) -> torch.dtype:
+    """The type SGLang computes in under ``--dtype flag``: ``auto`` is the model's own, but float16 for a float32 model."""
+    if flag != "auto":
+        if flag not in DTYPES:
+            raise ModelOptExtError.at("command line", "--dtype", f"auto or one of {', '.join(DTYPES)}", flag)
+        return DTYPES[flag]
+    fields = text_config(folder)
+    declared = DTYPES.get(str(fields.get("dtype", fields.get("torch_dtype"))), torch.float32)
+    if declared != torch.float32:
+        return declared
+    return torch.bfloat16 if str(fields.get("model_type")).startswith("gemma") else torch.float16

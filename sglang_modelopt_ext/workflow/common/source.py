@@ -1,0 +1,132 @@
+"""The model that is to be quantized: found, loaded from safetensors only, and watched for numbers that are none."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
+from sglang_modelopt_ext.checkpoint.tensors import read_json_object, weight_files
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common import modelopt_cpu
+
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.tiktoken", "chat_template*")
+CODE_FILES = ("*.py",)
+
+
+def find_model(name: str, trust_remote_code: bool = False) -> Path:
+    """The model's folder, downloaded from the Hugging Face Hub when ``name`` is no folder.
+
+    Raises:
+        ModelOptExtError: neither a folder with a model nor a name the Hub knows, or a model that is quantized already.
+    """
+    folder = Path(name)
+    if not folder.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
+        patterns = [*HUB_FILES, *(CODE_FILES if trust_remote_code else ())]
+        try:
+            folder = Path(snapshot_download(name, allow_patterns=patterns))
+        except (OSError, HFValidationError, ValueError) as error:
+            raise ModelOptExtError.at("MODEL", name, "a folder or a model on the Hugging Face Hub", error) from error
+    if not (folder / CONFIG_NAME).is_file():
+        raise ModelOptExtError.at(folder, CONFIG_NAME, "a folder with a Hugging Face model", "no such file")
+    if "quantization_config" in read_json_object(folder / CONFIG_NAME):
+        raise ModelOptExtError.at(
+            folder / CONFIG_NAME, "quantization_config", "an unquantized model", "a quantized one"
+        )
+    # Checked here: transformers would fall back to pickled weights, or say where it looked in many lines.
+    weight_files(folder)
+    return folder
+
+
+def import_modelopt() -> Any:
+    """``modelopt.torch.quantization``. Raises ModelOptExtError where ModelOpt is not installed."""
+    with warnings.catch_warnings():
+        # Said on every import; what was tested is in this package's requirements.
+        warnings.filterwarnings("ignore", message="transformers .* is not tested")
+        try:
+            import modelopt.torch.quantization as mtq
+        except ImportError as error:
+            raise ModelOptExtError.at(
+                "modelopt", "import", "NVIDIA ModelOpt (pip install 'sglang-modelopt-ext[quantize]')", error
+            ) from error
+    return mtq
+
+
+def default_device() -> str:
+    """``cuda`` where there is a GPU, else ``cpu``."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_model(
+    folder: Path, device: str | None = None, *, trust_remote_code: bool = False, progress: bool = True
+) -> tuple[Any, str]:
+    """The model in eval mode on ``device``, and how ModelOpt's quantizers are simulated there: ``cuda`` or ``cpu``.
+
+    Pickled weights are never read. Where there is no GPU, torch versions of ModelOpt's CUDA-only functions are installed.
+
+    Raises:
+        ModelOptExtError: a model transformers cannot load, or a weight that is not a finite number.
+    """
+    import_modelopt()
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    device = device or default_device()
+    messages: Any = transformers_logging
+    messages.set_verbosity_error()
+    (messages.enable_progress_bar if progress else messages.disable_progress_bar)()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        model.to(device).eval()
+    except Exception as error:  # the many ways in which a model's configuration, code or files can be wrong
+        raise ModelOptExtError.at(
+            folder, "model", "one that transformers can load", f"{type(error).__name__}: {error}"[:300]
+        ) from error
+    check_weights(model, folder)
+    return model, modelopt_cpu.NAME if modelopt_cpu.install(device) else "cuda"
+
+
+def check_weights(model: torch.nn.Module, where: object) -> None:
+    """Raises ModelOptExtError naming the first parameter that holds NaN or infinity."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
+            raise ModelOptExtError.at(where, name, "finite weights", "NaN or infinity")
+
+
+@contextlib.contextmanager
+def watching_activations(model: torch.nn.Module, where: object) -> Iterator[None]:
+    """Inside, a forward pass whose linear layers meet NaN or infinity raises ModelOptExtError naming the layer."""
+
+    def hook(name: str) -> Any:
+        def check(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            for what, tensor in (("input", inputs[0] if inputs else None), ("output", output)):
+                if (
+                    isinstance(tensor, torch.Tensor)
+                    and tensor.is_floating_point()
+                    and not tensor.is_meta
+                    and not bool(torch.isfinite(tensor).all())
+                ):
+                    raise ModelOptExtError.at(where, f"{name}: {what}", "finite activations", "NaN or infinity")
+
+        return check
+
+    handles = [
+        module.register_forward_hook(hook(name))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

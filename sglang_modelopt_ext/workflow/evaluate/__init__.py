@@ -1,0 +1,1 @@
+"""Perplexity, speed and task scores of running servers."""

@@ -1,0 +1,84 @@
+"""Whether a checkpoint will load, asked of a process that goes through a server's start without weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from sglang_modelopt_ext.backends.select import rounds_fp4
+from sglang_modelopt_ext.env import FP4_ACTIVATIONS
+from sglang_modelopt_ext.workflow.common.target import Target
+
+MODULE = "sglang_modelopt_ext.integration.rehearsal"
+RESULT = "REHEARSAL "
+TIMEOUT = 600.0
+"""Seconds; measured: 10 to 40, nearly all of it SGLang's imports."""
+
+
+class Loading(msgspec.Struct, frozen=True, kw_only=True):
+    """Whether SGLang's own model class loads the checkpoint.
+
+    Attributes:
+        checked: whether it was tried.
+        why_not: why it was not, empty where it was.
+        model: the class, None where the start ends before there is one.
+        problems: the lines at which a server would stop.
+        missing: parameters of the model that nothing is stored for.
+        left_over: stored tensors that nothing reads.
+        left_out: how many stored tensors are not needed, such as those of MTP blocks.
+    """
+
+    checked: bool
+    why_not: str = ""
+    model: str | None = None
+    problems: list[str] = []
+    missing: list[str] = []
+    left_over: list[str] = []
+    left_out: int = 0
+
+    @property
+    def loads(self) -> bool:
+        """Return whether it was tried and nothing stood in the way."""
+        return self.checked and not self.problems
+
+
+def not_checked(why: str) -> Loading:
+    """Return that nothing was tried."""
+    return Loading(checked=False, why_not=why)
+
+
+def rehearse_loading(folder: Path, target: Target, stock_kv_cache: bool) -> Loading:
+    """Rehearse the start of a server that serves ``folder`` by this package on one rank of ``target``.
+
+    The model is built on this machine's CPU, wherever it is to be served: its modules, names and shapes are the same.
+
+    Args:
+        folder: the checkpoint.
+        target: where it is to be served.
+        stock_kv_cache: whether the KV cache is SGLang's own there.
+    """
+    if importlib.util.find_spec("sglang") is None:
+        return not_checked("SGLang is not installed")
+    # Which scales are needed is a question of the target, and not of the CPU that the model is built on.
+    rounded = "round" if rounds_fp4(target.device, target.capability) else "keep"
+    own = {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **own, FP4_ACTIVATIONS.variable: rounded}
+    # -P: nothing is imported from the working directory. A checkpoint may bring code of its own.
+    command = [sys.executable, "-P", "-m", MODULE, str(folder), *(["--stock-kv-cache"] if stock_kv_cache else [])]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=False)
+    except subprocess.TimeoutExpired:
+        return not_checked(f"no answer after {TIMEOUT:.0f} s")
+    line = next((line for line in done.stdout.splitlines() if line.startswith(RESULT)), None)
+    if line is None:
+        return not_checked((done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200])
+    found = json.loads(line.removeprefix(RESULT))
+    if "error" in found:
+        return not_checked(found["error"])
+    return Loading(checked=True, **found)

@@ -1,0 +1,467 @@
+"""What is in a checkpoint, what will serve it, and what is wrong with it; from headers, without loading it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from sglang_modelopt_ext.backends.base import LinearRequest
+from sglang_modelopt_ext.backends.select import objections, rounds_fp4, served_scheme
+from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
+from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
+from sglang_modelopt_ext.checkpoint.ownership import decide
+from sglang_modelopt_ext.checkpoint.quant_config import (
+    CONFIG_NAME,
+    OWN_KEY,
+    QUANT_CONFIG_NAME,
+    QuantConfig,
+    canonical_name,
+    read_quant_config,
+    text_config,
+)
+from sglang_modelopt_ext.checkpoint.reader import (
+    Checkpoint,
+    assumption,
+    bits_per_weight,
+    check_stored_values,
+    is_kv_cache_tensor,
+)
+from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_json_object
+from sglang_modelopt_ext.checkpoint.unserved import read_for_serving
+from sglang_modelopt_ext.env import w4a8_math
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
+from sglang_modelopt_ext.schemes.table import SCHEMES, UMBRELLA
+from sglang_modelopt_ext.workflow.common.models import served_dtype
+from sglang_modelopt_ext.workflow.common.target import Target
+from sglang_modelopt_ext.workflow.inspect.loading import Loading, not_checked, rehearse_loading
+from sglang_modelopt_kernels.formats.base import ValueRule
+
+OURS, STOCK = "sglang-modelopt-ext", "SGLang"
+_VOCABULARY = ("lm_head", "embed_tokens")
+_UE8M0_BIAS = 127
+
+
+class Range(msgspec.Struct, frozen=True, kw_only=True):
+    """The smallest and the largest of the numbers that a tensor, or all tensors of a group, store."""
+
+    smallest: float
+    largest: float
+
+
+class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Quantized layers that differ in their number only (one layer each with ``--layers``).
+
+    Attributes:
+        name: their name; ``[0-3,5]`` stands for those numbers.
+        count: how many.
+        algo: ModelOpt's algorithm.
+        weight, activation: the number formats, ``none`` where the input is not rounded.
+        n, k: output and input features of each.
+        group_size: inputs to a block scale, 0 without blocks.
+        smoothing: whether they store a ``pre_quant_scale``.
+        low_rank: SVDQuant's rank, 0 for none.
+        tensors: what each stores, as ``dtype [shape]`` by name.
+        bytes: of all of them.
+        kernel: what serves them on the target, None where nothing does or SGLang itself.
+        passed_over: kernels ahead of it, or all where none serves, and why they do not.
+        scales: with ``--scales``, the range of every tensor of numbers.
+    """
+
+    name: str
+    count: int
+    algo: str
+    weight: str
+    activation: str
+    n: int
+    k: int
+    group_size: int
+    smoothing: bool
+    low_rank: int
+    tensors: dict[str, str]
+    bytes: int
+    kernel: str | None
+    passed_over: dict[str, str]
+    scales: dict[str, Range]
+
+
+class PlainGroup(msgspec.Struct, frozen=True, kw_only=True):
+    """Tensors that are not quantized and differ in their number only."""
+
+    name: str
+    count: int
+    dtype: str
+    shape: list[int]
+    bytes: int
+
+
+class KVCache(msgspec.Struct, frozen=True, kw_only=True):
+    """The KV cache the checkpoint asks for.
+
+    Attributes:
+        recipe: as in ``--kv-cache-dtype modelopt_<recipe>``.
+        source: where its scales are from.
+        layers: how many attention layers have scales of their own.
+        bits: stored for each key or value entry, block scales included, at the model's head_dim; None without it.
+    """
+
+    recipe: str
+    source: str
+    layers: int
+    bits: float | None
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """Who serves the checkpoint on the target.
+
+    Attributes:
+        target: ``cpu`` or such as ``sm90``.
+        owner: this package, or SGLang; None where the checkpoint is refused.
+        flags: the ``--quantization`` flags under which this package serves it.
+        why: one sentence.
+        stock: by algorithm, what SGLang 0.5.23 does without this package.
+    """
+
+    target: str
+    owner: str | None
+    flags: list[str]
+    why: str
+    stock: dict[str, str]
+
+
+class Contents(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything :func:`inspect_checkpoint` found.
+
+    Attributes:
+        folder: the checkpoint.
+        architecture: of config.json, None without one.
+        algo: ``quant_algo``, None for an unquantized checkpoint.
+        files, bytes: of its weights.
+        quantized_bytes: of the quantized layers.
+        bits_per_weight: stored for each of their weights, scales included; None where nothing is quantized.
+        exclude_modules: as declared.
+        layers: the quantized layers.
+        plain: the other tensors.
+        kv_cache: None where the cache is not quantized.
+        serving: who serves it.
+        loading: whether SGLang's model class loads it.
+        record: what this package recorded when it made the checkpoint.
+        notes: what is assumed because the checkpoint does not say.
+        problems: everything that a server of this package would stop at.
+        remarks: what this package would object to in a checkpoint that SGLang serves by itself.
+    """
+
+    folder: str
+    architecture: str | None
+    algo: str | None
+    files: int
+    bytes: int
+    quantized_bytes: int
+    bits_per_weight: float | None
+    exclude_modules: list[str]
+    layers: list[LayerGroup]
+    plain: list[PlainGroup]
+    kv_cache: KVCache | None
+    serving: Serving
+    loading: Loading
+    record: dict[str, Any]
+    notes: list[str]
+    problems: list[str]
+    remarks: list[str]
+
+
+def inspect_checkpoint(
+    folder: Path, target: Target, *, each_layer: bool = False, scales: bool = False, rehearse: bool = False
+) -> Contents:
+    """Reads headers and configuration, with ``scales`` every scale as well.
+
+    Args:
+        folder: the checkpoint.
+        target: where it is to be served.
+        each_layer: list every layer and tensor by itself.
+        scales: read and check the scales, too, and give their ranges.
+        rehearse: build SGLang's model without weights, in a process of its own, and load the headers into it.
+
+    Raises:
+        ModelOptExtError: there is nothing to describe: no such files, or ones that cannot be read at all.
+    """
+    problems: list[ModelOptExtError] = []
+    config = read_quant_config(folder)
+    tensors = read_headers(folder)
+    checkpoint = None
+    if config is not None:
+        rounded = rounds_fp4(target.device, target.capability)
+        checkpoint, found = read_for_serving(folder, config, rounds_fp4=rounded)
+        problems += found or _left_unquantized(checkpoint)
+    refusals: list[ModelOptExtError] = []
+    serving = _serving(folder, config, target, refusals)
+    problems = [*refusals, *problems]
+    linears = list(checkpoint.linears.values()) if checkpoint else []
+    ranges: dict[str, dict[str, Range]] = {}
+    for linear in linears if scales else ():
+        ranges[linear.name] = _scale_ranges(linear, problems)
+    kv_problems: list[ModelOptExtError] = []
+    kv_cache = _kv_cache(folder, config, kv_problems)
+    # SGLang's own cache on a GPU: what it makes of a scale that is missing or wrong is its affair.
+    stock_kv_cache = target.device == "cuda" and config is not None and config.kv_cache_algo == "FP8"
+    if kv_cache is not None and kv_cache.recipe != "fp8":
+        stock_kv_cache = False
+    layers = _layer_groups(linears, target, serving.owner, served_dtype(folder, "auto"), ranges, each_layer, problems)
+    lines = list(dict.fromkeys(str(problem) for problem in problems))
+    loading = _loading(folder, target, serving, stock_kv_cache, lines if rehearse else None)
+    lines += [line for line in loading.problems if line not in lines]
+    is_stock = serving.owner == STOCK
+    remarks = lines if is_stock else []
+    kv_lines = [str(problem) for problem in kv_problems]
+    if is_stock or stock_kv_cache:
+        remarks = [*remarks, *kv_lines]
+    elif not loading.checked:  # which asks about the layers that the model has
+        lines += kv_lines
+    architectures = (
+        read_json_object(folder / CONFIG_NAME).get("architectures") if (folder / CONFIG_NAME).exists() else ()
+    )
+    owned = {stored.name for linear in linears for stored in linear.stored.values()}
+    files = {tensor.file for tensor in tensors.values()}
+    return Contents(
+        folder=str(folder),
+        architecture=next(iter(architectures or ()), None),
+        algo=config.algo if config else None,
+        files=len(files),
+        bytes=sum(tensor.num_bytes for tensor in tensors.values()),
+        quantized_bytes=sum(tensors[name].num_bytes for name in owned),
+        bits_per_weight=bits_per_weight(checkpoint) if checkpoint and linears else None,
+        exclude_modules=list(config.exclude_modules) if config else [],
+        layers=layers,
+        plain=_plain_groups(tensors.values(), owned, each_layer),
+        kv_cache=kv_cache,
+        serving=serving,
+        loading=loading,
+        record=_record(folder),
+        notes=[assumed] if config is not None and (assumed := assumption(config)) else [],
+        problems=[] if is_stock else lines,
+        remarks=remarks,
+    )
+
+
+def _loading(
+    folder: Path, target: Target, serving: Serving, stock_kv_cache: bool, problems: Sequence[str] | None
+) -> Loading:
+    """``problems``: what is known to be wrong already, None where nothing is to be tried."""
+    if serving.owner == STOCK:
+        return not_checked(f"SGLang serves it by itself on {target.name}")
+    if problems is None:
+        return not_checked("headers only")
+    if problems:
+        return not_checked("a server would stop before it builds the model")
+    return rehearse_loading(folder, target, stock_kv_cache)
+
+
+def _left_unquantized(checkpoint: Checkpoint) -> list[ModelOptExtError]:
+    """Layers that are declared as quantized, as their siblings are, and stored as they were; a server refuses them."""
+    config = checkpoint.config
+    leaves = {name.rpartition(".")[2] for name in checkpoint.linears}
+    served = ServedLayers.of(text_config(checkpoint.folder))
+    problems = []
+    for tensor in checkpoint.tensors.values():
+        module, _, name = tensor.name.rpartition(".")
+        # What stores a scale is described already, or is a problem of its own.
+        plain = name == "weight" and len(tensor.shape) == 2 and f"{module}.weight_scale" not in checkpoint.tensors
+        known = canonical_name(module) in checkpoint.linears or module.rpartition(".")[2] not in leaves
+        if (
+            plain
+            and not known
+            and not served.leaves_out(tensor.name)
+            and tensor.dtype.itemsize > 1
+            and config.layer(module) is not None
+        ):
+            expected = f"a {config.algo} layer, or it in exclude_modules"
+            problems.append(ModelOptExtError.at(tensor.file, tensor.name, expected, "neither"))
+    return problems
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    file = folder / QUANT_CONFIG_NAME
+    own = read_json_object(file).get(OWN_KEY) if file.exists() else None
+    return dict(own) if isinstance(own, Mapping) else {}
+
+
+def _serving(folder: Path, config: QuantConfig | None, target: Target, problems: list[ModelOptExtError]) -> Serving:
+    def serving(owner: str | None, flags: Sequence[str], why: str) -> Serving:
+        algorithms = config.algorithms if config else ()
+        stock = {algo: STOCK_BEHAVIOUR.get(algo, "unknown to this package") for algo in algorithms}
+        if config and config.algo is None and config.kv_cache_algo:
+            stock["KV cache only"] = "rejected: it has no quant_algo"
+        return Serving(target=target.name, owner=owner, flags=list(flags), why=why, stock=stock)
+
+    if config is None:
+        return serving(STOCK, (), "it was not quantized by ModelOpt")
+    try:
+        found = decide(folder, None, target.capability)
+    except ModelOptExtError as error:
+        problems.append(error)
+        return serving(None, (), "no --quantization serves it (see the problems)")
+    if found.family is None:
+        doubt = "it is not understood here: " if found.in_doubt else ""
+        return serving(STOCK, () if found.in_doubt else (UMBRELLA,), doubt + found.why)
+    return serving(OURS, [found.family, *({UMBRELLA} - {found.family})], found.why)
+
+
+def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptExtError]) -> KVCache | None:
+    try:
+        plan = read_plan(folder, config, "auto")
+        layers = plan.layers if plan is not None else {}
+    except ModelOptExtError as error:
+        problems.append(error)
+        return None
+    if plan is None:
+        return None
+    fields = text_config(folder)
+    head_dim = fields.get("head_dim")
+    if head_dim is None and fields.get("hidden_size") and fields.get("num_attention_heads"):
+        head_dim = fields["hidden_size"] // fields["num_attention_heads"]
+    bits = 8 * plan.recipe.bytes_per_vector(head_dim) / head_dim if head_dim else None
+    return KVCache(recipe=plan.recipe.name, source=plan.source, layers=len(layers), bits=bits)
+
+
+def _scale_ranges(linear: QuantizedLinear, problems: list[ModelOptExtError]) -> dict[str, Range]:
+    """The range of every tensor of numbers of a layer; its illegal values are added to ``problems``."""
+    found = {}
+    for spec in linear.scheme.tensors:
+        if spec.values is ValueRule.CODES or spec.name not in linear.stored:
+            continue
+        try:
+            tensor = check_stored_values(linear, spec)
+        except ModelOptExtError as error:
+            problems.append(error)
+            continue
+        numbers = tensor.float()
+        low, high = float(numbers.min()), float(numbers.max())
+        if spec.values is ValueRule.BLOCK_SCALE_UE8M0:
+            low, high = 2.0 ** (low - _UE8M0_BIAS), 2.0 ** (high - _UE8M0_BIAS)
+        found[spec.name] = Range(smallest=low, largest=high)
+    return found
+
+
+def _layer_groups(
+    linears: Iterable[QuantizedLinear],
+    target: Target,
+    owner: str | None,
+    dtype: torch.dtype,
+    ranges: Mapping[str, Mapping[str, Range]],
+    each_layer: bool,
+    problems: list[ModelOptExtError],
+) -> list[LayerGroup]:
+    groups: dict[Any, list[QuantizedLinear]] = {}
+    for linear in linears:
+        stored = tuple((name, tensor.dtype, tensor.shape) for name, tensor in sorted(linear.stored.items()))
+        pattern = linear.name if each_layer else _pattern(linear.name)
+        groups.setdefault((pattern, linear.scheme, linear.n, linear.k, stored), []).append(linear)
+    described = []
+    for members in groups.values():
+        first = members[0]
+        kernel: str | None = None
+        passed_over: dict[str, str] = {}
+        if owner == OURS:
+            kernel, passed_over = _kernel(first, target, dtype)
+            if kernel is None:
+                why = "; ".join(f"{name} {reason}" for name, reason in passed_over.items())
+                problems.append(
+                    ModelOptExtError.at(first.name, first.scheme.algo, f"a kernel that serves it on {target.name}", why)
+                )
+        described.append(
+            LayerGroup(
+                name=_joined_name([linear.name for linear in members]),
+                count=len(members),
+                algo=first.scheme.algo,
+                weight=first.scheme.weight.name,
+                activation=first.scheme.activation.name if first.scheme.activation else "none",
+                n=first.n,
+                k=first.k,
+                group_size=first.scheme.weight.group_size,
+                smoothing=first.scheme.smoothing,
+                low_rank=first.scheme.low_rank,
+                tensors={name: _header(tensor) for name, tensor in first.stored.items()},
+                bytes=sum(tensor.num_bytes for linear in members for tensor in linear.stored.values()),
+                kernel=kernel,
+                passed_over=passed_over,
+                scales=_joined_ranges([ranges[linear.name] for linear in members if linear.name in ranges]),
+            )
+        )
+    return described
+
+
+def _kernel(linear: QuantizedLinear, target: Target, dtype: torch.dtype) -> tuple[str | None, dict[str, str]]:
+    """The backend that dispatch would try first, and those before it with their reasons."""
+    scheme = served_scheme(linear.scheme, target.device, target.capability)
+    math = w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
+    vocabulary = linear.name.rpartition(".")[2] in _VOCABULARY
+    request = LinearRequest(scheme, target.device, target.capability, linear.n, linear.k, math, dtype, vocabulary)
+    passed_over: dict[str, str] = {}
+    for name, reason in objections(request).items():
+        if reason is None:
+            return name, passed_over
+        passed_over[name] = reason
+    return None, passed_over
+
+
+def _plain_groups(tensors: Iterable[StoredTensor], owned: set[str], each_layer: bool) -> list[PlainGroup]:
+    groups: dict[Any, list[StoredTensor]] = {}
+    for tensor in tensors:
+        if tensor.name not in owned and not is_kv_cache_tensor(tensor.name):
+            pattern = tensor.name if each_layer else _pattern(tensor.name)
+            groups.setdefault((pattern, tensor.dtype, tensor.shape), []).append(tensor)
+    return [
+        PlainGroup(
+            name=_joined_name([tensor.name for tensor in members]),
+            count=len(members),
+            dtype=str(members[0].dtype).removeprefix("torch."),
+            shape=list(members[0].shape),
+            bytes=sum(tensor.num_bytes for tensor in members),
+        )
+        for members in groups.values()
+    ]
+
+
+def _header(tensor: StoredTensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _pattern(name: str) -> str:
+    """``name`` with every number that is a part of its own taken out."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def _joined_name(names: Sequence[str]) -> str:
+    """One name for several of one pattern: ``model.layers.[0-3,5].mlp.up_proj``.
+
+    Where more than one part differs (layers and experts), each such part lists its own numbers.
+    """
+    columns = list(zip(*(name.split(".") for name in names), strict=True))
+    return ".".join(column[0] if len(set(column)) == 1 else f"[{_runs(map(int, column))}]" for column in columns)
+
+
+def _runs(numbers: Iterable[int]) -> str:
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def _joined_ranges(ranges: Sequence[Mapping[str, Range]]) -> dict[str, Range]:
+    joined: dict[str, Range] = {}
+    for layer in ranges:
+        for name, found in layer.items():
+            known = joined.get(name, found)
+            joined[name] = Range(
+                smallest=min(known.smallest, found.smallest), largest=max(known.largest, found.largest)
+            )
+    return joined

@@ -1,0 +1,276 @@
+"""Runs ModelOpt's calibration: layer by layer and resumable where it can be, over several processes where they agree.
+
+Layer by layer, each decoder layer's progress is kept in a private work folder as soon as it is done, in ModelOpt's own files.
+These are pickles: they are read only from a folder of this user that nobody else can write to, and only by the run whose inputs
+they were made from, since its name is their digest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import stat
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.source import import_modelopt, watching_activations
+from sglang_modelopt_ext.workflow.quantize import checks, quantizers
+from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
+from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
+from sglang_modelopt_ext.workflow.quantize.smoothquant import register
+
+AGREEING = ("max", "mse", SMOOTHQUANT, FP8_SMOOTHQUANT)
+"""Algorithms whose results several processes have in common: all they take from the data are maxima, which ModelOpt syncs."""
+
+_WHOLE_MODEL = ("svdquant",)
+"""Algorithms ModelOpt cannot run layer by layer."""
+
+_TRAINING = ("lsq",)
+_AMAX_ONLY = ("max", "mse", "local_hessian", "nvfp4_act_headroom")
+"""Algorithms that leave the weights as they are: their checkpoints hold scales only."""
+
+_SMOOTHING = (SMOOTHQUANT, FP8_SMOOTHQUANT, "awq_lite", "awq_full", "svdquant")
+_SEARCHING = ("awq_lite", "awq_clip", "awq_full", "svdquant", "mse", "local_hessian")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What calibration did.
+
+    Attributes:
+        smoothed: linear layers with a smoothing scale.
+        searched: linear layers whose scales were searched for.
+        resumed_from: decoder layers that an earlier run had done.
+        layerwise: whether it went layer by layer.
+    """
+
+    smoothed: int = 0
+    searched: int = 0
+    resumed_from: int = 0
+    layerwise: bool = False
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that share the calibration data; one by default."""
+
+    rank: int = 0
+    world: int = 1
+
+
+@dataclass
+class Calibrator:
+    """Calibrates a model that has quantizers.
+
+    Attributes:
+        model: the model.
+        data: what it is run on; None where no step looks at activations.
+        where: named in errors.
+        work: folder for the progress of layers; None to keep none.
+        processes: of which this is one.
+        layerwise: go layer by layer where that can be.
+        progress: show progress on standard error.
+    """
+
+    model: Any
+    data: CalibrationData | None
+    where: object
+    work: Path | None = None
+    processes: Processes = field(default_factory=Processes)
+    layerwise: bool = True
+    progress: bool = True
+
+    def run(self, steps: Sequence[Mapping[str, Any]]) -> Outcome:
+        """Runs the steps in order.
+
+        Raises:
+            ModelOptExtError: a step that would do nothing to some layer, or did nothing, or numbers that are none.
+        """
+        register()
+        smoothed = searched = resumed = 0
+        wanted = self.layerwise and self.data is not None and len(steps) == 1
+        layerwise = wanted and self._layer_by_layer(steps[0]["method"])
+        for step in steps:
+            expected = self._expected(step)
+            if layerwise and self.work is not None:
+                resumed = resume_point(self.work)
+            self._run_step(step, layerwise)
+            self._check(step, expected)
+            smoothed = max(smoothed, len(expected) if step["method"] in _SMOOTHING else 0)
+            searched = max(searched, len(expected) if step["method"] in _SEARCHING else 0)
+        return Outcome(smoothed, searched, resumed, layerwise)
+
+    def _expected(self, step: Mapping[str, Any]) -> list[str]:
+        """The layers the step is for. All quantized ones must be: ModelOpt passes over the others with a warning or none."""
+        method = step["method"]
+        if method in _TRAINING:
+            raise ModelOptExtError.at("--calibration-algorithm", method, "an algorithm that needs no training", method)
+        if self.processes.world > 1 and method not in AGREEING:
+            raise ModelOptExtError.at(
+                "--calibration-algorithm",
+                method,
+                f"one of {', '.join(AGREEING[:3])} with several processes: ModelOpt brings no other's results together",
+                f"{self.processes.world} processes",
+            )
+        if self.processes.world > 1 and (cache := quantizers.kv_cache(self.model)[1]) is not None and cache.affine:
+            raise ModelOptExtError.at(
+                "--kv", "affine", "one process: ModelOpt does not bring the biases together", f"{self.processes.world}"
+            )
+        takes, needs = checks.step_takes(step)
+        linears = [
+            (name, module)
+            for name, module in quantizers.quantized_linears(self.model)
+            if not isinstance(module, torch.nn.Embedding)
+        ]
+        if method == "max" or method not in (*_SMOOTHING, *_SEARCHING):
+            return []
+        ignored = [name for name, module in linears if not takes(module)]
+        if ignored or not linears:
+            got = f"{ignored[0]}, which ModelOpt would pass over" if ignored else "no quantized layer"
+            raise ModelOptExtError.at("--calibration-algorithm", method, needs, got)
+        return [name for name, _ in linears]
+
+    def _check(self, step: Mapping[str, Any], expected: Sequence[str]) -> None:
+        """Every layer the step was for shows that it was done."""
+        method = step["method"]
+        modules = dict(self.model.named_modules())
+        for name in expected:
+            module = modules[name]
+            if method in _SMOOTHING and not hasattr(module.input_quantizer, "_pre_quant_scale"):
+                raise ModelOptExtError.at(name, method, "a smoothed layer", "one that ModelOpt passed over")
+            if method == "svdquant" and not hasattr(module.weight_quantizer, "svdquant_lora_a"):
+                raise ModelOptExtError.at(name, method, "a low-rank branch", "none: ModelOpt passed over it")
+        if step["method"] in ("awq_lite", "awq_full") and all(
+            bool((modules[name].input_quantizer._pre_quant_scale == 1).all()) for name in expected
+        ):
+            raise ModelOptExtError.at(self.where, method, "smoothing scales", "ones only: ModelOpt searched nothing")
+
+    def _layer_by_layer(self, method: str) -> bool:
+        """Whether ModelOpt can go layer by layer, and everything that is quantized is in a decoder layer."""
+        from modelopt.torch.quantization.utils.layerwise_calib import LayerActivationCollector
+
+        if self.processes.world > 1 or method in _WHOLE_MODEL:
+            return False
+        layers = LayerActivationCollector.get_decoder_layers(self.model)
+        if layers is None or len(layers) == 0:
+            return False
+        inside = {id(module) for layer in layers for module in layer.modules()}
+        on = (module for name, module in self.model.named_modules() if name.endswith("_quantizer"))
+        return all(id(module) in inside for module in on if quantizers.is_on(module))
+
+    def _run_step(self, step: Mapping[str, Any], layerwise: bool) -> None:
+        mtq = import_modelopt()
+        options = dict(step)
+        if layerwise:
+            layers: dict[str, Any] = {"enable": True, "calib_mutates_weights": step["method"] not in _AMAX_ONLY}
+            if self.work is not None:
+                layers["checkpoint_dir"] = str(self.work)
+            if step["method"] == "gptq":
+                layers["get_qdq_activations_from_prev_layer"] = True
+            options["layerwise"] = layers
+
+        def forward(model: Any) -> None:
+            assert self.data is not None, "a step that runs the model has data"
+            batches = self.data.batches(self.processes.rank, self.processes.world)
+            # Layer by layer, ModelOpt's own bar counts the layers.
+            shown = self.progress and not layerwise and self.processes.rank == 0
+            for batch in tqdm(batches, desc="calibrating", unit="batch", dynamic_ncols=True, disable=not shown):
+                model(batch.to(self.model.device), use_cache=False)
+
+        try:
+            with watching_activations(self.model, self.where), modelopt_messages(), torch.no_grad():
+                mtq.calibrate(self.model, options, None if self.data is None else forward)
+        except ModelOptExtError:
+            raise
+        except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+            raise ModelOptExtError.at(
+                self.where, step["method"], "ModelOpt to calibrate with it", f"{type(error).__name__}: {error}"[:300]
+            ) from error
+
+
+@contextlib.contextmanager
+def modelopt_messages() -> Iterator[None]:
+    """What ModelOpt prints goes to standard error; warnings that do not concern a user of this package are left out."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.filterwarnings("ignore", message="Distributed training is initialized but no parallel_state")
+        yield
+
+
+def work_folder(output: Path, inputs: Mapping[str, Any]) -> Path:
+    """The private folder for the progress of a run, beside its output; made where it is missing.
+
+    Args:
+        output: what the run is going to write.
+        inputs: everything that decides the result; another value, as ``repr`` shows it, gives another folder.
+
+    Raises:
+        ModelOptExtError: a folder of that name that others own or can write to.
+    """
+    digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
+    folder = output.parent / f"{_work_prefix(output)}{digest[:16]}"
+    folder.mkdir(parents=True, mode=0o700, exist_ok=True)
+    status = folder.lstat()
+    private = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+    if not private:
+        raise ModelOptExtError.at(
+            folder, "work folder", "a folder only its owner can read, owned by this user", "another"
+        )
+    return folder
+
+
+@contextlib.contextmanager
+def tidy(work: Path | None) -> Iterator[None]:
+    """When the block ends by an error, says what a work folder is good for, or removes one that is still empty."""
+    try:
+        yield
+    except BaseException:
+        if work is not None:
+            if (done := resume_point(work)) > 0:
+                tqdm.write(
+                    f"{work} keeps {done} calibrated layers; the same command goes on from there", file=sys.stderr
+                )
+            elif not any(work.iterdir()):
+                work.rmdir()
+        raise
+
+
+def remove_work(output: Path) -> None:
+    """Removes the progress of every run for ``output``."""
+    for folder in output.parent.glob(f"{_work_prefix(output)}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _work_prefix(output: Path) -> str:
+    return f".{output.name}.calibration-"
+
+
+def resume_point(work: Path) -> int:
+    """How many decoder layers ModelOpt will find done in a work folder.
+
+    ModelOpt starts over where all are done. Then the last one is forgotten here, so that only that one is done again.
+    """
+    manifest = work / "manifest.json"
+    if not manifest.is_file():
+        return 0
+    try:
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        last, total = int(content["last_completed_layer"]), int(content["num_layers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0  # ModelOpt, too, starts over
+    if last + 1 == total and total > 1:
+        last = total - 2
+        temporary = manifest.with_suffix(".tmp")
+        temporary.write_text(json.dumps({**content, "last_completed_layer": last}), encoding="utf-8")
+        temporary.replace(manifest)
+    return last + 1 if last + 1 < total else 0

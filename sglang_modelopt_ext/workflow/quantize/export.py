@@ -1,0 +1,281 @@
+"""The one way a checkpoint folder comes to be: written beside its place, read back strictly, and only then renamed.
+
+``output`` is a whole, valid checkpoint, or is left as it was, however the run ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+from sglang_modelopt_ext import __version__
+from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
+from sglang_modelopt_ext.checkpoint.quant_config import KV_CACHE_RECIPE, OWN_KEY, QUANT_CONFIG_NAME, ROUNDS_ACTIVATIONS
+from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight, check_all_values, read_checkpoint
+from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.interrupts import undisturbed
+from sglang_modelopt_ext.workflow.common.progress import ticking, watching
+from sglang_modelopt_ext.workflow.quantize import quantizers
+from sglang_modelopt_ext.workflow.quantize.model_card import CARD_NAME, render_card
+from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, layer_formats, package_versions, write_record
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+)
+_PARTIAL = ".partial-"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A checkpoint that was written and found valid.
+
+    Attributes:
+        folder: where it is.
+        checkpoint: as the strict reader read it, before it was renamed.
+        record: what was recorded in it.
+        size: bytes of its safetensors files.
+    """
+
+    folder: Path
+    checkpoint: Checkpoint
+    record: Record
+    size: int
+
+
+def check_output(model: Path, output: Path, overwrite: bool) -> None:
+    """Refuses an output folder that holds something. Call it before the work, too.
+
+    Raises:
+        ModelOptExtError: ``output`` exists and is not to be overwritten, holds something else than a checkpoint, or is the
+            model's own folder or above it.
+    """
+    if output.resolve() == model.resolve() or output.resolve() in model.resolve().parents:
+        raise ModelOptExtError.at(output, "output", "another folder than the model's", "that one")
+    if not os.path.lexists(output):
+        return
+    if not output.is_dir():
+        raise ModelOptExtError.at(output, "output", "a folder", "something else")
+    if not any(output.iterdir()):
+        return
+    if not overwrite:
+        raise ModelOptExtError.at(output, "output", "an empty folder, a new one or --overwrite", "a folder with files")
+    # Never delete a folder that holds something else.
+    if not (output / "config.json").is_file():
+        raise ModelOptExtError.at(output, "output", "an old checkpoint to overwrite", "something else")
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Raises ModelOptExtError unless the file system ``output`` is going to be on has ``needed`` bytes free."""
+    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ModelOptExtError.at(folder, "space on disk", f"{needed / 1e6:.1f} MB free", f"{free / 1e6:.1f} MB")
+
+
+def export_checkpoint(
+    model: Any,
+    source: Path,
+    output: Path,
+    origin: Origin,
+    *,
+    overwrite: bool = False,
+    quality: dict[str, float] | None = None,
+    finish: Callable[[Path, Checkpoint, Record], Record] | None = None,
+    progress: bool = True,
+) -> Exported:
+    """Exports a model with ModelOpt's quantizers in it, calibrated, to ``output``.
+
+    In order: space on disk, ModelOpt's export to a temporary folder beside ``output``, the record under ``OWN_KEY``, the
+    tokenizer's files, the model card, the strict reader with every value and the plan of the KV cache, permissions, rename.
+
+    Args:
+        model: the model; ModelOpt replaces its weights by the stored ones.
+        source: folder of the unquantized model, for its tokenizer.
+        output: folder to make.
+        origin: how the model came to be.
+        overwrite: replace the checkpoint that is in ``output``.
+        quality: measured figures for the record and the card.
+        finish: given the temporary folder, the checkpoint in it and its record; may add files, returns the record to write.
+        progress: show progress on standard error.
+
+    Raises:
+        ModelOptExtError: no space, a folder that is not empty, a model ModelOpt cannot export, or an export the reader refuses.
+    """
+    check_output(source, output, overwrite)
+    check_space(output, quantizers.expected_bytes(model))
+    rounds = quantizers.rounds_activations(model)
+    kv_recipe, kv_cache = quantizers.kv_cache(model)
+    with partial_folder(output) as scratch:
+        try:
+            _run_export(model, scratch, progress)
+        except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+            raise _failure(source, output, origin, error) from error
+        copy_tokenizer(source, scratch)
+        with ticking("checking the export", progress):
+            _preliminary(scratch, {ROUNDS_ACTIVATIONS: rounds, KV_CACHE_RECIPE: kv_recipe})
+            checkpoint = read_checkpoint(scratch)
+            record = Record(
+                rounds_activations=rounds,
+                kv_cache_recipe=kv_recipe,
+                version=__version__,
+                kv_cache=kv_cache,
+                formats=layer_formats(checkpoint),
+                bits_per_weight=bits_per_weight(checkpoint) if checkpoint.linears else None,
+                versions=package_versions(),
+                quality=quality or {},
+                **{field: getattr(origin, field) for field in Origin.__struct_fields__},
+            )
+            if finish is not None:
+                record = finish(scratch, checkpoint, record)
+            write_record(scratch, record)
+            size = sum(file.stat().st_size for file in scratch.glob("*.safetensors"))
+            (scratch / CARD_NAME).write_text(render_card(output, record, size), encoding="utf-8")
+            checkpoint = check_folder(scratch)
+        _check_complete(output, model_has=kv_recipe, checkpoint=checkpoint)
+        _make_readable(scratch)
+        move_into_place(scratch, output)
+    return Exported(output, checkpoint, record, size)
+
+
+def check_folder(folder: Path) -> Checkpoint:
+    """Reads a checkpoint as a server would: every header, every scale, and the plan of the KV cache.
+
+    Raises:
+        ModelOptExtError: whatever is wrong with it.
+    """
+    checkpoint = read_checkpoint(folder)
+    check_all_values(checkpoint)
+    plan = read_plan(folder, checkpoint.config, "auto")
+    if plan is not None:
+        _ = plan.layers
+    return checkpoint
+
+
+def _check_complete(output: Path, model_has: str | None, checkpoint: Checkpoint) -> None:
+    """An export that quantizes nothing is a recipe whose patterns match nothing in this model."""
+    if not checkpoint.linears and model_has is None:
+        raise ModelOptExtError.at(
+            output, "export", "a quantized layer or KV cache", "none: the recipe matches no layer"
+        )
+
+
+@contextlib.contextmanager
+def partial_folder(output: Path) -> Iterator[Path]:
+    """A temporary folder beside ``output``, gone at the end of the block unless it was renamed.
+
+    It is locked for the life of the process, so that the next run for the same output can tell, and remove, what a killed
+    one left behind.
+    """
+    output.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{output.name}{_PARTIAL}"
+    _remove_stale(output.parent, prefix)
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
+    except OSError as error:
+        raise ModelOptExtError.at(output.parent, "output", "a folder that can be written to", error) from error
+    lock = os.open(scratch, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield scratch
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ModelOptExtError.at(output.parent, "space on disk", "room for the checkpoint", error) from error
+        raise
+    finally:
+        with undisturbed():
+            os.close(lock)
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _remove_stale(parent: Path, prefix: str) -> None:
+    for folder in parent.glob(f"{prefix}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+def _run_export(model: Any, scratch: Path, progress: bool) -> None:
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers.utils import logging as transformers_logging
+
+    messages: Any = transformers_logging
+    messages.disable_progress_bar()
+    total = sum(1 for _ in quantizers.quantized_linears(model))
+    packing = watching("exporting", total, lambda: quantizers.count_packed(model), "layer", progress)
+    with warnings.catch_warnings(), torch.no_grad(), packing:
+        # What it says is said by the error that follows it.
+        warnings.filterwarnings("ignore", message="Cannot export model to the model_config")
+        with contextlib.redirect_stdout(None):
+            export_hf_checkpoint(model, export_dir=scratch)
+
+
+def _failure(source: Path, output: Path, origin: Origin, error: Exception) -> Exception:
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return ModelOptExtError.at(output.parent, "space on disk", "room for the checkpoint", error)
+    return ModelOptExtError.at(
+        source, origin.recipe, "a recipe ModelOpt can export", f"{type(error).__name__}: {error}"
+    )
+
+
+def _preliminary(scratch: Path, facts: dict[str, Any]) -> None:
+    """What the reader must know before the whole record, which is made of what it reads, can be written."""
+    file = scratch / QUANT_CONFIG_NAME
+    file.write_bytes(msgspec.json.encode(read_json_object(file) | {OWN_KEY: facts}))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the tokenizer's files as they are; loading and saving it could change them."""
+    for pattern in TOKENIZER_FILES:
+        for file in source.glob(pattern):
+            if file.is_file():
+                shutil.copy(file, target / file.name)
+
+
+def _make_readable(folder: Path) -> None:
+    """Gives the folder and its files the permissions of newly made ones; temporary ones are the owner's alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    folder.chmod(0o777 & ~mask)
+    for file in folder.rglob("*"):
+        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
+
+
+def move_into_place(scratch: Path, output: Path) -> None:
+    """Renames ``scratch`` to ``output``; what was there goes away only once it is replaced."""
+    with undisturbed():
+        if not os.path.lexists(output):
+            scratch.rename(output)
+            return
+        old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent)) / output.name
+        output.rename(old)
+        try:
+            scratch.rename(output)
+        except OSError:
+            old.rename(output)
+            raise
+        finally:
+            shutil.rmtree(old.parent, ignore_errors=True)

@@ -1,0 +1,179 @@
+"""What recipes there are, how many bits each stores for a weight, and what serves the result."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+from tqdm import tqdm
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
+from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.workflow.quantize import checks, quantizers
+from sglang_modelopt_ext.workflow.quantize.recipes import (
+    NONE,
+    Changes,
+    build,
+    configurations,
+    find_kv,
+    find_recipe,
+    library,
+    presets,
+)
+from sglang_modelopt_ext.workflow.quantize.run import insert_quantizers, stand_in
+
+_SIDE = 4096
+"""Inputs and outputs of the layer whose stored bits are counted."""
+
+OTHER_MODELS = "names no layer of a dense Llama: judged with the model it is for"
+"""Of recipes for experts, or for the layers of one architecture."""
+
+
+class RecipeRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One recipe.
+
+    Attributes:
+        name: what ``--recipe`` takes.
+        aliases: other names of the same configuration.
+        algorithms: ``quant_algo`` of the layers, more than one in a mixed recipe.
+        bits: stored bits for each quantized weight, scales included; None for a mix, or where no layer is quantized.
+        activations: how the inputs of the layers are rounded.
+        kv_cache: recipe of the KV cache, or None.
+        calibration: ModelOpt's calibration algorithms, in order.
+        served: whether a server with this package can serve it, as far as a dense Llama tells.
+        served_by: the ``--quantization`` flag of this package, or why it cannot be served.
+        stock: what SGLang itself does with it.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    algorithms: tuple[str, ...]
+    bits: float | None
+    activations: tuple[str, ...]
+    kv_cache: str | None
+    calibration: tuple[str, ...]
+    served: bool
+    served_by: str
+    stock: str
+
+
+class KVRow(msgspec.Struct, frozen=True, kw_only=True):
+    """One recipe of a KV cache.
+
+    Attributes:
+        name: what ``--kv`` takes.
+        recipe: the recipe it is served as, a name of ``--kv-cache-dtype modelopt_<recipe>``.
+        calibrated: False for the presets that store no scales.
+    """
+
+    name: str
+    recipe: str
+    calibrated: bool
+
+
+def list_recipes(progress: bool = True) -> list[RecipeRow]:
+    """Every recipe ModelOpt has for layers. Each is put on a stand-in, so that it is ModelOpt that says what it exports."""
+    found: dict[str, list[str]] = {}
+    contents: dict[str, dict[str, Any]] = {}
+    names = [*configurations(), *presets()[0], *library()]
+    for name in tqdm(names, desc="reading recipes", unit="recipe", dynamic_ncols=True, disable=not progress):
+        _, config = find_recipe(name)
+        contents.setdefault(repr(config), config)
+        found.setdefault(repr(config), []).append(name)
+    shown = tqdm(found.items(), desc="describing recipes", unit="recipe", dynamic_ncols=True, disable=not progress)
+    return [describe(same[0], tuple(same[1:]), contents[key]) for key, same in shown]
+
+
+def list_kv_caches() -> list[KVRow]:
+    """Every KV preset ModelOpt has."""
+    rows = []
+    for name in presets()[1]:
+        model = stand_in()
+        insert_quantizers(model, name, [{"quantizer_name": "*", "enable": False}, *find_kv(name)])
+        recipe, cache = quantizers.kv_cache(model)
+        assert recipe is not None, "a KV preset quantizes the KV cache"
+        assert cache is not None, "a KV preset quantizes the KV cache"
+        rows.append(KVRow(name=name, recipe=recipe, calibrated=cache.calibrated))
+    return rows
+
+
+def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> RecipeRow:
+    """The row of a recipe."""
+    methods: tuple[str, ...] = ()
+    algos: dict[str, int] = {}
+    kv_recipe, problem, elsewhere = None, "", False
+    try:
+        built = build(config, Changes())
+        methods = tuple(step["method"] for step in built["algorithm"])
+        model = stand_in()
+        insert_quantizers(model, name, copy.deepcopy(built["quant_cfg"]))
+        kv_recipe, _ = quantizers.kv_cache(model)
+        found = checks.check_model(model, name, methods)
+        modules = dict(model.named_modules())
+        algos = {algo: checks.group_size(modules[layer]) for layer, algo in found.items()}
+    except ModelOptExtError as error:
+        # The rest of the message names the stand-in's layers.
+        problem = "unknown to a server: " + str(error).rpartition(", got ")[2]
+        elsewhere = "nothing would be quantized" in str(error)
+    flags = {SCHEMES[algo].flag for algo in algos}
+    return RecipeRow(
+        name=name,
+        aliases=aliases,
+        algorithms=tuple(algos),
+        bits=stored_bits(*next(iter(algos.items()))) if len(algos) == 1 else None,
+        activations=tuple(dict.fromkeys(_activation(algo, modules, found, methods) for algo in algos)) if algos else (),
+        kv_cache=kv_recipe,
+        calibration=methods or (NONE,),
+        served=elsewhere or not problem,
+        served_by=OTHER_MODELS if elsewhere else problem or (" or ".join(sorted(flags)) or "--kv-cache-dtype auto"),
+        stock="; ".join(STOCK_BEHAVIOUR[algo] for algo in algos),
+    )
+
+
+def _activation(algo: str, modules: dict[str, Any], found: dict[str, str], methods: Sequence[str]) -> str:
+    """The activation format of the algorithm's layers; every calibration gives them the static scales they may have."""
+    scheme = SCHEMES[algo]
+    layer = next(name for name, other in found.items() if other == algo)
+    rounded = quantizers.is_on(modules[layer].input_quantizer)
+    calibrated = scheme.static_activation if methods else None
+    return (calibrated or scheme.activation or NONE) if rounded else NONE
+
+
+def stored_bits(algo: str, group_size: int) -> float:
+    """Stored bits for each weight of a large layer, scales included, activation scales and smoothing aside."""
+    scheme = SCHEMES[algo]
+    weight = scheme.weight_format(group_size if any(scheme.group_sizes) else None, "scheme table", algo)
+    total = 0
+    for spec in weight.tensors:
+        count = 1
+        for size in spec.shape(_SIDE, _SIDE):
+            count *= size
+        total += count * spec.dtypes[0].itemsize
+    return 8 * total / _SIDE**2
+
+
+def format_recipes(rows: Iterable[RecipeRow], caches: Iterable[KVRow]) -> str:
+    """The rows as two aligned tables."""
+    lines = [("recipe", "quant_algo", "bits", "calibration", "served by")]
+    for row in rows:
+        name = " = ".join([row.name, *row.aliases])
+        bits = f"{row.bits:.2f}" if row.bits is not None else "-"
+        algos = " + ".join([*row.algorithms, *([f"KV {row.kv_cache}"] if row.kv_cache else [])]) or "-"
+        served = row.served_by if row.served else f"not served: {row.served_by}"
+        lines.append((name, algos, bits, ", ".join(row.calibration), served))
+    kv_lines = [("--kv", "served as", "scales")]
+    for cache in caches:
+        kv_lines.append(
+            (cache.name, f"modelopt_{cache.recipe}", "calibrated" if cache.calibrated else "of an amax of 448")
+        )
+    return "\n".join([*_aligned(lines), "", *_aligned(kv_lines)])
+
+
+def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]) - 1)]
+    return [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[-1]]) for line in lines
+    ]

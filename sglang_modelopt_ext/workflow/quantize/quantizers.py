@@ -1,0 +1,149 @@
+"""What ModelOpt's quantizers in a model say: which rounding is on, how the KV cache is kept, how large the export will be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.quantize.record import KVCache
+from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
+
+EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+"""Parameters of fused experts in transformers; ModelOpt's quantizers of them are named after these."""
+
+_KV_FORMATS = {(4, 3): "fp8", (2, 1): "nvfp4"}
+
+
+def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every linear layer and embedding whose weight is quantized, with its name."""
+    for name, module in model.named_modules():
+        if getattr(module, "weight", None) is not None and is_on(getattr(module, "weight_quantizer", None)):
+            yield name, module
+
+
+def fused_experts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    """Every module that keeps the weights of a layer's experts together, ``[experts, ..., ...]``, with its name."""
+    for name, module in model.named_modules():
+        if any(
+            key in EXPERT_WEIGHTS and parameter is not None and parameter.dim() == 3
+            for key, parameter in module._parameters.items()
+        ):
+            yield name, module
+
+
+def quantizes_experts(module: Any) -> bool:
+    """Whether the weights of any of a module's experts are quantized."""
+    return any(is_on(getattr(module, f"{key}_weight_quantizers", None)) for key in EXPERT_WEIGHTS)
+
+
+def is_on(quantizer: Any) -> bool:
+    """Whether a quantizer, or any of several of them, quantizes."""
+    if isinstance(quantizer, torch.nn.Sequential | torch.nn.ModuleList):
+        return any(is_on(part) for part in quantizer)
+    return bool(getattr(quantizer, "is_enabled", False))
+
+
+def rounds_activations(model: torch.nn.Module) -> bool:
+    """Whether inputs are rounded: those of the MXFP4 layers, whose export does not say it; without such layers, any layer's.
+
+    To be asked before the export, which takes quantizers away.
+
+    Raises:
+        ModelOptExtError: some MXFP4 layers round their inputs and others do not, which no export tells apart.
+    """
+    pairs = list(_quantizer_pairs(model))
+    in_doubt = {
+        is_on(inputs): name
+        for name, weights, inputs in pairs
+        if _is_mxfp4(weights) and (_is_mxfp4(inputs) or not is_on(inputs))
+    }
+    if len(in_doubt) > 1:
+        expected = "MXFP4 layers that all round their inputs or none: the export does not say which do"
+        raise ModelOptExtError.at("model", f"{in_doubt[True]}, {in_doubt[False]}", expected, "one of each")
+    return next(iter(in_doubt)) if in_doubt else any(is_on(inputs) for _, _, inputs in pairs)
+
+
+def _quantizer_pairs(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any]]:
+    """The quantizers of weight and input of every quantized linear layer and of every product of experts, with its name."""
+    for name, module in quantized_linears(model):
+        yield name, module.weight_quantizer, getattr(module, "input_quantizer", None)
+    for name, module in fused_experts(model):
+        for key in EXPERT_WEIGHTS:
+            weights = getattr(module, f"{key}_weight_quantizers", None)
+            if is_on(weights):
+                yield f"{name}.{key}", weights, getattr(module, f"{key}_input_quantizer", None)
+
+
+def _is_mxfp4(quantizer: Any) -> bool:
+    """Whether a quantizer that is on, or the first of several, rounds to E2M1 under powers of two."""
+    if isinstance(quantizer, torch.nn.Sequential | torch.nn.ModuleList):
+        quantizer = quantizer[0] if len(quantizer) else None
+    return is_on(quantizer) and quantizer.num_bits == (2, 1) and bool(quantizer.is_mx_format)
+
+
+def kv_cache(model: torch.nn.Module) -> tuple[str | None, KVCache | None]:
+    """The recipe of the KV cache (a name of ``KV_RECIPES``) and what it consists of; two None without one.
+
+    Raises:
+        ModelOptExtError: keys and values quantized in different formats, or in one this package has no recipe for.
+    """
+    found: dict[tuple[str, KVCache], str] = {}
+    for name, module in model.named_modules():
+        key, value = getattr(module, "k_bmm_quantizer", None), getattr(module, "v_bmm_quantizer", None)
+        if not is_on(key) and not is_on(value):
+            continue
+        bits = {str(getattr(side, "num_bits", None)) if is_on(side) else "none" for side in (key, value)}
+        number = _KV_FORMATS.get(getattr(key, "num_bits", None))  # type: ignore[arg-type]
+        if len(bits) > 1 or number is None:
+            raise ModelOptExtError.at(
+                name, "KV cache", "keys and values in FP8 or in NVFP4", " and ".join(sorted(bits))
+            )
+        cache = KVCache(
+            rotate=bool(getattr(key, "rotate_is_enabled", False)),
+            affine=getattr(key, "bias", None) is not None,
+            calibrated=not getattr(key, "_use_constant_amax", False),
+        )
+        found[number, cache] = name
+    if not found:
+        return None, None
+    if len(found) > 1:
+        raise ModelOptExtError.at(
+            " and ".join(found.values()), "KV cache", "one recipe for every attention layer", "several"
+        )
+    ((number, cache),) = found
+    recipe = number + ("_affine" if cache.affine else "") + ("_rotate" if cache.rotate else "")
+    if recipe not in KV_RECIPES:
+        raise ModelOptExtError.at("model", "KV cache", f"one of {', '.join(KV_RECIPES)}", recipe)
+    return recipe, cache
+
+
+def expected_bytes(model: torch.nn.Module) -> int:
+    """About how many bytes the export of a model with quantizers will have; a little more than less."""
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    for _, module in quantized_linears(model):
+        weight = module.weight
+        if weight.element_size() > 1:
+            total -= int(weight.numel() * (weight.element_size() - _stored_bits(module.weight_quantizer) / 8))
+    return total
+
+
+def _stored_bits(quantizer: Any) -> float:
+    """Stored bits for each weight, block scales included; for a sequence of quantizers the first one decides."""
+    first: Any = quantizer[0] if isinstance(quantizer, torch.nn.Sequential) else quantizer
+    bits = first.num_bits
+    width = bits if isinstance(bits, int) else 1 + sum(bits)
+    blocks = [size for size in (first.block_sizes or {}).values() if isinstance(size, int)]
+    scale = 32 if isinstance(bits, int) else 8  # integer formats store float32 scales
+    return width + (scale / min(blocks) if blocks else 0.0)
+
+
+def count_packed(model: torch.nn.Module) -> int:
+    """How many of the model's weights are already in their stored form, while an export goes on."""
+    packed = 0
+    for module in list(model.modules()):
+        weight = module._parameters.get("weight")
+        packed += weight is not None and weight.element_size() == 1
+    return packed

@@ -1,0 +1,242 @@
+"""ModelOpt's recipes by name, and what a user may change about one: the KV cache, the algorithm, which layers, any field.
+
+A name is, in this order: a configuration of ``modelopt.torch.quantization`` (``NVFP4_DEFAULT_CFG``, with or without its suffix,
+in any case), a preset of ``modelopt.recipe.presets`` (``nvfp4``), a recipe of the ``modelopt_recipes`` library
+(``general/ptq/nvfp4_default-kv_fp8``) or the path of a recipe file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.source import import_modelopt
+
+_CONFIG_SUFFIXES = ("_CFG", "_CONFIG")
+NONE = "none"
+"""As ``--recipe`` or ``--kv``: no quantized layers, no quantized KV cache."""
+
+SMOOTHQUANT, FP8_SMOOTHQUANT = "smoothquant", "fp8_smoothquant"
+ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", SMOOTHQUANT, "svdquant", "mse", "local_hessian")
+"""Values of ``--calibration-algorithm``."""
+
+_UNCHANGED: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
+_NEAREST = 4
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What the user changes about a recipe.
+
+    Attributes:
+        kv: name of a KV preset, :data:`NONE`, or None for what the recipe says.
+        algorithm: replaces the recipe's calibration algorithm.
+        alpha: of SmoothQuant.
+        overrides: ``key=value``, such as ``algorithm.alpha_step=0.05`` or ``quant_cfg.1.enable=false``.
+    """
+
+    kv: str | None = None
+    algorithm: str | None = None
+    alpha: float | None = None
+    overrides: tuple[str, ...] = ()
+
+
+def configurations() -> dict[str, dict[str, Any]]:
+    """The configurations of ``modelopt.torch.quantization`` that quantize layers, by name without suffix."""
+    mtq = import_modelopt()
+    names = {_stem(name): name for name in sorted(mtq.config.choices)}
+    return {stem: getattr(mtq, name) for stem, name in names.items() if not stem.endswith(("_KV", "_KV_ROTATE"))}
+
+
+def presets() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """ModelOpt's presets for layers and for KV caches, by name."""
+    import_modelopt()
+    with _quiet():
+        from modelopt.recipe.presets import KV_QUANT_CFG_CHOICES, QUANT_CFG_CHOICES
+
+    return QUANT_CFG_CHOICES, KV_QUANT_CFG_CHOICES
+
+
+@cache
+def library() -> tuple[str, ...]:
+    """The names of the PTQ recipes in ModelOpt's library."""
+    import_modelopt()
+    from modelopt.torch.opt.config_loader import BUILTIN_CONFIG_ROOT
+
+    root = Path(str(BUILTIN_CONFIG_ROOT))
+    names = (file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("ptq/*.yaml"))
+    return tuple(sorted(name for name in names if name.startswith(("general/", "models/"))))
+
+
+def find_recipe(name: str) -> tuple[str, dict[str, Any]]:
+    """The name as it is recorded, and a copy of the configuration of that name.
+
+    Raises:
+        ModelOptExtError: ModelOpt does not know it (with the nearest names it knows), or a recipe file that is wrong.
+    """
+    if name.lower() == NONE:
+        return NONE, copy.deepcopy(_UNCHANGED)
+    known = configurations()
+    if (stem := _stem(name.upper())) in known:
+        return stem, copy.deepcopy(known[stem])
+    models, _ = presets()
+    if name.lower() in models:
+        return name.lower(), copy.deepcopy(models[name.lower()])
+    if _recipe_name(name) in library() or Path(name).suffix in (".yaml", ".yml"):
+        return name, _load_recipe(name)
+    raise _unknown("--recipe", name, [*known, *models, *library(), NONE])
+
+
+def find_kv(name: str) -> list[dict[str, Any]]:
+    """The entries a KV preset adds to a configuration. Raises ModelOptExtError for an unknown name."""
+    _, caches = presets()
+    if name not in caches:
+        raise _unknown("--kv", name, [*caches, NONE])
+    return list(copy.deepcopy(caches[name])["quant_cfg"])
+
+
+def build(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
+    """A recipe's configuration with the user's changes: ``quant_cfg``, and ``algorithm`` as a list of full options.
+
+    Raises:
+        ModelOptExtError: an unknown KV preset or algorithm, an option without the algorithm it belongs to, or an override
+            ModelOpt does not take.
+    """
+    built = {"quant_cfg": list(copy.deepcopy(config["quant_cfg"])), "algorithm": _steps(config.get("algorithm"))}
+    if changes.kv == NONE:
+        built["quant_cfg"].append({"quantizer_name": "*_bmm_quantizer", "enable": False})
+    elif changes.kv is not None:
+        built["quant_cfg"] += find_kv(changes.kv)
+        # The scales of a KV cache have to be calibrated even where those of the layers are not.
+        built["algorithm"] = built["algorithm"] or [{"method": "max"}]
+    if changes.algorithm is not None:
+        built["algorithm"] = [_replaced(built["algorithm"], changes.algorithm)]
+    if changes.alpha is not None:
+        _set_alpha(built["algorithm"], changes.alpha)
+    if changes.overrides:
+        built = _overridden(built, changes.overrides)
+    built["algorithm"] = [complete_step(step) for step in built["algorithm"]]
+    return built
+
+
+def complete_step(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A calibration step with every option it has. Raises ModelOptExtError for an unknown method or option."""
+    from modelopt.torch.quantization.mode import CalibrateModeRegistry
+
+    method = step.get("method")
+    name = f"{method}_calibrate"
+    if not method or name not in CalibrateModeRegistry:
+        raise _unknown("--calibration-algorithm", str(method), ALGORITHMS)
+    try:
+        full = CalibrateModeRegistry[name].config_class(**step)
+    except ValueError as error:
+        raise ModelOptExtError.at("recipe", "algorithm", f"options of {method}", _first_line(error)) from error
+    options: dict[str, Any] = full.model_dump(exclude={"layerwise"})
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _stem(name: str) -> str:
+    """The name of a configuration without its suffix."""
+    for suffix in _CONFIG_SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def _recipe_name(name: str) -> str:
+    return name.removesuffix(".yaml").removesuffix(".yml")
+
+
+def _unknown(flag: str, name: str, known: Sequence[str]) -> ModelOptExtError:
+    """The error for an unknown name: the nearest known ones, by their lower-case spelling."""
+    spelling = {entry.lower(): entry for entry in known}
+    near = difflib.get_close_matches(name.lower(), spelling, _NEAREST, cutoff=0.0)
+    nearest = ", ".join(dict.fromkeys(spelling[entry] for entry in near))
+    return ModelOptExtError.at(flag, name, f"a known name, such as {nearest} (--list shows all)", "no such name")
+
+
+def _load_recipe(name: str) -> dict[str, Any]:
+    from modelopt.recipe import load_recipe
+
+    try:
+        with _quiet():
+            recipe = load_recipe(name)
+    except Exception as error:  # a missing file, YAML, an import, pydantic
+        raise ModelOptExtError.at("--recipe", name, "a recipe ModelOpt can load", _first_line(error)) from error
+    if not hasattr(recipe, "quantize"):
+        raise ModelOptExtError.at("--recipe", name, "a PTQ recipe", recipe.recipe_type.value)
+    config: dict[str, Any] = recipe.quantize.model_dump(exclude_unset=True)
+    return config
+
+
+def _steps(algorithm: Any) -> list[dict[str, Any]]:
+    """A configuration's algorithm in any of its spellings as a list of steps; empty for none."""
+    if algorithm is None:
+        return []
+    parts = algorithm if isinstance(algorithm, list) else [algorithm]
+    steps = [{"method": part} if isinstance(part, str) else dict(part) for part in parts if part is not None]
+    # Where and whether it goes layer by layer is decided by the run.
+    return [{key: value for key, value in step.items() if key != "layerwise"} for step in steps]
+
+
+def _replaced(steps: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
+    """The step for ``method``: with the recipe's options where it is the recipe's own."""
+    if method not in ALGORITHMS:
+        raise _unknown("--calibration-algorithm", method, ALGORITHMS)
+    own = [step for step in steps if step.get("method") == method]
+    return dict(own[0]) if own else {"method": method}
+
+
+def _set_alpha(steps: list[dict[str, Any]], alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise ModelOptExtError.at("command line", "--alpha", "a number from 0 to 1", alpha)
+    smoothing = [step for step in steps if step.get("method") == SMOOTHQUANT]
+    if not smoothing:
+        methods = ", ".join(str(step.get("method")) for step in steps) or NONE
+        raise ModelOptExtError.at("command line", "--alpha", "smoothquant as calibration algorithm", methods)
+    for step in smoothing:
+        step["alpha"] = alpha
+
+
+def _overridden(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    from modelopt.torch.quantization.config import QuantizeConfig
+    from omegaconf import OmegaConf
+
+    steps = config["algorithm"]
+    # One step, the usual case, is addressed without a number.
+    changed = OmegaConf.create({**config, "algorithm": steps[0] if len(steps) == 1 else steps})
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        key = key.strip().removeprefix("quantize.")
+        if not equals or key.partition(".")[0] not in ("algorithm", "quant_cfg"):
+            raise ModelOptExtError.at(
+                "command line", "--override", "algorithm.OPTION=VALUE or quant_cfg.NUMBER.FIELD=VALUE", override
+            )
+        try:
+            OmegaConf.update(changed, key, OmegaConf.from_dotlist([f"value={value}"])["value"], merge=True)
+        except Exception as error:  # OmegaConf has an exception of its own for every kind of wrong key
+            raise ModelOptExtError.at("command line", "--override", "a field of the recipe", override) from error
+    content: Any = OmegaConf.to_container(changed, resolve=False)
+    try:
+        checked = QuantizeConfig(quant_cfg=content["quant_cfg"]).model_dump(exclude_unset=True)
+    except ValueError as error:
+        raise ModelOptExtError.at("command line", "--override", "values ModelOpt takes", _first_line(error)) from error
+    return {"quant_cfg": list(checked["quant_cfg"]), "algorithm": _steps(content["algorithm"])}
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:3])}"[:300]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """ModelOpt prints what it loads; standard output is the result's."""
+    with contextlib.redirect_stdout(None):
+        yield

@@ -1,0 +1,286 @@
+"""From an unquantized model to a checkpoint this package has read back and found valid, with NVIDIA ModelOpt."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.digest import folder_digest
+from sglang_modelopt_ext.workflow.common.progress import ticking
+from sglang_modelopt_ext.workflow.common.source import default_device, find_model, import_modelopt, load_model
+from sglang_modelopt_ext.workflow.common.text import load_tokenizer
+from sglang_modelopt_ext.workflow.quantize import calibration, checks, quantizers
+from sglang_modelopt_ext.workflow.quantize.calibrate import (
+    Calibrator,
+    Outcome,
+    Processes,
+    remove_work,
+    tidy,
+    work_folder,
+)
+from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData, load_calibration
+from sglang_modelopt_ext.workflow.quantize.export import Exported, check_output, check_space, export_checkpoint
+from sglang_modelopt_ext.workflow.quantize.recipes import NONE, Changes, build, find_recipe
+from sglang_modelopt_ext.workflow.quantize.record import Origin, Selection, package_versions
+
+_PATIENCE = timedelta(hours=24)
+"""How long the other processes wait for the one that exports."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides what :func:`quantize` makes.
+
+    Attributes:
+        recipe: see :mod:`~sglang_modelopt_ext.workflow.quantize.recipes`; ``none`` quantizes the KV cache only.
+        changes: what is different from the recipe.
+        selection: which layers are left out. Its overrides are those of ``changes``.
+        data: calibration files and data sets.
+        samples: windows of data; None for the default, or fewer where there are fewer.
+        sequence_length, batch_size, seed: see :func:`~sglang_modelopt_ext.workflow.quantize.calibration.load_calibration`.
+        device: ``cpu``, ``cuda``, or ``auto`` for accelerate's choice over all GPUs; None for CUDA where there is one.
+        trust_remote_code: run the model's own code.
+        layerwise: calibrate layer by layer where it can be, and keep the progress.
+    """
+
+    recipe: str
+    changes: Changes = field(default_factory=Changes)
+    selection: Selection = field(default_factory=Selection)
+    data: tuple[str, ...] = ()
+    samples: int | None = None
+    sequence_length: int = calibration.SEQUENCE_LENGTH
+    batch_size: int = calibration.BATCH_SIZE
+    seed: int = calibration.SEED
+    device: str | None = None
+    trust_remote_code: bool = False
+    layerwise: bool = True
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What :func:`quantize` did.
+
+    Attributes:
+        exported: the checkpoint.
+        outcome: of the calibration.
+    """
+
+    exported: Exported
+    outcome: Outcome
+
+
+def quantize(
+    model: str,
+    output: Path,
+    options: Options,
+    *,
+    overwrite: bool = False,
+    quality: dict[str, float] | None = None,
+    progress: bool = True,
+) -> Quantized | None:
+    """Calibrates a model, quantizes it and exports it to ``output``, which is a whole valid checkpoint or as it was.
+
+    Under ``torchrun`` the processes share the data, and the first one exports.
+
+    Args:
+        model: folder or Hugging Face name of the unquantized model.
+        output: folder to make.
+        options: what to make.
+        overwrite: replace the checkpoint in ``output``.
+        quality: measured figures for the record and the model card.
+        progress: show progress on standard error.
+
+    Returns:
+        What was done; None in every process but the first.
+
+    Raises:
+        ModelOptExtError: bad input of any kind; ``output`` is then as it was.
+    """
+    source = find_model(model, options.trust_remote_code)
+    check_output(source, output, overwrite)
+    with ticking("importing ModelOpt", progress):
+        recipe, config = find_recipe(options.recipe)
+        config = build(config, options.changes)
+        check_config(recipe, config)
+    with _processes(options.device) as (processes, device):
+        data = _load_data(source, options, progress and processes.rank == 0)
+        loaded, simulation = load_model(
+            source, device, trust_remote_code=options.trust_remote_code, progress=progress and processes.rank == 0
+        )
+        torch.manual_seed(options.seed)
+        steps = prepare(loaded, recipe, config, options.selection)
+        check_space(output, quantizers.expected_bytes(loaded))
+        needed = bool(steps) and needs_data(loaded, steps)
+        if needed and data is None:
+            raise ModelOptExtError.at("command line", "--data", f"calibration data for {recipe}", "none")
+        outcome = Outcome()
+        if steps:
+            work = None
+            if options.layerwise and needed and processes.world == 1:
+                work = work_folder(output, _inputs(source, config, options, data))
+            calibrator = Calibrator(
+                loaded, data if needed else None, source, work, processes, options.layerwise, progress
+            )
+            with tidy(work):
+                outcome = calibrator.run(steps)
+        if processes.rank:
+            return None
+        origin = Origin(
+            recipe=recipe,
+            base_model=model,
+            algorithm=tuple(steps),
+            calibration=data.record if data is not None and needed else None,
+            simulation=simulation,
+            selection=_selection(options),
+            smoothed=outcome.smoothed,
+            searched=outcome.searched,
+        )
+        exported = export_checkpoint(
+            loaded, source, output, origin, overwrite=overwrite, quality=quality, progress=progress
+        )
+    remove_work(output)
+    return Quantized(exported, outcome)
+
+
+def _selection(options: Options) -> Selection:
+    chosen = options.selection
+    return Selection(mlp_only=chosen.mlp_only, exclude=chosen.exclude, overrides=options.changes.overrides)
+
+
+def _load_data(source: Path, options: Options, progress: bool) -> CalibrationData | None:
+    if not options.data:
+        return None
+    return load_calibration(
+        options.data,
+        load_tokenizer(source),
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        batch_size=options.batch_size,
+        seed=options.seed,
+        progress=progress,
+    )
+
+
+def prepare(model: Any, recipe: str, config: dict[str, Any], selection: Selection) -> list[dict[str, Any]]:
+    """Puts a recipe's quantizers into a model and checks what came of it. Returns the calibration steps that fit it.
+
+    Raises:
+        ModelOptExtError: nothing to quantize, or something that cannot be exported or served.
+    """
+    entries = [*config["quant_cfg"], *checks.selection_entries(model, selection)]
+    insert_quantizers(model, recipe, entries)
+    checks.check_model(model, recipe, [step["method"] for step in config["algorithm"]])
+    return checks.resolve_steps(model, config["algorithm"])
+
+
+def insert_quantizers(model: Any, recipe: str, entries: list[dict[str, Any]]) -> None:
+    """ModelOpt's conversion of a model, uncalibrated. Raises ModelOptExtError where the entries quantize nothing."""
+    mtq = import_modelopt()
+    from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
+
+    try:
+        with modelopt_messages():
+            mtq.quantize(model, {"quant_cfg": entries, "algorithm": None})
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ModelOptExtError.at(
+            "--recipe",
+            recipe,
+            "layers or a KV cache in this model to quantize",
+            f"{type(error).__name__}: {error}"[:300],
+        ) from error
+
+
+def check_config(recipe: str, config: dict[str, Any]) -> dict[str, str]:
+    """Refuses a recipe that no model could be served with, before one is loaded: it is put on a stand-in of one layer.
+
+    Returns:
+        The algorithm of each layer of the stand-in; empty where the recipe is for models of another kind.
+
+    Raises:
+        ModelOptExtError: a format that cannot be exported or served.
+    """
+    model = stand_in()
+    try:
+        insert_quantizers(model, recipe, copy.deepcopy(config["quant_cfg"]))
+    except ModelOptExtError:
+        return {}  # its patterns may name layers that only other architectures have
+    return checks.check_model(model, recipe, [step["method"] for step in config["algorithm"]])
+
+
+def stand_in() -> Any:
+    """A Llama of one layer, small enough to be quantized in a moment, wide enough for blocks of 128."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=256,
+            intermediate_size=256,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=128,
+            architectures=["LlamaForCausalLM"],
+        )
+    ).eval()
+
+
+def needs_data(model: Any, steps: list[dict[str, Any]]) -> bool:
+    """Whether calibration has to run the model: for static activation scales, or for a search that looks at outputs."""
+    if any(step["method"] not in ("max", "mse") for step in steps):
+        return True
+    from modelopt.torch.quantization.model_calib import _needs_activation_forward_for_max_calib
+
+    return bool(_needs_activation_forward_for_max_calib(model))
+
+
+def _inputs(source: Path, config: dict[str, Any], options: Options, data: CalibrationData | None) -> dict[str, Any]:
+    """What decides the result of a calibration."""
+    return {
+        "model": folder_digest(source, ("*.safetensors", CONFIG_NAME)),
+        "config": config,
+        "mlp_only": options.selection.mlp_only,
+        "exclude": options.selection.exclude,
+        "data": None if data is None else data.record.sha256,
+        "batch_size": options.batch_size,
+        "device": options.device or default_device(),
+        "seed": options.seed,
+        "versions": package_versions(),
+    }
+
+
+@contextmanager
+def _processes(device: str | None) -> Iterator[tuple[Processes, str]]:
+    """The processes ``torchrun`` started, joined for the block, and this one's device."""
+    device = device or default_device()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or not torch.distributed.is_available():
+        yield Processes(), device
+        return
+    if device == "auto":
+        raise ModelOptExtError.at("command line", "--device", "cpu or cuda with several processes", device)
+    backend = "gloo"
+    if device.startswith("cuda"):
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        torch.cuda.set_device(local)
+        backend, device = "nccl", f"cuda:{local}"
+    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+    try:
+        processes = Processes(torch.distributed.get_rank(), world)
+        yield processes, device
+        # The others wait, so that a launcher that sees one process end does not end the one that writes.
+        torch.distributed.barrier()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+__all__ = ["NONE", "Options", "Quantized", "quantize"]

@@ -1,0 +1,1 @@
+"""A server's answers against those its checkpoint should give."""

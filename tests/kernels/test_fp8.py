@@ -1,0 +1,50 @@
+"""FP8 weights and activations through ``torch._scaled_mm``, against float64: on a CPU, and on a GPU from SM89."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sglang_modelopt_kernels.formats.base import DecodedWeight
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
+from sglang_modelopt_kernels.gemm.reference import prepare_dense
+
+EPSILON = {torch.float32: 2**-13, torch.bfloat16: 2**-9, torch.float16: 2**-11}
+"""Half an epsilon of the result, and for float32 what FP8 matrix instructions keep of a sum (Hopper: 13 bits and more)."""
+
+
+def check(m: int, n: int, k: int, dtype: torch.dtype, row: str, has_bias: bool, device: str) -> None:
+    generator = torch.Generator().manual_seed(m + n)
+    unit = (torch.randn(n, k, generator=generator) * 50).to(torch.float8_e4m3fn).float()
+    out = torch.rand(n, 1, generator=generator) / 64 + 2**-10
+    x = (torch.randn(m, k, generator=generator) * 50).to(torch.float8_e4m3fn)
+    row_scale = {"none": None, "static": torch.tensor(0.3), "token": torch.rand(m, 1, generator=generator) + 0.1}[row]
+    bias = torch.randn(n, generator=generator).to(dtype) if has_bias else None
+    stored, out_scale = prepare_dense(DecodedWeight(unit, out), torch.float8_e4m3fn)
+    moved = [None if t is None else t.to(device) for t in (x, row_scale, stored, out_scale, bias)]
+    y = fp8_linear(*moved, dtype)  # type: ignore[arg-type]
+    assert (y.shape, y.dtype) == ((m, n), dtype)
+    right = x.double() @ unit.double().T * out.double().T
+    right = right if row_scale is None else right * row_scale.double()
+    right = right if bias is None else right + bias.double()
+    error = (y.double().cpu() - right).norm(dim=1) / right.norm(dim=1)
+    assert bool((error < 2 * EPSILON[dtype]).all()), float(error.max())
+
+
+CASES = [
+    (m, n, k, dtype, row, bias)
+    for m, n, k in [(0, 32, 64), (1, 48, 64), (17, 80, 272), (200, 256, 1040)]
+    for dtype in EPSILON
+    for row, bias in [("none", False), ("static", True), ("token", False), ("token", True)]
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_against_float64(case: tuple[int, int, int, torch.dtype, str, bool], device: str) -> None:
+    check(*case, device)
+
+
+def test_weights_off_the_grid_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"not exact in torch\.float8_e4m3fn"):
+        prepare_dense(DecodedWeight(torch.full((16, 16), 1.0625), torch.ones(())), torch.float8_e4m3fn)

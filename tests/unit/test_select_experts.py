@@ -1,0 +1,150 @@
+"""Which kernel the experts of a layer get: for every algorithm on every architecture, and why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sglang_modelopt_ext.backends import self_test
+from sglang_modelopt_ext.backends.base import ShardWeight
+from sglang_modelopt_ext.backends.experts.base import ExpertRequest, Routing
+from sglang_modelopt_ext.backends.experts.grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
+from sglang_modelopt_ext.backends.select import EXPERT_BACKENDS, expert_candidates, served_scheme
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+
+GROUPED, TCGEN05, BF16 = GroupedDecoded.name, GroupedMxfp4.name, GroupedBf16.name
+ROWS = [(scheme.algo, weight) for scheme in SCHEMES.values() for weight in scheme.weights if not scheme.low_rank]
+
+
+def request(algo: str, capability: int | None = 90, weight: str | None = None, **fields: object) -> ExpertRequest:
+    scheme = SCHEMES[algo]
+    layer = LayerScheme(algo, WEIGHT_FORMATS[weight or scheme.weights[0]], scheme.activation_format())
+    device = "cpu" if capability is None else "cuda"
+    arguments = {"n": 1536, "k": 2048, "experts": 128, "top_k": 8} | fields
+    return ExpertRequest(served_scheme(layer, device, capability), device, capability, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
+@pytest.mark.parametrize(("algo", "weight"), ROWS)
+def test_on_a_gpu(algo: str, weight: str, capability: int) -> None:
+    tcgen05 = algo == "W4A8_MXFP4_FP8" and capability in (100, 103)
+    asked = request(algo, capability, weight)
+    assert expert_candidates(asked, "experts")[0].name == (TCGEN05 if tcgen05 else GROUPED)
+
+
+@pytest.mark.parametrize("capability", [None, 80, 89, 90, 100, 103, 120])
+def test_calibrated_mxfp4_has_the_kernels_of_the_preset(capability: int | None) -> None:
+    """All of them take static FP8 activations as they take those scaled by token."""
+    asked = request("W4A8_MXFP4_FP8", capability)
+    by_token = [backend.name for backend in expert_candidates(asked, "experts")]
+    static = SCHEMES["W4A8_MXFP4_FP8"].activation_format(["input_scale"])
+    asked = dataclasses.replace(asked, scheme=dataclasses.replace(asked.scheme, activation=static))
+    assert asked.scheme.describe() == "W4A8_MXFP4_FP8 (weights mxfp4, activations fp8_static)"
+    assert [backend.name for backend in expert_candidates(asked, "experts")] == by_token
+
+
+@pytest.mark.parametrize(("algo", "weight"), ROWS)
+def test_on_a_cpu(algo: str, weight: str) -> None:
+    assert [backend.name for backend in expert_candidates(request(algo, None, weight), "experts")] == [
+        "experts_reference"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("algo", "fields", "operand"),
+    [
+        ("W4A8_NVFP4_FP8", {}, torch.float8_e4m3fn),
+        ("W4A8_NVFP4_FP8", {"capability": 80}, torch.float16),
+        ("W4A8_NVFP4_FP8", {"math": "fp8"}, torch.float8_e4m3fn),
+        ("FP8", {"capability": 80}, torch.float16),
+        ("FP8", {"dtype": torch.float32}, torch.float16),  # FP8 matrix instructions may sum at less
+        ("NVFP4", {"capability": 100}, torch.float16),
+        ("MXFP4", {"capability": 100}, torch.bfloat16),
+        ("NVFP4", {"dtype": torch.float16}, torch.float16),  # keeps its activations on SM90
+        ("MXFP8", {}, torch.bfloat16),
+        ("W8A8_SQ_PER_CHANNEL", {}, torch.float16),
+        ("FP8_PB_WO", {}, torch.bfloat16),
+    ],
+)
+def test_operands_hold_the_activations(algo: str, fields: dict[str, object], operand: torch.dtype) -> None:
+    asked = request(algo, **fields)  # type: ignore[arg-type]
+    backend = expert_candidates(asked, "experts")[0]
+    assert backend.name == GROUPED
+    assert backend.operand(asked) == operand
+
+
+def test_what_does_not_fit_falls_back_or_is_refused() -> None:
+    assert expert_candidates(request("W4A8_NVFP4_FP8", k=2056), "experts")[0].name == BF16
+    for asked, reason in (
+        (
+            request("W4A16_NVFP4", dtype=torch.float32),
+            r"triton_grouped does not take unrounded activations in torch.float32",
+        ),
+        (request("W4A16_AWQ", k=2056), r"triton_grouped needs K in 16s, not 2056"),
+        (request("W4A16_AWQ", k=2056), r"triton_grouped_bf16 int4_awq weights are not exact in bf16"),
+        (request("FP8", 75), r"triton_grouped is for GPUs from SM80"),
+    ):
+        with pytest.raises(ModelOptExtError, match=reason) as caught:
+            expert_candidates(asked, "experts")
+        assert all(backend.name in str(caught.value) for backend in EXPERT_BACKENDS)
+
+
+def test_a_backend_may_refuse_by_values() -> None:
+    """MXFP4 whose exponents do not fit the packed form goes to the next backend, which keeps the same weight."""
+    number = WEIGHT_FORMATS["mxfp4"]
+    stored = {"weight": torch.full((4, 32), 0x21, dtype=torch.uint8)}
+    stored["weight_scale"] = torch.tensor([[127, 90]], dtype=torch.uint8).repeat(4, 1)
+    experts = [[ShardWeight(number, stored), ShardWeight(number, stored)]] * 2
+    with pytest.raises(ValueError, match="span"):
+        GroupedDecoded().prepare(experts)
+    prepared = GroupedBf16().prepare(experts)
+    assert prepared["codes"].shape == (2, 8, 64)
+    assert torch.equal(prepared["codes"][1, 4:].float(), number.decode(stored).unit)
+
+
+def interpreted(tokens: tuple[int, ...]) -> list[list[str]]:
+    """Every scheme through the check that a backend passes on the device at hand, in Triton's interpreter, and what failed."""
+    self_test.EXPERT_TOKENS, self_test.N, self_test.K = tokens, 72, 256
+    failed = []
+    for algo, weight in ROWS:
+        for capability in (90, 100):
+            asked = request(algo, capability, weight, dtype=torch.float32 if algo == "FP8" else torch.bfloat16)
+            for backend in expert_candidates(asked, "experts"):
+                try:
+                    self_test.check_expert_backend(backend, asked, torch.device("cpu"))
+                except ValueError as error:
+                    failed.append([algo, backend.name, str(error)])
+    # One sorting serves both products of a layer.
+    backend, number = GroupedDecoded(), WEIGHT_FORMATS["fp8"]
+    prepared = backend.prepare([[ShardWeight(number, number.quantize(torch.randn(32, 32)))]] * 3)
+    routing = Routing(torch.tensor([0, 2, -1, 1], dtype=torch.int32), 2)
+    for rows in (2, 4):
+        backend.matmul(prepared, torch.zeros(rows, 32, dtype=torch.float16), None, routing, torch.float32)
+    if len(routing.derived) != 1:
+        failed.append(["routing", str(len(routing.derived)), "sortings"])
+    return failed
+
+
+@pytest.mark.parametrize("tokens", [(1, 40), pytest.param(self_test.EXPERT_TOKENS, marks=pytest.mark.full)])
+def test_every_scheme_in_the_interpreter(tokens: tuple[int, ...]) -> None:
+    """One process: Triton decides at import whether it interprets. Products of many tokens take minutes there."""
+    script = (
+        "import json, sys, importlib.util as u\n"
+        f"spec = u.spec_from_file_location('cases', {str(Path(__file__))!r}); cases = u.module_from_spec(spec)\n"
+        "spec.loader.exec_module(cases)\n"
+        f"print(json.dumps(cases.interpreted({tokens})))\n"
+    )
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == []
