@@ -358,7 +358,7 @@ def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
     """Under ``auto``, where SGLang serves the weights; and refused, before any process starts, where the cache was asked for."""
     tensors = layers("model.layers.{}.self_attn", (0, 1))
     folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", **HYBRID[kind])
-    monkeypatch.setattr(kv_cache, "gpu_capability", lambda: 90)
+    monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: 90)
     runtime.start(folder)
     assert runtime.model.kv_cache_dtype == "auto"
     # Plain attention has one.
