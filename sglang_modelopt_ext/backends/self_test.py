@@ -22,8 +22,8 @@ from sglang_modelopt_ext.schemes.base import LORA_B
 
 N, K = 128, 512
 """Outputs and inputs of the layer on a CPU."""
-LEAST, MOST = 2048, 4096
-"""Outputs and inputs of the layer on a GPU lie between these; a layer within them is checked at its own size."""
+LARGE = 4096
+"""About N and K of the layer on a GPU: fewer outputs leave SMs without work, and a race that needs a busy GPU is then not seen."""
 ROW_TILE, TILE = 128, 256
 """Outputs and inputs to a tile at the most: kernels are compiled apart for inputs that are not whole tiles."""
 REPEATS = 16
@@ -259,10 +259,8 @@ def _sizes(request: LinearRequest, device: torch.device) -> tuple[int, int]:
 
 
 def _within(size: int, tile: int) -> int:
-    """``size``, or what whole tiles more or less bring between LEAST and MOST."""
-    if size < LEAST:
-        return size + (LEAST - size + tile - 1) // tile * tile
-    return size - max(size - MOST + tile - 1, 0) // tile * tile
+    """The size that differs from ``size`` by whole tiles and is the first from LARGE on."""
+    return LARGE + (size - LARGE) % tile
 
 
 def _generator(device: torch.device) -> Callable[..., torch.Tensor]:

@@ -133,7 +133,7 @@ class StrictLoad:
                     self.checkpoint.folder, name, "a tensor found in the files' headers", "an unknown one"
                 )
             if is_kv_cache_tensor(name) or name in self.left_out:
-                continue  # the first are read by integration.kv_scales, where the cache is quantized
+                continue  # the first are read by integration.kv.scales, where the cache is quantized
             spec = self.checkpoint.spec_of(name)
             if spec is not None and self.has_values:
                 check_values(stored.file, name, tensor, spec.values)

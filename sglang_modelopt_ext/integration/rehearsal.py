@@ -21,7 +21,7 @@ import torch
 from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS, read_plan
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.kv.hooks import HYBRID_SWA, LINEAR_ATTENTION, refused_pool
+from sglang_modelopt_ext.integration.kv.hooks import pool_kind, refused_pool
 
 RESULT = "REHEARSAL "
 """What the last line of the output begins with, before JSON: ``{"model", "problems", "missing", "left_over", "left_out"}``."""
@@ -121,7 +121,6 @@ def _without_values(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]
 
 def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, config: Any) -> list[ModelOptExtError]:
     """Return what is wrong with a cache of ours for this model."""
-    from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.runtime_context import get_model
 
     from sglang_modelopt_ext.integration.kv.layers import check_sinks, served_attention
@@ -130,12 +129,9 @@ def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, 
     if flag not in KV_FLAGS:
         return []
     try:
-        for kind, is_one in (
-            (HYBRID_SWA, config.is_hybrid_swa),
-            (LINEAR_ATTENTION, mambaish_config(config) is not None),
-        ):
-            if is_one:
-                raise refused_pool(kind, flag)
+        kind = pool_kind(config)
+        if kind is not None:
+            raise refused_pool(kind, flag)
         plan = read_plan(folder, quantization.config, flag)
         check_sinks(model)
         if plan is not None:

@@ -69,9 +69,11 @@ class Drive:
         self.chunk = case.chunk or WHOLE
         self.repeats = float("nan")
         """The share of the long prompts' tokens whose log probability is the same, bit for bit, when they are sent again."""
+        self.variation = float("nan")
+        """The mean difference between the log probabilities of the long prompts' tokens when they are sent twice."""
 
     def all(self) -> list[Scored]:
-        """Every request, one kind after the other; ``self.repeats`` is then known."""
+        """Every request, one kind after the other; ``repeats`` and ``variation`` are then known."""
         scored: list[Scored] = []
         again: list[Scored] = []
         length = BATCH_LENGTH if self.chunk >= BATCH * BATCH_LENGTH else BATCH_LENGTH_KV
@@ -85,7 +87,8 @@ class Drive:
             again += self.prompts(str(size), [ids])
         first = [value for one in scored if one.group in map(str, LONG) for value in one.values]
         second = [value for one in again for value in one.values]
-        self.repeats = sum(a == b for a, b in zip(first, second, strict=True)) / len(first)
+        apart = [abs(a - b) for a, b in zip(first, second, strict=True)]
+        self.repeats, self.variation = apart.count(0.0) / len(apart), sum(apart) / len(apart)
         for number in range(4):
             scored += self.decoded("decode, 1", [random_ids(24, seed=400 + number, vocab=VOCAB)], 24)
         scored += self.decoded("decode, 16", [ids[:BATCH_LENGTH_KV] for ids in prompts], 12)

@@ -142,7 +142,8 @@ class Runner:
             if other is None or not outcome.result or not other.result:
                 continue
             noise = outcome.result["judgement"]["noise_all"]
-            found = compare(outcome.case, outcome.result["scored"], other.result["scored"], noise)
+            variation = max(outcome.result["variation"], other.result["variation"])
+            found = compare(outcome.case, outcome.result["scored"], other.result["scored"], noise, variation)
             outcome.agrees = found["right"]
             outcome.notes.append(found["note"])
 

@@ -89,6 +89,7 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
     return {
         "judgement": judgement.as_json(),
         "repeats": drive.repeats,
+        "variation": drive.variation,
         "reading": asdict(reading),
         "attention": attention,
         "seconds": seconds,

@@ -45,9 +45,10 @@ def mixed_checkpoint(
             section = sections["a" if ".self_attn." in name else "e"]
             module = name.removesuffix(".weight_scale")
             experts = module.partition(".experts.")  # ModelOpt lists all experts of a layer as one
+            group_size = section.get("group_size")
             layers[experts[0] + ".experts" if experts[1] else module] = {
                 "quant_algo": section["quant_algo"],
-                "group_size": section.get("group_size"),
+                **({} if group_size is None else {"group_size": group_size}),
             }
 
     folder = edits.copy_with(folders["e"], target, [edits.drop_embedded_config, edits.edit_tensors(mix)])

@@ -210,7 +210,8 @@ class Runtime:
         def original(loader: Any, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield from stored
 
-        model_config = SimpleNamespace(model_path=str(model_path), revision=None, **config)
+        fields = {"model_path": str(model_path), "revision": None, "quantization": None, **config}
+        model_config = SimpleNamespace(**fields)
         loader = SimpleNamespace(load_config=LoadConfig())
         return [name for name, _ in kv_scales._get_all_weights(original, loader, model_config, model)]
 
@@ -226,6 +227,19 @@ def weights(folder: Path) -> Weights:
 
 def plain_names(folder: Path) -> list[str]:
     return [name for name, _ in weights(folder) if not name.endswith(("k_scale", "v_scale", "_bias"))]
+
+
+@pytest.mark.parametrize("fault", [*BROKEN, "missing"])
+def test_under_weights_of_ours_every_layer_has_its_scales(fault: str, runtime: Runtime, tmp_path: Path) -> None:
+    """SGLang's pool holds the cache, and nobody else would read a scale that is left."""
+    tensors = layers("model.layers.{}.self_attn", (0, 1)) | BROKEN.get(fault, {})
+    if fault == "missing":
+        del tensors["model.layers.1.self_attn.k_proj.k_scale"]
+    folder = kv_folder(tmp_path / "model", tensors)
+    runtime.start(folder)
+    with pytest.raises(ModelOptExtError, match=r"layers.1.self_attn"):
+        runtime.load(text_model(), folder, weights(folder), quantization="modelopt_ext")
+    runtime.load(text_model(), folder, weights(folder), quantization="modelopt_fp8")
 
 
 @pytest.mark.parametrize("flag", ["auto", "fp8_e4m3"])
@@ -324,6 +338,33 @@ def test_an_obstacle_to_a_cache_of_ours_leaves_sglangs_checkpoints_to_it(
         runtime.start(folder, "modelopt_nvfp4", enable_hierarchical_cache=True)
     with pytest.raises(ModelOptExtError, match="--enable-hierarchical-cache: expected it unset"):
         runtime.start(kv_export("nvfp4_affine", "llama", "FP8_DEFAULT_CFG"), enable_hierarchical_cache=True)
+
+
+HYBRID = {
+    "a hybrid sliding-window cache": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
+    "linear attention": {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "hybrid_override_pattern": "M*",
+        "layers_block_type": ["mamba", "attention"],
+    },
+}
+
+
+@pytest.mark.parametrize("kind", HYBRID)
+def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
+    kind: str, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under ``auto``, where SGLang serves the weights; and refused, before any process starts, where the cache was asked for."""
+    tensors = layers("model.layers.{}.self_attn", (0, 1))
+    folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", **HYBRID[kind])
+    monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: 90)
+    runtime.start(folder)
+    assert runtime.model.kv_cache_dtype == "auto"
+    # Plain attention has one.
+    plain = kv_folder(tmp_path / "plain", tensors, algo="NVFP4", architectures=["LlamaForCausalLM"], model_type="llama")
+    runtime.start(plain)
+    assert runtime.model.kv_cache_dtype == "modelopt_nvfp4"
 
 
 # A model on the hub

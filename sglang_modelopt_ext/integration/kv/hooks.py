@@ -108,6 +108,8 @@ def declare(server_args: Any) -> None:
     try:
         plan = plan_for(args.model_path, args.revision, args.kv_cache_dtype)
         if plan is not None:
+            if not asked and not plan.recipe.affine and _is_sglangs(args):
+                _check_pool(server_args, plan)
             _declare_plan(server_args, args, plan)
     except ModelOptExtError as error:
         # Without its biases a cache would be another than the checkpoint was calibrated for.
@@ -115,6 +117,21 @@ def declare(server_args: Any) -> None:
         if needs_ours or not _is_sglangs(args):
             raise
         logger.warning("modelopt_ext: the KV cache is left to SGLang: %s", error)
+
+
+def _check_pool(server_args: Any, plan: KVCachePlan) -> None:
+    """Raises ModelOptExtError for a model whose pool cannot hold the plan's cache."""
+    from sglang.srt.configs.model_config import ModelConfig
+
+    if is_stock(plan, _device(server_args)):
+        return
+    try:
+        config = ModelConfig.from_server_args(server_args)
+    except Exception:  # whatever is wrong with the model, SGLang will say it
+        return
+    kind = pool_kind(config)
+    if kind is not None:
+        raise refused_pool(kind, FLAG_PREFIX + plan.recipe.name)
 
 
 def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
@@ -309,6 +326,22 @@ def _build_mha_kv_pool(
 
 HYBRID_SWA, LINEAR_ATTENTION, SPARSE = "a hybrid sliding-window cache", "linear attention", "sparse attention"
 """Models whose caches a recipe of ours has no pool for."""
+
+
+def pool_kind(config: Any) -> str | None:
+    """Return which of the pools that hold no recipe of ours a model needs, None for that of plain attention.
+
+    Args:
+        config: SGLang's ``ModelConfig``.
+    """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import is_minimax_sparse
+
+    if config.is_hybrid_swa:
+        return HYBRID_SWA
+    if is_minimax_sparse(config.hf_config):
+        return SPARSE
+    return LINEAR_ATTENTION if mambaish_config(config) is not None else None
 
 
 def refused_pool(kind: str, flag: str) -> ModelOptExtError:

@@ -28,6 +28,7 @@ from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME, tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.folders import config_folder, downloaded_folder, weights_folder
 from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.schemes.table import FAMILIES
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +164,9 @@ def _set_scales(
         # A scale on a layer would be multiplied with by attention over a cache that was not divided by it, and one of a
         # cache with a bias is none for a cache without.
         return lambda name: True
-    plan = scales_for_sglang(model_config, folder, flag)
-    done = set_stock_scales(model, plan) if plan is not None else frozenset()
+    ours = model_config.quantization in FAMILIES
+    plan = scales_for_sglang(model_config, folder, flag, strict=ours)
+    done = set_stock_scales(model, plan, strict=ours) if plan is not None else frozenset()
     return lambda name: name in done
 
 
@@ -178,16 +180,25 @@ def _settled_on_another(folder: Path) -> ModelOptExtError:
     return ModelOptExtError.at(folder, "k_bias, v_bias", expected, "some")
 
 
-def scales_for_sglang(source: Any, folder: Path | None, flag: str) -> KVCachePlan | None:
-    """Return the scales for a cache of SGLang's own, None where the checkpoint has none for its format; never an error.
+def scales_for_sglang(source: Any, folder: Path | None, flag: str, strict: bool = False) -> KVCachePlan | None:
+    """Return the scales for a cache of SGLang's own, None where the checkpoint has none for its format.
 
-    ``source``: with ``model_path`` and ``revision``.
+    Args:
+        source: with ``model_path`` and ``revision``.
+        folder: where the weights are.
+        flag: the ``--kv-cache-dtype`` that was settled on.
+        strict: whether the weights are served by this package. SGLang's own checkpoints are never an error here.
+
+    Raises:
+        ModelOptExtError: with ``strict``, the scales do not fit the configuration.
     """
     if flag != "auto" and flag not in STOCK_FLAGS:
         return None
     try:
         plan = loaded_plan(source.model_path, source.revision, flag, folder)
     except ModelOptExtError as error:
+        if strict:
+            raise
         logger.warning("modelopt_ext: the KV cache's scales are left to SGLang: %s", error)
         return None
     if plan is None or _lacks_scales(plan) or plan.recipe.name != STOCK_FLAGS.get(flag, "fp8"):
@@ -195,19 +206,27 @@ def scales_for_sglang(source: Any, folder: Path | None, flag: str) -> KVCachePla
     return plan
 
 
-def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan) -> Set[str]:
+def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan, strict: bool = False) -> Set[str]:
     """Write the plan of a cache of SGLang's own into the ``k_scale`` and ``v_scale`` of its layers, where the model has them.
 
     Its NVFP4 caches expect amax / 2688 there, while exports store amax / 448; the pool of plain attention takes them away
     again (:mod:`sglang_modelopt_ext.integration.kv.hooks`). Layers that are set up already, as in an update of the weights,
-    stay as they are. A layer without scales, or with ones that cannot be, is left to the model.
+    stay as they are. A layer of SGLang's own checkpoint without scales, or with ones that cannot be, is left to the model.
+
+    Args:
+        model: what is served.
+        plan: the scales of the checkpoint.
+        strict: whether the weights are served by this package: nobody else then reads a scale that is left.
 
     Returns:
         The names of the tensors that have been dealt with.
+
+    Raises:
+        ModelOptExtError: with ``strict``, a layer lacks a scale or has a wrong one.
     """
     from sglang_modelopt_ext.integration.kv.layers import attention_layers, served_attention
 
-    numbers = plan.resolve(served_attention(model), strict=False)
+    numbers = plan.resolve(served_attention(model), strict=strict)
     for error in numbers.problems[:1]:
         more = f" (and {len(numbers.problems) - 1} more)" if len(numbers.problems) > 1 else ""
         logger.warning("modelopt_ext: the KV cache's scales of a layer are left to SGLang: %s%s", error, more)

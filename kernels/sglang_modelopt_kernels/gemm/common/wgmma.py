@@ -26,6 +26,8 @@ _STATEMENT = re.compile(
     r"|wgmma\.wait_group\.sync\.aligned\s+(?P<wait>\d+)",
     re.M,
 )
+HOPPER = 90
+"""The architecture that has wgmma, as Triton's targets name it."""
 _accepted: set[str] = set()
 
 
@@ -79,11 +81,14 @@ def checked(compiled: Any) -> None:
         compiled: what the launch returned; None in Triton's interpreter.
 
     Raises:
-        ValueError: it breaks the rule of this module. Its result must not be used.
+        ValueError: it breaks the rule of this module, or Triton kept no PTX of it and the GPU has wgmma. Do not use its result.
     """
     if compiled is None or compiled.hash in _accepted:
         return
-    found = register_race(compiled.asm.get("ptx", ""))
+    ptx = compiled.asm.get("ptx")
+    if ptx is None and compiled.metadata.target.arch == HOPPER:
+        raise ValueError(f"{compiled.name} cannot be checked for races without its PTX: unset TRITON_STORE_BINARY_ONLY")
+    found = register_race(ptx or "")
     if found is not None:
         raise ValueError(f"{compiled.name} was compiled to a race: {found}")
     _accepted.add(compiled.hash)
