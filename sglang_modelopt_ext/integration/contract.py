@@ -105,6 +105,7 @@ MODELS: tuple[Use, ...] = (
     Object("configs.load_config.LoadConfig", "how the weights are loaded", ("load_format", "download_dir")),
     Called("configs.load_config.LoadConfig", "a rehearsal's, all defaults"),
     Called("configs.hybrid_arch.mambaish_config", "linear attention has no cache of ours", ("model_config",)),
+    Called("configs.model_config.is_minimax_sparse", "sparse attention has no cache of ours", ("config",)),
     Called(
         "model_loader.loader.DefaultModelLoader._prepare_weights",
         "downloads a model on the hub",
