@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Another version of SGLang than the installed one: what of the contract it breaks, and the tests with it.
+"""Another version of SGLang than the installed one: its differences from the contract, and the tests with it.
 
     python tools/sglang_version.py contract 0.5.24   # downloads its wheel and reads it: no environment, nothing imported
     python tools/sglang_version.py test 0.5.22       # the tests that depend on the version, in an environment with it
@@ -20,7 +20,7 @@ import sys
 import sysconfig
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sglang_modelopt_ext.backends import packages
@@ -39,21 +39,21 @@ TESTS = (
     "tests/layers/test_moe.py",
     "tests/serving/test_recipes.py::test_mixed_precision",
 )
-"""What reads SGLang, decides about it, or runs in it; one start of a server."""
+"""Tests that read SGLang, decide about it, or run in it; one of them starts a server."""
 
 SHARED = "shared.pth"
 STAMP = "sglang-version.json"
 
 
-def main() -> int:
-    """Runs the command line and returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line, ``sys.argv[1:]`` by default, and return the exit code."""
     parser = argparse.ArgumentParser(description="Another version of SGLang than the installed one.")
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("contract", help="list what of the contract a version breaks")
+    command = commands.add_parser("contract", help="list the differences of a version from the contract")
     command.add_argument("version")
     command = commands.add_parser("test", help="run the tests that depend on the version")
     command.add_argument("version", nargs="?", help="default: every tested version but the installed one")
-    options, rest = parser.parse_known_args()
+    options, rest = parser.parse_known_args(argv)
     if options.command == "contract":
         return list_broken(options.version)
     others = [version for version in TESTED_SGLANG if version != installed_sglang()]
@@ -72,11 +72,11 @@ def pins(metadata: str) -> Iterator[str]:
 
 
 def list_broken(version: str) -> int:
-    """Prints what of the contract a version breaks. Returns 1 when there is any."""
+    """Print the differences of a version from the contract, and return 1 where there are any."""
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         download = ["download", "--quiet", "--no-deps", "--only-binary=:all:", "--dest", folder, f"sglang=={version}"]
-        subprocess.run([*PIP, *download], check=True)
+        pip(*download)
         (wheel,) = place.glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(place, [name for name in archive.namelist() if name.endswith((".py", "/METADATA"))])
@@ -87,11 +87,15 @@ def list_broken(version: str) -> int:
         broken = contract.check(uses, place / "sglang")
     for line in broken:
         print(line)
-    print(f"SGLang {version}: {len(broken)} breaches of {len(uses)} rows")
+    print(f"SGLang {version}: {len(broken)} differences from {len(uses)} rows of the contract")
     return min(len(broken), 1)
 
 
-PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input")
+def pip(*arguments: str) -> None:
+    """Run pip. Raises SystemExit, after what pip printed, where it fails."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", *arguments]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(f"sglang_version: failed: {' '.join(command)}")
 
 
 def environment(version: str) -> Path:
@@ -105,7 +109,7 @@ def environment(version: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(place)], check=True)
     own = place / Path(shared).relative_to(sys.prefix)
     # --target: pip would otherwise find the SGLang of the shared packages and try to uninstall it.
-    subprocess.run([*PIP, "install", "--quiet", "--no-deps", "--target", str(own), f"sglang=={version}"], check=True)
+    pip("install", "--quiet", "--no-deps", "--target", str(own), f"sglang=={version}")
     # As a directory of site-packages, so that what it has in .pth files (this project, the CPU shims) is there as well.
     (own / SHARED).write_text(f"import site; site.addsitedir({shared!r})\n")
     stamp.write_text(json.dumps(wanted))
@@ -113,7 +117,7 @@ def environment(version: str) -> Path:
 
 
 def test(version: str, arguments: list[str]) -> int:
-    """Runs the tests that depend on the version with it. Returns pytest's exit code."""
+    """Run the tests that depend on the version with it, and return pytest's exit code."""
     python = environment(version) / "bin" / "python"
     print(f"the tests with SGLang {version}", flush=True)
     # pytest's script and not `-m pytest`, which would put the repository root on sys.path.

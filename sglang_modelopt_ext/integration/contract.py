@@ -94,6 +94,7 @@ MODELS: tuple[Use, ...] = (
             "v_head_dim",
             "is_hybrid_swa",
             "is_draft_model",
+            "hf_config",
         ),
     ),
     Called("configs.model_config.ModelConfig.from_server_args", "a rehearsal's model", ("server_args",)),
@@ -419,6 +420,6 @@ def installed_root() -> Path | None:
 
 
 def check(uses: Iterable[Use], root: Path) -> list[str]:
-    """Return what of ``uses`` is not so in the SGLang at ``root``, one clause for each: ``symbol: difference``."""
+    """Return the differences of the SGLang at ``root`` from ``uses``, one clause for each: ``symbol: difference``."""
     sources = Sources(root)
     return [f"{use.symbol}: {difference}" for use in uses for difference in use.broken(sources)]

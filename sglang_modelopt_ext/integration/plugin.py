@@ -36,7 +36,7 @@ def check_sglang() -> None:
 
 
 def broken_contract() -> list[str]:
-    """Return what of the contract the installed SGLang breaks, one clause for each."""
+    """Return the differences of the installed SGLang from the contract, one clause for each."""
     from sglang_modelopt_ext.integration import contract
 
     root = contract.installed_root()

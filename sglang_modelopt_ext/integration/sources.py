@@ -1,4 +1,4 @@
-"""The sources of a package, read and never imported: which names its modules and classes have, and what its functions take.
+"""The sources of a package, read and never imported: the names in its modules and classes, and the parameters of its functions.
 
 Importing SGLang takes seconds, and modules for a GPU fail where there is none. A module is parsed when something in it is first
 asked for. Names that a module imports are followed to where they are defined.
@@ -88,7 +88,7 @@ class Sources:
                 yield f"{name}.{file.stem}"
 
     def find(self, target: str) -> Found | None:
-        """Return what the dotted path ``target`` names, None where there is nothing of that name."""
+        """Return the definition behind the dotted path ``target``, None where there is none."""
         parts = target.split(".")
         for count in range(len(parts), 0, -1):
             module = ".".join(parts[:count])
@@ -152,7 +152,7 @@ class Sources:
                     pending.append(parent)
 
     def members(self, found: Found) -> frozenset[str]:
-        """Return the attributes of a class and of its instances: what it and its bases define, and assign to ``self``."""
+        """Return the attributes of a class and of its instances: those that it and its bases define or assign to ``self``."""
         assert isinstance(found.node, ast.ClassDef)
         key = found.module, found.node.name
         if key not in self._members:
@@ -167,7 +167,7 @@ class Sources:
         return self._members[key]
 
     def abstract(self, found: Found) -> frozenset[str]:
-        """Return the methods of a class that somebody who derives from it has to write."""
+        """Return the abstract methods of a class, which a derived class has to write."""
         defined: dict[str, bool] = {}
         for owner in self.classes(found):
             assert isinstance(owner.node, ast.ClassDef)
@@ -178,7 +178,7 @@ class Sources:
         return frozenset(name for name, is_abstract in defined.items() if is_abstract)
 
     def parameters(self, found: Found) -> Parameters | None:
-        """Return what a function, a method or a class is called with; None for what is neither."""
+        """Return the parameters of a function, a method or the constructor of a class; None for anything else."""
         if isinstance(found.node, Function):
             return _parameters(found.node)
         if not isinstance(found.node, ast.ClassDef):
@@ -189,7 +189,7 @@ class Sources:
         return self._fields(found)
 
     def _fields(self, found: Found) -> Parameters:
-        """Of a data class, a named tuple or a struct: its annotated fields."""
+        """Return the annotated fields of a data class, a named tuple or a struct, which are its constructor's parameters."""
         fields: dict[str, bool] = {}
         for owner in reversed(list(self.classes(found))):
             assert isinstance(owner.node, ast.ClassDef)

@@ -1,7 +1,7 @@
 """The ways in which this package uses a symbol of SGLang, and how each is checked against SGLang's sources.
 
 A row names a symbol by its dotted path, relative to ``sglang.srt`` unless it begins with ``sglang.``, and says why it is used.
-``broken`` yields one clause for each thing that is not as the row says.
+``broken`` yields one clause for each difference from the row.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Use:
         return ()
 
     def broken(self, sources: Sources) -> Iterator[str]:
-        """Yield what is wrong, nothing where the row holds."""
+        """Yield the differences of SGLang from the row, none where it holds."""
         found = sources.find(self.target)
         if found is None:
             yield "missing"
@@ -82,7 +82,7 @@ class Written(Use):
 
     Attributes:
         parameters: all of them, as ``inspect.signature`` lists them.
-        later: those that some versions have behind them, and what is written here takes too.
+        later: parameters that some versions have behind those; the function written here takes them too.
     """
 
     parameters: tuple[str, ...]

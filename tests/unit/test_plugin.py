@@ -69,7 +69,9 @@ def test_the_installed_version_is_tested() -> None:
 
 
 def test_another_version_in_which_everything_is_as_expected_starts_with_one_warning() -> None:
-    result = run(f"{UNTESTED}\n{LOAD}")
+    """And with no more of SGLang than a tested one: attention for a GPU, of which the contract has rows, is not imported."""
+    loaded = "import sys; assert 'sglang.srt.layers.attention.triton_backend' not in sys.modules"
+    result = run(f"{UNTESTED}\n{LOAD}\n{loaded}")
     assert result.returncode == 0, result.stderr[-3000:]
     assert "went on" in result.stdout
     (line,) = [line for line in result.stderr.splitlines() if "modelopt_ext: this plugin was tested" in line]
