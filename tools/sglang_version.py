@@ -38,8 +38,9 @@ TESTS = (
     "tests/unit/test_kv_scales.py",
     "tests/layers/test_moe.py",
     "tests/serving/test_recipes.py::test_mixed_precision",
+    "tests/serving/test_moe.py::test_mixed_precision",
 )
-"""Tests that read SGLang, decide about it, or run in it; one of them starts a server."""
+"""Tests that read SGLang, decide about it, or run in it; the last two start servers, and update the weights of one."""
 
 SHARED = "shared.pth"
 STAMP = "sglang-version.json"

@@ -175,7 +175,10 @@ LAYERS: tuple[Use, ...] = (
     Base(
         "layers.quantization.base_config.FusedMoEMethodBase",
         "our method of experts",
-        ("create_weights", "create_moe_runner", "apply", "process_weights_after_loading"),
+        (
+            *("create_weights", "create_moe_runner", "apply", "process_weights_after_loading"),
+            "restore_weights_before_loading",
+        ),
     ),
     Written(
         "layers.quantization.base_config.FusedMoEMethodBase.create_weights",
