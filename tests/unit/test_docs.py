@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 INDEX = DOCS / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md"))]
+TEMPLATE = "sglang_modelopt_ext/cli/NAME.py"
+"""The file of a command that is still to be written, in docs/adding.md."""
 LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
 
 
@@ -79,3 +81,14 @@ def test_every_flag_and_setting_is_documented() -> None:
     assert [setting.variable for setting in SETTINGS if setting.variable not in settings] == []
     serving = (DOCS / "serving.md").read_text(encoding="utf-8")
     assert [flag for flag in FAMILIES if flag not in serving] == []
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/adding.md", "docs/architecture.md"])
+def test_named_files_exist(page: str) -> None:
+    """A file is named by its path, or by the end of it."""
+    folders = ("benchmarks", "cpu_runtime", "examples", "kernels", "sglang_modelopt_ext", "tests", "tools")
+    paths = [str(path.relative_to(ROOT)) for folder in folders for path in (ROOT / folder).rglob("*.*")]
+    named = set(re.findall(r"`([\w/.-]+\.(?:py|txt))`", (ROOT / page).read_text(encoding="utf-8")))
+    assert named
+    missing = {name for name in named - {TEMPLATE} if not any(f"/{path}".endswith(f"/{name}") for path in paths)}
+    assert missing == set()
