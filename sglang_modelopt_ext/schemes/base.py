@@ -16,14 +16,14 @@ from sglang_modelopt_kernels.formats.base import ActivationFormat, Dim, TensorSp
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PRE_QUANT_SCALE = TensorSpec("pre_quant_scale", _MODEL_DTYPES, (Dim("K"),), ValueRule.POSITIVE)
-"""The smoothing of AWQ and SmoothQuant: ``y = Q(x * pre_quant_scale) @ Q(W)^T``, where W was divided by it before."""
+"""AWQ's and SmoothQuant's smoothing: ``y = Q(x * pre_quant_scale) @ Q(W)^T``, W already divided by it."""
 
 FP4_ACTIVATIONS = ("nvfp4_dynamic", "mxfp4_dynamic")
-"""Activation formats that ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` applies to."""
+"""Formats of activations that ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` may leave out."""
 
 
 def is_fp4(activation: ActivationFormat | None) -> TypeGuard[ActivationFormat]:
-    """Return whether ``activation`` is an FP4 format (:data:`FP4_ACTIVATIONS`)."""
+    """Whether it is one of :data:`FP4_ACTIVATIONS`."""
     return activation is not None and activation.name in FP4_ACTIVATIONS
 
 
