@@ -1,4 +1,4 @@
-"""The quantization config that SGLang asks about a checkpoint of this package, its detection, and the method of each layer."""
+"""The quantization config that SGLang builds for a checkpoint of this package: its detection, and the method of each layer."""
 
 from __future__ import annotations
 
@@ -212,7 +212,9 @@ class ModelOptExtConfig(QuantizationConfig):
         gate, up, down = (layer_scheme(self.config, layer) if layer else None for layer in quantized)
         gate_up = self._same(prefix, {gate, up})
         if gate_up is None or down is None:
-            raise ModelOptExtError.at(where, prefix, "experts that are quantized whole", "some of their layers")
+            raise ModelOptExtError.at(
+                where, prefix, "gate, up and down of the experts all quantized", "only some of them"
+            )
         return ExtFusedMoEMethod(gate_up, down, where, prefix, self.math, None)
 
     def _same(self, prefix: str, schemes: set[LayerScheme | None]) -> LayerScheme | None:

@@ -212,7 +212,7 @@ def full_shard_sizes(layer: Any, partition_sizes: list[int]) -> list[int] | None
 
 def _rank_maximum(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     def maximum(amax: torch.Tensor) -> torch.Tensor:
-        # SGLang's own collective: it is the one that may run inside a captured CUDA graph.
+        # Of the collectives, only SGLang's may run inside a captured CUDA graph.
         return layer.tp_group.all_gather(amax, dim=-1).amax(dim=-1, keepdim=True)
 
     return maximum

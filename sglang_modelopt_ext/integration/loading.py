@@ -204,7 +204,7 @@ class StrictLoad:
         """Call ``load`` with the checked ``weights``, and require that all parameters are loaded and all tensors used.
 
         Raises:
-            ModelOptExtError: a value, a missing shard or an unused tensor, which the error names.
+            ModelOptExtError: a value is illegal, a parameter or shard is not loaded, or a tensor is unused; the error names it.
         """
         self.load(load, weights)
         for problem in (*self.missing(), *self.left_over(self._used_anywhere())):

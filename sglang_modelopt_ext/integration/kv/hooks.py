@@ -45,7 +45,7 @@ SERVED_BACKENDS = frozenset(ATTENTION_BACKENDS.values())
 WRAPPED_BACKENDS = frozenset({"flashinfer", "trtllm_mha"})
 """SGLang's attention backends that can have a bias or a rotation around them; used only where the user names one."""
 
-NOT_WRAPPED = "nobody worked it out for SGLang's own cache under a bias or a rotation"
+NOT_WRAPPED = "it has not been tested with a bias or a rotation around SGLang's own cache"
 
 UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -188,7 +188,7 @@ def _check_blackwell(plan: KVCachePlan) -> None:
 
 
 def check_backends(server_args: Any) -> None:
-    """Raise ModelOptExtError when SGLang resolved attention backends that cannot read the cache."""
+    """Raise ModelOptExtError when the attention backends that SGLang resolved cannot read the cache."""
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view, use_mla_backend
 
     args = resolved_view(server_args)

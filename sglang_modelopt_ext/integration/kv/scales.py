@@ -197,7 +197,7 @@ def _has_biases(folder: Path) -> bool:
 
 def _late_biases(folder: Path) -> ModelOptExtError:
     """Return the error for biases that came with a download, after the recipe was resolved without them."""
-    expected = "no biases, as settled before the download (start again, or name the --kv-cache-dtype)"
+    expected = "no biases, as the recipe was chosen before the download (start again, or name the --kv-cache-dtype)"
     return ModelOptExtError.at(folder, "k_bias, v_bias", expected, "some")
 
 
@@ -237,7 +237,7 @@ def set_stock_scales(model: torch.nn.Module, plan: KVCachePlan, strict: bool = F
     Args:
         model: the model that is served.
         plan: the plan with the checkpoint's scales.
-        strict: whether the weights are served by this package, whose strict loader leaves no scale to the model.
+        strict: whether the weights are served by this package, so that no other code reads a scale that is skipped here.
 
     Returns:
         The names of the tensors that were used.
