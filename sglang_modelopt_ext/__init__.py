@@ -1,6 +1,6 @@
-"""Serve the quantized checkpoints of dense models that NVIDIA ModelOpt exports with an unmodified SGLang.
+"""A plugin with which an unmodified SGLang serves the quantized checkpoints that NVIDIA ModelOpt exports.
 
-Nothing is imported here: SGLang loads :func:`sglang_modelopt_ext.integration.plugin.register` through its entry point, and
+Nothing else is imported here: SGLang loads :func:`sglang_modelopt_ext.integration.plugin.register` through its entry point, and
 the checkpoint reader must stay importable without SGLang.
 """
 

@@ -1,4 +1,4 @@
-"""Settings read from the environment: one reader, one prefix, and an error for a value nobody understands."""
+"""Settings read from environment variables, all with one prefix; an unknown value is an error."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ W4A8Math = Literal["exact", "fp8"]
 
 @dataclass(frozen=True)
 class Setting:
-    """One environment variable: its name without the prefix, its choices (empty: free text), default and meaning."""
+    """One environment variable: its name without the prefix, its choices (empty: any text), its default and its meaning."""
 
     name: str
     choices: tuple[str, ...]
@@ -28,7 +28,7 @@ class Setting:
         return PREFIX + self.name
 
     def read(self) -> str:
-        """The value in force. Raises ModelOptExtError when it is not one of the choices."""
+        """Return the value in the environment, or the default. Raises ModelOptExtError when it is not one of the choices."""
         value = os.environ.get(self.variable, "") or self.default
         if self.choices and value not in self.choices:
             raise ModelOptExtError.at(
@@ -41,7 +41,7 @@ W4A8_MATH = Setting(
     "W4A8_MATH",
     ("exact", "fp8"),
     "exact",
-    "How NVFP4 weights meet FP8 activations: `exact` multiplies fp4 * block scale as bf16 (every product exact), "
+    "How NVFP4 weights are multiplied with FP8 activations: `exact` multiplies fp4 * block scale as bf16 (every product exact), "
     "`fp8` first rounds it to e4m3 as TensorRT-LLM does.",
 )
 MXFP4_ACTIVATIONS = Setting(
@@ -63,20 +63,21 @@ GEMM = Setting(
     (),
     "",
     "Kernels that may serve linear layers, by the names of the support matrix, comma-separated, in order of preference; "
-    "a layer none of them takes is an error. Empty: all, in the plugin's own order.",
+    "a layer that none of them supports is an error. Empty: all, in the plugin's own order.",
 )
 EXPERTS = Setting(
     "EXPERTS",
     (),
     "",
-    "Likewise for the experts of a mixture. Kernels that compute a whole layer of experts serve only by name, and are tried before "
-    "those that multiply once. Empty: the plugin's own.",
+    "Kernels that may serve the experts of a mixture, by the names of the support matrix, comma-separated, in order of preference. "
+    "Kernels that compute a whole layer of experts serve only by name, and are tried before those that compute one product. "
+    "Empty: the kernels that compute one product, in the plugin's own order.",
 )
 TUNING = Setting(
     "TUNING",
     (),
     "",
-    "A file made by `python -m sglang_modelopt_ext.tuning`: the backends that take a layer are tried in the order of their "
+    "A file made by `python -m sglang_modelopt_ext.tuning`: the kernels that support a layer are tried in the order of their "
     "measured times. It must be of this GPU and these versions, else it is not used and the log says why.",
 )
 ERROR_FILE = Setting(
@@ -89,5 +90,5 @@ SETTINGS = (W4A8_MATH, MXFP4_ACTIVATIONS, FP4_ACTIVATIONS, GEMM, EXPERTS, TUNING
 
 
 def w4a8_math() -> W4A8Math:
-    """The numerics of NVFP4 weights with FP8 activations, fixed for the life of a server."""
+    """Return the numerics of NVFP4 weights with FP8 activations (``SGLANG_MODELOPT_EXT_W4A8_MATH``), fixed for a server's life."""
     return cast(W4A8Math, W4A8_MATH.read())

@@ -1,7 +1,7 @@
-"""The experts of a mixture as a checkpoint stores them: one linear layer for each expert and projection.
+"""The experts of a mixture in a checkpoint: one linear layer for each expert and projection.
 
-ModelOpt unpacks fused experts when it exports: ``<experts>.<number>.<projection>``, with Qwen's names of the projections or
-Mixtral's.
+ModelOpt unpacks fused experts when it exports. Their names are ``<experts>.<number>.<projection>``, with Qwen's names of the
+projections (``gate_proj``, ``up_proj``, ``down_proj``) or Mixtral's (``w1``, ``w3``, ``w2``).
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
 
 EXPERT_PROJECTIONS: tuple[tuple[str, str, str], ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""Gate, up and down, in each naming scheme."""
+"""The names of gate, up and down, in each naming scheme."""
 
 
 @dataclass(frozen=True)
 class ExpertLayer:
-    """All experts of one layer, found to agree.
+    """All experts of one layer, checked to have equal schemes, tensors and sizes.
 
     Attributes:
         name: their common name in the checkpoint, such as ``model.layers.0.mlp.experts``.
         projections: the names of gate, up and down.
-        count: how many there are.
-        gate_up: how every expert's gate and up are quantized.
-        down: likewise down.
+        count: the number of experts.
+        gate_up: the scheme of every expert's gate and up.
+        down: the scheme of every expert's down.
         hidden: input features of gate and up, and output features of down.
-        intermediate: the reverse.
+        intermediate: output features of gate and of up, and input features of down.
     """
 
     name: str
@@ -43,19 +43,20 @@ class ExpertLayer:
 
 
 def is_expert(module: str) -> bool:
-    """Whether a module is a projection of an expert, by its name."""
+    """Return whether ``module`` is the name of a projection of an expert."""
     return EXPERT.fullmatch(module) is not None
 
 
 def read_experts(linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, StoredTensor]) -> dict[str, ExpertLayer]:
-    """The quantized expert layers of a checkpoint, by :func:`canonical_name`.
+    """Return the quantized expert layers of a checkpoint, by :func:`canonical_name`.
 
     Args:
         linears: the checkpoint's quantized linear layers, by canonical name.
-        tensors: the headers of all of its tensors.
+        tensors: the headers of all of its tensors, by name.
 
     Raises:
-        ModelOptExtError: an expert or a projection is missing or unquantized, or experts of a layer disagree.
+        ModelOptExtError: an expert or a projection is missing or unquantized, or experts of a layer differ in scheme, tensors or
+            sizes.
     """
     found: dict[str, dict[int, dict[str, QuantizedLinear]]] = {}
     for linear in linears.values():
@@ -100,13 +101,13 @@ def _describe(
             _check_same(group[0], linear)
     if (down[0].n, down[0].k) != (gate[0].k, gate[0].n):
         raise ModelOptExtError.at(
-            file, f"{down[0].name}.weight", f"{gate[0].k} outputs and {gate[0].n} inputs", [down[0].n, down[0].k]
+            file, f"{down[0].name}.weight", f"N, K = {[gate[0].k, gate[0].n]}", [down[0].n, down[0].k]
         )
     return ExpertLayer(name, projections, len(experts), gate[0].scheme, down[0].scheme, gate[0].k, gate[0].n)
 
 
 def _stored_numbers(tensors: Iterable[str]) -> dict[str, set[int]]:
-    """By layer: the numbers of the experts that have any tensor, quantized or not."""
+    """Return, by layer, the numbers of the experts that have any tensor, quantized or not."""
     numbers: dict[str, set[int]] = {}
     for tensor in tensors:
         match = EXPERT.fullmatch(tensor.rpartition(".")[0])
@@ -116,12 +117,12 @@ def _stored_numbers(tensors: Iterable[str]) -> dict[str, set[int]]:
 
 
 def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
-    """Experts that one product serves: the same scheme, tensors and sizes."""
+    """Raise ModelOptExtError unless two experts can be multiplied in one product: equal schemes, tensors and sizes, no bias."""
     file = next(iter(linear.stored.values())).file
     if "bias" in linear.stored:
         raise ModelOptExtError.at(file, f"{linear.name}.bias", "experts without a bias", "one")
     differ = sorted(set(first.stored) ^ set(linear.stored))
-    # Tensors that only one of them stores may decide its scheme: they are the fault then, and are named.
+    # A tensor that only one of them stores may decide its scheme, so it is named before the schemes are compared.
     if differ and linear.scheme.algo == first.scheme.algo:
         owner, other = (first, linear) if differ[0] in first.stored else (linear, first)
         raise ModelOptExtError.at(file, f"{other.name}.{differ[0]}", f"a tensor, as {owner.name} has", "none")
@@ -133,13 +134,13 @@ def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
         raise ModelOptExtError.at(
             file,
             f"{linear.name}.weight",
-            f"{[first.n, first.k]} outputs and inputs, as {first.name}",
+            f"N, K = {[first.n, first.k]}, as {first.name}",
             [linear.n, linear.k],
         )
 
 
 def _check_counts(layers: list[ExpertLayer], found: Mapping[str, Mapping[int, Mapping[str, QuantizedLinear]]]) -> None:
-    """Every layer has the same number of experts, as in every model there is."""
+    """Raise ModelOptExtError unless all layers have equally many experts, as all known models do."""
     for layer in layers[1:]:
         if layer.count != layers[0].count:
             linear = next(iter(found[layer.name][0].values()))

@@ -1,13 +1,13 @@
-"""The KV cache a checkpoint asks for: its recipe, and the scales and biases of every attention layer.
+"""The KV cache that a checkpoint asks for: its recipe, and the scales and biases of every attention layer.
 
-What an export says, and what only its tensors show:
+Sources of the recipe and the scales:
 
 - ``kv_cache_quant_algo`` is FP8, NVFP4 or NVFP4_AFFINE. FP8 with ``k_bias`` and ``v_bias`` is the affine preset.
 - A rotated NVFP4 cache is exported as NVFP4; this package records ``kv_cache_recipe`` under its own key, and
-  ``--kv-cache-dtype modelopt_nvfp4_rotate`` says it for other exports.
+  ``--kv-cache-dtype modelopt_nvfp4_rotate`` selects rotation for other exports.
 - Exports in Hugging Face's naming store ``k_proj.k_scale`` = amax / 448 for both formats. Exports of Megatron models store
   ``self_attn.k_scale``: amax / 448 for FP8 and amax / 2688 for NVFP4 (``get_scaling_factor`` in ``torch/export/quant_utils.py``).
-- The ``_cast`` presets store no scales: amax is 448.
+- The ``_cast`` presets store no scales: their amax is 448.
 """
 
 from __future__ import annotations
@@ -41,38 +41,38 @@ from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe
 
 FLAG_PREFIX = "modelopt_"
 KV_FLAGS: dict[str, KVRecipe] = {FLAG_PREFIX + name: recipe for name, recipe in KV_RECIPES.items()}
-"""Our values of ``--kv-cache-dtype``."""
+"""This package's values of ``--kv-cache-dtype``, and the recipe of each."""
 
 UNQUANTIZED_KV = ("bf16", "bfloat16")
 """Values of ``--kv-cache-dtype`` that leave a checkpoint's KV cache quantization unused."""
 
 STOCK_FP8_KV = "fp8_e4m3"
 STOCK_FLAGS: dict[str, str] = {STOCK_FP8_KV: "fp8", "nvfp4": "nvfp4"}
-"""SGLang's own flags and the recipe each is."""
+"""SGLang's own values of ``--kv-cache-dtype`` for quantized caches, and the recipe that each corresponds to."""
 
 KV_ALGOS: dict[str, tuple[str, ...]] = {
     "FP8": ("fp8", "fp8_affine"),
     "NVFP4": ("nvfp4", "nvfp4_rotate"),
     "NVFP4_AFFINE": ("nvfp4_affine",),
 }
-"""``kv_cache_quant_algo`` and the recipes that are exported under it, the usual one first."""
+"""The recipes that are exported under each ``kv_cache_quant_algo``, the usual one first."""
 
 CAST_AMAX = 448.0
-"""What the ``_cast`` presets, and a cache quantized by flag alone, take for the largest magnitude."""
+"""The amax that the ``_cast`` presets, and a cache quantized by flag alone, assume."""
 
 DECODER_LAYERS = "layers"
-"""The usual place of the decoder's layers, by canonical name."""
+"""The canonical name that most models have for the decoder's list of layers."""
 
 
 @dataclass(frozen=True)
 class KVCachePlan:
-    """How the KV cache of a model is quantized.
+    """The quantization of a model's KV cache: a recipe and the source of its scales.
 
     Attributes:
-        recipe: the formats and what is done around them.
-        source: where its scales are from, for the log.
+        recipe: the cache's format, and the bias or rotation around it.
+        source: the origin of the scales, for the log.
         folder: the checkpoint.
-        stored: what its tensors say, None when every layer has the scale of an amax of 448.
+        stored: the checkpoint's tensors of the cache; None where they were not read or where every layer has an amax of 448.
     """
 
     recipe: KVRecipe
@@ -82,12 +82,20 @@ class KVCachePlan:
 
     @property
     def fallback(self) -> KVLayer:
-        """The numbers of a layer that nobody calibrated."""
+        """The scales of a layer that was not calibrated, from an amax of 448."""
         scale = CAST_AMAX / self.recipe.format.range
         return KVLayer(scale, scale)
 
     def resolve(self, attention: Attention, *, strict: bool = True) -> ResolvedScales:
-        """The numbers of the attention layers of a model, see :func:`~sglang_modelopt_ext.checkpoint.kv_scales.resolve`."""
+        """Return the scales and biases of the attention layers of a model.
+
+        Args:
+            attention: the attention layers of the model that is served.
+            strict: whether a layer without scales, or with wrong ones, is an error.
+
+        Raises:
+            ModelOptExtError: with ``strict``, a tensor is missing or wrong.
+        """
         if self.stored is None:
             return ResolvedScales(dict.fromkeys(attention.layers, self.fallback), frozenset(), frozenset())
         if strict and self.recipe.affine and not self.stored:
@@ -97,9 +105,9 @@ class KVCachePlan:
 
     @functools.cached_property
     def layers(self) -> Mapping[int, KVLayer]:
-        """The numbers of the decoder's layers as config.json and the tensors have them, empty where none are stored.
+        """The scales and biases of the decoder's layers by layer number, without a model: config.json gives their count.
 
-        For those who have no model at hand. Raises ModelOptExtError for what is wrong with them.
+        Empty where the checkpoint stores none. Raises ModelOptExtError where a tensor is missing or wrong.
         """
         if self.folder is None or not self.stored:
             return self.resolve(Attention({})).layers
@@ -108,22 +116,23 @@ class KVCachePlan:
         return layers
 
     def layer(self, number: int) -> KVLayer:
-        """The numbers of one of :attr:`layers`; of any layer where none are stored."""
+        """Return the scales and biases of one layer; those of an amax of 448 where the checkpoint stores none."""
         return self.layers[number] if self.layers else self.fallback
 
 
 def kv_cache_plan(
     folder: Path, config: QuantConfig | None, flag: str, names: Collection[str] | None = None
 ) -> KVCachePlan | None:
-    """How the model in ``folder`` is to be cached under ``--kv-cache-dtype flag``; None where it is SGLang's own business.
+    """Return the KV cache's plan for ``folder`` under ``--kv-cache-dtype flag``, without scales; None where it is left to SGLang.
 
-    The recipe only, which has to be settled before a model on the hub is downloaded: :func:`read_plan` has the scales as well.
+    The recipe has to be known before a model on the hub is downloaded. :func:`read_plan` reads the scales as well.
 
     Args:
         folder: the checkpoint.
-        config: what it declares, None when ModelOpt did not write it.
+        config: its declared quantization, None when ModelOpt did not write it.
         flag: the flag's value, ``auto`` when it was not given.
-        names: of its tensors; those that :func:`tensor_names` finds by default. Where there are none, FP8 is taken for plain.
+        names: the names of its tensors, by default those of :func:`tensor_names`. Where there are none, FP8 is taken to have no
+            biases.
 
     Raises:
         ModelOptExtError: the flag contradicts the checkpoint, or its tensors do not fit what it declares.
@@ -154,7 +163,11 @@ def kv_cache_plan(
 
 
 def read_plan(folder: Path, config: QuantConfig | None, flag: str) -> KVCachePlan | None:
-    """:func:`kv_cache_plan` with the scales, from a ``folder`` that has the weights. Raises ModelOptExtError likewise."""
+    """Return the KV cache's plan with its scales, from a ``folder`` that has the weights; None where it is left to SGLang.
+
+    Raises:
+        ModelOptExtError: the flag contradicts the checkpoint, a header cannot be read, or tensors do not fit the declaration.
+    """
     tensors = read_headers(folder) if config is not None and config.kv_cache_algo is not None else {}
     plan = kv_cache_plan(folder, config, flag, tensors)
     if plan is None or config is None or plan.folder is None:
@@ -205,24 +218,24 @@ def _source(config: QuantConfig, recipe: KVRecipe, stored: StoredScales) -> str:
 
 
 def _declared_attention(folder: Path, stored: StoredScales) -> Attention:
-    """The decoder's attention layers by what is stored of each, up to the number that config.json has."""
+    """Return the decoder's attention layers, as stored projections and cache tensors show them, up to config.json's layer count."""
     fields = text_config(folder)
     count = fields.get("num_hidden_layers")
-    shared = fields.get("num_kv_shared_layers")  # the last ones, which read the caches of others
+    shared = fields.get("num_kv_shared_layers")  # the last layers, which read the caches of earlier ones
     end = count - (shared if isinstance(shared, int) else 0) if isinstance(count, int) else None
-    # Without a model's names: the list of most layers whose attention stores anything, the decoder's by far.
+    # No model gives names here. Of the lists of layers that store anything, the decoder's is by far the longest.
     path = max(stored.blocks, key=lambda path: (path == DECODER_LAYERS, len(stored.blocks[path])))
     numbers = (number for number in stored.blocks[path] if end is None or number < end)
     return Attention({number: f"{path}.{number}.self_attn" for number in numbers})
 
 
 def is_latent(folder: Path) -> bool:
-    """Whether the model caches latent vectors (MLA), which have one scale and are SGLang's own business."""
+    """Return whether the model caches latent vectors (MLA), which have one scale and are left to SGLang."""
     return text_config(folder).get("kv_lora_rank") is not None
 
 
 def _head_sizes(folder: Path) -> tuple[int, int] | None:
-    """``(KV heads, head_dim)`` of config.json, None where it does not state them."""
+    """Return ``(KV heads, head_dim)`` of config.json, None where it does not state them."""
     fields = text_config(folder)
     queries = fields.get("num_attention_heads")
     heads = fields.get("num_key_value_heads") or queries
@@ -233,14 +246,14 @@ def _head_sizes(folder: Path) -> tuple[int, int] | None:
 
 
 def check_declared_head_dim(folder: Path, recipe: KVRecipe) -> None:
-    """:func:`check_head_dim` of config.json, where it states one."""
+    """Raise ModelOptExtError when the recipe cannot store vectors of config.json's head_dim; pass where none is stated."""
     sizes = _head_sizes(folder)
     if sizes is not None:
         check_head_dim(recipe, sizes[1], folder / CONFIG_NAME)
 
 
 def _check_heads(folder: Path, recipe: KVRecipe, layers: Mapping[int, KVLayer]) -> None:
-    """Head counts and sizes against config.json, where it states them."""
+    """Raise ModelOptExtError where a bias does not have the KV heads and head_dim of config.json; pass where none are stated."""
     sizes = _head_sizes(folder)
     if sizes is None:
         return
@@ -256,7 +269,7 @@ def _check_heads(folder: Path, recipe: KVRecipe, layers: Mapping[int, KVLayer]) 
 
 
 def check_head_dim(recipe: KVRecipe, head_dim: int, where: object) -> None:
-    """Raises ModelOptExtError unless vectors of ``head_dim`` can be stored."""
+    """Raise ModelOptExtError, naming ``where``, unless the recipe's format can store vectors of ``head_dim``."""
     if head_dim % recipe.format.vector_multiple:
         raise ModelOptExtError.at(
             where,

@@ -1,9 +1,9 @@
-"""The numbers of a quantized KV cache as a checkpoint stores them, by the number of the decoder's layer.
+"""The scales and biases of a quantized KV cache in a checkpoint, by layer number of the decoder.
 
 Tensors of the cache lie beside a layer's projections (``model.layers.3.self_attn.k_proj.k_scale``) or in its attention module
-(Megatron: ``model.layers.3.self_attn.k_scale``). What the module around them is called differs between checkpoint and server
+(Megatron: ``model.layers.3.self_attn.k_scale``). The name of the module around them differs between checkpoint and server
 (``self_attn``, ``attn``, ``mixer``); the layer's number does not. A checkpoint may number the layers of a vision tower or of an
-MTP block as well: each such list of layers is a *block*, told from the decoder's by where it is.
+MTP block as well, so that each list of layers is kept apart, by its canonical name.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _PROJECTIONS = ("k_proj", "v_proj", "qkv_proj")
 
 @dataclass(frozen=True)
 class KVLayer:
-    """The static numbers of one attention layer.
+    """The static scales and biases of one attention layer.
 
     Attributes:
-        k_scale, v_scale: amax / range of the recipe's format.
+        k_scale, v_scale: amax / the range of the recipe's format.
         k_bias, v_bias: float32 ``[H_kv, D]``, of all ranks, or None.
     """
 
@@ -46,8 +46,8 @@ class Attention:
     """The attention layers of the model that is served.
 
     Attributes:
-        layers: the name of the attention module by layer number; layers that share a cache are one.
-        other_parts: top-level parts of the model that are no decoder, such as a vision tower, by canonical name.
+        layers: the name of the attention module by layer number; layers that share a cache have one entry.
+        other_parts: canonical names of the model's top-level parts that are no decoder, such as a vision tower.
     """
 
     layers: Mapping[int, str]
@@ -56,12 +56,12 @@ class Attention:
 
 @dataclass
 class StoredLayer:
-    """What a checkpoint stores of one layer's attention.
+    """The stored tensors of one layer's KV cache.
 
     Attributes:
-        owner: the module with the tensors, by its name in the checkpoint.
-        tensors: those of the cache, by last name.
-        has_keys, has_values: whether a projection of its own makes keys, and values.
+        owner: the checkpoint's name of the module that has the tensors.
+        tensors: their headers, by last part of the name (``k_scale``, ``v_bias``, ...).
+        has_keys, has_values: whether a projection that makes keys, or values, is stored for the layer.
     """
 
     owner: str
@@ -75,8 +75,8 @@ class StoredScales:
     """Every tensor of the KV cache in a checkpoint.
 
     Attributes:
-        config: what the checkpoint declares.
-        blocks: by list of layers and number: what is stored there.
+        config: the checkpoint's declared quantization.
+        blocks: the stored layers, by canonical name of the list of layers and by layer number.
     """
 
     config: QuantConfig
@@ -86,18 +86,18 @@ class StoredScales:
         return any(layer.tensors for block in self.blocks.values() for layer in block.values())
 
     def some(self) -> StoredTensor:
-        """Return one of the tensors, for errors and for the naming scheme."""
+        """Return any one of the tensors, for an error's file and for the naming scheme."""
         return next(
             tensor for block in self.blocks.values() for layer in block.values() for tensor in layer.tensors.values()
         )
 
     def decoder(self, attention: Attention) -> Mapping[int, StoredLayer]:
-        """Return the block of the decoder with ``attention``, empty where none is."""
+        """Return the stored layers of the decoder, whose attention layers are ``attention``, by number; empty where none match."""
         wanted = attention.layers.keys()
         places = {place[0] for name in attention.layers.values() if (place := layer_position(name))}
         for path in sorted(places & self.blocks.keys()):
             return self.blocks[path]
-        # Under another name (``backbone.layers`` of Nemotron-H): the one that has every attention layer of the model.
+        # The list has another name (``backbone.layers`` of Nemotron-H): take the one that has every attention layer of the model.
         for path, block in sorted(self.blocks.items()):
             if wanted and wanted <= block.keys() and path.partition(".")[0] not in attention.other_parts:
                 return block
@@ -105,7 +105,11 @@ class StoredScales:
 
 
 def stored_scales(config: QuantConfig, tensors: Mapping[str, StoredTensor]) -> StoredScales:
-    """Sort a checkpoint's tensors. Raises ModelOptExtError where two modules of one layer have numbers of a cache."""
+    """Return the KV cache's tensors among ``tensors``, sorted by layer.
+
+    Raises:
+        ModelOptExtError: two modules of one layer have tensors of a cache.
+    """
     blocks: dict[str, dict[int, StoredLayer]] = {}
     for name, tensor in tensors.items():
         of_cache = is_kv_cache_tensor(name)
@@ -131,13 +135,13 @@ def stored_scales(config: QuantConfig, tensors: Mapping[str, StoredTensor]) -> S
 
 @dataclass(frozen=True)
 class ResolvedScales:
-    """The numbers of the attention layers of one model.
+    """The scales and biases of the attention layers of one model.
 
     Attributes:
-        layers: by layer number.
-        default: the numbers of layers that are excluded from quantization and have none of their own.
-        tensors: names of the tensors that were read for them.
-        problems: what is wrong with the others, where that was asked for and not raised.
+        layers: those of each layer, by layer number.
+        default: layer numbers without stored scales, because they are excluded from quantization.
+        tensors: names of the tensors that were read.
+        problems: the errors of layers that were skipped because ``strict`` was off.
     """
 
     layers: Mapping[int, KVLayer]
@@ -149,17 +153,17 @@ class ResolvedScales:
 def resolve(
     recipe: KVRecipe, stored: StoredScales, attention: Attention, fallback: KVLayer, *, strict: bool
 ) -> ResolvedScales:
-    """Return the numbers of every layer of ``attention``.
+    """Return the scales and biases of every layer of ``attention``.
 
     Args:
-        recipe: of the cache they are for; its ranges are those of the scales.
-        stored: what the checkpoint has; empty means ``fallback`` for all.
-        attention: the layers of the model that is served. Whatever else is stored does not count.
-        fallback: the numbers of a layer that was not calibrated.
-        strict: whether a layer without numbers, or with wrong ones, is an error. Otherwise it is left out.
+        recipe: the recipe of the cache, whose format's range the scales are for.
+        stored: the checkpoint's tensors; where there are none, every layer gets ``fallback``.
+        attention: the attention layers of the model that is served; tensors of other layers are ignored.
+        fallback: the scales of a layer that was not calibrated.
+        strict: whether a layer without scales, or with wrong ones, is an error; otherwise it is skipped.
 
     Raises:
-        ModelOptExtError: with ``strict``, naming the tensor.
+        ModelOptExtError: with ``strict``, a tensor is missing or wrong.
     """
     if not stored:
         return ResolvedScales(dict.fromkeys(attention.layers, fallback), frozenset(), frozenset())
@@ -193,10 +197,10 @@ def _missing(stored: StoredScales, owner: str, name: str) -> ModelOptExtError:
 
 
 def wanted_names(recipe: KVRecipe, layer: StoredLayer) -> Iterator[str]:
-    """Yield the tensors a layer must have.
+    """Yield the last parts of the names of the tensors that a layer must have.
 
     Where one projection makes keys and values (Gemma 4), ModelOpt has no ``v_proj`` to export the values' scale with, and SGLang
-    takes the keys' for both. A bias of the keys would be none of the values': they get no rotary embedding.
+    takes the keys' scale for both. Biases are not shared so: keys have a rotary embedding, values have none.
     """
     shared = layer.has_keys and not layer.has_values and not recipe.affine
     for name in sorted(KV_CACHE_NAMES):
@@ -218,7 +222,7 @@ def _read_layer(recipe: KVRecipe, stored: StoredScales, layer: StoredLayer) -> K
             if tensor.numel() != 1:
                 raise ModelOptExtError.at(header.file, header.name, "one value", f"shape {list(tensor.shape)}")
             check_values(header.file, header.name, tensor, ValueRule.POSITIVE)
-            # In double precision and rounded once: the stored scale is itself a rounded quotient.
+            # Compute in float64 and round once: the stored scale is itself a rounded quotient.
             scales[name] = float(tensor) * stored_divisor(recipe, header.name) / recipe.format.range
         elif recipe.affine:
             if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != (1, 1):
@@ -232,6 +236,6 @@ def _read_layer(recipe: KVRecipe, stored: StoredScales, layer: StoredLayer) -> K
 
 
 def stored_divisor(recipe: KVRecipe, tensor: str) -> float:
-    """Return what amax was divided by in a stored scale: Megatron's exports divide by the format's range, the others by E4M3's."""
+    """Return the divisor in a stored scale = amax / divisor: the format's range in Megatron's exports, E4M3's in the others."""
     megatron = tensor.rpartition(".")[0].rpartition(".")[2] not in _PROJECTIONS
     return recipe.format.range if megatron else E4M3_MAX

@@ -16,17 +16,17 @@ from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 LAYER_COUNT = "num_hidden_layers"
 
 MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
-"""Fields of config.json that say how many such layers a model was trained with."""
+"""Fields of config.json that give the number of multi-token prediction layers a model was trained with."""
 
 BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
-"""What some exporters store and every engine recomputes."""
+"""Name endings of rotary-embedding buffers, which some exporters store and every engine recomputes."""
 
 _MTP = "mtp"
 _DECODER = "layers"
 
 
 def layer_position(module: str) -> tuple[str, int] | None:
-    """Return ``(canonical name of the list of layers, number)`` of a module in it; None for one outside any layer."""
+    """Return ``(canonical name of the list of layers, layer number)`` of a module; None for one outside any list of layers."""
     parts = module.split(".")
     number = next((index for index, part in enumerate(parts) if part.isdigit()), None)
     return None if not number else (canonical_name(".".join(parts[:number])), int(parts[number]))
@@ -34,11 +34,11 @@ def layer_position(module: str) -> tuple[str, int] | None:
 
 @dataclass(frozen=True)
 class ServedLayers:
-    """How many layers of the decoder are served.
+    """The layers that a server without drafts has: those of the decoder, and not the multi-token prediction layers behind them.
 
     Attributes:
-        count: of the decoder, None where config.json does not say.
-        mtp: numbered behind those, for multi-token prediction.
+        count: decoder layers, numbered from 0; None where config.json does not state it.
+        mtp: multi-token prediction layers, numbered from ``count``.
     """
 
     count: int | None
@@ -46,13 +46,13 @@ class ServedLayers:
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> ServedLayers:
-        """Read the language model's fields of config.json."""
+        """Read both counts from ``fields``, the language model's part of config.json."""
         count = fields.get(LAYER_COUNT)
         declared = [fields[name] for name in MTP_COUNTS if isinstance(fields.get(name), int)]
         return cls(count if isinstance(count, int) else None, max(declared, default=0))
 
     def leaves_out(self, tensor: str) -> bool:
-        """Return whether a decoder of these layers has no part that ``tensor`` (or a module) could belong to."""
+        """Return whether ``tensor`` (or a module) is not served: a recomputed buffer, or part of multi-token prediction."""
         if tensor.endswith(BUFFERS):
             return True
         parts = canonical_name(tensor).split(".")

@@ -14,10 +14,10 @@ class QuantizedLinear:
     """One quantized linear layer of a checkpoint.
 
     Attributes:
-        name: its module name in the checkpoint.
-        scheme: how it is quantized.
+        name: the module's name in the checkpoint.
+        scheme: its weight and activation formats.
         n, k: output and input features.
-        stored: the tensors found for it, by spec name.
+        stored: its tensors' headers, by the names of their specs (``weight``, ``weight_scale``, ...).
     """
 
     name: str

@@ -11,10 +11,10 @@ FUSED_SHARDS: dict[str, tuple[str, ...]] = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-"""SGLang's fused linear layers and the checkpoint's layers each is made of, in order."""
+"""SGLang's fused linear layers, and the checkpoint's layers that each is made of, in order."""
 
 EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
-"""The name of one projection of one expert."""
+"""The pattern of the name of one projection of one expert."""
 
 _FUSED_NAMES = {shard: fused for fused, shards in FUSED_SHARDS.items() for shard in shards}
 _NOT_NAMED = ("model", "language_model")
@@ -24,7 +24,7 @@ _WRAPPERS = ("model.", "model.language_model.", "language_model.model.")
 def canonical_name(module: str) -> str:
     """Return a module's name without the wrappers around the decoder.
 
-    The same linear layer is ``model.layers.0.mlp.up_proj`` in a text model's checkpoint, ``model.language_model.layers...`` in a
+    One linear layer is ``model.layers.0.mlp.up_proj`` in a text model's checkpoint, ``model.language_model.layers...`` in a
     multimodal one and ``language_model.model.layers...`` in SGLang's module tree. Only leading parts are dropped.
     """
     parts = module.split(".")
@@ -36,13 +36,18 @@ def canonical_name(module: str) -> str:
 class Exclusions:
     """Names of modules that are not quantized, as a list of patterns.
 
-    Covers all that SGLang's own ModelOpt classes do (``is_layer_skipped`` and ``is_layer_excluded``), which is more than ModelOpt
-    documents: a pattern is a wildcard over a whole name or over one of its parts (``self_attn*``), or a run of whole parts anywhere
-    in it (``mlp.gate``, ``model.layers.1.``); a pattern that covers a fused layer (``*self_attn.qkv_proj``) covers its shards; and
-    the wrappers around the decoder do not matter.
+    They cover every module that SGLang's ModelOpt classes exclude (``is_layer_skipped`` and ``is_layer_excluded``), which is more
+    than ModelOpt documents:
+
+    - A pattern is a wildcard over a whole name or over one of its parts (``self_attn*``), or a run of whole parts anywhere in the
+      name (``mlp.gate``, ``model.layers.1.``).
+    - A pattern that covers a fused layer (``*self_attn.qkv_proj``) covers its shards.
+    - Wrappers around the decoder are ignored.
+
+    The patterns are compiled once, since a large checkpoint asks about tens of thousands of names.
 
     Args:
-        patterns: as a checkpoint has them; a large one has hundreds, and tens of thousands of names to ask about.
+        patterns: ``exclude_modules`` or ``ignore`` of a checkpoint, up to a few hundred.
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
@@ -55,11 +60,11 @@ class Exclusions:
         self._wrappers = ("", *_WRAPPERS) if wrapped else ("", _WRAPPERS[0])
 
     def cover(self, module: str) -> bool:
-        """Return whether ``module`` (a checkpoint's or SGLang's name of it) is excluded."""
+        """Return whether ``module``, by its name in the checkpoint or in SGLang, is excluded."""
         return any(map(self._covers, self._spellings(module)))
 
     def _spellings(self, module: str) -> Iterator[str]:
-        """Yield the names under which a pattern may know ``module``."""
+        """Yield the spellings of ``module`` that a pattern may be written for: with each wrapper, and as its fused layer."""
         bare = canonical_name(module)
         parent, dot, last = bare.rpartition(".")
         fused = None if EXPERT.fullmatch(bare) else _FUSED_NAMES.get(last)
@@ -86,7 +91,7 @@ def _alternatives(wildcards: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def matches(pattern: str, module: str) -> bool:
-    """Return whether one exclusion pattern covers ``module``, as :class:`Exclusions` do."""
+    """Return whether one exclusion pattern covers ``module``, by the rules of :class:`Exclusions`."""
     return _one(pattern).cover(module)
 
 

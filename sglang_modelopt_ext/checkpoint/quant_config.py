@@ -1,9 +1,9 @@
 """The quantization section of a checkpoint, from ``config.json``, ``hf_quant_config.json`` or both.
 
 ModelOpt writes ``hf_quant_config.json`` (``{"producer": ..., "quantization": {...}}``) and, since 0.29, a converted copy of it
-as ``quantization_config`` in ``config.json``. The copy knows less (no ``group_size`` for most formats) and calls the
-exclusions ``ignore``. What only one of the two files says is taken from it. Where both speak they must not contradict each other,
-except in their exclusions: for a module that only one of them excludes, its tensors decide.
+as ``quantization_config`` in ``config.json``. The copy has fewer fields (no ``group_size`` for most formats) and calls the
+exclusions ``ignore``. A field that only one of the two files has is taken from it. Fields that both have must be equal, except the
+exclusions: for a module that only one file excludes, its tensors decide.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ CONFIG_NAME = "config.json"
 QUANT_CONFIG_NAME = "hf_quant_config.json"
 
 OWN_KEY = "sglang_modelopt_ext"
-"""Top level of hf_quant_config.json: what ModelOpt's export loses, recorded by this package and ignored by other tools."""
+"""Top-level key of hf_quant_config.json for facts that ModelOpt's export loses; written by this package, ignored by other tools."""
 
 ROUNDS_ACTIVATIONS = "rounds_activations"
-"""Under :data:`OWN_KEY`: whether the recipe rounds the input of its linear layers."""
+"""Key under :data:`OWN_KEY`: whether the recipe rounds the input of its linear layers."""
 
 KV_CACHE_RECIPE = "kv_cache_recipe"
-"""Under :data:`OWN_KEY`: the KV cache's recipe, which tells a rotated cache from a plain one."""
+"""Key under :data:`OWN_KEY`: the KV cache's recipe, which tells a rotated cache from a plain one."""
 
 
 _KV_CACHE_KEYS = ("kv_cache_quant_algo", "kv_cache_scheme")
@@ -41,7 +41,7 @@ _KV_CACHE_BITS = {8: "FP8", 4: "NVFP4"}
 
 @dataclass(frozen=True)
 class LayerQuantization:
-    """What the configuration says of one layer: its algorithm (upper case) and, where it says so, its group size."""
+    """The configuration's entry for one layer: its algorithm (upper case), and its group size or None where it is not stated."""
 
     algo: str
     group_size: int | None = None
@@ -49,19 +49,19 @@ class LayerQuantization:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """The quantization a checkpoint declares.
+    """The quantization that a checkpoint declares.
 
     Attributes:
-        file: the file errors about it name.
+        file: the file that errors name.
         algo: ``quant_algo`` in upper case, None for a checkpoint that quantizes only its KV cache.
-        group_size: inputs per block scale, None when the configuration leaves it out.
+        group_size: K elements per block scale, None where the configuration does not state it.
         exclude_modules: patterns of modules that are not quantized.
         doubtful_modules: patterns that only one of two files excludes; the tensors decide.
-        quantized_layers: for MIXED_PRECISION, what each layer is.
-        kv_cache_algo: the KV cache's scheme in upper case, or None.
-        rounds_activations: recorded by this package's own exports, None elsewhere.
-        kv_cache_recipe: recorded by this package's own exports, a name of ``KV_RECIPES``; None elsewhere.
-        notes: what a user should know of the files, one line each.
+        quantized_layers: for MIXED_PRECISION, the entry of each layer by its name.
+        kv_cache_algo: ``kv_cache_quant_algo`` in upper case, or None.
+        rounds_activations: recorded in exports of this package, None elsewhere.
+        kv_cache_recipe: recorded in exports of this package, a name of ``KV_RECIPES``; None elsewhere.
+        notes: one-line warnings for the log, such as a difference between the two files.
     """
 
     file: Path
@@ -76,14 +76,14 @@ class QuantConfig:
     notes: tuple[str, ...] = ()
 
     def is_excluded(self, module: str) -> bool:
-        """Return whether ``module`` (a checkpoint's or SGLang's name of it) is declared as not quantized."""
+        """Return whether ``module``, by its name in the checkpoint or in SGLang, is declared as not quantized."""
         return self._excluded.cover(module)
 
     def layer(self, module: str, *, stored: bool = False) -> LayerQuantization | None:
-        """Return how ``module`` is quantized according to the configuration, None when it is not.
+        """Return the declared quantization of ``module``, None when it is declared as not quantized.
 
         Args:
-            module: a checkpoint's or SGLang's name of it.
+            module: its name in the checkpoint or in SGLang.
             stored: whether it has the tensors of a quantized layer, which decides where two files differ.
         """
         if self.algo is None or self.is_excluded(module) or (not stored and self._doubtful.cover(module)):
@@ -93,14 +93,14 @@ class QuantConfig:
         return self.listed(module)
 
     def listed(self, module: str) -> LayerQuantization | None:
-        """Return the entry of a mix for ``module``, whether it is excluded or not."""
+        """Return the entry of ``module`` in ``quantized_layers``, even if it is excluded; None where it is not listed."""
         wanted = canonical_name(module)
         expert = EXPERT.fullmatch(wanted)
-        # ModelOpt lists all experts of a layer as the one module they are in Hugging Face's model.
+        # ModelOpt lists all experts of a layer as one entry, since they are one module in Hugging Face's model.
         return self._listed.get(wanted) or (self._listed.get(expert["layer"]) if expert else None)
 
     def renamed(self, rename: Callable[[str], str | None]) -> QuantConfig:
-        """Return a copy that also knows every pattern and layer by the name that ``rename`` gives it (None: no other)."""
+        """Return a copy in which every pattern and listed layer also has the name that ``rename`` returns for it, if any."""
 
         def both(names: Iterable[str]) -> tuple[str, ...]:
             return tuple(dict.fromkeys(name for old in names for name in (old, rename(old)) if name is not None))
@@ -123,19 +123,19 @@ class QuantConfig:
 
     @property
     def algorithms(self) -> tuple[str, ...]:
-        """The algorithms of its layers, each once, sorted; none where only the KV cache is quantized."""
+        """The distinct algorithms of its layers, sorted; empty where only the KV cache is quantized."""
         if self.algo == MIXED_PRECISION:
             return tuple(sorted({layer.algo for layer in self.quantized_layers.values()}))
         return (self.algo,) if self.algo else ()
 
     @functools.cached_property
     def _listed(self) -> dict[str, LayerQuantization]:
-        """``quantized_layers`` by canonical name; a large mixture lists tens of thousands."""
+        """``quantized_layers`` by canonical name, cached because a large mixture lists tens of thousands of layers."""
         return {canonical_name(name): quantization for name, quantization in self.quantized_layers.items()}
 
 
 def text_config(folder: Path) -> Mapping[str, Any]:
-    """The language model's fields of config.json, empty without one."""
+    """Return the language model's fields of config.json (``text_config`` of a multimodal model); empty without a file."""
     if not (folder / CONFIG_NAME).exists():
         return {}
     content = read_json_object(folder / CONFIG_NAME)
@@ -144,7 +144,7 @@ def text_config(folder: Path) -> Mapping[str, Any]:
 
 
 def is_modelopt_section(section: object) -> bool:
-    """Whether a ``quantization_config`` of config.json was written by ModelOpt."""
+    """Return whether ``section``, a ``quantization_config`` of config.json, was written by ModelOpt."""
     if not isinstance(section, Mapping):
         return False
     method = section.get("quant_method")
@@ -156,23 +156,23 @@ def is_modelopt_section(section: object) -> bool:
 
 
 def read_quant_config(folder: Path) -> QuantConfig | None:
-    """Return the quantization of the checkpoint in ``folder``, or None when ModelOpt did not write one.
+    """Return the quantization that the checkpoint in ``folder`` declares, or None when ModelOpt did not quantize it.
 
     Raises:
-        ModelOptExtError: a file that is not JSON, a field of the wrong type, the two files contradicting each other, or
-            ``config.json`` naming another method beside an ``hf_quant_config.json``.
+        ModelOptExtError: a file is not JSON, a field has the wrong type, the two files contradict each other, or ``config.json``
+            names another method beside an ``hf_quant_config.json``.
     """
     quant_file, config_file = folder / QUANT_CONFIG_NAME, folder / CONFIG_NAME
-    spoken = []
+    declared = []
     if quant_file.exists():
         content = read_json_object(quant_file)
-        if content.get("quantization") != {}:  # an empty section says nothing
-            spoken.append(_fields(content, quant_file))
+        if content.get("quantization") != {}:  # an empty section declares nothing
+            declared.append(_fields(content, quant_file))
     if config_file.exists():
         for section in quantization_sections(read_json_object(config_file)):
             if is_modelopt_section(section):
                 assert isinstance(section, Mapping), "a section of ModelOpt's is an object"
-                spoken.append(_fields(section, config_file))
+                declared.append(_fields(section, config_file))
                 break
             if quant_file.exists():
                 raise ModelOptExtError.at(
@@ -181,15 +181,15 @@ def read_quant_config(folder: Path) -> QuantConfig | None:
                     f"modelopt, as in {QUANT_CONFIG_NAME}",
                     repr(section)[:80],
                 )
-    if not spoken:
+    if not declared:
         return None
-    return QuantConfig(**(_merge(*spoken) if len(spoken) == 2 else spoken[0]))
+    return QuantConfig(**(_merge(*declared) if len(declared) == 2 else declared[0]))
 
 
 def quantization_sections(config: Mapping[str, Any]) -> list[object]:
-    """Return what a ``config.json`` says of quantization, the one that SGLang prefers first; None of them is ``null``.
+    """Return the quantization sections of a ``config.json`` that are not null, in SGLang's order of preference.
 
-    Multimodal configurations may keep the language model's section one level down; ``compression_config`` is the name of
+    Multimodal configurations may keep the language model's section in ``text_config``; ``compression_config`` is the key of
     compressed-tensors.
     """
     text = config.get("text_config")
@@ -202,12 +202,16 @@ def quantization_sections(config: Mapping[str, Any]) -> list[object]:
 
 
 def parse_quant_config(content: Mapping[str, Any], file: Path) -> QuantConfig:
-    """Read one section, nested (``{"quantization": {...}}``) or flat. Raises ModelOptExtError for a malformed field."""
+    """Read one section, nested (``{"quantization": {...}}``) or flat.
+
+    Raises:
+        ModelOptExtError: a malformed field, naming ``file``.
+    """
     return QuantConfig(**_fields(content, file))
 
 
 def _fields(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
-    """Return the fields of a :class:`QuantConfig` that a section has a word for, ``algo`` in any case."""
+    """Return the fields of :class:`QuantConfig` that a section states. Raises ModelOptExtError for a malformed one."""
     section = content.get("quantization", content)
     # config.json leaves the algorithm out where only the KV cache is quantized.
     if not isinstance(section, Mapping) or not section.keys() & {"quant_algo", *_KV_CACHE_KEYS}:
@@ -226,7 +230,7 @@ def _fields(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
         "kv_cache_recipe": _kv_cache_recipe(content, file),
     }
     found |= {name: value for name, value in optional.items() if value is not None}
-    if section.keys() & set(_KV_CACHE_KEYS):  # null is a word too: no quantized cache
+    if section.keys() & set(_KV_CACHE_KEYS):  # null is a statement too: no quantized cache
         found["kv_cache_algo"] = _kv_cache_algo(section, file)
     return found
 
@@ -242,7 +246,7 @@ def _positive_int(value: object, file: Path, name: str) -> int | None:
 def _group_size(section: Mapping[str, Any], file: Path) -> int | None:
     declared = _positive_int(section.get("group_size"), file, "group_size")
     groups = section.get("config_groups")
-    # For MIXED_PRECISION the groups are per-layer guesses of the conversion (it writes 16 where nothing is known).
+    # For MIXED_PRECISION, config_groups are guesses of ModelOpt's conversion, which writes 16 where it knows nothing.
     mixed = str(section.get("quant_algo")).upper() == MIXED_PRECISION
     if declared is None and not mixed and isinstance(groups, Mapping) and len(groups) == 1:
         (group,) = groups.values()
@@ -276,7 +280,7 @@ def _quantized_layers(section: Mapping[str, Any], file: Path) -> dict[str, Layer
         algo = entry.get("quant_algo") if isinstance(entry, Mapping) else None
         if not isinstance(algo, str) or not algo:
             raise ModelOptExtError.at(file, f"quantized_layers.{name}", "an object with a quant_algo", repr(entry)[:80])
-        group_size = entry.get("group_size") or None  # 0 is how ModelOpt writes "no groups" for this field
+        group_size = entry.get("group_size") or None  # ModelOpt writes 0 for "no groups" in this field
         found[name] = LayerQuantization(
             algo.upper(), _positive_int(group_size, file, f"quantized_layers.{name}.group_size")
         )
@@ -312,7 +316,7 @@ def _kv_cache_recipe(content: Mapping[str, Any], file: Path) -> str | None:
 
 
 def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Return what two files say together; raises ModelOptExtError where both speak and contradict each other."""
+    """Return the union of the fields of two files. Raises ModelOptExtError where both state a field differently."""
     where, file = second["file"], first["file"]
     for name, key in (("quant_algo", "algo"), ("group_size", "group_size"), ("kv_cache_quant_algo", "kv_cache_algo")):
         if key in first and key in second and first[key] != second[key]:

@@ -1,7 +1,7 @@
 """The strict reader: a checkpoint folder as a typed description of every quantized layer, or an error that names the fault.
 
-Reads configuration files and safetensors headers, and with :func:`check_scalar_values` the per-tensor scales: seconds on any
-model. Block scales are checked where they are loaded (:mod:`sglang_modelopt_ext.integration.loading`).
+It reads configuration files and safetensors headers, and with :func:`check_scalar_values` the per-tensor scales; seconds suffice
+for any model. Block scales are checked where they are loaded (:mod:`sglang_modelopt_ext.integration.loading`).
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ _SCALE_NAMES = frozenset(
 ) - {"weight"}
 
 _ALIASES = {f".weight_quantizer._{name}": f".{name}" for name in (LORA_A, LORA_B)}
-"""ModelOpt 0.47 leaks its internal names of the low-rank factors; TensorRT-LLM's are the ones used here."""
+"""The internal names of the low-rank factors that ModelOpt 0.47 exports, and TensorRT-LLM's names, which are used here."""
 
 
 KV_CACHE_NAMES = frozenset({"k_scale", "v_scale", "k_bias", "v_bias"})
-"""Tensors of a quantized KV cache, stored beside ``k_proj`` and ``v_proj``."""
+"""Last parts of the names of a quantized KV cache's tensors, stored beside ``k_proj`` and ``v_proj``."""
 
 
 def is_kv_cache_tensor(tensor: str) -> bool:
-    """Whether a stored tensor belongs to the KV cache and not to a linear layer."""
+    """Return whether a stored tensor, by its name, belongs to the KV cache and not to a linear layer."""
     return tensor.rpartition(".")[2] in KV_CACHE_NAMES
 
 
 def standard_name(tensor: str) -> str:
-    """The name of a stored tensor as ``<module>.<spec name>``."""
+    """Return the name of a stored tensor as ``<module>.<spec name>``, with ModelOpt's internal names replaced."""
     for alias, name in _ALIASES.items():
         if tensor.endswith(alias):
             return tensor.removesuffix(alias) + name
@@ -57,14 +57,14 @@ def standard_name(tensor: str) -> str:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read and found consistent.
+    """A checkpoint that was read, with its quantized layers described.
 
     Attributes:
-        folder: where it is.
-        config: what it declares.
+        folder: the checkpoint's folder.
+        config: its declared quantization.
         tensors: the header of every tensor, by name.
         linears: every quantized linear layer, by :func:`canonical_name`; each projection of an expert is one.
-        experts: the quantized experts of each layer, likewise.
+        experts: the quantized experts of each layer, by :func:`canonical_name` of the module around them.
     """
 
     folder: Path
@@ -74,7 +74,7 @@ class Checkpoint:
     experts: Mapping[str, ExpertLayer] = field(default_factory=dict)
 
     def spec_of(self, tensor: str) -> TensorSpec | None:
-        """The declaration of a stored tensor, None when it belongs to no quantized layer."""
+        """Return the spec of a stored tensor by its name, None when it belongs to no quantized layer."""
         module, _, name = standard_name(tensor).rpartition(".")
         linear = self.linears.get(canonical_name(module))
         if linear is None:
@@ -82,7 +82,7 @@ class Checkpoint:
         return next((spec for spec in linear.scheme.tensors if spec.name == name), None)
 
     def leaves_out(self, tensor: str) -> bool:
-        """Whether it is a scale of activations that are not rounded, of a quantized layer."""
+        """Return whether ``tensor`` is a scale that a quantized layer does not use, since its activations are not rounded here."""
         module, _, name = standard_name(tensor).rpartition(".")
         linear = self.linears.get(canonical_name(module))
         return linear is not None and name in _SCALE_NAMES and name not in linear.stored
@@ -91,12 +91,15 @@ class Checkpoint:
 def layer_scheme(
     config: QuantConfig, quantization: LayerQuantization, stored: Mapping[str, StoredTensor] | None = None
 ) -> LayerScheme:
-    """The scheme of a layer: the row of its algorithm, and what its tensors decide.
+    """Return the scheme of a layer, from its algorithm's row in the table and from its tensors.
+
+    The tensors decide the group size, smoothing, the low-rank branch's rank, and static or dynamic activation scales where the
+    algorithm allows several.
 
     Args:
         config: the checkpoint's configuration, named in errors.
-        quantization: what it says of the layer.
-        stored: the layer's tensors by spec name, None when there are none to ask.
+        quantization: the configuration's entry for the layer.
+        stored: the layer's headers by spec name, None without a checkpoint (dummy weights).
 
     Raises:
         ModelOptExtError: the configuration and the tensors disagree, or neither decides.
@@ -106,7 +109,7 @@ def layer_scheme(
     declared = quantization.group_size
     if found is not None and declared is not None and found != declared:
         raise ModelOptExtError.at(config.file, "group_size", f"{found}, as the tensors have it", declared)
-    # A declared group size that the format has no use for (8-bit formats) is not an error in ModelOpt's exports.
+    # ModelOpt also exports a group size for formats without groups (8-bit ones), where it means nothing.
     group_size = (found if found is not None else declared) if any(scheme.group_sizes) else None
     lora = stored.get(LORA_A) if stored else None
     return LayerScheme(
@@ -134,7 +137,7 @@ def _activation(scheme: Scheme, config: QuantConfig, stored: Collection[str]) ->
 
 
 def assumption(config: QuantConfig) -> str | None:
-    """What is assumed about the checkpoint's activations because nothing tells, in one line; None where nothing is."""
+    """Return a one-line warning where the export leaves open whether activations are rounded, None where it does not."""
     in_doubt = [algo for algo in config.algorithms if algo in SCHEMES and SCHEMES[algo].activation_in_doubt]
     if not in_doubt or config.rounds_activations is not None or MXFP4_ACTIVATIONS.read():
         return None
@@ -145,11 +148,15 @@ def assumption(config: QuantConfig) -> str | None:
 
 
 def read_checkpoint(folder: Path, config: QuantConfig | None = None, *, rounds_fp4: bool = True) -> Checkpoint:
-    """Reads and validates the checkpoint in ``folder``; ``rounds_fp4`` as for :func:`survey_checkpoint`.
+    """Read and validate the checkpoint in ``folder``.
+
+    Args:
+        folder: the checkpoint.
+        config: its declared quantization, read from ``folder`` when None.
+        rounds_fp4: whether FP4 activations are rounded here; where not, their scales are not needed.
 
     Raises:
-        ModelOptExtError: anything about the files, the configuration, or the name, shape and dtype of a tensor that is not as
-            the scheme declares it.
+        ModelOptExtError: a file or the configuration is wrong, or a tensor's name, shape or dtype differs from its scheme's.
     """
     checkpoint, problems = survey_checkpoint(folder, config, rounds_fp4=rounds_fp4)
     if problems:
@@ -160,16 +167,16 @@ def read_checkpoint(folder: Path, config: QuantConfig | None = None, *, rounds_f
 def survey_checkpoint(
     folder: Path, config: QuantConfig | None = None, *, rounds_fp4: bool = True
 ) -> tuple[Checkpoint, list[ModelOptExtError]]:
-    """The same without stopping at a layer that is wrong: the description of the others, and every fault found.
+    """Read the checkpoint in ``folder`` without stopping at a wrong layer: return the correct layers, and an error for every fault.
 
     Args:
         folder: the checkpoint.
-        config: what it declares, read when None.
-        rounds_fp4: whether recipes with FP4 activations will be served with them. Where not, their scales are not needed: a
-            checkpoint that lacks some is read as one without any.
+        config: its declared quantization, read from ``folder`` when None.
+        rounds_fp4: whether FP4 activations are rounded here. Where not, their scales are not needed: a checkpoint that lacks
+            some is read as if it had none.
 
     Raises:
-        ModelOptExtError: the files or the configuration cannot be read, so that nothing can be said of the layers.
+        ModelOptExtError: the files or the configuration cannot be read.
     """
     config = config or read_quant_config(folder)
     if config is None:
@@ -209,7 +216,7 @@ def survey_checkpoint(
 
 
 def _quantized_modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[str, StoredTensor]]:
-    """Modules that own a scale, or a weight of a packed or 8-bit type, with their tensors by last name."""
+    """Return the headers, by last part of the name, of each module that has a scale or a weight of a one-byte type."""
     modules: dict[str, dict[str, StoredTensor]] = {}
     for tensor in tensors.values():
         if is_kv_cache_tensor(tensor.name):
@@ -224,7 +231,7 @@ def _quantized_modules(tensors: Mapping[str, StoredTensor]) -> dict[str, dict[st
 
 
 def _lacks_fp4_scale(quantization: LayerQuantization | None, stored: Mapping[str, StoredTensor]) -> bool:
-    """Whether a layer of a recipe with FP4 activations stores no scale for them."""
+    """Return whether a layer whose recipe has FP4 activations stores no scale for them."""
     scheme = SCHEMES.get(quantization.algo) if quantization is not None else None
     activation = scheme.activation_format() if scheme is not None else None
     return is_fp4(activation) and any(spec.name not in stored and not spec.optional for spec in activation.tensors)
@@ -233,7 +240,15 @@ def _lacks_fp4_scale(quantization: LayerQuantization | None, stored: Mapping[str
 def _describe(
     module: str, stored: Mapping[str, StoredTensor], config: QuantConfig, keeps_fp4: bool = False
 ) -> QuantizedLinear:
-    """``keeps_fp4``: read the layer without its FP4 activations, and without their tensors."""
+    """Return the description of one layer. Raises ModelOptExtError where it is not as its scheme declares.
+
+    Args:
+        module: the layer's name in the checkpoint.
+        stored: its headers, by last part of the name.
+        config: the checkpoint's configuration.
+        keeps_fp4: whether FP4 activations are kept in the model's type: the scheme then has no activation format, and their
+            scales are dropped.
+    """
     some = next(iter(stored.values()))
     quantization = config.layer(module, stored=True)
     if quantization is None:
@@ -268,14 +283,14 @@ def _describe(
 
 
 def _stored_group_size(scheme: Scheme, stored: Mapping[str, StoredTensor]) -> int | None:
-    """The group size the tensors decide: inputs of the weight by columns of the block scale. None without block scales."""
+    """Return the group size by the tensors' shapes, K of the weight / columns of the block scale; None without block scales."""
     weight, scale = stored.get("weight"), stored.get("weight_scale")
     if weight is None or scale is None or len(weight.shape) != 2 or len(scale.shape) != 2:
         return None
     per_byte = next(dim.per for dim in WEIGHT_FORMATS[scheme.weights[0]].tensors[0].dims if dim.axis == "K")
     k, blocks = weight.shape[1] * per_byte, scale.shape[1]
     group_size = k // blocks if blocks and k % blocks == 0 else None
-    # A group size no format has is a wrong shape, which the shape check names better.
+    # A group size that no format has is a wrong shape, for which the shape check has the better error.
     return group_size if group_size in scheme.group_sizes else None
 
 
@@ -283,8 +298,8 @@ def _weight_shape(weight: StoredTensor, spec: TensorSpec) -> tuple[int, int]:
     if len(weight.shape) != len(spec.dims) or 0 in weight.shape:
         raise ModelOptExtError.at(weight.file, weight.name, f"{len(spec.dims)} dimensions", list(weight.shape))
     n_dim, k_dim = spec.dim_of("N"), spec.dim_of("K")
-    assert n_dim is not None, "every weight has outputs"
-    assert k_dim is not None, "every weight has inputs"
+    assert n_dim is not None, "every weight has N"
+    assert k_dim is not None, "every weight has K"
     return weight.shape[n_dim] * spec.dims[n_dim].per, weight.shape[k_dim] * spec.dims[k_dim].per
 
 
@@ -301,7 +316,10 @@ def _check_shape(tensor: StoredTensor, spec: TensorSpec, n: int, k: int) -> None
 
 
 def _fused_problems(checkpoint: Checkpoint, incomplete: Set[str], served: ServedLayers) -> list[ModelOptExtError]:
-    """One for each served layer that SGLang fuses of shards that do not agree; not where a shard is in ``incomplete``."""
+    """Return an error for each served layer that SGLang fuses and whose shards differ.
+
+    Layers with a shard in ``incomplete`` are skipped: that shard has an error already.
+    """
     problems = []
     for shards in FUSED_SHARDS.values():
         owners = {
@@ -318,7 +336,7 @@ def _fused_problems(checkpoint: Checkpoint, incomplete: Set[str], served: Served
 
 
 def _check_fused(checkpoint: Checkpoint, owner: str, shards: tuple[str, ...]) -> None:
-    """The shards of a layer SGLang fuses must agree: same scheme, same optional tensors, same number of inputs."""
+    """Raise ModelOptExtError unless the shards of a layer that SGLang fuses have equal schemes, optional tensors and K."""
     present = [checkpoint.linears.get(owner + shard) for shard in shards]
     first = next(linear for linear in present if linear is not None)
     for shard, linear in zip(shards, present, strict=True):
@@ -336,7 +354,7 @@ def _check_fused(checkpoint: Checkpoint, owner: str, shards: tuple[str, ...]) ->
 def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
     file = next(iter(linear.stored.values())).file
     differ = sorted(set(first.stored) ^ set(linear.stored))
-    # Tensors that only one of them stores may decide its scheme: they are the fault then, and are named.
+    # A tensor that only one of them stores may decide its scheme, so it is named before the schemes are compared.
     if differ and linear.scheme.algo == first.scheme.algo:
         owner, other = (first, linear) if differ[0] in first.stored else (linear, first)
         raise ModelOptExtError.at(
@@ -347,11 +365,11 @@ def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
             file, linear.name, f"{first.scheme.describe()}, as {first.name} it is fused with", linear.scheme.describe()
         )
     if linear.k != first.k:
-        raise ModelOptExtError.at(file, f"{linear.name}.weight", f"{first.k} inputs, as {first.name}", linear.k)
+        raise ModelOptExtError.at(file, f"{linear.name}.weight", f"K = {first.k}, as {first.name}", linear.k)
 
 
 def check_scalar_values(checkpoint: Checkpoint) -> None:
-    """Checks every per-tensor scale. Raises ModelOptExtError naming the tensor."""
+    """Raise ModelOptExtError, naming the tensor, unless every per-tensor scale is finite, positive and normal."""
     scalars = []
     for linear in checkpoint.linears.values():
         for spec in linear.scheme.tensors:
@@ -362,14 +380,14 @@ def check_scalar_values(checkpoint: Checkpoint) -> None:
 
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:
-    """Stored bits for each weight of the quantized linear layers, scales included."""
+    """Return the stored bits per weight of the quantized linear layers, scales included and biases not; 16 without such layers."""
     stored = sum(t.num_bytes for linear in checkpoint.linears.values() for n, t in linear.stored.items() if n != "bias")
     weights = sum(linear.n * linear.k for linear in checkpoint.linears.values())
     return 8 * stored / weights if weights else float(torch.bfloat16.itemsize * 8)
 
 
 def check_stored_values(linear: QuantizedLinear, spec: TensorSpec) -> torch.Tensor:
-    """The stored tensor ``spec`` of a layer, read and checked. Raises ModelOptExtError naming it when a value is illegal."""
+    """Return the stored tensor ``spec`` of a layer, read and checked. Raises ModelOptExtError naming it when a value is illegal."""
     stored = linear.stored[spec.name]
     _, tensor = next(read_tensors([stored]))
     check_values(stored.file, stored.name, tensor, spec.values)
@@ -380,7 +398,7 @@ def check_stored_values(linear: QuantizedLinear, spec: TensorSpec) -> torch.Tens
 
 
 def check_all_values(checkpoint: Checkpoint) -> None:
-    """Checks every scale and every zero block of the checkpoint, one layer in memory at a time."""
+    """Raise ModelOptExtError for an illegal scale or zero block of the checkpoint, with one layer in memory at a time."""
     check_scalar_values(checkpoint)
     for linear in checkpoint.linears.values():
         for spec in linear.scheme.tensors:

@@ -1,4 +1,4 @@
-"""What SGLang 0.5.22 and 0.5.23 do with a ModelOpt checkpoint on a GPU: each rule names one way in which they fail or err.
+"""The faults of SGLang 0.5.22 and 0.5.23 with ModelOpt checkpoints on a GPU: each rule describes one way in which they fail or err.
 
 Read from the sources of their wheels (``layers/quantization/modelopt_quant.py``, ``configs/model_config.py``,
 ``model_loader/weight_utils.py``, ``models/``). No SGLang is imported here. Where the two differ, the
@@ -26,19 +26,22 @@ NVFP4_ALGOS = frozenset({"NVFP4", "W4A16_NVFP4"})
 """Without one of these in a mix, SGLang takes it for ``w4afp8``."""
 
 BLOCK_FP8_ALGOS = frozenset({"MXFP8", "FP8_PB_WO", "FP8_BLOCK_SCALES"})
-"""FP8 with block scales, for which SGLang has a tensor called ``weight_scale_inv``; ModelOpt 0.47 exports ``weight_scale``."""
+"""FP8 algorithms with block scales: SGLang's tensor is called ``weight_scale_inv``, ModelOpt 0.47 exports ``weight_scale``."""
 
 MIX_ALGOS = NVFP4_ALGOS | BLOCK_FP8_ALGOS | {"FP8"}
-"""What ``ModelOptMixedPrecisionConfig`` has a method for; a layer of another algorithm it takes for unquantized."""
+"""Algorithms that ``ModelOptMixedPrecisionConfig`` supports; it takes a layer of any other for unquantized."""
 
 GROUP_SIZE = 16
-"""The only NVFP4 group size it serves."""
+"""The only NVFP4 group size that SGLang serves."""
 
 FP8_EXPERTS_CAPABILITY = 89
-"""FP8 linear layers run from SM80 (Marlin), FP8 experts in Triton, which has no E4M3 below SM89."""
+"""The compute capability from which SGLang serves FP8 experts: they run in Triton, which has no E4M3 below SM89.
+
+FP8 linear layers run from SM80, in Marlin.
+"""
 
 EMBEDDINGS = frozenset({"embed_tokens", "embeddings", "word_embeddings", "wte"})
-"""Names of token embeddings; only an NVFP4 one in a mix has a method."""
+"""Names of token embeddings; SGLang supports a quantized one only in a mix, in NVFP4."""
 
 _ATTENTION_LAYER = "model.layers.0.self_attn.q_proj"
 _STOCK_SCALE, _MODELOPT_SCALE = "weight_scale_inv", "weight_scale"
@@ -46,11 +49,11 @@ _STOCK_SCALE, _MODELOPT_SCALE = "weight_scale_inv", "weight_scale"
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint as SGLang would meet it.
+    """A checkpoint and a GPU, as the rules see them.
 
     Attributes:
-        config: what it declares.
-        folder: where it is.
+        config: the checkpoint's declared quantization.
+        folder: the checkpoint's folder.
         capability: the GPU's compute capability times ten.
     """
 
@@ -60,12 +63,12 @@ class Subject:
 
     @property
     def is_mix(self) -> bool:
-        """Whether its layers differ."""
+        """Whether the checkpoint is MIXED_PRECISION, with an algorithm for each layer."""
         return self.config.algo == MIXED_PRECISION
 
     @cached_property
     def algos(self) -> frozenset[str]:
-        """Every algorithm in it."""
+        """The algorithms of its layers."""
         layers = self.config.quantized_layers.values()
         return frozenset(layer.algo for layer in layers) if self.is_mix else frozenset({self.config.algo or ""})
 
@@ -79,7 +82,7 @@ class Subject:
 
     @cached_property
     def fields(self) -> Mapping[str, Any]:
-        """Its config.json, empty without a readable one."""
+        """The content of its config.json, empty without a readable one."""
         try:
             return read_json_object(self.folder / CONFIG_NAME)
         except ModelOptExtError:
@@ -87,18 +90,18 @@ class Subject:
 
     @cached_property
     def model(self) -> str | None:
-        """The architecture SGLang builds it as."""
+        """The architecture that SGLang builds, the first of config.json; None where there is none."""
         architectures = self.fields.get("architectures")
         first = architectures[0] if isinstance(architectures, list) and architectures else None
         return first if isinstance(first, str) else None
 
 
 def stock_fault(config: QuantConfig, folder: Path, capability: int | None) -> str | None:
-    """Return why SGLang does not serve the checkpoint rightly, None when it does.
+    """Return why SGLang does not serve the checkpoint correctly, None when it does.
 
     Args:
-        config: what the checkpoint declares; every algorithm is one of the scheme table or of :data:`MIX_ALGOS`.
-        folder: where it is.
+        config: its declared quantization; every algorithm is one of the scheme table or of :data:`MIX_ALGOS`.
+        folder: the checkpoint's folder.
         capability: the GPU's compute capability times ten, None on a CPU.
     """
     if capability is None:
@@ -108,7 +111,7 @@ def stock_fault(config: QuantConfig, folder: Path, capability: int | None) -> st
 
 
 def stores_stock_scales(folder: Path) -> bool:
-    """Whether a checkpoint has block scales under SGLang's own name for them, which this package does not read."""
+    """Return whether a checkpoint names block scales ``weight_scale_inv``, as SGLang does; this package does not read that."""
     try:
         return any(name.endswith(f".{_STOCK_SCALE}") for name in tensor_names(folder))
     except ModelOptExtError:
@@ -163,9 +166,9 @@ def _mixtral(subject: Subject) -> str | None:
 
 
 def _fused_shards(subject: Subject) -> str | None:
-    """A mix whose model class has no ``packed_modules_mapping``: its fused layers are not found and taken for unquantized.
+    """Return the fault of a mix whose model class has no ``packed_modules_mapping``: its fused layers are taken for unquantized.
 
-    NVFP4 then fails an assertion on the weight's shape; FP8 codes are copied as numbers, without their scales.
+    NVFP4 then fails an assertion on the weight's shape; FP8 codes are copied as if they were values, without their scales.
     """
     unmapped = unmapped_in(described_sglang()).get(subject.model or "", ())
     shards = {shard for layer in unmapped for shard in FUSED_SHARDS[layer]}
@@ -195,7 +198,7 @@ def _smoothing(subject: Subject) -> str | None:
 
 
 def _block_scales(subject: Subject) -> str | None:
-    """ModelOpt's name of the block scales of FP8, which most model classes do not know: they drop them with a warning."""
+    """Return the fault of FP8 block scales under ModelOpt's name: most model classes drop them with a warning."""
     if not subject.algos & BLOCK_FP8_ALGOS or subject.tensors is None:
         return None
     if subject.model in MODELS_THAT_RENAME_BLOCK_SCALES:
@@ -219,4 +222,4 @@ RULES: tuple[Callable[[Subject], str | None], ...] = (
     _smoothing,
     _block_scales,
 )
-"""Each returns what is wrong, or None; the first one is reported."""
+"""The rules: each returns a fault, or None. The first fault found is reported."""

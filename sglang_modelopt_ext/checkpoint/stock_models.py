@@ -1,4 +1,4 @@
-"""What the model classes of SGLang 0.5.22 and 0.5.23 lack for a mix of algorithms, by architecture.
+"""Gaps of the model classes of SGLang 0.5.22 and 0.5.23 that break a mix of algorithms, by architecture.
 
 Read from their sources: ``tests/unit/test_stock_models.py`` reads them again and compares.
 """
@@ -158,8 +158,8 @@ UNMAPPED_LAYERS: dict[str, frozenset[str]] = {
     )
     for name in names.split()
 }
-"""Fused layers whose shards the class does not name in a ``packed_modules_mapping``, so that a mix that lists the shards does not
-reach them. Of the newest tested version."""
+"""Fused layers whose shards the class does not name in a ``packed_modules_mapping``, so that SGLang ignores a mix's entries for the
+shards. Of the newest tested version."""
 
 _UNMAPPED_BEFORE: dict[str, dict[str, frozenset[str]]] = {
     "0.5.22": {"MiniCPMV4_6ForConditionalGeneration": frozenset({"qkv_proj", "gate_up_proj"})},
@@ -186,4 +186,4 @@ MODELS_THAT_RENAME_BLOCK_SCALES = frozenset(
         "MistralLarge3ForCausalLM",
     }
 )
-"""Architectures whose loader knows ``weight_scale`` as a name of FP8 block scales, beside SGLang's ``weight_scale_inv``."""
+"""Architectures whose loader accepts ``weight_scale`` for FP8 block scales, beside SGLang's ``weight_scale_inv``."""

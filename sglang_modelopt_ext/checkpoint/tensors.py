@@ -1,7 +1,7 @@
 """The tensors of a checkpoint folder, read from safetensors headers only.
 
-Everything that can be known to be wrong without reading a weight is found here: missing and unreadable files, an index that
-points nowhere or outside the folder, tensors stored twice.
+Faults that show without reading a weight are found here: missing and unreadable files, an index that names a missing file or one
+outside the folder, tensors stored twice.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DTYPES: dict[str, torch.dtype] = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor is stored and what its header says."""
+    """A tensor's name, file, dtype and shape, as its safetensors header states them."""
 
     name: str
     file: Path
@@ -48,7 +48,7 @@ class StoredTensor:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of data, headers excluded."""
+        """Bytes of the tensor's data, without its header."""
         count = 1
         for size in self.shape:
             count *= size
@@ -56,7 +56,7 @@ class StoredTensor:
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ModelOptExtError when the file holds anything else."""
+    """Return the JSON object in ``path``. Raises ModelOptExtError when the file cannot be read or holds anything else."""
     try:
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
@@ -69,7 +69,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
-    """``safe_open`` on the CPU, with the library's errors turned into one line."""
+    """Open a safetensors file on the CPU, as a context manager; the library's errors become a ModelOptExtError."""
     try:
         with safe_open(path, framework="pt", device="cpu") as handle:
             yield handle
@@ -78,10 +78,10 @@ def open_safetensors(path: Path) -> Iterator[Any]:
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
-    """The safetensors files that make up the checkpoint: those of the index where there is one, else every one.
+    """Return the safetensors files of the checkpoint, sorted: those that the index names where there is one, else all.
 
     Raises:
-        ModelOptExtError: no file at all, or an index that names a missing file or one outside the folder.
+        ModelOptExtError: there is no file, or the index names a missing file or one outside the folder.
     """
     index = folder / INDEX_NAME
     if index.exists():
@@ -93,7 +93,7 @@ def weight_files(folder: Path) -> tuple[Path, ...]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """``tensor -> file name`` of an index, every file a plain name that exists beside it."""
+    """Return ``{tensor: file name}`` of an index. Raises ModelOptExtError for a file that is not beside it, by a plain name."""
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelOptExtError.at(index, "weight_map", "an object of tensor names to file names", repr(weight_map)[:80])
@@ -107,10 +107,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def tensor_names(folder: Path) -> Collection[str]:
-    """Return the names of a checkpoint's tensors, from its index where it has one; none where no weights are there (yet).
+    """Return the names of a checkpoint's tensors, from its index where it has one; empty where no weights are there (yet).
 
     Raises:
-        ModelOptExtError: an index or a file that cannot be read.
+        ModelOptExtError: the index or a file cannot be read.
     """
     index = folder / INDEX_NAME
     if index.exists():
@@ -120,10 +120,10 @@ def tensor_names(folder: Path) -> Collection[str]:
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint in ``folder``, by name, read from the headers only.
+    """Return every tensor of the checkpoint in ``folder``, by name, from the safetensors headers only.
 
     Raises:
-        ModelOptExtError: an unreadable or truncated file, a tensor stored twice, an index that disagrees with the files.
+        ModelOptExtError: a file is unreadable or truncated, a tensor is stored twice, or the index disagrees with the files.
     """
     found: dict[str, StoredTensor] = {}
     for file in weight_files(folder):
@@ -155,7 +155,7 @@ def _check_index(index: Path, found: dict[str, StoredTensor]) -> None:
 
 
 def read_tensors(stored: list[StoredTensor]) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
-    """The data of ``stored``, file by file, on the CPU."""
+    """Yield each header of ``stored`` with its data on the CPU, file by file, so that each file is opened once."""
     for file in sorted({tensor.file for tensor in stored}):
         with open_safetensors(file) as handle:
             for tensor in stored:

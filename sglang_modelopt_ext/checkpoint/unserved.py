@@ -1,6 +1,7 @@
-"""Kinds of checkpoints that this package does not serve, told by how they are stored, each with its own line.
+"""Checkpoints whose storage is not supported: fused shards, latent or linear attention, packed experts, a quantized tied head.
 
-Without this a server would stop at a consequence: a shard that was never stored, sizes that do not match, a tensor nothing reads.
+Each kind has an error of its own. Without it a server would stop at a consequence, such as a shard that was never stored, sizes
+that do not match or an unused tensor.
 """
 
 from __future__ import annotations
@@ -17,36 +18,36 @@ from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_json_objec
 from sglang_modelopt_ext.errors import ModelOptExtError
 
 _LATENT = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
-"""MLA: SGLang fuses the first two under a name of its own and reads the weight of the third itself."""
+"""Projections of latent attention (MLA): SGLang fuses the first two under its own name and reads the third's weight itself."""
 
 _LINEAR_ATTENTION = frozenset({"in_proj_qkvz", "in_proj_qkv", "in_proj_z", "in_proj_ba", "in_proj_b", "in_proj_a"})
-"""Gated delta nets: SGLang splits or fuses these by head."""
+"""Input projections of gated delta nets, which SGLang splits or fuses by head."""
 
 _PACKED_EXPERTS = re.compile(
     r"(?P<experts>.+\.experts)\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj|w13|w2)(_\w+)?"
 )
-"""All experts of a layer in one tensor, which is no module's ``weight``."""
+"""The pattern of one tensor with all experts of a layer, which is no module's ``weight``."""
 
 
 def read_for_serving(
     folder: Path, config: QuantConfig | None = None, *, rounds_fp4: bool = True
 ) -> tuple[Checkpoint, list[ModelOptExtError]]:
-    """Return the checkpoint and everything wrong with it, the causes of what cannot be served before their consequences.
+    """Return the checkpoint and its errors: first those of unsupported storage, then the reader's, which may follow from them.
 
     Args:
         folder: the checkpoint.
-        config: what it declares, read when None.
-        rounds_fp4: as for :func:`~sglang_modelopt_ext.checkpoint.reader.survey_checkpoint`.
+        config: its declared quantization, read from ``folder`` when None.
+        rounds_fp4: whether FP4 activations are rounded here; where not, their scales are not needed.
 
     Raises:
-        ModelOptExtError: nothing can be said of its layers.
+        ModelOptExtError: the files or the configuration cannot be read.
     """
     checkpoint, problems = survey_checkpoint(folder, config, rounds_fp4=rounds_fp4)
     return checkpoint, [*unserved(checkpoint), *problems]
 
 
 def unserved(checkpoint: Checkpoint) -> list[ModelOptExtError]:
-    """Return one error for each kind of storage that is not served, naming the first layer of the kind."""
+    """Return one error for each unsupported kind of storage, naming the first layer of the kind."""
     found: dict[str, ModelOptExtError] = {}
     for kind, error in _faults(checkpoint):
         found.setdefault(kind, error)
@@ -84,7 +85,7 @@ def _is_quantized(tensor: StoredTensor, tensors: Mapping[str, StoredTensor]) -> 
 
 
 def _heads(checkpoint: Checkpoint) -> Iterator[tuple[str, ModelOptExtError]]:
-    """Yield an error for a quantized head that is the embedding too: SGLang multiplies by the embedding and loads no head."""
+    """Yield an error for a quantized ``lm_head`` of tied embeddings: SGLang multiplies by the embedding and loads no head."""
     linear = checkpoint.linears.get("lm_head")
     if linear is not None and _is_tied(checkpoint.folder):
         file = next(iter(linear.stored.values())).file

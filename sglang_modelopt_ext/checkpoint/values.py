@@ -1,4 +1,4 @@
-"""What the numbers of a quantized tensor may be (:class:`ValueRule`), checked before anything is multiplied."""
+"""Checks of a stored tensor's values against its :class:`ValueRule`, before anything is multiplied with it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
 
 def check_values(where: object, name: str, tensor: torch.Tensor, rule: ValueRule) -> None:
-    """Raises ModelOptExtError naming ``where`` and ``name`` when an entry of ``tensor`` breaks ``rule``."""
+    """Raise ModelOptExtError naming ``where`` and ``name`` when ``tensor`` is empty or an entry breaks ``rule``."""
     if tensor.numel() == 0:
         raise ModelOptExtError.at(where, name, "at least one entry", f"shape {list(tensor.shape)}")
     if rule is ValueRule.BLOCK_SCALE_E4M3:
@@ -27,7 +27,7 @@ def check_values(where: object, name: str, tensor: torch.Tensor, rule: ValueRule
 
 
 def _check_e4m3(where: object, name: str, tensor: torch.Tensor) -> None:
-    # On the bytes: no conversion, and the sign of NaN and of zero stays visible. 0x7f/0xff are e4m3's only NaNs.
+    # Compare bytes: nothing is converted, and the signs of NaN and zero stay visible. 0x7f and 0xff are E4M3's only NaNs.
     raw = tensor.view(torch.uint8)
     if bool(((raw & 0x7F) == 0x7F).any()):
         raise ModelOptExtError.at(where, name, "finite e4m3 block scales", "NaN")
@@ -45,18 +45,18 @@ def _check_float(where: object, name: str, tensor: torch.Tensor, rule: ValueRule
 
 
 def check_zero_blocks(where: object, name: str, codes: torch.Tensor, block_scale: torch.Tensor) -> None:
-    """A zero e4m3 block scale is legal over all-zero codes only: over anything else a weight has been lost.
+    """Raise ModelOptExtError where a zero E4M3 block scale lies over codes that are not all zero: those values would be lost.
 
     Args:
         where: file or layer named in the error.
         name: the block-scale tensor named in the error.
         codes: packed 4-bit codes, uint8 ``[N, K/2]``.
-        block_scale: e4m3 ``[N, K/g]``.
+        block_scale: E4M3 ``[N, K/block]``.
     """
     zero = block_scale.view(torch.uint8) & 0x7F == 0
     if not bool(zero.any()):
         return
-    # 0x77: both codes of a byte without their sign bits, since -0 is zero too.
+    # 0x77 masks the sign bits of both codes of a byte, since -0 is zero too.
     used = (codes & 0x77).view(*block_scale.shape, -1).any(dim=-1)
     if bool((zero & used).any()):
         raise ModelOptExtError.at(where, name, "a zero block scale only over all-zero codes", "one over non-zero codes")

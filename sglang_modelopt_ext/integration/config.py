@@ -1,4 +1,4 @@
-"""SGLang's view of a checkpoint of ours: detection, the quantization config, and which layer gets which method."""
+"""The quantization config that SGLang builds for a checkpoint of this package: its detection, and the method of each layer."""
 
 from __future__ import annotations
 
@@ -47,21 +47,21 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MIXTRAL_BLOCK, COMMON_BLOCK = "block_sparse_moe", "mlp"
-"""Mixtral's name of the block around its experts, and everyone else's."""
+"""The name of the block around the experts in Mixtral, and in all other models."""
 
 SERVED_LOAD_FORMATS = ("auto", "safetensors", "dummy")
-"""``--load-format`` values whose weights pass through the strict reader (or, for dummy, have none)."""
+"""``--load-format`` values that are supported: their weights pass through the strict reader, and ``dummy`` reads none."""
 
 
 class ModelOptExtConfig(QuantizationConfig):
-    """The quantization of one checkpoint, asked by SGLang for the method of every layer.
+    """The quantization of one checkpoint, which SGLang asks for the method of every layer.
 
     Args:
-        family: the ``--quantization`` name it is served under.
-        config: what the checkpoint declares.
-        checkpoint: its tensors, None for ``--load-format dummy``.
-        packed_modules_mapping: the model's fused layers, beside the usual ones.
-        is_draft: whether it is for the draft of speculative decoding, which is made of the checkpoint's MTP block.
+        family: the ``--quantization`` name that it is served under.
+        config: the checkpoint's declared quantization.
+        checkpoint: the checkpoint's tensors, None for ``--load-format dummy``.
+        packed_modules_mapping: the model's fused layers and their shards, in addition to the usual ones.
+        is_draft: whether the model is the draft of speculative decoding, which is made of the checkpoint's MTP block.
     """
 
     def __init__(
@@ -81,30 +81,34 @@ class ModelOptExtConfig(QuantizationConfig):
         self.linears: dict[str, QuantizedLinear] = dict(checkpoint.linears) if checkpoint else {}
         self.experts: dict[str, ExpertLayer] = dict(checkpoint.experts) if checkpoint else {}
         self.math = w4a8_math()
-        # What SGLang reads under --kv-cache-dtype auto. Ours are declared before, so that this is its own FP8 cache.
+        # SGLang reads this under --kv-cache-dtype auto. A cache of ours was declared before, so that auto means SGLang's FP8.
         self.kv_cache_quant_algo = config.kv_cache_algo
 
     def get_name(self) -> str:
-        """The ``--quantization`` name."""
+        """Return the ``--quantization`` name."""
         return self.family
 
     def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        """Every type SGLang serves models in."""
+        """Return the types of models that are supported, which are all of SGLang's."""
         return [torch.bfloat16, torch.float16, torch.float32]
 
     @classmethod
     def get_min_capability(cls) -> int:
-        """Ampere."""
+        """Return the smallest supported compute capability times ten: 80, Ampere."""
         return 80
 
     @staticmethod
     def get_config_filenames() -> list[str]:
-        """Where ModelOpt writes it."""
+        """Return the name of the configuration file that ModelOpt writes."""
         return [QUANT_CONFIG_NAME]
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
-        """From the dict of a configuration file alone: for callers that have no folder to read tensors from."""
+        """Build the config from a configuration file's content alone, for callers without a folder of tensors.
+
+        Raises:
+            ModelOptExtError: a malformed field, or an unknown algorithm.
+        """
         parsed = parse_quant_config(config, Path(CONFIG_NAME))
         if parsed.algo is None and parsed.kv_cache_algo is None:
             raise ModelOptExtError.at(CONFIG_NAME, "quant_algo", f"one of {', '.join(sorted(SCHEMES))}", parsed.algo)
@@ -113,11 +117,11 @@ class ModelOptExtConfig(QuantizationConfig):
         return cls(find_scheme(parsed.algo, CONFIG_NAME).flag, parsed, None)
 
     def get_scaled_act_names(self) -> list[str]:
-        """None: smoothing scales are part of the linear layers."""
+        """Return no names: smoothing scales belong to the linear layers here."""
         return []
 
     def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
-        """Add SGLang's names to the checkpoint's, of layers and in the configuration's lists, for models that rename modules."""
+        """Add SGLang's names of layers to the checkpoint's, in descriptions and declarations, for models that rename modules."""
         self.config = self.config.renamed(hf_to_sglang_mapper._map_name)
         for linear in list(self.linears.values()):
             renamed = hf_to_sglang_mapper._map_name(linear.name)
@@ -129,7 +133,11 @@ class ModelOptExtConfig(QuantizationConfig):
                 self.experts.setdefault(canonical_name(renamed), experts)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
-        """The method for ``layer``; None where SGLang's own default is right."""
+        """Return the method of ``layer`` by its name in SGLang, ``prefix``; None where SGLang's default applies.
+
+        Raises:
+            ModelOptExtError: the shards of a fused layer have different schemes, or the layer is declared as quantized and is not.
+        """
         from sglang.srt.layers.linear import LinearBase
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
         from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
@@ -149,7 +157,7 @@ class ModelOptExtConfig(QuantizationConfig):
         return None
 
     def _has_stock_kv_scales(self) -> bool:
-        """Whether attention layers need the ``k_scale`` and ``v_scale`` of SGLang's own quantized caches."""
+        """Return whether attention layers need the ``k_scale`` and ``v_scale`` of SGLang's own quantized caches."""
         from sglang.srt.runtime_context import get_model
 
         return self.config.kv_cache_algo is not None and get_model().kv_cache_dtype in ("auto", *STOCK_FLAGS)
@@ -188,7 +196,7 @@ class ModelOptExtConfig(QuantizationConfig):
         where = self.checkpoint.folder if self.checkpoint else self.config.file
         if stored is not None:
             return ExtFusedMoEMethod(stored.gate_up, stored.down, where, prefix, self.math, stored)
-        # Layers listed one by one count by any of their names; a pattern that excludes one excludes all.
+        # A mix lists layers under one of their names. An exclusion under any of the names excludes the layer.
         declared = [
             tuple(self.config.layer(f"{name}.0.{projection}") for projection in projections)
             for name in names
@@ -204,7 +212,9 @@ class ModelOptExtConfig(QuantizationConfig):
         gate, up, down = (layer_scheme(self.config, layer) if layer else None for layer in quantized)
         gate_up = self._same(prefix, {gate, up})
         if gate_up is None or down is None:
-            raise ModelOptExtError.at(where, prefix, "experts that are quantized whole", "some of their layers")
+            raise ModelOptExtError.at(
+                where, prefix, "gate, up and down of the experts all quantized", "only some of them"
+            )
         return ExtFusedMoEMethod(gate_up, down, where, prefix, self.math, None)
 
     def _same(self, prefix: str, schemes: set[LayerScheme | None]) -> LayerScheme | None:
@@ -225,7 +235,7 @@ class ModelOptExtConfig(QuantizationConfig):
 
 
 def expert_names(prefix: str) -> list[str]:
-    """What a checkpoint may call SGLang's expert layer ``prefix``, canonically: ModelOpt writes Mixtral's under two names."""
+    """Return the canonical names that SGLang's expert layer ``prefix`` may have in a checkpoint: ModelOpt has two for Mixtral's."""
     name = canonical_name(prefix)
     return [name, name.replace(f".{MIXTRAL_BLOCK}.", f".{COMMON_BLOCK}.")] if f".{MIXTRAL_BLOCK}." in name else [name]
 
@@ -284,7 +294,11 @@ def _get_quant_config(
 
 
 def read_served(folder: Path, config: QuantConfig) -> Checkpoint:
-    """The checkpoint as this machine serves it. Raises ModelOptExtError naming the cause where it cannot."""
+    """Return the checkpoint in ``folder``, read and checked for the device at hand.
+
+    Raises:
+        ModelOptExtError: the checkpoint is wrong or not supported.
+    """
     capability = gpu_capability()
     device = "cpu" if capability is None else "cuda"
     checkpoint, problems = read_for_serving(folder, config, rounds_fp4=rounds_fp4(device, capability))
@@ -296,12 +310,12 @@ def read_served(folder: Path, config: QuantConfig) -> Checkpoint:
 
 @functools.cache
 def _warn_once_on_rank0(message: str) -> None:
-    """A warning in the log of the first tensor-parallel rank, once in its process."""
+    """Log a warning on the first tensor-parallel rank, once for each message."""
     from sglang.srt.runtime_context import get_parallel
 
     try:
         rank = get_parallel().tp_rank
-    except RuntimeError:  # no group yet, as where a configuration is read alone
+    except RuntimeError:  # there is no group where a configuration is read outside a server
         rank = 0
     if rank == 0:
         logger.warning("modelopt_ext: %s", message)
@@ -347,7 +361,7 @@ HOOKS = (
 
 
 def register_methods() -> None:
-    """Adds this package's names to SGLang's registries of quantization methods and weight loaders."""
+    """Add this package's names to SGLang's registries of quantization methods and weight loaders."""
     from sglang.srt.layers import linear
     from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATION_METHODS
     from sglang.srt.server_args import add_quantization_method_choices

@@ -1,4 +1,4 @@
-"""Where a model's files are: a local folder, or the cache of the hub."""
+"""Locations of a model's files: a local folder, or the cache of the hub."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def config_folder(model_path: str, revision: str | None) -> Path | None:
-    """The local folder with the checkpoint's configuration files, downloading just those of a hub model.
+    """Return the local folder with the checkpoint's configuration files, after downloading only these of a hub model.
 
-    The index of its weights comes along: the names of the tensors tell recipes apart that the configuration calls the same.
+    The index of the weights is downloaded too: names of tensors tell recipes apart that have equal configurations.
 
-    Returns None when ``model_path`` is neither a folder nor a hub model that can be reached; SGLang then reports that itself.
+    Returns:
+        None when ``model_path`` is neither a folder nor a hub model that can be reached; SGLang then reports that itself.
     """
     if Path(model_path).is_dir():
         return Path(model_path)
@@ -35,15 +36,12 @@ def config_folder(model_path: str, revision: str | None) -> Path | None:
 
 
 def downloaded_folder(model_path: str, revision: str | None, download_dir: str | None) -> Path | None:
-    """The local folder with the checkpoint's tensors once SGLang has downloaded them, without asking the hub again.
+    """Return the local folder with the checkpoint's tensors, without asking the hub; None where they are not there (yet).
 
     Args:
-        model_path: a folder, or a model on the hub.
-        revision: of a model on the hub.
-        download_dir: where SGLang was told to download to; the hub's own cache otherwise.
-
-    Returns:
-        None where there are none (yet).
+        model_path: a folder, or the name of a model on the hub.
+        revision: the revision of a hub model.
+        download_dir: SGLang's ``--download-dir``, None for the hub's own cache.
     """
     if Path(model_path).is_dir():
         return Path(model_path)
@@ -58,7 +56,7 @@ def downloaded_folder(model_path: str, revision: str | None, download_dir: str |
 
 
 def weights_folder(model_config: ModelConfig, load_config: LoadConfig) -> Path:
-    """The local folder with the checkpoint's tensors; a hub model is downloaded by SGLang's own loader first."""
+    """Return the local folder with the checkpoint's tensors, after SGLang's own loader has downloaded those of a hub model."""
     if Path(model_config.model_path).is_dir():
         return Path(model_config.model_path)
     from sglang.srt.model_loader.loader import DefaultModelLoader

@@ -1,4 +1,4 @@
-"""Installing hooks on SGLang: every target is checked before it is touched, and confirmed afterwards.
+"""Hooks: wrappers around functions of SGLang. Every target is checked before it is wrapped, and confirmed afterwards.
 
 SGLang logs and swallows exceptions of plugins and of ``apply_hooks``. A server that went on without its hooks would read a
 checkpoint wrongly, so a failure here becomes ``SystemExit``, which is not swallowed.
@@ -20,9 +20,9 @@ class Hook:
     """One function of SGLang that this plugin wraps.
 
     Attributes:
-        target: its dotted path.
-        parameters: the parameter names it must have; anything else is a version nobody tested.
-        why: what breaks without the hook.
+        target: the function's dotted path.
+        parameters: the parameter names that it must have; with others the hook was not tested.
+        why: the fault without the hook, as a clause for errors ("tensors would be dropped").
         around: the wrapper, called as ``around(original, *args, **kwargs)``.
     """
 
@@ -33,7 +33,7 @@ class Hook:
 
 
 def check_target(hook: Hook) -> None:
-    """Raises ModelOptExtError when the target is missing or has other parameters than expected."""
+    """Raise ModelOptExtError when the target is missing or has other parameters than expected."""
     try:
         function = pkgutil.resolve_name(hook.target)
     except (ImportError, AttributeError) as error:
@@ -44,7 +44,11 @@ def check_target(hook: Hook) -> None:
 
 
 def install(hooks: Iterable[Hook]) -> None:
-    """Registers and applies ``hooks``. Raises ModelOptExtError when one of them did not take."""
+    """Register and apply ``hooks``, except those that are installed already.
+
+    Raises:
+        ModelOptExtError: a target is not as expected, or SGLang did not apply a hook.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     hooks = tuple(hooks)

@@ -1,4 +1,7 @@
-"""The one linear method: any scheme, any of SGLang's parallel linear layers. What it computes is in ``product.py``."""
+"""The linear method: any scheme, for any of SGLang's parallel linear layers.
+
+It registers, loads and prepares tensors; :class:`~sglang_modelopt_ext.layers.linear.LinearProduct` computes with them.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ from sglang_modelopt_kernels.formats.base import TensorSpec, ValueRule
 
 
 class ModelOptExtLinearMethod(LinearMethodBase):
-    """Serves one linear layer of a quantized checkpoint.
+    """SGLang's quantization method of one linear layer of a checkpoint.
 
     Args:
-        scheme: how the layer is quantized.
-        where: the checkpoint's folder, for messages.
-        prefix: the layer's name in SGLang's module tree, for messages.
+        scheme: the layer's quantization.
+        where: the checkpoint's folder, for errors.
+        prefix: the layer's name in SGLang's module tree, for errors.
         math: the numerics of NVFP4 weights with FP8 activations, where ``rounds_weight_to_fp8``.
         rounds_weight_to_fp8: whether ``math`` applies to the scheme.
-        stored_n: output features of each shard as the checkpoint stores them, None when there is no checkpoint to ask.
-        stored_k: likewise the input features.
+        stored_n: N of each shard in the checkpoint, None without a checkpoint (dummy weights).
+        stored_k: K in the checkpoint, None without a checkpoint.
     """
 
     def __init__(
@@ -48,19 +51,19 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         self.stored_k = stored_k
         self.product = LinearProduct(scheme, where, prefix, self.math, torch.get_default_dtype())
         self.verified = False
-        """Set by the strict loader once every tensor of the layer was loaded and checked."""
+        """Whether every tensor of the layer was loaded and checked; set by the strict loader."""
         self._create: Callable[[], None] | None = None
         self._shard_sizes: list[int] = []
         self._k = 0
 
     @property
     def backend(self) -> Backend | None:
-        """The backend that serves the layer, None until it is prepared."""
+        """The backend that serves the layer, None until the weights are prepared."""
         return self.product.backend if self.product.is_prepared else None
 
     @property
     def groups(self) -> tuple[ShardGroup, ...]:
-        """The layer's shards by matrix product."""
+        """The groups of shards that are multiplied in one product each."""
         return self.product.groups
 
     def create_weights(
@@ -73,8 +76,12 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Registers the checkpoint's tensors on ``layer``. Raises ModelOptExtError when they do not fit this rank."""
-        del output_size  # sizes come from the partitions
+        """Register the checkpoint's tensors as parameters of ``layer``, unset.
+
+        Raises:
+            ModelOptExtError: the model's sizes are not the checkpoint's, or this rank's cut through a block.
+        """
+        del output_size  # N is taken from output_partition_sizes
         self.product.dtype = params_dtype
         self._check_sizes(layer, input_size, output_partition_sizes)
         self.product.rank_amax = _rank_maximum(layer) if input_size_per_partition != input_size else None
@@ -98,20 +105,24 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         self._create = create
 
     def _check_sizes(self, layer: torch.nn.Module, input_size: int, partition_sizes: list[int]) -> None:
-        """The model's sizes against the checkpoint's: on a CPU SGLang's loaders pad a short tensor with zeros."""
+        """Raise ModelOptExtError unless N and K are the checkpoint's: on a CPU SGLang's loaders pad short tensors with zeros."""
         source = _source_of_sizes(layer)
         if self.stored_k is not None and self.stored_k != input_size:
             raise ModelOptExtError.at(
-                self.where, f"{self.prefix}.weight", f"{input_size} inputs, as {source}", self.stored_k
+                self.where, f"{self.prefix}.weight", f"K = {input_size}, as {source}", self.stored_k
             )
         expected = full_shard_sizes(layer, partition_sizes)
         if self.stored_n is not None and expected is not None and list(self.stored_n) != expected:
             raise ModelOptExtError.at(
-                self.where, f"{self.prefix}.weight", f"{expected} outputs, as {source}", list(self.stored_n)
+                self.where, f"{self.prefix}.weight", f"N = {expected}, as {source}", list(self.stored_n)
             )
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Prepares the weights once for the backend that serves them, and drops what the checkpoint stored."""
+        """Prepare the weights for the first backend that supports them, and delete the stored tensors.
+
+        Raises:
+            ModelOptExtError: the weights did not pass through the strict reader, or no backend can serve them.
+        """
         if not self.verified:
             raise ModelOptExtError.at(
                 self.where,
@@ -124,7 +135,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         for spec in self.scheme.tensors:
             delattr(layer, spec.name)
         if self._is_vocabulary(layer):
-            # SGLang takes an lm_head without a `weight` for unquantized and multiplies by it itself.
+            # SGLang calls the method of an lm_head only if the layer has a `weight`.
             layer.register_parameter("weight", layer.get_parameter(next(iter(self.groups[0].prepared.values()))))
 
     @staticmethod
@@ -138,7 +149,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         }
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
-        """Makes room for the checkpoint's tensors again, so that weights can be updated from disk."""
+        """Replace the prepared weights by unset parameters for the stored tensors, before weights are updated from disk."""
         if self._create is None or not self.product.is_prepared:
             return
         device = layer.get_parameter(next(iter(self.groups[0].prepared.values()))).device
@@ -150,15 +161,15 @@ class ModelOptExtLinearMethod(LinearMethodBase):
             self._create()
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """See :meth:`LinearProduct.apply`."""
+        """Return the layer's output ``[..., N]`` for ``x`` ``[..., K]``, see :meth:`LinearProduct.apply`."""
         return self.product.apply(layer, x, bias)
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
-        """See :meth:`LinearProduct.rows`."""
+        """Return the rows of the weight for the token ids ``input_``, see :meth:`LinearProduct.rows`."""
         return self.product.rows(layer, input_)
 
     def fill_dummy(self, layer: torch.nn.Module) -> None:
-        """Legal values for ``--load-format dummy``: random codes, every scale such that weights are small."""
+        """Fill the layer's parameters with legal values for ``--load-format dummy``."""
         for spec in self.scheme.tensors:
             parameter = layer.get_parameter(spec.name)
             fill_dummy(parameter.data, spec)
@@ -166,7 +177,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
 
 
 def fill_dummy(tensor: torch.Tensor, spec: TensorSpec) -> None:
-    """Legal values of ``spec`` for ``--load-format dummy``: random codes, scales that make weights small."""
+    """Fill ``tensor`` with values that are legal for ``spec``: random codes, and scales under which weights are small."""
     if spec.values is ValueRule.CODES:
         tensor.random_(0, 256) if tensor.dtype == torch.uint8 else tensor.zero_()
     elif spec.values is ValueRule.BLOCK_SCALE_UE8M0:
@@ -178,7 +189,7 @@ def fill_dummy(tensor: torch.Tensor, spec: TensorSpec) -> None:
 
 
 def _source_of_sizes(layer: Any) -> str:
-    """Where a model's sizes are from, for messages: SGLang changes those that do not divide by the ranks of a CPU."""
+    """Return the source of a model's sizes, for errors: SGLang pads sizes that do not divide by the ranks of a CPU."""
     from sglang.srt.distributed.utils import get_group_rank_size
     from sglang.srt.utils import is_cpu
 
@@ -188,7 +199,7 @@ def _source_of_sizes(layer: Any) -> str:
 
 
 def full_shard_sizes(layer: Any, partition_sizes: list[int]) -> list[int] | None:
-    """Output features of each shard over all ranks, as the model's configuration has them; None for unknown layers."""
+    """Return N of each shard of a linear layer over all ranks, by the model's configuration; None for an unknown kind of layer."""
     if hasattr(layer, "total_num_kv_heads"):  # QKVParallelLinear; its output_sizes count replicated KV heads
         head, v_head = layer.head_size, layer.v_head_size
         return [layer.total_num_heads * head, layer.total_num_kv_heads * head, layer.total_num_kv_heads * v_head]
@@ -201,7 +212,7 @@ def full_shard_sizes(layer: Any, partition_sizes: list[int]) -> list[int] | None
 
 def _rank_maximum(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     def maximum(amax: torch.Tensor) -> torch.Tensor:
-        # SGLang's own collective: it is the one that may run inside a captured CUDA graph.
+        # Of the collectives, only SGLang's may run inside a captured CUDA graph.
         return layer.tp_group.all_gather(amax, dim=-1).amax(dim=-1, keepdim=True)
 
     return maximum

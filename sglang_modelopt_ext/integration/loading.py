@@ -1,7 +1,7 @@
 """Strict loading: every tensor of the checkpoint is checked and used, and every parameter of the model is loaded.
 
-SGLang's model classes differ in what they do with a tensor they do not know: drop it with a warning, drop it silently, or fail.
-Here the weights pass through :class:`StrictLoad`, which sees each tensor as it is read and each parameter as it is written.
+SGLang's model classes handle unknown tensors differently: some drop them with a warning, some silently, some fail. Here the weights
+pass through :class:`StrictLoad`, which sees each tensor when it is read and each parameter when it is written.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ logger = logging.getLogger(__name__)
 
 
 CLASSIFIER = "score"
-"""The head of sequence classifiers and reward models."""
+"""The name of the head of sequence classifiers and reward models."""
 
 
 def quantized_modules(
     model: torch.nn.Module,
 ) -> list[tuple[torch.nn.Module, ModelOptExtLinearMethod | ExtFusedMoEMethod]]:
-    """The linear layers and the layers of experts of ``model`` that this package serves."""
+    """Return the linear layers and the layers of experts of ``model`` that this package serves, with their methods."""
     found = []
     for module in model.modules():
         method = getattr(module, "quant_method", None)
-        # LoRA wrappers pass the method of the layer inside on; the layer itself is listed too.
+        # LoRA wrappers have the method of the layer inside, which is listed itself.
         if isinstance(method, (ModelOptExtLinearMethod, ExtFusedMoEMethod)) and not hasattr(module, "base_layer"):
             found.append((module, method))
     return found
 
 
 def ext_config(model: torch.nn.Module) -> ModelOptExtConfig | None:
-    """The configuration ``model`` was built with, when it is ours."""
+    """Return this package's config that ``model`` was built with, None for any other model."""
     for module in model.modules():
         config = getattr(module, "quant_config", None)
         if isinstance(config, ModelOptExtConfig):
@@ -56,9 +56,17 @@ def ext_config(model: torch.nn.Module) -> ModelOptExtConfig | None:
 
 
 def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[int, ...] | None:
-    """The stored shape of an unquantized layer's ``weight`` or any linear layer's ``bias``; None where it is checked elsewhere.
+    """Return the shape that a stored ``weight`` of an unquantized layer, or ``bias`` of any linear layer, must have.
 
-    SGLang's loaders assert shapes on a GPU, and on a CPU fill what a short tensor leaves open with zeros.
+    SGLang's loaders assert shapes on a GPU, but pad short tensors with zeros on a CPU.
+
+    Args:
+        module: the layer.
+        name: the parameter's name in the layer.
+        shard: SGLang's id of the shard that is loaded (``"q"``, ``0``, ``"w1"``), None for a layer without shards.
+
+    Returns:
+        None for parameters that are checked elsewhere.
     """
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -80,9 +88,9 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
 
 
 def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False) -> set[str]:
-    """The stored tensors that ``model`` has no part for by design: MTP blocks where no draft is loaded, buffers, unused scales.
+    """Return the stored tensors that ``model`` does not need: MTP blocks unless it is a draft, buffers, scales of unrounded inputs.
 
-    A part that the model does have under such a name is its own.
+    A module that the model does have under the name of an MTP block or buffer is loaded.
     """
     unused = {name for name in checkpoint.tensors if checkpoint.leaves_out(name)}
     if is_draft:
@@ -101,14 +109,14 @@ def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = Fa
 class StrictLoad:
     """One pass of a checkpoint's tensors into a model.
 
-    A tensor counts as used when, while or after it was read, a parameter's loader is called with it (told by its memory) or,
-    for loaders that transform it first, called while it is the one being read.
+    A tensor counts as used when a parameter's loader is called with it, which its memory tells. Where a model transforms tensors
+    first, the call counts for the tensor that was read last.
 
     Args:
-        model: with the parameters to load.
-        checkpoint: what is stored.
+        model: the model whose parameters are loaded.
+        checkpoint: the description of the stored tensors.
         is_draft: whether the model is the draft of speculative decoding, made of the checkpoint's MTP block.
-        has_values: whether the tensors have values to check; a rehearsal on the meta device has none.
+        has_values: whether the tensors have values to check; in a rehearsal on the meta device they have none.
     """
 
     def __init__(
@@ -125,7 +133,13 @@ class StrictLoad:
         self._names = _expert_names(model, checkpoint)
 
     def read(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Passes ``weights`` on, checking the values of every tensor of a quantized layer."""
+        """Yield ``(name, tensor)`` of ``weights``, by the names that the model knows, after checking values of quantized layers.
+
+        KV-cache tensors and those of :func:`left_out` are dropped.
+
+        Raises:
+            ModelOptExtError: a value is illegal, or a tensor was not found in the files' headers.
+        """
         for name, tensor in weights:
             stored = self.checkpoint.tensors.get(name)
             if stored is None:
@@ -133,7 +147,7 @@ class StrictLoad:
                     self.checkpoint.folder, name, "a tensor found in the files' headers", "an unknown one"
                 )
             if is_kv_cache_tensor(name) or name in self.left_out:
-                continue  # the first are read by integration.kv.scales, where the cache is quantized
+                continue  # integration.kv.scales reads a quantized KV cache's scales
             spec = self.checkpoint.spec_of(name)
             if spec is not None and self.has_values:
                 check_values(stored.file, name, tensor, spec.values)
@@ -143,14 +157,14 @@ class StrictLoad:
 
     @contextmanager
     def watch_parameters(self) -> Iterator[None]:
-        """Replaces the weight loader of every parameter by one that notes the call."""
+        """Replace the weight loader of every parameter by one that records the call, as a context manager."""
         from sglang.srt.model_loader.weight_utils import default_weight_loader
 
         undo: list[Callable[[], None]] = []
         for name, parameter in self.model.named_parameters():
             attribute = "_weight_loader" if hasattr(parameter, "_weight_loader") else "weight_loader"
             original = getattr(parameter, attribute, None)
-            setattr(parameter, attribute, self._noting(name, original or default_weight_loader))
+            setattr(parameter, attribute, self._recording(name, original or default_weight_loader))
             undo.append(_restorer(parameter, attribute, original))
         try:
             yield
@@ -158,14 +172,14 @@ class StrictLoad:
             for restore in undo:
                 restore()
 
-    def _noting(self, parameter: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+    def _recording(self, parameter: str, loader: Callable[..., Any]) -> Callable[..., Any]:
         module_name, _, name = parameter.rpartition(".")
         module = self.model.get_submodule(module_name)
 
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             source = self._by_memory.get(_memory(tensor), self.current)
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
-            if "expert_id" in kwargs:  # the experts' loader, whose first other argument is the parameter's name
+            if "expert_id" in kwargs:  # the experts' loader has the parameter's name as its first further argument
                 shard = kwargs["shard_id"]
             expected = unquantized_shape(module, name, shard)
             if expected is not None and tuple(tensor.shape) != expected:
@@ -173,7 +187,7 @@ class StrictLoad:
             result = loader(target, tensor, *args, **kwargs)
             written: set[Any]
             if isinstance(target, ExpertParameter):
-                # Of experts that other ranks hold, nothing was read here.
+                # The result lists no expert where another rank holds it: nothing was written here.
                 written = {(expert, shard) for expert in result}
             else:
                 written = {(kwargs["expert_id"], shard) if "expert_id" in kwargs else shard}
@@ -187,7 +201,11 @@ class StrictLoad:
     def run(
         self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], weights: Iterable[tuple[str, torch.Tensor]]
     ) -> None:
-        """Calls ``load`` with the checked ``weights`` and verifies what it did. Raises ModelOptExtError naming a tensor."""
+        """Call ``load`` with the checked ``weights``, and require that all parameters are loaded and all tensors used.
+
+        Raises:
+            ModelOptExtError: a value is illegal, a parameter or shard is not loaded, or a tensor is unused; the error names it.
+        """
         self.load(load, weights)
         for problem in (*self.missing(), *self.left_over(self._used_anywhere())):
             raise problem
@@ -195,7 +213,11 @@ class StrictLoad:
     def load(
         self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], weights: Iterable[tuple[str, torch.Tensor]]
     ) -> None:
-        """Calls ``load`` with the checked ``weights``, noting what it does. Raises ModelOptExtError where it fails."""
+        """Call ``load`` with the checked ``weights``, and record which tensors and parameters it uses.
+
+        Raises:
+            ModelOptExtError: a value is illegal, or ``load`` fails; the error names the tensor that was read last.
+        """
         with self.watch_parameters():
             try:
                 load(self.read(weights))
@@ -213,7 +235,7 @@ class StrictLoad:
         self._zero_head_bias()
 
     def _zero_head_bias(self) -> None:
-        """A classifier's head has no bias in Hugging Face's models; SGLang's has, and would keep what it was made with."""
+        """Set a classifier head's bias to zero where the checkpoint has none: only SGLang's heads have a bias, set at random."""
         for name, module in self.model.named_modules():
             bias = getattr(module, "bias", None)
             if type(module) is not torch.nn.Linear or bias is None or name.rpartition(".")[2] != CLASSIFIER:
@@ -223,7 +245,7 @@ class StrictLoad:
                 self.loads.setdefault(f"{name}.bias", set()).add(None)
 
     def missing(self) -> Iterator[ModelOptExtError]:
-        """One error for each parameter of this rank that was not written, or a shard of it."""
+        """Yield an error for each parameter of this rank that was not written, or not in every shard."""
         modules = dict(self.model.named_modules())
         for name, _ in self.model.named_parameters():
             shards = self.loads.get(name)
@@ -244,7 +266,7 @@ class StrictLoad:
                 )
 
     def _used_anywhere(self) -> set[str]:
-        """Tensors used on some rank: pipeline stages and expert ranks rightly skip each other's."""
+        """Return the tensors that were used on any rank: pipeline stages and expert ranks skip each other's tensors."""
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
             return self.used
         from sglang.srt.distributed.parallel_state import get_world_group
@@ -255,7 +277,7 @@ class StrictLoad:
         return set().union(*(used for used in gathered if used))
 
     def left_over(self, used: set[str]) -> Iterator[ModelOptExtError]:
-        """At most one error, for the stored tensors that no rank used."""
+        """Yield one error that names the first stored tensor outside ``used`` and counts the others, or nothing."""
         unused = self.unused(used)
         if unused:
             more = f" (and {len(unused) - 1} more)" if len(unused) > 1 else ""
@@ -267,26 +289,26 @@ class StrictLoad:
             )
 
     def unused(self, used: set[str]) -> list[str]:
-        """The stored tensors outside ``used`` that a model should have used."""
+        """Return the stored tensors outside ``used`` that the model should have used, sorted."""
         tied = bool(getattr(getattr(self.model, "config", None), "tie_word_embeddings", False))
         return sorted(
             name
             for name in self.checkpoint.tensors.keys() - used - self.left_out
             if not is_kv_cache_tensor(name)
             and not (tied and name.endswith("lm_head.weight"))
-            # Where the model has a rotary embedding, its loader is handed the buffer, and skips it.
+            # A model with a rotary embedding is given the buffer, and its loader skips it.
             and not name.endswith(BUFFERS)
         )
 
 
 def _memory(tensor: torch.Tensor) -> int:
-    """What tells whose memory a view is of; on the meta device there is none, and the storage object stands for it."""
+    """Return an id of the memory that a tensor is a view of: its address, or the storage object on the meta device."""
     storage = tensor.untyped_storage()
     return storage.data_ptr() or int(storage._cdata)
 
 
 def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> set[Any]:
-    """What must have been loaded into a fused parameter, of which ``found`` was."""
+    """Return the shards that must have been loaded into a fused parameter; ``found``, those that were, tell its kind."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
     if isinstance(module, FusedMoE):
@@ -301,7 +323,7 @@ def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> 
 
 
 def _expert_names(model: torch.nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
-    """From a checkpoint's names to those the model's loader knows: ModelOpt writes Mixtral's experts under either."""
+    """Return a function from a checkpoint's names to those that the model's loader knows: Mixtral's experts have two names."""
     if not any(name.endswith(f".{MIXTRAL_BLOCK}.experts") for name, _ in model.named_modules()) or not any(
         f".{COMMON_BLOCK}.experts." in name for name in checkpoint.tensors
     ):
@@ -318,7 +340,7 @@ def _expert_names(model: torch.nn.Module, checkpoint: Checkpoint) -> Callable[[s
 
 
 def _is_stock_kv_scale(modules: dict[str, torch.nn.Module], parameter: str) -> bool:
-    """Whether it is a scale of SGLang's own FP8 cache, written by :mod:`sglang_modelopt_ext.integration.kv.scales`."""
+    """Return whether ``parameter`` is a scale of SGLang's FP8 KV cache, set by :mod:`sglang_modelopt_ext.integration.kv.scales`."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     module, _, name = parameter.rpartition(".")
@@ -363,7 +385,7 @@ def _postprocess_weights(original: Callable[..., None], model: torch.nn.Module, 
 
 
 def log_schemes(model: torch.nn.Module) -> None:
-    """One line per scheme: how many layers (and experts, on this rank), and which kernel serves them."""
+    """Log one line per scheme and kernel: the number of layers (and of experts on this rank), and the kernel that serves them."""
     from sglang.srt.utils import log_info_on_rank0
 
     counts: Counter[tuple[str, str]] = Counter()
@@ -375,8 +397,8 @@ def log_schemes(model: torch.nn.Module) -> None:
                 ] += 1
             continue
         for name, kernel in method.kernels.items():
-            product, what = method.products[name], "gate and up" if name == GATE_UP else "down"
-            kind = f"layers of {method.experts} experts, {what}:"
+            product, projections = method.products[name], "gate and up" if name == GATE_UP else "down"
+            kind = f"layers of {method.experts} experts, {projections}:"
             counts[kind, f"{product.scheme.describe()}, math {product.math}, kernel {kernel}"] += 1
     for (kind, served), count in sorted(counts.items()):
         log_info_on_rank0(logger, f"modelopt_ext: {count} {kind} {served}")

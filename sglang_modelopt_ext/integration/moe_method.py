@@ -1,7 +1,8 @@
-"""The one method for the experts of a mixture, on SGLang's contract of fused experts. What it computes is in ``mixture.py``.
+"""The method of the experts of a mixture, behind SGLang's interface of fused experts.
 
-SGLang reads the names of MoE method classes: one with "ModelOpt" in it would have its block scales loaded as scales of whole
-tensors. The parameters here bring a loader of their own, and the class another name.
+It registers, loads and prepares tensors; :mod:`sglang_modelopt_ext.layers.mixture` computes with them. SGLang reads the names of
+MoE method classes: it would load the block scales of one with "ModelOpt" in its name as scales of whole tensors. The class
+therefore has another name, and its parameters have their own loader.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from sglang_modelopt_ext.schemes.table import SCHEMES
 
 GATE_UP, DOWN = "w13", "w2"
 SHARDS: dict[str, tuple[str, ...]] = {GATE_UP: ("w1", "w3"), DOWN: ("w2",)}
-"""SGLang's prefixes of expert parameters and the shards of each, in order: gate and up; down."""
+"""SGLang's prefixes of expert parameters, and the shard ids of each in order: gate and up (``w13``), down (``w2``)."""
 
 
 class ExtFusedMoEMethod(FusedMoEMethodBase):
-    """Serves the experts of one layer of a quantized checkpoint.
+    """SGLang's quantization method of the experts of one layer of a checkpoint.
 
     Args:
-        gate_up: how gate and up of every expert are quantized.
-        down: likewise down.
-        where: the checkpoint's folder, for messages.
-        prefix: the layer's name in SGLang's module tree, for messages.
+        gate_up: the quantization of every expert's gate and up.
+        down: the quantization of every expert's down.
+        where: the checkpoint's folder, for errors.
+        prefix: the layer's name in SGLang's module tree, for errors.
         math: the numerics of NVFP4 weights with FP8 activations.
-        stored: the checkpoint's experts, None when there is no checkpoint to ask.
+        stored: the checkpoint's experts, None without a checkpoint (dummy weights).
     """
 
     def __init__(
@@ -66,9 +67,9 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             for name, scheme in self.schemes.items()
         }
         self.fused = FusedProduct(where, prefix)
-        """Serves instead of both products where it was prepared."""
+        """The whole layer in one call, used in place of both products where it was prepared."""
         self.verified = False
-        """Set by the strict loader once every tensor of the layer was loaded and checked."""
+        """Whether every tensor of the layer was loaded and checked; set by the strict loader."""
         self.experts = 0
         self._config: Any = None
         self._create: Callable[[], None] | None = None
@@ -83,11 +84,16 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
-        """Registers the checkpoint's tensors on ``layer``. Raises ModelOptExtError when they do not fit the model or this rank."""
+        """Register the checkpoint's tensors as parameters of ``layer``, unset.
+
+        Raises:
+            ModelOptExtError: the layer or an option is not supported, the model's sizes are not the checkpoint's, or this rank's
+                cut through a block.
+        """
         self._check_layer(layer, bool(extra_weight_attrs.get("with_bias")))
         self._check_sizes(layer, hidden_size, extra_weight_attrs["moe_intermediate_size"])
         self.experts = num_experts
-        # Output and input features of one shard.
+        # (N, K) of one shard on this rank.
         self._sizes = {
             GATE_UP: (intermediate_size_per_partition, hidden_size),
             DOWN: (hidden_size, intermediate_size_per_partition),
@@ -116,7 +122,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         self._create = create
 
     def _check_layer(self, layer: torch.nn.Module, bias: bool) -> None:
-        """Refuses by name what the products here do not compute."""
+        """Raise an error that names the option or field for a layer of experts that is not supported here."""
         from sglang.srt.layers.moe import get_moe_a2a_backend
 
         config = _of(layer, "moe_runner_config")
@@ -147,7 +153,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                 raise ModelOptExtError.at(self.prefix, subject, expected, "a layer of experts with something else")
 
     def _check_sizes(self, layer: torch.nn.Module, hidden: int, intermediate: int) -> None:
-        """The model's sizes against the checkpoint's."""
+        """Raise ModelOptExtError unless the model's number and sizes of experts are the checkpoint's."""
         if _of(layer, "intermediate_size_per_partition") * _of(layer, "moe_tp_size") != intermediate:
             raise ModelOptExtError.at(
                 self.prefix, "--moe-runner-backend", "one that does not pad the experts", "a padded intermediate size"
@@ -166,12 +172,16 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                 )
 
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
-        """Keeps the layer's configuration; there is no runner beside :meth:`apply`."""
+        """Keep the layer's configuration for :meth:`apply`, which needs no runner of SGLang's."""
         del layer
         self._config = moe_runner_config
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Prepares the experts once for the backend that serves them, and drops what the checkpoint stored."""
+        """Prepare the experts for the first backends that support them, and delete the stored tensors.
+
+        Raises:
+            ModelOptExtError: the weights did not pass through the strict reader, or no backend can serve them.
+        """
         if not self.verified:
             raise ModelOptExtError.at(
                 self.where,
@@ -196,7 +206,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                 delattr(layer, f"{name}_{spec.name}")
 
     def _stored(self, layer: torch.nn.Module, name: str) -> list[list[dict[str, torch.Tensor]]]:
-        """What the checkpoint stores for one product: by expert and shard, by the names of the tensors."""
+        """Return the stored tensors of one product as ``[expert][shard][spec name]``."""
         parameters = {spec.name: layer.get_parameter(f"{name}_{spec.name}").data for spec in self.schemes[name].tensors}
         return [
             [{key: data[expert, shard] for key, data in parameters.items()} for shard in range(len(SHARDS[name]))]
@@ -205,12 +215,12 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
 
     @property
     def kernels(self) -> dict[str, str]:
-        """By product, the kernel that serves it; empty before the weights are in place."""
+        """The name of the kernel that serves each product; empty until the weights are prepared."""
         serving = {name: self.fused.backend or product.backend for name, product in self.products.items()}
         return {name: backend.name for name, backend in serving.items() if backend}
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
-        """Makes room for the checkpoint's tensors again, so that weights can be updated from disk."""
+        """Replace the prepared weights by unset parameters for the stored tensors, before weights are updated from disk."""
         if self._create is None or not self.kernels:
             return
         device = next(layer.parameters()).device
@@ -222,7 +232,11 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             self._create()
 
     def apply(self, layer: torch.nn.Module, dispatch_output: Any) -> Any:
-        """The weighted sum of each token's experts: :func:`mix`, or likewise in one kernel."""
+        """Return the weighted sum of each token's experts ``[T, hidden]``, from both products (:func:`mix`) or from one call.
+
+        Raises:
+            ModelOptExtError: the routing is not in SGLang's standard form.
+        """
         from sglang.srt.layers.moe.token_dispatcher import StandardCombineInput
         from sglang.srt.layers.moe.topk import TopKOutputChecker
 
@@ -230,14 +244,14 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             raise ModelOptExtError.at(
                 self.prefix, "routing", "the weights and numbers of each token's experts", "another form"
             )
-        x, (weights, numbers, _) = dispatch_output.hidden_states, dispatch_output.topk_output
+        x, (weights, experts, _) = dispatch_output.hidden_states, dispatch_output.topk_output
         if x.shape[0] == 0:
             return StandardCombineInput(hidden_states=torch.zeros_like(x))
         choices = Choices(
-            numbers,
+            experts,
             weights,
             weights_input=self._config.apply_router_weight_on_input,
-            # On other devices SGLang's models scale what they are given.
+            # On other devices SGLang's models apply the factor to the layer's output themselves.
             factor=self._config.routed_scaling_factor if x.is_cuda else None,
         )
         if self.fused.backend:
@@ -246,7 +260,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         return StandardCombineInput(hidden_states=y)
 
     def fill_dummy(self, layer: torch.nn.Module) -> None:
-        """Legal values for ``--load-format dummy``."""
+        """Fill the layer's parameters with legal values for ``--load-format dummy``."""
         for name, scheme in self.schemes.items():
             for spec in scheme.tensors:
                 fill_dummy(layer.get_parameter(f"{name}_{spec.name}").data, spec)
@@ -254,17 +268,17 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
 
 
 def _of(layer: torch.nn.Module, name: str) -> Any:
-    """An attribute of SGLang's layer, which torch types as a tensor or a module."""
+    """Return an attribute of SGLang's layer as Any: torch types attributes of modules as tensors or modules."""
     return getattr(layer, name)
 
 
 def _loader(layer: Any, name: str) -> Callable[..., list[int]]:
-    """A weight loader with the parameters of ``FusedMoE.weight_loader``, for the parameters of one product."""
+    """Return a weight loader for the parameters of one product, called with the arguments of ``FusedMoE.weight_loader``."""
 
     def load(
         parameter: ExpertParameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
     ) -> list[int]:
-        """Copies an expert's tensor where this rank holds the expert, and returns this rank's number of it, if any."""
+        """Copy an expert's tensor if this rank holds the expert; return its number on this rank, or an empty list."""
         del weight_name
         expert = layer._map_global_expert_id_to_local_expert_id(expert_id)
         if expert < 0:
@@ -291,6 +305,6 @@ def _moves_experts() -> bool:
 def _rank_maximum(amax: torch.Tensor) -> torch.Tensor:
     from sglang.srt.runtime_context import get_parallel
 
-    # SGLang's own collective: it is the one that may run inside a captured CUDA graph.
+    # Of the collectives, only SGLang's may run inside a captured CUDA graph.
     gathered: torch.Tensor = get_parallel().moe_tp_group.all_gather(amax, dim=-1)
     return gathered.amax(dim=-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""From a :class:`TensorSpec` to the SGLang parameter class that slices and loads it."""
+"""SGLang parameters for stored tensors: from a :class:`TensorSpec` to the parameter class that slices and loads it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _QKV_INDEX = {"q": 0, "k": 1, "v": 2}
 
 
 class ConcatParameter(BasevLLMParameter):
-    """The shards of a fused layer one after the other along dimension 0, each sliced for this rank by its own declaration.
+    """A parameter with the shards of a fused layer concatenated along dimension 0, each sliced for this rank by its spec.
 
-    For every tensor SGLang's own classes would slice wrongly: vectors along K with one for each shard (``pre_quant_scale``),
-    low-rank factors, codes packed along N, block scales whose blocks span output features.
+    It serves the tensors that SGLang's own classes would slice wrongly: a vector along K for each shard (``pre_quant_scale``),
+    low-rank factors, codes packed along N, block scales whose blocks span several output features.
     """
 
     def __new__(
         cls, spec: TensorSpec, shard_sizes: list[int], k: int, weight_loader: Callable[..., Any]
     ) -> ConcatParameter:
-        """An unset parameter; see :func:`make_parameter` for the arguments."""
+        """Return an unset parameter; see :func:`make_parameter` for the arguments."""
         shapes = [spec.shape(size, k) for size in shard_sizes]
         data = torch.cat([_unset(shape, spec.dtypes[0]) for shape in shapes])
         parameter: ConcatParameter = super().__new__(cls, data=data, weight_loader=weight_loader)
@@ -36,14 +36,14 @@ class ConcatParameter(BasevLLMParameter):
         self.k = k
 
     def shard(self, index: int) -> torch.Tensor:
-        """This rank's part of shard ``index``."""
+        """Return this rank's part of shard ``index``, a view."""
         lengths = [self.spec.shape(size, self.k)[0] for size in self.shard_sizes]
         part: torch.Tensor = self.data.narrow(0, sum(lengths[:index]), lengths[index])
         return part
 
     @property
     def output_dim(self) -> int | None:
-        """Read by the loader of embeddings and lm_head: the dimension that follows the vocabulary entry by entry."""
+        """The dimension with one entry per output feature, None without one; read by the loader of embeddings and lm_head."""
         first = self.spec.dims[0]
         return 0 if first.axis == "N" and first.per == 1 else None
 
@@ -51,35 +51,35 @@ class ConcatParameter(BasevLLMParameter):
         copy_slice(self.spec, loaded, self.shard(index), self.shard_sizes[index], self.k, n_rank, k_rank)
 
     def load_column_parallel_weight(self, loaded_weight: torch.Tensor, tp_rank: int = 0, **_: Any) -> None:
-        """Output features split over the ranks."""
+        """Load a layer whose output features are split over the ranks."""
         self._load(loaded_weight, 0, tp_rank, 0)
 
     def load_row_parallel_weight(self, loaded_weight: torch.Tensor, tp_rank: int = 0, **_: Any) -> None:
-        """Input features split over the ranks."""
+        """Load a layer whose input features are split over the ranks."""
         self._load(loaded_weight, 0, 0, tp_rank)
 
     def load_merged_column_weight(self, loaded_weight: torch.Tensor, *, shard_id: int, tp_rank: int, **_: Any) -> None:
-        """One shard of a fused layer, its output features split over the ranks."""
+        """Load one shard of a fused layer whose output features are split over the ranks."""
         self._load(loaded_weight, shard_id, tp_rank, 0)
 
     def load_qkv_weight(
         self, loaded_weight: torch.Tensor, *, shard_id: str, tp_rank: int, num_heads: int = 1, **_: Any
     ) -> None:
-        """q, k or v; ``num_heads`` consecutive ranks hold the same key and value heads."""
+        """Load q, k or v; ``num_heads`` consecutive ranks hold equal key and value heads."""
         self._load(loaded_weight, _QKV_INDEX[shard_id], tp_rank if shard_id == "q" else tp_rank // num_heads, 0)
 
 
 def copy_slice(
     spec: TensorSpec, loaded: torch.Tensor, target: torch.Tensor, n: int, k: int, n_rank: int, k_rank: int
 ) -> None:
-    """Copies this rank's slice of a stored tensor.
+    """Copy this rank's slice of a stored tensor.
 
     Args:
-        spec: the tensor's declaration.
-        loaded: the tensor as stored, of the whole layer.
-        target: this rank's.
+        spec: the tensor's spec.
+        loaded: the stored tensor, of the whole layer.
+        target: this rank's tensor, which is written.
         n, k: output and input features of this rank.
-        n_rank, k_rank: which slice along each is this rank's.
+        n_rank, k_rank: the index of this rank's slice along N and along K.
 
     Raises:
         ValueError: the slice cuts through a block, or does not fit.
@@ -98,21 +98,21 @@ def copy_slice(
 
 
 class ExpertParameter(torch.nn.Parameter):
-    """One tensor of all experts of this rank: ``[experts, shards, *shape]``, unset."""
+    """A parameter with one tensor of all experts of this rank: ``[experts, shards, *shape]``."""
 
     def __new__(cls, spec: TensorSpec, experts: int, shards: int, n: int, k: int) -> ExpertParameter:
-        """An unset parameter.
+        """Return an unset parameter.
 
         Args:
-            spec: the tensor's declaration.
-            experts: how many experts this rank holds.
+            spec: the tensor's spec.
+            experts: the number of experts on this rank.
             shards: 2 for gate and up, 1 for down.
             n, k: output and input features of one shard on this rank.
 
         Raises:
             ValueError: a block does not fit ``n`` or ``k``.
         """
-        # The widest of several types holds what is stored in any of them.
+        # Of several types, the widest holds the values of all.
         dtype = max(spec.dtypes, key=lambda dtype: dtype.itemsize)
         data = _unset((experts, shards, *spec.shape(n, k)), dtype)
         parameter: ExpertParameter = torch.nn.Parameter._make_subclass(cls, data, False)
@@ -124,7 +124,7 @@ class ExpertParameter(torch.nn.Parameter):
         self.k = k
 
     def load(self, loaded: torch.Tensor, expert: int, shard: int, n_rank: int, k_rank: int) -> None:
-        """Copies one expert's stored tensor, cut for this rank; a scalar may be ``[1]``."""
+        """Copy one expert's stored tensor, sliced for this rank; a scalar may have the shape ``[1]``."""
         target = self.data[expert, shard]
         if self.spec.is_scalar:
             loaded = loaded.reshape(())
@@ -134,12 +134,12 @@ class ExpertParameter(torch.nn.Parameter):
 def make_parameter(
     spec: TensorSpec, shard_sizes: list[int], k: int, weight_loader: Callable[..., Any]
 ) -> BasevLLMParameter:
-    """An empty parameter for ``spec`` on this rank.
+    """Return an unset parameter for ``spec`` on this rank.
 
-    Floating-point parameters start as NaN: what is never loaded can then not pass for a scale.
+    Floating-point parameters start as NaN, so that an entry that is never loaded cannot pass for a scale.
 
     Args:
-        spec: the tensor's declaration.
+        spec: the tensor's spec.
         shard_sizes: output features of each shard of the (fused) layer on this rank.
         k: input features on this rank.
         weight_loader: SGLang's loader of the layer.
@@ -150,7 +150,7 @@ def make_parameter(
     if spec.is_scalar:
         data = _unset((len(shard_sizes),), spec.dtypes[0])
         parameter = PerTensorScaleParameter(data=data, weight_loader=weight_loader)
-        # Read by SGLang's first-generation loaders, which would otherwise copy one shard's scale over all.
+        # Without this attribute SGLang's first-generation loaders copy one shard's scale over all.
         parameter.needs_scalar_to_array = True
         return parameter
     n_dim, k_dim = spec.dim_of("N"), spec.dim_of("K")
@@ -171,7 +171,7 @@ def _unset(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 def shard_tensor(spec: TensorSpec, parameter: torch.Tensor, index: int, shard_sizes: list[int]) -> torch.Tensor:
-    """Shard ``index`` of a loaded parameter: a scalar ``[]``, or this rank's part of its tensor."""
+    """Return shard ``index`` of a loaded parameter: a scalar ``[]``, or this rank's part of the shard's tensor."""
     if spec.is_scalar:
         return parameter.data[index]
     if isinstance(parameter, ConcatParameter):

@@ -1,8 +1,8 @@
-"""The processes of a server: checks before any is started, and one clear line when one of them stops.
+"""The processes of a server: checks before any is started, and a one-line error when one of them stops.
 
 SGLang loads plugins in the launching process, the schedulers, the detokenizer and the data-parallel controller. It does not load
-them in extra tokenizer workers, in Ray actors and in the weight-cache daemon; those would not know our quantization names, so a
-server that asks for them is refused by name.
+them in extra tokenizer workers, in Ray actors and in the weight-cache daemon, which would not know this package's quantization
+names: a server with these is not supported, and the error names the flag.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _COMMAND_LINES = ("sglang.launch_server", "sglang.cli.main", "sglang")
 
 
 def preflight(server_args: Any) -> None:
-    """Checks the launch and, when the model is a local folder, its tensors, before any process is started.
+    """Check the launch and, when the model is a local folder, its tensors, before any process is started.
 
     Raises:
         ModelOptExtError: the checkpoint cannot be served, or not with these arguments.
@@ -47,7 +47,7 @@ def preflight(server_args: Any) -> None:
     owner = decide(folder, flag, gpu_capability()) if folder is not None else Ownership(None)
     report(owner)
     if owner.in_doubt and args.kv_cache_dtype not in KV_FLAGS:
-        return  # a cache of ours is still ours, and its errors too
+        return  # all of it is left to SGLang; a KV cache of ours would still be checked
     kv_hooks.declare(server_args)
     if folder is None or owner.family is None:
         return
@@ -66,7 +66,7 @@ def preflight(server_args: Any) -> None:
 
 
 def report(owner: Ownership) -> None:
-    """Log who serves the checkpoint and why, in one line; and what its files leave open."""
+    """Log in one line whether this package or SGLang serves the checkpoint and why, and a warning for each note on its files."""
     if owner.family is not None:
         logger.info("modelopt_ext: serves the checkpoint as %s: %s", owner.family, owner.why)
         for note in owner.config.notes if owner.config is not None else ():
@@ -108,7 +108,7 @@ def _check_adapters(args: Any) -> None:
 
 @functools.cache
 def register_preflight() -> None:
-    """Runs :func:`preflight` as part of SGLang's argument resolution, once for a process."""
+    """Register :func:`preflight` as a step of SGLang's argument resolution, once for a process."""
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
     register_resolution_hook("handle_model_source_paths")(_run_preflight)
@@ -120,7 +120,7 @@ def _run_preflight(server_args: Any, previous: Callable[[Any], None]) -> None:
 
 
 def open_error_channel() -> None:
-    """Names the file through which child processes report, in the environment they inherit."""
+    """Set the environment variable that names the file to which child processes write their error."""
     if not os.environ.get(ERROR_FILE.variable):
         folder = tempfile.mkdtemp(prefix="sglang_modelopt_ext-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -136,10 +136,10 @@ def _scheduler_init(original: Callable[..., None], self: Any, *args: Any, **kwar
         channel = ERROR_FILE.read()
         if channel:
             Path(channel).write_text(str(error), encoding="utf-8")
-        # The data-parallel controller between this process and the launching one does not ask why a scheduler died.
+        # A data-parallel controller between this process and the launching one does not read the file.
         if not channel or get_parallel().num_dp_ranks > 1:
             print(error.one_line(), file=sys.stderr, flush=True)
-        # SystemExit, so that SGLang neither prints a traceback nor signals the parent before it has read the line.
+        # For a SystemExit SGLang neither prints a traceback nor signals the parent before it has read the line.
         raise SystemExit(1) from error
 
 
@@ -154,7 +154,7 @@ def _scheduler_died_error(original: Callable[..., Exception], rank: int, proc: A
 
 
 def print_errors_in_one_line() -> None:
-    """On SGLang's command lines, prints a :class:`ModelOptExtError` that ends the process without its traceback."""
+    """Print a :class:`ModelOptExtError` that ends the process without its traceback, on SGLang's command lines."""
     spec = getattr(sys.modules.get("__main__"), "__spec__", None)
     name = spec.name if spec else Path(sys.argv[0]).name
     if name not in _COMMAND_LINES or getattr(sys.excepthook, "modelopt_ext", False):

@@ -1,8 +1,8 @@
-"""A server's start without weights and without a server: will this checkpoint load, in SGLang's own model class?
+"""The rehearsal of a server's start, without weights: it tells whether a checkpoint loads into SGLang's own model class.
 
-``python -m sglang_modelopt_ext.integration.rehearsal FOLDER`` settles the arguments, reads the checkpoint, builds SGLang's model
-on the meta device and loads tensors without values into it, all by the code that a server runs. SGLang keeps what it builds models
-from in globals of the process, so that this is a process of its own. No weight is read, no GPU is used.
+``python -m sglang_modelopt_ext.integration.rehearsal FOLDER`` resolves the arguments, reads the checkpoint, builds SGLang's model
+on the meta device and loads tensors without values into it, all by the code that a server runs. It is a process of its own, since
+SGLang builds models from globals of the process. No weight is read and no GPU is used.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ import torch
 from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS, read_plan
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.kv.hooks import pool_kind, refused_pool
+from sglang_modelopt_ext.integration.kv.hooks import pool_kind, unsupported_pool
 
 RESULT = "REHEARSAL "
-"""What the last line of the output begins with, before JSON: ``{"model", "problems", "missing", "left_over", "left_out"}``."""
+"""The prefix of the output's last line, before JSON: ``{"model", "problems", "missing", "left_over", "left_out"}``."""
 
 MOST_NAMES = 20
-"""Of each list of names."""
+"""The largest number of names in each list of the result."""
 
 
 def rehearse(folder: Path, server_arguments: list[str], stock_kv_cache: bool) -> dict[str, Any]:
-    """Return what loading ``folder`` comes to.
+    """Load ``folder`` without weights, and return the errors of that.
 
     Args:
         folder: the checkpoint, one that this package serves.
         server_arguments: further arguments of the server.
-        stock_kv_cache: whether the target keeps its KV cache in SGLang's own format, where nothing about it is an error.
+        stock_kv_cache: whether the target keeps its KV cache in SGLang's own format, for which no error is reported.
 
     Returns:
-        ``model``, the class; ``problems``, the lines at which a server would stop; ``missing`` and ``left_over``, parameters and
-        tensors; ``left_out``, how many tensors belong to parts that are not served.
+        ``model``, the class; ``problems``, the error lines with which a server would stop; ``missing``, parameters without a
+        tensor; ``left_over``, tensors without a parameter; ``left_out``, the number of tensors of parts that are not served.
 
     Raises:
-        ModelOptExtError: a server would stop with that line before it built a model.
-        Exception: whatever SGLang raises where this machine cannot build the model.
+        ModelOptExtError: the error with which a server would stop before it built a model.
+        Exception: any error of SGLang's where this machine cannot build the model.
     """
     from sglang.srt.plugins import load_plugins
 
@@ -56,7 +56,7 @@ def rehearse(folder: Path, server_arguments: list[str], stock_kv_cache: bool) ->
     from sglang_modelopt_ext.integration.config import ModelOptExtConfig
     from sglang_modelopt_ext.integration.loading import StrictLoad
 
-    model_config = _settle(folder, server_arguments)
+    model_config = _resolve(folder, server_arguments)
     quantization = _get_quantization_config(model_config, LoadConfig())
     if not isinstance(quantization, ModelOptExtConfig) or quantization.checkpoint is None:
         raise RuntimeError("SGLang serves it by itself")
@@ -69,7 +69,7 @@ def rehearse(folder: Path, server_arguments: list[str], stock_kv_cache: bool) ->
     try:
         strict.load(model.load_weights, _without_values(quantization.checkpoint))
     except ModelOptExtError as error:
-        problems.append(error)  # half way: what comes after was never offered
+        problems.append(error)  # the tensors behind it were not offered, so that nothing can be said of them
     else:
         missing, unused = list(strict.missing()), strict.unused(strict.used)
         problems += [*missing[:1], *strict.left_over(strict.used)]
@@ -84,8 +84,8 @@ def rehearse(folder: Path, server_arguments: list[str], stock_kv_cache: bool) ->
     }
 
 
-def _settle(folder: Path, server_arguments: list[str]) -> Any:
-    """Return SGLang's configuration of the model, in a process that is set up as a scheduler of one rank on a CPU."""
+def _resolve(folder: Path, server_arguments: list[str]) -> Any:
+    """Set this process up as a scheduler of one rank on a CPU, and return SGLang's configuration of the model."""
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.moe.utils import initialize_moe_config
@@ -110,7 +110,7 @@ def _free_port() -> int:
 
 
 def _without_values(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield every stored tensor as its header has it; one of a single value is real, as loaders ask for it."""
+    """Yield every stored tensor on the meta device; one of a single entry is on the CPU, since loaders read its value."""
     for name, stored in sorted(checkpoint.tensors.items(), key=lambda item: (item[1].file, item[0])):
         elements = 1
         for size in stored.shape:
@@ -120,7 +120,7 @@ def _without_values(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]
 
 
 def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, config: Any) -> list[ModelOptExtError]:
-    """Return what is wrong with a cache of ours for this model."""
+    """Return the errors of this package's KV cache for the model; none where the cache is SGLang's."""
     from sglang.srt.runtime_context import get_model
 
     from sglang_modelopt_ext.integration.kv.layers import check_sinks, served_attention
@@ -131,7 +131,7 @@ def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, 
     try:
         kind = pool_kind(config)
         if kind is not None:
-            raise refused_pool(kind, flag)
+            raise unsupported_pool(kind, flag)
         plan = read_plan(folder, quantization.config, flag)
         check_sinks(model)
         if plan is not None:
@@ -142,22 +142,22 @@ def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, 
 
 
 def main() -> None:
-    """Print the result as one line of JSON behind :data:`RESULT`; ``error`` in it says why there is none."""
-    parser = argparse.ArgumentParser(description="Whether a checkpoint loads, without its weights.")
+    """Print the result as one line of JSON behind :data:`RESULT`; it has ``error`` alone where nothing could be checked."""
+    parser = argparse.ArgumentParser(description="Tell whether a checkpoint loads, without reading its weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stock-kv-cache", action="store_true")
     options, rest = parser.parse_known_args()
-    # No GPU is touched, whatever the machine has; SGLang asks for these when it is imported.
+    # Use no GPU, even if the machine has one; SGLang reads these variables when it is imported.
     os.environ.update(SGLANG_USE_CPU_ENGINE="1", CUDA_VISIBLE_DEVICES="")
     try:
         found = rehearse(options.folder, rest, options.stock_kv_cache)
     except ModelOptExtError as error:
         found = {"model": None, "problems": [str(error)], "missing": [], "left_over": [], "left_out": 0}
-    except (Exception, SystemExit) as error:  # SGLang's, of any kind: the caller says that nothing was checked
+    except (Exception, SystemExit) as error:  # any error of SGLang's: the caller reports that nothing was checked
         found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     sys.stdout.flush()
     print(RESULT + json.dumps(found), flush=True)
-    # Without the clean-up of process groups that nobody else is in.
+    # Skip the clean-up of process groups, which have no other member.
     os._exit(0)
 
 

@@ -1,8 +1,8 @@
-"""Changing the weights of a running server: from disk with the same recipe, and by no other way.
+"""Updates of a running server's weights: from disk and with an unchanged recipe; other ways are not supported.
 
-A quantized layer keeps its weights as its backend prepared them, not as they are stored. An update from disk restores the
-checkpoint's parameters, loads strictly and prepares again. SGLang "rolls back" a failed update by reading the new folder a second
-time, so everything that can fail is checked before anything is touched.
+A quantized layer keeps prepared weights, not the stored tensors. An update from disk restores the checkpoint's parameters, loads
+strictly and prepares again. SGLang "rolls back" a failed update by reading the new folder a second time, so everything that can
+fail is checked before anything is changed.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ from sglang_modelopt_ext.integration.loading import ext_config
 
 
 def check_replacement(config: ModelOptExtConfig, folder: Path) -> Checkpoint:
-    """The checkpoint in ``folder``, fully checked. Raises ModelOptExtError unless it can take the served one's place."""
+    """Return the checkpoint in ``folder``, with all of its values checked.
+
+    Raises:
+        ModelOptExtError: it is wrong, or has other layers, schemes, shapes or KV-cache scales than the served one.
+    """
     if config.checkpoint is None:
         raise ModelOptExtError.at(
             "update_weights_from_disk", "--load-format", "weights that were read from disk", "dummy"
@@ -60,7 +64,7 @@ def check_replacement(config: ModelOptExtConfig, folder: Path) -> Checkpoint:
 
 
 def _check_kv_cache(served: Checkpoint, new: Checkpoint) -> None:
-    """The numbers of the KV cache belong to its pool and stay what they were when the server started."""
+    """Raise ModelOptExtError where the KV cache's scales or biases differ: its pool keeps those of the server's start."""
     names = [name for name in served.tensors if is_kv_cache_tensor(name)]
     old_values, new_values = (
         {stored.name: tensor for stored, tensor in read_tensors([source.tensors[name] for name in names])}
@@ -94,18 +98,18 @@ def _update_from_disk(
         checkpoint = check_replacement(config, Path(model_path))
     except ModelOptExtError as error:
         return False, error.one_line()
-    # The file names change with the folder; layers, shapes and schemes were just found to be the same.
+    # File names change with the folder; layers, shapes and schemes were just compared and are equal.
     config.checkpoint = dataclasses.replace(checkpoint, config=config.config)
     return original(self, model_path, load_format, weight_name_filter, recapture_cuda_graph)
 
 
-def _refuse(operation: str) -> Callable[..., Any]:
-    """A wrapper that answers ``(False, reason)`` for a model of ours."""
+def _reject(operation: str) -> Callable[..., Any]:
+    """Return a wrapper that answers ``(False, reason)`` for a model that this package serves."""
 
     def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         if ext_config(self.get_model()) is None:
             return original(self, *args, **kwargs)
-        return False, _refusal(operation).one_line()
+        return False, _unsupported(operation).one_line()
 
     return around
 
@@ -115,12 +119,12 @@ def _begin_weight_update(original: Callable[..., Any], self: Any, recv_req: Any)
 
     if not any(ext_config(runner.weight_updater.get_model()) for _, runner in self._select_runners(recv_req.selector)):
         return original(self, recv_req)
-    # Opening the session already takes the repacked weights away, so this is where it has to stop.
-    error = _refusal("update_weights_from_tensor, update_weights_from_distributed")
+    # Opening the session already deletes the repacked weights, so that the error has to come before.
+    error = _unsupported("update_weights_from_tensor, update_weights_from_distributed")
     return BeginWeightUpdateReqOutput(success=False, message=error.one_line())
 
 
-def _refusal(operation: str) -> ModelOptExtError:
+def _unsupported(operation: str) -> ModelOptExtError:
     expected = "update_weights_from_disk, since quantized weights are kept repacked"
     return ModelOptExtError.at(operation, "weights", expected, "tensors in checkpoint form")
 
@@ -144,18 +148,18 @@ HOOKS = (
         _UPDATER + "update_weights_from_tensor",
         ("self", "named_tensors", "load_format"),
         "tensors would be written over repacked weights",
-        _refuse("update_weights_from_tensor"),
+        _reject("update_weights_from_tensor"),
     ),
     Hook(
         _UPDATER + "load_weights_from_distributed",
         ("self", "named_tensors"),
         "tensors would be written over repacked weights",
-        _refuse("update_weights_from_distributed"),
+        _reject("update_weights_from_distributed"),
     ),
     Hook(
         _UPDATER + "update_weights_from_ipc",
         ("self", "recv_req"),
         "tensors would be written over repacked weights",
-        _refuse("update_weights_from_ipc"),
+        _reject("update_weights_from_ipc"),
     ),
 )

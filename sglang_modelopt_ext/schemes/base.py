@@ -1,4 +1,4 @@
-"""A scheme: what a ``quant_algo`` means for one linear layer."""
+"""Schemes: the meaning of a ``quant_algo`` for one linear layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import ActivationFormat, Dim, TensorSpec, ValueRule, WeightFormat
 
-# The first one is the type a server keeps such a tensor in: float32 holds all three exactly.
+# A server keeps such a tensor in the first type: float32 holds the values of all three exactly.
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 PRE_QUANT_SCALE = TensorSpec("pre_quant_scale", _MODEL_DTYPES, (Dim("K"),), ValueRule.POSITIVE)
@@ -31,7 +31,7 @@ LORA_A, LORA_B = "svdquant_lora_a", "svdquant_lora_b"
 
 
 def low_rank_tensors(rank: int) -> tuple[TensorSpec, TensorSpec]:
-    """SVDQuant's factors: ``y += ((x * pre_quant_scale) @ lora_a^T) @ lora_b^T``."""
+    """Return the specs of SVDQuant's factors A and B: ``y += ((x * pre_quant_scale) @ lora_a^T) @ lora_b^T``."""
     return (
         TensorSpec(LORA_A, _MODEL_DTYPES, (Dim(None, rank), Dim("K")), ValueRule.FINITE),
         TensorSpec(LORA_B, _MODEL_DTYPES, (Dim("N"), Dim(None, rank)), ValueRule.FINITE),
@@ -40,12 +40,12 @@ def low_rank_tensors(rank: int) -> tuple[TensorSpec, TensorSpec]:
 
 @dataclass(frozen=True)
 class LayerScheme:
-    """How one linear layer is quantized: ``y = activation(x * pre_quant_scale) @ weight^T + low rank``.
+    """The quantization of one linear layer: ``y = activation(x * pre_quant_scale) @ weight^T + low rank``.
 
     Attributes:
         algo: ModelOpt's algorithm.
-        weight: how the weight is stored.
-        activation: how the input is rounded, None for weight-only recipes.
+        weight: the weight's format.
+        activation: the format that the input is rounded to, None where it is not rounded.
         smoothing: whether the layer has a ``pre_quant_scale``.
         low_rank: the rank of SVDQuant's branch, 0 for none.
     """
@@ -58,7 +58,7 @@ class LayerScheme:
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
-        """Everything a checkpoint stores for the layer but its bias, in reading order."""
+        """The specs of all tensors that a checkpoint stores for the layer, without its bias."""
         specs = self.weight.tensors
         if self.activation is not None:
             specs += self.activation.tensors
@@ -69,7 +69,7 @@ class LayerScheme:
         return specs
 
     def describe(self) -> str:
-        """One phrase for logs, such as ``W4A8_NVFP4_FP8 (weights nvfp4_w4a8, activations fp8_static)``."""
+        """Return a phrase for logs, such as ``W4A8_NVFP4_FP8 (weights nvfp4_w4a8, activations fp8_static)``."""
         parts = [f"weights {self.weight.name}", f"activations {self.activation.name if self.activation else 'none'}"]
         if self.smoothing:
             parts.append("smoothing")
@@ -84,17 +84,17 @@ class Scheme:
 
     Attributes:
         algo: ModelOpt's ``quant_algo`` in upper case.
-        weights: names of the weight formats it may use, one for each group size.
+        weights: names of its weight formats, one for each group size.
         activation: name of the activation format, None for weight-only recipes.
-        static_activation: name of the activation format of layers that store its tensors, where ModelOpt exports layers with and
-            without them under the algorithm's name; None where ``activation`` serves every layer.
-        flag: the ``--quantization`` family of this package the algorithm belongs to.
-        low_rank: whether its layers carry SVDQuant's branch.
-        activation_in_doubt: the same export stands for a recipe with and one without activation rounding.
+        flag: this package's ``--quantization`` family for the algorithm.
+        static_activation: name of the activation format of layers that store its scale, where ModelOpt exports layers with and
+            without one under this algorithm; None where all layers have ``activation``.
+        low_rank: whether its layers have SVDQuant's low-rank branch.
+        activation_in_doubt: whether a recipe with and one without activation rounding have equal exports.
         rounds_weight_to_fp8: whether the ``fp8`` numerics of ``SGLANG_MODELOPT_EXT_W4A8_MATH`` apply to it.
         stock_flag: SGLang's own ``--quantization`` for it, None when SGLang does not serve it.
-        stock_capability: the compute capability times ten from which SGLang's own path is right.
-        note: what a reader of the support matrix should know.
+        stock_capability: the compute capability times ten from which SGLang's own path is correct.
+        note: a remark for the support matrix.
     """
 
     algo: str
@@ -110,7 +110,7 @@ class Scheme:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the stored tensors cannot tell the two activation formats apart."""
+        """Raise ValueError where the stored tensors cannot tell the two activation formats apart."""
         if self.static_activation is None:
             return
         dynamic = ACTIVATION_FORMATS[self.activation].tensors if self.activation else ()
@@ -119,20 +119,20 @@ class Scheme:
 
     @property
     def activations(self) -> tuple[str, ...]:
-        """Names of the activation formats its layers may have; none for weight-only recipes."""
+        """The names of the activation formats that its layers may have; empty for weight-only recipes."""
         return tuple(name for name in (self.activation, self.static_activation) if name is not None)
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        """The group sizes the algorithm may have, 0 for none."""
+        """The group sizes that its layers may have; 0 for a format without groups."""
         return tuple(WEIGHT_FORMATS[name].group_size for name in self.weights)
 
     def weight_format(self, group_size: int | None, where: object, subject: str) -> WeightFormat:
-        """The weight format of that group size (None: not declared, right when there is only one).
+        """Return the weight format with ``group_size``; None (not declared) stands for the only one.
 
         Raises:
-            ModelOptExtError: naming ``where`` and ``subject`` when the group size is not one the algorithm has, or is missing
-                where it decides.
+            ModelOptExtError: the algorithm has no such group size, or has several and none is declared; the error names ``where``
+                and ``subject``.
         """
         sizes = self.group_sizes
         if group_size is None and len(sizes) == 1:
@@ -144,7 +144,7 @@ class Scheme:
         return WEIGHT_FORMATS[self.weights[sizes.index(group_size)]]
 
     def activation_format(self, stored: Collection[str] = ()) -> ActivationFormat | None:
-        """The activation format of a layer that stores the tensors ``stored``, by spec name."""
+        """Return the activation format of a layer whose stored tensors have the spec names ``stored``; None if it has none."""
         if self.static_activation is not None:
             static = ACTIVATION_FORMATS[self.static_activation]
             if any(spec.name in stored for spec in static.tensors):

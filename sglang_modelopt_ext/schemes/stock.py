@@ -1,4 +1,4 @@
-"""What SGLang (0.5.22, 0.5.23) itself does with each algorithm, for the support matrix and for messages.
+"""The behaviour of SGLang (0.5.22, 0.5.23) itself with each algorithm, for the support matrix and for messages.
 
 Read from the sources of their wheels (``configs/model_config.py``, ``layers/quantization/modelopt_quant.py``,
 ``model_loader/weight_utils.py``); nothing in this table was run on a GPU.
@@ -23,8 +23,8 @@ STOCK_BEHAVIOUR: dict[str, str] = {
     "W8A8_SQ_PER_CHANNEL": "rejected as unknown",
     "W8A16": "rejected as unknown",
 }
-"""By algorithm of the scheme table; a test keeps the two in step."""
+"""SGLang's behaviour by algorithm; a test requires a row for each algorithm of the scheme table."""
 
 LEFT_AND_RUN: dict[str, str] = {"FP8": "NVIDIA H200, 2026-11-29"}
-"""By row of docs/flags.md (its first cell): the GPU and date on which SGLang's side of it was run as a server with this plugin
-installed and its numbers compared. ``make docs`` puts them into the table."""
+"""The GPU and date of a run of SGLang's side of a row of docs/flags.md (by its first cell), with this plugin installed and the
+results compared. ``make docs`` puts them into the table."""

@@ -94,14 +94,14 @@ FAMILIES: dict[str, frozenset[str]] = {
     MXFP4: frozenset(row.algo for row in _ROWS if row.flag == MXFP4),
     UMBRELLA: frozenset(SCHEMES),
 }
-"""``--quantization`` flags of this package and the algorithms each accepts."""
+"""The ``--quantization`` flags of this package and the algorithms that each accepts."""
 
 MIXED_PRECISION = "MIXED_PRECISION"
-"""The algorithm of a checkpoint whose layers differ; each names a row of the table."""
+"""The algorithm of a checkpoint that lists one for each layer; the listed ones are rows of the table."""
 
 
 def find_scheme(algo: str, where: object) -> Scheme:
-    """The row of ``algo`` (any case). Raises ModelOptExtError naming ``where`` and listing the known ones."""
+    """Return the row of ``algo`` (in any case). Raises ModelOptExtError, naming ``where`` and the known ones, without a row."""
     scheme = SCHEMES.get(algo.upper())
     if scheme is None:
         known = ", ".join(sorted([*SCHEMES, MIXED_PRECISION]))

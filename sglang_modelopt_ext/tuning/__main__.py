@@ -1,4 +1,4 @@
-"""Command line of :mod:`sglang_modelopt_ext.tuning.run`::
+"""The command line of :mod:`sglang_modelopt_ext.tuning.run`::
 
 python -m sglang_modelopt_ext.tuning --model DIR [--tp-size N] [--tokens 1,16,256] [--output FILE]
 """
@@ -19,10 +19,17 @@ from sglang_modelopt_ext.tuning.run import TOKENS, merge, tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measures, writes the file and says how it is used. Returns 1 for an error, which is one line."""
+    """Measure, write the tuning file, and print how it is used.
+
+    Args:
+        argv: the command line, ``sys.argv`` by default.
+
+    Returns:
+        The exit status: 0, or 1 after an error, which is printed in one line.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m sglang_modelopt_ext.tuning",
-        description="Measures which kernel serves the layers of a checkpoint fastest on the GPU at hand.",
+        description="Measure which kernel serves the layers of a checkpoint fastest on the GPU at hand.",
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="folder of a ModelOpt checkpoint")
     parser.add_argument("--tp-size", type=int, default=1, metavar="N", help="ranks that share the model (default: 1)")
@@ -31,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         type=_numbers,
         default=TOKENS,
         metavar="M,M,...",
-        help=f"numbers of tokens to measure, all counting alike (default: {','.join(map(str, TOKENS))})",
+        help=f"numbers of tokens to measure, with equal weight (default: {','.join(map(str, TOKENS))})",
     )
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="file to write or to add to (default: named after the GPU, here)"
@@ -44,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         path = arguments.output or Path(file_name(gpu))
         if not path.parent.is_dir():
             raise ModelOptExtError.at(path, "folder", "one that exists", "none")
-        merge(path, TuningFile(FORMAT, gpu, versions(), list(arguments.tokens), []))  # or the error, before the wait
+        # Raise the error of a file that cannot be added to before measuring, which takes minutes.
+        merge(path, TuningFile(FORMAT, gpu, versions(), list(arguments.tokens), []))
         content = tune(arguments.model, tp_size=arguments.tp_size, tokens=arguments.tokens, report=_say)
         write(path, merge(path, content))
     except ModelOptExtError as error:

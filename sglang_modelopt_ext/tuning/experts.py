@@ -1,7 +1,7 @@
-"""Likewise for the experts of a mixture: every backend that takes a product of a layer's experts, on the GPU at hand.
+"""The measurement of every backend that supports a product of a mixture's experts, on the GPU at hand.
 
-Random tokens go to random experts, each token to as many different ones as the model says. What is timed is one product, gate and
-up together or down, with the sorting of rows and the rounding of activations.
+Random tokens are routed to random experts, each token to ``top_k`` different ones. One product is timed, gate and up together or
+down, with the sorting of rows and the rounding of activations.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from sglang_modelopt_ext.tuning.sample import (
 )
 
 DIFFERENT = 4
-"""Different random experts; the others repeat them, which costs the same."""
+"""The number of different random experts; the others are copies of these, and take equal time."""
 ROUTINGS = 8
-"""Different routings that are multiplied in turn."""
+"""The number of different routings, used in turn."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ExpertKind:
-    """One kind of product of a checkpoint's experts: what a rank holds of it, and how many layers have it.
+    """One kind of product of a checkpoint's experts on one rank, and the number of layers that have it.
 
     Attributes:
-        scheme: how it is quantized.
+        scheme: the quantization of the weights.
         n, k: output and input features of a rank's part of one expert, its shards together.
         shards: 2 for gate and up, 1 for down.
-        experts, top_k: how many there are, and how many a token goes to.
-        name: the first layer's, with ``gate_up`` or ``down``.
-        count: how many layers of the model are alike.
+        experts, top_k: the number of experts, and of experts for each token.
+        name: the name of the first such layer, with ``gate_up`` or ``down``.
+        count: the number of layers with this kind of product.
     """
 
     scheme: LayerScheme
@@ -58,19 +58,19 @@ class ExpertKind:
     count: int = 1
 
     def product(self, dtype: torch.dtype) -> ExpertProduct:
-        """As a server makes it."""
+        """Return the product that a server would build."""
         return ExpertProduct(self.scheme, "tuning", self.name, math_of(self.scheme), dtype)
 
     def request(self, device: torch.device, dtype: torch.dtype) -> ExpertRequest:
-        """What the dispatch is asked."""
+        """Return the request by which a server would select a backend."""
         return self.product(dtype).request(device, self.n, self.k, self.experts, self.top_k)
 
 
 def experts_of(checkpoint: Checkpoint, tp_size: int = 1) -> list[ExpertKind]:
-    """The kinds of products of one rank's experts, in the order of the checkpoint.
+    """Return the kinds of products of one rank's experts, in the order of the checkpoint.
 
-    Raises ModelOptExtError when ``tp_size`` does not divide an expert, or the configuration does not say how many experts a token
-    goes to.
+    Raises:
+        ModelOptExtError: ``tp_size`` does not divide an expert, or config.json does not state the number of experts per token.
     """
     if not checkpoint.experts:
         return []
@@ -103,29 +103,39 @@ def measure_experts(
     backends: Sequence[ExpertBackend],
     report: Callable[[str], object],
 ) -> Result:
-    """Measures one kind. Arguments as :func:`sglang_modelopt_ext.tuning.run.tune` has them."""
-    asked = kind.request(device, dtype)
+    """Measure one kind of product with every backend that supports it.
+
+    Args:
+        kind: the product.
+        device: the GPU.
+        dtype: the model's type.
+        tokens: the numbers of tokens to measure.
+        timer: returns the microseconds of ``call(index)`` for a call that takes the number of its repetition.
+        backends: the candidates.
+        report: called with one line for each backend.
+    """
+    request = kind.request(device, dtype)
     rows = kind.n // kind.shards
     stored = [
         [
-            random_shard(asked.scheme, rows, kind.k, dtype, device, seed=DIFFERENT * shard + expert)
+            random_shard(request.scheme, rows, kind.k, dtype, device, seed=DIFFERENT * shard + expert)
             for shard in range(kind.shards)
         ]
         for expert in range(min(DIFFERENT, kind.experts))
     ]
-    samples = [[Sample.of(asked.scheme, shard) for shard in shards] for shards in stored]
+    samples = [[Sample.of(request.scheme, shard) for shard in shards] for shards in stored]
 
     def measure(backend: ExpertBackend) -> list[float]:
         copies = _copies(kind, backend, stored, dtype)
         return [_time(kind, copies, samples, m, device, dtype, timer) for m in tokens]
 
-    times, refused = measure_backends(backends, asked, measure, report)
-    return Result(key_of(asked), times, refused)
+    times, rejected = measure_backends(backends, request, measure, report)
+    return Result(key_of(request), times, rejected)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Copy:
-    """The experts as a server would hold them."""
+    """One copy of the prepared experts, on a module as in a server."""
 
     product: ExpertProduct
     module: torch.nn.Module
@@ -134,7 +144,11 @@ class _Copy:
 def _copies(
     kind: ExpertKind, backend: ExpertBackend, stored: list[list[dict[str, torch.Tensor]]], dtype: torch.dtype
 ) -> list[_Copy]:
-    """As often as fills the cache, or is called. Raises ValueError as the check at load does."""
+    """Return prepared copies of the experts that together fill the GPU's cache, or one for each repetition if these are fewer.
+
+    Raises:
+        ValueError: the backend fails its check before serving.
+    """
     experts = [stored[expert % len(stored)] for expert in range(kind.experts)]
 
     def make(module: torch.nn.Module) -> _Copy:
@@ -154,7 +168,7 @@ def _time(
     dtype: torch.dtype,
     timer: Callable[[Callable[[int], object]], float],
 ) -> float:
-    """Microseconds of the product for ``m`` tokens. Raises ValueError when it is wrong for them."""
+    """Return the microseconds of the product for ``m`` tokens. Raises ValueError when its result is wrong against float64."""
     generator = torch.Generator(device).manual_seed(m)
     x = torch.randn(m, kind.k, generator=generator, device=device).to(dtype)
     chosen = [

@@ -1,8 +1,8 @@
-"""Measures, on the GPU at hand, every backend that takes the layers of a checkpoint, and writes a tuning file.
+"""The measurement of every backend that supports the layers of a checkpoint, on the GPU at hand, for a tuning file.
 
 Layers are built as a server builds them (scheme, fused shards, a rank's part), with random weights: only shapes and formats are
-the checkpoint's. A backend is timed only after it passed the check every backend passes at load, and another one on the layer's own
-sizes; what is timed is the whole layer, from the model's activations to its output, in a captured CUDA graph.
+the checkpoint's. A backend is timed only after it passed its check before serving, and another check on the layer's own sizes. The
+time is that of the whole layer, from the model's activations to its output, in a captured CUDA graph.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ from sglang_modelopt_kernels.timing import median_us
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 ROW_PARALLEL = ("o_proj", "down_proj")
-"""Layers whose inputs are cut over the ranks; all others have their outputs cut."""
+"""Layers that are split over the ranks along K; all others are split along N."""
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 Timer = Callable[[Callable[[int], object]], float]
-"""Microseconds of ``call(index)`` for a call that takes the number of its repetition: :func:`median_us`."""
+"""A function that returns the microseconds of ``call(index)``, where ``index`` is the repetition, such as :func:`median_us`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One kind of layer of a checkpoint: what a rank holds of it, and how many there are.
+    """One kind of layer of a checkpoint on one rank, and the number of such layers.
 
     Attributes:
-        scheme: how it is quantized.
+        scheme: the layer's quantization.
         n, k: output and input features of a rank's part of the (fused) layer.
-        name: that of the first one.
-        count: how many layers of the model are alike.
+        name: the name of the first such layer.
+        count: the number of such layers.
     """
 
     scheme: LayerScheme
@@ -77,9 +77,10 @@ class Layer:
 
 
 def layers_of(checkpoint: Checkpoint, tp_size: int = 1) -> list[Layer]:
-    """The kinds of quantized layers of one rank, in the order of the checkpoint, without the embedding, which is looked up.
+    """Return the kinds of quantized layers of one rank, in the order of the checkpoint, without the embedding (no product).
 
-    Raises ModelOptExtError when ``tp_size`` does not divide a layer.
+    Raises:
+        ModelOptExtError: ``tp_size`` does not divide a layer.
     """
     if tp_size < 1:
         raise ModelOptExtError.at("command line", "--tp-size", "a positive number", tp_size)
@@ -97,7 +98,7 @@ def layers_of(checkpoint: Checkpoint, tp_size: int = 1) -> list[Layer]:
 
 
 def _fused(checkpoint: Checkpoint) -> Iterator[tuple[str, list[QuantizedLinear]]]:
-    """The layers as SGLang fuses them, with their shards in order."""
+    """Yield ``(name, shards in order)`` of each layer that SGLang builds, fused ones under the fused name."""
     seen = set()
     for canonical, linear in checkpoint.linears.items():
         parent, _, leaf = canonical.rpartition(".")
@@ -110,7 +111,7 @@ def _fused(checkpoint: Checkpoint) -> Iterator[tuple[str, list[QuantizedLinear]]
 
 
 def _outputs(checkpoint: Checkpoint, shard: QuantizedLinear, tp_size: int) -> int:
-    """Output features of one rank's part of a shard; ranks beyond the number of KV heads share these."""
+    """Return the output features of one rank's part of a shard; with fewer KV heads than ranks, each head is on several ranks."""
     if shard.name.endswith((".k_proj", ".v_proj")) and tp_size > 1:
         config = read_json_object(checkpoint.folder / CONFIG_NAME)
         heads = config.get("num_attention_heads")
@@ -127,7 +128,7 @@ def _divided(size: int, tp_size: int, name: str) -> int:
 
 
 def model_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The type the checkpoint's model is served in. Raises ModelOptExtError when its configuration has none known here."""
+    """Return the model's type by config.json. Raises ModelOptExtError when it states none, or one that is not supported."""
     config = read_json_object(checkpoint.folder / CONFIG_NAME)
     name = config.get("dtype") or config.get("torch_dtype")
     if name not in DTYPES:
@@ -146,64 +147,64 @@ def tune(
     expert_backends: Sequence[ExpertBackend] = EXPERT_BACKENDS,
     report: Callable[[str], object] = print,
 ) -> TuningFile:
-    """Measures the layers of the checkpoint in ``folder``.
+    """Measure every kind of layer of the checkpoint in ``folder`` with every backend that supports it.
 
     Args:
         folder: the checkpoint.
-        tp_size: ranks that share every layer.
-        tokens: numbers of tokens to measure.
-        device: where.
-        timer: what measures one call.
-        backends, expert_backends: what to measure, where it takes a layer, or a product of experts.
-        report: gets one line for each layer and backend.
+        tp_size: the number of tensor-parallel ranks.
+        tokens: the numbers of tokens to measure.
+        device: the GPU.
+        timer: returns the microseconds of a call.
+        backends, expert_backends: the candidates for linear layers, and for products of experts.
+        report: called with one line for each layer and backend.
 
     Raises:
-        ModelOptExtError: the checkpoint, or a size that ``tp_size`` does not divide.
+        ModelOptExtError: the checkpoint is wrong, or ``tp_size`` does not divide a layer.
     """
     checkpoint = read_checkpoint(folder)
     if assumed := assumption(checkpoint.config):
         report(assumed)
-    where, dtype = torch.device(device), model_dtype(checkpoint)
+    gpu, dtype = torch.device(device), model_dtype(checkpoint)
     results: dict[LayerKey, Result] = {}
     for layer in layers_of(checkpoint, tp_size):
-        asked = LinearProduct(layer.scheme, folder, layer.name, math_of(layer.scheme), dtype).request(
-            where, layer.n, layer.k
+        request = LinearProduct(layer.scheme, folder, layer.name, math_of(layer.scheme), dtype).request(
+            gpu, layer.n, layer.k
         )
-        if key_of(asked) in results:
+        if key_of(request) in results:
             continue
         report(f"{layer.name} and its like ({layer.count}): {layer.scheme.describe()}, {layer.n} x {layer.k}")
-        times, refused = _measure(layer, asked, where, tokens, timer, backends, report)
-        results[key_of(asked)] = Result(key_of(asked), times, refused)
+        times, rejected = _measure(layer, request, gpu, tokens, timer, backends, report)
+        results[key_of(request)] = Result(key_of(request), times, rejected)
     for kind in experts_of(checkpoint, tp_size):
         described = f"{kind.scheme.describe()}, {kind.experts} experts of {kind.n} x {kind.k}"
         report(f"{kind.name} and its like ({kind.count}): {described}")
-        result = measure_experts(kind, where, dtype, tokens, timer, expert_backends, report)
+        result = measure_experts(kind, gpu, dtype, tokens, timer, expert_backends, report)
         results[result.layer] = result
-    return TuningFile(FORMAT, gpu_of(where), versions(), list(tokens), list(results.values()))
+    return TuningFile(FORMAT, gpu_of(gpu), versions(), list(tokens), list(results.values()))
 
 
 def _measure(
     layer: Layer,
-    asked: LinearRequest,
+    request: LinearRequest,
     device: torch.device,
     tokens: Sequence[int],
     timer: Timer,
     backends: Sequence[Backend],
     report: Callable[[str], object],
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    stored = random_shard(asked.scheme, layer.n, layer.k, asked.dtype, device)
-    sample = Sample.of(asked.scheme, stored)
+    stored = random_shard(request.scheme, layer.n, layer.k, request.dtype, device)
+    sample = Sample.of(request.scheme, stored)
 
     def measure(backend: Backend) -> list[float]:
-        copies = _copies(layer, asked, backend, stored)
-        return [_time(copies, sample, m, asked, timer) for m in tokens]
+        copies = _copies(layer, request, backend, stored)
+        return [_time(copies, sample, m, request, timer) for m in tokens]
 
-    return measure_backends(backends, asked, measure, report)
+    return measure_backends(backends, request, measure, report)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Copy:
-    """The layer as a server would hold it."""
+    """One copy of the prepared layer, on a module as in a server."""
 
     product: LinearProduct
     module: torch.nn.Module
@@ -212,21 +213,25 @@ class _Copy:
         return self.product.apply(self.module, x)
 
 
-def _copies(layer: Layer, asked: LinearRequest, backend: Backend, stored: dict[str, torch.Tensor]) -> list[_Copy]:
-    """The layer as ``backend`` keeps it, as often as fills the cache, or is called. Raises ValueError as the check at load does."""
+def _copies(layer: Layer, request: LinearRequest, backend: Backend, stored: dict[str, torch.Tensor]) -> list[_Copy]:
+    """Return prepared copies of the layer that together fill the GPU's cache, or one for each repetition if these are fewer.
+
+    Raises:
+        ValueError: the backend fails its check before serving.
+    """
 
     def make(module: torch.nn.Module) -> _Copy:
-        product = LinearProduct(layer.scheme, "tuning", layer.name, asked.math, asked.dtype)
+        product = LinearProduct(layer.scheme, "tuning", layer.name, request.math, request.dtype)
         product.prepare(module, [stored], layer.n, layer.k, backends=[backend])
         return _Copy(product, module)
 
     return filling_the_cache(make)
 
 
-def _time(copies: Sequence[_Copy], sample: Sample, m: int, asked: LinearRequest, timer: Timer) -> float:
-    """Microseconds of the layer for ``m`` tokens. Raises ValueError when it is wrong for them."""
+def _time(copies: Sequence[_Copy], sample: Sample, m: int, request: LinearRequest, timer: Timer) -> float:
+    """Return the microseconds of the layer for ``m`` tokens. Raises ValueError when its result is wrong against float64."""
     device = sample.rows.device
-    x = torch.randn(m, asked.k, generator=torch.Generator(device).manual_seed(m), device=device).to(asked.dtype)
+    x = torch.randn(m, request.k, generator=torch.Generator(device).manual_seed(m), device=device).to(request.dtype)
     some = ends(m, device)
     expected = sample.outputs(x[some])
     y = copies[0].apply(x)[some][:, sample.rows].double()
@@ -237,9 +242,10 @@ def _time(copies: Sequence[_Copy], sample: Sample, m: int, asked: LinearRequest,
 
 
 def merge(path: Path, content: TuningFile) -> TuningFile:
-    """``content`` with the layers that the file at ``path`` has besides, if there is one.
+    """Return ``content`` with the further layers of the file at ``path``, if there is one.
 
-    Raises ModelOptExtError when that is no tuning file, or one of another GPU, other versions or other numbers of tokens.
+    Raises:
+        ModelOptExtError: the file is no tuning file, or one of another GPU, other versions or other numbers of tokens.
     """
     if not path.exists():
         return content

@@ -1,4 +1,4 @@
-"""Random layers as a checkpoint stores them, and what some of their outputs are in float64: what tuning checks kernels by."""
+"""Random layers in a checkpoint's formats, and some of their outputs in float64, against which tuning checks backends."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from sglang_modelopt_kernels.gemm.reference import naive_linear
 from sglang_modelopt_kernels.timing import COLD_BYTES, LAUNCHES
 
 CHECKED = 16
-"""Tokens and outputs at either end that are compared with float64 on the layer's own sizes."""
+"""The number of tokens, and of output features, at either end of M and N that are compared with float64."""
 TOLERANCE = 2.0**-6
-"""Relative, over a token's compared outputs: bf16 rounds them, and the activations, at most twice each."""
+"""The largest relative error over a token's compared outputs: bf16 rounds these, and the activations, at most twice each."""
 
 Copy = TypeVar("Copy")
 
 
 class Named(Protocol):
-    """A backend, of linear layers or of experts."""
+    """A backend of linear layers or of experts: a name, and a test whether it supports a request."""
 
     name: str
 
@@ -33,30 +33,44 @@ class Named(Protocol):
 
 
 def math_of(scheme: LayerScheme) -> W4A8Math:
-    """The numerics of a layer's weights in this process."""
+    """Return the numerics of a scheme in this process: ``SGLANG_MODELOPT_EXT_W4A8_MATH`` where it applies, else ``exact``."""
     return w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
 
 
 def measure_backends(
     backends: Iterable[Named], request: Any, measure: Callable[[Any], list[float]], report: Callable[[str], object]
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """What ``measure`` says of every backend that takes ``request``, and its ValueError for those that are refused."""
+    """Measure every backend that supports ``request``.
+
+    Args:
+        backends: the candidates.
+        request: the layer, or product of experts.
+        measure: returns a backend's microseconds by number of tokens, or raises ValueError.
+        report: called with one line for each backend.
+
+    Returns:
+        ``(times, rejected)``: by name of the backend, the microseconds, and the message of the ValueError.
+    """
     times: dict[str, list[float]] = {}
-    refused: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     for backend in backends:
         if backend.supports(request) is not None:
             continue
         try:
             times[backend.name] = measure(backend)
             report(f"  {backend.name:24}" + "".join(f"{us:10.1f}" for us in times[backend.name]))
-        except ValueError as error:  # a backend that errs, or does not run, here
-            refused[backend.name] = str(error)
+        except ValueError as error:  # the backend is wrong on this GPU, or does not run
+            rejected[backend.name] = str(error)
             report(f"  {backend.name:24} {error}")
-    return times, refused
+    return times, rejected
 
 
 def filling_the_cache(make: Callable[[torch.nn.Module], Copy]) -> list[Copy]:
-    """What ``make`` prepares on a module, as often as fills a GPU's cache, or is called; once elsewhere."""
+    """Return results of ``make`` on modules of their own, so many that their weights together exceed the GPU's cache.
+
+    There are at most as many as repetitions of a measurement (:data:`LAUNCHES`), and one on a CPU. Used in turn, they are read from
+    memory as in a model, not from the cache.
+    """
     copies: list[Copy] = []
     wanted = 1
     while len(copies) < wanted:
@@ -71,7 +85,7 @@ def filling_the_cache(make: Callable[[torch.nn.Module], Copy]) -> list[Copy]:
 def random_shard(
     scheme: LayerScheme, n: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """What a checkpoint would store for a random layer, on ``device``; activations of about unit size fit its scales."""
+    """Return the tensors of a random layer by spec name, on ``device``; its scales are for activations of about unit size."""
     generator = torch.Generator(device).manual_seed(seed)
     weight = torch.randn(n, k, generator=generator, device=device) / k**0.5
     stored = scheme.weight.quantize(weight.to(torch.bfloat16))
@@ -90,7 +104,14 @@ def random_shard(
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Some outputs of the layer in float64: the weight's rows at either end, and what goes into it."""
+    """Rows of a layer's decoded weight from which some outputs are computed in float64.
+
+    Attributes:
+        scheme: the layer's quantization.
+        rows: the indices along N, at either end.
+        weight: these rows, decoded.
+        inputs: the stored tensors that apply to the layer's input, and the low-rank factors, by spec name.
+    """
 
     scheme: LayerScheme
     rows: torch.Tensor
@@ -99,6 +120,7 @@ class Sample:
 
     @classmethod
     def of(cls, scheme: LayerScheme, stored: dict[str, torch.Tensor]) -> Sample:
+        """Decode the rows of a layer with the tensors ``stored``, by spec name."""
         whole = scheme.weight.decode(stored)
         rows = ends(whole.unit.shape[0], whole.unit.device)
         scale = whole.out_scale if whole.out_scale.dim() == 0 else whole.out_scale[rows]
@@ -106,17 +128,17 @@ class Sample:
         return cls(scheme, rows, DecodedWeight(whole.unit[rows].clone(), scale), inputs)
 
     def outputs(self, x: torch.Tensor) -> torch.Tensor:
-        """Float64 ``[M, rows]`` for ``x`` ``[M, K]``."""
-        wide = x.to(torch.float32)
+        """Return the outputs in float64, ``[M, len(rows)]``, for ``x`` ``[M, K]``."""
+        fp32 = x.to(torch.float32)
         if PRE_QUANT_SCALE.name in self.inputs:
-            wide = wide * self.inputs[PRE_QUANT_SCALE.name].to(torch.float32)
-        y = naive_linear(wide, self.weight, self.scheme.activation, self.inputs.get(INPUT_SCALE))
+            fp32 = fp32 * self.inputs[PRE_QUANT_SCALE.name].to(torch.float32)
+        y = naive_linear(fp32, self.weight, self.scheme.activation, self.inputs.get(INPUT_SCALE))
         if self.scheme.low_rank:
-            y += wide.double() @ self.inputs[LORA_A].double().T @ self.inputs[LORA_B][self.rows].double().T
+            y += fp32.double() @ self.inputs[LORA_A].double().T @ self.inputs[LORA_B][self.rows].double().T
         return y
 
 
 def ends(size: int, device: torch.device) -> torch.Tensor:
-    """Up to CHECKED indices at either end of ``size``."""
+    """Return up to :data:`CHECKED` indices at either end of ``range(size)``, without repetition."""
     last = torch.arange(max(size - CHECKED, CHECKED), max(size, CHECKED), device=device)
     return torch.cat([torch.arange(min(CHECKED, size), device=device), last[last < size]])

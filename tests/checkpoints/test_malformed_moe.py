@@ -127,7 +127,7 @@ FAULTS: dict[str, tuple[edits.Edit, str]] = {
     ),
     "an expert of another size": (
         edits.edit_tensors(lambda tensors: _halve(tensors)),
-        r"experts\.1\.(down_proj|w2)\.weight: expected \[256, 256\] outputs and inputs, as .*, got \[128, 256\]",
+        r"experts\.1\.(down_proj|w2)\.weight: expected N, K = \[256, 256\], as .*, got \[128, 256\]",
     ),
     "a scale that is no number": (
         edits.map_tensors("*.0.*.experts.3.[gw][a1]*.input_scale", lambda t: torch.full_like(t, float("nan"))),

@@ -159,7 +159,7 @@ REFUSALS: dict[str, tuple[list[edits.Edit], tuple[str, ...], str]] = {
     "model of another size": (
         [edits.set_fields(edits.CONFIG, {"intermediate_size": 768})],
         (),
-        "outputs, as config.json has it",
+        "expected N = [768, 768], as config.json has it",
     ),
     "NaN block scale": (
         [edits.map_tensors("*0.mlp.up_proj.weight_scale", nan_scale)],

@@ -457,7 +457,9 @@ def test_biases_that_nobody_knew_of_before_the_download(
     runtime.start(Hub.NAME)
     assert runtime.model.kv_cache_dtype == "auto"
     cache.fetch("*.safetensors")
-    with pytest.raises(ModelOptExtError, match=r"k_bias, v_bias: expected no biases, as settled before the download"):
+    with pytest.raises(
+        ModelOptExtError, match=r"k_bias, v_bias: expected no biases, as the recipe was chosen before the download"
+    ):
         runtime.load(text_model(), Hub.NAME, weights(folder))
     runtime.start(Hub.NAME)
     assert runtime.model.kv_cache_dtype == "modelopt_fp8_affine"

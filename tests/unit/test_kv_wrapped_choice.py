@@ -110,7 +110,7 @@ def test_a_mixture_of_ours_and_sglangs_is_refused() -> None:
 def test_what_was_not_worked_out_is_refused() -> None:
     args = arguments("fp8_affine", attention_backend=TRT, enable_hierarchical_cache=True)
     with pytest.raises(
-        ModelOptExtError, match=r"--enable-hierarchical-cache: expected it unset .* nobody worked it out"
+        ModelOptExtError, match=r"--enable-hierarchical-cache: expected it unset .* it has not been tested with a bias"
     ):
         kv_hooks.declare(args)
 
@@ -224,7 +224,7 @@ def test_models_that_cannot_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     sinks.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
     with pytest.raises(ModelOptExtError, match="expected auto or bf16 with attention sinks"):
         configured(monkeypatch, args, sinks)
-    hybrid = kv_hooks._refuse_pool("a hybrid sliding-window cache")
+    hybrid = kv_hooks._reject_pool("a hybrid sliding-window cache")
     with pytest.raises(ModelOptExtError, match="hybrid sliding-window cache, got modelopt_fp8_affine"):
         hybrid(lambda self: None, SimpleNamespace(kv_cache_dtype_str="fp8_e4m3"))
 

@@ -155,6 +155,6 @@ def test_whose_sizes_a_message_names(ranks: int, cpu: bool, expected: str, monke
     name = "model.layers.0.mlp.down_proj"
     with (
         parallel_rank(0, ranks),
-        pytest.raises(ModelOptExtError, match=rf"expected \[384\] outputs, as {expected}, got"),
+        pytest.raises(ModelOptExtError, match=rf"expected N = \[384\], as {expected}, got"),
     ):
         ColumnParallelLinear(512, 384, bias=False, quant_config=config, prefix=name)

@@ -1,1 +1,1 @@
-"""Quantized KV caches in SGLang."""
+"""Quantized KV caches of this package in SGLang: checks of flags, scales, pools and attention."""

@@ -13,16 +13,19 @@ from sglang_modelopt_kernels.attention.packed import PackedCache
 
 
 class ModelOptExtTritonBackend(TritonAttnBackend):
-    """All of SGLang's bookkeeping (page tables, windows, CUDA graphs); the two kernels, and how decoding is cut, are others."""
+    """An attention backend with SGLang's bookkeeping (page tables, windows, CUDA graphs) and this package's two kernels.
+
+    Decoding splits the cached tokens of a request (split-KV) by a rule of this package as well.
+    """
 
     def __init__(self, runner: Any) -> None:
         super().__init__(runner)
-        processors = max(1, self.device_core_count)
+        sms = max(1, self.device_core_count)
         most = runner.req_to_token_pool.size
-        self.scratch = DecodeScratch(most, self.num_head, self.num_kv_head, self.v_head_dim, processors, self.device)
-        # SGLang's own scratch, which holds as many parts of every request, is not written.
+        self.scratch = DecodeScratch(most, self.num_head, self.num_kv_head, self.v_head_dim, sms, self.device)
+        # SGLang sizes its own scratch by this number of splits, and the kernels here do not write it.
         self.max_kv_splits: int = 1
-        # As SGLang does with its own: torch.compile does not look into Triton launches.
+        # SGLang disables torch.compile for its own attention kernels too: it does not trace Triton launches.
         self.decode_attention_fwd = torch.compiler.disable(self._decode)
         self.extend_attention_fwd = torch.compiler.disable(extend_attention)
 
@@ -43,7 +46,10 @@ class ModelOptExtTritonBackend(TritonAttnBackend):
         v_scale: float,
         **options: Any,
     ) -> None:
-        """SGLang's call, with scratch of our own: how often a request is cut follows from the size of the batch alone."""
+        """Compute decode attention with the arguments of SGLang's kernel, and write ``o``.
+
+        Scratch is this package's own: the number of splits of a request follows from the size of the batch alone.
+        """
         del attn_logits, attn_lse, num_kv_splits, max_kv_splits
         if q.shape[0] == 0:
             return
@@ -69,5 +75,5 @@ class ModelOptExtTritonBackend(TritonAttnBackend):
     def get_num_kv_splits(
         self, num_kv_splits: torch.Tensor, seq_lens: torch.Tensor, uneven_batch: torch.Tensor | None = None
     ) -> None:
-        """Nothing: the kernels do not read it."""
+        """Do nothing: the kernels do not read ``num_kv_splits``."""
         del num_kv_splits, seq_lens, uneven_batch

@@ -1,12 +1,14 @@
-"""Quantized KV caches in SGLang: which recipe, checked before anything starts, and the pool that holds it.
+"""The hooks of quantized KV caches: the recipe is resolved and checked before anything starts, then its pool is built.
 
-The recipe is settled before any process starts, from the checkpoint's configuration, the names of its tensors and the flag. The
-scales are read when the weights are there, for the attention layers that the model has. On a GPU the plain FP8 cache, and whatever
-SGLang's own flags say, are SGLang's: the checkpoint's scales are loaded here where they fit, and nothing about them is an error
-that is none without this package. SGLang's pool also holds the other recipes where
-``--attention-backend`` names attention of SGLang's that can have a bias or a rotation around it
-(:mod:`.wrapped`): SGLang then resolves its own flag, and by that its checks, its pool and its kernels.
-Everything else, and every recipe on a CPU, is a pool of ours.
+The recipe follows from the checkpoint's configuration, the names of its tensors and the flag, before any process starts. The scales
+are read when the weights are there, for the attention layers that the model has. One of three pools holds the cache:
+
+- **SGLang's**, for plain FP8 on a GPU and for SGLang's own flags. The checkpoint's scales are loaded here where they fit; a fault
+  in them is an error only if SGLang alone would have one.
+- **SGLang's, with attention wrapped** (:mod:`.wrapped`), for the other recipes on a GPU where ``--attention-backend`` names
+  attention of SGLang's that can have a bias or a rotation around it. The flag becomes SGLang's own, so that SGLang's checks, pool
+  and kernels apply.
+- **This package's** (:mod:`.pool`), for all other recipes, and for every recipe on a CPU.
 """
 
 from __future__ import annotations
@@ -37,13 +39,13 @@ from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 logger = logging.getLogger(__name__)
 
 ATTENTION_BACKENDS = {"cpu": "torch_native", "cuda": "triton"}
-"""The attention backend chosen for a cache of ours where the user chose none."""
+"""The default attention backend for a pool of this package, by device."""
 
 SERVED_BACKENDS = frozenset(ATTENTION_BACKENDS.values())
 WRAPPED_BACKENDS = frozenset({"flashinfer", "trtllm_mha"})
-"""SGLang's attention that may have a bias or a rotation around it, over SGLang's own pool. Only where the user names it."""
+"""SGLang's attention backends that can have a bias or a rotation around them; used only where the user names one."""
 
-NOT_WRAPPED = "nobody worked it out for SGLang's own cache under a bias or a rotation"
+NOT_WRAPPED = "it has not been tested with a bias or a rotation around SGLang's own cache"
 
 UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     (
@@ -70,36 +72,40 @@ UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("--prefill-only-disable-kv-cache", lambda a: a.prefill_only_disable_kv_cache, "there is no cache to quantize"),
     ("--enable-hisparse", lambda a: a.enable_hisparse, "that pool holds plain buffers"),
 )
-"""Arguments that do not go with a cache of ours: the flag, whether it is set, why not."""
+"""Arguments that a KV cache of this package does not support: the flag, a test whether it is set, and the reason."""
 
 
 def is_stock(plan: KVCachePlan, device: str) -> bool:
-    """Whether a pool of SGLang's own holds the cache without anything around it: plain FP8 on every device but a CPU."""
+    """Return whether SGLang's own pool and attention serve the cache unchanged: plain FP8 on every device but a CPU."""
     return device != "cpu" and plan.recipe.name == "fp8"
 
 
 def _is_sglangs(args: Any) -> bool:
-    """Whether SGLang serves the weights itself. Raises ModelOptExtError for a checkpoint that nobody serves."""
+    """Return whether SGLang serves the weights itself. Raises ModelOptExtError for a checkpoint that neither can serve."""
     folder = config_folder(args.model_path, args.revision)
     flag = args.quantization.lower() if args.quantization else None
     return folder is None or owned_family(folder, flag, gpu_capability()) is None
 
 
 def asks_for_wrapped(args: Any) -> bool:
-    """Whether the user names attention of SGLang's own for a GPU."""
+    """Return whether the user names an attention backend that is wrapped (:data:`WRAPPED_BACKENDS`), on a GPU."""
     named = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend}
     return _device(args) == "cuda" and bool(named & WRAPPED_BACKENDS)
 
 
 def declare(server_args: Any) -> None:
-    """Settles the flag and the attention backend before SGLang picks defaults. Raises ModelOptExtError for a bad combination.
+    """Resolve ``--kv-cache-dtype`` and the attention backend before SGLang picks defaults.
 
-    Where SGLang serves the weights and nobody asked for a cache of ours, what stands in the way of one leaves the cache to SGLang.
+    Where SGLang serves the weights and the user did not ask for a cache of this package, an error leaves the cache to SGLang, with
+    a warning in the log.
+
+    Raises:
+        ModelOptExtError: the cache does not go with the other arguments, or the checkpoint's configuration is wrong.
     """
     from sglang.srt.arg_groups.overrides import resolving_view
 
     if wrapped_plan(server_args) is not None:
-        return  # settled before: the flag is SGLang's by now
+        return  # an earlier call replaced the flag by SGLang's
     args = resolving_view(server_args)
     asked = args.kv_cache_dtype in KV_FLAGS
     if _device(args) == "cuda" and not asked and args.kv_cache_dtype != "auto":
@@ -112,7 +118,7 @@ def declare(server_args: Any) -> None:
                 _check_pool(server_args, plan)
             _declare_plan(server_args, args, plan)
     except ModelOptExtError as error:
-        # Without its biases a cache would be another than the checkpoint was calibrated for.
+        # SGLang's cache has no biases, so that one calibrated with biases cannot be left to it.
         needs_ours = asked or _device(args) != "cuda" or (plan is not None and plan.recipe.affine)
         if needs_ours or not _is_sglangs(args):
             raise
@@ -120,22 +126,26 @@ def declare(server_args: Any) -> None:
 
 
 def _check_pool(server_args: Any, plan: KVCachePlan) -> None:
-    """Raises ModelOptExtError for a model whose pool cannot hold the plan's cache."""
+    """Raise ModelOptExtError for a model whose pool cannot hold the plan's cache."""
     from sglang.srt.configs.model_config import ModelConfig
 
     if is_stock(plan, _device(server_args)):
         return
     try:
         config = ModelConfig.from_server_args(server_args)
-    except Exception:  # whatever is wrong with the model, SGLang will say it
+    except Exception:  # SGLang reports a faulty model configuration itself
         return
     kind = pool_kind(config)
     if kind is not None:
-        raise refused_pool(kind, FLAG_PREFIX + plan.recipe.name)
+        raise unsupported_pool(kind, FLAG_PREFIX + plan.recipe.name)
 
 
 def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
-    """Raises ModelOptExtError, before anything is declared, where the plan's cache does not go with the arguments."""
+    """Declare the flag and the attention backend of the plan's cache to SGLang.
+
+    Raises:
+        ModelOptExtError: the arguments do not support the cache; nothing is declared then.
+    """
     from sglang.srt.arg_groups.overrides import declare_resolution
 
     device = _device(args)
@@ -164,7 +174,7 @@ def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
 
 
 def _check_blackwell(plan: KVCachePlan) -> None:
-    """SGLang's NVFP4 cache is for Blackwell; it would say so of a flag that nobody typed."""
+    """Raise ModelOptExtError for SGLang's NVFP4 cache on a GPU before Blackwell: SGLang's error would name a flag not given."""
     from sglang.srt.runtime_context import get_platform
 
     platform = get_platform()
@@ -178,7 +188,7 @@ def _check_blackwell(plan: KVCachePlan) -> None:
 
 
 def check_backends(server_args: Any) -> None:
-    """Raises ModelOptExtError when the attention backends that were settled on cannot read a cache of ours."""
+    """Raise ModelOptExtError when the attention backends that SGLang resolved cannot read the cache."""
     from sglang.srt.arg_groups.overrides import attention_backends_of, resolved_view, use_mla_backend
 
     args = resolved_view(server_args)
@@ -251,16 +261,23 @@ def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_laye
     plan = served_plan(get_server_args(), self.kv_cache_dtype_str)
     method = ModelOptExtKVMethod(recipe)
     parallel = get_parallel()
-    numbers = plan.resolve(served_attention(self.model)).layers
-    method.load_layers(self.model, numbers, parallel.attn_tp_rank, parallel.attn_tp_size)
+    layers = plan.resolve(served_attention(self.model)).layers
+    method.load_layers(self.model, layers, parallel.attn_tp_rank, parallel.attn_tp_size)
     log_info_on_rank0(logger, f"modelopt_ext: KV cache {recipe.name}, {plan.source}")
     return method
 
 
 def _set_scales_of_sglangs_cache(configurator: Any, method: Any) -> None:
-    """Gives a cache of SGLang's own the plan's scales, where its NVFP4 or something around it needs them.
+    """Write the plan's scales into SGLang's own cache, where it is NVFP4 or its attention is wrapped.
 
-    Plain FP8 has them from :func:`set_stock_scales`. Raises ModelOptExtError for a model whose attention cannot be wrapped.
+    :func:`.scales.set_stock_scales` does so for plain FP8.
+
+    Args:
+        configurator: SGLang's ``KVCacheConfigurator``.
+        method: SGLang's quantization method of the cache, None for FP8.
+
+    Raises:
+        ModelOptExtError: the attention of the model cannot be wrapped, or the scales do not fit it.
     """
     from sglang.srt.runtime_context import get_parallel, get_platform, get_server_args
     from sglang.srt.utils import log_info_on_rank0
@@ -281,10 +298,10 @@ def _set_scales_of_sglangs_cache(configurator: Any, method: Any) -> None:
     recipe, parallel, sm100 = plan.recipe, get_parallel(), bool(get_platform().is_sm100)
     backends = _attention_backends(args)
     attention = served_attention(model)
-    numbers = plan.resolve(attention, strict=is_wrapped)
-    if numbers.layers.keys() != attention.layers.keys():
-        return  # SGLang's own way with a checkpoint that has scales for some layers
-    layers = rank_layers(model, numbers.layers, parallel.attn_tp_rank, parallel.attn_tp_size)
+    resolved = plan.resolve(attention, strict=is_wrapped)
+    if resolved.layers.keys() != attention.layers.keys():
+        return  # a checkpoint with scales for some layers only is left to SGLang
+    layers = rank_layers(model, resolved.layers, parallel.attn_tp_rank, parallel.attn_tp_size)
     if is_wrapped:
         wrapped.check_range(recipe, layers, backends[0])
         check_sinks(model)
@@ -325,11 +342,11 @@ def _build_mha_kv_pool(
 
 
 HYBRID_SWA, LINEAR_ATTENTION, SPARSE = "a hybrid sliding-window cache", "linear attention", "sparse attention"
-"""Models whose caches a recipe of ours has no pool for."""
+"""Kinds of models for whose KV caches this package has no pool, as errors name them."""
 
 
 def pool_kind(config: Any) -> str | None:
-    """Return which of the pools that hold no recipe of ours a model needs, None for that of plain attention.
+    """Return the kind of a model whose pool cannot hold a recipe of this package, None for a model with plain attention.
 
     Args:
         config: SGLang's ``ModelConfig``.
@@ -344,20 +361,20 @@ def pool_kind(config: Any) -> str | None:
     return LINEAR_ATTENTION if mambaish_config(config) is not None else None
 
 
-def refused_pool(kind: str, flag: str) -> ModelOptExtError:
-    """The error for a cache of ours in a model of that kind."""
+def unsupported_pool(kind: str, flag: str) -> ModelOptExtError:
+    """Return the error for ``--kv-cache-dtype flag`` with a model of ``kind``, which has no pool for it."""
     return ModelOptExtError.at("command line", "--kv-cache-dtype", f"bf16 for a model with {kind}", flag)
 
 
-def _refuse_pool(kind: str) -> Callable[..., Any]:
-    """A wrapper around the builder of another pool than that of plain attention."""
+def _reject_pool(kind: str) -> Callable[..., Any]:
+    """Return a wrapper around SGLang's builder of a pool for ``kind``, which raises for a recipe of this package."""
 
     def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
         from sglang.srt.runtime_context import get_server_args
 
         plan = wrapped_plan(get_server_args())
         if self.kv_cache_dtype_str in KV_FLAGS or plan is not None:
-            raise refused_pool(kind, self.kv_cache_dtype_str if plan is None else FLAG_PREFIX + plan.recipe.name)
+            raise unsupported_pool(kind, self.kv_cache_dtype_str if plan is None else FLAG_PREFIX + plan.recipe.name)
         return original(self, *args, **kwargs)
 
     return around
@@ -365,7 +382,7 @@ def _refuse_pool(kind: str) -> Callable[..., Any]:
 
 @functools.cache
 def register_kv_caches() -> None:
-    """Adds our recipes to the choices of ``--kv-cache-dtype``, and our checks to SGLang's argument resolution."""
+    """Register this package's values of ``--kv-cache-dtype``, its attention backends, and its check of the resolved backends."""
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
     from sglang.srt.server_args import ServerArgs
@@ -378,7 +395,7 @@ def register_kv_caches() -> None:
 
 
 def _triton_backend(original: Callable[[Any], Any], runner: Any) -> Any:
-    """SGLang's backend, or ours where the pool is ours."""
+    """Return this package's Triton attention backend over a pool of this package, SGLang's over any other."""
     from sglang_modelopt_ext.integration.kv.pool import ModelOptExtKVPool
 
     if not isinstance(runner.token_to_kv_pool, ModelOptExtKVPool):
@@ -389,7 +406,7 @@ def _triton_backend(original: Callable[[Any], Any], runner: Any) -> Any:
 
 
 def _wrapped_backend(original: Callable[[Any], Any], runner: Any) -> Any:
-    """SGLang's backend, with the recipe's bias or rotation around it where its cache has one."""
+    """Return SGLang's attention backend, with the recipe's bias or rotation around it where the cache has one."""
     backend = original(runner)
     plan = wrapped_plan(runner.server_args)
     if plan is None:
@@ -400,8 +417,8 @@ def _wrapped_backend(original: Callable[[Any], Any], runner: Any) -> Any:
     from sglang_modelopt_ext.integration.kv.wrapped import around_layers, wrap
 
     parallel, args = get_parallel(), runner.server_args
-    numbers = served_plan(args, args.kv_cache_dtype).resolve(served_attention(runner.model)).layers
-    layers = rank_layers(runner.model, numbers, parallel.attn_tp_rank, parallel.attn_tp_size)
+    resolved = served_plan(args, args.kv_cache_dtype).resolve(served_attention(runner.model)).layers
+    layers = rank_layers(runner.model, resolved, parallel.attn_tp_rank, parallel.attn_tp_size)
     wrap(backend, around_layers(plan.recipe, layers, runner.model, runner.device))
     return backend
 
@@ -424,7 +441,7 @@ HOOKS = (
             "speculative_draft_attention_backend",
             "speculative_draft_kv_cache_dtype",
         ),
-        "our values of --kv-cache-dtype would be refused",
+        "our values of --kv-cache-dtype would be rejected",
         _configure_kv_cache_dtype,
     ),
     Hook(
@@ -448,19 +465,19 @@ HOOKS = (
     Hook(
         _CONFIGURATOR + "_build_hybrid_swa_kv_pool",
         ("self", "full_max_total_num_tokens", "swa_max_total_num_tokens", "mha_pool_class"),
-        "a hybrid sliding-window pool would hold codes as numbers",
-        _refuse_pool(HYBRID_SWA),
+        "a hybrid sliding-window pool would hold codes as values",
+        _reject_pool(HYBRID_SWA),
     ),
     Hook(
         _CONFIGURATOR + "_build_hybrid_linear_kv_pool",
         ("self", "max_total_num_tokens", "req_to_token_pool", "mha_pool_class", "mla_pool_class", "dsa_pool_class"),
-        "a hybrid linear-attention pool would hold codes as numbers",
-        _refuse_pool(LINEAR_ATTENTION),
+        "a hybrid linear-attention pool would hold codes as values",
+        _reject_pool(LINEAR_ATTENTION),
     ),
     Hook(
         _CONFIGURATOR + "_build_minimax_sparse_kv_pool",
         ("self", "max_total_num_tokens"),
-        "a pool of sparse attention would hold codes as numbers, or vectors without what is done around them",
-        _refuse_pool(SPARSE),
+        "a pool of sparse attention would hold codes as values, or vectors without their bias or rotation",
+        _reject_pool(SPARSE),
     ),
 )

@@ -1,4 +1,4 @@
-"""The attention layers of a model as one rank sees them: which numbers of the plan are theirs."""
+"""The attention layers of a model on one rank, and this rank's part of their KV cache's scales and biases."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 
 
 def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """``(name of the attention module, RadixAttention)`` for every attention layer of ``model`` on this rank."""
+    """Yield ``(name of the attention module, RadixAttention)`` for every attention layer of ``model`` on this rank."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     for name, module in model.named_modules():
@@ -22,9 +22,9 @@ def attention_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def served_attention(model: torch.nn.Module) -> Attention:
-    """Return the attention layers of ``model`` on this rank by their numbers, under which their keys and values are cached.
+    """Return the attention layers of ``model`` on this rank, by the layer number under which their keys and values are cached.
 
-    Several modules of one number read one cache (the shared layers of Gemma 3n and Gemma 4); the first has its name.
+    Several modules with one number read one cache (the shared layers of Gemma 3n and Gemma 4); it has the first one's name.
     """
     layers: dict[int, str] = {}
     for name, module in attention_layers(model):
@@ -35,30 +35,27 @@ def served_attention(model: torch.nn.Module) -> Attention:
 
 
 SINKS = ("sinks", "attention_sink_bias")
-"""SGLang's names of the learned logits that take a share of every softmax."""
+"""The last parts of SGLang's names of attention sinks: learned logits in the denominator of every softmax."""
 
 
 def check_sinks(model: torch.nn.Module) -> None:
-    """Raises ModelOptExtError for a model with attention sinks, which nothing that reads a cache of ours adds."""
+    """Raise ModelOptExtError for a model with attention sinks: no attention over a KV cache of this package adds them."""
     for name, _ in model.named_parameters():
         if name.rpartition(".")[2] in SINKS:
             raise ModelOptExtError.at("command line", "--kv-cache-dtype", "auto or bf16 with attention sinks", name)
 
 
 def local_heads(bias: torch.Tensor, heads: int, rank: int, size: int, where: str) -> torch.Tensor:
-    """This rank's part of a bias.
+    """Return this rank's part of a bias, ``[heads, D]``.
 
     Args:
-        bias: ``[H_kv, D]`` of all ranks.
-        heads: KV heads on this rank; with fewer KV heads than ranks each head is on several of them.
-        rank, size: of attention's tensor parallelism.
+        bias: the bias of all ranks, ``[H_kv, D]``.
+        heads: KV heads on this rank; with fewer KV heads than ranks, each head is on several ranks.
+        rank, size: this rank and the number of ranks in attention's tensor parallelism.
         where: the layer, for errors.
 
-    Returns:
-        ``[heads, D]``.
-
     Raises:
-        ModelOptExtError: the checkpoint's heads and the model's do not agree.
+        ModelOptExtError: the checkpoint has another number of KV heads than the model.
     """
     total = bias.shape[0]
     if total * max(1, size // total) != heads * size or (total < size and heads != 1):
@@ -67,11 +64,20 @@ def local_heads(bias: torch.Tensor, heads: int, rank: int, size: int, where: str
     return bias[first : first + heads].contiguous()
 
 
-def rank_layers(model: torch.nn.Module, numbers: Mapping[int, KVLayer], rank: int, size: int) -> dict[int, KVLayer]:
-    """Return this rank's part of the numbers, by layer number. Raises ModelOptExtError where they do not fit."""
+def rank_layers(model: torch.nn.Module, layers: Mapping[int, KVLayer], rank: int, size: int) -> dict[int, KVLayer]:
+    """Return this rank's part of the scales and biases, by layer number.
+
+    Args:
+        model: the model with this rank's attention layers.
+        layers: the scales and biases of all ranks, by layer number.
+        rank, size: this rank and the number of ranks in attention's tensor parallelism.
+
+    Raises:
+        ModelOptExtError: a bias does not have the model's KV heads or head_dim.
+    """
     found: dict[int, KVLayer] = {}
     for name, module in attention_layers(model):
-        layer = numbers[module.layer_id]
+        layer = layers[module.layer_id]
         heads, head_dim = module.tp_k_head_num, module.head_dim
         biases = []
         for bias in (layer.k_bias, layer.v_bias):

@@ -1,4 +1,4 @@
-"""How SGLang sizes and allocates a cache of ours: its ``KVCacheQuantMethodBase``."""
+"""The quantization method by which SGLang sizes and allocates a KV cache of this package."""
 
 from __future__ import annotations
 
@@ -16,22 +16,29 @@ from sglang_modelopt_kernels.formats.kv_cache import KVRecipe
 
 
 class ModelOptExtKVMethod(KVCacheQuantMethodBase):
-    """A recipe's buffers and their size; :class:`.pool.ModelOptExtKVPool` reads and writes them."""
+    """The buffers of a recipe and their sizes, for SGLang; :class:`.pool.ModelOptExtKVPool` reads and writes them."""
 
     def __init__(self, recipe: KVRecipe) -> None:
         self.recipe = recipe
         self.name = FLAG_PREFIX + recipe.name
         self.layers: Mapping[int, KVLayer] = {}
 
-    def load_layers(self, model: torch.nn.Module, numbers: Mapping[int, KVLayer], rank: int, size: int) -> None:
-        """Takes this rank's scales and biases from ``numbers``. Raises ModelOptExtError where they do not fit the model."""
-        self.layers = rank_layers(model, numbers, rank, size)
+    def load_layers(self, model: torch.nn.Module, layers: Mapping[int, KVLayer], rank: int, size: int) -> None:
+        """Keep this rank's part of the scales and biases ``layers``. Raises ModelOptExtError where they do not fit the model."""
+        self.layers = rank_layers(model, layers, rank, size)
 
     def create_buffers(self, size: int, head_num: int, head_dim: int, layer_num: int, device: str) -> dict[str, Any]:
-        """SGLang's names for the codes ``[size, H, ...]`` of each layer, and the block scales where there are any.
+        """Return the buffers of all layers under SGLang's names: codes ``[size, H_kv, ...]``, and block scales if there are any.
 
-        ``k_scale_buffer`` holds those of keys and values, ``[size, H, 2 * D / 16]``; ``v_scale_buffer`` is there, and empty,
-        because SGLang goes through both lists side by side.
+        ``k_scale_buffer`` holds the block scales of keys and values, uint8 ``[size, H_kv, 2 * D / 16]``. ``v_scale_buffer`` is
+        empty, but exists because SGLang iterates over both lists together.
+
+        Args:
+            size: slots (tokens) of the pool.
+            head_num: KV heads on this rank.
+            head_dim: entries of a vector, D.
+            layer_num: layers on this rank.
+            device: the pool's device.
         """
         number = self.recipe.format
 
@@ -48,14 +55,21 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
         }
 
     def compute_cell_size(self, head_num: int, head_dim: int, num_layers: int, kv_size: int) -> int:
-        """Bytes for one token: keys and values of every layer. ``kv_size``, the storage type's size, plays no part."""
+        """Return the bytes of one token, keys and values of every layer; ``kv_size``, SGLang's size of an entry, is ignored."""
         del kv_size
         return 2 * head_num * num_layers * self.recipe.bytes_per_vector(head_dim)
 
     def pack(
         self, layer_id: int, codes: tuple[torch.Tensor, torch.Tensor], block_scales: torch.Tensor | None, head_dim: int
     ) -> tuple[PackedCache, PackedCache]:
-        """The keys and the values of one layer over its codes ``(of k, of v)`` and the block scales of both."""
+        """Return the packed keys and values of one layer, as views of its buffers.
+
+        Args:
+            layer_id: the layer's number in the model.
+            codes: the buffers of keys and of values, ``[size, H_kv, ...]``.
+            block_scales: uint8 ``[size, H_kv, 2 * D / 16]`` of both, None for a format without block scales.
+            head_dim: entries of a vector, D.
+        """
         layer = self.layers[layer_id]
         device = codes[0].device
         shared = None if block_scales is None else block_scales.unflatten(-1, (2, -1))
@@ -76,9 +90,9 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
         return one(0, layer.k_scale, layer.k_bias), one(1, layer.v_scale, layer.v_bias)
 
     def quantize_and_store(self, *args: Any, **kwargs: Any) -> None:
-        """Not used: the pool writes through its packed caches, which know their layer."""
+        """Raise NotImplementedError: the pool writes through its packed caches, which have their layer's scales."""
         raise NotImplementedError("a cache of this recipe is written by ModelOptExtKVPool")
 
     def dequantize_prev_kv(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Not used: no attention backend gets a full-width copy."""
+        """Raise NotImplementedError: no attention backend reads an unpacked copy of the cache."""
         raise NotImplementedError("a cache of this recipe is read through ModelOptExtKVPool")

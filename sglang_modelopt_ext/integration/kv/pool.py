@@ -1,4 +1,4 @@
-"""The pool of a quantized cache: packed when written, handed to attention packed."""
+"""The memory pool of a KV cache of this package: keys and values are packed when written, and attention reads them packed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sglang_modelopt_kernels.attention.store import store_kv
 
 
 class ModelOptExtKVPool(MHATokenToKVPool):
-    """``get_key_buffer`` and ``get_value_buffer`` return a :class:`PackedCache`.
+    """SGLang's pool of plain attention, with a :class:`PackedCache` for the keys and for the values of each layer.
 
-    The torch_native backend indexes it like a tensor, and only the tokens it asks for are unpacked; the Triton backend
-    passes it on to kernels that read it packed.
+    ``get_key_buffer`` and ``get_value_buffer`` return these. The torch_native backend indexes one like a tensor, which unpacks only
+    the tokens of the index; the Triton backend passes it to kernels that read it packed.
     """
 
     quant_method: ModelOptExtKVMethod
@@ -32,7 +32,7 @@ class ModelOptExtKVPool(MHATokenToKVPool):
         ]
 
     def _slot_move_pointer_buffers(self) -> list[torch.Tensor]:
-        """Those of SGLang's that hold something: the others have no address to move slots at."""
+        """Return the buffers among which SGLang moves slots, without the empty ones, which have no address."""
         return [buffer for buffer in super()._slot_move_pointer_buffers() if buffer.numel()]
 
     def _get_key_buffer(self, layer_id: int) -> PackedCache:
@@ -51,7 +51,7 @@ class ModelOptExtKVPool(MHATokenToKVPool):
         k_scale: Any = None,
         v_scale: Any = None,
     ) -> None:
-        del global_layer_id, k_scale, v_scale  # the packed caches know their scales
+        del global_layer_id, k_scale, v_scale  # the packed caches have their scales
         slots, _, _ = unwrap_write_loc(loc_info)
         keys, values = self.packed[layer_id - self.start_layer]
         if cache_k.is_cuda:
@@ -61,7 +61,7 @@ class ModelOptExtKVPool(MHATokenToKVPool):
         values.store(slots, cache_v)
 
     def get_cpu_copy(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: SGLang's copy would leave the block scales behind."""
+        """Raise ModelOptExtError: an offload to the host is not supported, since SGLang's copy lacks the block scales."""
         raise ModelOptExtError.at(
             "KV cache", self.quant_method.name, "a cache that stays on its device", "an offload to the host"
         )
