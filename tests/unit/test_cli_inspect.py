@@ -86,7 +86,7 @@ def test_targets(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     for gpu in ("sm80", "SM90", "100", "sm_120"):
         found = inspect(capsys, folder, "--gpu", gpu)
         assert {group["kernel"] for group in found["layers"]} == {"triton_block_scaled"}
-        reasons = found["layers"][0]["passed_over"]
+        reasons = found["layers"][0]["rejected"]
         asked = [backend.name for backend in BACKENDS]
         assert list(reasons) == asked[: asked.index("triton_block_scaled")], "what dispatch asks first"
     mxfp4 = inspect(capsys, export(model_dir(TinyModel("llama")), "W4A8_MXFP4_FP8_CFG"), "--gpu", "sm100")

@@ -203,7 +203,7 @@ class TestServe:
         self, model: Path, data: Path, capsys: pytest.CaptureFixture[str], flag: str
     ) -> None:
         assert main(["serve", *arguments(model, data), "--recipe", "fp8", "--dry-run", "--", flag]) == BAD_INPUT
-        assert f"{flag}: expected arguments the checkpoint does not decide" in capsys.readouterr().err
+        assert f"{flag}: expected arguments that the checkpoint does not decide" in capsys.readouterr().err
 
     @pytest.mark.full
     @pytest.mark.server

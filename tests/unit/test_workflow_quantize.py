@@ -329,7 +329,7 @@ class TestIgnored:
         monkeypatch.setattr(module.checks, "resolve_steps", lambda loaded, steps: [dict(step) for step in steps])
         monkeypatch.setattr(module.checks, "step_takes", lambda step: (lambda layer: True, "anything"))
         with pytest.raises(
-            ModelOptExtError, match="smoothquant: expected a smoothed layer, got one that ModelOpt passed over"
+            ModelOptExtError, match="smoothquant: expected a smoothed layer, got one that ModelOpt skipped"
         ):
             run(model, tmp_path / "out", data, "fp8", changes=Changes(algorithm="smoothquant"), layerwise=False)
 
