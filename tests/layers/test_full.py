@@ -1,4 +1,4 @@
-"""Layer by layer, what takes longer: every recipe on held-out models, and a real AutoQuantize mix."""
+"""Slow tests layer by layer: every recipe on held-out models, and a real AutoQuantize mix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SEARCHED = (
     "INT8_SMOOTHQUANT",
     "INT8_WEIGHT_ONLY",
 )
-"""What ``auto-quantize`` takes, in any mix."""
+"""Formats that ``auto-quantize`` can mix."""
 
 mxfp4_rounds_activations = test_recipes.mxfp4_rounds_activations
 

@@ -18,7 +18,7 @@ CAST_SCALE = torch.tensor(1.0)
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """The normalised Hadamard matrix of a power of two."""
+    """Return the normalised Hadamard matrix of a power of two."""
     matrix = torch.ones(1, 1)
     for _ in range(size.bit_length() - 1):
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
@@ -26,7 +26,7 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 def round_vectors(x: torch.Tensor, recipe: str, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x`` ``[B, H, T, D]`` as a cache of ``recipe`` gives it back; ``scale`` is amax / 448, ``bias`` ``[1, H, 1, D]``."""
+    """Return ``x`` ``[B, H, T, D]`` read back from a cache; ``scale`` is amax / 448, ``bias`` ``[1, H, 1, D]``."""
     turn = hadamard(x.shape[-1]) if recipe == "nvfp4_rotate" else torch.eye(x.shape[-1])
     shift = torch.zeros(()) if bias is None else bias.to(torch.float32)
     wide = x.to(torch.float32) @ turn - shift
@@ -39,7 +39,7 @@ def round_vectors(x: torch.Tensor, recipe: str, scale: torch.Tensor, bias: torch
 
 
 def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Makes ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none.
+    """Make ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none.
 
     ``model.config.kv_rounding["raw_from"]``, one number for each token, is the first key a token meets unrounded: the start of
     its chunk in a prefill whose chunk is not read back, and by default none. ``["fp8_queries"]`` rounds queries to E4M3, and

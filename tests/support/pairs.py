@@ -47,29 +47,29 @@ class Pair:
 
 
 def model(architecture: str, model_type: str, section: Json | None = None, **fields: Any) -> Json:
-    """A config.json of that architecture, with ``section`` as its ``quantization_config``."""
+    """Return a config.json of that architecture, with ``section`` as its ``quantization_config``."""
     quantization = {} if section is None else {"quantization_config": section}
     return {"architectures": [architecture], "model_type": model_type, **fields, **quantization}
 
 
 def nested(algo: str | None, **fields: Any) -> Json:
-    """A hf_quant_config.json."""
+    """Return a hf_quant_config.json."""
     return {"producer": PRODUCER, "quantization": {"quant_algo": algo, **fields}}
 
 
 def flat(algo: str, **fields: Any) -> Json:
-    """A ``quantization_config`` as ModelOpt converts it."""
+    """Return a ``quantization_config`` as ModelOpt converts it."""
     return {"quant_algo": algo, "producer": PRODUCER, "quant_method": "modelopt", **fields}
 
 
 def group(bits: int, size: int | None = None) -> Json:
-    """The ``config_groups`` of one format."""
+    """Return the ``config_groups`` of one format."""
     one = {"dynamic": False, "num_bits": bits, "type": "float", **({"group_size": size} if size else {})}
     return {"group_0": {"input_activations": one, "weights": one, "targets": ["Linear"]}}
 
 
 def mix(**algos: str) -> Json:
-    """``quantized_layers``: a layer's name with ``__`` for dots, and its algorithm."""
+    """Return ``quantized_layers``: a layer's name with ``__`` for dots, and its algorithm."""
     sizes = {
         "NVFP4": 16,
         "W4A16_NVFP4": 16,
@@ -365,7 +365,7 @@ EDITED = (
 
 
 def _spelled(algo: str) -> str:
-    """``quant_algo`` as ModelOpt writes it, which has two in lower case."""
+    """Return ``quant_algo`` as ModelOpt writes it, which has two in lower case."""
     return algo.lower() if algo in ("MXFP4", "FP8_PB_WO") else algo
 
 
