@@ -27,7 +27,7 @@ def tokenizer() -> Any:
 
 
 def write(folder: Path, suffix: str) -> list[str]:
-    """The texts as files of one kind."""
+    """Write the texts as files of one kind."""
     if suffix == ".txt":
         for number, text in enumerate(TEXTS):
             (folder / f"{number}.txt").write_text(text)

@@ -1,4 +1,4 @@
-"""Whatever a test starts is gone afterwards."""
+"""A process tree is gone after it was killed, with its orphans and shared memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``evaluate`` without servers: intervals, the picture, lm-eval's results, and what is refused before a server starts."""
+"""``evaluate`` without servers: intervals, the plot, lm-eval's results, and errors before a server starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LENGTHS = np.random.default_rng(3).integers(5, 40, WINDOWS)
 
 
 def scores(seed: int, noise: float = 0.0) -> Scores:
-    """Of windows that differ much from each other; ``noise`` is how far another model is from the first."""
+    """Return scores of windows that differ much; ``noise`` is another model's distance from the first."""
     rng = np.random.default_rng(0)
     level = rng.normal(3.0, 0.7, WINDOWS)
     other = np.random.default_rng(seed).normal(0.0, noise, WINDOWS) if noise else 0.0

@@ -43,19 +43,19 @@ HEALTHY = """
 
 
 def fake_server(tmp_path: Path, script: str, *arguments: str, timeout: float = 30.0) -> ServerProcess:
-    """A ServerProcess that runs a script instead of SGLang."""
+    """Return a ServerProcess that runs a script instead of SGLang."""
     server = ServerProcess(tmp_path, log=tmp_path / "log", timeout=timeout, progress=False)
     server.command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     return server
 
 
 def alive(pids: list[int]) -> list[int]:
-    """Those of the processes that still run."""
+    """Return those of the processes that still run."""
     return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 def family_pids(log: Path, count: int) -> list[int]:
-    """The process ids that FAMILY printed, once there are ``count``."""
+    """Return the process ids that FAMILY printed, once there are ``count``."""
     for _ in range(200):
         pids = [int(line) for line in log.read_text().split()]
         if len(pids) == count:
@@ -142,7 +142,7 @@ def test_orphans_of_the_session_are_killed_too(tmp_path: Path) -> None:
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, answer: Callable[[dict[str, Any]], Any]) -> None:
-    """Replaces the HTTP requests."""
+    """Replace the HTTP requests."""
     monkeypatch.setattr(ServerProcess, "request", lambda self, path, payload: answer(payload))
 
 
