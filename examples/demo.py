@@ -24,7 +24,7 @@ from stdlib_lm.corpus import collect, read_heldout
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import W4A8
-from sglang_modelopt_ext.workflow.common.source import find_model
+from sglang_modelopt_ext.workflow.common.base_model import find_model
 from sglang_modelopt_ext.workflow.common.text import begin_token, encode, load_tokenizer, split_windows, spread
 from sglang_modelopt_ext.workflow.evaluate.measure import (
     Logprobs,

@@ -63,7 +63,7 @@ class AutoQuantized(Result, frozen=True, kw_only=True):
                 f" unquantized {self.report.unquantized_perplexity:.4f}"
             )
         if self.output is not None:
-            lines.append(f"written:    {Path(self.output) / FILE_NAME} and pictures beside it")
+            lines.append(f"written:    {Path(self.output) / FILE_NAME} and plots beside it")
         return "\n".join(lines)
 
     def _row(self, result: Solved) -> tuple[str, ...]:

@@ -16,8 +16,8 @@ from sglang_modelopt_ext.cli.serving import (
     server_arguments,
     text_windows,
 )
+from sglang_modelopt_ext.workflow.common.formatting import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.common.models import find_folder, served_dtype
-from sglang_modelopt_ext.workflow.common.table import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.evaluate.measure import assumptions, describe, folder_size
 from sglang_modelopt_ext.workflow.evaluate.plots import find_pyplot, plot_intervals

@@ -6,8 +6,8 @@ import argparse
 import json
 
 from sglang_modelopt_ext.cli.command import Command, Result
+from sglang_modelopt_ext.workflow.common.formatting import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.common.models import find_folder
-from sglang_modelopt_ext.workflow.common.table import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.common.target import find_target
 from sglang_modelopt_ext.workflow.inspect.run import Contents, LayerGroup, inspect_checkpoint
 

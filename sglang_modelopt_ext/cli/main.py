@@ -12,7 +12,7 @@ from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.cli import auto_quantize, evaluate, inspect, quantize, serve, verify
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.interrupts import signals_interrupt
+from sglang_modelopt_ext.workflow.common.interrupts import signals_as_interrupts
 
 COMMANDS: tuple[Command, ...] = (
     quantize.COMMAND,
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest and not args.chosen.takes_rest:
         parser.error(f"{args.command} takes no arguments after --")
     try:
-        with signals_interrupt():
+        with signals_as_interrupts():
             result = args.chosen.run(args)
     except ModelOptExtError as error:
         print(error.one_line(), file=sys.stderr)

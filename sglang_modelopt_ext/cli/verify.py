@@ -13,8 +13,8 @@ from sglang_modelopt_ext.cli.serving import (
     server_arguments,
     text_windows,
 )
+from sglang_modelopt_ext.workflow.common.formatting import format_columns
 from sglang_modelopt_ext.workflow.common.models import find_folder, served_dtype
-from sglang_modelopt_ext.workflow.common.table import format_columns
 from sglang_modelopt_ext.workflow.common.target import find_target
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.server.client import ServerClient

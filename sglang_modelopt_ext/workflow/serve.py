@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.base_model import CODE_FILES, HUB_FILES, default_device, find_model
 from sglang_modelopt_ext.workflow.common.digest import file_digest, folder_digest
-from sglang_modelopt_ext.workflow.common.source import CODE_FILES, HUB_FILES, default_device, find_model
 from sglang_modelopt_ext.workflow.quantize.export import check_folder
 from sglang_modelopt_ext.workflow.quantize.record import package_versions
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize

@@ -84,7 +84,7 @@ def test_every_format_in_one_mix(tmp_path: Path) -> None:
     from sglang_modelopt_ext.workflow.autoquant.formats import find_formats
     from sglang_modelopt_ext.workflow.autoquant.layers import plan_groups, read_linears
     from sglang_modelopt_ext.workflow.autoquant.search import Search
-    from sglang_modelopt_ext.workflow.common.source import load_model
+    from sglang_modelopt_ext.workflow.common.base_model import load_model
     from sglang_modelopt_ext.workflow.quantize.export import export_checkpoint
     from sglang_modelopt_ext.workflow.quantize.record import Origin
 

@@ -43,7 +43,7 @@ def unswizzled(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     return result
 
 
-def numbers(codes: torch.Tensor, scale: torch.Tensor, mx: bool) -> torch.Tensor:
+def decoded(codes: torch.Tensor, scale: torch.Tensor, mx: bool) -> torch.Tensor:
     """Return codes ``[R, ..]`` under linear block scales, uint8, as float64 ``[R, K]``."""
     if mx:
         return scale_blocks(e4m3.decode(codes), ue8m0.decode(scale)).double()
@@ -139,14 +139,14 @@ def cutlass_fused_moe(*args: Any, **kwargs: Any) -> None:
         if input_sf is None:
             values = round_nvfp4(x, act_1 if act_1.dim() == 0 else act_1[expert])
         else:
-            values = numbers(x, unswizzled(input_sf, len(x), hidden // group), mx)
+            values = decoded(x, unswizzled(input_sf, len(x), hidden // group), mx)
         linear = unswizzled(scale_1[expert].view(torch.uint8), 2 * inner, hidden // group)
-        h = values[tokens] @ numbers(gate_up[expert], linear, mx).T * alpha_1[expert].double()
+        h = values[tokens] @ decoded(gate_up[expert], linear, mx).T * alpha_1[expert].double()
         up, gate = h.to(dtype).float().chunk(2, dim=1)
         middle = (torch.nn.functional.silu(gate) * up).to(dtype)
         rounded = round_mxfp8(middle) if mx else round_nvfp4(middle, act_2 if act_2.dim() == 0 else act_2[expert])
         linear = unswizzled(scale_2[expert].view(torch.uint8), hidden, inner // group)
-        y = (rounded @ numbers(down[expert], linear, mx).T * alpha_2[expert].double()).to(dtype)
+        y = (rounded @ decoded(down[expert], linear, mx).T * alpha_2[expert].double()).to(dtype)
         total.index_add_(0, tokens, y.float() * weights[tokens, places].unsqueeze(1))
     output.copy_(total.to(dtype))
 

@@ -27,15 +27,15 @@ def hadamard(size: int) -> torch.Tensor:
 
 def round_vectors(x: torch.Tensor, recipe: str, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Return ``x`` ``[B, H, T, D]`` read back from a cache; ``scale`` is amax / 448, ``bias`` ``[1, H, 1, D]``."""
-    turn = hadamard(x.shape[-1]) if recipe == "nvfp4_rotate" else torch.eye(x.shape[-1])
+    rotation = hadamard(x.shape[-1]) if recipe == "nvfp4_rotate" else torch.eye(x.shape[-1])
     shift = torch.zeros(()) if bias is None else bias.to(torch.float32)
-    wide = x.to(torch.float32) @ turn - shift
+    x32 = x.to(torch.float32) @ rotation - shift
     if recipe.startswith("fp8"):
-        rounded = to_e4m3(wide / scale) * scale
+        rounded = to_e4m3(x32 / scale) * scale
     else:
-        values, step = round_nvfp4(wide, {"input_scale": scale.to(torch.float32) * 448 / 2688})
+        values, step = round_nvfp4(x32, {"input_scale": scale.to(torch.float32) * 448 / 2688})
         rounded = values * step
-    return ((rounded + shift) @ turn).to(x.dtype)
+    return ((rounded + shift) @ rotation).to(x.dtype)
 
 
 def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -100,11 +100,11 @@ def mm_mxfp8(a: torch.Tensor, b: torch.Tensor, a_descale: Any, b_descale: Any, *
     assert a.is_contiguous()
     assert b.T.is_contiguous()
 
-    def numbers(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def decoded(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         linear = unswizzled(scale, codes.shape[0], codes.shape[1] // 32)
         return scale_blocks(e4m3.decode(codes), ue8m0.decode(linear)).double()
 
-    return (numbers(a, a_descale) @ numbers(b.T, b_descale).T).to(kwargs["out_dtype"])
+    return (decoded(a, a_descale) @ decoded(b.T, b_descale).T).to(kwargs["out_dtype"])
 
 
 def prepare_bf16_fp4_weights(
@@ -166,8 +166,8 @@ def gemm_w4a16(
     rows = blob.shape[0] * 64
     codes = unpacked(weight, blob, rows, k // 2)
     linear = unpacked(scale, sf, rows, k // 16).view(torch.float8_e4m3fn)
-    numbers = scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)), e4m3.decode(linear)).double()
-    return (act.double() @ numbers.T * tensor_scale.double()).to(torch.bfloat16)[:, :n_out]
+    values = scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)), e4m3.decode(linear)).double()
+    return (act.double() @ values.T * tensor_scale.double()).to(torch.bfloat16)[:, :n_out]
 
 
 def process_mxfp4_w4a8_weight(weight: torch.Tensor, offsets: torch.Tensor, inplace: bool) -> torch.Tensor:
@@ -227,8 +227,8 @@ def humming_forward(
     assert not locks.any()
     exponent = weight_scale.view(torch.uint8).float()
     used = scale_blocks(torch.ones(weight.shape[0], 8 * weight.shape[1]), exponent)
-    numbers = e2m1.decode(e2m1.unpack_codes(weight.view(torch.uint8)))
-    folded = numbers * torch.exp2(used - 7)  # into the range of E4M3
+    values = e2m1.decode(e2m1.unpack_codes(weight.view(torch.uint8)))
+    folded = values * torch.exp2(used - 7)  # into the range of E4M3
     assert torch.equal(e4m3.round_to_e4m3(folded), folded)
     y = inputs.double() @ (folded.double() * 2.0**7 * weight_scale_2.double()[:, None]).T
     return (y * input_scale.double()).to(torch.bfloat16)

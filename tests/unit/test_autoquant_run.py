@@ -24,8 +24,8 @@ from sglang_modelopt_ext.workflow.autoquant import layers, search
 from sglang_modelopt_ext.workflow.autoquant.formats import _try, find_formats
 from sglang_modelopt_ext.workflow.autoquant.measure import load_texts, part, perplexity
 from sglang_modelopt_ext.workflow.autoquant.state import Layer, Report, read_report
-from sglang_modelopt_ext.workflow.autoquant.work import SCORES
-from sglang_modelopt_ext.workflow.common.source import load_model
+from sglang_modelopt_ext.workflow.autoquant.work_folder import SCORES
+from sglang_modelopt_ext.workflow.common.base_model import load_model
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
 from sglang_modelopt_ext.workflow.quantize.record import read_record
@@ -314,7 +314,7 @@ def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_several_targets_and_kl(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint for each, the counted lm_head, an excluded layer, both pictures, the text result.
+    """A checkpoint for each, the counted lm_head, an excluded layer, both plots, the text result.
 
     Interrupted between the two, it keeps the first checkpoint and does not make it again.
     """

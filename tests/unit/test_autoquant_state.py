@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.autoquant import pictures
-from sglang_modelopt_ext.workflow.autoquant.pictures import CHOICES, TRADE_OFF, draw
+from sglang_modelopt_ext.workflow.autoquant import plots
+from sglang_modelopt_ext.workflow.autoquant.plots import CHOICES, TRADE_OFF, draw
 from sglang_modelopt_ext.workflow.autoquant.state import (
     Candidate,
     Choice,
@@ -170,14 +170,14 @@ def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes, message
     assert str(file) in str(caught.value)
 
 
-def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Panels one below the other, like for a large model, with an unquantized group and a score of zero."""
     kinds = ("self_attn.o_proj", "mlp.down_proj")
     groups = [group(f"model.layers.{i}.{kind}", 10.0 ** (i / 8 - 4)) for i in range(8) for kind in kinds]
     groups += [group("model.layers.8.mlp.down_proj", 0.0), group("lm_head", None, excluded=True)]
     large = state(*groups)
     assert [path.name for path in draw(tmp_path, report(TWO, 6.5))] == [CHOICES]
-    monkeypatch.setattr(pictures, "_COLUMNS", 12)
+    monkeypatch.setattr(plots, "_COLUMNS", 12)
     drawn = draw(tmp_path, report(large, 5.0, 6.0, 8.0, perplexity=10.0))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((CHOICES, TRADE_OFF))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

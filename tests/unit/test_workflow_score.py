@@ -104,14 +104,14 @@ def test_text() -> None:
     assert lines[-1] == "note: assumed"
 
 
-def test_picture(tmp_path: Path) -> None:
+def test_plot(tmp_path: Path) -> None:
     interval = Interval(value=2.0, low=1.0, high=4.0)
-    file = tmp_path / "new" / "picture.png"
+    file = tmp_path / "new" / "plot.png"
     plot_intervals([("perplexity", ["a", "b"], [interval] * 2), ("KL", ["b"], [interval])], "title", file)
     assert file.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").touch()
     with pytest.raises(ModelOptExtError, match="expected a file that can be written"):
-        plot_intervals([("perplexity", ["a"], [interval])], "title", tmp_path / "file" / "picture.png")
+        plot_intervals([("perplexity", ["a"], [interval])], "title", tmp_path / "file" / "plot.png")
 
 
 def test_other_tokens_are_refused(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_missing_package_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    option = ["--tasks", "hellaswag"] if package == "lm_eval" else ["--plot", "picture.png"]
+    option = ["--tasks", "hellaswag"] if package == "lm_eval" else ["--plot", "plot.png"]
     assert main(["evaluate", str(model_dir(TinyModel("llama"))), *option]) == 2
     name = package.replace("_", "-")
     assert f"the package {name} (pip install 'sglang-modelopt-ext[evaluate]')" in capsys.readouterr().err

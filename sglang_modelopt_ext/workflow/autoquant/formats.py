@@ -22,7 +22,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
-from sglang_modelopt_ext.workflow.common.source import import_modelopt
+from sglang_modelopt_ext.workflow.common.base_model import import_modelopt
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 
 GPUS: dict[str, int | None] = {

@@ -22,7 +22,7 @@ from sglang_modelopt_ext.workflow.autoquant.measure import (
     perplexity,
     stored_bits,
 )
-from sglang_modelopt_ext.workflow.autoquant.pictures import draw, matplotlib_figure
+from sglang_modelopt_ext.workflow.autoquant.plots import draw, matplotlib_figure
 from sglang_modelopt_ext.workflow.autoquant.search import Scoring, Search, group_scores
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
 from sglang_modelopt_ext.workflow.autoquant.state import (
@@ -39,10 +39,10 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
     read_report,
     write_json,
 )
-from sglang_modelopt_ext.workflow.autoquant.work import Work, work_folder
+from sglang_modelopt_ext.workflow.autoquant.work_folder import Work, work_folder
 from sglang_modelopt_ext.workflow.common import modelopt_cpu
-from sglang_modelopt_ext.workflow.common.progress import ticking
-from sglang_modelopt_ext.workflow.common.source import default_device, find_model, load_model, watching_activations
+from sglang_modelopt_ext.workflow.common.base_model import activations_checked, default_device, find_model, load_model
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
 from sglang_modelopt_ext.workflow.quantize.calibration import SEED, SEQUENCE_LENGTH, CalibrationData
 from sglang_modelopt_ext.workflow.quantize.export import (
@@ -119,7 +119,7 @@ def search(request: Request) -> Report:
     output = request.output
     _check_place(folder, output, request)
     modelopt_cpu.install(device)
-    with ticking("trying the formats", request.progress):
+    with elapsed_progress("trying the formats", request.progress):
         formats = candidate_formats.find_formats(request.formats, device)
         linears = read_linears(folder)
         gpu = request.gpu or candidate_formats.this_gpu()
@@ -201,7 +201,7 @@ def export_again(file: Path, request: Request) -> Report:
         )
     modelopt_cpu.install(device)
     used = [row.name for row in state.formats if any(row.name in choice.formats.values() for choice in choices)]
-    with ticking("trying the formats", request.progress):
+    with elapsed_progress("trying the formats", request.progress):
         formats = candidate_formats.find_formats(used, device)
     return _Run(request, folder, device, formats, calibration, held_out, None, state).all_targets(None)
 
@@ -237,7 +237,7 @@ class _Run:
     def all_targets(self, scored: CalibrationData | None) -> Report:
         request = self.request
         self._load()
-        with watching_activations(self.model, self.folder):
+        with activations_checked(self.model, self.folder):
             self.unquantized = self._perplexity("perplexity, unquantized")
         results = []
         for target in request.targets:
@@ -377,7 +377,7 @@ class _Run:
         )
 
     def _write(self, folder: Path, report: Report) -> None:
-        with ticking("drawing", self.request.progress):
+        with elapsed_progress("drawing", self.request.progress):
             draw(folder, report)
         write_json(folder / FILE_NAME, report)
 

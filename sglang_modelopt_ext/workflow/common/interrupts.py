@@ -16,14 +16,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def signals_interrupt() -> Iterator[None]:
+def signals_as_interrupts() -> Iterator[None]:
     """Raise KeyboardInterrupt on SIGTERM and SIGHUP too while the block runs. Ignored signals (nohup) stay ignored."""
     with _handlers(_interrupt):
         yield
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
+def signals_ignored() -> Iterator[None]:
     """Ignore SIGINT, SIGTERM and SIGHUP while the block runs, so that cleanup completes."""
     with _handlers(signal.SIG_IGN):
         yield

@@ -14,7 +14,7 @@ _TERMINAL_SECONDS, _FILE_SECONDS = 0.5, 15.0
 
 
 @contextmanager
-def ticking(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]:
+def elapsed_progress(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]:
     """Show ``label``, the elapsed time and a note on standard error while the block runs.
 
     Yields:
@@ -45,7 +45,7 @@ def ticking(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]
 
 
 @contextmanager
-def watching(label: str, total: int, done: Callable[[], int], unit: str, enabled: bool = True) -> Iterator[None]:
+def polled_progress(label: str, total: int, done: Callable[[], int], unit: str, enabled: bool = True) -> Iterator[None]:
     """Show a progress bar for work whose progress is polled, with the time left, while the block runs.
 
     Args:

@@ -19,8 +19,8 @@ from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import assumption, bits_per_weight, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.progress import ticking
-from sglang_modelopt_ext.workflow.common.table import format_columns
+from sglang_modelopt_ext.workflow.common.formatting import format_columns
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.server.process import ServerProcess
 
 Logprobs = NDArray[np.float32]
@@ -105,7 +105,7 @@ def measure(
         # Where all positions are requested over the whole vocabulary, each token's own log probability is among them.
         whole = len(rows) == len(targets)
         scored.append(rows[np.arange(len(targets)), targets] if whole else server.input_logprobs(window))
-    with ticking("tokens per second", progress):
+    with elapsed_progress("tokens per second", progress):
         speed = tokens_per_second(server, plan.speed_prompts, plan.speed_tokens)
     name, bits = describe(server.model)
     divergence = None if reference is None else mean_divergence(reference, full)

@@ -344,8 +344,8 @@ def _scale_ranges(linear: QuantizedLinear, problems: list[ModelOptExtError]) -> 
         except ModelOptExtError as error:
             problems.append(error)
             continue
-        numbers = tensor.float()
-        low, high = float(numbers.min()), float(numbers.max())
+        values = tensor.float()
+        low, high = float(values.min()), float(values.max())
         if spec.values is ValueRule.BLOCK_SCALE_UE8M0:
             low, high = 2.0 ** (low - _UE8M0_BIAS), 2.0 ** (high - _UE8M0_BIAS)
         found[spec.name] = Range(smallest=low, largest=high)

@@ -1,7 +1,7 @@
 """ModelOpt's calibration: layer by layer and resumable where possible, in several processes where results merge.
 
 Layer by layer, each decoder layer's progress is kept in a private work folder as soon as it is done, in ModelOpt's own
-files. These are pickles: they are read only from a folder of this user that nobody else can write to, and only by a run
+files. These are pickles: they are read only from a folder of this user that no one else can write to, and only by a run
 with the same inputs, whose digest is the folder's name.
 """
 
@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.source import import_modelopt, watching_activations
+from sglang_modelopt_ext.workflow.common.base_model import activations_checked, import_modelopt
 from sglang_modelopt_ext.workflow.quantize import checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
 from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
@@ -189,7 +189,7 @@ class Calibrator:
                 model(batch.to(self.model.device), use_cache=False)
 
         try:
-            with watching_activations(self.model, self.where), modelopt_messages(), torch.no_grad():
+            with activations_checked(self.model, self.where), modelopt_messages(), torch.no_grad():
                 mtq.calibrate(self.model, options, None if self.data is None else forward)
         except ModelOptExtError:
             raise

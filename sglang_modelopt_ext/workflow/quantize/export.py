@@ -26,8 +26,8 @@ from sglang_modelopt_ext.checkpoint.quant_config import KV_CACHE_RECIPE, OWN_KEY
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.interrupts import undisturbed
-from sglang_modelopt_ext.workflow.common.progress import ticking, watching
+from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress, polled_progress
 from sglang_modelopt_ext.workflow.quantize import quantizers
 from sglang_modelopt_ext.workflow.quantize.model_card import CARD_NAME, render_card
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, layer_formats, package_versions, write_record
@@ -131,7 +131,7 @@ def export_checkpoint(
         except Exception as error:  # ModelOpt raises assertions and errors of every kind
             raise _failure(source, output, origin, error) from error
         copy_tokenizer(source, scratch)
-        with ticking("checking the export", progress):
+        with elapsed_progress("checking the export", progress):
             _preliminary(scratch, {ROUNDS_ACTIVATIONS: rounds, KV_CACHE_RECIPE: kv_recipe})
             checkpoint = read_checkpoint(scratch)
             record = Record(
@@ -202,7 +202,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
             raise ModelOptExtError.at(output.parent, "space on disk", "room for the checkpoint", error) from error
         raise
     finally:
-        with undisturbed():
+        with signals_ignored():
             os.close(lock)
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -225,7 +225,7 @@ def _run_export(model: Any, scratch: Path, progress: bool) -> None:
     messages: Any = transformers_logging
     messages.disable_progress_bar()
     total = sum(1 for _ in quantizers.quantized_linears(model))
-    packing = watching("exporting", total, lambda: quantizers.count_packed(model), "layer", progress)
+    packing = polled_progress("exporting", total, lambda: quantizers.count_packed(model), "layer", progress)
     with warnings.catch_warnings(), torch.no_grad(), packing:
         # The error that follows this warning has its content.
         warnings.filterwarnings("ignore", message="Cannot export model to the model_config")
@@ -266,7 +266,7 @@ def _make_readable(folder: Path) -> None:
 
 def move_into_place(scratch: Path, output: Path) -> None:
     """Rename ``scratch`` to ``output``; remove the old ``output`` only after it is replaced."""
-    with undisturbed():
+    with signals_ignored():
         if not os.path.lexists(output):
             scratch.rename(output)
             return

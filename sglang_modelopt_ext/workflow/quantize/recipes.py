@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.source import import_modelopt
+from sglang_modelopt_ext.workflow.common.base_model import import_modelopt
 
 _CONFIG_SUFFIXES = ("_CFG", "_CONFIG")
 NONE = "none"

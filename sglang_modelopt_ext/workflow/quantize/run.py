@@ -15,9 +15,9 @@ import torch
 
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.base_model import default_device, find_model, import_modelopt, load_model
 from sglang_modelopt_ext.workflow.common.digest import folder_digest
-from sglang_modelopt_ext.workflow.common.progress import ticking
-from sglang_modelopt_ext.workflow.common.source import default_device, find_model, import_modelopt, load_model
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.quantize import calibration, checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibrate import (
@@ -108,7 +108,7 @@ def quantize(
     """
     source = find_model(model, options.trust_remote_code)
     check_output(source, output, overwrite)
-    with ticking("importing ModelOpt", progress):
+    with elapsed_progress("importing ModelOpt", progress):
         recipe, config = find_recipe(options.recipe)
         config = build(config, options.changes)
         check_config(recipe, config)

@@ -19,7 +19,7 @@ from typing import Self
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.progress import ticking
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.server.client import ServerClient, open_url
 from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
 
@@ -126,7 +126,7 @@ class ServerProcess(ServerClient):
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.timeout
-        with ticking(f"starting the server on {self.model.name}", self.progress) as note:
+        with elapsed_progress(f"starting the server on {self.model.name}", self.progress) as note:
             while not self.is_ready():
                 if self.exit_code() is not None:
                     raise self.failure(f"exit code {self.exit_code()}")

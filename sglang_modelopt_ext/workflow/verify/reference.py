@@ -87,8 +87,8 @@ class DecodedLinear(nn.Module):
             values, scale = activation.quantize(x, self.input_scale)
             return values.to(self.inner) if scale is None else values.to(self.inner) * scale.to(self.inner)
 
-        wide = x.to(torch.float32)
-        return other_side(read_back, wide) if self.ties else read_back(wide)
+        x32 = x.to(torch.float32)
+        return other_side(read_back, x32) if self.ties else read_back(x32)
 
 
 def other_side(read_back: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
@@ -207,8 +207,8 @@ class ReferenceModel:
         """Return log probabilities ``[len(ids) - 1, V]`` over the vocabulary: row ``t`` is for the token after ``ids[t]``."""
         logits = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0, :-1]
         # At least float32, like the server: bf16 log probabilities would round away the differences.
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        found: NDArray[np.float32] = torch.log_softmax(logits.to(wide), dim=-1).to(torch.float32).numpy()
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        found: NDArray[np.float32] = torch.log_softmax(logits.to(dtype), dim=-1).to(torch.float32).numpy()
         return found
 
 
@@ -232,8 +232,8 @@ def round_cached_vectors(model: Any, plan: KVCachePlan, ties: bool = False) -> N
         )
         key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
         scores = query @ key.transpose(2, 3) * kwargs["scaling"] + mask
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        weights = torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
         return (weights @ value).transpose(1, 2).contiguous(), None
 
     for module in model.modules():
@@ -246,18 +246,18 @@ def round_cached_vectors(model: Any, plan: KVCachePlan, ties: bool = False) -> N
 
 def _as_cached(x: torch.Tensor, recipe: KVRecipe, scale: float, bias: torch.Tensor | None, ties: bool) -> torch.Tensor:
     """Return ``x`` ``[B, H, T, D]`` written to a cache and read back."""
-    wide = x.to(torch.float32)
+    x32 = x.to(torch.float32)
     if recipe.rotate:
-        wide = rotate(wide)
+        x32 = rotate(x32)
     if bias is not None:
-        wide = wide - bias[:, None]
+        x32 = x32 - bias[:, None]
     static = torch.tensor(scale, dtype=torch.float32)
 
     def read_back(x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = recipe.format.decode(*recipe.format.encode(x, static), static)
         return found
 
-    read = other_side(read_back, wide) if ties else read_back(wide)
+    read = other_side(read_back, x32) if ties else read_back(x32)
     if bias is not None:
         read = read + bias[:, None]
     return (rotate(read) if recipe.rotate else read).to(x.dtype)

@@ -31,7 +31,7 @@ from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.models import served_dtype
-from sglang_modelopt_ext.workflow.common.progress import ticking
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.target import Target
 from sglang_modelopt_ext.workflow.evaluate.measure import (
     Logprobs,
@@ -306,7 +306,7 @@ def _reference(
     ties: bool = False,
 ) -> list[Logprobs]:
     """Return the log probabilities of the decoded export at the positions of ``like``, and free the model."""
-    with ticking(f"{label}: loading", progress):
+    with elapsed_progress(f"{label}: loading", progress):
         model = ReferenceModel(folder, dtype, target, kv_cache, ties)
     found = []
     pairs = zip(windows, like, strict=True)

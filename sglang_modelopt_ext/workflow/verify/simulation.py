@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.source import load_model
+from sglang_modelopt_ext.workflow.common.base_model import load_model
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.evaluate.measure import Logprobs
 from sglang_modelopt_ext.workflow.quantize.calibrate import Calibrator, Processes

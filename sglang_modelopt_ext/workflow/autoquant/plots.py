@@ -34,7 +34,7 @@ def matplotlib_figure() -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ModelOptExtError.at(
-            "matplotlib", "import", "matplotlib for the pictures (pip install 'sglang-modelopt-ext[quantize]')", error
+            "matplotlib", "import", "matplotlib for the plots (pip install 'sglang-modelopt-ext[quantize]')", error
         ) from error
     return Figure
 

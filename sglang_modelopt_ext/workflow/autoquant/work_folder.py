@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.search import Progress
 from sglang_modelopt_ext.workflow.autoquant.state import State, Struct, write_json
-from sglang_modelopt_ext.workflow.common.interrupts import undisturbed
+from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
 
 MANIFEST, SCORES, MODELOPT = "manifest.json", "scores.json", "modelopt.pth"
 
@@ -91,7 +91,7 @@ def work_folder(output: Path, plan: State, *, resume: bool, overwrite: bool) -> 
         except KeyboardInterrupt:
             tqdm.write(f"the search is kept in {folder}: --resume continues it", file=sys.stderr)
             raise
-        with undisturbed():
+        with signals_ignored():
             shutil.rmtree(folder)
 
 

@@ -104,7 +104,7 @@ def check_weights(model: torch.nn.Module, where: object) -> None:
 
 
 @contextlib.contextmanager
-def watching_activations(model: torch.nn.Module, where: object) -> Iterator[None]:
+def activations_checked(model: torch.nn.Module, where: object) -> Iterator[None]:
     """Raise ModelOptExtError when an input or output of a linear layer is NaN or infinite while the block runs."""
 
     def hook(name: str) -> Any:
