@@ -31,6 +31,7 @@ from tests.conformance.cases import Case, chosen
 from tests.conformance.judge import compare
 from tests.conformance.pack import ARCHIVE, MANIFEST, build, unpack
 from tests.conformance.report import Outcome, as_json, as_markdown, line, table
+from tests.support.server import server_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,9 +124,7 @@ class Runner:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"TOKENIZERS_PARALLELISM": "false"}
         if self.args.device == "cpu":
-            environment["SGLANG_USE_CPU_ENGINE"] = "1"
-            if case.tp > 1:
-                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(case.tp))
+            environment |= server_variables(case.tp)
         elif case.tp == 1 and self.gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(number % self.gpus)
         if case.tp > 1:  # engines on the same GPUs share their memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,13 @@ RECIPE = "W4A8_NVFP4_FP8"
 SMALL = TinyModel(dtype="float32", hidden=128, intermediate=256, heads=2, kv_heads=1)
 TEXTS = ("import os\n\ndef first(path):\n    return os.fspath(path)\n" * 8, "x = [1, 2, 3]\n" * 20)
 IDS = tuple(random_ids(32, seed=70 + i, vocab=511) for i in range(4))
+
+
+def calibration_file(folder: Path) -> str:
+    """Write :data:`TEXTS` to a file in ``folder`` and return its path."""
+    file = folder / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return str(file)
 
 
 def run(model: Path, output: Path, data: str, recipe: str = RECIPE, **options: Any) -> Quantized:

@@ -21,7 +21,7 @@ from sglang_modelopt_ext.workflow.quantize import export as export_module
 from sglang_modelopt_ext.workflow.quantize.export import check_space
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
 from tests.support.models import model_dir
-from tests.support.quantizing import SMALL, TEXTS, names, not_started, old_checkpoint, run
+from tests.support.quantizing import SMALL, calibration_file, names, not_started, old_checkpoint, run
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,7 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a file of calibration text."""
-    file = tmp_path_factory.mktemp("data") / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    return str(file)
+    return calibration_file(tmp_path_factory.mktemp("data"))
 
 
 class TestBadInput:

@@ -28,7 +28,7 @@ from sglang_modelopt_ext.workflow.quantize.record import (
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
 from tests.support.models import model_dir
 from tests.support.moe import tiny
-from tests.support.quantizing import IDS, SMALL, TEXTS, names, not_started, run
+from tests.support.quantizing import IDS, SMALL, calibration_file, names, not_started, run
 from tests.support.reference import Reference
 
 
@@ -41,9 +41,7 @@ def model() -> Path:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a file of calibration text."""
-    file = tmp_path_factory.mktemp("data") / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    return str(file)
+    return calibration_file(tmp_path_factory.mktemp("data"))
 
 
 class TestExperts:
