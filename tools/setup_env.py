@@ -47,7 +47,7 @@ PYTHONS = ("python3.11", "python3.12")
 VERSIONS = ("3.11", "3.12")
 PIP = "pip==26.3"  # one resolver everywhere, and one that reads metadata without downloading wheels
 PROBE = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
-"""Prints the version, and fails where a distribution split venv off (Debian's python3-venv)."""
+"""Print the version, and fail where a distribution split venv off (Debian's python3-venv)."""
 
 START = time.monotonic()
 
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def choose_runtime() -> str:
-    """Return ``cpu`` or ``cuda``, from RUNTIME or from what ``nvidia-smi`` lists."""
+    """Return ``cpu`` or ``cuda``, from RUNTIME or from the output of ``nvidia-smi``."""
     runtime = os.environ.get("RUNTIME") or ("cuda" if has_gpu() else "cpu")
     if runtime not in ("cpu", "cuda"):
         raise SetupError(f"RUNTIME={runtime!r} is neither cpu nor cuda")
@@ -96,7 +96,7 @@ def has_gpu() -> bool:
 
 
 def find_python(override: str | None) -> str:
-    """Return the interpreter to make ``.venv`` with."""
+    """Return the interpreter for ``.venv``."""
     if override:
         version = output_of([override, "-c", PROBE])
         if version not in VERSIONS:
@@ -114,7 +114,7 @@ def find_python(override: str | None) -> str:
 
 
 def venv_works(override: str | None) -> bool:
-    """Return whether the interpreter in ``.venv`` runs and is of the version asked for, if one was."""
+    """Return whether the interpreter in ``.venv`` runs and is of the requested version, if any."""
     version = output_of([str(VENV_PYTHON), "-c", PROBE])
     if version not in VERSIONS:
         return False
@@ -122,7 +122,7 @@ def venv_works(override: str | None) -> bool:
 
 
 def make_venv(python: str, kind: dict[str, str]) -> None:
-    """Make an empty ``.venv`` in place of one that an earlier run made."""
+    """Make an empty ``.venv`` in place of an earlier run's."""
     step(f"making {VENV.relative_to(ROOT)} with {python}")
     if VENV.exists():
         if not STAMP.exists():
@@ -135,7 +135,7 @@ def make_venv(python: str, kind: dict[str, str]) -> None:
 
 
 def install_cpu() -> None:
-    """Return the pinned CPU runtime, its import shims, and this project."""
+    """Install the pinned CPU runtime, its import shims, and this project."""
     install_cpu_torch(pinned("torch"))
     step("installing SGLang's CPU dependencies, ModelOpt and the development tools")
     pip("install", "-r", str(REQUIREMENTS))
@@ -147,7 +147,7 @@ def install_cpu() -> None:
 
 
 def install_cpu_torch(version: str) -> None:
-    """Return a CPU build of torch, and never a CUDA build: the local version ``+cpu`` is part of what pip is asked for."""
+    """Install a CPU build of torch, never a CUDA build: pip is asked for the local version ``+cpu``."""
     step(f"installing torch {version} (CPU build)")
     requirement = f"torch=={version}+cpu"
     try:
@@ -168,13 +168,13 @@ def install_cpu_torch(version: str) -> None:
 
 
 def install_cuda() -> None:
-    """This project, SGLang with CUDA, ModelOpt and the development tools."""
+    """Install this project, SGLang with CUDA, ModelOpt and the development tools."""
     step("installing SGLang with CUDA, ModelOpt and the development tools (about 10 GB)")
     pip("install", "-e", f"{ROOT}[cuda,quantize,dev]")
 
 
 def unpack_contracts() -> None:
-    """Return the sources of GPU packages that the plugin calls, for the tests of its calls: never installed, never imported."""
+    """Unpack the sources of GPU packages that the plugin calls, for the tests of its calls; nothing is installed."""
     step("unpacking the sources of the GPU kernels' packages (67 MB to download)")
     if CONTRACTS.exists():
         shutil.rmtree(CONTRACTS)
@@ -214,7 +214,7 @@ def inputs_hash() -> str:
 
 
 def read_stamp() -> dict[str, str]:
-    """What the last run recorded, or nothing."""
+    """Return the record of the last run, empty without one."""
     try:
         stamp = json.loads(STAMP.read_text())
     except (OSError, ValueError):
@@ -223,7 +223,7 @@ def read_stamp() -> dict[str, str]:
 
 
 def write_stamp(stamp: dict[str, str]) -> None:
-    """Record what ``.venv`` holds."""
+    """Record the content of ``.venv``."""
     STAMP.write_text(json.dumps(stamp) + "\n")
 
 
@@ -233,7 +233,7 @@ def pip(*args: str, quiet: bool = False) -> None:
 
 
 def run(command: list[str], quiet: bool = False) -> None:
-    """Run a command with its output in the log, showing now and then how far pip is.
+    """Run a command with its output in the log, and print pip's progress now and then.
 
     Args:
         command: the program and its arguments.
@@ -262,7 +262,7 @@ def run(command: list[str], quiet: bool = False) -> None:
 
 
 def output_of(command: list[str]) -> str | None:
-    """What a command prints, stripped; None when it cannot run or fails."""
+    """Return the output of a command, stripped; None when it cannot run or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):

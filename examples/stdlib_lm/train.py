@@ -84,7 +84,7 @@ ARCHITECTURES: dict[str, Callable[[int, int], PreTrainedConfig]] = {
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """Return a byte-level BPE tokenizer that puts the begin token in front, as every training window has it."""
+    """Return a byte-level BPE tokenizer that puts the begin token in front, like in every training window."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

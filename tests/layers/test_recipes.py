@@ -276,7 +276,7 @@ def test_mxfp4_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mixed_precision(tmp_path: Path) -> None:
-    """One checkpoint, a different algorithm in every kind of layer; what is not listed stays unquantized."""
+    """One checkpoint, a different algorithm in every kind of layer; unlisted layers stay unquantized."""
     folder = mixed_checkpoint(tmp_path)
     check_layers(folder)
     checkpoint = read_checkpoint(folder)

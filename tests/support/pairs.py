@@ -1,7 +1,7 @@
-"""Configuration pairs (``config.json`` and ``hf_quant_config.json``) with the structure of published checkpoints, small and new.
+"""Configuration pairs (``config.json`` and ``hf_quant_config.json``) with the structure of published checkpoints.
 
-``PUBLISHED`` has what NVIDIA and others publish and SGLang serves; ``EDITED`` what people do to such files by hand; ``EXPORTS``
-what ModelOpt 0.47 writes for the recipes that SGLang serves wrongly or not at all.
+``PUBLISHED``: checkpoints by NVIDIA and others that SGLang serves. ``EDITED``: typical edits of such files by hand.
+``EXPORTS``: ModelOpt 0.47's files for the recipes that SGLang serves wrongly or not at all.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Pair:
 
     Attributes:
         name: for test ids.
-        config: config.json.
-        file: hf_quant_config.json, None where there is none.
-        tensors: names of its tensors, as an index would have them; empty where nothing is known of them.
+        config: content of config.json.
+        file: content of hf_quant_config.json, None without one.
+        tensors: names of its tensors, like in an index; empty where they are unknown.
     """
 
     name: str
@@ -114,7 +114,7 @@ HYBRID: Json = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
-"""What SGLang calls HybridFp8NvFp4Config: FP8 with a ModelOpt description of the experts."""
+"""SGLang's HybridFp8NvFp4Config: FP8 with a ModelOpt description of the experts."""
 
 PUBLISHED = (
     Pair("llama_fp8_file_only", model(*DENSE), nested("FP8", kv_cache_quant_algo="FP8", exclude_modules=["lm_head"])),
@@ -365,7 +365,7 @@ EDITED = (
 
 
 def _spelled(algo: str) -> str:
-    """Return ``quant_algo`` as ModelOpt writes it, which has two in lower case."""
+    """Return ``quant_algo`` in ModelOpt's spelling, which has two in lower case."""
     return algo.lower() if algo in ("MXFP4", "FP8_PB_WO") else algo
 
 

@@ -1,4 +1,4 @@
-"""How each recipe stores a weight and rounds an input, written straight from the definition of the formats.
+"""The storage of weights and the rounding of inputs by recipe, written straight from the definition of the formats.
 
 Independent of the packages under test: nothing here imports them. A further recipe is one row of :data:`RECIPES`.
 """
