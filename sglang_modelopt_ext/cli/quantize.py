@@ -78,7 +78,7 @@ class OtherProcess(Result, frozen=True, kw_only=True, tag="other process"):
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that select a recipe and its data, shared with ``serve``."""
-    recipe = parser.add_argument_group("what to make")
+    recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--recipe", help="name of a ModelOpt configuration, preset or recipe, or a recipe file (see --list)"
     )

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def add_server_arguments(parser: argparse.ArgumentParser, positional: str) -> None:
     """Add the arguments that start servers; ``positional`` names the subcommand's own arguments in the usage."""
     parser.usage = f"%(prog)s {positional} [options] [-- arguments of the server]"
-    group = parser.add_argument_group("the server")
+    group = parser.add_argument_group("server")
     group.add_argument("--quantization", help="--quantization of the server (default: the checkpoint decides)")
     group.add_argument("--dtype", default="auto", help="--dtype of the server (default: auto)")
     group.add_argument("--kv-cache-dtype", default="auto", help="--kv-cache-dtype of the server (default: auto)")
@@ -40,7 +40,7 @@ def server_arguments(args: argparse.Namespace) -> list[str]:
 
 def add_text_arguments(parser: argparse.ArgumentParser, samples: int, length: int, default: str) -> None:
     """Add the arguments that select the text to score."""
-    group = parser.add_argument_group("the text")
+    group = parser.add_argument_group("text")
     group.add_argument(
         "--data", nargs="+", metavar="FILE", help=f".txt, .jsonl or .parquet files, or a data set (default: {default})"
     )

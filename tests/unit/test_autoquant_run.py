@@ -270,7 +270,7 @@ def test_ctrl_c_and_resume(
     with monkeypatch.context() as patch:
         seen = count_windows(patch, stop_at=1 + 6)  # the first one finds the loss scale
         assert main(arguments(model, output)) == 130
-        assert ".out.autoquant: --resume goes on" in capsys.readouterr().err
+        assert ".out.autoquant: --resume continues it" in capsys.readouterr().err
         assert len(seen) == 7
     assert names(tmp_path) == {".out.autoquant"}
     assert (tmp_path / ".out.autoquant").stat().st_mode & 0o777 == 0o700
