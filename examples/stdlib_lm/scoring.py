@@ -33,7 +33,7 @@ def heldout_windows(documents: list[list[int]], context: int) -> list[list[int]]
 def _batches(
     windows: list[list[int]], bos: int, context: int, size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Return inputs (the begin token, then all targets but the last) and targets, padded on the right.
+    """Yield inputs (the begin token, then all targets but the last) and targets, padded on the right.
 
     Attention is causal, so padding on the right cannot influence a real position.
     """

@@ -1,7 +1,7 @@
 """Every malformed checkpoint raises an error that names the fault, and every legal oddity is read.
 
-Each case is a real export with one thing changed. What shows in the files' headers and per-tensor scales must be refused by
-``read_checkpoint`` and ``check_scalar_values``, which run before a server starts any process; block scales by
+Each case is a real export with one change. A fault in the files' headers or per-tensor scales must raise an error in
+``read_checkpoint`` and ``check_scalar_values``, which run before a server starts any process; block scales in
 ``check_all_values`` (and while loading: tests/layers).
 """
 

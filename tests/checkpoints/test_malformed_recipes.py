@@ -39,7 +39,7 @@ def mxfp4_rounds_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(tmp_path: Path, source: Path, change: edits.Edit, named: str, case: str) -> None:
-    """Return the checkpoint with ``change`` is refused, and the message names ``named``."""
+    """Check that the checkpoint with ``change`` raises an error that names ``named``."""
     folder = edits.copy_with(source, tmp_path / re.sub(r"\W+", "-", case), [change])
     with pytest.raises(ModelOptExtError, match=re.escape(named)):
         check_all_values(read_checkpoint(folder))

@@ -46,7 +46,7 @@ def fuse(fused: str, shards: tuple[str, ...]) -> edits.Edit:
 
 
 def pack(tensors: edits.Tensors) -> None:
-    """Return the experts of each layer in one tensor, as gpt-oss and Llama 4 are exported."""
+    """Store the experts of each layer in one tensor, like exports of gpt-oss and Llama 4."""
     for layer in (0, 1):
         base = f"model.layers.{layer}.mlp"
         for name in edits.matching(tensors, f"{base}.*_proj.*"):

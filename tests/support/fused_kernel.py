@@ -76,7 +76,7 @@ def round_mxfp8(x: torch.Tensor) -> torch.Tensor:
 def check_weights(
     mx: bool, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, quant_scales: list[torch.Tensor]
 ) -> None:
-    """Return the checks that the package's own runner makes of prepared weights, and its order of scales."""
+    """Check prepared weights, and their order of scales, like the package's own runner."""
     cls = "CutlassMxfp8Runner" if mx else "CutlassNvfp4Runner"
     pack, order = _theirs("_pack_weight_inputs", cls), _theirs("_quant_scales", cls)
     if mx:

@@ -194,7 +194,7 @@ class Reference:
         return layer
 
     def _stack_experts(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Return unquantized experts, stored one by one, as the one stacked tensor of Hugging Face's module."""
+        """Stack unquantized experts, stored one by one, to the one tensor of Hugging Face's module."""
         for name, module in self.model.named_modules():
             if name.endswith(".experts") and not isinstance(module, QuantExperts):
                 gate, up, down = (

@@ -19,7 +19,7 @@ Table = list[list[Any]]
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Table, Table, float]:
-    """Yield costs, scores over many orders of magnitude with ties and zeros, and a budget that can be met."""
+    """Return costs, scores over many orders of magnitude with ties and zeros, and a budget that can be met."""
     groups = draw(st.integers(1, 5))
     sizes = [draw(st.integers(1, 4)) for _ in range(groups)]
     score = st.one_of(st.just(0.0), st.sampled_from([1e-7, 1.0]), st.floats(1e-9, 1e3))

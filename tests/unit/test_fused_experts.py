@@ -131,7 +131,7 @@ def stored(algo: str, scales: str = "one") -> dict[str, list[list[dict[str, torc
 
 
 def choices(tokens: int, factor: float | None = None) -> Choices:
-    """Return the last expert gets no token, the first one several, some tokens one expert only."""
+    """Return a routing: the last expert gets no token, the first one several, some tokens one expert only."""
     generator = torch.Generator().manual_seed(tokens)
     weights, numbers = torch.rand(tokens, COUNT - 1, generator=generator).topk(TOP_K, dim=-1)
     numbers[::3, 0] = NO_EXPERT
@@ -278,7 +278,7 @@ def test_the_call_fits_its_function() -> None:
     assert [bound[name] for name in ("fc1_expert_weights", "fc2_expert_weights")] == [
         f"{name} if is_mxfp8 else {name}.view(torch.int64)" for name in ("gate_up", "down")
     ]
-    # What is not said: SwiGLU without parameters of its own, one rank, no bias.
+    # Absent arguments: SwiGLU without parameters of its own, one rank, no bias.
     text = ast.unparse(function(fused_kernel.CORE, "cutlass_fused_moe"))
     for default in ("activation_type: ActivationType=ActivationType.Swiglu", "ep_size: int=1", "tp_size: int=1"):
         assert default in text

@@ -46,7 +46,7 @@ class Wrong(Dense):
 
 
 class Blocks(MmaFp4):
-    """Multiplies codes on a CPU; with ``wrong`` it takes every block's scale for its neighbour's."""
+    """A backend that multiplies codes on a CPU; with ``wrong``, every block by its neighbour's scale."""
 
     def __init__(self, wrong: bool) -> None:
         self.wrong = wrong

@@ -262,7 +262,7 @@ class _Run:
         return perplexity(self.model, self.held_out.batches(), self.device, label=label, progress=self.request.progress)
 
     def _take_scores(self) -> None:
-        """Return the state with the scores in the work folder."""
+        """Take the scores from the work folder into the state."""
         if self.work is not None:
             scores = group_scores(self.work.plan.groups, self.work.progress)
             self.state = self.work.plan.with_scores(scores, self.work.progress.loss_scale)

@@ -242,7 +242,7 @@ def _failure(source: Path, output: Path, origin: Origin, error: Exception) -> Ex
 
 
 def _preliminary(scratch: Path, facts: dict[str, Any]) -> None:
-    """Return the record that the reader needs before the whole record can be built from the reader's result."""
+    """Write the record that the reader needs, before the whole record is built from the reader's result."""
     file = scratch / QUANT_CONFIG_NAME
     file.write_bytes(msgspec.json.encode(read_json_object(file) | {OWN_KEY: facts}))
 

@@ -18,14 +18,14 @@ _KV_FORMATS = {(4, 3): "fp8", (2, 1): "nvfp4"}
 
 
 def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Return every linear layer and embedding whose weight is quantized, with its name."""
+    """Yield every linear layer and embedding whose weight is quantized, with its name."""
     for name, module in model.named_modules():
         if getattr(module, "weight", None) is not None and is_on(getattr(module, "weight_quantizer", None)):
             yield name, module
 
 
 def fused_experts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Return every module that holds stacked weights of a layer's experts, ``[experts, ..., ...]``, with its name."""
+    """Yield every module that holds stacked weights of a layer's experts, ``[experts, ..., ...]``, with its name."""
     for name, module in model.named_modules():
         if any(
             key in EXPERT_WEIGHTS and parameter is not None and parameter.dim() == 3
