@@ -279,7 +279,7 @@ def read_report(file: Path) -> Report:
     if content[:2] == b"PK" or content[:1] == b"\x80":
         kind = "a torch checkpoint (pickle)" if content[:2] == b"PK" else "a pickle"
         raise ModelOptExtError.at(
-            file, "--from-state", f"the {FILE_NAME} of an earlier run", f"{kind}, which is not supported"
+            file, "--from-state", f"the {FILE_NAME} of an earlier run", f"{kind}, which is never read"
         )
     try:
         report = msgspec.json.decode(content, type=Report)
