@@ -275,7 +275,7 @@ def test_ctrl_c_and_resume(
     assert names(tmp_path) == {".out.autoquant"}
     assert (tmp_path / ".out.autoquant").stat().st_mode & 0o777 == 0o700
     message = failure(capsys, arguments(model, output))
-    assert message.endswith("expected --resume to go on, or --overwrite to drop it, got an interrupted search")
+    assert message.endswith("expected --resume to continue it, or --overwrite to discard it, got an interrupted search")
     other = failure(capsys, arguments(model, output, "--resume", formats="FP8,NVFP4"))
     assert "manifest.json: formats, groups: expected what the interrupted search was asked for, got another" in other
     with monkeypatch.context() as patch:
