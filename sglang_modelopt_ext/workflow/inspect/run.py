@@ -125,7 +125,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         owner: this package or SGLang; None where the checkpoint is rejected.
         flags: the ``--quantization`` flags under which this package serves it.
         why: the reason, in one sentence.
-        stock: the behaviour of SGLang 0.5.23 without this package, by algorithm.
+        stock: the behaviour of SGLang without this package, by algorithm.
     """
 
     target: str
