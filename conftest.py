@@ -1,4 +1,4 @@
-"""Makes ``tests.support`` and ``benchmarks`` importable without the repository root on sys.path.
+"""Imports of ``tests.support`` and ``benchmarks`` without the repository root on sys.path.
 
 The root (and tests/) would make their folders named ``kernels`` importable as a package of that name, which is a Hugging Face
 package that SGLang and transformers look for.

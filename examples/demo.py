@@ -1,4 +1,4 @@
-"""Quantizes small language models with ModelOpt, serves them with SGLang, and shows what that costs and saves.
+"""A demo: quantize small language models with ModelOpt, serve them with SGLang, and show the cost and gain.
 
 python examples/demo.py                       # the two models in examples/stdlib_lm, on a CPU or a GPU
 MODEL=Qwen/Qwen2.5-0.5B python examples/demo.py   # any Llama or Qwen model: a folder or a name on the Hugging Face Hub
@@ -24,7 +24,7 @@ from stdlib_lm.corpus import collect, read_heldout
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import W4A8
-from sglang_modelopt_ext.workflow.common.source import find_model
+from sglang_modelopt_ext.workflow.common.base_model import find_model
 from sglang_modelopt_ext.workflow.common.text import begin_token, encode, load_tokenizer, split_windows, spread
 from sglang_modelopt_ext.workflow.evaluate.measure import (
     Logprobs,
@@ -36,7 +36,8 @@ from sglang_modelopt_ext.workflow.evaluate.measure import (
     positions_within,
 )
 from sglang_modelopt_ext.workflow.server.client import vocabulary_size
-from sglang_modelopt_ext.workflow.server.process import ServerProcess, kill_session
+from sglang_modelopt_ext.workflow.server.process import ServerProcess
+from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
 
 HERE = Path(__file__).resolve().parent
 SHIPPED_MODEL = HERE / "stdlib_lm" / "model"
@@ -44,7 +45,7 @@ SHIPPED_MOE = HERE / "stdlib_lm" / "moe_model"
 HELDOUT = HERE / "stdlib_lm" / "heldout.txt"
 RECIPES = ("W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8")
 SHIPPED = ((SHIPPED_MODEL, RECIPES), (SHIPPED_MOE, RECIPES[:1]))
-"""Models and their recipes where none is asked for: a dense one and a mixture of experts."""
+"""Models and their recipes by default: a dense one and a mixture of experts."""
 PROMPTS = (
     "def read_lines(path):\n",
     "class Stack:\n    def __init__(self):\n",
@@ -59,24 +60,24 @@ PACKAGES = ("sglang-modelopt-ext", "sglang", "nvidia-modelopt", "torch", "transf
 
 
 class Clock:
-    """Announces each step with the time since the start."""
+    """A clock that prints each step with the time since the start."""
 
     def __init__(self, steps: int) -> None:
         self._begin = time.perf_counter()
         self._steps, self._step = steps, 0
 
     def step(self, title: str) -> None:
-        """Begins the next step."""
+        """Begin the next step."""
         self._step += 1
         print(f"\n[{self.elapsed():5.1f} s] {self._step}/{self._steps}  {title}", flush=True)
 
     def elapsed(self) -> float:
-        """Seconds since the start."""
+        """Return the seconds since the start."""
         return time.perf_counter() - self._begin
 
 
 def write_calibration(folder: Path) -> list[Path]:
-    """Writes some of the standard library's modules, none of them held out, for ModelOpt to calibrate on."""
+    """Write some of the standard library's modules, none of them held out, for ModelOpt to calibrate on."""
     heldout = {document.path for document in read_heldout(HELDOUT)}
     documents = [document for document in collect() if document.path not in heldout]
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,28 +89,28 @@ def write_calibration(folder: Path) -> list[Path]:
 
 
 def quantize(model: Path, recipe: str, texts: Sequence[Path], output: Path, log: Path) -> None:
-    """Runs ModelOpt in a process of its own: it changes transformers for good. Its progress goes to the terminal."""
+    """Run ModelOpt in a process of its own, because it changes transformers for good. Its progress goes to the terminal."""
     command = [sys.executable, "-m", "sglang_modelopt_ext.cli", "quantize", str(model), "--recipe", recipe]
     command += ["--output", str(output), "--overwrite", "--samples", "32", "--no-layerwise", "--data", *map(str, texts)]
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as stream:
-        # A session of its own, so that Ctrl-C reaches it once, from here, and it can tidy up.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, start_new_session=True)
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            raise
-        finally:
-            kill_session(process.pid)
+    # A session of its own, so that Ctrl-C reaches it once, from here, and it can tidy up.
+    processes = ProcessTree()
+    process = processes.start(command, os.environ, log, stderr=None)
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        raise
+    finally:
+        processes.kill()
     if code:
         raise ModelOptExtError.at(log, recipe, "a quantized checkpoint", f"exit code {code}")
 
 
 def make_plan(model: Path, context: int, windows: int) -> Plan:
-    """Held-out text as windows for the model's tokenizer, and the prompts of the speed test."""
+    """Return held-out text as windows for the model's tokenizer, and the prompts of the speed test."""
     tokenizer = load_tokenizer(model)
     documents = encode(tokenizer, [document.text for document in read_heldout(HELDOUT)])
     chosen = spread(split_windows(documents, context, begin_token(tokenizer)), windows)
@@ -120,7 +121,7 @@ def make_plan(model: Path, context: int, windows: int) -> Plan:
 def serve(
     model: Path, quantization: str | None, plan: Plan, reference: list[Logprobs] | None, log: Path
 ) -> tuple[Row, list[str], list[Logprobs]]:
-    """Starts a server, asks it everything, and stops it."""
+    """Start a server, measure it, and stop it."""
     with ServerProcess(model, quantization=quantization, log=log) as server:
         answers = [completion.text for completion in server.generate(PROMPTS, ANSWER_TOKENS)]
         row, logprobs = measure(server, plan, reference)
@@ -128,7 +129,7 @@ def serve(
 
 
 def print_answers(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> None:
-    """Every prompt with each model's continuation."""
+    """Print every prompt with each model's continuation."""
     for number, prompt in enumerate(PROMPTS):
         print(f"\n=== {prompt!r}")
         for row, texts in zip(rows, answers, strict=True):
@@ -137,7 +138,7 @@ def print_answers(rows: Sequence[Row], answers: Sequence[Sequence[str]]) -> None
 
 
 def hardware() -> str:
-    """What the servers ran on."""
+    """Return a description of the hardware of the servers."""
     if torch.cuda.is_available():
         return f"hardware: {torch.cuda.get_device_name()}"
     name = platform.processor() or platform.machine()
@@ -155,7 +156,7 @@ def hardware() -> str:
 
 
 def versions() -> str:
-    """The versions that made the table."""
+    """Return the versions of the packages that the table depends on."""
     found = [f"Python {platform.python_version()}"]
     for package in PACKAGES:
         try:
@@ -166,7 +167,7 @@ def versions() -> str:
 
 
 def try_model(model: Path, recipes: Sequence[str], args: argparse.Namespace, clock: Clock) -> None:
-    """Quantizes one model to every recipe, serves it unquantized and quantized, and prints its answers and its table."""
+    """Quantize one model to every recipe, serve it unquantized and quantized, and print its answers and its table."""
     output = args.output / model.name
     logs = output / "logs"
     clock.step(f"{model}: calibration and held-out text")
@@ -189,7 +190,7 @@ def try_model(model: Path, recipes: Sequence[str], args: argparse.Namespace, clo
 
 
 def run(args: argparse.Namespace) -> None:
-    """The whole demo."""
+    """Run the whole demo."""
     chosen = SHIPPED if args.model is None else ((find_model(args.model), RECIPES),)
     clock = Clock(sum(2 + 2 * len(recipes) for _, recipes in chosen))
     load = os.getloadavg()[0]
@@ -203,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--model",
@@ -223,9 +224,9 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> int:
-    """Runs the demo; returns the exit code."""
+    """Run the demo; return the exit code."""
     args = parse_args()
-    # Every way of being asked to stop ends the servers too.
+    # Signals that stop the demo stop its servers too.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             signal.signal(number, _interrupt)

@@ -1,4 +1,4 @@
-"""What every test may ask for: tiny models and real ModelOpt exports of them, built on first use and kept.
+"""Fixtures of every test: tiny models and real ModelOpt exports of them, built on first use and kept.
 
 The cache is ``.export-cache`` in the repository, or the folder in ``SGLANG_MODELOPT_EXT_EXPORT_CACHE``.
 """
@@ -20,14 +20,14 @@ Builder = Callable[..., Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_torch_thread() -> Iterator[None]:
-    """Nothing in the tests is large enough for two threads, and two of them suffer on a busy machine."""
+    """Limit torch to one thread: no test is large enough for two, which suffer on a busy machine."""
     with one_thread():
         yield
 
 
 @pytest.fixture(scope="session")
 def tiny_model() -> Builder:
-    """``tiny_model("qwen2", tied=True)``: the folder of a :class:`tests.support.models.TinyModel`."""
+    """Return a factory, ``tiny_model("qwen2", tied=True)``: the folder of a :class:`tests.support.models.TinyModel`."""
     pytest.importorskip("transformers", reason="builds Hugging Face models")
 
     def build(family: str = "llama", **fields: Any) -> Path:
@@ -38,7 +38,7 @@ def tiny_model() -> Builder:
 
 @pytest.fixture(scope="session")
 def tiny_export(tiny_model: Builder) -> Builder:
-    """``tiny_export("W4A8_NVFP4_FP8_CFG", "qwen2", tied=True)``: the folder of an export of such a model."""
+    """Return a factory, ``tiny_export("W4A8_NVFP4_FP8_CFG", "qwen2", tied=True)``: the folder of such a model's export."""
     pytest.importorskip("modelopt", reason="needs nvidia-modelopt to make exports")
 
     def make(recipe: str | Mapping[str, Any], family: str = "llama", variant: Variant = DEFAULT, **fields: Any) -> Path:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes docs/cli.md: every subcommand's help, and the schema of what ``--json`` prints. ``--check`` only compares."""
+"""A generator of docs/cli.md: the help of every subcommand and its JSON schema. ``--check`` compares without writing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ Progress goes to standard error, the result to standard output: text, or with `-
 
 @contextmanager
 def columns(width: int) -> Iterator[None]:
-    """argparse formats for a terminal of that width, whatever this one is."""
+    """Make argparse format for a terminal of this width while the block runs."""
     previous = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = str(width)
     try:
@@ -54,7 +54,7 @@ def columns(width: int) -> Iterator[None]:
 
 
 def subparsers() -> dict[str, argparse.ArgumentParser]:
-    """The parser of every subcommand."""
+    """Return the parser of every subcommand."""
     for action in build_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             return dict(action.choices)
@@ -62,7 +62,7 @@ def subparsers() -> dict[str, argparse.ArgumentParser]:
 
 
 def schema(command: Command) -> dict[str, Any]:
-    """The JSON schema of a subcommand's result."""
+    """Return the JSON schema of a subcommand's result."""
     found: dict[str, Any] = msgspec.json.schema(command.result)
     for definition in found.get("$defs", {}).values():
         if "description" in definition:
@@ -71,7 +71,7 @@ def schema(command: Command) -> dict[str, Any]:
 
 
 def section(command: Command, parser: argparse.ArgumentParser) -> str:
-    """One subcommand."""
+    """Return the section of one subcommand."""
     with columns(100):
         usage = parser.format_help().rstrip()
     text = json.dumps(schema(command), indent=2)
@@ -92,14 +92,14 @@ def section(command: Command, parser: argparse.ArgumentParser) -> str:
 
 
 def render() -> str:
-    """The whole page."""
+    """Return the whole page."""
     parsers = subparsers()
     contents = [f"- [`{command.name}`](#{command.name}): {command.help}" for command in COMMANDS]
     return HEAD + "\n".join([*contents, "", *(section(command, parsers[command.name]) for command in COMMANDS)])
 
 
 def main() -> int:
-    """Writes the page, or with ``--check`` returns 1 when it is stale."""
+    """Write the page, or with ``--check`` return 1 when it is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare only")
     if not parser.parse_args().check:

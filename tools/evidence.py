@@ -1,4 +1,4 @@
-"""What the result files in ``benchmarks/results`` say of served runs and of compilations, for ``tools/support_matrix.py``."""
+"""The served runs and compilations in the result files of ``benchmarks/results``, for ``tools/support_matrix.py``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results"
 
 
 class ServedRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One served checkpoint, held against the decoded export.
+    """One served checkpoint, compared with the decoded export.
 
     Attributes:
         algo: ``quant_algo``, in any case.
@@ -23,10 +23,10 @@ class ServedRow(msgspec.Struct, frozen=True, kw_only=True):
         served_by: this package, or SGLang itself.
         backend: the kernels of its layers, by the names of the matrix, joined by commas or plus signs.
         verdict: ``right`` and ``wrong`` by the noise floor; ``failed`` where nothing was served; ``not run``.
-        case: what tells it from others of the same algorithm.
+        case: distinguishes it from others of its algorithm.
         experts: whether the model is a mixture of experts; None to go by ``family``.
-        expected: the verdict a sound run has: ``wrong`` for a control, ``any`` where nothing is expected.
-        agrees: whether it gave what the case it must agree with gave.
+        expected: the verdict of a sound run: ``wrong`` for a control, ``any`` where nothing is expected.
+        agrees: whether it matches the case it must agree with.
         median, mean, noise: of the differences of log probabilities.
         note: anything else.
     """
@@ -75,34 +75,34 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def algo(self) -> str:
-        """``quant_algo`` in upper case."""
+        """Return ``quant_algo`` in upper case."""
         return self.row.algo.upper()
 
     @property
     def kv(self) -> str:
-        """The recipe of the KV cache, ``none`` without one."""
+        """Return the recipe of the KV cache, ``none`` without one."""
         return self.row.kv.removeprefix("modelopt_")
 
     @property
     def is_mixture(self) -> bool:
-        """Whether the model is a mixture of experts."""
+        """Return whether the model is a mixture of experts."""
         if self.row.experts is not None:
             return self.row.experts
         return "moe" in self.row.family or self.row.family.startswith("mixtral")
 
     @property
     def backends(self) -> list[str]:
-        """The kernels that served it."""
+        """Return the kernels that served it."""
         return [name.strip() for name in re.split(r"[,+]", self.row.backend or "") if name.strip()]
 
     @property
     def is_evidence(self) -> bool:
-        """Whether it says something of a cell: a control that is wrong as it should be, and what was not run, do not."""
+        """Return whether the run is evidence for a cell; a control that is wrong as expected and a skipped run are not."""
         return self.row.verdict != "not run" and self.row.expected != "wrong"
 
     @property
     def said(self) -> str:
-        """The verdict; in bold what is not right, or not what the case it must agree with gave."""
+        """Return the verdict; in bold what is not right, or does not match the case it must agree with."""
         apart = ", apart from its twin" if self.row.agrees is False else ""
         said = self.row.verdict + apart
         if self.row.expected == "wrong":
@@ -112,7 +112,7 @@ class Run(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompiledRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One compilation: the Triton function, its configuration, the architecture, and whether all was as it should be."""
+    """One compilation: the Triton function, its configuration, the architecture, and whether it passed the checks."""
 
     kernel: str
     case: str
@@ -122,7 +122,7 @@ class CompiledRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CompiledFile(msgspec.Struct, frozen=True, kw_only=True):
-    """What ``python -m benchmarks.aot --json`` writes: ``aot-*.json``.
+    """The output of ``python -m benchmarks.aot --json``: ``aot-*.json``.
 
     Attributes:
         date: of the run.
@@ -142,13 +142,13 @@ class CompiledFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_served(folder: Path) -> list[Run]:
-    """The newest runs: of what was run several times, the rows of the newest file that has it.
+    """Return the newest runs: of repeated runs, the rows of the newest file.
 
-    Runs are of the same where capability, algorithm, KV cache, family, server and case agree; of two files of one day, the one
-    whose name comes last is the newer.
+    Runs repeat each other where capability, algorithm, KV cache, family, server and case agree; of two files of one day,
+    the one whose name sorts last is the newer.
 
     Raises:
-        ValueError: a file that is not of that form, by its name.
+        ValueError: a malformed file, by its name.
     """
     newest: dict[tuple[object, ...], list[Run]] = {}
     for file in _in_order(folder, "served-*.json", ServedFile):
@@ -161,7 +161,7 @@ def read_served(folder: Path) -> list[Run]:
 
 
 def read_compiled(folder: Path) -> tuple[list[CompiledFile], list[CompiledRow]]:
-    """The files, oldest first, and of every compilation the newest verdict. Raises ValueError as :func:`read_served`."""
+    """Return the files, oldest first, and the newest verdict of every compilation. Raises ValueError for a malformed file."""
     files = _in_order(folder, "aot-*.json", CompiledFile)
     rows = {(row.kernel, row.case, row.arch): row for file in files for row in file.rows}
     return files, list(rows.values())
@@ -178,7 +178,7 @@ def _in_order(folder: Path, pattern: str, kind: Any) -> list[Any]:
 
 
 def run_status(runs: Iterable[Run]) -> str:
-    """One phrase for a cell: every verdict of the runs, with date and GPU; what is not right in bold, and with its model."""
+    """Return one phrase for a cell: the verdicts of its runs with date and GPU, other verdicts than right in bold."""
     phrases: dict[str, None] = {}
     for run in runs:
         row = run.row
@@ -189,7 +189,7 @@ def run_status(runs: Iterable[Run]) -> str:
 
 
 def compile_status(rows: Sequence[CompiledRow], kernels: Iterable[str], arch: int, within: str = "") -> str | None:
-    """``compiled`` or that it does not compile, from the rows of one architecture; None where one of the kernels has no row.
+    """Return ``compiled`` or the failure, from the rows of one architecture; None where one of the kernels has no row.
 
     Args:
         rows: verdicts.

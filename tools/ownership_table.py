@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Writes the tables of docs/flags.md from the rules of ownership. Run by ``make docs``; ``--check`` only compares."""
+"""A generator of the tables in docs/flags.md from the rules of ownership. ``--check`` compares without writing."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ LISTED = {"FP8": {"quant_algo": "FP8"}, "NVFP4": {"quant_algo": "NVFP4", "group_
 
 @dataclass(frozen=True)
 class Kind:
-    """One row: a checkpoint without weights.
+    """A checkpoint without weights, for one row.
 
     Attributes:
-        label: what the row says it is.
-        section: what is declared.
+        label: its text in the row.
+        section: its quantization section.
         fields: of config.json.
-        tensors: the names it has, where that decides.
+        tensors: names of its tensors, where they decide.
     """
 
     label: str
@@ -42,7 +42,7 @@ class Kind:
     tensors: tuple[str, ...] = ()
 
     def owner(self, capability: int) -> str:
-        """Who serves it on that GPU without a flag."""
+        """Return the owner on that GPU without a flag."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             (folder / CONFIG_NAME).write_text(json.dumps({"architectures": ["Qwen3MoeForCausalLM"], **self.fields}))
@@ -54,7 +54,7 @@ class Kind:
 
 
 def mix(label: str, tensors: tuple[str, ...] = (), architecture: str | None = None, **layers: str) -> Kind:
-    """A mix of NVFP4 experts and ``layers``, their names with ``__`` for dots."""
+    """Return a mix of NVFP4 experts and ``layers``, their names with ``__`` for dots."""
     listed = {name.replace("__", "."): {"quant_algo": algo} for name, algo in layers.items()}
     fields = {} if architecture is None else {"architectures": [architecture]}
     experts = {"model.layers.0.mlp.experts": LISTED["NVFP4"]}
@@ -124,18 +124,18 @@ def plain() -> Iterator[tuple[Kind, tuple[str, ...], str | None]]:
 
 
 def cells(kind: Kind) -> list[str]:
-    """The owner on each GPU, and when SGLang's side of the row was run."""
+    """Return the owner on each GPU, and when SGLang's side of the row was run."""
     owners = [kind.owner(capability) for capability in GPUS]
     return [*owners, LEFT_AND_RUN.get(kind.label, "") if "SGLang" in owners else "-"]
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown."""
+    """Return a Markdown table."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 
 def render() -> dict[str, str]:
-    """Each table by its name in the page."""
+    """Return each table by its name in the page."""
     owners = [*(f"SM{capability}" for capability in GPUS), "SGLang's side run on a GPU"]
     first = [
         [kind.label, ", ".join(f"`{flag}`" for flag in flags), f"`{stock}`" if stock else "-", *cells(kind)]
@@ -152,7 +152,7 @@ def render() -> dict[str, str]:
 
 
 def page() -> str:
-    """The whole page with its tables replaced."""
+    """Return the whole page with its tables replaced."""
     text = PAGE.read_text(encoding="utf-8")
     for name, content in render().items():
         begin = BEGIN.format(name)
@@ -165,7 +165,7 @@ def page() -> str:
 
 
 def main() -> int:
-    """Writes the page; with ``--check`` returns 1 when it is stale."""
+    """Write the page; with ``--check`` return 1 when it is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     expected = page()

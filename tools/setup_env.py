@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Makes ``.venv``, or brings it up to date. Run by ``make setup``; needs nothing but a Python 3.8 or newer to start.
+"""A script that makes or updates ``.venv``, run by ``make setup``; it needs only Python 3.8 or newer to start.
 
 Environment variables:
     PYTHON   the interpreter for ``.venv``; by default the first of python3.11 and python3.12 that works
@@ -47,17 +47,17 @@ PYTHONS = ("python3.11", "python3.12")
 VERSIONS = ("3.11", "3.12")
 PIP = "pip==26.3"  # one resolver everywhere, and one that reads metadata without downloading wheels
 PROBE = "import sys, venv, ensurepip; print('%d.%d' % sys.version_info[:2])"
-"""Prints the version, and fails where a distribution split venv off (Debian's python3-venv)."""
+"""Print the version, and fail where a distribution split venv off (Debian's python3-venv)."""
 
 START = time.monotonic()
 
 
 class SetupError(Exception):
-    """Something the user has to fix; the message says what."""
+    """An error that the user has to fix, as the message says."""
 
 
 def main() -> int:
-    """Runs all steps and returns the exit code."""
+    """Run all steps and return the exit code."""
     try:
         runtime = choose_runtime()
         python = os.environ.get("PYTHON") or None
@@ -69,7 +69,7 @@ def main() -> int:
             return 0
         if not kept:
             make_venv(find_python(python), kind)
-        write_stamp(kind)  # without the hash until everything is there
+        write_stamp(kind)  # without the hash until the installation is complete
         install_cpu() if runtime == "cpu" else install_cuda()
         unpack_contracts()
         write_stamp(complete)
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def choose_runtime() -> str:
-    """``cpu`` or ``cuda``, from RUNTIME or from what ``nvidia-smi`` lists."""
+    """Return ``cpu`` or ``cuda``, from RUNTIME or from the output of ``nvidia-smi``."""
     runtime = os.environ.get("RUNTIME") or ("cuda" if has_gpu() else "cpu")
     if runtime not in ("cpu", "cuda"):
         raise SetupError(f"RUNTIME={runtime!r} is neither cpu nor cuda")
@@ -91,12 +91,12 @@ def choose_runtime() -> str:
 
 
 def has_gpu() -> bool:
-    """Whether ``nvidia-smi`` works and lists a GPU."""
+    """Return whether ``nvidia-smi`` works and lists a GPU."""
     return (output_of(["nvidia-smi", "-L"]) or "").startswith("GPU ")
 
 
 def find_python(override: str | None) -> str:
-    """The interpreter to make ``.venv`` with."""
+    """Return the interpreter for ``.venv``."""
     if override:
         version = output_of([override, "-c", PROBE])
         if version not in VERSIONS:
@@ -105,7 +105,7 @@ def find_python(override: str | None) -> str:
             )
         return override
     for name in PYTHONS:
-        # Every one on PATH, and each is run: a pyenv shim may exist and fail while a working one stands behind it.
+        # Run every one on PATH: a pyenv shim may exist and fail while a working one comes after it.
         for folder in os.get_exec_path():
             candidate = shutil.which(name, path=folder)
             if candidate and output_of([candidate, "-c", PROBE]) == name[len("python") :]:
@@ -114,7 +114,7 @@ def find_python(override: str | None) -> str:
 
 
 def venv_works(override: str | None) -> bool:
-    """Whether the interpreter in ``.venv`` runs and is of the version asked for, if one was."""
+    """Return whether the interpreter in ``.venv`` runs and is of the requested version, if any."""
     version = output_of([str(VENV_PYTHON), "-c", PROBE])
     if version not in VERSIONS:
         return False
@@ -122,20 +122,20 @@ def venv_works(override: str | None) -> bool:
 
 
 def make_venv(python: str, kind: dict[str, str]) -> None:
-    """Makes an empty ``.venv`` in place of one that an earlier run made."""
+    """Make an empty ``.venv`` in place of an earlier run's."""
     step(f"making {VENV.relative_to(ROOT)} with {python}")
     if VENV.exists():
         if not STAMP.exists():
             raise SetupError(f"{VENV} was not made by `make setup`; move it away")
         shutil.rmtree(VENV)
     VENV.mkdir()
-    write_stamp(kind)  # first, so that an interrupted run is known as one of ours
+    write_stamp(kind)  # first, so that an interrupted run is recognized as ours
     run([python, "-m", "venv", str(VENV)])
     pip("install", PIP)
 
 
 def install_cpu() -> None:
-    """The pinned CPU runtime, its import shims, and this project."""
+    """Install the pinned CPU runtime, its import shims, and this project."""
     install_cpu_torch(pinned("torch"))
     step("installing SGLang's CPU dependencies, ModelOpt and the development tools")
     pip("install", "-r", str(REQUIREMENTS))
@@ -147,7 +147,7 @@ def install_cpu() -> None:
 
 
 def install_cpu_torch(version: str) -> None:
-    """A CPU build of torch, and never a CUDA build: the local version ``+cpu`` is part of what pip is asked for."""
+    """Install a CPU build of torch, never a CUDA build: pip is asked for the local version ``+cpu``."""
     step(f"installing torch {version} (CPU build)")
     requirement = f"torch=={version}+cpu"
     try:
@@ -168,13 +168,13 @@ def install_cpu_torch(version: str) -> None:
 
 
 def install_cuda() -> None:
-    """This project, SGLang with CUDA, ModelOpt and the development tools."""
+    """Install this project, SGLang with CUDA, ModelOpt and the development tools."""
     step("installing SGLang with CUDA, ModelOpt and the development tools (about 10 GB)")
     pip("install", "-e", f"{ROOT}[cuda,quantize,dev]")
 
 
 def unpack_contracts() -> None:
-    """The sources of GPU packages that the plugin calls, for the tests of its calls: never installed, never imported."""
+    """Unpack the sources of GPU packages that the plugin calls, for the tests of its calls; nothing is installed."""
     step("unpacking the sources of the GPU kernels' packages (67 MB to download)")
     if CONTRACTS.exists():
         shutil.rmtree(CONTRACTS)
@@ -187,7 +187,7 @@ def unpack_contracts() -> None:
 
 
 def pinned(name: str) -> str:
-    """The version of ``name`` in the requirements."""
+    """Return the version of ``name`` in the requirements."""
     match = re.search(rf"^{re.escape(name)}==(\S+)$", REQUIREMENTS.read_text(), re.MULTILINE)
     if match is None:
         raise SetupError(f"{REQUIREMENTS} pins no {name}")
@@ -195,7 +195,7 @@ def pinned(name: str) -> str:
 
 
 def inputs_hash() -> str:
-    """A hash of everything an installation depends on.
+    """Return a hash of everything an installation depends on.
 
     Of pyproject.toml only the tables that describe the package: a change to the linter's settings installs nothing.
     """
@@ -214,7 +214,7 @@ def inputs_hash() -> str:
 
 
 def read_stamp() -> dict[str, str]:
-    """What the last run recorded, or nothing."""
+    """Return the record of the last run, empty without one."""
     try:
         stamp = json.loads(STAMP.read_text())
     except (OSError, ValueError):
@@ -223,17 +223,17 @@ def read_stamp() -> dict[str, str]:
 
 
 def write_stamp(stamp: dict[str, str]) -> None:
-    """Records what ``.venv`` holds."""
+    """Record the content of ``.venv``."""
     STAMP.write_text(json.dumps(stamp) + "\n")
 
 
 def pip(*args: str, quiet: bool = False) -> None:
-    """Runs the venv's pip; see :func:`run`."""
+    """Run the venv's pip; see :func:`run`."""
     run([str(VENV_PYTHON), "-m", "pip", "--disable-pip-version-check", "--no-input", *args], quiet=quiet)
 
 
 def run(command: list[str], quiet: bool = False) -> None:
-    """Runs a command with its output in the log, showing now and then how far pip is.
+    """Run a command with its output in the log, and print pip's progress now and then.
 
     Args:
         command: the program and its arguments.
@@ -262,7 +262,7 @@ def run(command: list[str], quiet: bool = False) -> None:
 
 
 def output_of(command: list[str]) -> str | None:
-    """What a command prints, stripped; None when it cannot run or fails."""
+    """Return the output of a command, stripped; None when it cannot run or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -271,7 +271,7 @@ def output_of(command: list[str]) -> str | None:
 
 
 def step(text: str) -> None:
-    """Prints a line of progress with the seconds elapsed."""
+    """Print a line of progress with the seconds elapsed."""
     print(f"[{time.monotonic() - START:5.0f} s] {text}", flush=True)
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Writes docs/support-matrix.md from the scheme table, the dispatch and the result files; run by ``make docs``.
+"""A generator of docs/support-matrix.md from the scheme table, the dispatch and the result files; run by ``make docs``.
 
-``--check`` only compares.
+``--check`` compares without writing.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ WORDS = {
     "not run": "a kernel of another package, or SGLang's own path, that was not run",
     "tested": "run on a CPU by the tests: every row layer by layer (`tests/layers`), and served models (`tests/serving`)",
 }
-"""What the words of a cell mean."""
+"""Meanings of the words in a cell."""
 
 EXPERTS_HEAD = """
 ## Experts of a mixture
@@ -122,14 +122,14 @@ ROTATION = ("turn_kernel",)
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the result files say: the runs, and the verdicts of compilations."""
+    """The runs and compilations of the result files."""
 
     runs: Sequence[Run]
     compiled: Sequence[CompiledRow]
     files: Sequence[CompiledFile]
 
     def of_layers(self, algo: str, capability: int, mixture: bool) -> list[Run]:
-        """Runs of an algorithm's layers, over a cache that was not quantized."""
+        """Return the runs of an algorithm's layers over an unquantized cache."""
         return [
             run
             for run in self.runs
@@ -138,13 +138,13 @@ class Evidence:
         ]
 
     def of_cache(self, recipe: str, capability: int) -> list[Run]:
-        """Runs over a KV cache of that recipe, whatever the layers."""
+        """Return the runs over a KV cache of that recipe, with any layers."""
         wanted = (recipe, capability)
         return [run for run in self.runs if run.is_evidence and (run.kv, run.file.capability) == wanted]
 
 
 def read_evidence(folder: Path = RESULTS) -> Evidence:
-    """From a folder of result files. Raises ValueError for one that is not of its form."""
+    """Read a folder of result files. Raises ValueError for a malformed file."""
     files, rows = read_compiled(folder)
     return Evidence(read_served(folder), rows, files)
 
@@ -152,7 +152,7 @@ def read_evidence(folder: Path = RESULTS) -> Evidence:
 def choices(
     scheme: Scheme, capability: int | None, experts: bool
 ) -> dict[str, tuple[Backend | ExpertBackend, LinearRequest] | None]:
-    """The backends that serve an algorithm's weight formats, by name, with what they were asked; None where none does."""
+    """Return the backends for an algorithm's weight formats, by name, with their requests; None where none serves."""
     found: dict[str, tuple[Backend | ExpertBackend, LinearRequest] | None] = {}
     for weight in scheme.weights:
         low_rank = 32 if scheme.low_rank else 0  # ModelOpt's default
@@ -174,12 +174,12 @@ def choices(
 
 
 def is_foreign(backend: Backend | ExpertBackend, request: LinearRequest) -> bool:
-    """Whether another package multiplies: without any, the backend does not take what it takes with them."""
+    """Return whether the product is another package's kernel, whose backend is unavailable without that package."""
     return isinstance(backend, Backend) and backend.supports(dataclasses.replace(request, packages={})) is not None
 
 
 def kernel(scheme: Scheme, capability: int | None, evidence: Evidence, experts: bool = False) -> str:
-    """The cell for one algorithm on one target: for a linear layer, or for the experts of a mixture."""
+    """Return the cell for one algorithm on one target: for a linear layer, or for the experts of a mixture."""
     runs = [] if capability is None else evidence.of_layers(scheme.algo, capability, experts)
     ours = [run for run in runs if run.row.served_by == "ours"]
     if capability is not None and scheme.stock_capability is not None and capability >= scheme.stock_capability:
@@ -202,7 +202,7 @@ def status(
     runs: Sequence[Run],
     evidence: Evidence,
 ) -> str:
-    """What is known of a backend on a target: ``run`` only by a row of a result file that names it."""
+    """Return the evidence for a backend on a target: ``run`` only by a row of a result file that names it."""
     if capability is None:
         return "tested"
     own = [run for run in runs if backend.name in run.backends]
@@ -213,7 +213,7 @@ def status(
 
 
 def _other_backends(runs: Sequence[Run], how: str) -> list[str]:
-    """Runs with kernels that are not the ones a cell names, by these kernels."""
+    """Return the runs with other kernels than a cell names, grouped by kernel."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(", ".join(f"`{name}`" for name in run.backends) or "no kernel named", []).append(run)
@@ -221,7 +221,7 @@ def _other_backends(runs: Sequence[Run], how: str) -> list[str]:
 
 
 def attention(recipe: KVRecipe, capability: int | None, evidence: Evidence) -> str:
-    """The cell for one recipe of the KV cache on one target."""
+    """Return the cell for one recipe of the KV cache on one target."""
     device = "cpu" if capability is None else "cuda"
     if capability is None:
         return f"`{ATTENTION_BACKENDS[device]}`: tested"
@@ -237,7 +237,7 @@ def attention(recipe: KVRecipe, capability: int | None, evidence: Evidence) -> s
 
 
 def render_experts(evidence: Evidence) -> str:
-    """The table of experts."""
+    """Return the table of experts."""
     header = ["algorithm", *TARGETS]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for scheme in SCHEMES.values():
@@ -250,7 +250,7 @@ def render_experts(evidence: Evidence) -> str:
 
 
 def render_kv(evidence: Evidence) -> str:
-    """The table of KV caches."""
+    """Return the table of KV caches."""
     header = ["recipe", *TARGETS]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for recipe in KV_RECIPES.values():
@@ -260,7 +260,7 @@ def render_kv(evidence: Evidence) -> str:
 
 
 def render_runs(evidence: Evidence) -> str:
-    """The table of all served runs."""
+    """Return the table of all served runs."""
     if not evidence.runs:
         return RUNS_HEAD + NO_RUNS
     header = [
@@ -306,12 +306,12 @@ def render_runs(evidence: Evidence) -> str:
 
 
 def _cell(text: str) -> str:
-    """Free text on one line of a table."""
+    """Return free text as one line of a table."""
     return " ".join(text.split()).replace("|", "\\|")
 
 
 def sources(evidence: Evidence) -> str:
-    """Where the columns are from, by the files at hand."""
+    """Return the sources of the columns, from the result files."""
     lines = []
     for file in evidence.files:
         architectures = ", ".join(f"SM{arch}" for arch in sorted({row.arch for row in file.rows}))
@@ -331,13 +331,13 @@ def sources(evidence: Evidence) -> str:
 
 
 def summary(backend: Backend | ExpertBackend | FusedExperts) -> str:
-    """The first line of a backend's description."""
+    """Return the first line of a backend's description."""
     line = (inspect.getdoc(backend) or "").splitlines()[0].removesuffix(".")
     return re.sub(r":(?:mod|class|func):`([^`]+)`", r"`\1`", line).replace("``", "`")
 
 
 def render(evidence: Evidence) -> str:
-    """The whole page."""
+    """Return the whole page."""
     header = ["algorithm", "flag", "weights", "activations", *TARGETS, "SGLang 0.5.23 alone"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     notes = []
@@ -375,7 +375,7 @@ def render(evidence: Evidence) -> str:
 
 
 def main() -> int:
-    """Writes the page, or with ``--check`` returns 1 when it is stale."""
+    """Write the page, or with ``--check`` return 1 when it is stale."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare only")
     arguments = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Collects the standard library's sources and splits them into training and held-out documents."""
+"""The corpus: the standard library's sources, split into training and held-out documents."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class Split:
 
 
 def _is_under_python_licence(text: str) -> bool:
-    """Whether the file states no licence other than Python's own."""
+    """Return whether the file states no licence other than Python's own."""
     if _OTHER_LICENCE.search(text):
         return False
     return _RESERVED.search(text) is None or _PYTHON_OWNED.search(text) is not None
 
 
 def collect(stdlib: Path | None = None) -> list[Document]:
-    """Reads a standard library's sources (the running interpreter's), in path order, exact duplicates dropped."""
+    """Read a standard library's sources (the running interpreter's), in path order, exact duplicates dropped."""
     root = stdlib or Path(sysconfig.get_paths()["stdlib"])
     documents: list[Document] = []
     seen: set[str] = set()
@@ -90,18 +90,18 @@ def collect(stdlib: Path | None = None) -> list[Document]:
 
 
 def _shingles(text: str) -> set[int]:
-    """Hashes of every run of twelve words, the unit in which near-duplicates are measured."""
+    """Return hashes of every run of twelve words, the unit in which near-duplicates are measured."""
     words = re.findall(r"\w+", text)
     return {hash(tuple(words[i : i + _SHINGLE_WORDS])) for i in range(len(words) - _SHINGLE_WORDS + 1)}
 
 
 def _overlap(shingles: set[int], files_with: Counter[int], own_copies: int) -> float:
-    """Share of the shingles that more files contain than `own_copies`."""
+    """Return the share of the shingles that more files contain than `own_copies`."""
     return sum(files_with[s] > own_copies for s in shingles) / max(1, len(shingles))
 
 
 def split(documents: list[Document]) -> Split:
-    """Holds out whole files in the order of their path's sha256, until the held-out size is reached.
+    """Hold out whole files in the order of their path's sha256, until the held-out size is reached.
 
     A file that shares more than 5 % of its word 12-grams with any other file is never held out, so that a
     model cannot score well by having memorised a near-duplicate.
@@ -128,7 +128,7 @@ def split(documents: list[Document]) -> Split:
 
 
 def digest(documents: list[Document]) -> str:
-    """The sha256 over every document's path and text, in order."""
+    """Return the sha256 over every document's path and text, in order."""
     sha = hashlib.sha256()
     for document in documents:
         sha.update(document.path.encode() + b"\0" + document.text.encode() + b"\0")
@@ -136,14 +136,14 @@ def digest(documents: list[Document]) -> str:
 
 
 def write_heldout(documents: list[Document], file: Path) -> None:
-    """Writes the documents to one text file, each after a separator line that names it."""
+    """Write the documents to one text file, each after a separator line that names it."""
     file.write_text(
         "".join(f"{_SEPARATOR.format(d.path)}\n{d.text}\n" for d in documents), encoding="utf-8", newline=""
     )
 
 
 def read_heldout(file: Path) -> list[Document]:
-    """Reads back what `write_heldout` wrote."""
+    """Read the documents from a file of `write_heldout`."""
     with file.open(encoding="utf-8", newline="") as stream:
         _, *parts = _SEPARATOR_LINE.split(stream.read())
     # The newline before each separator belongs to the file format, not to the document.

@@ -1,4 +1,4 @@
-"""Scores the small model on the held-out files next to an interpolated bigram model.
+"""A comparison of the small model with an interpolated bigram model on the held-out files.
 
 Both score the same targets: every token of every held-out document and the end token behind it. The model
 reads each document in non-overlapping windows of the training context (512 targets, the last one shorter);
@@ -31,7 +31,7 @@ EM_ROUNDS = 50
 
 
 def pairs(documents: list[list[int]], bos: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Every (previous token, token) pair; the begin token comes before each document."""
+    """Return every (previous token, token) pair; the begin token comes before each document."""
     previous = [token for document in documents for token in (bos, *document[:-1])]
     return np.array(previous, dtype=np.int64), np.array(list(chain.from_iterable(documents)), dtype=np.int64)
 
@@ -40,7 +40,7 @@ class InterpolatedBigram:
     """Jelinek-Mercer mixture of a bigram, a unigram and a uniform distribution."""
 
     def __init__(self, documents: list[list[int]], bos: int, vocabulary: int) -> None:
-        """Counts all but every 20th training document and tunes the mixture weights by EM on those."""
+        """Count all but every 20th training document and tune the mixture weights by EM on those."""
         self._bos = bos
         self._vocabulary = vocabulary
         counted = [d for i, d in enumerate(documents) if i % TUNING_STRIDE]
@@ -55,20 +55,20 @@ class InterpolatedBigram:
             self.weights = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
 
     def _components(self, previous: NDArray[np.int64], following: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Each target's probability under the bigram, the unigram and the uniform distribution."""
+        """Return each target's probability under the bigram, the unigram and the uniform distribution."""
         pair_counts = self._pair_counts[previous * self._vocabulary + following]
         bigram = pair_counts / np.maximum(1, self._context_counts[previous])
         uniform = np.full(len(following), 1 / self._vocabulary)
         return np.stack([bigram, self._unigram[following], uniform], axis=1)
 
     def mean_loss(self, documents: list[list[int]]) -> float:
-        """Mean negative log-likelihood in nats over every token of the documents."""
+        """Return the mean negative log-likelihood in nats over every token of the documents."""
         probabilities = self._components(*pairs(documents, self._bos)) @ self.weights
         return float(-np.log(probabilities).mean())
 
 
 def parse_args() -> argparse.Namespace:
-    """Command line; the defaults score the shipped model."""
+    """Parse the command line; the defaults score the shipped model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--heldout", type=Path, default=HERE / "heldout.txt")
@@ -79,7 +79,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prints both models' held-out loss and perplexity, and their ratio."""
+    """Print both models' held-out loss and perplexity, and their ratio."""
     args = parse_args()
     record = json.loads(args.log.read_text(encoding="utf-8"))
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))

@@ -1,4 +1,4 @@
-"""Turns documents into tokens and scores a model on them; shared by training and evaluation."""
+"""Tokenization of documents and a model's loss on them, shared by training and evaluation."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ IGNORED = -100
 
 
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> list[list[int]]:
-    """Each document's tokens with an end token behind them, and no begin token in front."""
+    """Return each document's tokens with an end token behind them, and no begin token in front."""
     eos = tokenizer.token_to_id(EOS)
     encodings = tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False)
     return [[*e.ids, eos] for e in encodings]
 
 
 def heldout_windows(documents: list[list[int]], context: int) -> list[list[int]]:
-    """Cuts every document into consecutive windows of `context` targets; the last one may be shorter.
+    """Cut every document into consecutive windows of `context` targets; the last one may be shorter.
 
     No window spans two documents and no target is in two windows.
     """
@@ -33,7 +33,7 @@ def heldout_windows(documents: list[list[int]], context: int) -> list[list[int]]
 def _batches(
     windows: list[list[int]], bos: int, context: int, size: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs (the begin token, then all targets but the last) and targets, padded on the right.
+    """Yield inputs (the begin token, then all targets but the last) and targets, padded on the right.
 
     Attention is causal, so padding on the right cannot influence a real position.
     """
@@ -49,7 +49,7 @@ def _batches(
 
 @torch.inference_mode()
 def mean_loss(model: PreTrainedModel, windows: list[list[int]], bos: int, context: int) -> float:
-    """Mean negative log-likelihood in nats over every target of every window."""
+    """Return the mean negative log-likelihood in nats over every target of every window."""
     total = 0.0
     for inputs, targets in _batches(windows, bos, context, size=8):
         logits = model(input_ids=inputs.to(model.device), use_cache=False).logits.float().cpu()

@@ -1,4 +1,4 @@
-"""Trains the small Python-source language model in this folder, from tokenizer to checkpoint.
+"""Training of the small Python-source language model in this folder, from tokenizer to checkpoint.
 
 Everything is derived from the running interpreter's standard library and a seed; run it with
 
@@ -50,11 +50,11 @@ COMMON: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": False,
 }
-"""What every architecture here has."""
+"""Settings that all architectures share."""
 
 
 def llama_config(bos: int, eos: int) -> PreTrainedConfig:
-    """A small Llama with grouped-query attention and a query width unlike the hidden width."""
+    """Return a small Llama with grouped-query attention and a query width unlike the hidden width."""
     return LlamaConfig(
         intermediate_size=1024,
         bos_token_id=bos,
@@ -64,7 +64,7 @@ def llama_config(bos: int, eos: int) -> PreTrainedConfig:
 
 
 def qwen3_moe_config(bos: int, eos: int) -> PreTrainedConfig:
-    """A mixture of eight experts of which each token takes two, with as many parameters as the Llama."""
+    """Return a mixture of eight experts of which each token takes two, with as many parameters as the Llama."""
     return Qwen3MoeConfig(
         moe_intermediate_size=128,
         num_experts=8,
@@ -84,7 +84,7 @@ ARCHITECTURES: dict[str, Callable[[int, int], PreTrainedConfig]] = {
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
-    """A byte-level BPE tokenizer that puts the begin token in front, as every training window has it."""
+    """Return a byte-level BPE tokenizer that puts the begin token in front, like in every training window."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -104,7 +104,7 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
 def training_batches(
     documents: list[list[int]], bos: int, context: int, size: int, seed: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless shuffled batches of non-overlapping windows over the packed documents.
+    """Yield endless shuffled batches of non-overlapping windows over the packed documents.
 
     Every epoch cuts the stream at another phase, so window borders fall elsewhere each time. A window's
     input begins with the begin token even in the middle of a document: the tokenizer always adds it, and
@@ -124,7 +124,7 @@ def training_batches(
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warmup, then a cosine down to a tenth of the peak."""
+    """Return the factor of the learning rate: linear warmup, then a cosine down to a tenth of the peak."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -132,7 +132,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
 
 
 def make_optimizer(model: PreTrainedModel, rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW that decays matrices only; norm weights are left alone."""
+    """Return AdamW with weight decay for matrices only, not for norm weights."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
@@ -147,7 +147,7 @@ def fit(
     heldout_loss: Callable[[], float],
     args: argparse.Namespace,
 ) -> list[dict[str, float]]:
-    """Runs the optimisation and returns the loss curve."""
+    """Run the optimisation and return the loss curve."""
     # Compiling fuses the elementwise work, about a quarter of a step here; it needs a C++ compiler.
     forward = torch.compile(model) if args.compile else model
     optimizer = make_optimizer(model, args.learning_rate, args.weight_decay)
@@ -187,7 +187,7 @@ def fit(
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Writes the tokenizer files under the class name that every transformers release can load."""
+    """Write the tokenizer files under the class name that every transformers release can load."""
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -203,13 +203,13 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
 
 
 def save_model(model: PreTrainedModel, bos: int, eos: int, folder: Path) -> None:
-    """Writes the checkpoint in bf16, with greedy decoding as the default."""
+    """Write the checkpoint in bf16, with greedy decoding as the default."""
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=eos, do_sample=False)
     model.to("cpu", torch.bfloat16).save_pretrained(folder)
 
 
 def sample(folder: Path, prompt: str) -> str:
-    """Greedy continuation by the checkpoint as it was saved."""
+    """Return a greedy continuation by the saved checkpoint."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokens = model.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=64, do_sample=False)
@@ -217,7 +217,7 @@ def sample(folder: Path, prompt: str) -> str:
 
 
 def parse_args() -> argparse.Namespace:
-    """Command line; apart from the device, the defaults are those the shipped model was trained with."""
+    """Parse the command line; except for the device, the defaults are those of the shipped model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -242,7 +242,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Builds the corpus, the tokenizer and the model, and writes all of them with a record of the run."""
+    """Build the corpus, the tokenizer and the model, and write all of them with a record of the run."""
     args = parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)

@@ -1,1 +1,1 @@
-"""``sglang-modelopt``: one command from an unquantized model to a served, measured, quantized one."""
+"""The command line ``sglang-modelopt``: from an unquantized model to a served, measured, quantized one."""

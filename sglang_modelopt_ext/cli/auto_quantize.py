@@ -1,4 +1,4 @@
-"""``sglang-modelopt auto-quantize``: a format for every layer."""
+"""``sglang-modelopt auto-quantize``: choose a format for every layer."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _FIXED = (
 
 
 class AutoQuantized(Result, frozen=True, kw_only=True):
-    """What a search chose.
+    """The result of a search.
 
     Attributes:
-        output: the folder that was made, None where nothing was written.
-        report: what ``autoquant.json`` holds.
+        output: the folder that was written; None for none.
+        report: the content of ``autoquant.json``.
     """
 
     output: str | None
     report: Report
 
     def text(self) -> str:
-        """The choice of every layer, then a line for each target."""
+        """Return the choice of every layer, then a line for each target."""
         state, results = self.report.state, self.report.results
         lm_head = "counted, unquantized" if state.lm_head == "counted" else "unquantized and not counted"
         lines = [
@@ -63,7 +63,7 @@ class AutoQuantized(Result, frozen=True, kw_only=True):
                 f" unquantized {self.report.unquantized_perplexity:.4f}"
             )
         if self.output is not None:
-            lines.append(f"written:    {Path(self.output) / FILE_NAME} and pictures beside it")
+            lines.append(f"written:    {Path(self.output) / FILE_NAME} and plots beside it")
         return "\n".join(lines)
 
     def _row(self, result: Solved) -> tuple[str, ...]:
@@ -96,13 +96,13 @@ def _table(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Its arguments."""
+    """Add the arguments of ``auto-quantize``."""
     parser.add_argument("model", nargs="?", help="folder of the unquantized model, or its name on the Hugging Face Hub")
     parser.add_argument(
         "--bits", "--target-bits", dest="targets", type=float, nargs="+", required=True, metavar="F",
-        help="bits for each weight, scales included; several values make several checkpoints",
+        help="bits per weight, scales included; several values make several checkpoints",
     )  # fmt: skip
-    parser.add_argument("--output", "--export-dir", type=Path, metavar="DIR", help="folder to make")
+    parser.add_argument("--output", "--export-dir", type=Path, metavar="DIR", help="output folder")
     parser.add_argument("--formats", metavar="A,B", help="candidates, such as W4A8_NVFP4_FP8,FP8,NVFP4_AWQ")
     parser.add_argument(
         "--data", nargs="+", metavar="F", help="text to calibrate on: .txt, .jsonl, .parquet or a data set"
@@ -123,12 +123,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--resume", action="store_true", help="resume the interrupted search for this --output")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace an older result, or drop an interrupted search"
+        "--overwrite", action="store_true", help="replace an older result, or discard an interrupted search"
     )
-    parser.add_argument("--no-export", action="store_true", help="choose, measure and draw, but write no checkpoint")
+    parser.add_argument("--no-export", action="store_true", help="choose, measure and plot, but write no checkpoint")
     parser.add_argument("--samples", type=int, help="windows to calibrate on (default: 128)")
     parser.add_argument("--score-samples", type=int, help="of these windows, the number to score (default: 32)")
-    parser.add_argument("--sequence-length", type=int, help="text tokens in a window (default: 512)")
+    parser.add_argument("--sequence-length", type=int, help="text tokens per window (default: 512)")
     parser.add_argument("--seed", type=int, help="which windows are taken from longer data (default: 0)")
     parser.add_argument(
         "--loss-scale",
@@ -139,7 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> AutoQuantized:
-    """Searches, or chooses anew from a state. Raises ModelOptExtError for bad input."""
+    """Search, or solve new targets from a state. Raises ModelOptExtError for bad input."""
     _check(args)
     from sglang_modelopt_ext.workflow.autoquant.run import Request, Texts, export_again, search, solve_again
 

@@ -1,4 +1,4 @@
-"""What a subcommand is: its arguments, what it does, and a result that prints as text or as JSON."""
+"""The parts of a subcommand: its arguments, its function, and a result that prints as text or JSON."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ from dataclasses import dataclass
 import msgspec
 
 OK, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes. argparse ends with 2 too."""
+"""Exit codes. argparse exits with 2 too."""
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """What a subcommand found. Its fields are the JSON that ``--json`` prints; ``docs/cli.md`` has their schema."""
+    """The result of a subcommand. Its fields are the JSON of ``--json``; ``docs/cli.md`` has their schema."""
 
     def text(self) -> str:
-        """The same for a person to read."""
+        """Return the result as text for people."""
         raise NotImplementedError
 
     def passed(self) -> bool:
-        """False where the subcommand is a check that failed: then the exit code is 1."""
+        """Return False where the subcommand is a check that failed; the exit code is then 1."""
         return True
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand.
+    """A subcommand.
 
     Attributes:
-        name: as typed.
-        help: one line for the list of subcommands.
-        add_arguments: adds its own arguments; ``--json`` is added for every subcommand.
-        run: does it. Raises ModelOptExtError for bad input.
-        result: the type of what ``run`` returns.
-        takes_rest: whether ``run`` wants what stands behind ``--``, as ``args.rest``.
+        name: its name on the command line.
+        help: its line in the list of subcommands.
+        add_arguments: adds its own arguments; every subcommand also has ``--json``.
+        run: runs it. Raises ModelOptExtError for bad input.
+        result: the type that ``run`` returns.
+        takes_rest: whether ``run`` takes the arguments after ``--``, as ``args.rest``.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""``sglang-modelopt evaluate``: several checkpoints on the same text and tasks, with intervals."""
+"""``sglang-modelopt evaluate``: measure several checkpoints on one text and set of tasks, with intervals."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sglang_modelopt_ext.cli.serving import (
     server_arguments,
     text_windows,
 )
+from sglang_modelopt_ext.workflow.common.formatting import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.common.models import find_folder, served_dtype
-from sglang_modelopt_ext.workflow.common.table import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.evaluate.measure import assumptions, describe, folder_size
 from sglang_modelopt_ext.workflow.evaluate.plots import find_pyplot, plot_intervals
@@ -37,17 +37,17 @@ SAMPLES, SEQUENCE_LENGTH = 32, 512
 
 
 class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
-    """One checkpoint.
+    """The measurements of one checkpoint.
 
     Attributes:
-        checkpoint: as it was named.
-        algo: its quantization, or the type of an unquantized one.
-        bits_per_weight: stored bits for each weight of the quantized layers.
+        checkpoint: its name on the command line.
+        algo: its quantization, or the dtype of an unquantized one.
+        bits_per_weight: stored bits per weight of the quantized layers.
         bytes: of all files in its folder.
-        perplexity: over the text.
+        perplexity: on the text.
         ratio: its perplexity over the first checkpoint's, from paired windows; None for the first.
         divergence: mean KL from the first checkpoint in nats; None for the first.
-        tasks: what lm-eval found.
+        tasks: lm-eval's scores.
     """
 
     checkpoint: str
@@ -61,13 +61,13 @@ class Evaluation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EvaluateResult(Result, frozen=True, kw_only=True):
-    """What ``evaluate`` measured.
+    """The result of ``evaluate``.
 
     Attributes:
-        tokens, windows: what the perplexity is over.
-        checkpoints: in the order they were named.
-        plot: the picture that was written, None without.
-        notes: what was assumed because a checkpoint does not say.
+        tokens, windows: size of the text that perplexity is measured on.
+        checkpoints: in the order of the command line.
+        plot: path of the plot; None without one.
+        notes: assumptions where a checkpoint does not say.
     """
 
     tokens: int
@@ -77,7 +77,7 @@ class EvaluateResult(Result, frozen=True, kw_only=True):
     notes: list[str]
 
     def text(self) -> str:
-        """The tables."""
+        """Return the tables."""
         header = ["checkpoint", "quantization", "bits/weight", "size", "perplexity", "vs. first", "KL (nats)"]
         rows = [
             (
@@ -104,7 +104,7 @@ class EvaluateResult(Result, frozen=True, kw_only=True):
             "paired for the comparison with the first checkpoint (perplexity / its perplexity)"
         )
         if self.plot:
-            parts.append(f"picture: {self.plot}")
+            parts.append(f"plot: {self.plot}")
         parts += [f"note: {note}" for note in self.notes]
         return "\n\n".join(parts)
 
@@ -120,14 +120,14 @@ def _stderr(found: TaskScore) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``evaluate``."""
+    """Add the arguments of ``evaluate``."""
     parser.add_argument(
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
         help="folders or names on the Hub; every other is compared with the first",
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the intervals (PNG)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write a plot of the intervals (PNG)")
     add_text_arguments(parser, SAMPLES, SEQUENCE_LENGTH, "modules of Python's library")
     group = parser.add_argument_group("tasks (needs lm-eval)")
     group.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of lm-eval's tasks")
@@ -137,10 +137,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> EvaluateResult:
-    """Serves one checkpoint after the other, and measures them."""
+    """Serve and measure one checkpoint after another."""
     folders = [find_folder(name, "CHECKPOINT") for name in args.checkpoints]
     described = [describe(folder) for folder in folders]
-    # What cannot work is said before the first server starts.
+    # Report bad input before the first server starts.
     if args.tasks:
         find_lm_eval()
     if args.plot:
@@ -206,7 +206,7 @@ def _plot(rows: Sequence[Evaluation], file: Path) -> None:
 
 COMMAND = Command(
     "evaluate",
-    "Measure checkpoints on the same text and tasks, with intervals.",
+    "Measure checkpoints on the same text and tasks, with confidence intervals.",
     add_arguments,
     run,
     EvaluateResult,

@@ -1,4 +1,4 @@
-"""``sglang-modelopt inspect``: what is in a checkpoint, and what will serve it."""
+"""``sglang-modelopt inspect``: show the contents of a checkpoint and the kernels that serve it."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import argparse
 import json
 
 from sglang_modelopt_ext.cli.command import Command, Result
+from sglang_modelopt_ext.workflow.common.formatting import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.common.models import find_folder
-from sglang_modelopt_ext.workflow.common.table import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.common.target import find_target
 from sglang_modelopt_ext.workflow.inspect.run import Contents, LayerGroup, inspect_checkpoint
 
 
 class InspectResult(Result, frozen=True, kw_only=True):
-    """What ``inspect`` found."""
+    """The result of ``inspect``."""
 
     contents: Contents
 
     def passed(self) -> bool:
-        """Whether nothing is known that a server would stop at."""
+        """Return whether no problem is known that would stop a server."""
         return not self.contents.problems
 
     def text(self) -> str:
-        """Tables of the layers and tensors between a summary and the problems."""
+        """Return a summary, tables of the layers and tensors, and the problems."""
         parts = [self._summary(), self._serving()]
         if self.contents.layers:
             parts.append(self._layers())
@@ -32,11 +32,11 @@ class InspectResult(Result, frozen=True, kw_only=True):
             parts.append(self._plain())
         if self.contents.record:
             record = (f"  {name}: {_shortened(name, value)}" for name, value in self.contents.record.items())
-            parts.append("\n".join(["recorded when it was made:", *record]))
+            parts.append("\n".join(["metadata:", *record]))
         parts.append(self._loading())
         if self.contents.remarks:
             remarks = (f"  {remark}" for remark in self.contents.remarks)
-            parts.append("\n".join(["what this package would object to:", *remarks]))
+            parts.append("\n".join(["objections of this package:", *remarks]))
         parts += [f"note: {note}" for note in self.contents.notes]
         problems = self.contents.problems
         parts.append("\n".join([f"problems: {len(problems) or 'none'}", *(f"  {problem}" for problem in problems)]))
@@ -53,27 +53,28 @@ class InspectResult(Result, frozen=True, kw_only=True):
         lines.append(f"  weights: {format_bytes(found.bytes)} in {found.files} files{quantized}")
         lines.append(f"  KV cache: {self._kv_cache()}")
         if found.exclude_modules:
-            lines.append(f"  not quantized by declaration: {', '.join(found.exclude_modules)}")
+            lines.append(f"  excluded from quantization: {', '.join(found.exclude_modules)}")
         return "\n".join(lines)
 
     def _kv_cache(self) -> str:
         cache = self.contents.kv_cache
         if cache is None:
             return "not quantized"
-        bits = f", {cache.bits:g} bits an entry" if cache.bits else ""
+        bits = f", {cache.bits:g} bits per element" if cache.bits else ""
         return f"{cache.recipe}{bits}, {cache.layers or 'no'} layers with scales of their own ({cache.source})"
 
     def _serving(self) -> str:
         serving = self.contents.serving
-        lines = [f"on {serving.target}: served by {serving.owner or 'nobody'}: {serving.why}"]
+        served = f"served by {serving.owner}" if serving.owner else "not served"
+        lines = [f"on {serving.target}: {served}: {serving.why}"]
         if serving.flags:
             ways = " or ".join(f"--quantization {flag}" for flag in serving.flags)
             lines.append(f"  {'to have it served by this package' if serving.owner == 'SGLang' else 'flags'}: {ways}")
         lines += [f"  SGLang alone, {algo}: {what}" for algo, what in serving.stock.items()]
         reasons: dict[str, None] = {}
         for group in self.contents.layers:
-            for name, reason in group.passed_over.items():
-                reasons[f"  {group.kernel or 'none'} and not {name} for {group.weight}: {name} {reason}"] = None
+            for name, reason in group.rejected.items():
+                reasons[f"  {group.weight}: {group.kernel or 'no kernel'}; rejected: {name} {reason}"] = None
         return "\n".join([*lines, *reasons])
 
     def _loading(self) -> str:
@@ -127,7 +128,7 @@ class InspectResult(Result, frozen=True, kw_only=True):
 
 
 MOST_CHARACTERS = 160
-"""Of a recorded value; ``--json`` has it whole."""
+"""Length of a recorded value in the text; ``--json`` prints all of it."""
 
 
 def _shortened(name: str, value: object) -> str:
@@ -140,10 +141,10 @@ def _shortened(name: str, value: object) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``inspect``."""
+    """Add the arguments of ``inspect``."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub")
     parser.add_argument("--gpu", help="the target that is to serve it: cpu, sm80, sm90, ... (default: this machine)")
-    parser.add_argument("--layers", action="store_true", help="list every layer and tensor by itself")
+    parser.add_argument("--layers", action="store_true", help="list every layer and tensor separately")
     parser.add_argument(
         "--scales",
         action="store_true",
@@ -157,7 +158,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> InspectResult:
-    """Inspects the checkpoint."""
+    """Inspect the checkpoint."""
     target = find_target(args.gpu)
     folder = find_folder(args.checkpoint, "CHECKPOINT")
     contents = inspect_checkpoint(

@@ -12,7 +12,7 @@ from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.cli import auto_quantize, evaluate, inspect, quantize, serve, verify
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.interrupts import signals_interrupt
+from sglang_modelopt_ext.workflow.common.interrupts import signals_as_interrupts
 
 COMMANDS: tuple[Command, ...] = (
     quantize.COMMAND,
@@ -22,14 +22,14 @@ COMMANDS: tuple[Command, ...] = (
     evaluate.COMMAND,
     serve.COMMAND,
 )
-"""Every subcommand, in the order a user meets them."""
+"""All subcommands, in the order of a typical workflow."""
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+    """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="sglang-modelopt",
-        description="Quantize a model with NVIDIA ModelOpt, look at the result, check it, measure it and serve it with SGLang.",
+        description="Quantize a model with NVIDIA ModelOpt; inspect, verify, evaluate and serve the result with SGLang.",
     )
     parser.add_argument("--version", action="version", version=f"sglang-modelopt-ext {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -42,14 +42,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a subcommand; returns the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
+    """Run a subcommand and return the exit code: 0 done, 1 a check failed, 2 bad input, 130 interrupted."""
     own, rest = _split(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     args = parser.parse_args(own, argparse.Namespace(rest=rest))
     if rest and not args.chosen.takes_rest:
-        parser.error(f"{args.command} takes no arguments behind --")
+        parser.error(f"{args.command} takes no arguments after --")
     try:
-        with signals_interrupt():
+        with signals_as_interrupts():
             result = args.chosen.run(args)
     except ModelOptExtError as error:
         print(error.one_line(), file=sys.stderr)
@@ -62,6 +62,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments before and behind the first ``--``."""
+    """Return the arguments before and after the first ``--``."""
     at = list(argv).index("--") if "--" in argv else len(argv)
     return list(argv[:at]), list(argv[at + 1 :])

@@ -1,4 +1,4 @@
-"""``sglang-modelopt quantize``: from a bf16 model to a checkpoint that has been read back and found valid."""
+"""``sglang-modelopt quantize``: make a checked checkpoint from an unquantized model."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class QuantizeResult(Result, frozen=True, kw_only=True, tag="quantized"):
     """A checkpoint that was made.
 
     Attributes:
-        folder: where it is.
-        quant_algo: what it declares; None where only the KV cache is quantized.
-        linears: how many linear layers are quantized.
-        bits_per_weight: stored bits for each of their weights, scales included.
+        folder: its path.
+        quant_algo: its declared algorithm; None where only the KV cache is quantized.
+        linears: number of quantized linear layers.
+        bits_per_weight: stored bits per quantized weight, scales included.
         size: bytes of its weights.
         layerwise: whether it was calibrated layer by layer.
-        resumed_from: decoder layers that an earlier, interrupted run had done.
-        record: everything that is recorded in the checkpoint.
+        resumed_from: number of decoder layers that an earlier, interrupted run had done.
+        record: the metadata recorded in the checkpoint.
     """
 
     folder: str
@@ -39,7 +39,7 @@ class QuantizeResult(Result, frozen=True, kw_only=True, tag="quantized"):
     record: Record
 
     def text(self) -> str:
-        """One line."""
+        """Return one line."""
         parts = [f"{self.quant_algo}, {self.linears} linear layers"] if self.quant_algo else []
         if self.bits_per_weight is not None:
             parts.append(f"{self.bits_per_weight:.2f} bits per weight")
@@ -51,7 +51,7 @@ class QuantizeResult(Result, frozen=True, kw_only=True, tag="quantized"):
 
 
 class RecipeList(Result, frozen=True, kw_only=True, tag="recipes"):
-    """What ``--list`` shows.
+    """The lists that ``--list`` shows.
 
     Attributes:
         recipes: for layers.
@@ -62,23 +62,23 @@ class RecipeList(Result, frozen=True, kw_only=True, tag="recipes"):
     kv_caches: list[KVRow]
 
     def text(self) -> str:
-        """Two tables."""
+        """Return two tables."""
         return format_recipes(self.recipes, self.kv_caches)
 
 
 class OtherProcess(Result, frozen=True, kw_only=True, tag="other process"):
-    """What a process that only helped to calibrate has to say."""
+    """The result of a process that only took part in the calibration."""
 
     rank: int
 
     def text(self) -> str:
-        """One line."""
+        """Return one line."""
         return f"process {self.rank}: done; the first process wrote the checkpoint"
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that say what to make of a model; ``serve`` has them too."""
-    recipe = parser.add_argument_group("what to make")
+    """Add the arguments that select a recipe and its data, shared with ``serve``."""
+    recipe = parser.add_argument_group("recipe")
     recipe.add_argument(
         "--recipe", help="name of a ModelOpt configuration, preset or recipe, or a recipe file (see --list)"
     )
@@ -118,10 +118,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequence-length",
         type=int,
         default=calibration.SEQUENCE_LENGTH,
-        help="tokens in a window (default: %(default)s)",
+        help="tokens per window (default: %(default)s)",
     )
     data.add_argument(
-        "--batch-size", type=int, default=calibration.BATCH_SIZE, help="windows at a time (default: %(default)s)"
+        "--batch-size", type=int, default=calibration.BATCH_SIZE, help="windows per forward pass (default: %(default)s)"
     )
     data.add_argument(
         "--seed", type=int, default=calibration.SEED, help="another seed runs other windows (default: %(default)s)"
@@ -130,13 +130,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--no-layerwise",
         action="store_true",
-        help="calibrate the whole model at once, and keep no progress to resume from",
+        help="calibrate the whole model at once, without progress to resume from",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
 def options(args: argparse.Namespace) -> Options:
-    """What the arguments of :func:`add_recipe_arguments` say. Raises ModelOptExtError where they say nothing."""
+    """Return the options of the parsed arguments. Raises ModelOptExtError without a recipe."""
     if args.recipe is None and args.kv in (None, NONE):
         raise ModelOptExtError.at("command line", "--recipe", "a recipe, or a KV cache's with --kv", "neither")
     return Options(
@@ -159,7 +159,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="show the recipes and exit")
     add_recipe_arguments(parser)
     output = parser.add_argument_group("output")
-    output.add_argument("--output", "--export-dir", type=Path, help="folder to make")
+    output.add_argument("--output", "--export-dir", type=Path, help="output folder")
     output.add_argument("--overwrite", action="store_true", help="replace the checkpoint in --output")
 
 

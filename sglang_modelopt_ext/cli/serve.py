@@ -1,4 +1,4 @@
-"""``sglang-modelopt serve``: quantize a model if that was not done before, and run the stock server on the result."""
+"""``sglang-modelopt serve``: quantize a model unless that was done before, and run the stock server on the result."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from sglang_modelopt_ext.workflow.serve import DEFAULT_CACHE, Launch, prepare
 
 
 class ServeResult(Result, frozen=True, kw_only=True):
-    """What is served, and how.
+    """The checkpoint and the command that serves it.
 
     Attributes:
         folder: the checkpoint.
-        cached: whether an earlier command had made it.
-        command: of the server.
-        environment: variables it needs beside those that are set.
+        cached: whether an earlier command had made the checkpoint.
+        command: the server's command.
+        environment: variables the server needs besides those that are set.
     """
 
     folder: str
@@ -30,7 +30,7 @@ class ServeResult(Result, frozen=True, kw_only=True):
     environment: dict[str, str]
 
     def text(self) -> str:
-        """The command, as a shell takes it."""
+        """Return the command in shell syntax."""
         variables = [f"{name}={value}" for name, value in self.environment.items()]
         return " ".join([*variables, shlex.join(self.command)])
 
@@ -40,7 +40,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="folder or Hugging Face name of the unquantized model")
     add_recipe_arguments(parser)
     parser.add_argument(
-        "--cache-dir", type=Path, default=DEFAULT_CACHE, help="where checkpoints are kept (default: %(default)s)"
+        "--cache-dir", type=Path, default=DEFAULT_CACHE, help="folder of the cached checkpoints (default: %(default)s)"
     )
     parser.add_argument("--dry-run", action="store_true", help="quantize and print the command, but start no server")
 
@@ -56,7 +56,7 @@ def _run(args: argparse.Namespace) -> Result:
     result = _result(launch)
     if args.dry_run:
         return result
-    # The server takes this process over; nothing is printed after it.
+    # The server replaces this process; nothing is printed after it.
     print(msgspec.json.encode(result).decode() if args.json else result.text(), flush=True)
     sys.stderr.flush()
     launch.run()

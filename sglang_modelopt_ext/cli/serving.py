@@ -1,4 +1,4 @@
-"""What the subcommands that ask servers have in common: their arguments, texts and logs."""
+"""Arguments, texts and logs shared by the subcommands that query servers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def add_server_arguments(parser: argparse.ArgumentParser, positional: str) -> None:
-    """How the servers are started; ``positional`` is what the usage calls the subcommand's own arguments."""
+    """Add the arguments that start servers; ``positional`` names the subcommand's own arguments in the usage."""
     parser.usage = f"%(prog)s {positional} [options] [-- arguments of the server]"
-    group = parser.add_argument_group("the server")
+    group = parser.add_argument_group("server")
     group.add_argument("--quantization", help="--quantization of the server (default: the checkpoint decides)")
     group.add_argument("--dtype", default="auto", help="--dtype of the server (default: auto)")
     group.add_argument("--kv-cache-dtype", default="auto", help="--kv-cache-dtype of the server (default: auto)")
@@ -34,24 +34,24 @@ def add_server_arguments(parser: argparse.ArgumentParser, positional: str) -> No
 
 
 def server_arguments(args: argparse.Namespace) -> list[str]:
-    """The same as SGLang's command line has them, but ``--quantization``, and what stands behind ``--``."""
+    """Return the server's arguments: this group's except ``--quantization``, and those after ``--``."""
     return ["--dtype", args.dtype, "--kv-cache-dtype", args.kv_cache_dtype, *args.rest]
 
 
 def add_text_arguments(parser: argparse.ArgumentParser, samples: int, length: int, default: str) -> None:
-    """Which text is scored."""
-    group = parser.add_argument_group("the text")
+    """Add the arguments that select the text to score."""
+    group = parser.add_argument_group("text")
     group.add_argument(
         "--data", nargs="+", metavar="FILE", help=f".txt, .jsonl or .parquet files, or a data set (default: {default})"
     )
     group.add_argument(
         "--samples", type=int, default=samples, help=f"windows of the text to score (default: {samples})"
     )
-    group.add_argument("--sequence-length", type=int, default=length, help=f"tokens in a window (default: {length})")
+    group.add_argument("--sequence-length", type=int, default=length, help=f"tokens per window (default: {length})")
 
 
 def text_windows(args: argparse.Namespace, folder: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The windows, evenly spread over the text. Raises ModelOptExtError when there are none, or the model takes none so long."""
+    """Return windows evenly spread over the text. Raises ModelOptExtError for none or too long ones."""
     for name in ("samples", "sequence_length"):
         if getattr(args, name) < 1:
             raise ModelOptExtError.at("command line", f"--{name.replace('_', '-')}", "1 or more", getattr(args, name))
@@ -74,7 +74,7 @@ def text_windows(args: argparse.Namespace, folder: Path, tokenizer: PreTrainedTo
 
 @contextlib.contextmanager
 def log_files(log: Path | None) -> Iterator[Path]:
-    """The file of a server's output: ``log``, or a temporary one that is removed when nothing went wrong."""
+    """Yield the file for a server's output: ``log``, or a temporary one that is removed on success."""
     if log is not None:
         yield log
         return

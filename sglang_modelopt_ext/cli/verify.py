@@ -1,4 +1,4 @@
-"""``sglang-modelopt verify``: whether a server answers what the checkpoint says."""
+"""``sglang-modelopt verify``: check a server's answers against its checkpoint."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from sglang_modelopt_ext.cli.serving import (
     server_arguments,
     text_windows,
 )
+from sglang_modelopt_ext.workflow.common.formatting import format_columns
 from sglang_modelopt_ext.workflow.common.models import find_folder, served_dtype
-from sglang_modelopt_ext.workflow.common.table import format_columns
 from sglang_modelopt_ext.workflow.common.target import find_target
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.server.client import ServerClient
@@ -25,16 +25,16 @@ SAMPLES, SEQUENCE_LENGTH = 16, 128
 
 
 class VerifyResult(Result, frozen=True, kw_only=True):
-    """What ``verify`` found."""
+    """The result of ``verify``."""
 
     verification: Verification
 
     def passed(self) -> bool:
-        """Whether the server is within the limits."""
+        """Return whether the server is within the limits."""
         return not self.verification.failures
 
     def text(self) -> str:
-        """The differences, the limits, the worst tokens, and the verdict."""
+        """Return the differences, the limits, the worst tokens and the verdict."""
         found = self.verification
         cache = f", KV cache {found.kv_cache}" if found.kv_cache else ""
         parts = [
@@ -55,7 +55,7 @@ class VerifyResult(Result, frozen=True, kw_only=True):
         rows = [
             ("the server", *_cells(found.served)),
             (f"noise floor: {found.dtype} rounding", *_cells(found.rounding)),
-            *([("  and its ties rounded otherwise", *_cells(found.ties))] if found.ties else []),
+            *([("  with ties rounded the other way", *_cells(found.ties))] if found.ties else []),
             ("served twice", *_cells(found.repeated)),
             *([("ModelOpt's simulation", *_cells(found.simulated))] if found.simulated else []),
             (f"limit: noise x {found.factor:g} (KL: x {found.factor**2:g})", mean, median, "-", divergence, "-"),
@@ -91,7 +91,7 @@ def _cells(difference: Difference) -> list[str]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of ``verify``."""
+    """Add the arguments of ``verify``."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub")
     parser.add_argument(
         "--base",
@@ -100,10 +100,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-simulation",
         action="store_true",
-        help="do not calibrate the base model again for ModelOpt's simulation, which takes as long as quantizing it did",
+        help="skip ModelOpt's simulation, which calibrates the base model again and takes as long as quantizing it did",
     )
     parser.add_argument(
-        "--url", help="ask this running server (such as http://127.0.0.1:30000) instead of starting one"
+        "--url", help="query this running server (such as http://127.0.0.1:30000) instead of starting one"
     )
     parser.add_argument("--gpu", help="the target of that server: cpu, sm90, ... (default: this machine)")
     add_text_arguments(parser, SAMPLES, SEQUENCE_LENGTH, "modules of Python's library")
@@ -111,11 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> VerifyResult:
-    """Asks a server, and compares."""
+    """Query a server and compare its answers."""
     target = find_target(args.gpu)
     folder = find_folder(args.checkpoint, "CHECKPOINT")
     base = find_folder(args.base, "--base") if args.base else None
-    # What is wrong is said before a server is started.
+    # Report bad input before a server is started.
     served_dtype(folder, args.dtype)
     if base:
         check_base(base)

@@ -1,1 +1,1 @@
-"""From a model to a served, measured checkpoint: quantize, serve, evaluate."""
+"""The commands as functions: quantize, choose formats, inspect, serve, verify and evaluate."""

@@ -1,4 +1,4 @@
-"""One command from an unquantized model to a running server: quantized once, kept by content, served by the stock server."""
+"""A server for an unquantized model: quantize it once, keep the checkpoint by content, run the stock server on it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.base_model import CODE_FILES, HUB_FILES, default_device, find_model
 from sglang_modelopt_ext.workflow.common.digest import file_digest, folder_digest
-from sglang_modelopt_ext.workflow.common.source import CODE_FILES, HUB_FILES, default_device, find_model
 from sglang_modelopt_ext.workflow.quantize.export import check_folder
 from sglang_modelopt_ext.workflow.quantize.record import package_versions
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
@@ -23,18 +23,18 @@ from sglang_modelopt_ext.workflow.server.process import cpu_arguments, cpu_envir
 
 DEFAULT_CACHE = Path("~/.cache/sglang-modelopt")
 _OWN = ("--model-path", "--model", "--quantization", "--kv-cache-dtype", "--load-format")
-"""Arguments of the server that the checkpoint decides."""
+"""Server arguments that the checkpoint decides."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A server that can be started.
+    """A checkpoint and the command that serves it.
 
     Attributes:
         folder: the checkpoint.
-        cached: whether it was there already.
+        cached: whether an earlier call had made it.
         command: of the server.
-        environment: variables it needs beside those that are set.
+        environment: variables the server needs besides those that are set.
     """
 
     folder: Path
@@ -43,19 +43,19 @@ class Launch:
     environment: dict[str, str]
 
     def run(self) -> None:
-        """Becomes the server: the exit code of this process is the server's."""
+        """Replace this process by the server, whose exit code becomes this process's."""
         os.execve(self.command[0], self.command, {**os.environ, **self.environment})
 
 
 def prepare(
     model: str, options: Options, cache: Path, arguments: Sequence[str] = (), *, progress: bool = True
 ) -> Launch:
-    """Quantizes a model, unless that was done before, and says how the result is served.
+    """Quantize a model unless that was done before, and return how to serve the result.
 
     Args:
         model: folder or Hugging Face name of the unquantized model.
-        options: what to make of it.
-        cache: where checkpoints are kept.
+        options: of the quantization.
+        cache: folder that holds the checkpoints.
         arguments: further arguments of ``python -m sglang.launch_server``.
         progress: show progress on standard error.
 
@@ -64,7 +64,9 @@ def prepare(
     """
     for argument in arguments:
         if argument.partition("=")[0] in _OWN:
-            raise ModelOptExtError.at("command line", argument, "arguments the checkpoint does not decide", argument)
+            raise ModelOptExtError.at(
+                "command line", argument, "arguments that the checkpoint does not decide", argument
+            )
     cache = cache.expanduser()
     source = find_model(model, options.trust_remote_code)
     folder = cache / f"{source.resolve().name}-{Path(options.recipe).stem}-{cache_key(source, options, cache)[:16]}"
@@ -79,7 +81,7 @@ def prepare(
 
 
 def cache_key(source: Path, options: Options, cache: Path) -> str:
-    """sha256 over the content of the model and of the calibration files, the options, and the packages' versions."""
+    """Return the sha256 over the content of model and data files, the options, and the packages' versions."""
     data = [file_digest(Path(name)) if Path(name).is_file() else name for name in options.data]
     code = CODE_FILES if options.trust_remote_code else ()
     parts = (
@@ -95,7 +97,10 @@ def cache_key(source: Path, options: Options, cache: Path) -> str:
 def server_command(
     folder: Path, arguments: Sequence[str], trust_remote_code: bool = False
 ) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The command of the stock server for a checkpoint, and the variables it needs. Both caches and layers are detected."""
+    """Return the stock server's command for a checkpoint, and the variables it needs.
+
+    No flag names the quantization or the KV cache: the server detects both.
+    """
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder)]
     command += ["--trust-remote-code"] if trust_remote_code else []
     on_cpu = not torch.cuda.is_available()
@@ -108,7 +113,7 @@ def server_command(
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes a checkpoint; the others wait for it."""
+    """Hold a lock on the checkpoint while the block runs: one process makes it, others wait."""
     with (folder.parent / f".{folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield

@@ -1,4 +1,4 @@
-"""What a checkpoint's KV cache is read as, and everything about it that is refused by name."""
+"""The reading of a checkpoint's KV cache, and the errors that name what is wrong with it."""
 
 from __future__ import annotations
 

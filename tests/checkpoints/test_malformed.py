@@ -1,7 +1,7 @@
-"""Every malformed checkpoint is refused by name, and every legal oddity is read.
+"""Every malformed checkpoint raises an error that names the fault, and every legal oddity is read.
 
-Each case is a real export with one thing changed. What shows in the files' headers and per-tensor scales must be refused by
-``read_checkpoint`` and ``check_scalar_values``, which run before a server starts any process; block scales by
+Each case is a real export with one change. A fault in the files' headers or per-tensor scales must raise an error in
+``read_checkpoint`` and ``check_scalar_values``, which run before a server starts any process; block scales in
 ``check_all_values`` (and while loading: tests/layers).
 """
 
@@ -30,19 +30,19 @@ Edit = Callable[[Path], None]
 
 
 def preflight(folder: Path) -> Checkpoint:
-    """What a launching process checks."""
+    """Run the checks of a launching process."""
     checkpoint = read_checkpoint(folder)
     check_scalar_values(checkpoint)
     return checkpoint
 
 
 def make(tmp_path: Path, recipe: str, *changes: Edit) -> Path:
-    """A copy of the recipe's export of a small Llama with ``changes``."""
+    """Return a copy of the recipe's export of a small Llama with ``changes``."""
     return edits.copy_with(export(model_dir(TinyModel()), recipe), tmp_path / "checkpoint", changes)
 
 
 def to_bytes(index: tuple[int, ...], value: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A change that sets one byte of a one-byte tensor."""
+    """Return a change that sets one byte of a one-byte tensor."""
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         raw = tensor.view(torch.uint8).clone()
@@ -53,12 +53,12 @@ def to_bytes(index: tuple[int, ...], value: int) -> Callable[[torch.Tensor], tor
 
 
 def full_scalar(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A change to a scalar of that value."""
+    """Return a change to a scalar of that value."""
     return lambda tensor: torch.full_like(tensor, value)
 
 
 def edit_index(change: Callable[[dict[str, str]], None]) -> Edit:
-    """A change of the index's weight map."""
+    """Return a change of the index's weight map."""
     return edits.edit_json(edits.INDEX, lambda content: change(content["weight_map"]))
 
 
@@ -340,7 +340,7 @@ def test_block_scales_refused(tmp_path: Path, fault: str) -> None:
 
 
 def zero_block(scale_byte: int) -> list[Edit]:
-    """Changes that make one block all zero, its scale ``scale_byte``; half of its zeros are negative."""
+    """Return changes that make one block all zero, its scale ``scale_byte``; half of its zeros are negative."""
 
     def clear(codes: torch.Tensor) -> torch.Tensor:
         codes = codes.clone()
@@ -354,7 +354,7 @@ def zero_block(scale_byte: int) -> list[Edit]:
 
 
 def link_files(folder: Path) -> None:
-    """Turns every file into a symbolic link, as in a hub cache."""
+    """Turn every file into a symbolic link, as in a hub cache."""
     store = folder.parent / "store"
     store.mkdir()
     for file in list(folder.iterdir()):
@@ -363,7 +363,7 @@ def link_files(folder: Path) -> None:
 
 
 def add_strangers(folder: Path) -> None:
-    """Files that have nothing to do with the checkpoint."""
+    """Add files that have nothing to do with the checkpoint."""
     (folder / "README.md").write_text("hello")
     (folder / "original").mkdir()
     (folder / "original" / "consolidated.safetensors").write_bytes(b"not ours")

@@ -45,7 +45,7 @@ def test_projections_may_differ(tmp_path: Path) -> None:
 
 
 def swap_format(folder: Path, projection: str, experts: range) -> None:
-    """Replaces a projection of experts in layer 0 by that of an MXFP8 export, in the tensors and in the configuration."""
+    """Replace a projection of experts in layer 0 by that of an MXFP8 export, in the tensors and in the configuration."""
     other = edits.read_tensors(export(model_dir(tiny("qwen3_moe")), "MXFP8_DEFAULT_CFG"))
     modules = [f"model.layers.0.mlp.experts.{number}.{projection}" for number in experts]
 
@@ -78,7 +78,7 @@ def test_experts_of_different_formats(tmp_path: Path, projection: str, experts: 
 
 
 def dequantize(pattern: str) -> edits.Edit:
-    """Turns layers into unquantized ones that the configuration still calls quantized."""
+    """Turn layers into unquantized ones that the configuration still calls quantized."""
 
     def change(tensors: edits.Tensors) -> None:
         for name in edits.matching(tensors, f"{pattern}.weight"):

@@ -1,4 +1,4 @@
-"""Every tensor of every recipe, spoiled in every way its declaration forbids, is refused by its name.
+"""Every tensor of every recipe, spoiled in every way its declaration forbids, raises an error that names it.
 
 Driven by the formats' own declarations: a new recipe or format is covered as soon as tests/layers lists its preset.
 """
@@ -39,14 +39,14 @@ def mxfp4_rounds_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(tmp_path: Path, source: Path, change: edits.Edit, named: str, case: str) -> None:
-    """The checkpoint with ``change`` is refused, and the message names ``named``."""
+    """Check that the checkpoint with ``change`` raises an error that names ``named``."""
     folder = edits.copy_with(source, tmp_path / re.sub(r"\W+", "-", case), [change])
     with pytest.raises(ModelOptExtError, match=re.escape(named)):
         check_all_values(read_checkpoint(folder))
 
 
 def other_dtype(spec: TensorSpec) -> torch.dtype:
-    """A type the tensor must not have."""
+    """Return a type the tensor must not have."""
     return next(dtype for dtype in (torch.float64, torch.int32) if dtype not in spec.dtypes)
 
 
@@ -75,7 +75,7 @@ def test_every_tensor_of_a_layer(tmp_path: Path, recipe: str) -> None:
 
 
 def _with(tensor: torch.Tensor, value: float) -> torch.Tensor:
-    """``tensor`` with its last entry replaced."""
+    """Return ``tensor`` with its last entry replaced."""
     flat = tensor.flatten().clone()
     if tensor.dtype == torch.float8_e4m3fn:
         flat = flat.float()

@@ -27,7 +27,7 @@ CONFIG_SECTION: dict[str, Any] = {
 
 
 def write(folder: Path, section: object = None, config_section: object = None) -> Path:
-    """A folder with the two files, each only where a section is given."""
+    """Return a folder with the two files, each only where a section is given."""
     if section is not None:
         content = {"producer": {"name": "modelopt", "version": "0.47.0"}, "quantization": section}
         (folder / "hf_quant_config.json").write_text(json.dumps(content))

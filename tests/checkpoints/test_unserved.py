@@ -25,7 +25,7 @@ def problems(folder: Path) -> list[str]:
 
 
 def rename(old: str, new: str) -> edits.Edit:
-    """Stores a layer's tensors under another name."""
+    """Store a layer's tensors under another name."""
 
     def apply(tensors: edits.Tensors) -> None:
         for name in edits.matching(tensors, f"*.{old}.*"):
@@ -35,7 +35,7 @@ def rename(old: str, new: str) -> edits.Edit:
 
 
 def fuse(fused: str, shards: tuple[str, ...]) -> edits.Edit:
-    """Stores shards as one tensor, as Phi-3 does."""
+    """Store shards as one tensor, as Phi-3 does."""
 
     def apply(tensors: edits.Tensors) -> None:
         for name in edits.matching(tensors, f"*.{shards[0]}.*"):
@@ -46,7 +46,7 @@ def fuse(fused: str, shards: tuple[str, ...]) -> edits.Edit:
 
 
 def pack(tensors: edits.Tensors) -> None:
-    """The experts of each layer in one tensor, as gpt-oss and Llama 4 are exported."""
+    """Store the experts of each layer in one tensor, like exports of gpt-oss and Llama 4."""
     for layer in (0, 1):
         base = f"model.layers.{layer}.mlp"
         for name in edits.matching(tensors, f"{base}.*_proj.*"):

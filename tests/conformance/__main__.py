@@ -13,7 +13,7 @@ COMMANDS = ("run", "pack", "worker")
 
 
 def main() -> int:
-    """Runs the module that the first argument names."""
+    """Run the module that the first argument names."""
     sys.path[:] = [entry for entry in sys.path if Path(entry).resolve() != HERE]
     runpy.run_path(str(HERE.parents[1] / "conftest.py"))
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:

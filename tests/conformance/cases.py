@@ -1,4 +1,4 @@
-"""The cases of the conformance run: an export, how it is served, and what it is read as."""
+"""The cases of the conformance run: an export, the arguments of its engine, and its reading."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from tests.conformance.exports import EXPORTS, Export
 Graphs = Literal["decode", "none", "all"]
 
 KV_CHUNK = 256
-"""Tokens of a prompt prefilled at a time where a cache is judged: later chunks meet earlier ones as the cache has them."""
+"""Tokens per prefill chunk in cases with a quantized cache: later chunks read earlier ones from the cache."""
 
 DENSE_CHUNK = 512
-"""Where a cache is not, for some cases. The others take their longest prompt in one piece."""
+"""Tokens per prefill chunk in some cases without a quantized cache. The others prefill each prompt in one chunk."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One engine.
+    """The case of one engine.
 
     Attributes:
         name: of the case.
-        export: what is served, by its name in the pack.
-        reads: what it is read as: ``export``, but for a control.
+        export: the served export, by its name in the pack.
+        reads: the export that it is read as, another one only for a control.
         kv: the recipe of the cache.
-        math: how NVFP4 weights meet FP8 activations.
+        math: the numerics of NVFP4 weights with FP8 activations.
         args: arguments of ``sglang.Engine`` besides those of every case.
         env: environment variables.
-        chunk: tokens of a prompt prefilled at a time; None: all of it.
+        chunk: tokens per prefill chunk; None: whole prompts.
         graphs: the CUDA graphs that are captured.
-        plugin: whether this package's is loaded.
+        plugin: whether this package's plugin is loaded.
         same_as: the case that must give the same log probabilities.
-        expect: the verdict a sound run has; ``"any"`` for what SGLang alone does.
+        expect: the verdict of a sound run; ``"any"`` for SGLang alone.
         tp: tensor-parallel ranks.
     """
 
@@ -55,12 +55,12 @@ class Case:
 
     @property
     def of(self) -> Export:
-        """The export that is served."""
+        """Return the served export."""
         return EXPORTS[self.export]
 
 
 def case(export: str, name: str = "", **options: Any) -> Case:
-    """A case of an export; by default it is called like it and has its cache."""
+    """Return a case of an export, by default with the export's name and cache."""
     options = {"reads": export, "kv": EXPORTS[export].kv} | options
     if options["kv"] != "none":
         options.setdefault("chunk", KV_CHUNK)
@@ -91,7 +91,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "mix-unknown": {"reads": "mix-nvfp4-fp8"},
     "wrong-scale": {"reads": "trained-w4a8-nvfp4", "expect": "wrong"},
 }
-"""What differs from the plain case of an export."""
+"""Arguments that differ from the plain case of an export."""
 
 LEFT_TO_SGLANG = (
     *("fp8", "nvfp4", "fp8-kv-fp8", "w4a16-nvfp4", "moe-nvfp4", "moe-fp8"),
@@ -119,11 +119,11 @@ RANKS: tuple[Case, ...] = tuple(
 
 
 FIRST = ("trained", "wrong-scale", "large", "w4a8", "moe-w4a8", "kv")
-"""What begins first, since a run may be ended before its end."""
+"""Cases that begin first, since a run may be ended early."""
 
 
 def chosen(tp: int, only: str | None) -> list[Case]:
-    """The cases of a run, the longest and the most telling first.
+    """Return the cases of a run, the longest and most informative first.
 
     Args:
         tp: 1, or 2 for those over two ranks, beside those of one that they must agree with.

@@ -1,4 +1,4 @@
-"""Drives one engine: prompts of every length, batches, chunks, decoding, cached prefixes; and the log probabilities it gives."""
+"""A driver of one engine: prompts of every length, batches, chunks, decoding, cached prefixes, and their log probabilities."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ VOCAB = 511
 """SGLang reports the last of the 512 tokens as 0: no prompt has it."""
 
 WHOLE = 8192
-"""Tokens of a chunk that cuts no prompt."""
+"""A chunk size that splits no prompt."""
 
 SINGLES = (3, 5, 9, 17, 33, 65, 100, 129, 200)
 LONG = (300, 900, 2100)
 BATCH, BATCH_LENGTH = 16, 32
 BATCH_LENGTH_KV = 12
-"""Sixteen of these are fewer tokens than a chunk, so that none is cut at a place that depends on the others."""
+"""Sixteen prompts of this length fit one chunk, so that no prompt is split depending on the others."""
 
 PREFIXES, PREFIX, ODD_PREFIX, TAIL = 3, 256, 120, 40
-"""A prefix of whole chunks, and one that is not."""
+"""A prefix of whole chunks, and one of another length."""
 
 FOLLOW = 8
 PAGE = 64
-"""The largest page of SGLang's attention backends: of a prefix, whole pages are found again."""
+"""The largest page of SGLang's attention backends: prefixes are cached in whole pages."""
 
 FLUSHES = 100
 
 
 @dataclass(frozen=True)
 class Scored:
-    """The log probabilities that an engine gave to the tokens of one sequence from ``start`` on.
+    """The log probabilities from an engine for the tokens of one sequence from ``start`` on.
 
     Attributes:
-        group: which kind of request it was of.
-        ids: the sequence, what was decoded included.
+        group: the kind of request.
+        ids: the sequence, including decoded tokens.
         start: the first token that has a log probability.
         values: one for each token from there.
-        prompt: how many tokens were sent.
-        cached: how many of these were found in the cache.
-        follow: the likeliest continuation, where one was asked for.
+        prompt: number of tokens sent.
+        cached: number of these tokens found in the cache.
+        follow: the likeliest continuation, where requested.
     """
 
     group: str
@@ -60,7 +60,7 @@ class Drive:
 
     Args:
         engine: ``sglang.Engine``.
-        case: what it serves.
+        case: the case that it serves.
     """
 
     def __init__(self, engine: Any, case: Case) -> None:
@@ -68,12 +68,12 @@ class Drive:
         self.case = case
         self.chunk = case.chunk or WHOLE
         self.repeats = float("nan")
-        """The share of the long prompts' tokens whose log probability is the same, bit for bit, when they are sent again."""
+        """The share of the long prompts' tokens whose log probability is bit-identical when they are sent again."""
         self.variation = float("nan")
         """The mean difference between the log probabilities of the long prompts' tokens when they are sent twice."""
 
     def all(self) -> list[Scored]:
-        """Every request, one kind after the other; ``repeats`` and ``variation`` are then known."""
+        """Send every request, one kind after the other, and set ``repeats`` and ``variation``."""
         scored: list[Scored] = []
         again: list[Scored] = []
         length = BATCH_LENGTH if self.chunk >= BATCH * BATCH_LENGTH else BATCH_LENGTH_KV
@@ -100,7 +100,7 @@ class Drive:
     def prompts(
         self, group: str, prompts: Sequence[Sequence[int]], start: int = 0, flush: bool = True, count: int = 1
     ) -> list[Scored]:
-        """Scores the prompts, sent at once, and lets ``count`` tokens follow."""
+        """Score the prompts, sent at once, and let ``count`` tokens follow."""
         if flush:
             self.flush()
         answers = self._generate(prompts, count, logprob_start_len=start)
@@ -117,7 +117,7 @@ class Drive:
         return scored
 
     def decoded(self, group: str, prompts: Sequence[Sequence[int]], count: int) -> list[Scored]:
-        """Scores the likeliest continuation of each prompt, token by token as it is decoded."""
+        """Score the likeliest continuation of each prompt, token by token as it is decoded."""
         self.flush()
         scored = []
         for ids, answer in zip(prompts, self._generate(prompts, count), strict=True):
@@ -129,7 +129,7 @@ class Drive:
         return scored
 
     def cached(self, group: str, prefix: int) -> list[Scored]:
-        """The ends of prompts whose beginning is in the cache, and the same without a cache as ``<group>, fresh``."""
+        """Score the ends of prompts with a cached prefix, and again without a cache as ``<group>, fresh``."""
         scored = []
         for number in range(PREFIXES):
             ids = random_ids(prefix + TAIL, seed=500 + prefix + number, vocab=VOCAB)
@@ -143,7 +143,7 @@ class Drive:
         return scored
 
     def flush(self) -> None:
-        """Forgets the prefixes of earlier prompts; an engine that has not quite ended its last request is asked again."""
+        """Clear the cached prefixes; retry while the engine has not quite ended its last request."""
         for _ in range(FLUSHES):
             if getattr(self.engine.flush_cache(), "success", True):
                 return
@@ -159,7 +159,7 @@ class Drive:
 
 
 def engine_arguments(case: Case, folder: str, device: str, port: int) -> dict[str, Any]:
-    """The arguments of ``sglang.Engine``, small enough for several engines on one GPU."""
+    """Return the arguments of ``sglang.Engine``, small enough for several engines on one GPU."""
     chunk = case.chunk or WHOLE
     arguments: dict[str, Any] = {
         "model_path": folder,
@@ -178,7 +178,7 @@ def engine_arguments(case: Case, folder: str, device: str, port: int) -> dict[st
     if device == "cpu":
         arguments |= {"device": "cpu", "attention_backend": "torch_native"}
     else:
-        # Each engine counts what the others hold: the share is an upper bound only.
+        # Each engine counts the memory of the others: the share is an upper bound only.
         arguments |= {"mem_fraction_static": 0.9, "disable_flashinfer_autotune": True}
         arguments |= {"cuda_graph_max_bs_decode": BATCH}
         if case.graphs != "all":
@@ -186,6 +186,6 @@ def engine_arguments(case: Case, folder: str, device: str, port: int) -> dict[st
         if case.graphs == "none":
             arguments["disable_cuda_graph"] = True
     if case.tp > 1:
-        # NVLink multicast and custom reductions are SGLang's own matter: plain NCCL is what is judged.
+        # NVLink multicast and custom reductions are SGLang's own: judge plain NCCL.
         arguments |= {"disable_custom_all_reduce": True, "enforce_disable_flashinfer_allreduce_fusion": True}
     return {**arguments, **case.args}

@@ -1,4 +1,4 @@
-"""The exports of the conformance run, by name: which model, which preset of ModelOpt, and what is changed afterwards."""
+"""The exports of the conformance run by name: model, preset of ModelOpt, and later changes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ POSITIONS = 4096
 """Room for the long prompts of the run."""
 
 WIDE = {"hidden": 512, "intermediate": 1536, "heads": 8, "layers": 1, "tied": True}
-"""A model whose products take other configurations of the kernels than those of the tiny one."""
+"""A model whose products use other kernel configurations than those of the tiny one."""
 
 WRONG_SCALE = 1.25
 
@@ -33,10 +33,10 @@ class Export:
     Attributes:
         algo: its row of the support matrix, ``MIXED_PRECISION``, or ``none``.
         family: of the model.
-        make: makes it, or finds it in the cache.
+        make: makes the folder, or finds it in the cache.
         kv: the recipe of its KV cache.
         mixture: whether it has experts.
-        large: whether it is no export, but made by :mod:`tests.conformance.large` where it is served.
+        large: whether it is made by :mod:`tests.conformance.large` where it is served, instead of exported.
     """
 
     algo: str
@@ -56,14 +56,14 @@ def _mixture(family: Family, recipe: Any, variant: Variant, layers: int) -> Path
 
 
 def dense(algo: str, family: Family, recipe: Any, kv: str = "none", merge: str | None = None, **fields: Any) -> Export:
-    """A decoder without experts; ``merge`` is ModelOpt's name of the KV cache that is merged into its recipe."""
+    """Return a decoder without experts; ``merge`` is ModelOpt's name of the KV cache that is merged into its recipe."""
     return Export(algo, family, partial(_dense, family, recipe, Variant(kv_cache=merge), **fields), kv)
 
 
 def mixture(
     algo: str, family: Family, recipe: Any, kv: str = "none", merge: str | None = None, layers: int = 1
 ) -> Export:
-    """A mixture of experts."""
+    """Return a mixture of experts."""
     return Export(algo, family, partial(_mixture, family, recipe, Variant(kv_cache=merge), layers), kv, mixture=True)
 
 
@@ -79,7 +79,7 @@ def _fill(source: Path, target: Path, changes: tuple[edits.Edit, ...]) -> None:
 
 
 def _searched(family: Family, formats: str, bits: str) -> Path:
-    """What ``auto-quantize`` makes of a tiny model: a mix by its own search."""
+    """Return the result of ``auto-quantize`` for a tiny model: a mix by its own search."""
     from sglang_modelopt_ext.cli.main import main
 
     model = model_dir(TinyModel(family, max_position=POSITIONS))
@@ -96,7 +96,7 @@ def _searched(family: Family, formats: str, bits: str) -> Path:
 
 
 def _mixed_experts(experts: str, attention: str) -> Path:
-    """Qwen3-MoE, whose class names its fused layers, so that SGLang finds them in a mix."""
+    """Return a mix on Qwen3-MoE, whose class names its fused layers, so that SGLang finds them."""
     key = digest(experts, attention, folder_digest(model_dir(tiny("qwen3_moe", max_position=POSITIONS))))
 
     def make(folder: Path) -> None:
@@ -107,12 +107,12 @@ def _mixed_experts(experts: str, attention: str) -> Path:
 
 
 def mixed(experts: str, attention: str) -> Export:
-    """A mix of experts in one format and attention layers in another."""
+    """Return a mix of experts in one format and attention layers in another."""
     return Export("MIXED_PRECISION", "qwen3_moe", partial(_mixed_experts, experts, attention), mixture=True)
 
 
 def _rename_block_scales(tensors: edits.Tensors) -> None:
-    """From ModelOpt's name of the block scales of FP8 to SGLang's."""
+    """Rename FP8 block scales from ModelOpt's name to SGLang's."""
     for name in [name for name in tensors if ".self_attn." in name and name.endswith(".weight_scale")]:
         tensors[f"{name}_inv"] = tensors.pop(name)
 
@@ -122,7 +122,7 @@ def _list_unknown(content: dict[str, Any]) -> None:
 
 
 def _trained(model: str, recipe: Any, variant: Variant) -> Path:
-    """An export of a shipped model, with room for the long prompts: what it computes moves less than a random model's."""
+    """Return an export of a shipped model, with room for long prompts; rounding moves it less than a random model."""
     source = REPOSITORY / "examples/stdlib_lm" / model
     room = edits.set_fields(edits.CONFIG, {"max_position_embeddings": POSITIONS})
     key = digest(POSITIONS, folder_digest(source))
@@ -131,7 +131,7 @@ def _trained(model: str, recipe: Any, variant: Variant) -> Path:
 
 
 def trained(algo: str, recipe: Any, kv: str = "none", merge: str | None = None) -> Export:
-    """Of the shipped decoder, a Llama of four layers."""
+    """Return an export of the shipped decoder, a Llama of four layers."""
     return Export(algo, "llama", partial(_trained, "model", recipe, Variant(kv_cache=merge)), kv)
 
 
@@ -170,7 +170,7 @@ EXPORTS: dict[str, Export] = {
         f"large-{algo.lower().replace('_', '-')}": Export(algo, "llama", _elsewhere, large=True)
         for algo in ("W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "W4A8_AWQ", "W4A16_AWQ")
     },
-    # The shipped models, trained on text: rounding moves their answers a fraction of what it moves those of random weights.
+    # The shipped models, trained on text: rounding moves their answers a fraction of those of random weights.
     "trained-w4a8-nvfp4": trained("W4A8_NVFP4_FP8", NVFP4),
     "trained-w4a8-mxfp4": trained("W4A8_MXFP4_FP8", MXFP4),
     "trained-w4a8-nvfp4-kv-nvfp4": trained("W4A8_NVFP4_FP8", NVFP4, "nvfp4", PRESETS["nvfp4"]),
@@ -225,7 +225,7 @@ EXPORTS["wrong-scale"] = Export(
         name="wrong-scale",
     ),
 )
-"""A control: a server of this folder must be told from one of the folder it was made of."""
+"""A control: the judge must tell a server of this folder from one of the original folder."""
 for _name, _source, _edit in (
     ("mix-block-fp8-inv", "mix-block-fp8", edits.edit_tensors(_rename_block_scales)),
     ("mix-unknown", "mix-nvfp4-fp8", edits.edit_json(edits.QUANT_CONFIG, _list_unknown)),

@@ -1,4 +1,4 @@
-"""The verdict on what an engine answered: against the float32 reading, by the noise of the same model in bf16.
+"""The verdict on an engine's answers: their distance from the float32 reading, by the noise of the same model in bf16.
 
 The tolerance is that of tests/serving/tolerance.py: a bf16 engine may be NOISE_FACTOR times as far from the float32 reading as
 the same model run in bf16 by Hugging Face. Both are one draw of rounding errors, which happen at other places. It is held for
@@ -29,16 +29,16 @@ from tests.serving.tolerance import FP32_MEDIAN, NOISE_FACTOR
 
 @dataclass(frozen=True)
 class Group:
-    """One kind of request.
+    """The judged tokens of one kind of request.
 
     Attributes:
-        tokens: how many log probabilities were compared; those in doubt are not, unless ``all_compared``.
+        tokens: number of compared log probabilities; those in doubt are excluded, unless ``all_compared``.
         mean, median: of the absolute differences between engine and reading.
-        noise_mean, noise_median: likewise between Hugging Face's bf16 and the reading.
-        noise_all: ``noise_mean`` over all tokens, those in doubt too.
-        unrounded: the mean between the reading and one without the cache's rounding; None without a quantized cache.
-        in_doubt: how many tokens are in doubt by their routing.
-        all_compared: whether these are more than half, so that none is left out.
+        noise_mean, noise_median: of the absolute differences between Hugging Face's bf16 and the reading.
+        noise_all: ``noise_mean`` over all tokens, including those in doubt.
+        unrounded: mean difference of the reading from one without the cache's rounding; None without a quantized cache.
+        in_doubt: number of tokens in doubt by their routing.
+        all_compared: whether these are more than half, so that none is excluded.
     """
 
     tokens: int
@@ -53,12 +53,12 @@ class Group:
 
     @property
     def all_tokens(self) -> int:
-        """How many tokens there are, those left out too."""
+        """Return the number of tokens, including the excluded ones."""
         return self.tokens if self.all_compared else self.tokens + self.in_doubt
 
     @property
     def used(self) -> float:
-        """The largest share of a tolerance that is used; NaN where an answer is not finite."""
+        """Return the largest used share of a tolerance; NaN where an answer is not finite."""
         if not math.isfinite(self.mean):
             return math.nan
         pairs = ((self.mean, self.noise_mean), (self.median, self.noise_median))
@@ -66,13 +66,13 @@ class Group:
 
     @property
     def right(self) -> bool:
-        """Whether what decides is within the tolerance; NaN is not."""
+        """Return whether the deciding figures are within the tolerance; NaN is not."""
         return self.mean <= NOISE_FACTOR * self.noise_mean and self.median <= NOISE_FACTOR * self.noise_median
 
 
 @dataclass
 class Judgement:
-    """Every group of a case, and what was found besides."""
+    """All groups of a case, with further findings."""
 
     groups: dict[str, Group]
     notes: list[str] = field(default_factory=list)
@@ -80,11 +80,11 @@ class Judgement:
 
     @property
     def verdict(self) -> str:
-        """``right`` or ``wrong``."""
+        """Return ``right`` or ``wrong``."""
         return "wrong" if self.faults or not all(group.right for group in self.groups.values()) else "right"
 
     def figures(self) -> dict[str, float]:
-        """Mean, median and noise over all that was compared, and the largest share of a tolerance that any group uses."""
+        """Return mean, median and noise over all compared tokens, and the largest share of a tolerance that any group uses."""
         groups = self.groups.values()
         tokens = sum(group.tokens for group in groups)
         names = ("mean", "median", "noise_mean", "noise_median")
@@ -95,7 +95,7 @@ class Judgement:
         return {"tokens": tokens, **pooled, "noise_all": noise, "used": worst}
 
     def as_json(self) -> dict[str, Any]:
-        """All of it."""
+        """Return the judgement as JSON."""
         return {
             "verdict": self.verdict,
             "groups": {name: asdict(group) for name, group in self.groups.items()},
@@ -106,13 +106,13 @@ class Judgement:
 
 
 class Judge:
-    """Judges the answers of one case.
+    """A judge of the answers of one case.
 
     Args:
-        folder: the checkpoint it is read as.
+        folder: the checkpoint of the reading.
         case: the case.
-        reading: how it is read.
-        device: where the readings run.
+        reading: the numerics of the reading.
+        device: device of the readings.
         known: the manifest's log probabilities of the reading, made on a CPU, and their prompts.
     """
 
@@ -135,7 +135,7 @@ class Judge:
             raise ValueError(f"{folder}: whether it is a mixture is told otherwise by its case")
 
     def judge(self, scored: Sequence[Scored]) -> Judgement:
-        """The verdict on all of ``scored``."""
+        """Return the verdict on all of ``scored``."""
         rows: dict[str, list[tuple[torch.Tensor, ...]]] = {}
         for one in scored:
             raw = (
@@ -164,12 +164,12 @@ class Judge:
         return judgement
 
     def _check_reading(self, judgement: Judgement) -> None:
-        """The reading here is the one that was made on a CPU."""
+        """Check that the reading here agrees with the one made on a CPU."""
         if self.known is None:
             return
         values, prompts = self.known
         found = torch.cat([self.exact.plain_scores(ids) for ids in prompts])
-        # A rounding that falls the other way (FP32_MEDIAN says why) moves that token and later ones, not those before.
+        # A rounding that falls the other way (FP32_MEDIAN explains it) moves that token and later ones, not earlier ones.
         apart = float((found - torch.tensor(values)).abs().quantile(0.25))
         judgement.notes.append(f"reading against a CPU's {apart:.1e}")
         if not apart < FP32_MEDIAN:
@@ -178,7 +178,7 @@ class Judge:
             )
 
     def _check_rounding(self, judgement: Judgement) -> None:
-        """The cache's rounding shows in what is judged: leaving it out would be told from having it."""
+        """Check that the judge would notice a missing cache rounding."""
         shares = {
             name: group.unrounded / (NOISE_FACTOR * group.noise_mean)
             for name, group in judgement.groups.items()
@@ -195,7 +195,7 @@ class Judge:
         hit: Sequence[Sequence[torch.Tensor]],
         fresh: Sequence[Sequence[torch.Tensor]],
     ) -> None:
-        """Compare tokens behind a cached prefix and without one: how far apart the engine's answers are, and the readings."""
+        """Compare tokens after a cached prefix with those without one: in the engine's answers, and in the readings."""
         (served, read), (served_fresh, read_fresh) = (
             [torch.cat([row[place][-len(row[0]) :] for row in rows]) for place in (0, 1)] for rows in (hit, fresh)
         )
@@ -206,7 +206,7 @@ class Judge:
 
 
 def same_tokens(scored: Sequence[Scored], name: str) -> str:
-    """How many of the tokens that follow a prompt are the same behind a cached prefix: ``23 of 24``."""
+    """Return how many of the tokens after a prompt are the same after a cached prefix: ``23 of 24``."""
     hit, fresh = (
         [token for one in scored if one.group == group for token in one.follow] for group in (name, f"{name}, fresh")
     )
@@ -214,7 +214,7 @@ def same_tokens(scored: Sequence[Scored], name: str) -> str:
 
 
 def in_doubt(exact: Sequence[torch.Tensor], rough: Sequence[torch.Tensor], experts: int) -> torch.Tensor:
-    """Which tokens of a sequence may meet other experts by rounding alone, ``[T]``.
+    """Return which tokens of a sequence may reach other experts by rounding alone, ``[T]``.
 
     A router chooses the ``experts`` largest logits; the margin of a token is the last that is chosen minus the first that is not.
     Where rounding moves a logit by eps at most, it moves a margin by 2 eps at most. For each mixture eps is the largest difference
@@ -226,8 +226,8 @@ def in_doubt(exact: Sequence[torch.Tensor], rough: Sequence[torch.Tensor], exper
 
     Args:
         exact: the router logits of each mixture in float32, ``[T, number of experts]``, from the first layer on.
-        rough: the same in bf16.
-        experts: how many are chosen; all of them are never in doubt.
+        rough: these logits in bf16.
+        experts: number of chosen experts; if all are chosen, no token is in doubt.
     """
     doubt = torch.zeros(len(exact[0]), dtype=torch.bool)
     for logits, rounded in zip(exact, rough, strict=True):
@@ -240,7 +240,7 @@ def in_doubt(exact: Sequence[torch.Tensor], rough: Sequence[torch.Tensor], exper
 
 
 def doubt_notes(groups: Mapping[str, Group]) -> list[str]:
-    """What was left out since its routing is in doubt, and of which groups nothing was."""
+    """Return notes on the tokens excluded for their routing, and on groups where none was excluded."""
     left_out = [
         f"{g.in_doubt} of {g.all_tokens} ({name})" for name, g in groups.items() if g.in_doubt and not g.all_compared
     ]
@@ -258,10 +258,10 @@ def compared(
     doubt: torch.Tensor,
     unrounded: torch.Tensor | None = None,
 ) -> Group:
-    """One group out of the log probabilities of all its tokens: answers, readings in float32 and bf16, and what is in doubt."""
+    """Return one group from the log probabilities of all its tokens: answers, float32 and bf16 readings, tokens in doubt."""
     count = int(doubt.sum())
     all_compared = 2 * count > len(doubt)
-    # No rounding explains an answer that is not finite: it counts wherever it is.
+    # Rounding cannot explain an answer that is not finite, so it always counts.
     kept = torch.ones_like(doubt) if all_compared else ~doubt | ~served.isfinite()
     apart, noise = (served - exact).abs(), (rough - exact).abs()
     return Group(
@@ -284,7 +284,7 @@ def compare(
     noise: float,
     variation: float = 0.0,
 ) -> dict[str, Any]:
-    """Two engines that must agree, on prompts that do not depend on what they answer.
+    """Compare two engines that must agree, on prompts that do not depend on their answers.
 
     With and without the plugin the same kernels run on the same tokens: at least half of the tokens agree to float32's noise. Where
     the kernels themselves do not repeat (SGLang's Marlin products of experts sum by atomics), the long prompts of the two engines

@@ -1,6 +1,6 @@
 """Checkpoints with layers of an 8B Llama's sizes, made where they are served: they are too large to travel.
 
-Two layers of random weights under this package's own reference quantizers. What a server should answer is still read independently.
+Two layers of random weights under this package's reference quantizers. The expected answers are still read independently.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ HIDDEN, INTERMEDIATE, HEADS, KV_HEADS, HEAD_DIM, LAYERS, VOCAB = 4096, 14336, 32
 POSITIONS = 4096
 WEIGHT_STD = 0.02
 INPUT_AMAX = {"down_proj": 18.0}
-"""The largest input: a few of the down projection's are that large, those of the others, after a norm, below 6."""
+"""The largest inputs: the down projection has a few of this size, the others, after a norm, stay below 6."""
 NORMED_AMAX = 6.0
 
 
 def make(folder: Path, algo: str, device: str, shrink: int = 1) -> None:
-    """Writes the checkpoint of an algorithm to ``folder``; ``shrink`` divides its sizes."""
+    """Write the checkpoint of an algorithm to ``folder``; ``shrink`` divides its sizes."""
     hidden, intermediate, heads, kv_heads = (
         size // shrink for size in (HIDDEN, INTERMEDIATE, HEADS, max(KV_HEADS, shrink))
     )
@@ -59,7 +59,7 @@ def make(folder: Path, algo: str, device: str, shrink: int = 1) -> None:
             if algo in ("W4A8_AWQ", "W4A16_AWQ"):
                 tensors[f"{prefix}{name}.pre_quant_scale"] = torch.ones(columns, dtype=torch.bfloat16)
     folder.mkdir(parents=True)
-    # Copies: q, k and v share no memory with each other, and norms would with one another.
+    # Copies, because q, k and v share no memory with each other, and norms would with one another.
     save_file({name: tensor.cpu().clone() for name, tensor in tensors.items()}, folder / "model.safetensors")
     quantization = {"quant_algo": algo, "kv_cache_quant_algo": None, "exclude_modules": ["lm_head"]}
     if weight.group_size:

@@ -1,9 +1,9 @@
-"""Makes the pack: every export, and what an independent reading of it says on a CPU, in one compressed archive.
+"""The pack: every export and its independent reading on a CPU, in one compressed archive.
 
     python tests/conformance pack .exports
 
-ModelOpt makes the exports, which takes minutes the first time; they are kept in ``.export-cache``. A run needs the pack alone: the
-machine with the GPU has neither ModelOpt nor a network.
+ModelOpt makes the exports, which takes minutes the first time; they are kept in ``.export-cache``. A run needs only the
+pack: the machine with the GPU has neither ModelOpt nor a network.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from tests.support.cache import folder_digest
 ARCHIVE, MANIFEST = "exports.xz", "manifest.json"
 CHECK_PROMPTS, CHECK_LENGTH, CHECK_SEED = 4, 16, 500
 CAPABILITIES = (None, 90, 100)
-"""On a CPU, before Blackwell and on it: which activations are rounded differs."""
+"""A CPU, a GPU before Blackwell, and Blackwell: they round different activations."""
 
 
 class StalePack(Exception):
-    """The archive is not the one that its manifest describes."""
+    """An archive that does not match its manifest."""
 
 
 def check_prompts() -> list[list[int]]:
-    """The prompts whose log probabilities are in the manifest."""
+    """Return the prompts whose log probabilities are in the manifest."""
     from tests.support.models import random_ids
 
     return [random_ids(CHECK_LENGTH, CHECK_SEED + number, vocab=511) for number in range(CHECK_PROMPTS)]
 
 
 def build(target: Path, names: list[str] | None = None) -> None:
-    """Writes the archive and its manifest to ``target``."""
+    """Write the archive and its manifest to ``target``."""
     from tests.conformance.cases import CASES
     from tests.conformance.exports import EXPORTS
     from tests.conformance.reading import Reading, read_check
@@ -74,7 +74,7 @@ def _digest(part: bytes) -> bytes:
 
 
 def _chunks(file: Path) -> list[bytes]:
-    """The content of a file, cut where the tensors of a safetensors file begin: exports of one model have many in common."""
+    """Return the content of a file, split where the tensors of a safetensors file begin, since exports share many of them."""
     content = file.read_bytes()
     if file.suffix != ".safetensors":
         return [content]
@@ -86,10 +86,10 @@ def _chunks(file: Path) -> list[bytes]:
 
 
 def unpack(pack: Path, target: Path) -> dict[str, Any]:
-    """Writes the exports of a pack to ``target`` and returns what the manifest says of each.
+    """Write the exports of a pack to ``target`` and return each one's manifest entry.
 
     Raises:
-        StalePack: an export is not the one that its readings were made of.
+        StalePack: an export differs from the one its readings were made of.
     """
     content = json.loads((pack / MANIFEST).read_text(encoding="utf-8"))
     data = memoryview(lzma.decompress((pack / ARCHIVE).read_bytes()))
@@ -108,7 +108,7 @@ def unpack(pack: Path, target: Path) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command line."""
+    """Parse the command line and build the pack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("target", type=Path, help="the folder of the pack, such as .exports")
     parser.add_argument("--only", metavar="A,B", help="these exports alone")

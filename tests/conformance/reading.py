@@ -1,4 +1,4 @@
-"""What a case should answer: the independent float32 reading, on any device, and how far bf16 alone is from it."""
+"""The expected answers of a case: the independent float32 reading on any device, and its distance to bf16."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.reference import Reference
 BLACKWELL = 100
 
 QUERY_ROUNDING = frozenset({"fa3"})
-"""SGLang's attention that multiplies FP8 with FP8 over its own FP8 cache: queries and the softmax's weights are rounded too."""
+"""SGLang's attention in FP8 over its own FP8 cache, which also rounds queries and softmax weights."""
 
 ROUTERS = frozenset({"gate", "router"})
 """Names of a mixture's router."""
@@ -26,14 +26,14 @@ ROUTERS = frozenset({"gate", "router"})
 
 @dataclass(frozen=True)
 class Reading:
-    """How a checkpoint is read.
+    """The numerics of a reading.
 
     Attributes:
-        math: how NVFP4 weights meet FP8 activations.
-        activation: what rounds an input.
+        math: the numerics of NVFP4 weights with FP8 activations.
+        activation: the rounding of layer inputs.
         kv: the recipe that rounds keys and values.
-        own_chunk: whether a prompt's chunk meets itself as the cache has it; else as it is, and only what came before is rounded.
-        fp8_attention: whether queries are rounded to E4M3. The weights of the values are as well, at points of an online softmax
+        own_chunk: whether attention within a prefill chunk reads back the cache; else only earlier chunks are rounded.
+        fp8_attention: whether queries are rounded to E4M3. Softmax weights are rounded too, at points of an online softmax
             that no reading knows: that counts as noise.
     """
 
@@ -45,7 +45,7 @@ class Reading:
 
     @classmethod
     def of(cls, case: Case, capability: int | None, attention: str = "") -> Self:
-        """The reading of ``case`` on a GPU of that compute capability times ten (None: a CPU), under SGLang's ``attention``."""
+        """Return the reading of ``case`` under SGLang's ``attention``; ``capability`` is a GPU's times ten."""
         older_gpu = capability is not None and capability < BLACKWELL
         activation: Activation = "keep_fp4" if older_gpu else "recipe"
         ours = case.kv != "fp8" or capability is None
@@ -59,7 +59,7 @@ class Reading:
 
     @property
     def key(self) -> str:
-        """Names what the manifest has of this reading: log probabilities under a cache that rounds everything."""
+        """Return the manifest's key of this reading: log probabilities under a cache that rounds everything."""
         return json.dumps([self.math, self.activation, self.kv])
 
 
@@ -68,9 +68,9 @@ class Reader:
 
     Args:
         folder: the checkpoint.
-        reading: how it is read.
+        reading: the numerics.
         dtype: float32, or bfloat16 for its noise.
-        device: where it runs.
+        device: its device.
         kv: replaces the reading's cache, such as ``"unquantized"``.
     """
 
@@ -94,7 +94,7 @@ class Reader:
 
     @contextmanager
     def _here(self) -> Iterator[None]:
-        """New tensors are on the device, and float32 products are of float32."""
+        """Create tensors on the device and compute float32 products in float32 while the block runs."""
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -104,18 +104,18 @@ class Reader:
             torch.set_float32_matmul_precision(precision)
 
     def scores(self, ids: Sequence[int], raw_from: Sequence[int] | None = None) -> torch.Tensor:
-        """The log probability of each token but the first, ``[len(ids) - 1]`` on the CPU.
+        """Return the log probability of each token but the first, ``[len(ids) - 1]`` on the CPU.
 
-        ``raw_from`` is the first key that each token meets unrounded; None: no token meets any.
+        ``raw_from``: for each token, the first key that it reads unrounded; None: all keys are rounded.
         """
         return self.scores_and_routing(ids, raw_from)[0]
 
     def scores_and_routing(
         self, ids: Sequence[int], raw_from: Sequence[int] | None = None
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """:meth:`scores`, and for each mixture, from the first layer on, its router's logits ``[len(ids) - 1, experts]``.
+        """Return :meth:`scores` and each mixture's router logits ``[len(ids) - 1, experts]``, from the first layer on.
 
-        Row ``t`` of either is about the same token: both are computed at the position that predicts it. Without mixtures the
+        Row ``t`` of either is for the same token: both are computed at the position that predicts it. Without mixtures the
         list is empty.
         """
         if self._rounding is not None:
@@ -131,14 +131,14 @@ class Reader:
 
     @property
     def experts_per_token(self) -> int | None:
-        """How many experts a router chooses; None for a model without mixtures."""
+        """Return the number of experts that a router chooses; None for a model without mixtures."""
         found = {int(router.top_k) for _, router in routers(self.reference.model)}
         if len(found) > 1:
             raise NotImplementedError(f"mixtures that choose different numbers of experts: {sorted(found)}")
         return found.pop() if found else None
 
     def plain_scores(self, ids: Sequence[int]) -> torch.Tensor:
-        """Score the tokens with every key and value as the cache has it, and queries as they are."""
+        """Score the tokens with every key and value read back from the cache, and unquantized queries."""
         if self._rounding is not None:
             self._rounding["fp8_queries"] = False
         try:
@@ -149,7 +149,7 @@ class Reader:
 
 
 def routers(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """The routers of a Hugging Face model and their names: ``gate`` or ``router`` beside ``experts``, from the first layer on.
+    """Return the routers of a Hugging Face model (``gate`` or ``router`` beside ``experts``) and their names, in layer order.
 
     Each chooses the ``top_k`` largest of its logits, which it returns, alone or first.
 
@@ -173,16 +173,18 @@ def routers(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 
 def read_check(folder: Path, reading: Reading, prompts: Sequence[Sequence[int]]) -> list[float]:
-    """The log probabilities of ``prompts`` under a reading on a CPU, for the manifest."""
+    """Return the log probabilities of ``prompts`` under a reading on a CPU, for the manifest."""
     reader = Reader(folder, reading, torch.float32)
     return torch.cat([reader.plain_scores(ids) for ids in prompts]).tolist()
 
 
 def first_raw(length: int, prompt: int, cached: int, chunk: int) -> list[int]:
-    """The first key that each of ``length`` tokens meets unrounded where a chunk is not read back, of which ``prompt`` were sent.
+    """Return for each of ``length`` tokens the first key it reads unrounded, where a chunk is not read back.
 
-    The first ``cached`` had been prefilled before, in chunks from the beginning; the rest of the prompt is cut from there on. A
-    decoded token meets all keys rounded, its own too.
+    The first ``prompt`` tokens were sent, the others decoded.
+
+    The first ``cached`` were prefilled earlier, in chunks from the beginning; the rest of the prompt is chunked from
+    there. A decoded token reads all keys rounded, including its own.
     """
     first = []
     for position in range(length):

@@ -1,4 +1,4 @@
-"""What a run found, as a line, a table, JSON for the support matrix and a page of results."""
+"""The result of a run as a line, a table, JSON for the support matrix and a page of results."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Row = Mapping[str, Any]
 
 @dataclass
 class Outcome:
-    """One case that ran.
+    """The outcome of one case.
 
     Attributes:
         case: the case.
         verdict: ``right``, ``wrong``, ``failed`` (no answers) or ``not run``.
-        result: what its process wrote.
-        kernels: those of this package that serve its layers, by the log; none where SGLang serves it.
+        result: the result file of its process.
+        kernels: kernels of this package that serve its layers, by the log; none where SGLang serves it.
         cache: the log's line about the KV cache, where this package has one.
-        agrees: whether it gave the same as the case it must agree with; None where there is none.
+        agrees: whether it matches the case it must agree with; None without one.
     """
 
     case: Case
@@ -38,18 +38,18 @@ class Outcome:
 
     @property
     def as_expected(self) -> bool:
-        """Whether a sound run has this."""
+        """Return whether the outcome is that of a sound run."""
         if self.case.expect == "any":
             return self.verdict != "not run" and self.agrees is not False
         return self.verdict == self.case.expect and self.agrees is not False
 
     @property
     def served_by(self) -> str:
-        """``ours`` where this package serves the layers or the cache, by the log."""
+        """Return ``ours`` where this package serves the layers or the cache, by the log."""
         return "ours" if self.kernels or self.cache else "sglang"
 
     def row(self, commit: str) -> dict[str, Any]:
-        """The case for the support matrix."""
+        """Return the case as a row of the support matrix."""
         of, judged = self.case.of, self.result.get("judgement", {})
         groups = judged.get("groups", {})
         beyond = [
@@ -96,7 +96,7 @@ class Outcome:
 
 
 def line(outcome: Outcome) -> str:
-    """The case in one line."""
+    """Return the case in one line."""
     row = outcome.row("")
     figures = ""
     if outcome.result:
@@ -132,7 +132,7 @@ def _cells(row: Row) -> list[str]:
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """One row a case, in columns."""
+    """Return one row per case, in columns."""
     rows = [HEADER, *(_cells(outcome.row("")) for outcome in outcomes)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADER))]
     return "\n".join(
@@ -141,12 +141,12 @@ def table(outcomes: Sequence[Outcome]) -> str:
 
 
 def as_json(outcomes: Sequence[Outcome], commit: str, earlier: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """What the support matrix reads: hardware and versions, and a row for each case.
+    """Return JSON for the support matrix: hardware and versions, and a row for each case.
 
-    ``earlier`` is such a content: its rows of cases that were not run now are kept.
+    ``earlier`` is an older result: its rows of cases that were not run now are kept.
 
     Raises:
-        ValueError: that was on other hardware, or under other versions.
+        ValueError: the older result is from other hardware or versions.
     """
     rows = [outcome.row(commit) for outcome in outcomes]
     machine = next(
@@ -165,7 +165,7 @@ def as_json(outcomes: Sequence[Outcome], commit: str, earlier: Mapping[str, Any]
 
 
 def as_markdown(content: Mapping[str, Any]) -> str:
-    """A page for benchmarks/results of what :func:`as_json` gives."""
+    """Return a page for benchmarks/results from the result of :func:`as_json`."""
     rows = content["rows"]
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
     verdicts = [row["verdict"] for row in rows if row["expected"] == "right"]

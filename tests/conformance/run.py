@@ -26,11 +26,12 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import FrameType
 
+from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
 from tests.conformance.cases import Case, chosen
 from tests.conformance.judge import compare
 from tests.conformance.pack import ARCHIVE, MANIFEST, build, unpack
 from tests.conformance.report import Outcome, as_json, as_markdown, line, table
-from tests.support.processes import ProcessTree
+from tests.support.server import server_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,13 +45,13 @@ REASON = re.compile(r"^(?:\[[^\]\n]*\] )?([\w.]*(?:Error|Exception|SystemExit)\b
 
 
 class Runner:
-    """Runs cases, a few at a time.
+    """A runner of cases, several at a time.
 
     Args:
-        args: of the command line.
-        exports: where the pack lies.
-        logs: the folder for what the cases print, and their results.
-        gpus: how many there are; 0 on a CPU.
+        args: the command line.
+        exports: folder of the unpacked pack.
+        logs: folder for the output of the cases, and their results.
+        gpus: number of GPUs; 0 on a CPU.
     """
 
     def __init__(self, args: argparse.Namespace, exports: Path, logs: Path, gpus: int) -> None:
@@ -60,14 +61,14 @@ class Runner:
         self._running: dict[str, ProcessTree] = {}
 
     def all(self, cases: list[Case]) -> list[Outcome]:
-        """Every case; prints a line for each as it ends."""
+        """Run every case and print a line for each as it ends."""
         with ThreadPoolExecutor(self.args.workers) as pool:
             outcomes = list(pool.map(lambda item: self._one(*item, len(cases)), enumerate(cases)))
         self.compare(outcomes)
         return outcomes
 
     def stop(self) -> None:
-        """Ends everything that runs."""
+        """End all running cases."""
         self.args.budget = 0
         for processes in list(self._running.values()):
             processes.kill()
@@ -77,10 +78,10 @@ class Runner:
         if passed > self.args.budget - 30:
             outcome = Outcome(case, "not run", note=f"after {passed:.0f} s of {self.args.budget}")
         else:
-            time.sleep(1.5 * number if number < self.args.workers else 0)  # not all at the same point of their start
+            time.sleep(1.5 * number if number < self.args.workers else 0)  # stagger the starts
             try:
                 outcome = self._run(number, case)
-            except Exception as error:  # whatever it is, the other cases go on
+            except Exception as error:  # the other cases continue after any error
                 outcome = Outcome(case, "failed", note=f"{type(error).__name__}: {error}")
         self.done.append(outcome)
         print(f"[{len(self.done):2}/{count} {time.monotonic() - self.begun:4.0f} s] {line(outcome)}", flush=True)
@@ -123,19 +124,17 @@ class Runner:
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"}
         environment |= {"TOKENIZERS_PARALLELISM": "false"}
         if self.args.device == "cpu":
-            environment["SGLANG_USE_CPU_ENGINE"] = "1"
-            if case.tp > 1:
-                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(case.tp))
+            environment |= server_variables(case.tp)
         elif case.tp == 1 and self.gpus > 1:
             environment["CUDA_VISIBLE_DEVICES"] = str(number % self.gpus)
-        if case.tp > 1:  # engines beside it use what they use of either GPU
+        if case.tp > 1:  # engines on the same GPUs share their memory
             environment["SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK"] = "0"
         if not case.plugin:
             environment["SGLANG_PLUGINS"] = other_plugins()
         return environment | dict(case.env)
 
     def compare(self, outcomes: list[Outcome]) -> None:
-        """Cases that must agree with another."""
+        """Compare cases with those they must agree with."""
         by_name = {outcome.case.name: outcome for outcome in outcomes}
         for outcome in outcomes:
             other = by_name.get(outcome.case.same_as or "")
@@ -149,32 +148,32 @@ class Runner:
 
 
 def other_plugins() -> str:
-    """What ``SGLANG_PLUGINS`` must be for SGLang to load every plugin but this package's."""
+    """Return the value of ``SGLANG_PLUGINS`` with which SGLang loads every plugin but this package's."""
     found = {point.name for point in entry_points(group="sglang.srt.plugins")} - {"modelopt_ext"}
     return ",".join(sorted(found)) or "none"  # an empty value would mean all
 
 
 def reason(output: str) -> str:
-    """The last error that a log has, else its last line."""
+    """Return the last error that a log has, else its last line."""
     errors = [match.group(1) for match in REASON.finditer(output)]
     ours = [error for error in errors if "ModelOptExtError" in error]
     return (ours or errors or [last_line(output)])[-1][:300]
 
 
 def last_line(output: str) -> str:
-    """The end of a log."""
+    """Return the end of a log."""
     return (output.strip().splitlines() or [""])[-1][:200]
 
 
 def commit() -> str:
-    """The revision that runs, where git knows it."""
+    """Return the running revision, where git knows it."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"
 
 
 def write(outcomes: list[Outcome], args: argparse.Namespace) -> None:
-    """Writes the results, where they are wanted."""
+    """Write the results, where requested."""
     if not args.results:
         return
     target, page = args.results.with_suffix(".json"), args.results.with_suffix(".md")
@@ -186,7 +185,7 @@ def write(outcomes: list[Outcome], args: argparse.Namespace) -> None:
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         "tests/conformance run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -216,7 +215,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Runs the cases; 0 when every verdict is the expected one."""
+    """Run the cases and return 0 when every verdict is the expected one."""
     args = arguments()
     cases = chosen(args.tp, args.only)
     if args.part:
@@ -248,7 +247,7 @@ def main() -> int:
         runner = Runner(args, exports, logs, gpus)
 
         def ended(signum: int, frame: FrameType | None) -> None:
-            """At the end of somebody's patience: no process is left, and what is known is written."""
+            """End all processes and write the results so far, on a signal."""
             runner.stop()
             runner.compare(runner.done)
             write(runner.done, args)

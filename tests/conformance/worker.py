@@ -1,4 +1,4 @@
-"""One case in a process of its own: starts the engine, asks it, and judges the answers. ``run.py`` starts it; it may die."""
+"""One case in a process of its own, started by ``run.py``: starts the engine, queries it and judges the answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PACKAGES = (
 
 
 def hardware(device: str) -> dict[str, Any]:
-    """The name and the compute capability of what runs it, and the versions of the packages that decide kernels."""
+    """Return the name and compute capability of the device, and the versions of the packages that decide kernels."""
     from importlib import metadata
 
     import torch
@@ -44,7 +44,7 @@ def hardware(device: str) -> dict[str, Any]:
 
 
 def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, Any]:
-    """Serves and judges the case; the answers are part of the result."""
+    """Serve and judge the case, and return the result with the answers."""
     import sglang
     import torch
 
@@ -67,7 +67,7 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
 
     served = exports / case.export
     if case.of.large:
-        # A folder of its own: a control or a twin beside it makes the same again.
+        # A folder of its own: a control or a twin that runs at the same time makes one too.
         served = exports / "large" / case.name
         large.make(served, case.of.algo, device, shrink=1 if device == "cuda" else 8)
         lap("checkpoint")
@@ -99,14 +99,14 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
 
 
 def _attention(engine: Any) -> str:
-    """SGLang's attention backend, as its arguments were resolved."""
+    """Return SGLang's attention backend, from its resolved arguments."""
     from sglang.srt.arg_groups.overrides import resolved_view
 
     return str(resolved_view(engine.server_args).attention_backend)
 
 
 def main() -> int:
-    """The command line, which ``run.py`` writes."""
+    """Run one case by the command line, which ``run.py`` writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case")
     parser.add_argument("--tp", type=int, default=1)
@@ -117,6 +117,6 @@ def main() -> int:
     args = parser.parse_args()
     result = run(args.case, args.tp, args.exports, args.device, args.port)
     args.result.write_text(json.dumps(result), encoding="utf-8")
-    # Threads of the engine that are still there would keep the process.
+    # Remaining threads of the engine would keep the process alive.
     sys.stdout.flush()
     os._exit(0)

@@ -36,7 +36,7 @@ class Namespace(torch.nn.Module):
     """Modules and parameters under the names a checkpoint gives them, with a loader like SGLang's models have."""
 
     def put(self, name: str, value: torch.nn.Module | torch.nn.Parameter) -> None:
-        """Sets ``value`` under a dotted name."""
+        """Set ``value`` under a dotted name."""
         owner: torch.nn.Module = self
         *parents, last = name.split(".")
         for part in parents:
@@ -46,7 +46,7 @@ class Namespace(torch.nn.Module):
         setattr(owner, last, value)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """As ``LlamaForCausalLM.load_weights``: fused names first, tensors nobody knows are dropped."""
+        """Load like ``LlamaForCausalLM.load_weights``: fused names first, unknown tensors are dropped."""
         parameters = dict(self.named_parameters())
         for name, tensor in weights:
             for fused, shards in FUSED_SHARDS.items():
@@ -68,7 +68,7 @@ def _copy(parameter: torch.nn.Parameter, tensor: torch.Tensor) -> None:
 
 @contextmanager
 def parallel_rank(rank: int, size: int) -> Iterator[None]:
-    """Layers built inside belong to that tensor-parallel rank, without any distributed group."""
+    """Build layers for that tensor-parallel rank while the block runs, without a distributed group."""
     group = sglang_linear._LogicalGroup(rank, size) if size > 1 else None
     with mock.patch.object(sglang_linear, "_resolve_linear_group", return_value=group):
         yield
@@ -77,7 +77,7 @@ def parallel_rank(rank: int, size: int) -> Iterator[None]:
 def build(
     folder: Path, rank: int = 0, size: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[Namespace, Checkpoint]:
-    """The quantized linear layers of a checkpoint as one tensor-parallel rank has them, loaded and prepared.
+    """Return the quantized linear layers of a checkpoint on one tensor-parallel rank, loaded and prepared.
 
     The fused layers are found by their shards; every other tensor becomes a plain parameter.
     """
@@ -98,9 +98,9 @@ def build(
 
 
 def load(model: Namespace, checkpoint: Checkpoint, elsewhere: set[str] | None = None) -> set[str]:
-    """Loads ``checkpoint`` strictly, prepares the layers, and returns the tensors that were used.
+    """Load ``checkpoint`` strictly, prepare the layers, and return the used tensors.
 
-    ``elsewhere`` stands for what other ranks report to have used.
+    ``elsewhere`` stands for the tensors that other ranks report as used.
     """
     weights = ((stored.name, tensor) for stored, tensor in read_tensors(list(checkpoint.tensors.values())))
     strict = StrictLoad(model, checkpoint)
@@ -122,14 +122,14 @@ def fill(
     skip: str | None = None,
     rename: tuple[str, str] = ("", ""),
 ) -> None:
-    """Puts the quantized linear layers, and a parameter for every tensor of other modules, into ``model``.
+    """Put the quantized linear layers, and a parameter for every tensor of other modules, into ``model``.
 
     Args:
-        model: what is filled.
+        model: the namespace to fill.
         config: gives the layers their methods.
-        checkpoint: what is stored.
-        skip: modules with this in their names are left out.
-        rename: the part of a name that the model calls otherwise, and what it calls it.
+        checkpoint: the stored tensors.
+        skip: modules with this in their names are skipped.
+        rename: a part of names in the checkpoint, and its replacement in the model.
     """
     owned = set()
     for linear in checkpoint.linears.values():

@@ -1,6 +1,6 @@
 """SGLang's own layers of experts, built and loaded in this process from a real export, without a server.
 
-As in ``harness.py``; SGLang's parallel sizes and ranks are published the way its processes do it, for one rank at a time.
+SGLang's parallel sizes and ranks are published like in its processes, for one rank at a time.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NAMES = {
     "qwen3_moe": ("mlp", ("gate_proj", "down_proj", "up_proj")),
     "qwen2_moe": ("mlp", ("gate_proj", "down_proj", "up_proj")),
 }
-"""By model type: SGLang's block of experts, and what its loader calls gate, down and up."""
+"""SGLang's block of experts and its loader's names of gate, down and up, by model type."""
 
 
 @contextmanager
 def published(rank: int = 0, tp: int = 1, ep: int = 1) -> Iterator[None]:
-    """Layers built inside belong to that rank of that many, with experts split over ``ep`` of them."""
+    """Build layers for that rank of that many while the block runs, with experts split over ``ep`` of them."""
     reset_context()
     publish(
         ServerArgs(model_path="dummy", device="cpu", tp_size=tp, ep_size=ep),
@@ -52,7 +52,7 @@ def published(rank: int = 0, tp: int = 1, ep: int = 1) -> Iterator[None]:
 
 
 class MoeNamespace(Namespace):
-    """Loads experts as SGLang's models do."""
+    """A namespace that loads experts like SGLang's models."""
 
     def __init__(self, mapping: list[tuple[str, str, int, str]]) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class MoeNamespace(Namespace):
         self.used: set[str] = set()
 
     def load_weights(self, weights: Any) -> None:
-        """Experts by SGLang's own table of names; the rest as in a dense model."""
+        """Load experts by SGLang's own table of names, the rest like a dense model."""
         parameters = dict(self.named_parameters())
         for name, tensor in weights:
             for parameter, weight, expert, shard in self.mapping:
@@ -75,7 +75,7 @@ class MoeNamespace(Namespace):
 def build(
     folder: Path, rank: int = 0, tp: int = 1, ep: int = 1, dtype: torch.dtype = torch.float32
 ) -> tuple[MoeNamespace, Checkpoint]:
-    """The layers of a checkpoint as one rank has them, loaded and prepared."""
+    """Return the layers of a checkpoint as one rank has them, loaded and prepared."""
     register_methods()
     checkpoint = read_checkpoint(folder)
     check_scalar_values(checkpoint)
@@ -104,7 +104,7 @@ def build(
                     ),
                 )
             harness.fill(model, config, checkpoint, skip=".experts.", rename=("mlp", block))
-            # The other ranks' experts are nothing to this one: what the ranks read together is for a test to ask.
+            # A rank ignores the other ranks' experts; a test checks that the ranks together read all.
             elsewhere = set(checkpoint.tensors) if ep > 1 else None
             model.used = load(model, checkpoint, elsewhere)
     finally:
@@ -113,6 +113,6 @@ def build(
 
 
 def run(layer: FusedMoE, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The layer's own forward: dispatch, experts, sum."""
+    """Run the layer's own forward: dispatch, experts, sum."""
     routed = StandardTopKOutput(weights, chosen.to(torch.int32), torch.empty(0))
     return layer.dispatcher.combine(layer.run_moe_core(layer.dispatcher.dispatch(hidden_states=x, topk_output=routed)))

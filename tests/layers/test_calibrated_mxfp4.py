@@ -47,7 +47,7 @@ def calibrated(family: Family = "llama") -> Path:
 
 
 def activations(folder: Path) -> dict[str, str]:
-    """How each quantized layer's input is rounded."""
+    """Return the activation format of each quantized layer."""
     found = {}
     for name, linear in read_checkpoint(folder).linears.items():
         assert linear.scheme.activation is not None
@@ -105,7 +105,7 @@ def test_recipes_without_calibration_beside_a_kv_cache(recipe: str, kv_cache: st
 
 
 def test_each_layer_decides_for_itself(tmp_path: Path) -> None:
-    """As in a search over formats: layers beside each other, one with and one without the scale."""
+    """Layers with and without the scale beside each other, like in a search over formats."""
     changes = [
         edits.drop_tensors(name) for name in ("*0.mlp.down_proj.input_scale", "*1.self_attn.[qkv]_proj.input_scale")
     ]
@@ -176,7 +176,7 @@ def test_a_scale_for_each_channel_is_refused(tmp_path: Path) -> None:
 
 
 def test_dummy_weights_have_no_scale() -> None:
-    """Without tensors to ask, layers are read as the preset exports them."""
+    """Without tensors, layers are read like the preset exports them."""
     checkpoint = read_checkpoint(calibrated())
     method = ModelOptExtConfig(UMBRELLA, checkpoint.config, None)._linear_method("model.layers.0.self_attn.qkv_proj")
     assert method is not None

@@ -1,4 +1,4 @@
-"""Layer by layer, what takes longer: every recipe on held-out models, and a real AutoQuantize mix."""
+"""Slow tests layer by layer: every recipe on held-out models, and a real AutoQuantize mix."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SEARCHED = (
     "INT8_SMOOTHQUANT",
     "INT8_WEIGHT_ONLY",
 )
-"""What ``auto-quantize`` takes, in any mix."""
+"""Formats that ``auto-quantize`` can mix."""
 
 mxfp4_rounds_activations = test_recipes.mxfp4_rounds_activations
 
@@ -84,7 +84,7 @@ def test_every_format_in_one_mix(tmp_path: Path) -> None:
     from sglang_modelopt_ext.workflow.autoquant.formats import find_formats
     from sglang_modelopt_ext.workflow.autoquant.layers import plan_groups, read_linears
     from sglang_modelopt_ext.workflow.autoquant.search import Search
-    from sglang_modelopt_ext.workflow.common.source import load_model
+    from sglang_modelopt_ext.workflow.common.base_model import load_model
     from sglang_modelopt_ext.workflow.quantize.export import export_checkpoint
     from sglang_modelopt_ext.workflow.quantize.record import Origin
 

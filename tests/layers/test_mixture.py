@@ -30,7 +30,7 @@ HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 192, 5, 2
 
 
 class Recorder(TorchDispatchMode):
-    """The operators that run inside, with their arguments."""
+    """A recorder of the operators that run inside, with their arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +69,7 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def both_ways() -> dict[str, list[float]]:
-    """The largest difference of the kernels from PyTorch, in units in the last place of a result, by type; and likewise of sums."""
+    """Return the largest differences of the kernels from PyTorch by type, in units in the last place, and those of sums."""
     h, y = samples()
     found = {}
     for name, dtype in TYPES.items():
@@ -119,7 +119,7 @@ def test_on_a_cpu(dtype: torch.dtype) -> None:
 
 
 def products(algo: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, ExpertProduct, ExpertProduct]:
-    """Both products of a layer of random experts, the same on every device."""
+    """Return both products of a layer of random experts, the same on every device."""
     row = SCHEMES[algo]
     scheme = LayerScheme(algo, WEIGHT_FORMATS[row.weights[0]], row.activation_format())
     generator = torch.Generator().manual_seed(0)

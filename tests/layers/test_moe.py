@@ -58,7 +58,7 @@ MORE_RECIPES = (
     "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN_CFG",
     "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG",
 )
-"""Presets that differ from one of those above in how scales are searched, or in which other layers are quantized."""
+"""Presets that differ from one of ``RECIPES`` in the search for scales, or in the other quantized layers."""
 ELSEWHERE = {"MXFP4_MLP_WEIGHT_ONLY_CFG": "test_mxfp4_activations", "NVFP4_FP8_MHA_CONFIG": "test_quantized_vocabulary"}
 EXPORT_FAILS = {
     *(
@@ -79,7 +79,7 @@ def mxfp4_rounds_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def routing(tokens: int, experts: int = EXPERTS, top_k: int = TOP_K) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct experts for each token, and weights that sum to one."""
+    """Return distinct experts for each token, and weights that sum to one."""
     generator = torch.Generator().manual_seed(tokens)
     weights, chosen = torch.rand(tokens, experts, generator=generator).topk(top_k, dim=-1)
     return chosen, weights / weights.sum(dim=-1, keepdim=True)
@@ -90,7 +90,7 @@ def expert_layers(model: torch.nn.Module) -> dict[str, FusedMoE]:
 
 
 def reference_layer(folder: Path, name: str, **options: str) -> Callable[..., torch.Tensor]:
-    """The reference's experts of the layer that SGLang calls ``name``."""
+    """Return the reference's experts of the layer that SGLang calls ``name``."""
     layer: Callable[..., torch.Tensor] = Reference(folder, **options).model.get_submodule(  # type: ignore[arg-type]
         name.replace("block_sparse_moe", "mlp")
     )
@@ -98,7 +98,7 @@ def reference_layer(folder: Path, name: str, **options: str) -> Callable[..., to
 
 
 def check_experts(folder: Path, tolerance: float = FLIP_TOLERANCE, **options: str) -> dict[str, FusedMoE]:
-    """Every layer of experts of the checkpoint against the reference's; returns SGLang's."""
+    """Check every layer of experts of the checkpoint against the reference's, and return SGLang's."""
     model, checkpoint = build(folder)
     layers = expert_layers(model)
     assert len(layers) == len(checkpoint.experts) > 0
@@ -256,7 +256,7 @@ def test_padded_tokens_have_no_expert() -> None:
 
 
 def test_router_weights_on_the_input() -> None:
-    """As Llama 4 has it: the token is weighted before its expert reads it."""
+    """Like in Llama 4, the token is weighted before its expert reads it."""
     folder = export(model_dir(tiny("qwen3_moe")), "NVFP4_MLP_WEIGHT_ONLY_CFG")
     name, layer = next(iter(expert_layers(build(folder)[0]).items()))
     layer.quant_method._config.apply_router_weight_on_input = True
@@ -269,7 +269,7 @@ def test_router_weights_on_the_input() -> None:
 
 
 class Together:
-    """Stands for the communication of ranks in turn: a first pass notes what each would send, a second gathers it."""
+    """A stand-in for the communication of ranks: a first pass records what each sends, a second gathers it."""
 
     def __init__(self) -> None:
         self.sent: list[torch.Tensor] = []
@@ -349,7 +349,7 @@ def test_reload() -> None:
 
 
 def test_one_kernel_for_a_whole_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another package's, where it is named; in its place one in PyTorch. Loaded from an export, and again from another.
+    """Another package's kernel by name, replaced by PyTorch: loaded from an export, and again from another.
 
     No further from float32, token for token, than twice the two products that it stands for.
     """

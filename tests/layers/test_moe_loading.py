@@ -32,7 +32,7 @@ def mxfp4_rounds_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestStrictLoading:
-    """What only shows while loading."""
+    """Errors that only loading reveals."""
 
     def check(self, tmp_path: Path, change: edits.Edit, message: str, recipe: str = W4A8) -> None:
         folder = edits.copy_with(export(model_dir(tiny("qwen3_moe")), recipe), tmp_path / "checkpoint", [change])

@@ -50,7 +50,7 @@ RECIPES = (
     "INT8_SMOOTHQUANT_CFG",
     "INT8_WEIGHT_ONLY_CFG",
 )
-"""Behind a plus: the calibration algorithm instead of the preset's own. Calibrated, MXFP4 layers store an ``input_scale``."""
+"""Presets; after a plus, another calibration algorithm. Calibrated MXFP4 layers store an ``input_scale``."""
 FAMILIES = ("llama", "qwen2")  # without and with biases
 TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 1e-5}
 """Two roundings to the model's type, of the input after smoothing and of the output, each by at most half its epsilon; float32 sums
@@ -70,7 +70,7 @@ def folder_of(recipe: str, family: str) -> Path:
 
 
 def layers_of(folder: Path) -> Iterator[tuple[str, list[QuantizedLinear], list[dict[str, torch.Tensor]]]]:
-    """Every quantized layer as a server has it, fused where it fuses: its name, shards, and what is stored for each."""
+    """Yield every quantized layer, fused like in a server: its name, shards, and their stored tensors."""
     checkpoint = read_checkpoint(folder)
     tensors = {stored.name: tensor for stored, tensor in read_tensors(list(checkpoint.tensors.values()))}
     seen = set()
@@ -89,7 +89,7 @@ def layers_of(folder: Path) -> Iterator[tuple[str, list[QuantizedLinear], list[d
 
 
 def expected(product: LinearProduct, shards: list[dict[str, torch.Tensor]], x: torch.Tensor) -> torch.Tensor:
-    """The layer in float64, shard by shard, with the activation rounding that is served."""
+    """Return the layer's output in float64, shard by shard, with the served activation rounding."""
     outputs = []
     for shard in shards:
         wide = x.float()
@@ -105,7 +105,7 @@ def expected(product: LinearProduct, shards: list[dict[str, torch.Tensor]], x: t
 
 
 def check_export(folder: Path, dtype: torch.dtype, device: str) -> dict[str, float]:
-    """The worst relative error of any token, by layer; on a GPU the layer is also captured and replayed on another input."""
+    """Return the worst relative error of any token by layer; on a GPU also of a captured graph replayed on another input."""
     errors = {}
     for name, linears, stored in layers_of(folder):
         product = LinearProduct(linears[0].scheme, folder, name, "exact", dtype)
@@ -160,7 +160,7 @@ INTERPRETED = [recipe for recipe in RECIPES if "4" in recipe.replace("W4A8_AWQ_B
 
 
 def interpreted_errors(folder: Path) -> float:
-    """Worst error of the block-scaled backend on the first fused layer of an export, run by Triton's interpreter."""
+    """Return the worst error of the block-scaled backend on an export's first fused layer, in Triton's interpreter."""
     _, linears, stored = next(layers_of(folder))
     backend, scheme = BlockScaled(), linears[0].scheme
     request = LinearRequest(scheme, "cuda", 90, sum(linear.n for linear in linears), linears[0].k)
@@ -174,7 +174,7 @@ def interpreted_errors(folder: Path) -> float:
 
 
 def interpreted_fp4_errors(folder: Path) -> float:
-    """Likewise of the FP4 backends, on activations that the recipe rounds: against the stored tensors in float64."""
+    """Return the worst errors of the FP4 backends in the interpreter, on rounded activations, against float64."""
     _, linears, stored = next(layers_of(folder))
     scheme, worst = linears[0].scheme, 0.0
     scale, smoothing = stored[0].get("input_scale"), stored[0].get("pre_quant_scale")
@@ -193,7 +193,7 @@ def interpreted_fp4_errors(folder: Path) -> float:
 
 
 def interpreted_byte_errors(folder: Path) -> float:
-    """The 8-bit backend on activations as the recipe rounds them: against the stored tensors in float64."""
+    """Return the worst errors of the 8-bit backend in the interpreter, on rounded activations, against float64."""
     _, linears, stored = next(layers_of(folder))
     backend, scheme = EightBit(), linears[0].scheme
     request = LinearRequest(scheme, "cuda", 80, sum(linear.n for linear in linears), linears[0].k)
@@ -210,7 +210,7 @@ def interpreted_byte_errors(folder: Path) -> float:
 
 
 IN_THE_INTERPRETER = {
-    # how a backend errs: on exports of which recipes, and at least how many there are
+    # error function of a backend, the recipes of its exports, and their minimum number
     "interpreted_errors": (INTERPRETED, 9),
     "interpreted_fp4_errors": (FP4, 3),
     "interpreted_byte_errors": (BYTES, 6),
@@ -219,7 +219,7 @@ IN_THE_INTERPRETER = {
 
 @pytest.mark.parametrize("function", IN_THE_INTERPRETER)
 def test_backends_in_the_interpreter(function: str) -> None:
-    """Real exports through ``prepare`` and the product as a GPU would run them, shards with scales of their own merged."""
+    """Real exports through ``prepare`` and the product like on a GPU, shards with scales of their own merged."""
     recipes, least = IN_THE_INTERPRETER[function]
     folders = [str(folder_of(recipe, "llama")) for recipe in recipes]
     script = (
@@ -263,7 +263,7 @@ def test_the_reference_path_on_a_gpu(gemm: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def main(folder: Path) -> None:
-    """Makes every export of this file in ``folder``."""
+    """Make every export of this file in ``folder``."""
     for recipe in RECIPES:
         for family in FAMILIES:
             target = folder / recipe / family

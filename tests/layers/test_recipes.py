@@ -73,13 +73,13 @@ def mxfp4_rounds_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shards_of(name: str) -> list[str]:
-    """The checkpoint's layers behind a layer of SGLang."""
+    """Return the checkpoint's layers that a layer of SGLang fuses."""
     parent, _, leaf = name.rpartition(".")
     return [f"{parent}.{shard}" for shard in FUSED_SHARDS.get(leaf, (leaf,))]
 
 
 def layer_inputs(k: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of different magnitude with outlier channels, one of them zero."""
+    """Return rows of different magnitude with outlier channels, one of them zero."""
     generator = torch.Generator().manual_seed(k)
     x = torch.randn(7, k, generator=generator) * torch.logspace(-2, 1, 7).unsqueeze(1)
     x[:, :: k // 8] *= 20.0
@@ -93,7 +93,7 @@ def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def check_layers(folder: Path, dtype: torch.dtype = torch.float32, tolerance: float = FLIP_TOLERANCE) -> None:
-    """Every quantized layer of the checkpoint against the reference's layers."""
+    """Check every quantized layer of the checkpoint against the reference's layers."""
     model, _ = build(folder, dtype=dtype)
     reference = Reference(folder).model
     layers = {name: module for name, module in model.named_modules() if getattr(module, "quant_method", None)}
@@ -158,7 +158,7 @@ def test_ranks_together_are_one(recipe: str) -> None:
 
 
 class _Together:
-    """Stands for the communication of two ranks: what one would gather from both."""
+    """A stand-in for the communication of two ranks, which gathers both."""
 
     def __init__(self, amax: list[torch.Tensor]) -> None:
         self.amax = torch.cat(amax, dim=-1)
@@ -170,7 +170,7 @@ class _Together:
 
 
 def _interleave(outputs: list[torch.Tensor], sizes: list[int]) -> torch.Tensor:
-    """Rank outputs of a fused layer, shard by shard."""
+    """Return the outputs of a fused layer's ranks in the order of its shards."""
     shards = [output.split(sizes, dim=-1) for output in outputs]
     return torch.cat([torch.cat([shard[i] for shard in shards], dim=-1) for i in range(len(sizes))], dim=-1)
 
@@ -242,7 +242,7 @@ def test_low_rank_under_the_other_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32])
 def test_fp8_with_smoothing(tmp_path: Path, stored: torch.dtype) -> None:
-    """FP8 layers with a pre_quant_scale nobody declares, in whatever type the model it was made of had."""
+    """FP8 layers with an undeclared pre_quant_scale, in any dtype of the original model."""
 
     def smooth(tensors: dict[str, torch.Tensor]) -> None:
         for name in [name for name in tensors if name.endswith(".weight_scale")]:
@@ -276,7 +276,7 @@ def test_mxfp4_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_mixed_precision(tmp_path: Path) -> None:
-    """One checkpoint, a different algorithm in every kind of layer; what is not listed stays unquantized."""
+    """One checkpoint, a different algorithm in every kind of layer; unlisted layers stay unquantized."""
     folder = mixed_checkpoint(tmp_path)
     check_layers(folder)
     checkpoint = read_checkpoint(folder)
@@ -285,7 +285,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
 
 
 def mixed_checkpoint(tmp_path: Path) -> Path:
-    """A MIXED_PRECISION checkpoint put together from exports of one model."""
+    """Return a MIXED_PRECISION checkpoint put together from exports of one model."""
     sources = {
         "self_attn.q_proj": "FP8_DEFAULT_CFG",
         "self_attn.k_proj": "FP8_DEFAULT_CFG",
@@ -379,7 +379,7 @@ def test_reload(tmp_path: Path) -> None:
 
 
 class TestStrictLoading:
-    """What only shows while loading."""
+    """Errors that only loading reveals."""
 
     def check(self, tmp_path: Path, change: edits.Edit, message: str, recipe: str = "W4A8_NVFP4_FP8_CFG") -> None:
         folder = edits.copy_with(export(model_dir(MODEL), recipe), tmp_path / "checkpoint", [change])
@@ -408,7 +408,7 @@ class TestStrictLoading:
         self.check(tmp_path, change, r"pre_quant_scale: expected finite, positive", "INT8_SMOOTHQUANT_CFG")
 
     def test_unused_tensor(self, tmp_path: Path) -> None:
-        """A tensor the model does not read: the harness drops unknown names, as SGLang's Llama does."""
+        """A tensor the model does not read: the harness drops unknown names, like SGLang's Llama."""
         folder = edits.copy_with(export(model_dir(MODEL), "W4A8_NVFP4_FP8_CFG"), tmp_path / "checkpoint", [])
         model, _ = build(folder)
         edits.add_tensors({"model.layers.0.stray.weight": torch.zeros(3)})(folder)
@@ -451,7 +451,7 @@ class TestStrictLoading:
             build(folder)
 
     def test_short_unquantized_weight(self) -> None:
-        """Likewise a layer that is excluded from quantization."""
+        """An unquantized layer on a CPU, whose short weight SGLang would fill up with zeros."""
         layer = ReplicatedLinear(64, 32, bias=False, prefix="model.layers.0.self_attn.o_proj")
         assert unquantized_shape(layer, "weight", None) == (32, 64)
         with parallel_rank(0, 1):

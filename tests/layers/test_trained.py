@@ -30,7 +30,7 @@ def windows() -> list[list[int]]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, windows: list[list[int]]) -> tuple[Path, torch.Tensor]:
-    """The export of a model after a few steps of SGD, and the log probabilities of ModelOpt's own simulation of it."""
+    """Return the export of a model after a few steps of SGD, and the log probabilities of ModelOpt's simulation of it."""
     pytest.importorskip("modelopt")
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
@@ -80,7 +80,7 @@ def test_reads_and_computes_what_was_trained(trained: tuple[Path, torch.Tensor],
     own = ReferenceModel(folder)
     got = torch.cat([torch.from_numpy(own.logprobs(ids)) for ids in windows])
     moved = difference(got, logprobs(Reference(MODEL), windows))
-    # Two readings of the export agree, it is what ModelOpt simulated while training, and not what it was before.
+    # Two readings of the export agree with ModelOpt's simulation while training, and differ from the model before it.
     assert difference(got, logprobs(Reference(folder), windows)).divergence < moved.divergence / 100
     assert difference(got, simulated).divergence < moved.divergence / 10
 

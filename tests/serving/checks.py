@@ -1,4 +1,4 @@
-"""What a served checkpoint is held to."""
+"""Checks of a served checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SHORT_PROMPTS = tuple(random_ids(16, seed=40 + i, vocab=511) for i in range(8))
 
 
 def check_logprobs(server: Server, folder: Path, dtype: str, **options: Any) -> None:
-    """The server's log probabilities over the whole vocabulary, at the noise floor of ``dtype``.
+    """Check the server's log probabilities over the whole vocabulary, at the noise floor of ``dtype``.
 
     ``options`` are those of the reference.
     """
@@ -43,26 +43,26 @@ def check_logprobs(server: Server, folder: Path, dtype: str, **options: Any) -> 
 
 
 def median_apart(first: Sequence[float], second: Sequence[float]) -> float:
-    """The median over tokens of the difference of their log probabilities."""
+    """Return the median over tokens of the absolute difference of their log probabilities."""
     return statistics.median(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def check_prefill_against_decode(server: Server) -> None:
-    """Tokens scored one by one while decoding have the log probabilities of the same tokens scored as a prompt (float32)."""
+    """Check that tokens have the same log probabilities while decoding and in a prompt (float32)."""
     sampling = {"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True}
     decoded: list[float] = []
     scored: list[float] = []
     for ids in SHORT_PROMPTS[:4]:
         payload = {"input_ids": list(ids), "sampling_params": sampling, "return_logprob": True}
-        answer = server.post("/generate", payload)["meta_info"]["output_token_logprobs"]
+        answer = server.request("/generate", payload)["meta_info"]["output_token_logprobs"]
         decoded += [entry[0] for entry in answer]
         server.flush_cache()
-        scored += server.input_logprobs([*ids, *(entry[1] for entry in answer)])[-len(answer) :]
+        scored += server.input_logprobs([*ids, *(entry[1] for entry in answer)])[-len(answer) :].tolist()
     assert median_apart(decoded, scored) < FP32_MEDIAN
 
 
 def check_batch_against_single(server: Server) -> None:
-    """A request's log probabilities do not depend on its neighbours (float32)."""
+    """Check that a request's log probabilities do not depend on its neighbours (float32)."""
     prompts = [random_ids(length, seed=20 + length, vocab=511) for length in (5, 17, 33, 64)]
     server.flush_cache()
     for ids, answer in zip(prompts, server.batch(prompts), strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 
 from tests.serving.checks import (
@@ -31,12 +32,12 @@ ROTATED = ("nvfp4_rotate",)
 
 
 def flags(recipe: str) -> tuple[str, ...]:
-    """What to pass for an export of a recipe: nothing, but for the one whose export does not say it."""
+    """Return the flags for an export of a recipe: none, except for the recipe that its export does not name."""
     return ("--kv-cache-dtype", f"modelopt_{recipe}") if recipe in ROTATED else ()
 
 
 def check_against_unrounded(server: Server, folder: Path, **options: str) -> None:
-    """The cache's rounding shows: a server that left it out would be told from one that has it."""
+    """Check that the test would notice a missing cache rounding."""
     served = torch.cat([server.full_logprobs(ids) for ids in SHORT_PROMPTS])
     plain = torch.cat([Reference(folder, **options).logprobs(ids) for ids in SHORT_PROMPTS])
     assert difference(served, plain).median > 10 * FP32_MEDIAN
@@ -44,13 +45,13 @@ def check_against_unrounded(server: Server, folder: Path, **options: str) -> Non
 
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    """Keys and values in NVFP4 with biases, under W4A8 layers."""
+    """Return a checkpoint with NVFP4 keys and values with biases, under W4A8 layers."""
     return kv_export("nvfp4_affine", "mistral", W4A8)
 
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
-    """One float32 server for every test of the class below, prompts cut into small chunks."""
+    """Yield one float32 server for every test of the class below, prompts cut into small chunks."""
     args = ("--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK))
     with Server(folder, dtype="float32", args=args) as running:
         yield running
@@ -65,15 +66,15 @@ class TestFromTheCheckpoint:
         assert "modelopt_ext: KV cache nvfp4_affine, hf_quant_config.json, scales read as amax / 448" in server.output()
 
     def test_chunks_and_cache_hits_change_nothing(self, server: Server, folder: Path) -> None:
-        """A prompt of several chunks, alone and behind a cached prefix, is scored as the whole of it."""
+        """A prompt of several chunks, alone and after a cached prefix, is scored like the whole prompt."""
         reference = Reference(folder, kv_cache="nvfp4_affine")
         for seed in range(4):
             ids = random_ids(3 * CHUNK + 5, seed=60 + seed, vocab=511)
             server.flush_cache()
             first = server.full_logprobs(ids)
             longer = [*ids, *random_ids(7, seed=80 + seed, vocab=511)]
-            server.generate(ids, 1)  # leaves the prompt in the cache
-            hit = server.post("/generate", {"input_ids": longer, "sampling_params": {"max_new_tokens": 1}})
+            server.generate_ids(ids, 1)  # leaves the prompt in the cache
+            hit = server.request("/generate", {"input_ids": longer, "sampling_params": {"max_new_tokens": 1}})
             assert hit["meta_info"]["cached_tokens"] >= len(ids) - 1
             assert difference(first, reference.logprobs(ids)).median < FP32_MEDIAN
             likeliest = server.top_logprobs(longer, 1)[-1]
@@ -85,11 +86,11 @@ class TestFromTheCheckpoint:
         check_batch_against_single(server)
 
     def test_greedy_repeats_from_a_warm_cache(self, server: Server) -> None:
-        assert len({tuple(server.generate(PROMPT, 16)) for _ in range(3)}) == 1
+        assert len({tuple(server.generate_ids(PROMPT, 16)) for _ in range(3)}) == 1
 
     def test_other_scales_are_not_taken_by_an_update(self, server: Server) -> None:
         other = kv_export("nvfp4_affine", "mistral", W4A8, seed=5)
-        answer = server._session.post(
+        answer = requests.post(
             f"{server.url}/update_weights_from_disk", json={"model_path": str(other)}, timeout=120
         ).json()
         assert not answer["success"]
@@ -106,7 +107,7 @@ def test_two_ranks_and_pages(tmp_path: Path) -> None:
 
 
 def test_by_flag_on_any_model() -> None:
-    """A model nobody quantized, with a rotated cache whose scales are those of an amax of 448."""
+    """An unquantized model, with a rotated cache whose scales are those of an amax of 448."""
     folder = model_dir(TinyModel("llama"))
     with Server(folder, dtype="float32", args=("--kv-cache-dtype", "modelopt_nvfp4_rotate")) as server:
         check_logprobs(server, folder, "float32", kv_cache="nvfp4_rotate")
@@ -146,7 +147,7 @@ def test_presets_without_calibration(recipe: str) -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("args", [(), ("--disable-overlap-schedule",)], ids=["overlap", "no overlap"])
 def test_retracted_requests(args: tuple[str, ...]) -> None:
-    """Requests whose cache is taken away and made again while they decode, with and without overlap scheduling."""
+    """Requests whose cache is evicted and recomputed while they decode, with and without overlap scheduling."""
     folder = kv_export("nvfp4_affine", "qwen3")
     prompts, count = [random_ids(20 + 7 * i, seed=100 + i, vocab=511) for i in range(6)], 24
     reference = Reference(folder, kv_cache="nvfp4_affine")
@@ -166,7 +167,7 @@ def test_retracted_requests(args: tuple[str, ...]) -> None:
 def test_the_gpus_backend_in_the_interpreter(recipe: str) -> None:
     """The server on SGLang's Triton backend with our kernels, interpreted: a prompt in chunks, then decoding.
 
-    A chunk meets itself unrounded and what came before it rounded; a decoded token meets everything rounded, itself too.
+    Attention within a chunk is unrounded, to earlier tokens rounded; a decoded token reads everything rounded, itself too.
     """
     folder = kv_export(recipe, "qwen2")
     prompts, count = [random_ids(2 * CHUNK + 7, seed=90 + i, vocab=511) for i in range(3)], 5
@@ -178,7 +179,7 @@ def test_the_gpus_backend_in_the_interpreter(recipe: str) -> None:
             sampling = {"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True}
             payload = {"input_ids": ids, "sampling_params": sampling, "return_logprob": True, "logprob_start_len": 0}
             server.flush_cache()
-            info = server.post("/generate", payload)["meta_info"]
+            info = server.request("/generate", payload)["meta_info"]
             decoded = [entry[1] for entry in info["output_token_logprobs"]]
             served += [entry[0] for entry in (*info["input_token_logprobs"][1:], *info["output_token_logprobs"])]
             sequence = [*ids, *decoded]

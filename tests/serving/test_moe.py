@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import requests
 
 from tests.serving.checks import check_batch_against_single, check_logprobs, check_prefill_against_decode
 from tests.support import edits
@@ -33,12 +34,12 @@ def test_mixed_precision(tmp_path: Path) -> None:
             "4 linear layers FP8 (",
         ):
             assert f"modelopt_ext: {line}" in served
-        refused = server._session.post(
+        refused = requests.post(
             f"{server.url}/update_weights_from_disk",
             json={"model_path": str(export(model_dir(tiny("mixtral")), MXFP4))},
         ).json()
         assert not refused["success"]
-        answer = server.post("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True})
+        answer = server.request("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True})
         assert answer["success"], answer
         check_logprobs(server, folder, "float32")
 

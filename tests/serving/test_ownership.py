@@ -17,14 +17,14 @@ pytestmark = [pytest.mark.server, pytest.mark.full]
 
 
 def test_what_is_not_understood_is_left_to_sglang_with_one_line(tmp_path: Path) -> None:
-    """A left-over file of an algorithm nobody knows, beside a model that is not quantized."""
+    """A left-over file of an unknown algorithm, beside an unquantized model."""
 
     def leave(folder: Path) -> None:
         (folder / edits.QUANT_CONFIG).write_text(json.dumps({"quantization": {"quant_algo": "W2A2"}}))
 
     folder = edits.copy_with(model_dir(TinyModel("qwen2")), tmp_path / "model", [leave])
     with Server(folder, dtype="float32") as server:
-        assert len(server.generate([1, 2, 3], 4)) == 4
+        assert len(server.generate_ids([1, 2, 3], 4)) == 4
         lines = [line for line in server.output().splitlines() if "modelopt_ext: left to SGLang" in line]
     assert len(lines) == 1, lines
     assert "quant_algo: expected one of" in lines[0]
@@ -39,6 +39,6 @@ def test_files_that_exclude_different_modules(tmp_path: Path) -> None:
     ]
     folder = edits.copy_with(source, tmp_path / "checkpoint", changes)
     with Server(folder, dtype="float32") as server:
-        check_logprobs(server, source, "float32")  # the reference believes the files, which agree there
+        check_logprobs(server, source, "float32")  # the reference trusts the files, which agree about these layers
         noted = [line for line in server.output().splitlines() if "the tensors decide" in line]
     assert len(noted) == 1, noted

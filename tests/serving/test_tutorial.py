@@ -1,4 +1,4 @@
-"""docs/tutorial.md does what it says: the whole of it in the full set, a short form with one server in the fast one."""
+"""docs/tutorial.md works as written: all of it in the full set, a short form with one server in the fast one."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any
 import pytest
 
 from sglang_modelopt_ext.cli.main import main
+from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
 from tests.support import edits
 from tests.support.cache import REPOSITORY
-from tests.support.processes import ProcessTree
 from tests.support.server import Server, server_environment
 
 BLOCKS = re.findall(
     r"^```bash\n(.*?)^```", (REPOSITORY / "docs" / "tutorial.md").read_text(encoding="utf-8"), re.M | re.S
 )
 MINUTES = 15
-"""What the tutorial may take on two idle cores."""
+"""Minutes that the tutorial may take on two idle cores."""
 
 
 def command(name: str, *words: str) -> str:
-    """The one line of the tutorial that runs that subcommand, with all of the words."""
+    """Return the tutorial's one line that runs that subcommand, with all of the words."""
     lines = [line for block in BLOCKS for line in block.splitlines()]
     (found,) = [line for line in lines if line.startswith(f"sglang-modelopt {name} ") and all(w in line for w in words)]
     return found
 
 
 def prepare(folder: Path) -> None:
-    """A folder like the root of the repository, whose ``.venv`` is the Python that runs the tests."""
+    """Make a folder like the root of the repository, whose ``.venv`` is the Python that runs the tests."""
     (folder / "examples").symlink_to(REPOSITORY / "examples")
     binaries = folder / ".venv" / "bin"
     binaries.mkdir(parents=True)
@@ -45,7 +45,7 @@ def prepare(folder: Path) -> None:
 
 
 def run(blocks: Sequence[str], folder: Path, timeout: float) -> str:
-    """Runs shell commands in ``folder`` and returns what they printed; every one of them must succeed."""
+    """Run shell commands in ``folder`` and return their output; every one must succeed."""
     log = folder / "tutorial.log"
     processes = ProcessTree()
     try:
@@ -87,7 +87,7 @@ def test_short_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
     quantize = command("quantize", "--kv nvfp4") + " --samples 8 --sequence-length 128"
     output = run([*BLOCKS[:2], quantize, command("inspect")], tmp_path, timeout=500)
     assert "on cpu: served by sglang-modelopt-ext" in output
-    assert "KV cache: nvfp4, 4.5 bits an entry, 4 layers with scales of their own" in output
+    assert "KV cache: nvfp4, 4.5 bits per element, 4 layers with scales of their own" in output
     assert output.rstrip().endswith("problems: none")
 
     monkeypatch.chdir(tmp_path)
@@ -105,7 +105,7 @@ def test_short_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
         assert (found["dtype"], found["kv_cache"], found["target"]) == ("float32", "nvfp4", "cpu")
         assert found["repeated"]["mean_abs_logprob"] == 0
         assert 0 < found["base"]["export_divergence"] < 0.1
-        # Quantization itself is seen, and seen alike by both.
+        # Quantization itself is visible, and both see the same.
         assert found["base"]["served_divergence"] == pytest.approx(found["base"]["export_divergence"], rel=0.2)
 
         change = edits.scale_tensors({"model.layers.2.mlp.down_proj.weight_scale_2": 1.25})

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import requests
 import torch
 
 from tests.serving.checks import (
@@ -32,14 +33,14 @@ NVFP4, MXFP4 = "W4A8_NVFP4_FP8_CFG", "W4A8_MXFP4_FP8_CFG"
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """NVFP4 with scales of their own for every shard of the fused layers."""
+    """Return an NVFP4 checkpoint with a scale of its own for every shard of the fused layers."""
     folder = tmp_path_factory.mktemp("llama") / "checkpoint"
     return edits.copy_with(export(model_dir(TinyModel("llama")), NVFP4), folder, [edits.distinct_shard_scales])
 
 
 @pytest.fixture(scope="module")
 def server(llama: Path) -> Iterator[Server]:
-    """One float32 server with the flag, for every test of this module that can share it."""
+    """Yield one float32 server with the flag, for every test of this module that can share it."""
     with Server(llama, dtype="float32", args=("--quantization", "modelopt_w4a8")) as running:
         yield running
 
@@ -63,7 +64,7 @@ class TestFlag:
         answers = set()
         for _ in range(3):
             server.flush_cache()
-            answers.add(tuple(server.generate(PROMPT, 24)))
+            answers.add(tuple(server.generate_ids(PROMPT, 24)))
         assert len(answers) == 1
 
     def test_batch_against_single(self, server: Server) -> None:
@@ -72,7 +73,7 @@ class TestFlag:
     def test_weights_from_tensors_are_refused_by_name(self, server: Server) -> None:
         """Before the session opens: that alone would take the repacked weights away."""
         before = server.full_logprobs(PROMPT)
-        answer = server._session.post(f"{server.url}/begin_weight_update", json={}, timeout=60)
+        answer = requests.post(f"{server.url}/begin_weight_update", json={}, timeout=60)
         assert answer.status_code == 400
         for part in (
             "update_weights_from_tensor",
@@ -84,7 +85,7 @@ class TestFlag:
         assert torch.equal(server.full_logprobs(PROMPT), before)
 
     def test_update_from_disk(self, server: Server, llama: Path, tmp_path: Path) -> None:
-        """Another model of the same recipe takes over; what does not fit is refused and changes nothing."""
+        """Another model of the same recipe replaces the first; one that does not fit is rejected and changes nothing."""
         before = server.full_logprobs(PROMPT)
         other = export(model_dir(TinyModel("llama", seed=5)), NVFP4)
         broken = edits.copy_with(other, tmp_path / "broken", [edits.drop_tensors("*1.mlp.down_proj.input_scale")])
@@ -94,7 +95,7 @@ class TestFlag:
             (broken, "down_proj.input_scale: expected a tensor"),
             (nan, "down_proj.weight_scale: expected finite e4m3 block scales, got NaN"),
         ):
-            refused = server._session.post(
+            refused = requests.post(
                 f"{server.url}/update_weights_from_disk", json={"model_path": str(folder)}, timeout=120
             ).json()
             assert not refused["success"]
@@ -102,7 +103,7 @@ class TestFlag:
             server.flush_cache()
             assert torch.equal(server.full_logprobs(PROMPT), before), "a refused update changed the weights"
         for folder in (other, llama):
-            answer = server.post("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True})
+            answer = server.request("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True})
             assert answer["success"], answer
             check_logprobs(server, folder, "float32")
         assert difference(server.full_logprobs(PROMPT), before).median < FP32_MEDIAN

@@ -1,4 +1,4 @@
-"""How far right answers may be apart, for every test of a served model. Imports nothing."""
+"""Tolerances for every test of a served model. Imports nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ the median is untouched by that, while a wrong scale, a missing rounding or a sc
 """
 
 NOISE_FACTOR = 2.0
-"""How far a bf16 server may be from the float32 reference, in units of the same model run in bf16 by Hugging Face.
+"""Allowed distance of a bf16 server from the float32 reference, in units of the same model run in bf16 by Hugging Face.
 
 Both are one random draw of rounding errors; server and Hugging Face round in different places.
 """

@@ -1,1 +1,1 @@
-"""What tests share: tiny models, real ModelOpt exports of them, an independent reading of those, the real server."""
+"""Shared test code: tiny models, real ModelOpt exports, an independent reading of them, the real server."""

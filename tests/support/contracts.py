@@ -1,4 +1,4 @@
-"""Sources of GPU packages, read and never imported: where ``make setup`` unpacked them, their functions and our calls of them."""
+"""Sources of GPU packages, parsed without import: their folder, their functions and this package's calls of them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FOLDER = "SGLANG_MODELOPT_EXT_TEST_CONTRACTS"
 
 
 def source_folder() -> Path:
-    """Where the sources are. A missing folder fails the test that asks."""
+    """Return the folder of the unpacked sources. A missing folder fails the test."""
     folder = Path(os.environ.get(FOLDER) or Path(sys.prefix) / "contracts")
     if not folder.is_dir():
         pytest.fail(f"no sources of GPU packages at {folder}: run `make setup`, or name another folder in {FOLDER}")
@@ -26,7 +26,7 @@ def source_folder() -> Path:
 
 
 def version_of(distribution: str) -> str:
-    """The version of an unpacked distribution. One that is missing fails the test that asks."""
+    """Return the version of an unpacked distribution. A missing one fails the test."""
     found = sorted(source_folder().glob(f"{distribution.replace('-', '_')}-*.dist-info/METADATA"))
     if len(found) != 1:
         pytest.fail(f"{len(found)} unpacked distributions of {distribution} in {source_folder()}: run `make setup`")
@@ -35,12 +35,12 @@ def version_of(distribution: str) -> str:
 
 @functools.cache
 def parse(path: str) -> ast.Module:
-    """An unpacked module, by its path in the sources."""
+    """Return an unpacked module, by its path in the sources."""
     return ast.parse((source_folder() / path).read_text(encoding="utf-8"))
 
 
 def function(path: str, name: str) -> ast.FunctionDef:
-    """A function of an unpacked module. Raises LookupError when there is none of that name."""
+    """Return a function of an unpacked module. Raises LookupError when there is none of that name."""
     for node in parse(path).body:
         if isinstance(node, ast.FunctionDef) and node.name == name:
             return node
@@ -48,7 +48,7 @@ def function(path: str, name: str) -> ast.FunctionDef:
 
 
 def parameters(node: ast.FunctionDef) -> dict[str, str | None]:
-    """The parameters of a function with their defaults as source, None where one must be given."""
+    """Return the parameters of a function with their defaults as source, None where one must be given."""
     positional = [*node.args.posonlyargs, *node.args.args]
     missing: list[ast.expr | None] = [None] * (len(positional) - len(node.args.defaults))
     defaults = [*missing, *node.args.defaults, *node.args.kw_defaults]
@@ -59,7 +59,7 @@ def parameters(node: ast.FunctionDef) -> dict[str, str | None]:
 
 
 def bind(call: ast.Call, node: ast.FunctionDef) -> dict[str, str]:
-    """The arguments of ``call`` by parameter of ``node``, as source. Raises TypeError when Python would."""
+    """Return the arguments of ``call`` by parameter of ``node``, as source. Raises TypeError when Python would."""
     positional = [argument.arg for argument in [*node.args.posonlyargs, *node.args.args]]
     if len(call.args) > len(positional):
         raise TypeError(f"{node.name} takes {len(positional)} positional arguments, the call has {len(call.args)}")
@@ -76,7 +76,7 @@ def bind(call: ast.Call, node: ast.FunctionDef) -> dict[str, str]:
 
 
 def calls(module: Path, name: str) -> list[ast.Call]:
-    """The calls of ``name`` in one of our own modules."""
+    """Return the calls of ``name`` in one of our own modules."""
     tree = ast.parse(module.read_text(encoding="utf-8"))
     return [
         node
@@ -86,7 +86,7 @@ def calls(module: Path, name: str) -> list[ast.Call]:
 
 
 def decorator(node: ast.FunctionDef, name: str) -> ast.Call:
-    """The decorator ``@name(...)`` of a function. Raises LookupError when it has none."""
+    """Return the decorator ``@name(...)`` of a function. Raises LookupError when it has none."""
     for item in node.decorator_list:
         if isinstance(item, ast.Call) and isinstance(item.func, ast.Name) and item.func.id == name:
             return item
@@ -94,7 +94,7 @@ def decorator(node: ast.FunctionDef, name: str) -> ast.Call:
 
 
 def method(path: str, cls: str, name: str, **scope: Any) -> Callable[..., Any]:
-    """A method of an unpacked class, run alone: its body with only ``scope`` in sight."""
+    """Return a method of an unpacked class that runs alone: its body sees only ``scope``."""
     for node in parse(path).body:
         if isinstance(node, ast.ClassDef) and node.name == cls:
             (found,) = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == name]
@@ -103,7 +103,7 @@ def method(path: str, cls: str, name: str, **scope: Any) -> Callable[..., Any]:
 
 
 def assigned(path: str, name: str, cls: str | None = None) -> Any:
-    """The literal that an unpacked module, or a class of it, assigns to ``name``. Raises LookupError when there is none."""
+    """Return the literal that an unpacked module or its class assigns to ``name``. Raises LookupError without one."""
     body = parse(path).body
     if cls is not None:
         (body,) = [node.body for node in body if isinstance(node, ast.ClassDef) and node.name == cls]
@@ -114,7 +114,7 @@ def assigned(path: str, name: str, cls: str | None = None) -> Any:
 
 
 def evaluate(path: str, *names: str, **scope: Any) -> list[Callable[..., Any]]:
-    """Functions of an unpacked module, run alone: their bodies with only ``scope`` and each other in sight."""
+    """Return functions of an unpacked module that run alone: their bodies see only ``scope`` and each other."""
     return _run_alone(path, [function(path, name) for name in names], scope)
 
 

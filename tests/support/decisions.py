@@ -1,4 +1,4 @@
-"""What SGLang decides about a checkpoint, with this plugin and without, by SGLang's own functions and without a server."""
+"""SGLang's decision about a checkpoint with and without this plugin, by SGLang's own functions, without a server."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ REFUSED, UNQUANTIZED = "refused", "unquantized"
 
 @dataclass(frozen=True)
 class Decision:
-    """How a checkpoint is served: ``method`` is the quantization's name, :data:`REFUSED` or :data:`UNQUANTIZED`.
+    """A decision: ``method`` is the quantization's name, :data:`REFUSED` or :data:`UNQUANTIZED`.
 
-    ``detail``: the class that SGLang reads it with, or why it is refused; not compared where it is.
+    ``detail``: the class that SGLang reads it with, or the reason of a rejection; not compared for a rejection.
     """
 
     method: str
@@ -46,7 +46,7 @@ class Decision:
 
 @contextmanager
 def gpu(capability: int) -> Iterator[None]:
-    """A GPU of that capability as far as detection can tell."""
+    """Make detection see a GPU of that capability while the block runs."""
     pair = divmod(capability, 10)
     with (
         patch.object(quantization, "cpu_has_amx_support", lambda: False),
@@ -71,7 +71,7 @@ def _decide(folder: Path, flag: str | None, capability: int, verify: Any, read: 
         if model_config.quantization is None:
             return Decision(UNQUANTIZED)
         found = read(model_config, LoadConfig(load_format="dummy"), {})
-    except Exception as error:  # whatever it is, the server would not start
+    except Exception as error:  # any error would keep the server from starting
         return Decision(REFUSED, f"{type(error).__name__}: {error}")
     if found is None:
         return Decision(UNQUANTIZED)
@@ -81,13 +81,13 @@ def _decide(folder: Path, flag: str | None, capability: int, verify: Any, read: 
 
 
 def without_plugin(folder: Path, flag: str | None, capability: int) -> Decision:
-    """What SGLang makes of the checkpoint by itself."""
+    """Return SGLang's own decision about the checkpoint."""
     with gpu(capability):
         return _decide(folder, flag, capability, ModelConfig._verify_quantization, weight_utils.get_quant_config)
 
 
 def with_plugin(folder: Path, flag: str | None, capability: int) -> Decision:
-    """Decide as SGLang does under the hooks of this package."""
+    """Return SGLang's decision under the hooks of this package."""
     stock_verify, stock_read = ModelConfig._verify_quantization, weight_utils.get_quant_config
     methods = {**quantization.QUANTIZATION_METHODS, **dict.fromkeys(FAMILIES, config.ModelOptExtConfig)}
 

@@ -1,4 +1,4 @@
-"""Copies of a checkpoint with something changed: other layouts of the same content, and everything malformed.
+"""Edits of a copied checkpoint: other ways to store the same content, and malformed checkpoints.
 
     copy_with(export, tmp_path / "bad", [drop_tensors("*.q_proj.weight_scale"), set_config({"group_size": 16})])
 
@@ -27,11 +27,11 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 REMOVE = object()
-"""As a value in :func:`set_config` and its like: take the field away."""
+"""Value in :func:`set_config` and similar functions that removes the field."""
 
 
 def copy_with(source: Path, target: Path, edits: Iterable[Edit] = ()) -> Path:
-    """Copies the checkpoint to the new folder ``target``, applies the edits and returns ``target``."""
+    """Copy the checkpoint to the new folder ``target``, apply the edits and return ``target``."""
     shutil.copytree(source, target, copy_function=shutil.copyfile)
     for edit in edits:
         edit(target)
@@ -42,7 +42,7 @@ def copy_with(source: Path, target: Path, edits: Iterable[Edit] = ()) -> Path:
 
 
 def edit_json(file: str, change: Callable[[dict[str, Any]], None]) -> Edit:
-    """Rewrites a JSON file after ``change(content)``."""
+    """Rewrite a JSON file after ``change(content)``."""
 
     def edit(folder: Path) -> None:
         content = json.loads((folder / file).read_text(encoding="utf-8"))
@@ -53,7 +53,7 @@ def edit_json(file: str, change: Callable[[dict[str, Any]], None]) -> Edit:
 
 
 def set_fields(file: str, fields: Mapping[str, Any], section: str | None = None) -> Edit:
-    """Sets (or with :data:`REMOVE` takes away) fields of a JSON file, or of one section of it."""
+    """Set fields of a JSON file, or of one section of it; :data:`REMOVE` removes one."""
 
     def change(content: dict[str, Any]) -> None:
         part = content if section is None else content[section]
@@ -67,17 +67,17 @@ def set_fields(file: str, fields: Mapping[str, Any], section: str | None = None)
 
 
 def set_file_config(fields: Mapping[str, Any]) -> Edit:
-    """Sets fields of the quantization section of hf_quant_config.json."""
+    """Set fields of the quantization section of hf_quant_config.json."""
     return set_fields(QUANT_CONFIG, fields, "quantization")
 
 
 def set_embedded_config(fields: Mapping[str, Any]) -> Edit:
-    """Sets fields of the quantization section of config.json."""
+    """Set fields of the quantization section of config.json."""
     return set_fields(CONFIG, fields, "quantization_config")
 
 
 def set_config(fields: Mapping[str, Any]) -> Edit:
-    """Sets fields of the quantization section of both files."""
+    """Set fields of the quantization section of both files."""
 
     def edit(folder: Path) -> None:
         set_file_config(fields)(folder)
@@ -87,12 +87,12 @@ def set_config(fields: Mapping[str, Any]) -> Edit:
 
 
 def drop_file_config(folder: Path) -> None:
-    """Removes hf_quant_config.json."""
+    """Remove hf_quant_config.json."""
     (folder / QUANT_CONFIG).unlink()
 
 
 def drop_embedded_config(folder: Path) -> None:
-    """Removes the quantization section of config.json."""
+    """Remove the quantization section of config.json."""
     set_fields(CONFIG, {"quantization_config": REMOVE})(folder)
 
 
@@ -100,7 +100,7 @@ def drop_embedded_config(folder: Path) -> None:
 
 
 def read_tensors(folder: Path) -> Tensors:
-    """All tensors of a checkpoint, whatever files they are in."""
+    """Return all tensors of a checkpoint, from all of its files."""
     tensors: Tensors = {}
     for path in sorted(folder.glob("*.safetensors")):
         tensors.update(load_file(path))
@@ -108,14 +108,14 @@ def read_tensors(folder: Path) -> Tensors:
 
 
 def write_tensors(tensors: Tensors, folder: Path) -> None:
-    """Replaces the weights of a checkpoint by one file."""
+    """Replace the weights of a checkpoint by one file."""
     for path in (*folder.glob("*.safetensors"), folder / INDEX):
         path.unlink(missing_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
 
 
 def edit_tensors(change: Callable[[Tensors], None]) -> Edit:
-    """Rewrites the weights after ``change(tensors)``."""
+    """Rewrite the weights after ``change(tensors)``."""
 
     def edit(folder: Path) -> None:
         tensors = read_tensors(folder)
@@ -126,7 +126,7 @@ def edit_tensors(change: Callable[[Tensors], None]) -> Edit:
 
 
 def map_tensors(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Edit:
-    """Replaces every tensor whose name matches the pattern by ``change(tensor)``, of any dtype and shape."""
+    """Replace every tensor whose name matches the pattern by ``change(tensor)``, of any dtype and shape."""
 
     def apply(tensors: Tensors) -> None:
         for name in matching(tensors, pattern):
@@ -136,7 +136,7 @@ def map_tensors(pattern: str, change: Callable[[torch.Tensor], torch.Tensor]) ->
 
 
 def scale_tensors(factors: Mapping[str, float]) -> Edit:
-    """Multiplies tensors, by pattern of their name: ``{"*.k_proj.weight_scale_2": 1.5}``."""
+    """Multiply tensors, by pattern of their name: ``{"*.k_proj.weight_scale_2": 1.5}``."""
 
     def apply(tensors: Tensors) -> None:
         for pattern, factor in factors.items():
@@ -147,7 +147,7 @@ def scale_tensors(factors: Mapping[str, float]) -> Edit:
 
 
 def drop_tensors(pattern: str) -> Edit:
-    """Removes every tensor whose name matches the pattern."""
+    """Remove every tensor whose name matches the pattern."""
 
     def apply(tensors: Tensors) -> None:
         for name in matching(tensors, pattern):
@@ -157,20 +157,20 @@ def drop_tensors(pattern: str) -> Edit:
 
 
 def add_tensors(new: Mapping[str, torch.Tensor]) -> Edit:
-    """Adds tensors, or replaces those of the same name."""
+    """Add tensors, or replace those of the same name."""
     return edit_tensors(lambda tensors: tensors.update(new))
 
 
 def retype_tensors(pattern: str, dtype: torch.dtype, bits: bool = False) -> Edit:
-    """Stores matching tensors in another dtype: converted, or with ``bits`` the same bytes under another label."""
+    """Store matching tensors in another dtype: converted, or with ``bits`` the same bytes under another label."""
     return map_tensors(pattern, lambda tensor: tensor.view(dtype) if bits else tensor.to(dtype))
 
 
 def distinct_shard_scales(folder: Path) -> None:
-    """Gives q, k, v and gate, up scales of their own, as producers other than ModelOpt write them.
+    """Give q, k, v and gate, up scales of their own, as producers other than ModelOpt write them.
 
     ModelOpt makes the layers that a server fuses share ``weight_scale_2`` and ``input_scale``. The result is another
-    model, but a legal one; whoever takes one of the scales for all of them computes something clearly different. Input
+    model, but a legal one; a reader that uses one of the scales for all of them is clearly wrong. Input
     scales only grow, so that nothing is clipped.
     """
     weight = {"k_proj": 1.7, "v_proj": 0.6, "up_proj": 0.45}
@@ -184,7 +184,7 @@ def distinct_shard_scales(folder: Path) -> None:
 
 
 def distinct_expert_scales(gate_beside_up: bool = False) -> Edit:
-    """Gives every expert, and gate and up of each, scales of their own, as producers other than ModelOpt write them.
+    """Give every expert, and gate and up of each, scales of their own, as producers other than ModelOpt write them.
 
     With ``gate_beside_up`` gate and up keep the input scale of their expert in common, so that they can share a product.
     """
@@ -204,7 +204,7 @@ def distinct_expert_scales(gate_beside_up: bool = False) -> Edit:
 
 
 def matching(tensors: Tensors, pattern: str) -> list[str]:
-    """The names that match the pattern, at least one."""
+    """Return the names that match the pattern, at least one."""
     names = fnmatch.filter(tensors, pattern)
     if not names:
         raise KeyError(f"no tensor matches {pattern}")
@@ -215,7 +215,7 @@ def matching(tensors: Tensors, pattern: str) -> list[str]:
 
 
 def shard(files: int = 2, duplicate: str | None = None) -> Edit:
-    """Spreads the weights over several files with an index, alternately, so that the parts of a layer are torn apart.
+    """Spread the weights over several files with an index, alternately, so that the parts of a layer are torn apart.
 
     ``duplicate`` names one tensor (by pattern) that is then stored in all of the files.
     """
@@ -239,7 +239,7 @@ def shard(files: int = 2, duplicate: str | None = None) -> Edit:
 
 
 def truncate(file: str = WEIGHTS, keep: float = 0.5) -> Edit:
-    """Cuts a file off: a share of it, up to 1.0, remains."""
+    """Truncate a file to a share of its bytes, up to 1.0."""
 
     def edit(folder: Path) -> None:
         data = (folder / file).read_bytes()
@@ -249,7 +249,7 @@ def truncate(file: str = WEIGHTS, keep: float = 0.5) -> Edit:
 
 
 def overwrite(file: str, content: bytes, offset: int | None = None) -> Edit:
-    """Replaces a file by other bytes, or with ``offset`` some bytes of it (negative: counted from the end)."""
+    """Replace a file by other bytes, or with ``offset`` some bytes of it (negative: counted from the end)."""
 
     def edit(folder: Path) -> None:
         if offset is None:
@@ -264,5 +264,5 @@ def overwrite(file: str, content: bytes, offset: int | None = None) -> Edit:
 
 
 def delete(file: str) -> Edit:
-    """Removes a file."""
+    """Remove a file."""
     return lambda folder: (folder / file).unlink()

@@ -31,7 +31,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 @dataclass(frozen=True)
 class Variant:
-    """What may differ between two exports of one model with one recipe.
+    """Differences between exports of one model with one recipe.
 
     Attributes:
         calibration_seed: decides the random tokens of the calibration.
@@ -52,13 +52,13 @@ DEFAULT = Variant()
 
 
 def export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant = DEFAULT) -> Path:
-    """The folder of the checkpoint that ModelOpt makes of the model, with its tokenizer; made on the first call.
+    """Return the folder of the checkpoint that ModelOpt makes of the model, with its tokenizer; made on the first call.
 
     Args:
         model_dir: a Hugging Face model.
         recipe: the name of a configuration in ``modelopt.torch.quantization``, such as ``"W4A8_NVFP4_FP8_CFG"``, or a
             configuration.
-        variant: what differs from the plain export.
+        variant: differences from the plain export.
     """
     name = recipe if isinstance(recipe, str) else "custom"
     key = digest(
@@ -72,7 +72,7 @@ def export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant = 
 
 
 def mixed_recipe(parts: Mapping[str, str], algorithm: str = "max") -> dict[str, Any]:
-    """A configuration that quantizes each kind of layer by another one, all calibrated together.
+    """Return a configuration that quantizes each kind of layer by another one, all calibrated together.
 
     Args:
         parts: patterns of layers, such as ``*self_attn*``, and the names of the configurations for them.
@@ -90,7 +90,7 @@ def mixed_recipe(parts: Mapping[str, str], algorithm: str = "max") -> dict[str, 
 
 
 def calibration_tokens(vocab: int, seed: int) -> list[torch.Tensor]:
-    """The batches of random tokens an export is calibrated with."""
+    """Return the batches of random tokens an export is calibrated with."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, vocab, CALIBRATION_SHAPE, generator=generator) for _ in range(CALIBRATION_BATCHES)]
 
@@ -129,7 +129,7 @@ def _configuration(mtq: Any, recipe: str | Mapping[str, Any], variant: Variant) 
 
 
 def _kv_configuration(mtq: Any, name: str) -> dict[str, Any]:
-    """A KV cache by the name of its configuration, or of its preset: the ``_cast`` ones have no other."""
+    """Return a KV cache by the name of its configuration, or of its preset: the ``_cast`` ones have no other."""
     from modelopt.recipe.presets import KV_QUANT_CFG_CHOICES
 
     found: dict[str, Any] = KV_QUANT_CFG_CHOICES[name] if name in KV_QUANT_CFG_CHOICES else getattr(mtq, name)

@@ -24,13 +24,13 @@ WEIGHT_ONLY = "flashinfer/gemm/gemm_bf16_fp4.py"
 
 
 def round_up(x: int, multiple: int) -> int:
-    """As the package's checks use it."""
+    """Return ``x`` rounded up to a multiple of ``y``."""
     return -(-x // multiple) * multiple
 
 
 @functools.cache
 def _theirs(name: str, cls: str | None = None) -> Callable[..., Any]:
-    """A function of the package, or a method of one of its runners."""
+    """Return a function of the package, or a method of one of its runners."""
     if cls is None:
         return evaluate(WEIGHT_ONLY if name == "_unswizzle_sf_128x4" else RUNNERS, name, torch=torch)[0]
     require = _theirs("_require_cutlass_tensor")
@@ -38,13 +38,13 @@ def _theirs(name: str, cls: str | None = None) -> Callable[..., Any]:
 
 
 def unswizzled(scale: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """By the package's own inverse."""
+    """Return the scales in linear order, by the package's own inverse."""
     result: torch.Tensor = _theirs("_unswizzle_sf_128x4")(scale, rows, columns)
     return result
 
 
-def numbers(codes: torch.Tensor, scale: torch.Tensor, mx: bool) -> torch.Tensor:
-    """Codes ``[R, ..]`` under linear block scales, uint8, as float64 ``[R, K]``."""
+def decoded(codes: torch.Tensor, scale: torch.Tensor, mx: bool) -> torch.Tensor:
+    """Return codes ``[R, ..]`` under linear block scales, uint8, as float64 ``[R, K]``."""
     if mx:
         return scale_blocks(e4m3.decode(codes), ue8m0.decode(scale)).double()
     values = e2m1.decode(e2m1.unpack_codes(codes))
@@ -52,7 +52,7 @@ def numbers(codes: torch.Tensor, scale: torch.Tensor, mx: bool) -> torch.Tensor:
 
 
 def round_nvfp4(x: torch.Tensor, reciprocal: torch.Tensor) -> torch.Tensor:
-    """``cvt_warp_fp16_to_fp4`` with ``SFScaleVal = reciprocal``: code times block scale, float64, without the global scale."""
+    """Return ``cvt_warp_fp16_to_fp4`` with ``SFScaleVal = reciprocal``: float64 codes times block scale, no global scale."""
     blocks = x.to(torch.float32).unflatten(1, (-1, 16))
     amax = blocks.abs().amax(dim=2)
     scale = (
@@ -67,7 +67,7 @@ def round_nvfp4(x: torch.Tensor, reciprocal: torch.Tensor) -> torch.Tensor:
 
 
 def round_mxfp8(x: torch.Tensor) -> torch.Tensor:
-    """``cvt_warp_fp16_to_mxfp8``: float64, block scales included."""
+    """Return ``cvt_warp_fp16_to_mxfp8``: float64, block scales included."""
     blocks = x.to(torch.float32).unflatten(1, (-1, 32))
     scale = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(dim=2, keepdim=True).double() / 448))).clamp(2.0**-127)
     return ((blocks / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale).flatten(1)
@@ -76,7 +76,7 @@ def round_mxfp8(x: torch.Tensor) -> torch.Tensor:
 def check_weights(
     mx: bool, x: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, quant_scales: list[torch.Tensor]
 ) -> None:
-    """The checks that the package's own runner makes of prepared weights, and its order of scales."""
+    """Check prepared weights, and their order of scales, like the package's own runner."""
     cls = "CutlassMxfp8Runner" if mx else "CutlassNvfp4Runner"
     pack, order = _theirs("_pack_weight_inputs", cls), _theirs("_quant_scales", cls)
     if mx:
@@ -109,7 +109,7 @@ def check_weights(
 
 
 def cutlass_fused_moe(*args: Any, **kwargs: Any) -> None:
-    """Writes into ``output``; tokens of no expert are zero."""
+    """Write into ``output``; tokens of no expert are zero."""
     names = list(parameters(function(CORE, "cutlass_fused_moe")))
     given = dict(zip(names, args, strict=False)) | kwargs
     x, choices, weights = (given[name] for name in ("input", "token_selected_experts", "token_final_scales"))
@@ -139,20 +139,20 @@ def cutlass_fused_moe(*args: Any, **kwargs: Any) -> None:
         if input_sf is None:
             values = round_nvfp4(x, act_1 if act_1.dim() == 0 else act_1[expert])
         else:
-            values = numbers(x, unswizzled(input_sf, len(x), hidden // group), mx)
+            values = decoded(x, unswizzled(input_sf, len(x), hidden // group), mx)
         linear = unswizzled(scale_1[expert].view(torch.uint8), 2 * inner, hidden // group)
-        h = values[tokens] @ numbers(gate_up[expert], linear, mx).T * alpha_1[expert].double()
+        h = values[tokens] @ decoded(gate_up[expert], linear, mx).T * alpha_1[expert].double()
         up, gate = h.to(dtype).float().chunk(2, dim=1)
         middle = (torch.nn.functional.silu(gate) * up).to(dtype)
         rounded = round_mxfp8(middle) if mx else round_nvfp4(middle, act_2 if act_2.dim() == 0 else act_2[expert])
         linear = unswizzled(scale_2[expert].view(torch.uint8), hidden, inner // group)
-        y = (rounded @ numbers(down[expert], linear, mx).T * alpha_2[expert].double()).to(dtype)
+        y = (rounded @ decoded(down[expert], linear, mx).T * alpha_2[expert].double()).to(dtype)
         total.index_add_(0, tokens, y.float() * weights[tokens, places].unsqueeze(1))
     output.copy_(total.to(dtype))
 
 
 def module() -> types.ModuleType:
-    """What stands for ``flashinfer.fused_moe``."""
+    """Return a stand-in for the module ``flashinfer.fused_moe``."""
     made = types.ModuleType("flashinfer.fused_moe")
     made.cutlass_fused_moe = cutlass_fused_moe  # type: ignore[attr-defined]
     return made

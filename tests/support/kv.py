@@ -1,7 +1,7 @@
 """A KV cache's rounding, written from the definition of the recipes, and a Hugging Face model that has it.
 
-Independent of the packages under test. Every key, after its position embedding, and every value is rounded before it is used: that
-is what a cache does to all tokens, the newest included, when attention reads it back.
+Independent of the packages under test. Every key, after its position embedding, and every value is rounded before it is
+used, like attention reads back all tokens from a cache, the newest included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CAST_SCALE = torch.tensor(1.0)
 
 
 def hadamard(size: int) -> torch.Tensor:
-    """The normalised Hadamard matrix of a power of two."""
+    """Return the normalised Hadamard matrix of a power of two."""
     matrix = torch.ones(1, 1)
     for _ in range(size.bit_length() - 1):
         matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
@@ -26,24 +26,24 @@ def hadamard(size: int) -> torch.Tensor:
 
 
 def round_vectors(x: torch.Tensor, recipe: str, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x`` ``[B, H, T, D]`` as a cache of ``recipe`` gives it back; ``scale`` is amax / 448, ``bias`` ``[1, H, 1, D]``."""
-    turn = hadamard(x.shape[-1]) if recipe == "nvfp4_rotate" else torch.eye(x.shape[-1])
+    """Return ``x`` ``[B, H, T, D]`` read back from a cache; ``scale`` is amax / 448, ``bias`` ``[1, H, 1, D]``."""
+    rotation = hadamard(x.shape[-1]) if recipe == "nvfp4_rotate" else torch.eye(x.shape[-1])
     shift = torch.zeros(()) if bias is None else bias.to(torch.float32)
-    wide = x.to(torch.float32) @ turn - shift
+    x32 = x.to(torch.float32) @ rotation - shift
     if recipe.startswith("fp8"):
-        rounded = to_e4m3(wide / scale) * scale
+        rounded = to_e4m3(x32 / scale) * scale
     else:
-        values, step = round_nvfp4(wide, {"input_scale": scale.to(torch.float32) * 448 / 2688})
+        values, step = round_nvfp4(x32, {"input_scale": scale.to(torch.float32) * 448 / 2688})
         rounded = values * step
-    return ((rounded + shift) @ turn).to(x.dtype)
+    return ((rounded + shift) @ rotation).to(x.dtype)
 
 
 def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Makes ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none.
+    """Make ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none.
 
-    ``model.config.kv_rounding["raw_from"]``, one number for each token, is the first key a token meets unrounded: the start of
-    its chunk in a prefill whose chunk is not read back, and by default none. ``["fp8_queries"]`` rounds queries to E4M3, and
-    ``["fp8_weights"]`` the weights of the values, as attention does that multiplies FP8 with FP8.
+    ``model.config.kv_rounding["raw_from"]``: for each token, the first key that it reads unrounded: the start of
+    its chunk in a prefill whose chunk is not read back, and by default none. ``["fp8_queries"]`` rounds queries to
+    E4M3, and ``["fp8_weights"]`` the softmax weights, like attention that multiplies FP8 by FP8.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -58,7 +58,7 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
             stored = rounding["tensors"]
             scale = stored.get(f"{prefix}{side}_proj.{side}_scale", CAST_SCALE)
             part = stored[f"{prefix}{side}_proj.{side}_bias"] if rounding["recipe"].endswith("_affine") else None
-            # Only the rotated cache turns keys; values never are.
+            # Only the rotated cache rotates keys; values never are.
             name = rounding["recipe"] if side == "k" else rounding["recipe"].replace("_rotate", "")
             return round_vectors(x, name, scale, part).repeat_interleave(module.num_key_value_groups, dim=1)
 

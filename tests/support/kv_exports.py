@@ -25,12 +25,12 @@ UNQUANTIZED: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": F
 
 
 def kv_export(recipe: str, family: Family = "llama", weights: str | None = None, **fields: Any) -> Path:
-    """The export of a tiny model with that KV recipe; ``weights`` is the preset of its layers, None for none."""
+    """Return the export of a tiny model with that KV recipe; ``weights`` is the preset of its layers, None for none."""
     return _export(PRESETS[recipe], family, weights, **fields)
 
 
 def cast_export(recipe: str, family: Family = "llama", weights: str | None = None) -> Path:
-    """Likewise by the preset without calibration."""
+    """Return the export of a model by the preset without calibration."""
     return _export(CAST_PRESETS[recipe], family, weights)
 
 

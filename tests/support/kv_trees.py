@@ -15,14 +15,14 @@ HEAD_DIM = 16
 
 
 def attention_model(layers: int = 2, heads: int = 2, scales: bool = False) -> torch.nn.Module:
-    """Attention where SGLang's Llama has it."""
+    """Return a model with attention layers where SGLang's Llama has them."""
     return attention_tree([(f"model.layers.{index}.self_attn.attn", index) for index in range(layers)], heads, scales)
 
 
 def attention_tree(
     places: Sequence[tuple[str, int]], heads: int = 2, scales: bool = False, others: Sequence[str] = ()
 ) -> torch.nn.Module:
-    """Attention layers by ``(module name, layer number)``; ``others`` are names of plain modules beside them."""
+    """Return attention layers by ``(module name, layer number)``; ``others`` are names of plain modules beside them."""
     from sglang.srt.layers.quantization.kv_cache import BaseKVCacheMethod
     from sglang.srt.layers.radix_attention import RadixAttention
 
@@ -48,7 +48,7 @@ def _put(model: torch.nn.Module, name: str, module: torch.nn.Module) -> None:
 
 
 def scales_of(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
-    """``(k_scale, v_scale)`` on every attention layer, by the module around it; -1 where nobody set them."""
+    """Return ``(k_scale, v_scale)`` of every attention layer, by the module around it; -1 where none was set."""
     return {
         name.rpartition(".")[0]: (float(module.k_scale), float(module.v_scale))
         for name, module in model.named_modules()
@@ -57,7 +57,7 @@ def scales_of(model: torch.nn.Module) -> dict[str, tuple[float, float]]:
 
 
 def stored_attention(module: str, k_scale: float | None, v_scale: float | None, values: bool = True) -> dict[str, Any]:
-    """The tensors of one attention layer with a projection for keys and, with ``values``, one for values."""
+    """Return the tensors of one attention layer with a projection for keys and, with ``values``, one for values."""
     found = {f"{module}.k_proj.weight": torch.zeros(4, 4)}
     if values:
         found[f"{module}.v_proj.weight"] = torch.zeros(4, 4)
@@ -70,7 +70,7 @@ def stored_attention(module: str, k_scale: float | None, v_scale: float | None, 
 def kv_folder(
     folder: Path, tensors: Mapping[str, torch.Tensor], *, algo: str = "FP8", exclude: Sequence[str] = (), **config: Any
 ) -> Path:
-    """A checkpoint that declares a KV cache and stores ``tensors``."""
+    """Return a checkpoint that declares a KV cache and stores ``tensors``."""
     folder.mkdir(parents=True, exist_ok=True)
     quantization = {"quant_algo": "FP8", "kv_cache_quant_algo": algo, "exclude_modules": list(exclude)}
     content = {"producer": {"name": "modelopt"}, "quantization": quantization}

@@ -65,12 +65,12 @@ class TinyModel:
 
     @property
     def name(self) -> str:
-        """A readable folder name, for people; the cache key is a hash of all fields."""
+        """Return a readable folder name, for people; the cache key is a hash of all fields."""
         return f"{self.family}-s{self.seed}-h{self.hidden}-l{self.layers}" + ("-tied" if self.tied else "")
 
 
 def model_dir(spec: TinyModel) -> Path:
-    """The folder of the model, built on the first call on this machine."""
+    """Return the folder of the model, built on the first call on this machine."""
     import transformers
 
     key = digest(asdict(spec), transformers.__version__, source_digest(Path(__file__)))
@@ -78,19 +78,19 @@ def model_dir(spec: TinyModel) -> Path:
 
 
 def save_model(spec: TinyModel, folder: Path) -> None:
-    """Writes config, weights and tokenizer of the model to ``folder``."""
+    """Write config, weights and tokenizer of the model to ``folder``."""
     build_model(spec).save_pretrained(folder)
     build_tokenizer(spec.vocab).save_pretrained(folder)
 
 
 def random_ids(length: int, seed: int, vocab: int = 512) -> list[int]:
-    """A prompt of ordinary tokens, none of them special."""
+    """Return a prompt of ordinary tokens, none of them special."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(len(SPECIAL_TOKENS), vocab, (length,), generator=generator).tolist()
 
 
 def build_model(spec: TinyModel) -> PreTrainedModel:
-    """The model in memory, in eval mode."""
+    """Return the model in memory, in eval mode."""
     import transformers
 
     classes = {
@@ -150,7 +150,7 @@ class _Weights:
         self.spec = spec
 
     def make(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The float32 values of the parameter called ``name``."""
+        """Return the float32 values of the parameter called ``name``."""
         parts = name.split(".")
         layer = int(parts[2]) if parts[1] == "layers" else -1
         kind = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
@@ -181,7 +181,7 @@ class _Weights:
         return torch.randn(shape, generator=self._generator(name))
 
     def _outliers(self, name: str, channels: int) -> torch.Tensor:
-        """1 for most channels, 6 to 16 for a few."""
+        """Return magnitudes of channels: 1 for most, 6 to 16 for a few."""
         generator = self._generator(name + ":outliers")
         factors = torch.ones(channels)
         chosen = torch.randperm(channels, generator=generator)[: max(1, round(channels * OUTLIER_SHARE))]
@@ -189,13 +189,13 @@ class _Weights:
         return factors
 
     def _gain(self, name: str, channels: int, layer: int) -> torch.Tensor:
-        """Norm gains: attention reads small inputs, the MLP large ones, and every other layer the reverse."""
+        """Return norm gains: attention reads small inputs, the MLP large ones, and every other layer the reverse."""
         small = ("input_layernorm" in name) == (layer % 2 == 0)
         spread = 1.0 + 0.2 * self._normal(name, (channels,))
         return (0.03 if small else 20.0) * spread * self._outliers(name, channels)
 
     def _target(self, kind: str, layer: int) -> float:
-        """The standard deviation a projection's output should have, per channel, outlier channels aside."""
+        """Return the standard deviation a projection's output should have, per channel, outlier channels aside."""
         odd = layer % 2
         return {
             "q_proj": (0.4, 3.0)[odd],
@@ -208,7 +208,7 @@ class _Weights:
         }[kind]
 
     def _linear(self, name: str, shape: tuple[int, ...], kind: str, layer: int) -> torch.Tensor:
-        """A weight with uneven blocks, scaled so that its output has the wanted standard deviation.
+        """Return a weight with uneven blocks, scaled so that its output has the wanted standard deviation.
 
         The columns of outlier inputs are smaller, by the square root: both kinds of channel then matter.
         """
@@ -221,12 +221,12 @@ class _Weights:
         return weight * self._target(kind, layer) * self._output_outliers(name, kind, rows).unsqueeze(1)
 
     def _router(self, name: str, shape: tuple[int, ...], layer: int) -> torch.Tensor:
-        """Router logits of standard deviation 1: close enough that a token's experts weigh alike, and all of them are used."""
+        """Return a router with logits of standard deviation 1: a token's experts weigh alike, and all of them are used."""
         magnitude = self._input_magnitude(name.replace("gate.", "gate_proj."), "gate_proj", shape[1], layer)
         return self._normal(name, shape) / (magnitude * shape[1] ** 0.5)
 
     def _experts(self, name: str, kind: str, shape: tuple[int, ...], layer: int) -> torch.Tensor:
-        """All experts' weights, each drawn like a dense layer's; those of the odd experts are larger."""
+        """Return all experts' weights, each drawn like a dense layer's; those of the odd experts are larger."""
         parent = name.removesuffix(f".experts.{kind}")
         parts = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
         rows = (shape[1] // len(parts), shape[2])
@@ -239,7 +239,7 @@ class _Weights:
         )
 
     def _input_magnitude(self, name: str, kind: str, columns: int, layer: int) -> torch.Tensor:
-        """About how large each input channel is."""
+        """Return the approximate magnitude of each input channel."""
         prefix = name.split(".mlp.")[0] if ".mlp." in name else name.rsplit(".", 3)[0]
         if kind in ("q_proj", "k_proj", "v_proj"):
             return self._gain(f"{prefix}.input_layernorm.weight", columns, layer)
@@ -259,7 +259,7 @@ class _Weights:
 
 
 def build_tokenizer(vocab: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with exactly ``vocab`` tokens: 3 special ones, 256 bytes, and pairs of letters."""
+    """Return a byte-level BPE tokenizer with ``vocab`` tokens: 3 special ones, 256 bytes, and pairs of letters."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

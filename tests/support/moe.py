@@ -15,7 +15,7 @@ EXPERTS, TOP_K = 4, 2
 
 
 def tiny(family: Family, **fields: int) -> TinyModel:
-    """A mixture small enough to export in a second, whose halves are whole blocks of every format."""
+    """Return a mixture small enough to export in a second, whose halves are whole blocks of every format."""
     return TinyModel(family, **{"intermediate": 256, "experts": EXPERTS, "top_k": TOP_K} | fields)  # type: ignore[arg-type]
 
 
@@ -26,7 +26,7 @@ def mixed_checkpoint(
     attention: str = "FP8_DEFAULT_CFG",
     **fields: int,
 ) -> Path:
-    """A MIXED_PRECISION checkpoint of two exports: the experts of one, the attention layers of the other."""
+    """Return a MIXED_PRECISION checkpoint of two exports: the experts of one, the attention layers of the other."""
     folders = {
         part: export(model_dir(tiny(family, **fields)), recipe) for part, recipe in (("e", experts), ("a", attention))
     }

@@ -37,7 +37,7 @@ def scales(stored: torch.Tensor, mx: bool) -> torch.Tensor:
 
 
 def fp4(codes: torch.Tensor, scale: torch.Tensor, mx: bool) -> torch.Tensor:
-    """Packed codes ``[R, K / 2]`` and swizzled scales as float64 ``[R, K]``."""
+    """Return packed codes ``[R, K / 2]`` and swizzled scales as float64 ``[R, K]``."""
     rows, k = codes.shape[0], 2 * codes.shape[1]
     linear = unswizzled(scale, rows, k // (32 if mx else 16))
     return scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)), scales(linear, mx)).double()
@@ -72,7 +72,7 @@ def mm_nvfp4_svdquant(
     l1: torch.Tensor,
     backend: str,
 ) -> torch.Tensor:
-    """``alpha * (a @ b^T + d @ l1^T)``."""
+    """Return ``alpha * (a @ b^T + d @ l1^T)``."""
     check = evaluate(
         "flashinfer/gemm/gemm_svdquant.py",
         "_check_mm_nvfp4_svdquant_problem",
@@ -100,17 +100,17 @@ def mm_mxfp8(a: torch.Tensor, b: torch.Tensor, a_descale: Any, b_descale: Any, *
     assert a.is_contiguous()
     assert b.T.is_contiguous()
 
-    def numbers(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def decoded(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
         linear = unswizzled(scale, codes.shape[0], codes.shape[1] // 32)
         return scale_blocks(e4m3.decode(codes), ue8m0.decode(linear)).double()
 
-    return (numbers(a, a_descale) @ numbers(b.T, b_descale).T).to(kwargs["out_dtype"])
+    return (decoded(a, a_descale) @ decoded(b.T, b_descale).T).to(kwargs["out_dtype"])
 
 
 def prepare_bf16_fp4_weights(
     b: torch.Tensor, b_descale: torch.Tensor, alpha: torch.Tensor, *, backend: str, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """SM100's: the weight as it is, and a view of the scales in the kernel's order."""
+    """Return SM100's prepared weight: unchanged codes, and a view of the scales in the kernel's order."""
     function = evaluate(WEIGHT_ONLY, "prepare_bf16_fp4_weights", torch=torch)[0]
     with pytest.raises(ValueError, match="Unknown backend 'none'"):  # the checks before the backends
         function(b, b_descale, alpha, backend="none", block_size=block_size)
@@ -145,7 +145,7 @@ def prepare_w4_weight(q: torch.Tensor, sf: torch.Tensor, wformat: str) -> tuple[
 
 
 def unpacked(repack: Callable[[torch.Tensor], torch.Tensor], packed: torch.Tensor, rows: int, columns: int) -> Any:
-    """The bytes that ``repack`` put into ``packed``, in their places: it is told where each went, a byte of the place at a time."""
+    """Return the bytes that ``repack`` put into ``packed``, by their original places, found one byte position at a time."""
     place = torch.arange(rows * columns).view(rows, columns)
     parts = [repack((place >> shift & 255).to(torch.uint8)).long() << shift for shift in (0, 8, 16)]
     result = torch.zeros(rows * columns, dtype=torch.uint8)
@@ -166,12 +166,12 @@ def gemm_w4a16(
     rows = blob.shape[0] * 64
     codes = unpacked(weight, blob, rows, k // 2)
     linear = unpacked(scale, sf, rows, k // 16).view(torch.float8_e4m3fn)
-    numbers = scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)), e4m3.decode(linear)).double()
-    return (act.double() @ numbers.T * tensor_scale.double()).to(torch.bfloat16)[:, :n_out]
+    values = scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)), e4m3.decode(linear)).double()
+    return (act.double() @ values.T * tensor_scale.double()).to(torch.bfloat16)[:, :n_out]
 
 
 def process_mxfp4_w4a8_weight(weight: torch.Tensor, offsets: torch.Tensor, inplace: bool) -> torch.Tensor:
-    """Codes under a scale that was raised by ``offsets``: those that are exact."""
+    """Return the codes that are exact under a scale raised by ``offsets``."""
     assert inplace
     codes = e2m1.unpack_codes(weight.view(torch.uint8))
     lowered = scale_blocks(e2m1.decode(codes), torch.exp2(-offsets.view(codes.shape[0], -1).float()))
@@ -180,7 +180,7 @@ def process_mxfp4_w4a8_weight(weight: torch.Tensor, offsets: torch.Tensor, inpla
 
 
 def transform_humming_tensors(config: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Folds the exponents with humming's own function, and leaves everything in its place."""
+    """Fold the exponents with humming's own function, and leave everything in its place."""
     (fold,) = evaluate(
         "humming/transform.py",
         "process_fused_e8m0_scale",
@@ -219,7 +219,7 @@ def humming_forward(
     input_scale: torch.Tensor,
     locks: torch.Tensor,
 ) -> torch.Tensor:
-    """A code times 2^scale is what humming keeps in E4M3: its exponent is at most 12, of which the last is for code 6 alone."""
+    """Return whether a code times 2^scale fits humming's E4M3: its exponent is at most 12, and 12 for code 6 alone."""
     assert inputs.dtype == torch.float8_e4m3fn
     assert input_scale.shape == (inputs.shape[0], 1)
     assert input_scale.dtype == torch.float32
@@ -227,8 +227,8 @@ def humming_forward(
     assert not locks.any()
     exponent = weight_scale.view(torch.uint8).float()
     used = scale_blocks(torch.ones(weight.shape[0], 8 * weight.shape[1]), exponent)
-    numbers = e2m1.decode(e2m1.unpack_codes(weight.view(torch.uint8)))
-    folded = numbers * torch.exp2(used - 7)  # into the range of E4M3
+    values = e2m1.decode(e2m1.unpack_codes(weight.view(torch.uint8)))
+    folded = values * torch.exp2(used - 7)  # into the range of E4M3
     assert torch.equal(e4m3.round_to_e4m3(folded), folded)
     y = inputs.double() @ (folded.double() * 2.0**7 * weight_scale_2.double()[:, None]).T
     return (y * input_scale.double()).to(torch.bfloat16)

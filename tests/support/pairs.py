@@ -1,7 +1,7 @@
-"""Configuration pairs (``config.json`` and ``hf_quant_config.json``) with the structure of published checkpoints, small and new.
+"""Configuration pairs (``config.json`` and ``hf_quant_config.json``) with the structure of published checkpoints.
 
-``PUBLISHED`` has what NVIDIA and others publish and SGLang serves; ``EDITED`` what people do to such files by hand; ``EXPORTS``
-what ModelOpt 0.47 writes for the recipes that SGLang serves wrongly or not at all.
+``PUBLISHED``: checkpoints by NVIDIA and others that SGLang serves. ``EDITED``: typical edits of such files by hand.
+``EXPORTS``: ModelOpt 0.47's files for the recipes that SGLang serves wrongly or not at all.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Pair:
 
     Attributes:
         name: for test ids.
-        config: config.json.
-        file: hf_quant_config.json, None where there is none.
-        tensors: names of its tensors, as an index would have them; empty where nothing is known of them.
+        config: content of config.json.
+        file: content of hf_quant_config.json, None without one.
+        tensors: names of its tensors, like in an index; empty where they are unknown.
     """
 
     name: str
@@ -47,29 +47,29 @@ class Pair:
 
 
 def model(architecture: str, model_type: str, section: Json | None = None, **fields: Any) -> Json:
-    """A config.json of that architecture, with ``section`` as its ``quantization_config``."""
+    """Return a config.json of that architecture, with ``section`` as its ``quantization_config``."""
     quantization = {} if section is None else {"quantization_config": section}
     return {"architectures": [architecture], "model_type": model_type, **fields, **quantization}
 
 
 def nested(algo: str | None, **fields: Any) -> Json:
-    """A hf_quant_config.json."""
+    """Return a hf_quant_config.json."""
     return {"producer": PRODUCER, "quantization": {"quant_algo": algo, **fields}}
 
 
 def flat(algo: str, **fields: Any) -> Json:
-    """A ``quantization_config`` as ModelOpt converts it."""
+    """Return a ``quantization_config`` as ModelOpt converts it."""
     return {"quant_algo": algo, "producer": PRODUCER, "quant_method": "modelopt", **fields}
 
 
 def group(bits: int, size: int | None = None) -> Json:
-    """The ``config_groups`` of one format."""
+    """Return the ``config_groups`` of one format."""
     one = {"dynamic": False, "num_bits": bits, "type": "float", **({"group_size": size} if size else {})}
     return {"group_0": {"input_activations": one, "weights": one, "targets": ["Linear"]}}
 
 
 def mix(**algos: str) -> Json:
-    """``quantized_layers``: a layer's name with ``__`` for dots, and its algorithm."""
+    """Return ``quantized_layers``: a layer's name with ``__`` for dots, and its algorithm."""
     sizes = {
         "NVFP4": 16,
         "W4A16_NVFP4": 16,
@@ -114,7 +114,7 @@ HYBRID: Json = {
     "scale_fmt": "ue8m0",
     "weight_block_size": [128, 128],
 }
-"""What SGLang calls HybridFp8NvFp4Config: FP8 with a ModelOpt description of the experts."""
+"""SGLang's HybridFp8NvFp4Config: FP8 with a ModelOpt description of the experts."""
 
 PUBLISHED = (
     Pair("llama_fp8_file_only", model(*DENSE), nested("FP8", kv_cache_quant_algo="FP8", exclude_modules=["lm_head"])),
@@ -365,7 +365,7 @@ EDITED = (
 
 
 def _spelled(algo: str) -> str:
-    """``quant_algo`` as ModelOpt writes it, which has two in lower case."""
+    """Return ``quant_algo`` in ModelOpt's spelling, which has two in lower case."""
     return algo.lower() if algo in ("MXFP4", "FP8_PB_WO") else algo
 
 

@@ -1,7 +1,8 @@
-"""Quantizing a tiny model: on few tokens, and what is then in a folder."""
+"""Quantization of a tiny model on few tokens, and the content of the resulting folder."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,15 @@ TEXTS = ("import os\n\ndef first(path):\n    return os.fspath(path)\n" * 8, "x =
 IDS = tuple(random_ids(32, seed=70 + i, vocab=511) for i in range(4))
 
 
+def calibration_file(folder: Path) -> str:
+    """Write :data:`TEXTS` to a file in ``folder`` and return its path."""
+    file = folder / "text.jsonl"
+    file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    return str(file)
+
+
 def run(model: Path, output: Path, data: str, recipe: str = RECIPE, **options: Any) -> Quantized:
-    """:func:`quantize` without progress, on few tokens."""
+    """Run :func:`quantize` without progress, on few tokens."""
     overwrite = options.pop("overwrite", False)
     chosen = Options(recipe=recipe, data=(data,), samples=4, sequence_length=32, device="cpu", **options)
     done = quantize(str(model), output, chosen, overwrite=overwrite, progress=False)
@@ -27,12 +35,12 @@ def run(model: Path, output: Path, data: str, recipe: str = RECIPE, **options: A
 
 
 def names(folder: Path) -> set[str]:
-    """What is in a folder, hidden leftovers included."""
+    """Return the names of all files in a folder, hidden ones included."""
     return {file.name for file in folder.iterdir()}
 
 
 def old_checkpoint(folder: Path) -> Path:
-    """A folder that looks like an earlier result."""
+    """Return a folder that looks like an earlier result."""
     folder.mkdir()
     (folder / "config.json").write_text("{}")
     (folder / "old").touch()
@@ -40,5 +48,5 @@ def old_checkpoint(folder: Path) -> Path:
 
 
 def not_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fails the test when a model is loaded."""
+    """Fail the test when a model is loaded."""
     monkeypatch.setattr(module, "load_model", lambda *args, **kwargs: pytest.fail("the model was loaded"))

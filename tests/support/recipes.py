@@ -1,4 +1,4 @@
-"""How each recipe stores a weight and rounds an input, written straight from the definition of the formats.
+"""The storage of weights and the rounding of inputs by recipe, written straight from the definition of the formats.
 
 Independent of the packages under test: nothing here imports them. A further recipe is one row of :data:`RECIPES`.
 """
@@ -13,8 +13,8 @@ import torch
 
 Math = Literal["exact", "fp8"]
 Activation = Literal["recipe", "per_tensor", "per_token", "none", "keep_fp4"]
-"""What rounds an input: the recipe; FP8 under a scale for the tensor, or for each token; nothing; the recipe unless to FP4, as
-before Blackwell."""
+"""The rounding of an input: by the recipe; to FP8 with one scale per tensor or per token; none; by the recipe except to FP4, like
+GPUs before Blackwell."""
 Parts = Mapping[str, torch.Tensor]
 """The stored tensors of one linear layer by the last part of their name."""
 
@@ -30,7 +30,7 @@ class Weight:
     scale: torch.Tensor
 
     def dequantized(self) -> torch.Tensor:
-        """The weight in float32."""
+        """Return the weight in float32."""
         return self.units * self.scale
 
 
@@ -42,8 +42,8 @@ class Recipe:
         group: the block size where the configuration does not say it.
         decode: from the stored tensors and the block size to the weight.
         round_input: from the input and the stored tensors to ``(values, scale)``, input = values * scale.
-        tensors: what must be stored, besides a bias.
-        optional: what may be stored as well.
+        tensors: tensors that must be stored, besides a bias.
+        optional: tensors that may be stored too.
     """
 
     group: int
@@ -54,14 +54,14 @@ class Recipe:
 
 
 def decode_fp4(packed: torch.Tensor) -> torch.Tensor:
-    """E2M1 codes, two to a byte, the low nibble first: float32 ``[N, K]`` from uint8 ``[N, K / 2]``."""
+    """Return E2M1 codes, two to a byte, the low nibble first: float32 ``[N, K]`` from uint8 ``[N, K / 2]``."""
     values = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)], dtype=torch.float32)
     nibbles = torch.stack([packed & 0xF, packed >> 4], dim=-1)
     return values[nibbles.long()].flatten(start_dim=1)
 
 
 def decode_nvfp4(parts: Parts, group: int) -> Weight:
-    """E2M1 under E4M3 block scales and one float32 scale."""
+    """Return a weight of E2M1 under E4M3 block scales and one float32 scale."""
     scales = parts["weight_scale"]
     if scales.dtype != torch.float8_e4m3fn:
         raise ValueError(f"weight_scale of an NVFP4 layer is {scales.dtype}")
@@ -70,7 +70,7 @@ def decode_nvfp4(parts: Parts, group: int) -> Weight:
 
 
 def decode_mxfp4(parts: Parts, group: int) -> Weight:
-    """E2M1 under block scales that are powers of two, stored as the exponent + 127 in a byte.
+    """Return a weight of E2M1 under block scales that are powers of two, stored as the exponent + 127 in a byte.
 
     The tensor's scale is the power of two that puts the largest block just inside the range of E4M3.
     """
@@ -83,33 +83,33 @@ def decode_mxfp4(parts: Parts, group: int) -> Weight:
 
 
 def round_static_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 under the stored ``input_scale``, saturating."""
+    """Round to E4M3 under the stored ``input_scale``, saturating."""
     scale = _scalar(parts["input_scale"])
     return to_e4m3(x / scale), scale
 
 
 def round_token_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 under a scale of its own for each token: the largest magnitude of the row / 448."""
+    """Round to E4M3 under one scale per token: the largest magnitude of the row / 448."""
     return _round_by_amax(x, x.abs().amax(dim=-1, keepdim=True))
 
 
 def round_static_or_token_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Static where the layer was calibrated, as with a KV cache whose calibration ran through the model; else by token."""
+    """Round by the static scale of a calibrated layer (also by a KV cache's calibration run), else by token."""
     return (round_static_fp8 if "input_scale" in parts else round_token_fp8)(x, parts)
 
 
 def round_tensor_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 under one dynamic scale for all tokens, the way ModelOpt simulates W4A8_MXFP4_FP8."""
+    """Round to E4M3 under one dynamic scale for all tokens, like ModelOpt's simulation of W4A8_MXFP4_FP8."""
     return _round_by_amax(x, x.abs().amax())
 
 
 def round_nothing(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """The input as it is."""
+    """Return the input unchanged."""
     return x, torch.ones(())
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Nearest E4M3 number, ties to even, saturating at 448."""
+    """Return the nearest E4M3 value, ties to even, saturating at 448."""
     return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype)
 
 
@@ -132,13 +132,13 @@ def _scalar(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def decode_fp8(parts: Parts, group: int) -> Weight:
-    """E4M3 codes under one float32 scale, or one for each output feature."""
+    """Return a weight of E4M3 codes under one float32 scale, or one for each output feature."""
     scale = parts["weight_scale"].to(torch.float32)
     return Weight(_fp8_codes(parts), scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(()))
 
 
 def decode_fp8_blocks(parts: Parts, group: int) -> Weight:
-    """E4M3 codes under float32 scales of tiles of 128 x 128, stored ``[N / 128, 1, K / 128, 1]``."""
+    """Return a weight of E4M3 codes under float32 scales of 128 x 128 tiles, stored ``[N / 128, 1, K / 128, 1]``."""
     codes = _fp8_codes(parts)
     scales = parts["weight_scale"].to(torch.float32)[:, 0, :, 0]
     rows = torch.arange(codes.shape[0]) // 128
@@ -147,18 +147,18 @@ def decode_fp8_blocks(parts: Parts, group: int) -> Weight:
 
 
 def decode_mxfp8(parts: Parts, group: int) -> Weight:
-    """E4M3 codes under powers of two, stored as the exponent + 127 in a byte."""
+    """Return a weight of E4M3 codes under powers of two, stored as the exponent + 127 in a byte."""
     exponents = parts["weight_scale"].to(torch.float32) - 127.0
     return Weight(_times_blocks(_fp8_codes(parts), torch.exp2(exponents), group), torch.ones(()))
 
 
 def decode_int8(parts: Parts, group: int) -> Weight:
-    """INT8 codes under one float32 scale for each output feature."""
+    """Return a weight of INT8 codes under one float32 scale for each output feature."""
     return Weight(parts["weight"].to(torch.float32), parts["weight_scale"].to(torch.float32).reshape(-1, 1))
 
 
 def decode_int4(parts: Parts, group: int) -> Weight:
-    """Signed 4-bit codes, two output features to a byte (the even one in the low nibble), under float32 block scales."""
+    """Return a weight of signed 4-bit codes under float32 block scales; of two outputs in a byte the even one is low."""
     packed = parts["weight"].to(torch.int32)
     codes = torch.empty(2 * packed.shape[0], packed.shape[1])
     for parity, nibbles in enumerate((packed & 15, packed >> 4)):
@@ -167,13 +167,13 @@ def decode_int4(parts: Parts, group: int) -> Weight:
 
 
 def round_static_int8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """Integers under the stored ``input_scale``, saturating."""
+    """Round to integers under the stored ``input_scale``, saturating."""
     scale = _scalar(parts["input_scale"])
     return (x / scale).round().clamp(-128, 127), scale
 
 
 def round_nvfp4(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """E2M1 in blocks of 16 under dynamic E4M3 scales and the stored ``input_scale``."""
+    """Round to E2M1 in blocks of 16 under dynamic E4M3 scales and the stored ``input_scale``."""
     scale = _scalar(parts["input_scale"])
     blocks = x.view(*x.shape[:-1], -1, 16) / scale
     steps = to_e4m3(blocks.abs().amax(dim=-1, keepdim=True) / 6.0)
@@ -182,28 +182,28 @@ def round_nvfp4(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tens
 
 
 def round_mxfp4(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """E2M1 in blocks of 32 under powers of two, ties to even (unlike ModelOpt's MXFP4 weights)."""
+    """Round to E2M1 in blocks of 32 under powers of two, ties to even (unlike ModelOpt's MXFP4 weights)."""
     blocks = x.view(*x.shape[:-1], -1, 32)
     steps = _power_of_two(blocks.abs().amax(dim=-1, keepdim=True) / 6.0)
     return (_nearest_fp4(blocks / steps) * steps).view(x.shape), torch.ones(())
 
 
 def round_mxfp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
-    """E4M3 in blocks of 32 under powers of two."""
+    """Round to E4M3 in blocks of 32 under powers of two."""
     blocks = x.view(*x.shape[:-1], -1, 32)
     steps = _power_of_two(blocks.abs().amax(dim=-1, keepdim=True) / FP8_MAX)
     return (to_e4m3(blocks / steps) * steps).view(x.shape), torch.ones(())
 
 
 def _power_of_two(ratio: torch.Tensor) -> torch.Tensor:
-    """The smallest power of two that is at least ``ratio``; 1 for zero."""
+    """Return the smallest power of two that is at least ``ratio``; 1 for zero."""
     mantissa, exponent = torch.frexp(ratio)
     exponent = torch.where(mantissa == 0.5, exponent - 1, exponent)
     return torch.where(ratio > 0, torch.exp2(exponent.to(torch.float32)), 1.0)
 
 
 def _nearest_fp4(x: torch.Tensor) -> torch.Tensor:
-    """Nearest E2M1 number, saturating at 6; ties to the even code."""
+    """Return the nearest E2M1 value, saturating at 6; ties to the even code."""
     values = torch.tensor(FP4_VALUES)
     middles = (values[1:] + values[:-1]) / 2
     magnitude = x.abs().contiguous()
@@ -244,7 +244,7 @@ RECIPES: dict[str, Recipe] = {
 FP4_ROUNDINGS = (round_nvfp4, round_mxfp4)
 
 OPTIONAL = frozenset({"bias", "pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b"})
-"""What any quantized layer may store besides; the low-rank factors under either of their names."""
+"""Optional tensors of every quantized layer; the low-rank factors have either of two names."""
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor, Parts], tuple[torch.Tensor, torch.Tensor]]] = {
     "per_tensor": round_tensor_fp8,

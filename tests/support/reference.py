@@ -1,6 +1,6 @@
-"""An independent float32 reading of an exported checkpoint: what a server should answer.
+"""An independent float32 reading of an exported checkpoint: the expected answers of a server.
 
-Nothing here imports the packages under test. The numbers are decoded by :mod:`tests.support.recipes`; the model around the
+Nothing here imports the packages under test. Weights are decoded by :mod:`tests.support.recipes`; the model around the
 linear layers is the Hugging Face one.
 """
 
@@ -39,9 +39,9 @@ KV_CACHE_TENSORS = (".k_scale", ".v_scale", ".k_bias", ".v_bias")
 
 
 class QuantLinear(nn.Module):
-    """A linear layer that computes what the recipe says, in float32 whatever the model around it runs in.
+    """A linear layer that computes the recipe in float32, whatever the dtype of the model around it.
 
-    ``math="fp8"`` rounds the units of the weight to E4M3, as a kernel does that multiplies FP8 with FP8.
+    ``math="fp8"`` rounds the units of the weight to E4M3, like a kernel that multiplies FP8 by FP8.
     """
 
     def __init__(self, recipe: Recipe, parts: Parts, group: int, math: Math, activation: Activation) -> None:
@@ -52,7 +52,7 @@ class QuantLinear(nn.Module):
             if bool(units.abs().amax() > FP8_MAX):
                 raise ValueError("code * block scale exceeds 448: its rounding to E4M3 is not defined here")
             units = to_e4m3(units)
-        # Plain attributes, not buffers: converting the model must not convert them.
+        # Plain attributes, not buffers, so that converting the model does not convert them.
         self.weight_parts = Weight(units, weight.scale)
         self.parts = parts
         self.bias_values = parts["bias"].to(torch.float32) if "bias" in parts else None
@@ -61,7 +61,7 @@ class QuantLinear(nn.Module):
         self.round_input = recipe.round_input if by_recipe else ACTIVATIONS["none" if keep else activation]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``round(x * smoothing) W^T + low rank + bias``, rounded once to the dtype of ``x``."""
+        """Return ``round(x * smoothing) W^T + low rank + bias``, rounded once to the dtype of ``x``."""
         smoothed = x.to(torch.float32)
         if "pre_quant_scale" in self.parts:
             smoothed = smoothed * self.parts["pre_quant_scale"].to(torch.float32)
@@ -81,7 +81,7 @@ class QuantExperts(nn.Module):
         self.members = nn.ModuleList(nn.ModuleList(expert) for expert in experts)
 
     def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """``[T, H]`` from ``[T, H]``, and for each token the numbers and the weights of its experts."""
+        """Return ``[T, H]`` from ``[T, H]``, given each token's experts and their weights."""
         y = torch.zeros_like(x)
         for number, (gate, up, down) in enumerate(self.members):  # type: ignore[misc]
             token, choice = torch.where(chosen == number)
@@ -93,15 +93,15 @@ class QuantExperts(nn.Module):
 
 
 class Reference:
-    """The reference model of a checkpoint, on torch's default device; one without quantization is read as it is.
+    """The reference model of a checkpoint, on torch's default device; an unquantized one is read unchanged.
 
     Args:
         folder: the checkpoint.
-        dtype: what everything but the quantized layers runs in: bfloat16 measures the noise of a bf16 server.
+        dtype: dtype of everything but the quantized layers: bfloat16 measures the noise of a bf16 server.
         math: see :class:`QuantLinear`.
         activation: the rounding of the recipe, or another one for comparison.
         kv_cache: the recipe that rounds keys and values; ``"unquantized"`` for ``--kv-cache-dtype bf16``; ``"none"`` for a
-            checkpoint that says nothing of its cache.
+            checkpoint without a quantized cache.
 
     Raises:
         ValueError: a tensor is missing, or is there and nothing reads it.
@@ -171,7 +171,7 @@ class Reference:
     def _read(
         self, section: dict[str, Any], tensors: dict[str, torch.Tensor], name: str, math: Math, act: Activation
     ) -> QuantLinear | None:
-        """The layer ``name`` out of ``tensors``, None when it is not quantized."""
+        """Return the layer ``name`` out of ``tensors``, None when it is not quantized."""
         exclude = section.get("exclude_modules", section.get("ignore")) or []
         layer_section = section
         if "quantized_layers" in section:
@@ -194,7 +194,7 @@ class Reference:
         return layer
 
     def _stack_experts(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Unquantized experts, stored one by one, as the one tensor Hugging Face keeps for all of them."""
+        """Stack unquantized experts, stored one by one, to the one tensor of Hugging Face's module."""
         for name, module in self.model.named_modules():
             if name.endswith(".experts") and not isinstance(module, QuantExperts):
                 gate, up, down = (
@@ -214,16 +214,16 @@ class Reference:
 
     @torch.no_grad()
     def logprobs(self, ids: Sequence[int]) -> torch.Tensor:
-        """Float32 log probabilities ``[len(ids), V]``; row ``t`` is about the token that follows ``ids[t]``."""
+        """Return float32 log probabilities ``[len(ids), V]``; row ``t`` is for the token after ``ids[t]``."""
         logits = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
         return torch.log_softmax(logits.to(torch.float32), dim=-1)
 
     def input_logprobs(self, ids: Sequence[int]) -> torch.Tensor:
-        """The log probability of each token but the first, given those before it: ``[len(ids) - 1]``."""
+        """Return the log probability of each token but the first, given those before it: ``[len(ids) - 1]``."""
         return self.logprobs(ids)[:-1].gather(1, torch.tensor(list(ids[1:])).unsqueeze(1)).squeeze(1)
 
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
-        """The ``count`` tokens that follow ``ids`` when the likeliest is always taken."""
+        """Return the ``count`` tokens of the greedy continuation of ``ids``."""
         sequence = list(ids)
         for _ in range(count):
             sequence.append(int(self.logprobs(sequence)[-1].argmax()))
@@ -231,7 +231,7 @@ class Reference:
 
 
 def _common_name(name: str) -> str:
-    """Mixtral's names of its experts as Qwen's, which Hugging Face's modules have."""
+    """Return Mixtral's names of its experts in Qwen's spelling, which Hugging Face's modules have."""
     parts = ["mlp" if part == "block_sparse_moe" else part for part in name.split(".")]
     if "experts" in parts:
         parts = [MIXTRAL_PARTS.get(part, part) for part in parts]
@@ -239,12 +239,12 @@ def _common_name(name: str) -> str:
 
 
 def _short(name: str) -> str:
-    """A layer's tensor without the prefix ModelOpt leaves before the low-rank factors."""
+    """Return a layer's tensor without the prefix ModelOpt leaves before the low-rank factors."""
     return name.removeprefix("weight_quantizer._")
 
 
 def quantization(folder: Path) -> dict[str, Any] | None:
-    """The quantization section of a checkpoint: of hf_quant_config.json, else of config.json, else None."""
+    """Return the quantization section of hf_quant_config.json, else of config.json, else None."""
     path = folder / "hf_quant_config.json"
     section: dict[str, Any] | None
     if path.exists():
@@ -256,7 +256,7 @@ def quantization(folder: Path) -> dict[str, Any] | None:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far two tables of log probabilities ``[T, V]`` are apart.
+    """The distance of two tables of log probabilities ``[T, V]``.
 
     A rounding to FP8 that falls the other way, for a difference of 1e-7 before it, moves its own row and all later rows
     of the same prompt by tenths. Between correct float32 implementations most rows agree to 1e-5 and a few do not:
@@ -284,7 +284,7 @@ class Difference:
 
 
 def difference(actual: torch.Tensor, expected: torch.Tensor) -> Difference:
-    """Compares log probabilities ``[T, V]``. NaN makes everything but ``same_top`` NaN."""
+    """Compare log probabilities ``[T, V]``. NaN makes everything but ``same_top`` NaN."""
     if actual.shape != expected.shape:
         raise ValueError(f"{list(actual.shape)} against {list(expected.shape)}")
     apart = (actual - expected).abs()

@@ -1,6 +1,6 @@
-"""SGLang's FlashInfer and TensorRT-LLM backends on a CPU: its own code and its own pools, with PyTorch in the place of the kernels.
+"""SGLang's FlashInfer and TensorRT-LLM backends on a CPU: its own code and pools, with PyTorch in place of the kernels.
 
-Only what needs the hardware is replaced, each by what its source says it computes: FlashInfer's attention, SGLang's fused FP8
+Only what needs the hardware is replaced, each by the computation in its source: FlashInfer's attention, SGLang's fused FP8
 write (``fused_fp8_qkv_kv_cache.cuh``) and the NVFP4 quantizer, scatter and dequantizer. Attention runs in float64 over the bytes of
 the pool.
 """
@@ -25,7 +25,7 @@ PAGE = 16
 def softmax_product(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in float64: ``[M, Hq, D]`` over ``[N, H, D]`` under ``mask`` ``[M, N]``; the output and log-sum-exp."""
+    """Return attention in float64: ``[M, Hq, D]`` over ``[N, H, D]`` under ``mask`` ``[M, N]``, and the log-sum-exp."""
     groups = q.shape[1] // k.shape[1]
     k, v = (x.double().repeat_interleave(groups, dim=1) for x in (k, v))
     logits = torch.einsum("mhd,nhd->mhn", q.double(), k) * scale
@@ -34,7 +34,7 @@ def softmax_product(
 
 
 def causal(new: int, total: int, window: int = -1) -> torch.Tensor:
-    """What the last ``new`` of ``total`` tokens see; with a window, the keys from p - window on."""
+    """Return the mask of the last ``new`` of ``total`` tokens; with a window, the keys from p - window on."""
     query = torch.arange(total - new, total)[:, None]
     key = torch.arange(total)[None, :]
     seen = key <= query
@@ -50,26 +50,26 @@ class Batch:
 
     @property
     def prefixes(self) -> list[int]:
-        """Tokens of each request that are cached already."""
+        """Return the number of cached tokens of each request."""
         return [len(slots) - new for slots, new in zip(self.slots, self.new, strict=True)]
 
     @property
     def write(self) -> torch.Tensor:
-        """The slots of the new tokens."""
+        """Return the slots of the new tokens."""
         return torch.cat([slots[len(slots) - new :] for slots, new in zip(self.slots, self.new, strict=True)])
 
     def parts(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Rows of new tokens by request."""
+        """Return the rows of new tokens by request."""
         return list(torch.split(x, list(self.new)))
 
 
 def _pages(buffer: torch.Tensor) -> torch.Tensor:
-    """``[pages, H, page, width]`` to rows of slots ``[slots, H, width]``."""
+    """Return ``[pages, H, page, width]`` as rows of slots ``[slots, H, width]``."""
     return buffer.permute(0, 2, 1, 3).flatten(0, 1)
 
 
 def _plain_v_scales(native: torch.Tensor) -> torch.Tensor:
-    """V's block scales ``[pages, H, page, D / 16]`` in the order of tokens, by SGLang's own coordinates."""
+    """Return V's block scales ``[pages, H, page, D / 16]`` in token order, by SGLang's own coordinates."""
     from sglang.srt.layers.quantization.nvfp4_kv_cache import nvfp4_v_scale_swizzle_indices
 
     page, width = native.shape[2:]
@@ -78,7 +78,7 @@ def _plain_v_scales(native: torch.Tensor) -> torch.Tensor:
 
 
 def decode_kv(kv: Any, scales: Any, native: bool) -> list[torch.Tensor]:
-    """The keys and values that a TensorRT-LLM kernel is handed, float32 ``[slots, H, D]``, without their scales."""
+    """Return the keys and values that a TensorRT-LLM kernel gets, float32 ``[slots, H, D]``, without their scales."""
     if scales is None:
         return [_pages(x.view(torch.uint8)).view(E4M3).float() for x in kv]
     found = []
@@ -93,14 +93,14 @@ def decode_kv(kv: Any, scales: Any, native: bool) -> list[torch.Tensor]:
 
 @dataclass
 class Kernels:
-    """Stand-ins for FlashInfer's functions; ``batch`` is the pass at hand, ``calls`` what was asked for."""
+    """Stand-ins for FlashInfer's functions; ``batch`` is the current pass, ``calls`` the recorded arguments."""
 
     batch: Batch | None = None
     native: bool = False
     calls: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
 
     def trtllm(self, name: str, **given: Any) -> torch.Tensor:
-        """``trtllm_batch_decode_with_kv_cache`` and ``trtllm_batch_context_with_kv_cache``."""
+        """Return stand-ins for ``trtllm_batch_decode_with_kv_cache`` and ``trtllm_batch_context_with_kv_cache``."""
         self.calls.append((name, given))
         assert given["sinks"] is None
         keys, values = decode_kv(given["kv_cache"], given["kv_cache_sf"], self.native)
@@ -121,7 +121,7 @@ class Kernels:
         return out
 
     def paged(self, q: torch.Tensor, kv: Any, indices: Sequence[torch.Tensor], **given: Any) -> Any:
-        """FlashInfer's paged wrappers (page size 1): cached tokens, seen by all queries unless causal."""
+        """Return a stand-in for FlashInfer's paged wrappers (page size 1): all queries see cached tokens unless causal."""
         self.calls.append(("paged", given))
         assert self.batch is not None
         keys, values = (x.view(E4M3).float() for x in kv)
@@ -135,7 +135,7 @@ class Kernels:
         return torch.cat(rows).to(q.dtype), torch.cat(sums)
 
     def ragged(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> Any:
-        """FlashInfer's ragged wrapper: the new tokens among themselves, as they are."""
+        """Return a stand-in for FlashInfer's ragged wrapper: the new tokens among themselves, unquantized."""
         self.calls.append(("ragged", given))
         assert self.batch is not None
         found = [
@@ -146,7 +146,7 @@ class Kernels:
 
 
 def merge_state(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> Any:
-    """FlashInfer's merge of two attentions over different keys."""
+    """Merge two attentions over different keys, like FlashInfer."""
     both = torch.logaddexp(lse_a, lse_b)
     merged = out_a.double() * torch.exp(lse_a - both)[..., None] + out_b.double() * torch.exp(lse_b - both)[..., None]
     return merged.to(out_a.dtype), both
@@ -197,7 +197,7 @@ def _store_fp4(k: Any, v: Any, k_sf: Any, v_sf: Any, loc: torch.Tensor, *buffers
 
 
 def replace_kernels(patch: pytest.MonkeyPatch) -> Kernels:
-    """Puts the stand-ins where SGLang looks for the kernels."""
+    """Put the stand-ins where SGLang looks for the kernels."""
     import sglang.kernels.ops.kvcache.fused_fp8_qkv_kv_cache as fused
     import sglang.srt.layers.attention.flashinfer_backend as flashinfer_backend
     import sglang.srt.layers.attention.trtllm_mha_backend as trtllm_backend
@@ -223,7 +223,7 @@ def replace_kernels(patch: pytest.MonkeyPatch) -> Kernels:
 
 
 def make_pool(fp4: bool, backends: tuple[str, str], sm100: bool, heads: int, head_dim: int, pages: int) -> Any:
-    """SGLang's FP8 or NVFP4 pool of one layer, as its configurator makes it for these backends."""
+    """Return SGLang's FP8 or NVFP4 pool of one layer, made like its configurator makes it for these backends."""
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
@@ -245,7 +245,7 @@ def make_pool(fp4: bool, backends: tuple[str, str], sm100: bool, heads: int, hea
 
 
 def trtllm_backend(pool: Any, backends: tuple[str, str], sm100: bool, heads: int, dtype: torch.dtype) -> Any:
-    """SGLang's TensorRT-LLM backend without its constructor, which asks the GPU: the fields its two forwards read."""
+    """Return SGLang's TensorRT-LLM backend without its constructor, which needs a GPU, with the fields of its forwards."""
     from sglang.srt.layers.attention.trtllm_mha_backend import TRTLLMHAAttnBackend
 
     backend = object.__new__(TRTLLMHAAttnBackend)
@@ -277,7 +277,7 @@ def trtllm_backend(pool: Any, backends: tuple[str, str], sm100: bool, heads: int
 
 
 def flashinfer_backend(pool: Any, kernels: Kernels) -> Any:
-    """SGLang's FlashInfer backend, likewise."""
+    """Return SGLang's FlashInfer backend without its constructor, which needs a GPU."""
     from sglang.srt.layers.attention.flashinfer_backend import FlashInferAttnBackend
 
     backend = object.__new__(FlashInferAttnBackend)
@@ -307,9 +307,9 @@ def forward(
     decode: bool,
     ragged: bool = True,
 ) -> torch.Tensor:
-    """One pass of a layer through the backend's ``forward_decode`` or ``forward_extend``, with the metadata SGLang would make.
+    """Run one pass of a layer through ``forward_decode`` or ``forward_extend``, with the metadata SGLang would make.
 
-    ``ragged`` says whether FlashInfer's prefill meets the new tokens beside the cache or in it.
+    ``ragged`` selects whether FlashInfer's prefill attends to the new tokens beside the cache or in it.
     """
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 

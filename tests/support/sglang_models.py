@@ -1,4 +1,4 @@
-"""SGLang's model classes read from their sources: which layers they fuse, and what they tell quantization of it.
+"""SGLang's model classes, parsed from their sources: the layers they fuse, and the names they give quantization.
 
 Parsed, not imported: some need packages for a GPU.
 """
@@ -16,10 +16,10 @@ from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS
 
 _PACKAGE = "sglang.srt.models"
 _BUILDING_BLOCKS = ("MLP", "Attention", "DecoderLayer", "Model", "ForCausalLM")
-"""Parts of names of classes that a model builds its layers from, often another model's."""
+"""Parts of the names of classes that models build layers from, often another model's."""
 
 _LANGUAGE_MODELS = ("ForCausalLM", "ForConditionalGeneration")
-"""Ends of names of architectures that are asked about."""
+"""Ends of the names of the architectures that are listed."""
 
 
 @dataclass
@@ -89,7 +89,7 @@ def _mapping(module: str, name: str) -> dict[str, list[str]]:
 
 
 def _value(home: str, value: ast.expr) -> dict[str, list[str]]:
-    """Evaluate a mapping; what the source does not spell out maps everything."""
+    """Evaluate a mapping; an entry that the source does not spell out maps everything."""
     if isinstance(value, ast.Dict):
         found: dict[str, list[str]] = {}
         for key, parts in zip(value.keys, value.values, strict=True):

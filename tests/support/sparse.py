@@ -10,13 +10,13 @@ from pathlib import Path
 
 Shape = tuple[int, ...]
 Header = tuple[str, Shape]
-"""safetensors' name of a type, and a shape."""
+"""Dtype, in safetensors' spelling, and shape."""
 
 SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
 
 
 def write_sparse(file: Path, tensors: Mapping[str, Header], scalar: float) -> None:
-    """A safetensors file whose one-value float32 tensors are ``scalar``; everything else is a hole, read as zeros."""
+    """Write a safetensors file whose one-value float32 tensors are ``scalar``; the rest is a hole, read as zeros."""
     header, offset, scalars = {}, 0, []
     for name, (dtype, shape) in tensors.items():
         size = SIZES[dtype] * math.prod(shape)
@@ -36,7 +36,7 @@ def write_sparse(file: Path, tensors: Mapping[str, Header], scalar: float) -> No
 
 
 def llama_70b(folder: Path) -> Path:
-    """The headers of Llama 3 70B as ModelOpt exports it with NVFP4_DEFAULT and FP8_KV: 80 layers in 9 files."""
+    """Return the headers of Llama 3 70B as ModelOpt exports it with NVFP4_DEFAULT and FP8_KV: 80 layers in 9 files."""
     hidden, intermediate, vocabulary, layers, heads, kv_heads, head_dim = 8192, 28672, 128256, 80, 64, 8, 128
     linears = {
         "self_attn.q_proj": (heads * head_dim, hidden),

@@ -24,8 +24,8 @@ from sglang_modelopt_ext.workflow.autoquant import layers, search
 from sglang_modelopt_ext.workflow.autoquant.formats import _try, find_formats
 from sglang_modelopt_ext.workflow.autoquant.measure import load_texts, part, perplexity
 from sglang_modelopt_ext.workflow.autoquant.state import Layer, Report, read_report
-from sglang_modelopt_ext.workflow.autoquant.work import SCORES
-from sglang_modelopt_ext.workflow.common.source import load_model
+from sglang_modelopt_ext.workflow.autoquant.work_folder import SCORES
+from sglang_modelopt_ext.workflow.common.base_model import load_model
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
 from sglang_modelopt_ext.workflow.quantize.record import read_record
@@ -43,7 +43,7 @@ def model() -> Path:
 
 
 def arguments(model: Path, output: Path, *more: str, formats: str = FORMATS, bits: str = "6.5") -> list[str]:
-    """A command line on a few short windows."""
+    """Return a command line on a few short windows."""
     fixed = {"--formats": formats, "--data": str(TEXT), "--gpu": "sm90", "--device": "cpu", "--output": str(output)}
     sizes = {"--samples": str(SAMPLES), "--score-samples": str(SCORED), "--sequence-length": "48"}
     options = [word for pair in (fixed | sizes).items() for word in pair]
@@ -52,7 +52,7 @@ def arguments(model: Path, output: Path, *more: str, formats: str = FORMATS, bit
 
 @dataclass(frozen=True)
 class Done:
-    """A finished search and what it printed."""
+    """A finished search and its output."""
 
     output: Path
     report: Report
@@ -61,7 +61,7 @@ class Done:
 
 @pytest.fixture(scope="module")
 def done(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
-    """One search that nothing disturbs."""
+    """Return one search that nothing disturbs."""
     output = tmp_path_factory.mktemp("search") / "out"
     with pytest.MonkeyPatch.context() as patch:
         printed: list[str] = []
@@ -77,7 +77,7 @@ def names(folder: Path) -> set[str]:
 
 
 def failure(capsys: pytest.CaptureFixture[str], argv: list[str]) -> str:
-    """The one line a command that is refused ends with."""
+    """Return the one line that a rejected command ends with."""
     capsys.readouterr()
     assert main(argv) == 2
     return capsys.readouterr().err.strip().splitlines()[-1]
@@ -113,7 +113,7 @@ def test_the_export_is_what_was_chosen(done: Done) -> None:
 
 
 def texts(model: Path) -> tuple[CalibrationData, CalibrationData, CalibrationData]:
-    """The windows of the search: to calibrate on, to score, and held out."""
+    """Return the windows of the search: to calibrate on, to score, and held out."""
     calibration, held_out = load_texts(
         [str(TEXT)], [], load_tokenizer(model), samples=SAMPLES, sequence_length=48, seed=0, progress=False
     )
@@ -247,7 +247,7 @@ def test_a_state_of_another_model_or_text(
 
 
 def count_windows(monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None) -> list[int]:
-    """Counts the windows that are scored; stops like Ctrl-C at one of them."""
+    """Count the scored windows, and interrupt like Ctrl-C at one of them."""
     lengths: list[int] = []
     loss = search.Search._loss
 
@@ -270,12 +270,12 @@ def test_ctrl_c_and_resume(
     with monkeypatch.context() as patch:
         seen = count_windows(patch, stop_at=1 + 6)  # the first one finds the loss scale
         assert main(arguments(model, output)) == 130
-        assert ".out.autoquant: --resume goes on" in capsys.readouterr().err
+        assert ".out.autoquant: --resume continues it" in capsys.readouterr().err
         assert len(seen) == 7
     assert names(tmp_path) == {".out.autoquant"}
     assert (tmp_path / ".out.autoquant").stat().st_mode & 0o777 == 0o700
     message = failure(capsys, arguments(model, output))
-    assert message.endswith("expected --resume to go on, or --overwrite to drop it, got an interrupted search")
+    assert message.endswith("expected --resume to continue it, or --overwrite to discard it, got an interrupted search")
     other = failure(capsys, arguments(model, output, "--resume", formats="FP8,NVFP4"))
     assert "manifest.json: formats, groups: expected what the interrupted search was asked for, got another" in other
     with monkeypatch.context() as patch:
@@ -314,7 +314,7 @@ def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def test_several_targets_and_kl(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A checkpoint for each, the counted lm_head, an excluded layer, both pictures, the text result.
+    """A checkpoint for each, the counted lm_head, an excluded layer, both plots, the text result.
 
     Interrupted between the two, it keeps the first checkpoint and does not make it again.
     """
@@ -420,7 +420,7 @@ def test_refusals(
 def test_formats_the_gpu_cannot_serve(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Which ones it can is dispatch's answer, for the target and not for this machine."""
+    """Dispatch for the target decides which formats it can serve, not this machine."""
     monkeypatch.setenv("SGLANG_MODELOPT_EXT_GEMM", "triton_block_scaled")
     line = failure(capsys, arguments(model, tmp_path / "out"))
     assert (
@@ -458,7 +458,7 @@ def test_command_lines_that_make_no_sense(argv: list[str], message: str, capsys:
 
 
 def test_fused_layers_share_a_group(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What SGLang fuses, ModelOpt groups; if it did not, the model is refused."""
+    """ModelOpt groups the layers that SGLang fuses; otherwise the model is rejected."""
     groups = layers.read_linears(model).groups
     assert [layer.name.rpartition(".")[2] for layer in groups["model.layers.0.self_attn"]] == [
         "q_proj",
@@ -481,7 +481,7 @@ def failing(error: Exception) -> Callable[..., None]:
 def test_modelopt_failing_is_one_line(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What was done is kept for ``--resume``, which an error may be worth too."""
+    """Progress is kept for ``--resume``, after an error too."""
     monkeypatch.setattr(search.Search, "_loss", failing(RuntimeError("no memory\nleft")))
     line = failure(capsys, arguments(model, tmp_path / "out"))
     assert line.endswith("auto_quantize: expected ModelOpt to search over it, got RuntimeError: no memory left")

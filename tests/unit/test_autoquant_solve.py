@@ -19,7 +19,7 @@ Table = list[list[Any]]
 
 @st.composite
 def problems(draw: st.DrawFn) -> tuple[Table, Table, float]:
-    """Costs, scores over many orders of magnitude with ties and zeros, and a budget somebody can meet."""
+    """Return costs, scores over many orders of magnitude with ties and zeros, and a budget that can be met."""
     groups = draw(st.integers(1, 5))
     sizes = [draw(st.integers(1, 4)) for _ in range(groups)]
     score = st.one_of(st.just(0.0), st.sampled_from([1e-7, 1.0]), st.floats(1e-9, 1e3))
@@ -34,7 +34,7 @@ def total(table: Table, choice: Sequence[int]) -> float:
 
 
 def best_by_trying(method: Method, costs: Table, scores: Table, budget: float) -> float:
-    """The least sum, or the least of the largest scores, of all choices within the budget."""
+    """Return the least sum, or the least of the largest scores, of all choices within the budget."""
     value = sum if method == "gradient" else max
     allowed = [c for c in itertools.product(*(range(len(row)) for row in costs)) if total(costs, c) <= budget]
     return min(value([row[c] for row, c in zip(scores, choice, strict=True)]) for choice in allowed)
@@ -60,7 +60,7 @@ def test_a_budget_nobody_meets(method: Method) -> None:
 
 
 def large_problem(groups: int) -> tuple[Table, Table]:
-    """Groups the sizes of a large model's, with scores that fall with the cost and spread over six decades."""
+    """Return groups of a large model's sizes, with scores that fall with the cost and spread over six decades."""
     rng = np.random.default_rng(0)
     weights = rng.choice([8192 * 10240, 8192 * 8192, 8192 * 57344, 28672 * 8192], groups)
     costs = [[int(size * bits) + 96 for bits in (4.25, 4.5, 8.0, 16.0)] for size in weights]

@@ -1,4 +1,4 @@
-"""The state file: what is solved from it, and what is not taken for one."""
+"""The state file: targets solved from it, and files that are rejected."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.autoquant import pictures
-from sglang_modelopt_ext.workflow.autoquant.pictures import CHOICES, TRADE_OFF, draw
+from sglang_modelopt_ext.workflow.autoquant import plots
+from sglang_modelopt_ext.workflow.autoquant.plots import CHOICES, TRADE_OFF, draw
 from sglang_modelopt_ext.workflow.autoquant.state import (
     Candidate,
     Choice,
@@ -36,7 +36,7 @@ FORMATS = {"W4A8_NVFP4_FP8_CFG": 4.25, "FP8_DEFAULT_CFG": 8.0}
 
 
 def group(name: str, score: float | None, *, excluded: bool = False) -> Group:
-    """A group of one layer of 1000 weights; FP8 hurts a tenth of what 4 bits hurt."""
+    """Return a group of one layer of 1000 weights; FP8 hurts a tenth of what 4 bits hurt."""
     candidates = {} if excluded else {"W4A8_NVFP4_FP8_CFG": Candidate(cost=4250, score=score)}
     if not excluded:
         candidates["FP8_DEFAULT_CFG"] = Candidate(cost=8000, score=None if score is None else score / 10)
@@ -45,7 +45,7 @@ def group(name: str, score: float | None, *, excluded: bool = False) -> Group:
 
 
 def state(*groups: Group, **changes: Any) -> State:
-    """A state over these groups."""
+    """Return a state over these groups."""
     formats = tuple(
         Format(
             name=name,
@@ -78,7 +78,7 @@ def state(*groups: Group, **changes: Any) -> State:
 
 
 def report(chosen: State, *targets: float, perplexity: float | None = None) -> Report:
-    """A report with those targets."""
+    """Return a report with those targets."""
     measured = Measured(folder=None, algo=None, stored_bits=None, quantized_bits=None, perplexity=perplexity)
     results = tuple(Result(choice=choose(chosen, target), measured=measured) for target in targets)
     return Report(state=chosen, results=results, held_out=TEXT, unquantized_perplexity=perplexity)
@@ -118,7 +118,7 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Tells whether anybody unpickles it."""
+    """An object that records whether it is unpickled."""
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return pytest.fail, ("a pickle was read",)
@@ -170,14 +170,14 @@ def test_other_files_are_refused_by_name(tmp_path: Path, content: bytes, message
     assert str(file) in str(caught.value)
 
 
-def test_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Panels one below the other, as a large model has them, with a group that is left alone and a score of zero."""
+def test_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels one below the other, like for a large model, with an unquantized group and a score of zero."""
     kinds = ("self_attn.o_proj", "mlp.down_proj")
     groups = [group(f"model.layers.{i}.{kind}", 10.0 ** (i / 8 - 4)) for i in range(8) for kind in kinds]
     groups += [group("model.layers.8.mlp.down_proj", 0.0), group("lm_head", None, excluded=True)]
     large = state(*groups)
     assert [path.name for path in draw(tmp_path, report(TWO, 6.5))] == [CHOICES]
-    monkeypatch.setattr(pictures, "_COLUMNS", 12)
+    monkeypatch.setattr(plots, "_COLUMNS", 12)
     drawn = draw(tmp_path, report(large, 5.0, 6.0, 8.0, perplexity=10.0))
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted((CHOICES, TRADE_OFF))
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)

@@ -1,4 +1,4 @@
-"""``sglang-modelopt inspect``: what it says of real exports, edited ones, and one with the headers of 70B parameters."""
+"""``sglang-modelopt inspect`` on real exports, edited ones, and one with the headers of 70B parameters."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def folder() -> Path:
 
 
 def inspect(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) -> dict[str, Any]:
-    """The ``contents`` of ``inspect --json``."""
+    """Return the ``contents`` of ``inspect --json``."""
     capsys.readouterr()  # what making an export printed
     extra = [] if REHEARSE in args else ["--headers-only"]
     assert main(["inspect", *(str(arg) for arg in args if arg != REHEARSE), *extra, "--json"]) == code
@@ -49,7 +49,7 @@ def inspect(capsys: pytest.CaptureFixture[str], *args: object, code: int = 0) ->
 
 
 def headers(folder: Path) -> dict[str, tuple[str, list[int]]]:
-    """Type and shape of every stored tensor."""
+    """Return type and shape of every stored tensor."""
     found = {}
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as opened:
@@ -86,7 +86,7 @@ def test_targets(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     for gpu in ("sm80", "SM90", "100", "sm_120"):
         found = inspect(capsys, folder, "--gpu", gpu)
         assert {group["kernel"] for group in found["layers"]} == {"triton_block_scaled"}
-        reasons = found["layers"][0]["passed_over"]
+        reasons = found["layers"][0]["rejected"]
         asked = [backend.name for backend in BACKENDS]
         assert list(reasons) == asked[: asked.index("triton_block_scaled")], "what dispatch asks first"
     mxfp4 = inspect(capsys, export(model_dir(TinyModel("llama")), "W4A8_MXFP4_FP8_CFG"), "--gpu", "sm100")
@@ -108,7 +108,7 @@ def test_what_is_left_to_sglang(capsys: pytest.CaptureFixture[str], tmp_path: Pa
 
 
 def test_a_mix_with_calibrated_mxfp4(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """How each layer's input is rounded, by its own tensors; layers that differ in it are groups of their own."""
+    """The activation format of each layer, by its own tensors; layers that differ in it are groups of their own."""
     recipe = mixed_recipe({"*self_attn*": "W4A8_MXFP4_FP8_CFG", "*mlp*": "FP8_DEFAULT_CFG"})
     source = export(model_dir(TinyModel("llama")), recipe)
     folder = edits.copy_with(source, tmp_path / "mix", [edits.drop_tensors("*1.self_attn.o_proj.input_scale")])
@@ -137,7 +137,7 @@ def test_mixed_precision_with_a_line_for_every_layer(capsys: pytest.CaptureFixtu
 
 
 def test_an_mxfp4_export_without_an_answer(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is assumed is a note, and no problem."""
+    """An assumption is a note, not a problem."""
     folder = export(model_dir(TinyModel("llama")), "MXFP4_DEFAULT_CFG")
     monkeypatch.delenv(MXFP4_ACTIVATIONS.variable, raising=False)
     found = inspect(capsys, folder)
@@ -243,7 +243,7 @@ def test_an_unquantized_model(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_by_its_name_in_an_offline_hub_cache(folder: Path, tmp_path: Path) -> None:
-    """The console command, as a user runs it."""
+    """The console command, run like a user runs it."""
     revision = "0" * 40
     repository = tmp_path / "hub" / "models--someone--model"
     snapshot = edits.copy_with(folder, repository / "snapshots" / revision)
@@ -277,7 +277,7 @@ def test_an_empty_folder(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> 
     assert "expected at least one safetensors file, got none" in capsys.readouterr().err
 
 
-# Whether it loads, which a process of SGLang's answers
+# Loading, rehearsed by a process of SGLang's
 
 
 BLOCK = {

@@ -1,4 +1,4 @@
-"""The subcommands ``quantize`` and ``serve`` as typed: exit codes, standard output, and the command that would serve."""
+"""The subcommands ``quantize`` and ``serve``: exit codes, standard output, and the server's command."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ SMALL = TinyModel(dtype="float32", hidden=128, intermediate=256, heads=2, kv_hea
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    """A tiny random Llama."""
+    """Return a tiny random Llama."""
     return model_dir(SMALL)
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """A file of calibration text."""
+    """Return a file of calibration text."""
     file = tmp_path / "data" / "text.txt"
     file.parent.mkdir()
     file.write_text("import os\nprint(os.name)\n" * 20)
@@ -42,7 +42,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def arguments(model: Path, data: Path) -> list[str]:
-    """What every command here has in common."""
+    """Return the arguments that all commands here share."""
     return [str(model), "--data", str(data), "--sequence-length", "32", "--device", "cpu"]
 
 
@@ -144,7 +144,7 @@ class TestQuantize:
 class TestServe:
     @pytest.fixture
     def runs(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Path]]:
-        """The folders :func:`quantize` was called for."""
+        """Return the folders that :func:`quantize` was called for."""
         called: list[Path] = []
         plain = serve_module.quantize
 
@@ -203,7 +203,7 @@ class TestServe:
         self, model: Path, data: Path, capsys: pytest.CaptureFixture[str], flag: str
     ) -> None:
         assert main(["serve", *arguments(model, data), "--recipe", "fp8", "--dry-run", "--", flag]) == BAD_INPUT
-        assert f"{flag}: expected arguments the checkpoint does not decide" in capsys.readouterr().err
+        assert f"{flag}: expected arguments that the checkpoint does not decide" in capsys.readouterr().err
 
     @pytest.mark.full
     @pytest.mark.server

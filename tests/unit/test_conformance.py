@@ -28,7 +28,7 @@ GPU = 90
 
 
 class Engine:
-    """Answers as an engine on a GPU before Blackwell should, whose cache holds whole prompts until it is flushed."""
+    """A stand-in for an engine on a GPU before Blackwell, whose cache holds whole prompts until it is flushed."""
 
     def __init__(self, folder: Path, case: Case, reading: Reading) -> None:
         self.reader = Reader(folder, reading, torch.bfloat16)
@@ -37,7 +37,7 @@ class Engine:
         self.cache: list[list[int]] = []
 
     def flush_cache(self) -> SimpleNamespace:
-        """Forgets all prompts."""
+        """Forget all prompts."""
         self.cache = []
         return SimpleNamespace(success=True)
 
@@ -48,7 +48,7 @@ class Engine:
         return_logprob: bool,
         logprob_start_len: int = -1,
     ) -> list[dict[str, Any]]:
-        """One answer for each prompt."""
+        """Return one answer for each prompt."""
         answers = []
         for ids in input_ids:
             limit = len(ids) - 1 if logprob_start_len < 0 else logprob_start_len
@@ -81,13 +81,13 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 @pytest.fixture(autouse=True)
 def few_requests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kinds of request as ever, and fewer and shorter ones."""
+    """Reduce the requests to fewer and shorter ones of each kind."""
     for name, value in {"SINGLES": (33, 65), "LONG": (300,), "BATCH": 4, "PREFIXES": 1, "FOLLOW": 2}.items():
         monkeypatch.setattr(drive, name, value)
 
 
 def judged(served: Case, reading: Reading, told: Reading | None = None, folder: Path | None = None) -> Judgement:
-    """The verdict on an engine that answers as ``told`` of the case's export; by default as it should."""
+    """Return the verdict on an engine that answers as ``told`` of the case's export; by default as it should."""
     reads = EXPORTS[served.reads].make()
     engine = Engine(folder or served.of.make(), served, told or reading)
     known = read_check(reads, reading, pack.check_prompts()), pack.check_prompts()

@@ -1,4 +1,4 @@
-"""The plugin's calls of other packages' kernels, held against the sources of the versions that SGLang pins."""
+"""The plugin's calls of other packages' kernels, compared with the sources of the versions that SGLang pins."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FUNCTIONS = {
 
 
 def bound(name: str) -> dict[str, str]:
-    """The arguments of our only call of ``name``."""
+    """Return the arguments of our only call of ``name``."""
     module, source, _ = FUNCTIONS[name]
     (call,) = calls(Path(str(module.__file__)), name)
     return bind(call, function(source, name))
@@ -47,7 +47,7 @@ def capabilities(name: str, path: str = GEMM) -> set[int]:
 
 
 def requirements(name: str) -> dict[str, str]:
-    """FlashInfer's backends of a function, and what checks each."""
+    """Return FlashInfer's backends of a function, and the check of each."""
     (backends,) = decorator(function(FUNCTIONS[name][1], name), "backend_requirement").args
     assert isinstance(backends, ast.Dict)
     return {
@@ -193,7 +193,7 @@ def test_quacks_scalar_may_be_in_device_memory() -> None:
 
 
 def fields(path: str, name: str) -> set[str]:
-    """The fields of a data class."""
+    """Return the fields of a data class."""
     tree = ast.parse((source_folder() / path).read_text())
     (node,) = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name]
     return {

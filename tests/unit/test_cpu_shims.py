@@ -23,7 +23,7 @@ SHIMS = CPU_RUNTIME / "shims"
 
 
 def load(path: Path) -> ModuleType:
-    """The module in a file that is on no import path."""
+    """Return the module in a file that is on no import path."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -43,7 +43,7 @@ def shims() -> ModuleType:
 
 
 def write(root: Path, files: Mapping[str, str]) -> Path:
-    """Writes files by relative path under ``root``, and returns it."""
+    """Write files by relative path under ``root``, and return it."""
     for name, text in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def write(root: Path, files: Mapping[str, str]) -> Path:
 
 
 def run_python(code: str, *paths: Path, env: Mapping[str, str] | None = None) -> Any:
-    """Runs ``code`` in a bare interpreter with ``paths`` in front of sys.path.
+    """Run ``code`` in a bare interpreter with ``paths`` in front of sys.path.
 
     Returns:
         What the code assigned to ``result``, by way of JSON.
@@ -227,7 +227,7 @@ class TestTorchvision:
 
 
 def test_sglang_imports_in_this_environment(tmp_path: Path) -> None:
-    """What the shims are for, with everything real."""
+    """The shims work with everything real: SGLang imports."""
     if importlib.util.find_spec("sglang") is None:
         pytest.skip("SGLang is not installed")
     if importlib.util.find_spec("sglang_cpu_runtime") is None:

@@ -1,4 +1,4 @@
-"""Generated documents are those of the code, and links lead somewhere."""
+"""Generated documents match the code, and links lead somewhere."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_another_rounding_by_variable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def stored(algo: str, scales: str = "one") -> dict[str, list[list[dict[str, torch.Tensor]]]]:
-    """What a checkpoint stores, on a CPU. Input scales: ``one`` for all, one for each of the ``experts``, or ``shards``."""
+    """Return stored tensors on a CPU. Input scales: ``one`` for all, one for each of the ``experts``, or ``shards``."""
     form, generator = WEIGHT_FORMATS[SCHEMES[algo].weights[0]], torch.Generator().manual_seed(1)
     made: dict[str, list[list[dict[str, torch.Tensor]]]] = {}
     for name, rows, k, shards in (("w13", INNER, HIDDEN, 2), ("w2", HIDDEN, INNER, 1)):
@@ -131,7 +131,7 @@ def stored(algo: str, scales: str = "one") -> dict[str, list[list[dict[str, torc
 
 
 def choices(tokens: int, factor: float | None = None) -> Choices:
-    """The last expert gets no token, the first one several, some tokens one expert only."""
+    """Return a routing: the last expert gets no token, the first one several, some tokens one expert only."""
     generator = torch.Generator().manual_seed(tokens)
     weights, numbers = torch.rand(tokens, COUNT - 1, generator=generator).topk(TOP_K, dim=-1)
     numbers[::3, 0] = NO_EXPERT
@@ -139,7 +139,7 @@ def choices(tokens: int, factor: float | None = None) -> Choices:
 
 
 def served(monkeypatch: pytest.MonkeyPatch, algo: str, tensors: Any) -> tuple[FusedProduct, torch.nn.Module]:
-    """A layer on a CPU, as it would be on the GPU the backend is for."""
+    """Return a layer on a CPU, as it would be on the GPU the backend is for."""
     backend = CutlassMxfp8Experts() if algo == "MXFP8" else CutlassNvfp4Experts()
     monkeypatch.setenv(EXPERTS.variable, backend.name)
     product, layer = FusedProduct("folder", "experts"), torch.nn.Module()
@@ -149,7 +149,7 @@ def served(monkeypatch: pytest.MonkeyPatch, algo: str, tensors: Any) -> tuple[Fu
 
 @pytest.mark.parametrize(("algo", "scales"), [("NVFP4", "one"), ("NVFP4", "experts"), ("MXFP8", "one")])
 def test_a_layer_is_the_recipes(monkeypatch: pytest.MonkeyPatch, algo: str, scales: str) -> None:
-    """As the two products of the reference path: no scale is another's, up is not gate, and no token another's."""
+    """Like the two products of the reference path: every expert, projection and token has its own scale."""
     tensors = stored(algo, scales)
     module = torch.nn.Module()
     pair = [ExpertProduct(scheme_of(algo), "folder", f"experts.{name}") for name in tensors]
@@ -218,7 +218,7 @@ def test_by_name_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Wrong(CutlassNvfp4Experts):
-    """Reads something else than it keeps."""
+    """A backend that reads back another weight than it keeps."""
 
     def __init__(self, fault: str) -> None:
         self.fault = fault
@@ -278,7 +278,7 @@ def test_the_call_fits_its_function() -> None:
     assert [bound[name] for name in ("fc1_expert_weights", "fc2_expert_weights")] == [
         f"{name} if is_mxfp8 else {name}.view(torch.int64)" for name in ("gate_up", "down")
     ]
-    # What is not said: SwiGLU without parameters of its own, one rank, no bias.
+    # Absent arguments: SwiGLU without parameters of its own, one rank, no bias.
     text = ast.unparse(function(fused_kernel.CORE, "cutlass_fused_moe"))
     for default in ("activation_type: ActivationType=ActivationType.Swiglu", "ep_size: int=1", "tp_size: int=1"):
         assert default in text

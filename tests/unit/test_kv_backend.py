@@ -18,7 +18,7 @@ HEADS, GROUP, HEAD_DIM, MOST = 2, 4, 64, 5
 
 @pytest.fixture
 def backend() -> ModelOptExtTritonBackend:
-    """What a decode step needs of a backend; the constructor needs a GPU's kernels."""
+    """Return a backend with the fields of a decode step; its constructor needs a GPU's kernels."""
     made = object.__new__(ModelOptExtTritonBackend)
     made.scratch = DecodeScratch(MOST, GROUP * HEADS, HEADS, HEAD_DIM, 132, "cpu")
     made.max_kv_splits = 1

@@ -1,4 +1,4 @@
-"""The KV cache inside SGLang: what is declared, what is refused, and whose numbers a rank gets."""
+"""The KV cache inside SGLang: declarations, rejected settings, and the scales of each rank."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ print("FOUND", json.dumps(found))
 
 
 def resolve(*command_lines: list[str]) -> list[Any]:
-    """What SGLang with this plugin makes of command lines: ``[kv_cache_dtype, prefill, decode backend]`` or the error."""
+    """Resolve command lines under this plugin: ``[kv_cache_dtype, prefill, decode backend]`` or the error."""
     env = {"SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
     import os
 

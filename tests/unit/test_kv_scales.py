@@ -45,7 +45,7 @@ def with_tower() -> torch.nn.Module:
 
 
 def hybrid() -> torch.nn.Module:
-    """Qwen3-Next: attention in every second layer, and none of its modules is called ``self_attn``."""
+    """Return a Qwen3-Next: attention in every second layer, and no module is called ``self_attn``."""
     return attention_tree([(f"model.layers.{i}.attn", i) for i in (1, 3)], scales=True)
 
 
@@ -54,7 +54,7 @@ def mamba() -> torch.nn.Module:
 
 
 def layers(pattern: str, numbers: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Scales that say which layer they are of: 0.5 + n and 0.25 + n."""
+    """Return scales that identify their layer: 0.5 + n and 0.25 + n."""
     found: dict[str, torch.Tensor] = {}
     for number in numbers:
         found |= stored_attention(pattern.format(number), 0.5 + number, 0.25 + number)
@@ -114,7 +114,7 @@ def test_a_tower_alone_is_not_taken_for_the_decoder(tmp_path: Path) -> None:
 
 
 def test_layers_that_share_a_cache(tmp_path: Path) -> None:
-    """Gemma 3n and Gemma 4: the last layers read the keys and values of others, and may have projections nobody uses."""
+    """Gemma 3n and Gemma 4: the last layers read the keys and values of others, and may have unused projections."""
     places = [("model.layers.0.self_attn.attn", 0), ("model.layers.1.self_attn.attn", 0)]
     model = attention_tree(places, scales=True)
     tensors = stored_attention("model.layers.0.self_attn", 0.5, 0.25) | stored_attention(
@@ -128,7 +128,7 @@ def test_layers_that_share_a_cache(tmp_path: Path) -> None:
 
 
 def test_keys_that_are_the_values(tmp_path: Path) -> None:
-    """Gemma 4 without ``v_proj``: one scale for both, as SGLang has it; a lost ``v_scale`` beside a ``v_proj`` is none."""
+    """Gemma 4 without ``v_proj``: one scale for both, like in SGLang; a lost ``v_scale`` beside a ``v_proj`` is an error."""
     for values, expected in ((False, (1.5, 1.5)), (True, UNSET)):
         tensors = layers("model.layers.{}.self_attn", (0,))
         tensors |= stored_attention("model.layers.1.self_attn", 1.5, None, values=values)
@@ -182,7 +182,7 @@ def test_nothing_is_fatal_for_a_cache_of_sglangs_own(
 
 
 class Runtime:
-    """What SGLang knows in a scheduler: the flag that was settled on, and the arguments."""
+    """SGLang's state in a scheduler: the resolved flag, and the arguments."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import sglang.srt.runtime_context as context
@@ -195,7 +195,7 @@ class Runtime:
             monkeypatch.setattr(module, "get_server_args", lambda: self.args)
 
     def start(self, model_path: Path | str, flag: str = "auto", **fields: Any) -> None:
-        """Settles the arguments of a server on a GPU, as the launching process does."""
+        """Resolve the arguments of a server on a GPU, like the launching process."""
         from sglang.srt.arg_groups.overrides import resolved_view
         from sglang.srt.server_args import ServerArgs
 
@@ -204,7 +204,7 @@ class Runtime:
         self.model.kv_cache_dtype = resolved_view(self.args).kv_cache_dtype
 
     def load(self, model: torch.nn.Module, model_path: Path | str, stored: Weights, **config: Any) -> list[str]:
-        """The names of the tensors that ``model`` is handed, as a scheduler reads them."""
+        """Return the names of the tensors that ``model`` gets in a scheduler."""
         from sglang.srt.configs.load_config import LoadConfig
 
         def original(loader: Any, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -231,7 +231,7 @@ def plain_names(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("fault", [*BROKEN, "missing"])
 def test_under_weights_of_ours_every_layer_has_its_scales(fault: str, runtime: Runtime, tmp_path: Path) -> None:
-    """SGLang's pool holds the cache, and nobody else would read a scale that is left."""
+    """SGLang's pool holds the cache, and a remaining scale would be read by no one else."""
     tensors = layers("model.layers.{}.self_attn", (0, 1)) | BROKEN.get(fault, {})
     if fault == "missing":
         del tensors["model.layers.1.self_attn.k_proj.k_scale"]
@@ -315,7 +315,7 @@ def test_files_that_are_not_read_here(runtime: Runtime, tmp_path: Path) -> None:
 
 
 def test_an_algorithm_nobody_knows(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a checkpoint of SGLang's it is SGLang's affair; on one of ours it is refused."""
+    """SGLang handles it in its own checkpoints; in one of ours it is rejected."""
     folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="INT8")
     monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: 90)
     runtime.start(folder)
@@ -429,7 +429,7 @@ def test_a_pool_of_ours_likewise(runtime: Runtime, hub: Callable[[Path], Hub], t
 
 
 def test_weights_that_are_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their scales are not replaced by those of a cache that nobody calibrated, but for dummy weights, which have none."""
+    """Their scales are not replaced by those of an uncalibrated cache, except for dummy weights, which have none."""
     monkeypatch.setattr(kv_scales, "downloaded_folder", lambda *_: None)
     fields = {"model_path": str(kv_export("nvfp4")), "revision": None, "download_dir": None}
     with pytest.raises(ModelOptExtError, match="k_scale, v_scale: expected the weights that were loaded, got no such"):

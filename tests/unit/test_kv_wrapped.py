@@ -1,7 +1,7 @@
-"""Bias and rotation around SGLang's own attention: the algebra against float64, and what is refused.
+"""Bias and rotation around SGLang's own attention: the algebra against float64, and the rejected settings.
 
-There is no Blackwell GPU here. SGLang's backends and pools are the real ones; PyTorch stands in for the kernels they call
-(``tests/support/sglang_attention.py``), so that what is proven is what goes in and what is done with what comes out.
+There is no Blackwell GPU here. SGLang's backends and pools are the real ones; PyTorch replaces the kernels they call
+(``tests/support/sglang_attention.py``), so the tests cover the kernels' inputs and the use of their outputs.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ class Scene:
         return self.model.attn, {0: KVLayer(*self.scales, *(self.bias if affine else (None, None)))}
 
     def run(self, slots: list[torch.Tensor], new: list[int], decode: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """A pass with fresh queries, keys and values for the new tokens: what is served and what float64 says, ``[T, Hq, D]``."""
+        """Run a pass with new queries, keys and values, and return the served and the float64 result, ``[T, Hq, D]``."""
         batch = Batch(slots, new)
         keys, values = (self.noise(sum(new), HEADS, D) + bias for bias in self.bias)
         queries = self.noise(sum(new), QUERIES, D)
@@ -130,7 +130,7 @@ class Scene:
         return out.view(-1, QUERIES, D), torch.cat([self.reference(q, at, count, decode) for at, count, q in parts])
 
     def cached(self, x: torch.Tensor, side: int) -> torch.Tensor:
-        """What the pool holds of ``x`` ``[N, H, D]``, its scale in it."""
+        """Return ``x`` ``[N, H, D]`` read back from the pool, including its scale."""
         turned = x @ self.turn if side == 0 else x
         wide, scale = turned - self.bias[side], torch.tensor(self.scales[side])
         if self.number == "fp8":
@@ -158,7 +158,7 @@ class Scene:
         return softmax_product(q, *seen, D**-0.5, causal(new, len(slots), self.window))[0]
 
     def error(self, served: torch.Tensor, expected: torch.Tensor, decode: bool) -> float:
-        """Of the worst entry, over what it may be: float32 roundings, or those of an E4M3 output that has no bias yet."""
+        """Return the worst error over its bound: float32 roundings, or those of an E4M3 output without its bias."""
         apart = (served.double() - expected).abs()
         fp8_output = self.number == "nvfp4" and self.sm100 and self.backends[decode] == TRT
         if not fp8_output:
@@ -172,7 +172,7 @@ def pages(*order: int) -> torch.Tensor:
 
 
 def whole_story(scene: Scene) -> dict[str, float]:
-    """Two prompts, the rest of the first in a second chunk beside a prompt that hits its first page, three decoded tokens each."""
+    """Run two prompts, the rest of the first beside a prompt that hits its first page, then three decoded tokens each."""
     first, second, third = pages(7, 2, 11), pages(4, 9), pages(7, 5, 1)
     errors = {}
     errors["prefill"] = scene.error(*scene.run([first[:20], second[:22]], [20, 22]), decode=False)
@@ -244,7 +244,7 @@ def test_the_heads_of_every_rank(kernels: Kernels) -> None:
 
 @pytest.mark.parametrize(("recipe", "sm100"), [("fp8_affine", True), ("nvfp4_affine", False), ("nvfp4_affine", True)])
 def test_beyond_the_calibrated_range(kernels: Kernels, recipe: str, sm100: bool) -> None:
-    """What the recipe cuts at amax is cut, also where SGLang's scale for SM100 would let six times that through."""
+    """Values beyond amax are clipped, even where SGLang's scale for SM100 allows six times that."""
     scene = Scene(kernels, recipe, (TRT if sm100 else FLASH, TRT), sm100)
     stock = scene.noise
     scene.noise = lambda *shape: 3.0 * stock(*shape)  # type: ignore[method-assign]

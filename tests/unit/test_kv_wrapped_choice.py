@@ -1,4 +1,4 @@
-"""SGLang's own attention for a cache of ours: chosen by name only, by SGLang's rules, with the plan's scales, or refused."""
+"""SGLang's own attention for a cache of ours: chosen by name only, by SGLang's rules, with the plan's scales, or rejected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRT, FLASH = "trtllm_mha", "flashinfer"
 
 @pytest.fixture(autouse=True)
 def _blackwell() -> Iterator[None]:
-    """What SGLang thinks it runs on; there is no GPU here."""
+    """Make SGLang see a Blackwell GPU; there is none here."""
     from sglang.srt.runtime_context import override_platform
 
     with override_platform(is_sm100=True):
@@ -42,13 +42,13 @@ def arguments(recipe: str | None, **fields: Any) -> Any:
 
 
 def loaded(recipe: str) -> KVCachePlan | None:
-    """The plan of an export, scales included."""
+    """Return the plan of an export, scales included."""
     folder = kv_export(recipe)
     return read_plan(folder, read_quant_config(folder), "auto")
 
 
 def settled(args: Any) -> tuple[str, str | None, str | None]:
-    """What our step declares: the flag SGLang goes on with, the attention backend, and the recipe around its cache."""
+    """Return the declarations of our step: SGLang's flag, the attention backend, and the recipe around its cache."""
     from sglang.srt.arg_groups.overrides import resolving_view
 
     kv_hooks.declare(args)
@@ -70,7 +70,7 @@ def test_named_by_the_user(recipe: str, backend: str) -> None:
 
 
 def test_a_checkpoint_that_is_none_for_our_flag_any_more(tmp_path: Path) -> None:
-    """As where a download brings it after the flags were settled: SGLang's cache without what is done around it is another."""
+    """A download after the flags were settled: SGLang's cache without the bias or rotation is another one."""
     folder = edits.copy_with(kv_export("nvfp4_rotate"), tmp_path / "model")
     args = arguments(None, model_path=str(folder), attention_backend=TRT, kv_cache_dtype="modelopt_nvfp4_rotate")
     assert settled(args)[2] == "nvfp4_rotate"
@@ -146,7 +146,7 @@ def test_sglang_goes_on_with_its_own_rules(asked: str, sm100: bool, expected: tu
 
 
 def tree(logit_cap: float = 0.0) -> torch.nn.Module:
-    """The attention layers of a model where SGLang has them, those of the tiny exports."""
+    """Return the attention layers of a model where SGLang has them, those of the tiny exports."""
     from sglang.srt.layers.radix_attention import RadixAttention
 
     model = torch.nn.Module()
@@ -162,7 +162,7 @@ def tree(logit_cap: float = 0.0) -> torch.nn.Module:
 
 
 def configured(monkeypatch: pytest.MonkeyPatch, args: Any, model: torch.nn.Module, sm100: bool = True) -> Any:
-    """SGLang's NVFP4 method, or None for FP8, after our step between the model and the pool."""
+    """Return SGLang's NVFP4 method, or None for FP8, after our step between the model and the pool."""
     import sglang.srt.runtime_context as context
     from sglang.srt.arg_groups.overrides import resolved_view
     from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod

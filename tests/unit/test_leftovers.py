@@ -1,4 +1,4 @@
-"""Tensors that no part of the served model could have: which count, and which are an error all the same."""
+"""Tensors without a part in the served model: those that are ignored, and those that are errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose checkpoint it is: flags, algorithms, GPUs, and the combinations that are refused."""
+"""The owner of a checkpoint: flags, algorithms, GPUs, and rejected combinations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MIXED_LAYERS = {
 
 
 def checkpoint(folder: Path, section: dict[str, Any] | None, tensors: dict[str, torch.Tensor] | None = None) -> Path:
-    """A folder with configuration files and a few tensors."""
+    """Return a folder with configuration files and a few tensors."""
     (folder / "config.json").write_text("{}")
     if section is not None:
         content = {"producer": {"name": "modelopt"}, "quantization": section}

@@ -124,7 +124,7 @@ def blocks(backend: BlockBackend, asked: LinearRequest, x: torch.Tensor, scale: 
 
 
 def shards(weight: str, rows: Sequence[int], k: int, one_scale: bool) -> list[ShardWeight]:
-    """As ModelOpt exports them, with one global scale or with one each."""
+    """Return shards like ModelOpt exports them, with one global scale or with one each."""
     generator = torch.Generator().manual_seed(3)
     form = WEIGHT_FORMATS[weight]
     whole = torch.randn(sum(rows), k, generator=generator)

@@ -1,4 +1,4 @@
-"""What the wheel holds, and what the editable install of ``make setup`` puts on the import path."""
+"""The content of the wheel, and the import path of the editable install of ``make setup``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def pyproject() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: setuptools would reuse a build/ left in the tree, and leave one."""
+    """Return the wheel, built from a copy: setuptools would reuse a build/ left in the tree, and leave one."""
     pytest.importorskip("setuptools", minversion="77.0.3")
     tree = tmp_path_factory.mktemp("tree") / "project"
     ignored = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "*.egg-info", "*.safetensors")
@@ -45,7 +45,7 @@ def pip(*args: str) -> None:
 
 
 def run_python(code: str, cwd: Path, *paths: Path) -> Any:
-    """Runs ``code`` with ``paths`` in front of sys.path, isolated from this process's own; returns its ``result``."""
+    """Run ``code`` with ``paths`` in front of sys.path, isolated from this process's own; return its ``result``."""
     program = f"import sys\nsys.path[:0] = {[str(p) for p in paths]!r}\n{code}\nimport json\nprint(json.dumps(result))"
     done = subprocess.run([sys.executable, "-I", "-c", program], cwd=cwd, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -53,7 +53,7 @@ def run_python(code: str, cwd: Path, *paths: Path) -> Any:
 
 
 def python_files(folder: Path) -> set[str]:
-    """The modules under ``folder``, relative to it."""
+    """Return the modules under ``folder``, relative to it."""
     return {str(path.relative_to(folder)) for path in folder.rglob("*.py")}
 
 
@@ -139,7 +139,7 @@ def test_the_kernels_folder_never_shadows_the_hugging_face_package(tmp_path: Pat
 
 @pytest.fixture(scope="module")
 def pins() -> dict[str, str]:
-    """The CPU runtime's versions by name."""
+    """Return the CPU runtime's versions by name."""
     pins = {}
     for name in ("requirements.txt", "requirements-no-deps.txt"):
         for line in (ROOT / "cpu_runtime" / name).read_text().splitlines():
@@ -185,7 +185,7 @@ BROUGHT_BY_SGLANG = {"flashinfer", "humming", "quack", "sgl_kernel", "sglang", "
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:
-    """The third-party packages a module imports, and whether at its top level."""
+    """Yield the third-party packages a module imports, and whether at its top level."""
     tree = ast.parse(path.read_text())
     ours = {*sys.stdlib_module_names, *PACKAGES, *BROUGHT_BY_SGLANG}
     for node in ast.walk(tree):
@@ -200,5 +200,5 @@ def imports(path: Path) -> Iterator[tuple[str, bool]]:
 
 
 def requirement_name(line: str) -> str:
-    """The normalized name in a requirement."""
+    """Return the normalized name in a requirement."""
     return re.sub(r"[-_.]+", "-", re.split(r"[<>=!~\[; ]", line)[0]).lower()

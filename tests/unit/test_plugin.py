@@ -16,7 +16,7 @@ from sglang_modelopt_ext.schemes.versions import TESTED_SGLANG, described_sglang
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    """Runs ``code`` in a fresh interpreter: SGLang's hooks are process-wide."""
+    """Run ``code`` in a fresh interpreter, since SGLang's hooks are process-wide."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 

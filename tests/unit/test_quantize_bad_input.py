@@ -1,4 +1,4 @@
-"""Quantizing refuses bad input by name, and leaves everything as it was."""
+"""Bad input to ``quantize`` raises an error that names it, and changes no file."""
 
 from __future__ import annotations
 
@@ -21,25 +21,23 @@ from sglang_modelopt_ext.workflow.quantize import export as export_module
 from sglang_modelopt_ext.workflow.quantize.export import check_space
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
 from tests.support.models import model_dir
-from tests.support.quantizing import SMALL, TEXTS, names, not_started, old_checkpoint, run
+from tests.support.quantizing import SMALL, calibration_file, names, not_started, old_checkpoint, run
 
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    """A tiny random Llama with a tokenizer."""
+    """Return a tiny random Llama with a tokenizer."""
     return model_dir(SMALL)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file of calibration text."""
-    file = tmp_path_factory.mktemp("data") / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    return str(file)
+    """Return a file of calibration text."""
+    return calibration_file(tmp_path_factory.mktemp("data"))
 
 
 class TestBadInput:
-    """Everything by name, and nothing left behind."""
+    """Errors that name the input and leave no file behind."""
 
     def test_existing_output_is_refused_untouched(
         self, model: Path, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -193,7 +191,7 @@ class TestBadInput:
 
 
 def edited(model: Path, target: Path, values: dict[str, float]) -> Path:
-    """A copy of the model with one entry of some weights (NaN), or all of them (other values), replaced."""
+    """Return a copy of the model with one entry of some weights (NaN), or all of them (other values), replaced."""
     shutil.copytree(model, target)
     tensors = load_file(model / "model.safetensors")
     for name, value in values.items():

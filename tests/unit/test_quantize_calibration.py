@@ -1,4 +1,4 @@
-"""Calibration data: what is read, how it is cut, and what is refused."""
+"""Calibration data: reading, windows, and rejected input."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ SMALL = TinyModel(dtype="float32", hidden=128, intermediate=256, heads=2, kv_hea
 
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
-    """That of a tiny model: no begin token in front, no chat template."""
+    """Return a tiny model's tokenizer: no begin token in front, no chat template."""
     return load_tokenizer(model_dir(SMALL))
 
 
 def write(folder: Path, suffix: str) -> list[str]:
-    """The texts as files of one kind."""
+    """Write the texts as files of one kind."""
     if suffix == ".txt":
         for number, text in enumerate(TEXTS):
             (folder / f"{number}.txt").write_text(text)

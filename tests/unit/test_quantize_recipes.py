@@ -1,4 +1,4 @@
-"""Recipes by name, what a user changes about them, and what is said of them."""
+"""Recipes by name, the user's changes to them, and their descriptions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_recipe_file(tmp_path: Path) -> None:
 
 
 def algorithm(recipe: str, changes: Changes) -> dict[str, object]:
-    """The one calibration step of a changed recipe."""
+    """Return the one calibration step of a changed recipe."""
     (step,) = build(find_recipe(recipe)[1], changes)["algorithm"]
     return dict(step)
 

@@ -1,4 +1,4 @@
-"""A calibration that was stopped goes on where it was, and ends at the same tensors; several processes end at them too."""
+"""A stopped calibration resumes and ends at the same tensors; several processes end at them too."""
 
 from __future__ import annotations
 
@@ -29,31 +29,31 @@ SMALL = TinyModel(dtype="float32", hidden=128, intermediate=256, heads=2, kv_hea
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file of calibration text, several windows long."""
+    """Return a file of calibration text, several windows long."""
     file = tmp_path_factory.mktemp("data") / "text.txt"
     file.write_text("\n".join(f"def square_{i}():\n    return {i} * {i}  # {i * i}" for i in range(60)))
     return str(file)
 
 
 def options(recipe: str, changes: Changes, data: str, **more: Any) -> Options:
-    """Few tokens on a CPU."""
+    """Return options for few tokens on a CPU."""
     return Options(recipe=recipe, changes=changes, data=(data,), samples=6, sequence_length=32, device="cpu", **more)
 
 
 def run(output: Path, chosen: Options) -> Quantized:
-    """:func:`quantize` on the tiny model."""
+    """Run :func:`quantize` on the tiny model."""
     done = quantize(str(model_dir(SMALL)), output, chosen, progress=False)
     assert done is not None
     return done
 
 
 def raw(tensor: torch.Tensor) -> torch.Tensor:
-    """The bytes of a tensor."""
+    """Return the bytes of a tensor."""
     return tensor.flatten().view(torch.uint8)
 
 
 def same_tensors(first: Path, second: Path) -> None:
-    """Every stored tensor of two checkpoints, bit for bit."""
+    """Check that two checkpoints store the same tensors, bit for bit."""
     one, other = load_file(first / "model.safetensors"), load_file(second / "model.safetensors")
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(raw(one[name]), raw(other[name]))]
@@ -62,7 +62,7 @@ def same_tensors(first: Path, second: Path) -> None:
 
 @contextlib.contextmanager
 def stopping_after_a_layer() -> Iterator[None]:
-    """Ctrl-C as soon as ModelOpt has written the first layer's progress."""
+    """Interrupt like Ctrl-C as soon as ModelOpt has written the first layer's progress."""
     from modelopt.torch.quantization.utils import layerwise_calib
 
     save = layerwise_calib._CheckpointState.save
@@ -152,7 +152,7 @@ def test_resume_point(tmp_path: Path, last: int, total: int, expected: int) -> N
 
 
 def command(model: Path, output: Path, data: str, *more: str) -> list[str]:
-    """The subcommand, for a process of its own."""
+    """Return the subcommand, for a process of its own."""
     arguments = [str(model), "--output", str(output), "--data", data, "--samples", "6", "--sequence-length", "32"]
     return ["-m", "sglang_modelopt_ext.cli", "quantize", *arguments, "--device", "cpu", *more]
 

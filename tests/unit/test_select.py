@@ -1,4 +1,4 @@
-"""Which kernel a layer gets: for every algorithm on every architecture, and why not."""
+"""The kernel for a layer: for every algorithm on every architecture, with the reasons of those rejected."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def test_mxfp4_backends_keep_the_weight() -> None:
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize("algo", EXPECTED)
 def test_weights_keep_their_stored_size(algo: str, capability: int, vocabulary: bool) -> None:
-    """What any GPU holds of a layer of two shards is at most 3 % more than what the checkpoint does, vocabularies too."""
+    """Any GPU holds a layer of two shards in at most 3 % more bytes than the checkpoint, vocabularies too."""
     for name in SCHEMES[algo].weights:
         weight, sizes = WEIGHT_FORMATS[name], (256, 192)
         asked = request(algo, capability, name, n=sum(sizes), k=1024, vocabulary=vocabulary)
@@ -287,7 +287,7 @@ def test_weights_keep_their_stored_size(algo: str, capability: int, vocabulary: 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("algo", EXPECTED)
 def test_rows_of_a_vocabulary(algo: str, capability: int) -> None:
-    """What an embedding looks up is the decoded weight, for indices of any shape and none."""
+    """An embedding looks up the decoded weight, for indices of any shape and none."""
     for name in SCHEMES[algo].weights:
         weight = WEIGHT_FORMATS[name]
         stored = weight.quantize(torch.randn(192, 256, generator=torch.Generator().manual_seed(0)))

@@ -1,4 +1,4 @@
-"""Which kernel the experts of a layer get: for every algorithm on every architecture, and why not."""
+"""The kernel for a layer's experts: for every algorithm on every architecture, with the reasons of those rejected."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_backend_may_refuse_by_values() -> None:
 
 
 def interpreted(tokens: tuple[int, ...]) -> list[list[str]]:
-    """Every scheme through the check that a backend passes on the device at hand, in Triton's interpreter, and what failed."""
+    """Run every scheme through a backend's self-test in Triton's interpreter, and return the failures."""
     self_test.EXPERT_TOKENS, self_test.N, self_test.K = tokens, 72, 256
     failed = []
     for algo, weight in ROWS:

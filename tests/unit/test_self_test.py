@@ -1,4 +1,4 @@
-"""A kernel that is wrong on this machine does not get a layer."""
+"""The self-test keeps a kernel that errs on this machine from serving."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sglang_modelopt_kernels.gemm.fp4_blackwell import naive_fp4_linear
 
 
 class Wrong(Dense):
-    """Right in all but its last output of many tokens."""
+    """A backend that errs in its last output for many tokens."""
 
     name = "wrong"
 
@@ -46,7 +46,7 @@ class Wrong(Dense):
 
 
 class Blocks(MmaFp4):
-    """Multiplies codes on a CPU; with ``wrong`` it takes every block's scale for its neighbour's."""
+    """A backend that multiplies codes on a CPU; with ``wrong``, every block by its neighbour's scale."""
 
     def __init__(self, wrong: bool) -> None:
         self.wrong = wrong
@@ -61,14 +61,14 @@ class Blocks(MmaFp4):
 
 
 class Broken(Dense):
-    """Does not run."""
+    """A backend that does not run."""
 
     def matmul(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
         raise RuntimeError("no kernel image is available\nfor execution on the device")
 
 
 class Full(Dense):
-    """Finds no memory."""
+    """A backend that runs out of memory."""
 
     def __init__(self) -> None:
         super().__init__(torch.float32, ("cpu",))
@@ -79,7 +79,7 @@ class Full(Dense):
 
 
 class Flushed(Dense):
-    """Loses the smallest of its outputs, as a kernel does that takes subnormal scales for zero."""
+    """A backend that loses its smallest outputs, like a kernel that takes subnormal scales for zero."""
 
     def matmul(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
         y = super().matmul(*arguments).clone()  # type: ignore[arg-type]
@@ -110,7 +110,7 @@ BYTES = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO", "MXFP8", "W8A8_SQ_PER_
 
 
 def check_bytes(wrong: bool) -> list[str]:
-    """What the check says of the 8-bit backend for every recipe, in the interpreter; ``wrong`` turns the sign of its last row."""
+    """Return the self-test's result for the 8-bit backend by recipe, in the interpreter; ``wrong`` negates its last row."""
     backend, found = EightBit(), []
     if wrong:
         prepare = backend.prepare
@@ -167,7 +167,7 @@ def test_what_is_wrong_does_not(factor: float) -> None:
 
 
 class Tail(Dense):
-    """Leaves out the last inputs where they are no whole tile."""
+    """A backend that leaves out the last K elements where they are no whole tile."""
 
     def matmul(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, *rest: object) -> torch.Tensor:  # type: ignore[override]
         inside = torch.arange(x.shape[1]) < x.shape[1] // 128 * 128
@@ -282,7 +282,7 @@ def test_what_serves_experts_passes(algo: str, weight: str) -> None:
 
 
 class WrongExperts(ReferenceExperts):
-    """Right for most experts, or most rows."""
+    """A backend that errs for some experts, or some rows."""
 
     name = "wrong_experts"
 

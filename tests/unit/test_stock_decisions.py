@@ -1,4 +1,4 @@
-"""SGLang decides about a checkpoint with this plugin as it does without, unless the plugin alone serves it rightly.
+"""SGLang's decisions about checkpoints are the same with this plugin and without, unless only the plugin serves rightly.
 
 Run over configuration pairs with the structure of published checkpoints, every ``--quantization`` flag of SGLang's own and three
 GPUs, by SGLang's own functions of the version that is installed.
@@ -30,7 +30,7 @@ GPUS = (80, 90, 100)
 
 @dataclass(frozen=True)
 class Ours:
-    """Why a checkpoint is served by the plugin although SGLang, without it, goes on or refuses.
+    """The reason why the plugin serves a checkpoint that SGLang, without it, serves or rejects.
 
     Attributes:
         why: part of the reason that is given.
@@ -76,7 +76,7 @@ PAIRS = (*PUBLISHED, *EDITED, *EXPORTS)
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    """SGLang warns at every configuration it reads: thousands here."""
+    """Silence SGLang's warnings: thousands here, one for every configuration it reads."""
     logging.disable(logging.CRITICAL)
     yield
     logging.disable(logging.NOTSET)

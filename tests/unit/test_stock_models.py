@@ -1,4 +1,4 @@
-"""What is said of SGLang's model classes is what their sources say, and exclusions cover all that SGLang's do."""
+"""The facts about SGLang's model classes agree with their sources, and exclusions cover all of SGLang's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_table_is_that_of_the_installed_sglang() -> None:
 
 
 def stock_mix(architecture: str, layers: dict[str, str]) -> object:
-    """SGLang's configuration of a mix, as its loader makes it for a model class."""
+    """Return SGLang's configuration of a mix, as its loader makes it for a model class."""
     from sglang.srt.layers.quantization.modelopt_quant import ModelOptMixedPrecisionConfig
     from sglang.srt.models.registry import ModelRegistry
 
@@ -38,7 +38,7 @@ def stock_mix(architecture: str, layers: dict[str, str]) -> object:
     "architecture", ["Qwen2ForCausalLM", "LlamaForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"]
 )
 def test_sglang_does_not_find_the_shards_of_a_model_without_mapping(architecture: str) -> None:
-    """What makes such a mix ours. NVFP4 then fails on its shape, FP8 codes are copied without their scales."""
+    """Such a mix is ours: NVFP4 fails on its shape in SGLang, FP8 codes are copied without their scales."""
     shards = [
         f"model.layers.0.{block}.{name}"
         for block, fused in (("self_attn", "qkv_proj"), ("mlp", "gate_up_proj"))

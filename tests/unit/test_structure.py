@@ -47,7 +47,7 @@ LONGER: dict[str, str] = {}
 
 
 def modules() -> dict[str, Path]:
-    """The files of both packages by the name they are imported by."""
+    """Return the files of both packages by the name they are imported by."""
     found = {}
     for package, folder in PACKAGES.items():
         for path in folder.rglob("*.py"):
@@ -60,7 +60,7 @@ MODULES = modules()
 
 
 def imports(source: str, package: str) -> Iterator[tuple[str, str | None]]:
-    """Every import of ``source``, in functions and under TYPE_CHECKING too: the module, and the name taken from it.
+    """Yield every import of ``source``, in functions and under TYPE_CHECKING too: the module, and the name taken from it.
 
     Args:
         source: a file's text.
@@ -77,7 +77,7 @@ def imports(source: str, package: str) -> Iterator[tuple[str, str | None]]:
 
 
 def imported(module: str) -> set[str]:
-    """The modules that one of ours imports: of both packages by full name, others as they are written."""
+    """Return the modules that one of ours imports: of both packages by full name, others as they are written."""
     path = MODULES[module]
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found = set()
@@ -91,7 +91,7 @@ GRAPH = {module: imported(module) for module in MODULES}
 
 
 def folder_of(module: str) -> str:
-    """The row of ``DIRECTIONS`` that a module is in."""
+    """Return the row of ``DIRECTIONS`` that a module is in."""
     package, *rest = module.split(".")
     if package == KERNELS:
         return f"kernels/{rest[0]}" if rest else "kernels"

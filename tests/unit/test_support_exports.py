@@ -27,7 +27,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def copy(tiny_export: Builder, tmp_path: Path) -> Callable[..., Path]:
-    """``copy(edit, ...)``: a copy of an export with the edits."""
+    """Return ``copy(edit, ...)``: a copy of an export with the edits."""
     return lambda *changes: edits.copy_with(tiny_export(NVFP4), tmp_path / "copy", changes)
 
 
@@ -58,7 +58,7 @@ def test_an_export_is_reproducible_and_leaves_transformers_alone(
 
 
 def tiny_model_outside(tiny_model: Builder, empty_cache: Path) -> Path:
-    """A model in the empty cache."""
+    """Return a model in the empty cache."""
     folder = tiny_model()
     assert folder.is_relative_to(empty_cache)
     return folder
@@ -122,7 +122,7 @@ def test_a_failed_maker_leaves_nothing(empty_cache: Path):
 
 
 def same(a: edits.Tensors, b: edits.Tensors) -> bool:
-    """Same names, dtypes, shapes and values."""
+    """Return whether names, dtypes, shapes and values agree."""
     return a.keys() == b.keys() and all(
         a[name].dtype == b[name].dtype and torch.equal(a[name].float(), b[name].float()) for name in a
     )

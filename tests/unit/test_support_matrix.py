@@ -1,4 +1,4 @@
-"""The support matrix says of each cell what result files say, and no more: made-up files in, cells out."""
+"""The support matrix shows what result files say and no more: made-up files in, cells out."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ AROUND = {
 
 @pytest.fixture
 def matrix(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The tool, imported as it is when it is run."""
+    """Return the tool, imported as it is when it is run."""
     monkeypatch.syspath_prepend(TOOLS)
     return importlib.import_module("support_matrix")
 
 
 def row(**fields: Any) -> dict[str, Any]:
-    """A right run of this package's W4A8_NVFP4_FP8, with changes."""
+    """Return a right run of this package's W4A8_NVFP4_FP8, with changes."""
     right = {"algo": "W4A8_NVFP4_FP8", "kv": "none", "family": "qwen2", "served_by": "ours", "verdict": "right"}
     numbers = {
         "backend": "triton_block_scaled",
@@ -60,7 +60,7 @@ def compiled(folder: Path, name: str, rows: list[tuple[str, str, int, bool]], da
 
 
 def cells(page: str, title: str, name: str) -> dict[str, str]:
-    """The row ``name`` of the first table under ``title``, by column."""
+    """Return the row ``name`` of the first table under ``title``, by column."""
     table = page[page.index(title) :]
     lines = [line for line in table.splitlines() if line.startswith("| ")]
     header = next(line for line in lines if "| CPU |" in line)
@@ -130,7 +130,7 @@ def test_the_newest_file_wins(matrix: ModuleType, tmp_path: Path) -> None:
 
 
 def test_a_kernel_that_did_not_run_is_not_run(matrix: ModuleType, tmp_path: Path) -> None:
-    """What served is named, and the kernel of the cell keeps its own state."""
+    """The kernel that served is named, and the kernel of the cell keeps its own state."""
     served(tmp_path, "one", [row(backend="dense_bfloat16"), row(algo="NVFP4", backend="triton_block_scaled")])
     page = matrix.render(matrix.read_evidence(tmp_path))
     run = "run 2026-11-29, NVIDIA H200: right"
@@ -265,7 +265,7 @@ def test_an_unknown_verdict_is_an_error(matrix: ModuleType, tmp_path: Path) -> N
 
 
 def test_backends_name_the_kernels_they_launch() -> None:
-    """As ``benchmarks.aot`` knows them: a kernel of a product that no backend names would never count as compiled."""
+    """By the names of ``benchmarks.aot``: a kernel that no backend names would never count as compiled."""
     from benchmarks import aot
 
     known = {case.kernel.fn.__name__ for arch in aot.ARCHITECTURES for case in aot.cases(arch)}

@@ -46,7 +46,7 @@ def ones(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_alike(tensor: torch.Tensor) -> torch.Tensor:
-    """Every block scale replaced by the middle one."""
+    """Replace every block scale by the middle one."""
     return torch.full_like(tensor.float(), float(tensor.float().median())).to(tensor.dtype)
 
 
@@ -55,7 +55,7 @@ def reversed_along_k(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def largest_of_the_shards(suffix: str) -> Callable[[Tensors], None]:
-    """One scale for a fused layer: the largest of its shards, which is what a careless reader takes."""
+    """Replace the scales of a fused layer by the largest of its shards, like a careless reader."""
 
     def change(tensors: Tensors) -> None:
         for first, *others in SHARDS:

@@ -35,7 +35,7 @@ TOKENS = (1, 40)
 
 
 class Renamed(Dense):
-    """The reference path under another name, so that there is a choice on a CPU."""
+    """The reference path under another name, which gives a choice on a CPU."""
 
     def __init__(self, name: str, factor: float = 1.0) -> None:
         super().__init__(torch.float32, ("cpu",))
@@ -46,7 +46,7 @@ class Renamed(Dense):
 
 
 class WrongInItsSize(Renamed):
-    """Passes the check at load, whose layer is small, and errs on every wider one."""
+    """A backend that passes the self-test, whose layer is small, and errs on every wider one."""
 
     def matmul(self, *arguments: object) -> torch.Tensor:  # type: ignore[override]
         y = super().matmul(*arguments)
@@ -72,7 +72,7 @@ def checkpoint() -> Checkpoint:
 
 
 def in_turn(*times: float) -> tuple[Callable[[Callable[[int], object]], float], list[float]]:
-    """A timer that calls once and says the given times one after the other, and the times it has said."""
+    """Return a timer that calls once and says the given times one after the other, and the times it has said."""
     said: list[float] = []
 
     def timer(call: Callable[[int], object]) -> float:
@@ -91,7 +91,7 @@ def measured(checkpoint: Checkpoint, *times: float, backends: tuple[Dense, ...] 
 
 
 def choice(checkpoint: Checkpoint, layer: tuning.Layer) -> str:
-    """What serves a layer, through the path a server takes."""
+    """Return the backend of a layer, found like in a server."""
     product = LinearProduct(layer.scheme, checkpoint.folder, layer.name, dtype=tuning.model_dtype(checkpoint))
     stored = tuning.random_shard(layer.scheme, layer.n, layer.k, product.dtype, torch.device("cpu"))
     product.prepare(torch.nn.Module(), [stored], layer.n, layer.k)
@@ -185,7 +185,7 @@ def a_file(us: dict[str, list[float]], **fields: object) -> TuningFile:
 def test_the_same_file_gives_the_same_order(
     tmp_path_factory: pytest.TempPathFactory, times: dict[str, list[float]], order: object
 ) -> None:
-    """Whatever the order of its entries; and every backend of the built-in order is in it once."""
+    """The order of a file's entries does not matter, and every backend of the built-in order is in it once."""
     names = list(times)
     order.shuffle(names)  # type: ignore[attr-defined]
     choices = []

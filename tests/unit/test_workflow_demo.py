@@ -14,7 +14,7 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 @pytest.fixture(scope="module")
 def demo() -> ModuleType:
-    """``examples/demo.py`` as a module."""
+    """Return ``examples/demo.py`` as a module."""
     spec = importlib.util.spec_from_file_location("demo", EXAMPLES / "demo.py")
     assert spec is not None
     assert spec.loader is not None

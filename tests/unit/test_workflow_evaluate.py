@@ -36,7 +36,7 @@ VOCABULARY = 11
 
 
 def random_logprobs(seed: int, rows: int) -> Logprobs:
-    """Log probabilities of random distributions."""
+    """Return log probabilities of random distributions."""
     generator = torch.Generator().manual_seed(seed)
     return torch.log_softmax(3 * torch.randn(rows, VOCABULARY, generator=generator), dim=-1).numpy()
 
@@ -111,26 +111,26 @@ def test_positions_within_a_budget(vocabulary: int, positions: int) -> None:
 
 
 class FakeServer:
-    """Answers like a server whose distributions are random but depend on the tokens."""
+    """A stand-in for a server whose distributions are random but depend on the tokens."""
 
     def __init__(self, model: Path, seed: int) -> None:
         self.model, self.seed, self.flushed = model, seed, 0
 
     def full_vocab_logprobs(self, ids: list[int], last: int) -> Logprobs:
-        """As the server's."""
+        """Stand for :meth:`ServerClient.full_vocab_logprobs`."""
         return random_logprobs(self.seed + sum(ids), len(ids) - 1)[-last:]
 
     def input_logprobs(self, ids: list[int]) -> Logprobs:
-        """As the server's."""
+        """Stand for :meth:`ServerClient.input_logprobs`."""
         return self.full_vocab_logprobs(ids, len(ids) - 1)[np.arange(len(ids) - 1), ids[1:]]
 
     def generate(self, prompts: list[str], max_new_tokens: int, *, ignore_eos: bool) -> list[Completion]:
-        """As the server's."""
+        """Stand for :meth:`ServerClient.generate`."""
         assert ignore_eos
         return [Completion("", max_new_tokens)] * len(prompts)
 
     def flush_cache(self) -> None:
-        """As the server's."""
+        """Stand for :meth:`ServerClient.flush_cache`."""
         self.flushed += 1
 
 

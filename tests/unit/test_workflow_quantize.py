@@ -28,22 +28,20 @@ from sglang_modelopt_ext.workflow.quantize.record import (
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
 from tests.support.models import model_dir
 from tests.support.moe import tiny
-from tests.support.quantizing import IDS, SMALL, TEXTS, names, not_started, run
+from tests.support.quantizing import IDS, SMALL, calibration_file, names, not_started, run
 from tests.support.reference import Reference
 
 
 @pytest.fixture(scope="module")
 def model() -> Path:
-    """A tiny random Llama with a tokenizer."""
+    """Return a tiny random Llama with a tokenizer."""
     return model_dir(SMALL)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A file of calibration text."""
-    file = tmp_path_factory.mktemp("data") / "text.jsonl"
-    file.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    return str(file)
+    """Return a file of calibration text."""
+    return calibration_file(tmp_path_factory.mktemp("data"))
 
 
 class TestExperts:
@@ -51,7 +49,7 @@ class TestExperts:
 
     @pytest.fixture(scope="class")
     def mixture(self) -> Path:
-        """A tiny Qwen3-MoE."""
+        """Return a tiny Qwen3-MoE."""
         return model_dir(tiny("qwen3_moe"))
 
     def test_experts_only(self, mixture: Path, data: str, tmp_path: Path) -> None:
@@ -73,7 +71,7 @@ class TestExperts:
 
 
 class TestComplete:
-    """What is in an export beside ModelOpt's own files."""
+    """The content of an export besides ModelOpt's own files."""
 
     def test_everything_is_recorded(self, model: Path, data: str, tmp_path: Path) -> None:
         done = run(model, tmp_path / "out", data, "nvfp4", changes=Changes(kv="nvfp4_rotate"), seed=3)
@@ -214,7 +212,7 @@ class TestFP8SmoothQuant:
 
 
 def input_maxima(model: Path, data: str) -> dict[str, torch.Tensor]:
-    """The largest magnitude of each input channel of every layer, over the windows :func:`run` takes."""
+    """Return the largest magnitude of each input channel of every layer, over the windows :func:`run` takes."""
     from transformers import AutoModelForCausalLM
 
     from sglang_modelopt_ext.workflow.common.text import load_tokenizer
@@ -241,7 +239,7 @@ def input_maxima(model: Path, data: str) -> dict[str, torch.Tensor]:
 
 
 def simulated_logprobs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], torch.Tensor]:
-    """Has the calibrated model, as ModelOpt is about to export it, score :data:`IDS`; returns what gets the result."""
+    """Score :data:`IDS` with the calibrated model just before ModelOpt exports it; returns the list of the result."""
     from modelopt.torch.export.unified_export_hf import requantize_resmooth_fused_llm_layers
 
     found: list[torch.Tensor] = []
@@ -258,7 +256,7 @@ def simulated_logprobs(monkeypatch: pytest.MonkeyPatch) -> Callable[[], torch.Te
 
 
 class TestSelection:
-    """Which layers are left out."""
+    """The layers that are left out."""
 
     def test_mlp_only_and_exclude(self, model: Path, data: str, tmp_path: Path) -> None:
         selection = Selection(mlp_only=True, exclude=("*layers.0.mlp.down_proj",))
@@ -288,7 +286,7 @@ class TestSelection:
 
 
 class TestIgnored:
-    """What ModelOpt would pass over is refused."""
+    """Settings that ModelOpt would skip are rejected."""
 
     @pytest.mark.parametrize(
         ("recipe", "algorithm", "message"),
@@ -329,7 +327,7 @@ class TestIgnored:
         monkeypatch.setattr(module.checks, "resolve_steps", lambda loaded, steps: [dict(step) for step in steps])
         monkeypatch.setattr(module.checks, "step_takes", lambda step: (lambda layer: True, "anything"))
         with pytest.raises(
-            ModelOptExtError, match="smoothquant: expected a smoothed layer, got one that ModelOpt passed over"
+            ModelOptExtError, match="smoothquant: expected a smoothed layer, got one that ModelOpt skipped"
         ):
             run(model, tmp_path / "out", data, "fp8", changes=Changes(algorithm="smoothquant"), layerwise=False)
 

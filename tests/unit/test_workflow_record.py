@@ -1,4 +1,4 @@
-"""What this package records in its exports, and ModelOpt's simulation on a CPU."""
+"""The metadata that this package records in its exports, and ModelOpt's simulation on a CPU."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MXFP4_BITS = {"num_bits": "e2m1", "block_sizes": {-1: 32, "type": "dynamic", "sc
 
 
 def recipe_file(folder: Path, rounded: tuple[str, ...]) -> str:
-    """MXFP4 MLPs beside FP8 attention; of the MLPs' inputs, those of the layers ``rounded`` are rounded."""
+    """Return a recipe with MXFP4 MLPs beside FP8 attention; the inputs of the layers ``rounded`` are rounded."""
     fp8 = {"num_bits": "e4m3", "axis": None}
     entries: list[dict[str, object]] = [{"quantizer_name": "*", "enable": False}]
     entries += [{"quantizer_name": f"*self_attn*{side}_quantizer", "cfg": fp8} for side in ("weight", "input")]

@@ -38,7 +38,7 @@ def mxfp4_rounds_activations(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def apart(model: ReferenceModel, reference: Reference) -> Difference:
-    """Over several short prompts, each but its last row."""
+    """Return the distance over several short prompts, without the last row of each."""
     own = torch.cat([torch.from_numpy(model.logprobs(ids)) for ids in SHORT_PROMPTS])
     return difference(own, torch.cat([reference.logprobs(ids)[:-1] for ids in SHORT_PROMPTS]))
 

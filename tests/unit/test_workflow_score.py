@@ -1,4 +1,4 @@
-"""``evaluate`` without servers: intervals, the picture, lm-eval's results, and what is refused before a server starts."""
+"""``evaluate`` without servers: intervals, the plot, lm-eval's results, and errors before a server starts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LENGTHS = np.random.default_rng(3).integers(5, 40, WINDOWS)
 
 
 def scores(seed: int, noise: float = 0.0) -> Scores:
-    """Of windows that differ much from each other; ``noise`` is how far another model is from the first."""
+    """Return scores of windows that differ much; ``noise`` is another model's distance from the first."""
     rng = np.random.default_rng(0)
     level = rng.normal(3.0, 0.7, WINDOWS)
     other = np.random.default_rng(seed).normal(0.0, noise, WINDOWS) if noise else 0.0
@@ -104,14 +104,14 @@ def test_text() -> None:
     assert lines[-1] == "note: assumed"
 
 
-def test_picture(tmp_path: Path) -> None:
+def test_plot(tmp_path: Path) -> None:
     interval = Interval(value=2.0, low=1.0, high=4.0)
-    file = tmp_path / "new" / "picture.png"
+    file = tmp_path / "new" / "plot.png"
     plot_intervals([("perplexity", ["a", "b"], [interval] * 2), ("KL", ["b"], [interval])], "title", file)
     assert file.read_bytes().startswith(b"\x89PNG")
     (tmp_path / "file").touch()
     with pytest.raises(ModelOptExtError, match="expected a file that can be written"):
-        plot_intervals([("perplexity", ["a"], [interval])], "title", tmp_path / "file" / "picture.png")
+        plot_intervals([("perplexity", ["a"], [interval])], "title", tmp_path / "file" / "plot.png")
 
 
 def test_other_tokens_are_refused(tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_missing_package_is_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], package: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    option = ["--tasks", "hellaswag"] if package == "lm_eval" else ["--plot", "picture.png"]
+    option = ["--tasks", "hellaswag"] if package == "lm_eval" else ["--plot", "plot.png"]
     assert main(["evaluate", str(model_dir(TinyModel("llama"))), *option]) == 2
     name = package.replace("_", "-")
     assert f"the package {name} (pip install 'sglang-modelopt-ext[evaluate]')" in capsys.readouterr().err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import signal
-import subprocess
 import sys
 import textwrap
 import time
@@ -19,7 +18,8 @@ import pytest
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.server.client import vocabulary_size
-from sglang_modelopt_ext.workflow.server.process import ServerProcess, kill_session
+from sglang_modelopt_ext.workflow.server.process import ServerProcess
+from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
 
 # A process that starts a child, which starts a grandchild; all ignore the polite signals.
 FAMILY = """
@@ -43,19 +43,19 @@ HEALTHY = """
 
 
 def fake_server(tmp_path: Path, script: str, *arguments: str, timeout: float = 30.0) -> ServerProcess:
-    """A ServerProcess that runs a script instead of SGLang."""
+    """Return a ServerProcess that runs a script instead of SGLang."""
     server = ServerProcess(tmp_path, log=tmp_path / "log", timeout=timeout, progress=False)
     server.command = [sys.executable, "-c", textwrap.dedent(script), *arguments]
     return server
 
 
 def alive(pids: list[int]) -> list[int]:
-    """Those of the processes that still run."""
+    """Return those of the processes that still run."""
     return [pid for pid in pids if psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE]
 
 
 def family_pids(log: Path, count: int) -> list[int]:
-    """The process ids that FAMILY printed, once there are ``count``."""
+    """Return the process ids that FAMILY printed, once there are ``count``."""
     for _ in range(200):
         pids = [int(line) for line in log.read_text().split()]
         if len(pids) == count:
@@ -77,9 +77,9 @@ def test_ready_when_healthy_and_gone_afterwards(tmp_path: Path) -> None:
     server = fake_server(tmp_path, HEALTHY)
     server.command.append(str(server.port))
     with server:
-        session = server.session
-        assert alive([session])
-    assert not alive([session])
+        started = [process.pid for process in server.processes.living()]
+        assert started
+    assert not alive(started)
     server.stop()
 
 
@@ -98,7 +98,7 @@ def test_failure_of_ours_is_passed_on(tmp_path: Path) -> None:
 
 
 def test_timeout_ends_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_modelopt_ext.workflow.server.process._STOP_SECONDS", 0.2)
+    monkeypatch.setattr(ServerProcess, "stop_seconds", 0.2)
     code = textwrap.dedent(FAMILY)
     server = fake_server(tmp_path, FAMILY, "2", code, timeout=3.0)
     with pytest.raises(ModelOptExtError, match="no answer for 3 s"), server:
@@ -107,8 +107,8 @@ def test_timeout_ends_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_interrupt_in_the_block_ends_every_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sglang_modelopt_ext.workflow.server.process._STOP_SECONDS", 0.2)
-    monkeypatch.setattr(ServerProcess, "_is_ready", lambda self: True)
+    monkeypatch.setattr(ServerProcess, "stop_seconds", 0.2)
+    monkeypatch.setattr(ServerProcess, "is_ready", lambda self: True)
     pids: list[int] = []
     # A shell starts background jobs with SIGINT ignored, and Python then installs no handler for it.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -130,20 +130,20 @@ def test_interrupt_in_the_block_ends_every_process(tmp_path: Path, monkeypatch: 
 def test_orphans_of_the_session_are_killed_too(tmp_path: Path) -> None:
     log = tmp_path / "log"
     code = textwrap.dedent(FAMILY)
-    with log.open("w") as stream:
-        leader = subprocess.Popen([sys.executable, "-c", code, "2", code], stdout=stream, start_new_session=True)
+    processes = ProcessTree()
+    leader = processes.start([sys.executable, "-c", code, "2", code], os.environ, log)
     pids = family_pids(log, 3)
     leader.kill()
     leader.wait()
     assert len(alive(pids)) == 2
-    kill_session(leader.pid)
+    assert processes.kill() == ()
     assert not alive(pids)
     assert alive([os.getpid()])
 
 
 def answering(monkeypatch: pytest.MonkeyPatch, answer: Callable[[dict[str, Any]], Any]) -> None:
-    """Replaces the HTTP requests."""
-    monkeypatch.setattr(ServerProcess, "_request", lambda self, path, payload: answer(payload))
+    """Replace the HTTP requests."""
+    monkeypatch.setattr(ServerProcess, "request", lambda self, path, payload: answer(payload))
 
 
 def test_full_vocabulary_rows_are_put_in_token_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,7 @@ def test_what_was_exported_is_what_was_simulated(recipe: str, data: Path, tmp_pa
 
 
 def test_calibrated_mxfp4_is_simulated_by_its_stored_scale(data: Path, tmp_path: Path) -> None:
-    """ModelOpt scales the input by what it calibrated, as the export is read, and not by each token or batch."""
+    """ModelOpt scales the input by its stored calibration, not by each token or batch."""
     folder = made(tmp_path / "made", "W4A8_MXFP4_FP8", data, Changes(algorithm="max"))
     record = read_record(folder)
     assert record is not None

@@ -36,7 +36,7 @@ def folder() -> Path:
 def served(
     folder: Path, dtype: torch.dtype, windows: Sequence[Sequence[int]] = WINDOWS, activation: Activation = "recipe"
 ) -> Served:
-    """What a right server of ``folder`` in ``dtype`` would answer."""
+    """Return the answers of a correct server of ``folder`` in ``dtype``."""
     model = Reference(folder, dtype=dtype, activation=activation)
     rows = [model.logprobs(window)[:-1].numpy() for window in windows]
     return Served(url="http://test", model=str(folder), dtype=dtype, kv_cache_dtype="auto", rows=rows, again=rows[0])
@@ -90,7 +90,7 @@ def test_an_mxfp4_export_without_an_answer_is_noted(monkeypatch: pytest.MonkeyPa
 
 
 def first_rank(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Multiplies the first half of the rows, those of rank 0 of 2; E8M0 bytes have exponents, of which 1 is taken off."""
+    """Multiply the first half of the rows, those of rank 0 of 2; E8M0 bytes have exponents, of which 1 is taken off."""
 
     def change(scale: torch.Tensor) -> torch.Tensor:
         half = len(scale) // 2

@@ -1,1 +1,1 @@
-"""A format for every layer: ModelOpt's AutoQuantize, with costs that are really stored and a state that is plain JSON."""
+"""A format for every layer: ModelOpt's AutoQuantize, with costs from stored bytes and a state in plain JSON."""

@@ -1,18 +1,15 @@
-"""The formats a search may choose from: what each is called, what it stores, and what serves it.
+"""The candidate formats of a search: their names, stored tensors and kernels.
 
-Nothing is listed here: a format is tried on a small linear layer with ModelOpt itself, and what ModelOpt then says of that
-layer is looked up in the scheme table.
+No format is listed here: each is applied to a small linear layer by ModelOpt itself, and the result is looked up in
+the scheme table.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import math
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +22,8 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
-from sglang_modelopt_ext.workflow.common.source import import_modelopt
+from sglang_modelopt_ext.workflow.common.base_model import import_modelopt
+from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 
 GPUS: dict[str, int | None] = {
     "sm80": 80,
@@ -36,7 +34,7 @@ GPUS: dict[str, int | None] = {
     "sm120": 120,
     "cpu": None,
 }
-"""Targets and their compute capability times ten."""
+"""Compute capabilities times ten by the name of the target."""
 
 _SUFFIXES = ("", "_CFG", "_CONFIG", "_DEFAULT_CFG", "_LITE_CFG", "_BETA_CFG")
 _PROBE_SIZE = 256
@@ -44,12 +42,12 @@ _PROBE_SIZE = 256
 
 @dataclass(frozen=True)
 class Candidate:
-    """A format that was tried.
+    """A candidate format that ModelOpt applied to a small layer.
 
     Attributes:
         name: ModelOpt's configuration.
-        config: that configuration, with the bits it stores as its ``effective_bits``.
-        scheme: how a layer is quantized in it.
+        config: that configuration, with the stored bits as its ``effective_bits``.
+        scheme: the scheme of a layer in this format.
         algorithm: ModelOpt's calibration algorithm with its options.
     """
 
@@ -59,18 +57,18 @@ class Candidate:
     algorithm: dict[str, Any]
 
     def cost(self, layer: Layer, dtype: torch.dtype) -> int | None:
-        """The bits it stores for ``layer`` of a model in ``dtype``, every scale included; None when its blocks do not divide it."""
+        """Return the bits stored for ``layer`` of a model in ``dtype``, scales included; None if blocks do not fit."""
         try:
             shapes = [(spec, math.prod(spec.shape(layer.n, layer.k))) for spec in self.scheme.tensors]
         except ValueError:
             return None
-        # ModelOpt stores the smoothing in the model's type.
+        # ModelOpt stores the smoothing scale in the model's dtype.
         types = [dtype if spec is PRE_QUANT_SCALE else spec.dtypes[0] for spec, _ in shapes]
         return sum(8 * kind.itemsize * entries for kind, (_, entries) in zip(types, shapes, strict=True))
 
 
 def this_gpu() -> str:
-    """The target that this machine is: ``cpu`` without a GPU. Raises ModelOptExtError for a GPU that is none of :data:`GPUS`."""
+    """Return this machine's target, ``cpu`` without a GPU. Raises ModelOptExtError for a GPU outside ``GPUS``."""
     if not torch.cuda.is_available():
         return "cpu"
     major, minor = torch.cuda.get_device_capability()
@@ -81,10 +79,10 @@ def this_gpu() -> str:
 
 
 def find_formats(names: Sequence[str], device: str) -> list[Candidate]:
-    """The formats of these names, tried.
+    """Return the candidates of these names.
 
-    A name is that of a ModelOpt configuration, with or without its ``_CFG``, ``_DEFAULT_CFG`` and the like; or of the algorithm
-    it exports, such as ``NVFP4_AWQ``. Case does not matter.
+    A name is that of a ModelOpt configuration, with or without a suffix such as ``_CFG`` or ``_DEFAULT_CFG``, or of
+    the algorithm it exports, such as ``NVFP4_AWQ``. Case does not matter.
 
     Raises:
         ModelOptExtError: no ModelOpt, an unknown name (with the nearest ones), a name given twice, or a format that a search
@@ -126,7 +124,7 @@ def _try(name: str, config: dict[str, Any], device: str) -> Candidate:
         raise ModelOptExtError.at("--formats", name, "a format of linear layers", "one that quantizes attention too")
     try:
         algo, block, stored = _quantize_one_layer(QuantizeConfig(**copy.deepcopy(config)), device)
-    except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+    except Exception as error:  # ModelOpt raises assertions and errors of every kind
         raise ModelOptExtError.at(
             "--formats", name, "a format ModelOpt can simulate and export", f"{type(error).__name__}: {error}"
         ) from error
@@ -146,7 +144,7 @@ def _try(name: str, config: dict[str, Any], device: str) -> Candidate:
 
 
 def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, frozenset[str]]:
-    """ModelOpt's algorithm for a linear layer quantized like that (None: it is not), its block size, the scales of its input."""
+    """Return the algorithm that a linear layer exports as (None: unquantized), its block size and its input scales."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export.quant_utils import (
         get_quantization_format,
@@ -156,13 +154,13 @@ def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, froz
     from modelopt.torch.quantization.conversion import set_quantizer_by_cfg
     from modelopt.torch.quantization.model_quant import calibrate
 
-    with quiet(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with modelopt_messages(), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(_PROBE_SIZE, _PROBE_SIZE, bias=False, dtype=torch.bfloat16))
         model.to(device)
         x = torch.randn(16, _PROBE_SIZE, dtype=torch.bfloat16).to(device)
         mtq.quantize(model, {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": None})
-        # As auto_quantize does it: the patterns see the names of a single layer's quantizers.
+        # Match patterns as auto_quantize does: against the quantizer names of a single layer.
         set_quantizer_by_cfg(model[0], config.quant_cfg)
         calibrate(model, algorithm=config.algorithm, forward_loop=lambda model: model(x))
     block = int(get_weight_block_size(model[0]))
@@ -174,19 +172,11 @@ def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, froz
     return described["quant_algo"] if kind is not None else None, block, stored
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """ModelOpt prints to standard output, which belongs to the result: inside, that goes to standard error."""
-    with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Received custom quantization formats")
-        yield
-
-
 def serving(candidate: Candidate, layer: Layer, gpu: str, dtype: torch.dtype) -> tuple[list[str], str]:
-    """The kernels that serve ``layer`` in that format on ``gpu``, best first, and what they compute.
+    """Return the kernels that serve ``layer`` in that format on ``gpu``, best first, and the numerics they compute.
 
     Raises:
-        ModelOptExtError: none does; with the reason of each.
+        ModelOptExtError: no kernel does; the message has each one's reason.
     """
     capability = GPUS[gpu]
     device = "cpu" if capability is None else "cuda"

@@ -1,4 +1,4 @@
-"""The layers a search decides over, read from the model's configuration before any weight is."""
+"""The layers of a search, read from the model's configuration without its weights."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Linears:
     """The linear layers of a model.
 
     Attributes:
-        groups: layers by the name of their group, in the order of the model; the ``lm_head`` is none of them.
+        groups: layers by the name of their group, in the order of the model, without the ``lm_head``.
         lm_head: the output layer.
-        dtype: the type of the weights.
+        dtype: dtype of the weights.
     """
 
     groups: dict[str, tuple[Layer, ...]]
@@ -33,11 +33,11 @@ class Linears:
 
 
 def read_linears(folder: Path) -> Linears:
-    """The linear layers of the Hugging Face model in ``folder``, grouped as ModelOpt's search groups them.
+    """Return the linear layers of the Hugging Face model in ``folder``, grouped like ModelOpt's search groups them.
 
     Raises:
-        ModelOptExtError: no such model, a model that has other layers than dense ones, or layers that SGLang fuses and ModelOpt
-            does not group.
+        ModelOptExtError: no such model, a model with layers other than dense ones, or layers that SGLang fuses but
+            ModelOpt does not group.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -93,10 +93,10 @@ def _check_fused(folder: Path, groups: dict[str, list[Layer]]) -> None:
 def plan_groups(
     linears: Linears, formats: Sequence[FormatCandidate], gpu: str, excluded: Sequence[str], lm_head: LmHead
 ) -> tuple[tuple[Format, ...], tuple[Group, ...]]:
-    """What a search has to score: every group with the formats that fit its layers and are served on ``gpu``.
+    """Return the plan of a search: every group with the formats that fit its layers and are served on ``gpu``.
 
     Raises:
-        ModelOptExtError: a format that nothing serves there or that fits no layer, or a pattern that matches no layer.
+        ModelOptExtError: a format that no kernel serves or that fits no layer, or a pattern that matches no layer.
     """
     _check_patterns(linears, excluded)
     bits = linears.dtype.itemsize * 8
@@ -155,5 +155,5 @@ def _group(name: str, layers: tuple[Layer, ...], costs: dict[str, int]) -> Group
 
 
 def model_digest(folder: Path) -> str:
-    """SHA-256 over a model's configuration and weights."""
+    """Return the SHA-256 over a model's configuration and weights."""
     return folder_digest(folder, ("config.json", "*.safetensors"))

@@ -1,4 +1,4 @@
-"""Text a search is run on and measured on, and what is measured of its choices."""
+"""The calibration and held-out text of a search, and measurements of its choices."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SCORE_SAMPLES, HELD_OUT_SAMPLES = 32, 32
-"""Windows that are scored, and that perplexity is measured on, where the user says nothing."""
+"""Default numbers of windows that are scored, and that perplexity is measured on."""
 
-_EVERY = 5  # without a text of its own, every fifth window is held out
+_EVERY = 5  # without --held-out, every fifth window is held out
 
 
 def load_texts(
@@ -36,15 +36,15 @@ def load_texts(
     seed: int,
     progress: bool = True,
 ) -> tuple[CalibrationData, CalibrationData]:
-    """The windows to calibrate on and those to measure on, which have none in common.
+    """Return the windows to calibrate on and the held-out windows, which share none.
 
     Args:
-        data: files or data sets to calibrate on.
-        held_out: those to measure on; empty to keep every fifth window of ``data`` for it.
-        tokenizer: of the model.
-        samples: windows to calibrate on, None for as many as there are up to the default of ``quantize``.
-        sequence_length: text tokens in a window.
-        seed: which windows are taken from longer data.
+        data: files or data sets for calibration.
+        held_out: files or data sets to measure on; empty: every fifth window of ``data``.
+        tokenizer: the model's.
+        samples: number of windows to calibrate on; None: as many as there are, up to the default of ``quantize``.
+        sequence_length: text tokens per window.
+        seed: selects windows from longer data.
         progress: show progress on standard error.
 
     Raises:
@@ -75,7 +75,7 @@ def _with_held_out(samples: int | None) -> int | None:
 
 
 def part(data: CalibrationData, windows: Sequence[Sequence[int]]) -> CalibrationData:
-    """Some of the windows, as data of their own."""
+    """Return some of the windows as calibration data."""
     record = msgspec.structs.replace(
         data.record, samples=len(windows), tokens=sum(map(len, windows)), sha256=tokens_digest(windows)
     )
@@ -84,7 +84,7 @@ def part(data: CalibrationData, windows: Sequence[Sequence[int]]) -> Calibration
 
 @torch.inference_mode()
 def perplexity(model: Any, batches: Sequence[torch.Tensor], device: str, *, label: str, progress: bool = True) -> float:
-    """``exp`` of the mean negative log probability of every token but the first of each window; sums in float64."""
+    """Return ``exp`` of the mean negative log probability of all tokens but each window's first; sums are float64."""
     total, count = 0.0, 0
     for batch in tqdm(batches, desc=label, unit="window", dynamic_ncols=True, disable=not progress):
         ids = batch.to(device)
@@ -99,7 +99,7 @@ def perplexity(model: Any, batches: Sequence[torch.Tensor], device: str, *, labe
 
 
 def stored_bits(checkpoint: Checkpoint, state: State) -> float:
-    """Stored bits for each weight that counts, scales included, measured from the checkpoint's tensors."""
+    """Return stored bits per counted weight, scales included, measured from the checkpoint's tensors."""
     stored = 0
     for layer in (layer for group in state.groups for layer in group.layers):
         linear = checkpoint.linears.get(canonical_name(layer.name))
@@ -108,13 +108,13 @@ def stored_bits(checkpoint: Checkpoint, state: State) -> float:
             stored += 8 * sum(tensor.num_bytes for name, tensor in linear.stored.items() if name != "bias")
         elif plain is not None:
             stored += 8 * plain.num_bytes
-        else:  # an lm_head tied to the embedding is stored as that
+        else:  # a tied lm_head is stored as the embedding
             stored += layer.n * layer.k * state.unquantized_bits
     return stored / state.weights
 
 
 def check_choice(checkpoint: Checkpoint, state: State, formats: dict[str, str]) -> None:
-    """Raises ModelOptExtError unless every layer of the checkpoint has the algorithm that was chosen for it."""
+    """Raise ModelOptExtError unless every layer of the checkpoint has the algorithm that was chosen for it."""
     algos = {row.name: row.algo for row in state.formats}
     for group in state.groups:
         expected = algos.get(formats[group.name], "no quantization")

@@ -1,4 +1,4 @@
-"""``auto-quantize`` from beginning to end: plan, search, choose, measure, export, report."""
+"""The command ``auto-quantize``: plan, search, choose, measure, export, report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sglang_modelopt_ext.workflow.autoquant.measure import (
     perplexity,
     stored_bits,
 )
-from sglang_modelopt_ext.workflow.autoquant.pictures import draw, matplotlib_figure
+from sglang_modelopt_ext.workflow.autoquant.plots import draw, matplotlib_figure
 from sglang_modelopt_ext.workflow.autoquant.search import Scoring, Search, group_scores
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
 from sglang_modelopt_ext.workflow.autoquant.state import (
@@ -39,10 +39,10 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
     read_report,
     write_json,
 )
-from sglang_modelopt_ext.workflow.autoquant.work import Work, work_folder
+from sglang_modelopt_ext.workflow.autoquant.work_folder import Work, work_folder
 from sglang_modelopt_ext.workflow.common import modelopt_cpu
-from sglang_modelopt_ext.workflow.common.progress import ticking
-from sglang_modelopt_ext.workflow.common.source import default_device, find_model, load_model, watching_activations
+from sglang_modelopt_ext.workflow.common.base_model import activations_checked, default_device, find_model, load_model
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
 from sglang_modelopt_ext.workflow.quantize.calibration import SEED, SEQUENCE_LENGTH, CalibrationData
 from sglang_modelopt_ext.workflow.quantize.export import (
@@ -58,7 +58,7 @@ RECIPE = "auto_quantize"
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """What the model is calibrated, scored and measured on; None and empty are the defaults."""
+    """The text of a search: for calibration, scoring and measurement. None and empty stand for the defaults."""
 
     data: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
@@ -70,22 +70,22 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A search.
+    """The inputs of a search.
 
     Attributes:
         model: folder or name of the unquantized model.
-        targets: bits for each weight.
-        output: the folder to make. One target: the checkpoint itself; several: a folder for each of them.
+        targets: bits per weight, one for each result.
+        output: the folder to make. One target: the checkpoint itself; several: a folder for each.
         formats: names of the candidates.
-        texts: what it is run on.
-        method: how sensitivity is scored.
-        gpu: the target, None for this machine.
-        lm_head: whether the unquantized ``lm_head`` counts.
+        texts: the text.
+        method: the sensitivity score, ``gradient`` or ``kl_div``.
+        gpu: the target; None for this machine.
+        lm_head: whether the unquantized ``lm_head`` counts in bits per weight.
         excluded: patterns of layers to leave unquantized.
-        loss_scale: for the gradients, None to find one.
-        device: where to run, by default CUDA where there is a GPU.
-        export: False to choose, measure and draw only.
-        resume: go on with an interrupted search for ``output``.
+        loss_scale: factor of the loss for the gradients; None to find one.
+        device: device of the search; by default CUDA where there is a GPU.
+        export: False to choose, measure and plot only.
+        resume: continue an interrupted search for ``output``.
         overwrite: replace what an earlier run left in ``output``.
         progress: show progress on standard error.
     """
@@ -108,10 +108,10 @@ class Request:
 
 
 def search(request: Request) -> Report:
-    """Searches, and does what :class:`Request` says with every target.
+    """Search, then choose, measure and export for every target of the request.
 
     Raises:
-        ModelOptExtError: anything the user can put right, before the model is loaded where that is possible.
+        ModelOptExtError: any wrong input, before the model is loaded where that is possible.
     """
     matplotlib_figure()
     device = request.device or default_device()
@@ -119,7 +119,7 @@ def search(request: Request) -> Report:
     output = request.output
     _check_place(folder, output, request)
     modelopt_cpu.install(device)
-    with ticking("trying the formats", request.progress):
+    with elapsed_progress("trying the formats", request.progress):
         formats = candidate_formats.find_formats(request.formats, device)
         linears = read_linears(folder)
         gpu = request.gpu or candidate_formats.this_gpu()
@@ -159,7 +159,7 @@ def search(request: Request) -> Report:
 
 
 def solve_again(file: Path, targets: Sequence[float]) -> Report:
-    """New targets from the state in ``file`` alone: no model, no text, seconds. Raises ModelOptExtError."""
+    """Solve new targets from the state in ``file`` alone: no model, no text, seconds. Raises ModelOptExtError."""
     state = read_report(file).state
     nothing = Measured(folder=None, algo=None, stored_bits=None, quantized_bits=None, perplexity=None)
     results = tuple(Result(choice=choose(state, target), measured=nothing) for target in targets)
@@ -167,9 +167,9 @@ def solve_again(file: Path, targets: Sequence[float]) -> Report:
 
 
 def export_again(file: Path, request: Request) -> Report:
-    """New targets from the state in ``file``, measured and exported. Only calibration is run again.
+    """Solve new targets from the state in ``file``, measure and export them. Only calibration is repeated.
 
-    ``request`` names the same model and text; of the rest, what the state records counts.
+    ``request`` names the model and text of the search; its other settings come from the state.
 
     Raises:
         ModelOptExtError: the state is of another model or of other text.
@@ -201,7 +201,7 @@ def export_again(file: Path, request: Request) -> Report:
         )
     modelopt_cpu.install(device)
     used = [row.name for row in state.formats if any(row.name in choice.formats.values() for choice in choices)]
-    with ticking("trying the formats", request.progress):
+    with elapsed_progress("trying the formats", request.progress):
         formats = candidate_formats.find_formats(used, device)
     return _Run(request, folder, device, formats, calibration, held_out, None, state).all_targets(None)
 
@@ -237,7 +237,7 @@ class _Run:
     def all_targets(self, scored: CalibrationData | None) -> Report:
         request = self.request
         self._load()
-        with watching_activations(self.model, self.folder):
+        with activations_checked(self.model, self.folder):
             self.unquantized = self._perplexity("perplexity, unquantized")
         results = []
         for target in request.targets:
@@ -262,7 +262,7 @@ class _Run:
         return perplexity(self.model, self.held_out.batches(), self.device, label=label, progress=self.request.progress)
 
     def _take_scores(self) -> None:
-        """The state with the scores in the work folder."""
+        """Take the scores from the work folder into the state."""
         if self.work is not None:
             scores = group_scores(self.work.plan.groups, self.work.progress)
             self.state = self.work.plan.with_scores(scores, self.work.progress.loss_scale)
@@ -270,7 +270,7 @@ class _Run:
     def _one_target(self, target: float, scored: CalibrationData | None) -> Result:
         scoring = None
         if self.work is not None and scored is not None:
-            if self.work.progress.windows == len(scored.windows):  # of an interrupted run
+            if self.work.progress.windows == len(scored.windows):  # an interrupted run had scored all windows
                 self._take_scores()
                 if (
                     before := _exported_before(self._folder(target), self.state, choose(self.state, target))
@@ -300,7 +300,7 @@ class _Run:
             ).run()
         except (ModelOptExtError, KeyboardInterrupt):
             raise
-        except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+        except Exception as error:  # ModelOpt raises assertions and errors of every kind
             raise ModelOptExtError.at(
                 self.folder, RECIPE, "ModelOpt to search over it", f"{type(error).__name__}: {error}"
             ) from error
@@ -362,7 +362,7 @@ class _Run:
         return output / f"{target:g}-bits" if len(self.request.targets) > 1 else output
 
     def _quality(self, quality: float) -> dict[str, float]:
-        """For the record and the model card: both are of ModelOpt's fake-quantized model, on the same windows."""
+        """Return the perplexities for record and model card, fake-quantized and unquantized, on the same windows."""
         figures = {"perplexity (fake-quantized, held-out text)": quality}
         if self.unquantized is not None:
             figures["perplexity (unquantized, held-out text)"] = self.unquantized
@@ -377,7 +377,7 @@ class _Run:
         )
 
     def _write(self, folder: Path, report: Report) -> None:
-        with ticking("drawing", self.request.progress):
+        with elapsed_progress("drawing", self.request.progress):
             draw(folder, report)
         write_json(folder / FILE_NAME, report)
 
@@ -387,7 +387,7 @@ def _measured(quality: float) -> Measured:
 
 
 def _recorded(state: State, result: Result) -> dict[str, Any]:
-    """What the checkpoint records of the search that chose its formats."""
+    """Return the record of the search that the checkpoint keeps."""
     return {
         "method": state.method,
         "target_bits": result.choice.target,
@@ -411,7 +411,7 @@ def _recorded(state: State, result: Result) -> dict[str, Any]:
 
 
 def _exported_before(output: Path, state: State, choice: Choice) -> Result | None:
-    """What an interrupted run measured of the same choice from the same state, when its checkpoint is there."""
+    """Return an interrupted run's measurements of the same choice from the same state, if its checkpoint exists."""
     record = read_record(output) if output.is_dir() else None
     found = record.search if record is not None else None
     if found is None or found.get("state_sha256") != state.digest or found.get("target_bits") != choice.target:

@@ -1,8 +1,8 @@
-"""Drives ModelOpt's ``mtq.auto_quantize``: its calibration, its scores, its choice of quantizers.
+"""A driver of ModelOpt's ``mtq.auto_quantize``: its calibration, its scores, its selection of quantizers.
 
-Four methods of ModelOpt 0.47's searchers are extended, by subclasses that stand in for them while a call lasts: the groups
-are compared with the plan before any work; scores are saved after every few windows and go on from there; the state file of
-ModelOpt is replaced whole or not at all; and the formats are those that :mod:`.solve` chose from our own costs.
+Subclasses replace ModelOpt 0.47's searchers during a call and extend four methods: groups are compared with the plan
+before any work; scores are saved after every few windows and resumed from there; ModelOpt's state file is replaced
+atomically; and the selected formats are those that :mod:`.solve` chose from stored costs.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ import msgspec
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.autoquant.formats import Candidate, quiet
+from sglang_modelopt_ext.workflow.autoquant.formats import Candidate
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, Struct
+from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 
 SAVE_SECONDS = 5.0
 _SCALE_STEP = 2.0**12
@@ -31,12 +32,12 @@ _ROUNDING = 1e-3
 
 
 class Progress(Struct, frozen=True, kw_only=True):
-    """How far scoring has come.
+    """Progress of scoring.
 
     Attributes:
-        windows: how many are done.
-        loss_scale: what the loss is multiplied by.
-        sums: by format and module, ModelOpt's sums over the windows that are done, loss scale included.
+        windows: number of scored windows.
+        loss_scale: factor of the loss.
+        sums: ModelOpt's sums over the scored windows by format and module, loss scale included.
     """
 
     windows: int = 0
@@ -45,10 +46,10 @@ class Progress(Struct, frozen=True, kw_only=True):
 
 
 def group_scores(groups: Sequence[Group], progress: Progress) -> dict[str, dict[str, float]]:
-    """The score of every group in every format, free of the loss scale.
+    """Return the score of every group in every format, with the loss scale divided out.
 
     Raises:
-        ModelOptExtError: a score is missing or no finite number, or all of them are zero.
+        ModelOptExtError: a score is missing or not finite, or all of them are zero.
     """
     scores: dict[str, dict[str, float]] = {}
     for group in groups:
@@ -56,7 +57,7 @@ def group_scores(groups: Sequence[Group], progress: Progress) -> dict[str, dict[
             sums = progress.sums.get(name, {})
             parts = [sums[layer.name] for layer in group.layers if layer.name in sums]
             value = sum(parts) / progress.loss_scale**2 if parts else math.nan
-            if -_ROUNDING < value < 0:  # a divergence of nothing, summed in float32
+            if -_ROUNDING < value < 0:  # a divergence of zero, summed in float32
                 value = 0.0
             if not 0 <= value < math.inf:
                 raise ModelOptExtError.at("auto_quantize", f"{group.name}: {name}: score", "a finite number", value)
@@ -70,13 +71,13 @@ def group_scores(groups: Sequence[Group], progress: Progress) -> dict[str, dict[
 
 @dataclass
 class Scoring:
-    """The windows to score, and where the sums are kept.
+    """The windows to score and where to keep the sums.
 
     Attributes:
         batches: int64 ``[1, T]`` each.
-        loss_scale: a fixed one, or None to find one under which the scores are of the order of 1.
-        done: what an earlier run has done.
-        save: keeps the progress; called after the first window and then every few seconds.
+        loss_scale: a fixed factor, or None to find one under which scores are of the order of 1.
+        done: progress of an earlier run.
+        save: stores the progress; called after the first window and then every few seconds.
     """
 
     batches: Sequence[torch.Tensor]
@@ -91,14 +92,14 @@ class Search:
 
     Attributes:
         model: the unquantized model; it is quantized when the call is over.
-        method: how ModelOpt scores.
+        method: ModelOpt's scoring method.
         groups: the plan.
         formats: the candidates.
         calibration: int64 ``[B, T]`` each.
-        scoring: None to take the pick as it is.
-        checkpoint: ModelOpt's own state file, in a folder of ours alone; None for no such file.
-        pick: once the scores are kept, the format of each group by name.
-        device: of the model.
+        scoring: None to take ``pick`` without scoring.
+        checkpoint: ModelOpt's own state file, in a private folder; None for no such file.
+        pick: called after scoring, returns the format of each group by name.
+        device: the model's.
     """
 
     model: Any
@@ -115,10 +116,10 @@ class Search:
     scale: float = 1.0
 
     def run(self) -> None:
-        """Calibrates, scores and quantizes the model.
+        """Calibrate, score and quantize the model.
 
         Raises:
-            ModelOptExtError: ModelOpt groups the layers otherwise, or a score is no number.
+            ModelOptExtError: ModelOpt groups the layers differently, or a score is not finite.
         """
         import modelopt.torch.quantization as mtq
         from modelopt.torch.quantization.algorithms import QuantRecipe
@@ -136,7 +137,7 @@ class Search:
             if 0 < len(self._offered(group)) < len(names)
         ]
         steps = len(self.scoring.batches) if self.scoring else 0
-        with quiet(), _standing_in(self):
+        with modelopt_messages(), _standing_in(self):
             mtq.auto_quantize(
                 self.model,
                 constraints={"effective_bits": 16.0},
@@ -166,13 +167,13 @@ class Search:
         return logits
 
     def _loss(self, logits: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
-        """Mean negative log probability of the tokens of ``batch``, times the loss scale."""
+        """Return the mean negative log probability of the tokens of ``batch``, times the loss scale."""
         return self.scale * torch.nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), batch[:, 1:].flatten()
         )
 
     def check_groups(self, searcher: Any) -> None:
-        """Raises ModelOptExtError unless ModelOpt searches over the groups of the plan."""
+        """Raise ModelOptExtError unless ModelOpt searches over the groups of the plan."""
         planned = {frozenset(layer.name for layer in group.layers) for group in self.groups if self._offered(group)}
         found = {
             frozenset(hparam.quant_module_names) for _, hparam in _hparams(searcher.model) if len(hparam.choices) > 1
@@ -184,10 +185,10 @@ class Search:
             )
 
     def estimate(self, searcher: Any, measure: Callable[[], None]) -> None:
-        """Runs ``measure``, ModelOpt's scoring, over the windows that are not done, and keeps the scores.
+        """Run ``measure``, ModelOpt's scoring, over the remaining windows, and keep the scores.
 
         Raises:
-            ModelOptExtError: the scores are no numbers, or all zero, whatever the loss scale.
+            ModelOptExtError: at every loss scale the scores are not finite or all zero.
         """
         if self.scoring is None:
             return
@@ -208,9 +209,9 @@ class Search:
             self.in_scoring = False
 
     def _find_scale(self, searcher: Any, measure: Callable[[], None]) -> float:
-        """A power of two under which the largest score of one window is about 1; scores go with its square.
+        """Return a power of two under which the largest score of one window is about 1; scores grow with its square.
 
-        The gradients of a small loss are lost in half precision, and their squares in any.
+        Gradients of a small loss underflow in half precision, and their squares in any.
         """
         assert self.scoring is not None
         if self.scoring.loss_scale is not None or self.method != "gradient":
@@ -241,20 +242,20 @@ class Search:
         self.scoring.save(Progress(windows=windows, loss_scale=self.scale, sums=_sums(model, self.recipes)))
 
     def batches(self, model: Any) -> Iterator[torch.Tensor]:
-        """What one pass of ModelOpt over its data loader gets."""
+        """Yield the windows of one pass of ModelOpt over its data loader."""
         if not self.in_scoring or self.scoring is None:
             yield from (batch.to(self.device) for batch in self.calibration)
             return
         first, last = self.scoring.done.windows, 0.0
         for done, batch in enumerate(self.scoring.batches[first:], first):
-            # Being asked for the next window, ModelOpt has added up the one before.
+            # When ModelOpt requests the next window, it has added the one before to its sums.
             if done > first and time.monotonic() - last >= SAVE_SECONDS:
                 self._save(model, done)
                 last = time.monotonic()
             yield batch.to(self.device)
 
     def chosen(self, searcher: Any) -> dict[str, dict[str, Any]]:
-        """ModelOpt's description of the picked formats."""
+        """Return ModelOpt's description of the picked formats."""
         picked = self.pick()
         info = {}
         for name, hparam in _hparams(searcher.model):
@@ -282,7 +283,7 @@ def _hparams(model: Any) -> list[tuple[str, Any]]:
 
 
 def _sums(model: Any, recipes: Mapping[Any, str]) -> dict[str, dict[str, float]]:
-    """What ModelOpt has added up, by format and module."""
+    """Return ModelOpt's sums by format and module."""
     names = {module: name for name, module in model.named_modules()}
     sums: dict[str, dict[str, float]] = {}
     for _, hparam in _hparams(model):
@@ -294,7 +295,7 @@ def _sums(model: Any, recipes: Mapping[Any, str]) -> dict[str, dict[str, float]]
 
 
 def _restore(model: Any, recipes: Mapping[Any, str], sums: Mapping[str, Mapping[str, float]]) -> None:
-    """The opposite of :func:`_sums`; what is not in ``sums`` starts anew."""
+    """Restore ModelOpt's sums; those that are not in ``sums`` start at zero."""
     names = {module: name for name, module in model.named_modules()}
     device = next(model.parameters()).device
     for _, hparam in _hparams(model):
@@ -306,7 +307,7 @@ def _restore(model: Any, recipes: Mapping[Any, str], sums: Mapping[str, Mapping[
 
 @contextlib.contextmanager
 def _standing_in(search: Search) -> Iterator[None]:
-    """Inside, ``mtq.auto_quantize`` uses searchers that report to ``search``."""
+    """Make ``mtq.auto_quantize`` use searchers that report to ``search`` while the block runs."""
     from modelopt.torch.quantization import model_quant
     from modelopt.torch.quantization.algorithms import QuantRecipe
 
@@ -319,7 +320,7 @@ def _standing_in(search: Search) -> Iterator[None]:
         return own or name_of(config)
 
     try:
-        QuantRecipe.get_auto_name_for_config = staticmethod(named)  # what progress bars call our configurations
+        QuantRecipe.get_auto_name_for_config = staticmethod(named)  # the label of these configurations in progress bars
         for name, original in originals.items():
             setattr(model_quant, name, _extend(original, search))
         yield
@@ -327,7 +328,7 @@ def _standing_in(search: Search) -> Iterator[None]:
         for name, original in originals.items():
             setattr(model_quant, name, original)
         QuantRecipe.get_auto_name_for_config = staticmethod(name_of)
-        # ModelOpt turns the folding of smoothing off for a search, and on again at its end only.
+        # ModelOpt disables the folding of smoothing during a search, and restores it only at the end.
         QuantRecipe.fold_pqs_to_weights(torch.nn.Identity())
 
 
@@ -337,7 +338,7 @@ def _extend(base: Any, search: Search) -> type:
         search.check_groups(self)
 
     def estimate(self: Any) -> None:
-        # Read back from its state file, this is a plain dict, and ModelOpt relies on the default.
+        # ModelOpt relies on the default of a defaultdict, but its state file gives back a plain dict.
         self.candidate_stats = defaultdict(dict, self.candidate_stats)
         search.estimate(self, lambda: base.estimate_sensitivity_scores(self))
 

@@ -1,10 +1,10 @@
-"""Which format each group of layers gets, from scores and costs alone. Imports neither torch nor ModelOpt.
+"""The choice of a format for each group of layers, from scores and costs alone. Imports neither torch nor ModelOpt.
 
 Two rules, those of ModelOpt 0.47's two searchers:
 
 * ``gradient``: the least sum of scores within the budget, an integer program (ModelOpt: ``AutoQuantizeGradientSearcher``).
-* ``kl_div``: the least threshold such that every group takes its cheapest format whose score is not above it
-  (``AutoQuantizeKLDivSearcher``, which bisects for it; here it is found exactly).
+* ``kl_div``: the least threshold such that every group takes its cheapest format with a score at or below it
+  (``AutoQuantizeKLDivSearcher``, which bisects for it; here it is exact).
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Literal
 Method = Literal["gradient", "kl_div"]
 METHODS: tuple[Method, ...] = ("gradient", "kl_div")
 
-_LARGEST_SCORE = 1e6  # HiGHS stops within an absolute gap of 1e-6: this makes that 1e-12 of the largest score.
+_LARGEST_SCORE = 1e6  # HiGHS stops within an absolute gap of 1e-6, which this makes 1e-12 of the largest score.
 _SECONDS = 60.0
 
 
 def solve(
     method: Method, costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], budget: float
 ) -> list[int]:
-    """The chosen candidate of each group, by index.
+    """Return the chosen candidate of each group, by index.
 
     Args:
         method: the rule.
-        costs: bits that each candidate of each group stores.
-        scores: how much each of them hurts, not negative.
+        costs: stored bits of each candidate of each group.
+        scores: sensitivity of each candidate, not negative.
         budget: the bits all groups together may store.
 
     Raises:
@@ -66,7 +66,7 @@ def _least_sum(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
 
 
 def _worth_a_look(costs: Sequence[int], scores: Sequence[float]) -> list[int]:
-    """The candidates that no other one beats, or equals, in both cost and score; cheapest first."""
+    """Return the candidates that no other one matches or beats in both cost and score, cheapest first."""
     kept: list[int] = []
     for candidate in sorted(range(len(costs)), key=lambda c: (costs[c], scores[c])):
         if not kept or scores[candidate] < scores[kept[-1]]:
@@ -81,7 +81,7 @@ def _polish(
     scores: Sequence[Sequence[float]],
     budget: float,
 ) -> list[int]:
-    """What the solver's tolerances leave: within the budget to the bit, and no single change that is free and better."""
+    """Return a choice free of the solver's tolerances: within the budget to the bit, without a better single change."""
     total = sum(costs[g][c] for g, c in enumerate(choice))
     while total > budget:
         moves = [
@@ -109,7 +109,7 @@ def _polish(
 
 def _least_threshold(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], budget: float) -> list[int]:
     thresholds = sorted({score for group in scores for score in group})
-    low, high = 0, len(thresholds) - 1  # the largest threshold allows every candidate, and that is within the budget
+    low, high = 0, len(thresholds) - 1  # the largest threshold allows every candidate, which is within the budget
     while low < high:
         middle = (low + high) // 2
         choice = _at_threshold(costs, scores, thresholds[middle])
@@ -125,7 +125,7 @@ def _least_threshold(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[f
 def _at_threshold(
     costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], threshold: float
 ) -> list[int] | None:
-    """The cheapest candidate of each group whose score is not above ``threshold``, the better one of equals; None without one."""
+    """Return each group's cheapest candidate with a score of at most ``threshold``, of equals the better, or None."""
     choice = []
     for group, values in zip(costs, scores, strict=True):
         allowed = [c for c, score in enumerate(values) if score <= threshold]

@@ -1,7 +1,7 @@
-"""The state of a search: what was measured, as JSON that anyone can read and nothing executes.
+"""The state of a search: its measurements, as readable JSON that executes nothing.
 
-``DIR/autoquant.json`` is a :class:`Report`: the state, and what was chosen from it. Targets are solved anew from the state
-alone. A pickle, a torch file or any other JSON is refused by name.
+``DIR/autoquant.json`` is a :class:`Report`: the state and the results chosen from it. New targets are solved from the
+state alone. A pickle, a torch file or any other JSON raises an error that says so.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from sglang_modelopt_ext.workflow.quantize.record import Calibration
 SCHEMA: Literal["sglang-modelopt-ext/autoquant/1"] = "sglang-modelopt-ext/autoquant/1"
 FILE_NAME = "autoquant.json"
 UNQUANTIZED = "none"
-"""The candidate that leaves a group as it is."""
+"""The candidate that leaves a group unquantized."""
 
 LmHead = Literal["excluded", "counted"]
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of everything in the file: unknown fields are errors."""
+    """The base class of every object in the file: unknown fields are errors."""
 
 
 class Format(Struct, frozen=True, kw_only=True):
-    """One candidate.
+    """The description of one candidate format.
 
     Attributes:
         name: ModelOpt's configuration.
         algo: the ``quant_algo`` its export declares.
         group_size: inputs under one block scale, 0 without blocks.
-        bits: stored bits for a weight, block scales included, scales of whole tensors and smoothing not.
-        algorithm: how ModelOpt calibrates it.
-        served_by: the kernels that serve it on the target GPU in the layers of this model, best first.
-        served_as: what they compute, for example without rounding FP4 activations before Blackwell.
+        bits: stored bits per weight with block scales, but without scales of whole tensors and smoothing.
+        algorithm: ModelOpt's calibration algorithm.
+        served_by: the kernels that serve it on the target in the layers of this model, best first.
+        served_as: the numerics of the kernels, for example FP4 activations that are not rounded before Blackwell.
     """
 
     name: str
@@ -61,12 +61,12 @@ class Layer(Struct, frozen=True, kw_only=True):
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
-    """A format for one group.
+    """A candidate format for one group.
 
     Attributes:
-        cost: the bits its layers store, every scale included; an upper bound where ModelOpt folds the smoothing of AWQ into
+        cost: stored bits of its layers, scales included; an upper bound where ModelOpt folds the smoothing of AWQ into
             the layer before.
-        score: what it hurts, in the unit of the method, None as long as nothing was measured.
+        score: sensitivity in the unit of the method; None before it is measured.
     """
 
     cost: int
@@ -74,12 +74,12 @@ class Candidate(Struct, frozen=True, kw_only=True):
 
 
 class Group(Struct, frozen=True, kw_only=True):
-    """Layers that get the same format, because a server fuses them.
+    """Layers that must share a format, because a server fuses them.
 
     Attributes:
-        name: as ModelOpt's search names it.
+        name: the name that ModelOpt's search gives it.
         layers: its layers.
-        excluded: left unquantized, because a pattern says so or no format fits its sizes; its bits count.
+        excluded: left unquantized by a pattern or because no format fits its sizes; its bits count.
         candidates: by name of the format, ``none`` among them.
     """
 
@@ -90,27 +90,27 @@ class Group(Struct, frozen=True, kw_only=True):
 
     @property
     def weights(self) -> int:
-        """How many weights its layers have."""
+        """Return the number of weights in its layers."""
         return sum(layer.n * layer.k for layer in self.layers)
 
 
 class State(Struct, frozen=True, kw_only=True):
-    """What a search measured.
+    """The measurements of a search.
 
     Attributes:
-        model: folder of the unquantized model, as it was named.
+        model: folder of the unquantized model, as given.
         model_sha256: of its configuration and weights.
         method: ``gradient`` (a score is the sum of (gradient x change of a layer's output)^2 over the scored tokens) or
             ``kl_div`` (a score is KL(unquantized || this group quantized), summed over the scored tokens, in nats).
-        loss_scale: what the loss was multiplied by while scoring; the scores are free of it.
+        loss_scale: factor of the loss while scoring; divided out of the scores.
         calibration, scored: the text of the two steps.
         gpu: the target.
-        lm_head: whether the unquantized ``lm_head`` counts in bits for each weight.
+        lm_head: whether the unquantized ``lm_head`` counts in bits per weight.
         excluded: the patterns of layers left unquantized.
-        unquantized_bits: bits of a weight that is not quantized.
+        unquantized_bits: bits of an unquantized weight.
         simulation: how ModelOpt's CUDA-only quantizers were simulated, ``cpu`` (torch versions of this package) or ``cuda``.
-        versions: of the packages that measured.
-        formats, groups: the candidates, and the layers in the order of the model.
+        versions: versions of the packages that measured.
+        formats, groups: the candidates, and the groups in the order of the model.
     """
 
     model: str
@@ -130,21 +130,21 @@ class State(Struct, frozen=True, kw_only=True):
 
     @property
     def weights(self) -> int:
-        """Weights that count."""
+        """Return the number of counted weights."""
         return sum(group.weights for group in self.groups)
 
     @property
     def least_bits(self) -> float:
-        """The fewest bits for a weight that any choice reaches."""
+        """Return the fewest bits per weight that any choice reaches."""
         return sum(min(c.cost for c in group.candidates.values()) for group in self.groups) / self.weights
 
     @property
     def digest(self) -> str:
-        """SHA-256 of everything in it."""
+        """Return the SHA-256 of the whole state."""
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()
 
     def with_scores(self, scores: Mapping[str, Mapping[str, float]], loss_scale: float) -> State:
-        """The state with ``scores[group][format]``."""
+        """Return the state with ``scores[group][format]``."""
         groups = []
         for group in self.groups:
             measured = {UNQUANTIZED: 0.0, **scores.get(group.name, {})}
@@ -157,10 +157,10 @@ class Choice(Struct, frozen=True, kw_only=True):
     """A format for every group, for one target.
 
     Attributes:
-        target: bits for a weight that were asked for.
-        bits: what the choice costs, by the state's costs.
+        target: requested bits per weight.
+        bits: bits per weight by the state's costs.
         score: the sum of its scores (``gradient``) or the largest one (``kl_div``).
-        formats: the format of every group by name; ``none`` is unquantized.
+        formats: the format of every group by name; ``none``: unquantized.
     """
 
     target: float
@@ -170,13 +170,13 @@ class Choice(Struct, frozen=True, kw_only=True):
 
 
 class Measured(Struct, frozen=True, kw_only=True):
-    """What became of a choice.
+    """Measurements of an applied choice.
 
     Attributes:
-        folder: the checkpoint, relative to the report, None where nothing was exported.
+        folder: the checkpoint, relative to the report; None where nothing was exported.
         algo: its ``quant_algo``.
-        stored_bits: bits stored for each weight that counts, measured from the checkpoint's tensors.
-        quantized_bits: likewise over its quantized layers only (``bits_per_weight`` of the checkpoint).
+        stored_bits: stored bits per counted weight, measured from the checkpoint's tensors.
+        quantized_bits: stored bits per weight of the quantized layers only (``bits_per_weight`` of the checkpoint).
         perplexity: of ModelOpt's fake-quantized model on the held-out text.
     """
 
@@ -188,7 +188,7 @@ class Measured(Struct, frozen=True, kw_only=True):
 
 
 class Result(Struct, frozen=True, kw_only=True):
-    """One target: the choice, and what was measured of it."""
+    """The result for one target: the choice and its measurements."""
 
     choice: Choice
     measured: Measured
@@ -198,11 +198,11 @@ class Report(Struct, frozen=True, kw_only=True):
     """The content of ``autoquant.json``.
 
     Attributes:
-        schema: which version of this file it is.
-        state: what targets are solved from.
+        schema: version of this file's schema.
+        state: the measurements that targets are solved from.
         results: one for each target.
-        held_out: the text perplexity was measured on, None where it was not.
-        unquantized_perplexity: of the model as it was.
+        held_out: the text perplexity was measured on; None where it was not measured.
+        unquantized_perplexity: of the unquantized model.
     """
 
     schema: Literal["sglang-modelopt-ext/autoquant/1"] = SCHEMA
@@ -213,7 +213,7 @@ class Report(Struct, frozen=True, kw_only=True):
 
 
 def check_target(state: State, target: float) -> None:
-    """Raises ModelOptExtError for a target no choice reaches, or one that leaves everything unquantized."""
+    """Raise ModelOptExtError for a target that no choice reaches, or that leaves everything unquantized."""
     if not target < state.unquantized_bits:
         raise ModelOptExtError.at(
             "--bits",
@@ -237,7 +237,7 @@ def _round_up(bits: float) -> str:
 
 
 def choose(state: State, target: float) -> Choice:
-    """The best choice of at most ``target`` bits for a weight. Raises ModelOptExtError when there is none."""
+    """Return the best choice of at most ``target`` bits per weight. Raises ModelOptExtError when there is none."""
     check_target(state, target)
     names = [list(group.candidates) for group in state.groups]
     candidates = [list(group.candidates.values()) for group in state.groups]
@@ -260,17 +260,17 @@ def _score(state: State, candidate: Candidate) -> float:
 
 
 def write_json(file: Path, content: msgspec.Struct) -> None:
-    """Writes ``content`` beside ``file`` and renames it."""
+    """Write ``content`` to a temporary file beside ``file`` and rename it."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
     partial.replace(file)
 
 
 def read_report(file: Path) -> Report:
-    """Reads and checks an ``autoquant.json``.
+    """Read and check an ``autoquant.json``.
 
     Raises:
-        ModelOptExtError: the file cannot be read, is a pickle or other JSON, or its numbers make no sense.
+        ModelOptExtError: the file cannot be read, is a pickle or other JSON, or has inconsistent values.
     """
     try:
         content = file.read_bytes()

@@ -1,1 +1,1 @@
-"""Helpers that several commands share."""
+"""Helpers shared by several tasks."""

@@ -1,4 +1,4 @@
-"""Digests of files and folders by content, remembered for as long as a file does not change."""
+"""Digests of the content of files and folders, cached until a file changes."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _MEMORY = "digests.json"
 
 
 def folder_digest(folder: Path, patterns: Iterable[str], memory: Path | None = None) -> str:
-    """sha256 over the names and contents of a folder's files that match the patterns.
+    """Return the sha256 over the names and contents of a folder's files that match the patterns.
 
     Args:
-        folder: the folder; files below it in other folders do not count.
+        folder: the folder; its subfolders are not searched.
         patterns: of file names.
-        memory: a folder where the digests of large files are kept, by path, size and time of change; None to read them all.
+        memory: a folder that caches digests by path, size and modification time; None reads every file.
 
     Raises:
         ModelOptExtError: a file that cannot be read.
@@ -43,7 +43,7 @@ def folder_digest(folder: Path, patterns: Iterable[str], memory: Path | None = N
 
 
 def file_digest(file: Path) -> str:
-    """sha256 of a file's content."""
+    """Return the sha256 of a file's content."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):

@@ -1,4 +1,4 @@
-"""Being asked to stop, by Ctrl-C or by a signal: the same exception, and tidying up that nothing cuts short."""
+"""Signals that ask a process to stop: raised as KeyboardInterrupt, or ignored during cleanup."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def signals_interrupt() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP raise KeyboardInterrupt, as SIGINT does. Ignored signals (nohup) stay ignored."""
+def signals_as_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGTERM and SIGHUP too while the block runs. Ignored signals (nohup) stay ignored."""
     with _handlers(_interrupt):
         yield
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """Inside, none of these signals has an effect: for tidying up."""
+def signals_ignored() -> Iterator[None]:
+    """Ignore SIGINT, SIGTERM and SIGHUP while the block runs, so that cleanup completes."""
     with _handlers(signal.SIG_IGN):
         yield
 

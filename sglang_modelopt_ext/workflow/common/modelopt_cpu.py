@@ -1,4 +1,4 @@
-"""ModelOpt's CUDA-only simulation of quantizers, in torch, for machines without a GPU.
+"""A CPU emulation, in torch, of ModelOpt's CUDA-only quantizer simulations.
 
 ModelOpt 0.47 quantizes and exports on a CPU, but runs a forward pass with NVFP4 or MX quantizers, and its NVFP4 searches, only
 through CUDA and Triton kernels. Every calibration that needs such a pass (AWQ, SVDQuant, MSE sweep, local Hessian, rotated KV
@@ -28,17 +28,20 @@ from sglang_modelopt_kernels.formats.nvfp4 import NVFP4DynamicBlock
 logger = logging.getLogger(__name__)
 
 NAME = "cpu"
-"""Recorded in the metadata of exports that were made with this emulation."""
+"""Name recorded in the metadata of exports made with this emulation."""
 
 _E2M1, _E4M3, _UE8M0 = (2, 1), (4, 3), (8, 0)
 _NVFP4_AMAX = 2688.0  # 6 * 448
 
 
 def install(device: str | None = None) -> bool:
-    """Installs the emulation in ModelOpt when no CUDA device is visible or ``device`` is another. Returns whether it did.
+    """Install the emulation in ModelOpt unless it runs on a CUDA device, and return whether it is installed.
+
+    Args:
+        device: ModelOpt's device; None: CUDA where there is a GPU.
 
     Raises:
-        ModelOptExtError: ModelOpt has not the functions this version of it has.
+        ModelOptExtError: ModelOpt lacks a function of version 0.47.
     """
     if torch.cuda.is_available() and (device is None or device.startswith("cuda")):
         return False
@@ -77,17 +80,17 @@ def dynamic_block_quantize(
     scale_num_bits: int,
     scale_exponent_bits: int,
 ) -> torch.Tensor:
-    """``inputs`` rounded to a block format and back, in their own type.
+    """Return ``inputs`` rounded to a block format and back, in their own dtype.
 
     Args:
         inputs: ``[..., K]``; a last block that is short is padded with zeros.
-        block_size: inputs along K that share a scale.
+        block_size: elements along K that share a scale.
         amax: the largest magnitude of the whole tensor, for formats with a global scale.
         num_bits, exponent_bits: the element type.
         scale_num_bits, scale_exponent_bits: the type of the block scales.
 
     Raises:
-        NotImplementedError: a format ModelOpt 0.47 cannot export either.
+        NotImplementedError: a format that ModelOpt 0.47 cannot export.
     """
     element = (exponent_bits, num_bits - exponent_bits - 1)
     scale = (scale_exponent_bits, scale_num_bits - scale_exponent_bits - 1)
@@ -121,10 +124,10 @@ def static_blockwise_fp4_fake_quant(
     fp8_max_for_normalization: float = 448.0,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """``x`` rounded to E2M1 under given block maxima; the arguments are those of ModelOpt's Triton kernel.
+    """Return ``x`` rounded to E2M1 under given block maxima. The arguments are those of ModelOpt's Triton kernel.
 
     Raises:
-        ValueError: ``x`` does not consist of as many blocks as ``amax`` has entries.
+        ValueError: the number of values is not a multiple of the number of entries of ``amax``.
     """
     from modelopt.torch.kernels.quantization.gemm.fp4_kernel import compute_fp4_scales
 
@@ -139,7 +142,7 @@ def static_blockwise_fp4_fake_quant(
 
 
 def hadamard_transform(x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """The Hadamard transform (Sylvester order) of the last dimension, a power of two, times ``scale``."""
+    """Return the Hadamard transform (Sylvester order) of the last dimension, a power of two, times ``scale``."""
     size = x.shape[-1]
     y = x.to(torch.float32).reshape(-1, size)
     half = 1

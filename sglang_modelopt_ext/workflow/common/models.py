@@ -1,4 +1,4 @@
-"""A model's folder, and the type it is served in."""
+"""Lookup of a model's folder and of the dtype SGLang serves it in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.source import HUB_FILES
+from sglang_modelopt_ext.workflow.common.base_model import HUB_FILES
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -17,16 +17,16 @@ DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float": torch.float32,
 }
-"""SGLang's values of ``--dtype`` but ``auto``."""
+"""Values of SGLang's ``--dtype`` other than ``auto``."""
 
 
 def find_folder(name: str, flag: str) -> Path:
-    """The folder of a model, quantized or not: ``name`` itself where it is one, else the Hub's snapshot of that name.
+    """Return a model's folder: ``name`` itself where it is a folder, else the Hub's snapshot of that name.
 
-    What is in the local Hub cache is taken from there, also without a network (``HF_HUB_OFFLINE=1``).
+    Files in the local Hub cache are used without a network too (``HF_HUB_OFFLINE=1``).
 
     Raises:
-        ModelOptExtError: neither; ``flag`` is the argument it names.
+        ModelOptExtError: ``name`` is neither; the message names the argument ``flag``.
     """
     if Path(name).is_dir():
         return Path(name).resolve()
@@ -34,7 +34,7 @@ def find_folder(name: str, flag: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     expected = "a folder or a model on the Hugging Face Hub"
-    # A path that is not there must not be looked up on the Hub, where names have one slash at most.
+    # Do not look up a missing path on the Hub, where names have at most one slash.
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelOptExtError.at("command line", f"{flag} {name}", expected, "no such folder")
     try:
@@ -44,7 +44,10 @@ def find_folder(name: str, flag: str) -> Path:
 
 
 def served_dtype(folder: Path, flag: str) -> torch.dtype:
-    """The type SGLang computes in under ``--dtype flag``: ``auto`` is the model's own, but float16 for a float32 model."""
+    """Return the dtype SGLang computes in under ``--dtype flag``.
+
+    ``auto`` is the model's own dtype, but float16 (bfloat16 for Gemma) for a float32 model.
+    """
     if flag != "auto":
         if flag not in DTYPES:
             raise ModelOptExtError.at("command line", "--dtype", f"auto or one of {', '.join(DTYPES)}", flag)

@@ -1,4 +1,4 @@
-"""Progress that stays visible: a ticking line for waits without a countable amount of work, a watched bar for the others."""
+"""Progress on standard error: elapsed time for waits of unknown length, a progress bar for polled work."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ _TERMINAL_SECONDS, _FILE_SECONDS = 0.5, 15.0
 
 
 @contextmanager
-def ticking(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]:
-    """Shows ``label``, the elapsed time and a note on standard error for as long as the block runs.
+def elapsed_progress(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]:
+    """Show ``label``, the elapsed time and a note on standard error while the block runs.
 
     Yields:
         A function that replaces the note shown behind the elapsed time.
@@ -45,14 +45,14 @@ def ticking(label: str, enabled: bool = True) -> Iterator[Callable[[str], None]]
 
 
 @contextmanager
-def watching(label: str, total: int, done: Callable[[], int], unit: str, enabled: bool = True) -> Iterator[None]:
-    """Shows how much of work that somebody else's code does is done, with the time left, for as long as the block runs.
+def polled_progress(label: str, total: int, done: Callable[[], int], unit: str, enabled: bool = True) -> Iterator[None]:
+    """Show a progress bar for work whose progress is polled, with the time left, while the block runs.
 
     Args:
-        label: what is done.
-        total: how much there is.
-        done: how much of it is done; called from another thread.
-        unit: of the amounts.
+        label: text in front of the bar.
+        total: amount of work.
+        done: returns the amount that is done; called from another thread.
+        unit: of both amounts.
         enabled: whether to show anything.
     """
     seconds = _TERMINAL_SECONDS if sys.stderr.isatty() else _FILE_SECONDS

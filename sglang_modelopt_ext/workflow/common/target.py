@@ -1,4 +1,4 @@
-"""The device a checkpoint is to be served on: this machine's, or one named."""
+"""The device that is to serve a checkpoint: this machine's, or a named one."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from sglang_modelopt_ext.checkpoint.ownership import gpu_capability
 from sglang_modelopt_ext.errors import ModelOptExtError
 
 CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
-"""Compute capabilities times ten from SM80 on that there are GPUs of."""
+"""Compute capabilities of existing GPUs, times ten, from SM80 on."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A device.
+    """A device that serves.
 
     Attributes:
         capability: the GPU's compute capability times ten, None for a CPU.
@@ -24,20 +24,20 @@ class Target:
 
     @property
     def device(self) -> str:
-        """``cpu`` or ``cuda``."""
+        """Return ``cpu`` or ``cuda``."""
         return "cpu" if self.capability is None else "cuda"
 
     @property
     def name(self) -> str:
-        """``cpu``, or such as ``sm90``."""
+        """Return ``cpu``, or a name such as ``sm90``."""
         return "cpu" if self.capability is None else f"sm{self.capability}"
 
 
 def find_target(name: str | None) -> Target:
-    """The device of that name (``cpu``, ``sm90``, ``SM90``, ``90``), None for this machine's.
+    """Return the device of a name (``cpu``, ``sm90``, ``SM90``, ``90``); this machine's for None.
 
     Raises:
-        ModelOptExtError: no such GPU, or one before SM80, for which nothing is written.
+        ModelOptExtError: an unknown GPU, or one before SM80, which this package does not support.
     """
     if name is None:
         return Target(gpu_capability())

@@ -1,4 +1,4 @@
-"""Text as the windows of tokens a model is calibrated and scored on."""
+"""Text as windows of tokens, for calibration and scoring."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``. Raises ModelOptExtError when there is none that transformers can load."""
+    """Return the tokenizer in ``folder``. Raises ModelOptExtError when there is none that transformers can load."""
     from transformers import AutoTokenizer
 
     try:
@@ -26,20 +26,20 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def begin_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The begin token where the tokenizer puts one in front of a text, else None."""
+    """Return the begin token if the tokenizer puts one in front of a text, else None."""
     bos = tokenizer.bos_token_id
     ids = tokenizer.encode("a")
     return int(bos) if bos is not None and ids and ids[0] == bos else None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of every text, no special token added."""
-    # verbose: no advice about texts longer than the model's context; they are cut into windows.
+    """Return the tokens of every text, without special tokens."""
+    # verbose=False: the warning about texts beyond the model's context is moot, they are cut into windows.
     return [list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) for text in texts]
 
 
 def builtin_texts() -> list[str]:
-    """Text that is on every machine, for checks that need some text and not a certain one: modules of Python's library."""
+    """Return text that is on every machine, for checks that need any text: sources of Python's library."""
     import bisect
     import heapq
     import inspect
@@ -49,11 +49,11 @@ def builtin_texts() -> list[str]:
 
 
 def split_windows(documents: Sequence[Sequence[int]], length: int, begin: int | None) -> list[list[int]]:
-    """Cuts every document into consecutive windows of ``length`` of its tokens, the last one shorter.
+    """Cut every document into consecutive windows of ``length`` tokens, the last one shorter.
 
-    No window spans two documents and no token is in two windows. Each window has ``begin`` in front where there is one,
-    so that all its tokens can be scored; otherwise its first token is only context. Windows with nothing to score are
-    left out.
+    No window spans two documents and no token is in two windows. Each window starts with ``begin``, if given, so that
+    all its tokens can be scored; otherwise its first token is only context. Windows without a token to score are
+    dropped.
     """
     front = [] if begin is None else [begin]
     windows = [front + list(ids[i : i + length]) for ids in documents for i in range(0, len(ids), length)]
@@ -61,7 +61,7 @@ def split_windows(documents: Sequence[Sequence[int]], length: int, begin: int | 
 
 
 def spread(items: Sequence[T], count: int) -> list[T]:
-    """``count`` of the items, evenly spaced from the first on; all of them when there are no more than that."""
+    """Return ``count`` of the items, evenly spaced from the first on; all items where there are no more than that."""
     if len(items) <= count:
         return list(items)
     return [items[i * len(items) // count] for i in range(count)]

@@ -1,7 +1,7 @@
-"""What quantization costs and saves, measured on running servers: perplexity, divergence, speed and size.
+"""The cost and gain of quantization, measured on running servers: perplexity, divergence, speed and size.
 
-Every figure comes from the server that is measured: log probabilities are the ones its ``/generate`` returns, tokens
-per second the wall time of a request. Sizes are those of the files it serves.
+Every figure comes from the measured server: log probabilities are the ones its ``/generate`` returns, tokens per
+second are wall time of a request, sizes are those of the files it serves.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import assumption, bits_per_weight, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.progress import ticking
-from sglang_modelopt_ext.workflow.common.table import format_columns
+from sglang_modelopt_ext.workflow.common.formatting import format_columns
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.server.process import ServerProcess
 
 Logprobs = NDArray[np.float32]
@@ -31,13 +31,13 @@ _SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 @dataclass(frozen=True)
 class Plan:
-    """What every server is asked, the same for all of them.
+    """The requests that every server gets.
 
     Attributes:
         windows: held-out tokens, each window scored on its own; its first token is only context.
-        divergence_positions: how many positions at the end of every window are compared over the whole vocabulary.
+        divergence_positions: number of positions at the end of each window that are compared over the whole vocabulary.
         speed_prompts: prompts of the timed batch.
-        speed_tokens: tokens generated for each of them.
+        speed_tokens: tokens generated for each prompt.
     """
 
     windows: Sequence[Sequence[int]]
@@ -47,23 +47,23 @@ class Plan:
 
     @property
     def scored_tokens(self) -> int:
-        """Tokens whose probability enters the perplexity."""
+        """Return the number of tokens whose probability enters the perplexity."""
         return sum(len(window) - 1 for window in self.windows)
 
     @property
     def compared_tokens(self) -> int:
-        """Positions whose distributions enter the divergence."""
+        """Return the number of positions whose distributions enter the divergence."""
         return sum(min(self.divergence_positions, len(window) - 1) for window in self.windows)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         name: the recipe.
         size: bytes of all files in the checkpoint's folder.
-        bits: stored bits for each weight of the linear layers that recipes quantize.
+        bits: stored bits per weight of the linear layers that recipes quantize.
         perplexity: on the plan's windows.
         divergence: mean KL(reference || this) in nats; None for the reference itself.
         speed: generated tokens per second.
@@ -78,23 +78,23 @@ class Row:
 
 
 def positions_within(values: int, vocabulary: int, windows: int) -> int:
-    """How many positions of each window fit a budget of ``values`` log probabilities in all; at least one."""
+    """Return the number of positions of each window that fit a total of ``values`` log probabilities; at least 1."""
     return max(1, values // max(1, vocabulary * windows))
 
 
 def measure(
     server: ServerProcess, plan: Plan, reference: Sequence[Logprobs] | None = None, *, progress: bool = True
 ) -> tuple[Row, list[Logprobs]]:
-    """Measures a running server.
+    """Measure a running server.
 
     Args:
         server: the server.
-        plan: what to ask.
-        reference: the full-vocabulary log probabilities that the unquantized server gave under the same plan.
+        plan: the requests.
+        reference: the full-vocabulary log probabilities of the unquantized server under the same plan.
         progress: show progress on standard error.
 
     Returns:
-        The row, and this server's full-vocabulary log probabilities, a reference for others.
+        The row, and this server's full-vocabulary log probabilities, which can serve as a reference.
     """
     scored: list[Logprobs] = []
     full: list[Logprobs] = []
@@ -102,10 +102,10 @@ def measure(
         targets = np.asarray(window[1:])
         rows = server.full_vocab_logprobs(window, min(plan.divergence_positions, len(targets)))
         full.append(rows)
-        # Every token's own log probability is among those of the whole vocabulary, where all positions are asked for.
+        # Where all positions are requested over the whole vocabulary, each token's own log probability is among them.
         whole = len(rows) == len(targets)
         scored.append(rows[np.arange(len(targets)), targets] if whole else server.input_logprobs(window))
-    with ticking("tokens per second", progress):
+    with elapsed_progress("tokens per second", progress):
         speed = tokens_per_second(server, plan.speed_prompts, plan.speed_tokens)
     name, bits = describe(server.model)
     divergence = None if reference is None else mean_divergence(reference, full)
@@ -113,29 +113,29 @@ def measure(
 
 
 def perplexity(logprobs: Iterable[Logprobs]) -> float:
-    """``exp`` of the mean negative log probability over all tokens of all windows."""
+    """Return ``exp`` of the mean negative log probability over all tokens of all windows."""
     values = np.concatenate([window.astype(np.float64) for window in logprobs])
     return float(np.exp(-values.mean()))
 
 
 def divergences(reference: Logprobs, other: Logprobs) -> NDArray[np.float64]:
-    """KL(reference || other) in nats for every row of two ``[T, V]`` arrays of log probabilities."""
+    """Return KL(reference || other) in nats for every row of two ``[T, V]`` arrays of log probabilities."""
     if reference.shape != other.shape:
         raise ValueError(f"expected two arrays of one shape, got {reference.shape} and {other.shape}")
     log_p, log_q = reference.astype(np.float64), other.astype(np.float64)
     p = np.exp(log_p)
-    # A token of probability zero under the reference adds nothing, whatever the other gives it.
+    # A token of probability zero under the reference contributes zero, whatever its probability under the other.
     ratio = np.subtract(log_p, log_q, where=p > 0, out=np.zeros_like(p))
     return np.asarray((p * ratio).sum(axis=-1))
 
 
 def mean_divergence(reference: Sequence[Logprobs], other: Sequence[Logprobs]) -> float:
-    """The mean of :func:`divergences` over all positions of all windows."""
+    """Return the mean of :func:`divergences` over all positions of all windows."""
     return float(np.concatenate([divergences(p, q) for p, q in zip(reference, other, strict=True)]).mean())
 
 
 def tokens_per_second(server: ServerProcess, prompts: Sequence[str], new_tokens: int) -> float:
-    """Generated tokens by wall time of one greedy batch, its prompts included, after a warm-up request."""
+    """Return generated tokens per second of wall time for one greedy batch, prefill included, after a warm-up."""
     server.generate(prompts, 4, ignore_eos=True)
     server.flush_cache()
     begin = time.perf_counter()
@@ -145,14 +145,14 @@ def tokens_per_second(server: ServerProcess, prompts: Sequence[str], new_tokens:
 
 
 def folder_size(folder: Path) -> int:
-    """Bytes of all files in ``folder``, links followed."""
+    """Return the bytes of all files in ``folder``, links followed."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def describe(folder: Path) -> tuple[str, float]:
-    """The recipe of a checkpoint and the stored bits for each weight of its quantized linear layers.
+    """Return a checkpoint's recipe and the stored bits per weight of its quantized linear layers.
 
-    An unquantized one is named after the type of its weights and has that type's bits.
+    For an unquantized one: the dtype of its weights and that dtype's bits.
     """
     config = read_quant_config(folder)
     if config is not None:
@@ -165,14 +165,14 @@ def describe(folder: Path) -> tuple[str, float]:
 
 
 def assumptions(folder: Path) -> list[str]:
-    """What a server, and whatever else reads the checkpoint, assumes because the checkpoint does not say."""
+    """Return every assumption that a reader of the checkpoint has to make because the checkpoint does not say."""
     config = read_quant_config(folder)
     assumed = None if config is None else assumption(config)
     return [assumed] if assumed else []
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as aligned columns under a header."""
+    """Return the rows as aligned columns under a header."""
     header = ("recipe", "size on disk", "bits/weight", "perplexity", "KL (nats)", "tokens/s")
     return format_columns(header, [_cells(row) for row in rows])
 
@@ -190,12 +190,12 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def format_legend(plan: Plan) -> str:
-    """What the columns of the table mean, in the terms of this run."""
+    """Return the meaning of the table's columns, with the figures of this run."""
     batch = len(plan.speed_prompts)
     return "\n".join(
         (
             "size on disk: every file of the checkpoint's folder; embeddings and lm_head are not quantized.",
-            "bits/weight:  stored bits, block scales included, for each weight of the quantized linear layers only.",
+            "bits/weight:  stored bits per weight, block scales included, of the quantized linear layers only.",
             f"perplexity:   over {plan.scored_tokens} held-out tokens in {len(plan.windows)} separate windows.",
             f"KL:           mean KL(unquantized || this) over the whole vocabulary at {plan.compared_tokens} of "
             "these positions.",

@@ -1,4 +1,4 @@
-"""Pictures of measurements, as PNG files."""
+"""Plots of measurements, as PNG files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang_modelopt_ext.workflow.evaluate.score import Interval
 
 
 def find_pyplot() -> Any:
-    """matplotlib's pyplot, drawing to files only. Raises ModelOptExtError where matplotlib is not installed."""
+    """Return matplotlib's pyplot, drawing to files only. Raises ModelOptExtError where matplotlib is not installed."""
     try:
         import matplotlib
 
@@ -25,11 +25,11 @@ def find_pyplot() -> Any:
 
 
 def plot_intervals(panels: Sequence[tuple[str, Sequence[str], Sequence[Interval]]], title: str, file: Path) -> None:
-    """One panel for each measure, one line for each checkpoint: the value and its interval.
+    """Plot one panel for each measure with one line for each checkpoint: the value and its interval.
 
     Args:
-        panels: for each the measure's name, the checkpoints' names and their intervals.
-        title: of the picture.
+        panels: for each panel the measure's name, the checkpoints' names and their intervals.
+        title: of the plot.
         file: a ``.png`` file to write.
 
     Raises:

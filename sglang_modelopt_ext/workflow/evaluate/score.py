@@ -1,7 +1,7 @@
-"""Perplexity of several checkpoints on the same text, through the log probabilities their servers give, with intervals.
+"""Perplexities of several checkpoints on one text, with confidence intervals, from their servers' log probabilities.
 
-Two checkpoints are compared window by window: what both find hard cancels, and the interval of their difference is much
-narrower than that of either. The intervals are percentiles of a bootstrap over windows, the same draws for every checkpoint.
+Checkpoints are compared window by window: difficulty that both share cancels, so the interval of their difference is
+much narrower than that of either. Intervals are percentiles of a bootstrap over windows, with shared draws.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sglang_modelopt_ext.workflow.server.client import ServerClient, vocabulary_
 CONFIDENCE = 0.95
 DRAWS, SEED = 10_000, 0
 BUDGET = 1 << 26
-"""Log probabilities kept of the first checkpoint: 256 MB."""
+"""Budget for kept log probabilities of the first checkpoint: 256 MB."""
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):
@@ -35,11 +35,11 @@ class Interval(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Scores:
-    """What a server's log probabilities come to.
+    """The scores of a text, from a server's log probabilities.
 
     Attributes:
         losses: for each window the sum of -log p of its tokens, in nats.
-        tokens: how many tokens each sum is over.
+        tokens: for each window the number of tokens in its sum.
         rows: for each window the log probabilities over the vocabulary ``[T, V]`` of its last T tokens.
     """
 
@@ -49,7 +49,7 @@ class Scores:
 
 
 def score(server: ServerClient, windows: Sequence[Sequence[int]], *, progress: bool = True) -> Scores:
-    """Asks a running server for the log probability of every token of ``windows``, each on its own."""
+    """Score every window on a running server: the log probability of each of its tokens."""
     positions = positions_within(BUDGET, vocabulary_size(server.model), len(windows))
     losses, rows = [], []
     for window in tqdm(windows, desc="scoring", unit="window", dynamic_ncols=True, disable=not progress):
@@ -63,7 +63,7 @@ def score(server: ServerClient, windows: Sequence[Sequence[int]], *, progress: b
 
 
 def check_same_tokens(windows: Sequence[Sequence[int]], reference: Sequence[Sequence[int]], folder: Path) -> None:
-    """Raises ModelOptExtError unless a checkpoint's tokenizer makes the same tokens of the text as the first one's."""
+    """Raise ModelOptExtError unless a checkpoint's tokenizer turns the text into the first checkpoint's tokens."""
     if list(map(list, windows)) != list(map(list, reference)):
         raise ModelOptExtError.at(
             folder,
@@ -74,29 +74,29 @@ def check_same_tokens(windows: Sequence[Sequence[int]], reference: Sequence[Sequ
 
 
 def draw_windows(count: int) -> NDArray[np.int64]:
-    """The bootstrap's draws, ``[DRAWS, count]``: as many windows as there are, with replacement."""
+    """Return the bootstrap's draws, ``[DRAWS, count]``: ``count`` window numbers with replacement in each."""
     return np.random.default_rng(SEED).integers(0, count, size=(DRAWS, count))
 
 
 def perplexity_interval(scores: Scores) -> Interval:
-    """``exp`` of the mean loss of a token."""
+    """Return ``exp`` of the mean loss per token."""
     return _interval(scores.losses, scores.tokens)
 
 
 def ratio_interval(scores: Scores, reference: Scores) -> Interval:
-    """The perplexity over that of ``reference``, from paired windows: an interval without 1 is a difference."""
+    """Return the perplexity over that of ``reference``, from paired windows; an interval without 1 is a difference."""
     return _interval(scores.losses - reference.losses, scores.tokens)
 
 
 def divergence_interval(scores: Scores, reference: Scores) -> Interval:
-    """Mean KL(reference || this) over the whole vocabulary, in nats."""
+    """Return the mean KL(reference || this) over the whole vocabulary, in nats."""
     sums = [divergences(p, q).sum() for p, q in zip(reference.rows, scores.rows, strict=True)]
     counts = [len(rows) for rows in scores.rows]
     return _interval(np.asarray(sums), np.asarray(counts), exponential=False)
 
 
 def _interval(sums: NDArray[np.float64], counts: NDArray[np.int64], *, exponential: bool = True) -> Interval:
-    """Of the mean over all tokens, from sums and counts by window."""
+    """Return the interval of the mean over all tokens, from sums and counts by window."""
     draws = draw_windows(len(sums))
     means = sums[draws].sum(axis=1) / counts[draws].sum(axis=1)
     tail = (1 - CONFIDENCE) / 2

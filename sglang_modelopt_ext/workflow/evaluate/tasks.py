@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-eval, asked of a running server through its OpenAI interface."""
+"""Tasks of EleutherAI's lm-eval, run against a server through its OpenAI interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sglang_modelopt_ext.workflow.server.client import ServerClient
 
 
 class TaskScore(msgspec.Struct, frozen=True, kw_only=True):
-    """One metric of one task.
+    """The score of one metric of one task.
 
     Attributes:
         task, metric: lm-eval's names.
@@ -28,7 +28,7 @@ class TaskScore(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def find_lm_eval() -> Any:
-    """The package. Raises ModelOptExtError where it is not installed."""
+    """Return the package lm-eval. Raises ModelOptExtError where it is not installed."""
     try:
         import lm_eval
         import lm_eval.models.openai_completions
@@ -43,13 +43,13 @@ def find_lm_eval() -> Any:
 def run_tasks(
     server: ServerClient, tasks: Sequence[str], *, folder: Path | None = None, limit: int | None = None
 ) -> list[TaskScore]:
-    """Runs tasks against a running server.
+    """Run tasks against a running server.
 
     Args:
         server: the server.
         tasks: lm-eval's names.
-        folder: with definitions of further tasks.
-        limit: how many samples of each to use, None for all.
+        folder: folder with definitions of further tasks.
+        limit: number of samples of each task; None for all.
 
     Raises:
         ModelOptExtError: no lm-eval, an unknown task, or one that fails.
@@ -78,7 +78,7 @@ def run_tasks(
 
 
 def task_scores(results: dict[str, dict[str, Any]]) -> list[TaskScore]:
-    """lm-eval's results, ``{task: {"acc,none": 0.5, "acc_stderr,none": 0.01, ...}}``, as a list."""
+    """Return lm-eval's results, ``{task: {"acc,none": 0.5, "acc_stderr,none": 0.01, ...}}``, as a list."""
     scores = []
     for task, values in results.items():
         for key, value in values.items():

@@ -1,1 +1,1 @@
-"""The contents of a checkpoint, and what would serve it."""
+"""The contents of a checkpoint and the kernels that serve it."""

@@ -1,4 +1,4 @@
-"""Whether a checkpoint will load, asked of a process that goes through a server's start without weights."""
+"""A test of whether a checkpoint loads: a process rehearses a server's start without weights."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ TIMEOUT = 600.0
 
 
 class Loading(msgspec.Struct, frozen=True, kw_only=True):
-    """Whether SGLang's own model class loads the checkpoint.
+    """The result of a rehearsed load into SGLang's own model class.
 
     Attributes:
-        checked: whether it was tried.
-        why_not: why it was not, empty where it was.
-        model: the class, None where the start ends before there is one.
-        problems: the lines at which a server would stop.
-        missing: parameters of the model that nothing is stored for.
-        left_over: stored tensors that nothing reads.
-        left_out: how many stored tensors are not needed, such as those of MTP blocks.
+        checked: whether a load was rehearsed.
+        why_not: the reason where it was not, else empty.
+        model: the class; None where the start fails before it is built.
+        problems: the errors that would stop a server.
+        missing: parameters of the model without a stored tensor.
+        left_over: stored tensors that no parameter reads.
+        left_out: number of stored tensors that are not needed, such as those of MTP blocks.
     """
 
     checked: bool
@@ -44,32 +44,32 @@ class Loading(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def loads(self) -> bool:
-        """Return whether it was tried and nothing stood in the way."""
+        """Return whether a load was rehearsed and succeeded."""
         return self.checked and not self.problems
 
 
 def not_checked(why: str) -> Loading:
-    """Return that nothing was tried."""
+    """Return the result without a rehearsal, for the reason ``why``."""
     return Loading(checked=False, why_not=why)
 
 
 def rehearse_loading(folder: Path, target: Target, stock_kv_cache: bool) -> Loading:
-    """Rehearse the start of a server that serves ``folder`` by this package on one rank of ``target``.
+    """Rehearse the start of a server of this package for ``folder`` on one rank of ``target``.
 
     The model is built on this machine's CPU, wherever it is to be served: its modules, names and shapes are the same.
 
     Args:
         folder: the checkpoint.
-        target: where it is to be served.
-        stock_kv_cache: whether the KV cache is SGLang's own there.
+        target: the device that is to serve it.
+        stock_kv_cache: whether SGLang's own KV cache is used there.
     """
     if importlib.util.find_spec("sglang") is None:
         return not_checked("SGLang is not installed")
-    # Which scales are needed is a question of the target, and not of the CPU that the model is built on.
+    # The target decides which scales are needed, not the CPU that the model is built on.
     rounded = "round" if rounds_fp4(target.device, target.capability) else "keep"
     own = {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **own, FP4_ACTIVATIONS.variable: rounded}
-    # -P: nothing is imported from the working directory. A checkpoint may bring code of its own.
+    # -P imports nothing from the working directory, where a checkpoint may bring code of its own.
     command = [sys.executable, "-P", "-m", MODULE, str(folder), *(["--stock-kv-cache"] if stock_kv_cache else [])]
     try:
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=TIMEOUT, check=False)

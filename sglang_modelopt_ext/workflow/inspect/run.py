@@ -1,4 +1,4 @@
-"""What is in a checkpoint, what will serve it, and what is wrong with it; from headers, without loading it."""
+"""Inspection of a checkpoint from its headers: its contents, the kernels that serve it, and its problems."""
 
 from __future__ import annotations
 
@@ -49,29 +49,29 @@ _UE8M0_BIAS = 127
 
 
 class Range(msgspec.Struct, frozen=True, kw_only=True):
-    """The smallest and the largest of the numbers that a tensor, or all tensors of a group, store."""
+    """The smallest and the largest value that a tensor, or all tensors of a group, store."""
 
     smallest: float
     largest: float
 
 
 class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """Quantized layers that differ in their number only (one layer each with ``--layers``).
+    """Quantized layers that differ in their numbers only (one layer each with ``--layers``).
 
     Attributes:
-        name: their name; ``[0-3,5]`` stands for those numbers.
-        count: how many.
+        name: their shared name; ``[0-3,5]`` stands for the numbers that differ.
+        count: number of layers.
         algo: ModelOpt's algorithm.
-        weight, activation: the number formats, ``none`` where the input is not rounded.
+        weight, activation: the number formats; ``none`` where the input is not rounded.
         n, k: output and input features of each.
-        group_size: inputs to a block scale, 0 without blocks.
-        smoothing: whether they store a ``pre_quant_scale``.
+        group_size: K elements per block scale, 0 without blocks.
+        smoothing: whether the layers store a ``pre_quant_scale``.
         low_rank: SVDQuant's rank, 0 for none.
-        tensors: what each stores, as ``dtype [shape]`` by name.
-        bytes: of all of them.
-        kernel: what serves them on the target, None where nothing does or SGLang itself.
-        passed_over: kernels ahead of it, or all where none serves, and why they do not.
-        scales: with ``--scales``, the range of every tensor of numbers.
+        tensors: the tensors each layer stores, as ``dtype [shape]`` by name.
+        bytes: size of all of them.
+        kernel: the kernel that serves them on the target; None where none does or SGLang serves them itself.
+        rejected: the kernels before it, or all where none serves, each with the reason.
+        scales: with ``--scales``, the range of every floating-point tensor.
     """
 
     name: str
@@ -87,12 +87,12 @@ class LayerGroup(msgspec.Struct, frozen=True, kw_only=True):
     tensors: dict[str, str]
     bytes: int
     kernel: str | None
-    passed_over: dict[str, str]
+    rejected: dict[str, str]
     scales: dict[str, Range]
 
 
 class PlainGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """Tensors that are not quantized and differ in their number only."""
+    """Unquantized tensors that differ in their numbers only."""
 
     name: str
     count: int
@@ -106,9 +106,9 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         recipe: as in ``--kv-cache-dtype modelopt_<recipe>``.
-        source: where its scales are from.
-        layers: how many attention layers have scales of their own.
-        bits: stored for each key or value entry, block scales included, at the model's head_dim; None without it.
+        source: origin of its scales.
+        layers: number of attention layers that have scales of their own.
+        bits: stored bits per key or value element, block scales included, at the model's head_dim; None without it.
     """
 
     recipe: str
@@ -118,14 +118,14 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
-    """Who serves the checkpoint on the target.
+    """The owner of the checkpoint on the target: this package or SGLang.
 
     Attributes:
         target: ``cpu`` or such as ``sm90``.
-        owner: this package, or SGLang; None where the checkpoint is refused.
+        owner: this package or SGLang; None where the checkpoint is rejected.
         flags: the ``--quantization`` flags under which this package serves it.
-        why: one sentence.
-        stock: by algorithm, what SGLang does without this package.
+        why: the reason, in one sentence.
+        stock: the behaviour of SGLang without this package, by algorithm.
     """
 
     target: str
@@ -136,7 +136,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Contents(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything :func:`inspect_checkpoint` found.
+    """The result of :func:`inspect_checkpoint`.
 
     Attributes:
         folder: the checkpoint.
@@ -144,17 +144,17 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
         algo: ``quant_algo``, None for an unquantized checkpoint.
         files, bytes: of its weights.
         quantized_bytes: of the quantized layers.
-        bits_per_weight: stored for each of their weights, scales included; None where nothing is quantized.
+        bits_per_weight: stored bits per weight of the quantized layers, scales included; None without such layers.
         exclude_modules: as declared.
         layers: the quantized layers.
         plain: the other tensors.
         kv_cache: None where the cache is not quantized.
-        serving: who serves it.
-        loading: whether SGLang's model class loads it.
-        record: what this package recorded when it made the checkpoint.
-        notes: what is assumed because the checkpoint does not say.
-        problems: everything that a server of this package would stop at.
-        remarks: what this package would object to in a checkpoint that SGLang serves by itself.
+        serving: the owner on the target.
+        loading: the rehearsed load into SGLang's model class.
+        record: the metadata that this package stored when it made the checkpoint.
+        notes: assumptions where the checkpoint does not say.
+        problems: every error that would stop a server of this package.
+        remarks: objections of this package to a checkpoint that SGLang serves by itself.
     """
 
     folder: str
@@ -179,17 +179,17 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
 def inspect_checkpoint(
     folder: Path, target: Target, *, each_layer: bool = False, scales: bool = False, rehearse: bool = False
 ) -> Contents:
-    """Reads headers and configuration, with ``scales`` every scale as well.
+    """Read headers and configuration, and with ``scales`` every scale too.
 
     Args:
         folder: the checkpoint.
-        target: where it is to be served.
-        each_layer: list every layer and tensor by itself.
-        scales: read and check the scales, too, and give their ranges.
+        target: the device that is to serve it.
+        each_layer: list every layer and tensor separately.
+        scales: read and check all scales, and return their ranges.
         rehearse: build SGLang's model without weights, in a process of its own, and load the headers into it.
 
     Raises:
-        ModelOptExtError: there is nothing to describe: no such files, or ones that cannot be read at all.
+        ModelOptExtError: the files are missing or cannot be read at all.
     """
     problems: list[ModelOptExtError] = []
     config = read_quant_config(folder)
@@ -208,7 +208,7 @@ def inspect_checkpoint(
         ranges[linear.name] = _scale_ranges(linear, problems)
     kv_problems: list[ModelOptExtError] = []
     kv_cache = _kv_cache(folder, config, kv_problems)
-    # SGLang's own cache on a GPU: what it makes of a scale that is missing or wrong is its affair.
+    # SGLang's own KV cache on a GPU handles a missing or wrong scale itself.
     stock_kv_cache = target.device == "cuda" and config is not None and config.kv_cache_algo == "FP8"
     if kv_cache is not None and kv_cache.recipe != "fp8":
         stock_kv_cache = False
@@ -221,7 +221,7 @@ def inspect_checkpoint(
     kv_lines = [str(problem) for problem in kv_problems]
     if is_stock or stock_kv_cache:
         remarks = [*remarks, *kv_lines]
-    elif not loading.checked:  # which asks about the layers that the model has
+    elif not loading.checked:  # the rehearsal includes this check
         lines += kv_lines
     architectures = (
         read_json_object(folder / CONFIG_NAME).get("architectures") if (folder / CONFIG_NAME).exists() else ()
@@ -252,7 +252,11 @@ def inspect_checkpoint(
 def _loading(
     folder: Path, target: Target, serving: Serving, stock_kv_cache: bool, problems: Sequence[str] | None
 ) -> Loading:
-    """``problems``: what is known to be wrong already, None where nothing is to be tried."""
+    """Rehearse loading unless that is pointless.
+
+    Args:
+        problems: the known problems; None to skip the rehearsal.
+    """
     if serving.owner == STOCK:
         return not_checked(f"SGLang serves it by itself on {target.name}")
     if problems is None:
@@ -263,14 +267,14 @@ def _loading(
 
 
 def _left_unquantized(checkpoint: Checkpoint) -> list[ModelOptExtError]:
-    """Layers that are declared as quantized, as their siblings are, and stored as they were; a server refuses them."""
+    """Return a problem for each layer that is declared as quantized, like its siblings, but stored unquantized."""
     config = checkpoint.config
     leaves = {name.rpartition(".")[2] for name in checkpoint.linears}
     served = ServedLayers.of(text_config(checkpoint.folder))
     problems = []
     for tensor in checkpoint.tensors.values():
         module, _, name = tensor.name.rpartition(".")
-        # What stores a scale is described already, or is a problem of its own.
+        # A layer that stores a scale is described, or is a problem, already.
         plain = name == "weight" and len(tensor.shape) == 2 and f"{module}.weight_scale" not in checkpoint.tensors
         known = canonical_name(module) in checkpoint.linears or module.rpartition(".")[2] not in leaves
         if (
@@ -330,7 +334,7 @@ def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptE
 
 
 def _scale_ranges(linear: QuantizedLinear, problems: list[ModelOptExtError]) -> dict[str, Range]:
-    """The range of every tensor of numbers of a layer; its illegal values are added to ``problems``."""
+    """Return the range of every floating-point tensor of a layer; add its illegal values to ``problems``."""
     found = {}
     for spec in linear.scheme.tensors:
         if spec.values is ValueRule.CODES or spec.name not in linear.stored:
@@ -340,8 +344,8 @@ def _scale_ranges(linear: QuantizedLinear, problems: list[ModelOptExtError]) -> 
         except ModelOptExtError as error:
             problems.append(error)
             continue
-        numbers = tensor.float()
-        low, high = float(numbers.min()), float(numbers.max())
+        values = tensor.float()
+        low, high = float(values.min()), float(values.max())
         if spec.values is ValueRule.BLOCK_SCALE_UE8M0:
             low, high = 2.0 ** (low - _UE8M0_BIAS), 2.0 ** (high - _UE8M0_BIAS)
         found[spec.name] = Range(smallest=low, largest=high)
@@ -366,11 +370,11 @@ def _layer_groups(
     for members in groups.values():
         first = members[0]
         kernel: str | None = None
-        passed_over: dict[str, str] = {}
+        rejected: dict[str, str] = {}
         if owner == OURS:
-            kernel, passed_over = _kernel(first, target, dtype)
+            kernel, rejected = _kernel(first, target, dtype)
             if kernel is None:
-                why = "; ".join(f"{name} {reason}" for name, reason in passed_over.items())
+                why = "; ".join(f"{name} {reason}" for name, reason in rejected.items())
                 problems.append(
                     ModelOptExtError.at(first.name, first.scheme.algo, f"a kernel that serves it on {target.name}", why)
                 )
@@ -389,7 +393,7 @@ def _layer_groups(
                 tensors={name: _header(tensor) for name, tensor in first.stored.items()},
                 bytes=sum(tensor.num_bytes for linear in members for tensor in linear.stored.values()),
                 kernel=kernel,
-                passed_over=passed_over,
+                rejected=rejected,
                 scales=_joined_ranges([ranges[linear.name] for linear in members if linear.name in ranges]),
             )
         )
@@ -397,17 +401,17 @@ def _layer_groups(
 
 
 def _kernel(linear: QuantizedLinear, target: Target, dtype: torch.dtype) -> tuple[str | None, dict[str, str]]:
-    """The backend that dispatch would try first, and those before it with their reasons."""
+    """Return the backend that dispatch tries first, and those before it with the reasons for rejecting them."""
     scheme = served_scheme(linear.scheme, target.device, target.capability)
     math = w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
     vocabulary = linear.name.rpartition(".")[2] in _VOCABULARY
     request = LinearRequest(scheme, target.device, target.capability, linear.n, linear.k, math, dtype, vocabulary)
-    passed_over: dict[str, str] = {}
+    rejected: dict[str, str] = {}
     for name, reason in objections(request).items():
         if reason is None:
-            return name, passed_over
-        passed_over[name] = reason
-    return None, passed_over
+            return name, rejected
+        rejected[name] = reason
+    return None, rejected
 
 
 def _plain_groups(tensors: Iterable[StoredTensor], owned: set[str], each_layer: bool) -> list[PlainGroup]:
@@ -433,14 +437,14 @@ def _header(tensor: StoredTensor) -> str:
 
 
 def _pattern(name: str) -> str:
-    """``name`` with every number that is a part of its own taken out."""
+    """Return ``name`` with every part that is a number replaced by ``*``."""
     return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def _joined_name(names: Sequence[str]) -> str:
-    """One name for several of one pattern: ``model.layers.[0-3,5].mlp.up_proj``.
+    """Return one name for several names of one pattern: ``model.layers.[0-3,5].mlp.up_proj``.
 
-    Where more than one part differs (layers and experts), each such part lists its own numbers.
+    Where several parts differ (layers and experts), each part lists its own numbers.
     """
     columns = list(zip(*(name.split(".") for name in names), strict=True))
     return ".".join(column[0] if len(set(column)) == 1 else f"[{_runs(map(int, column))}]" for column in columns)

@@ -1,1 +1,1 @@
-"""From a model to a quantized checkpoint."""
+"""Quantization of a model to a checkpoint."""

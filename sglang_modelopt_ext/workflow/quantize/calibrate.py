@@ -1,8 +1,8 @@
-"""Runs ModelOpt's calibration: layer by layer and resumable where it can be, over several processes where they agree.
+"""ModelOpt's calibration: layer by layer and resumable where possible, in several processes where results merge.
 
-Layer by layer, each decoder layer's progress is kept in a private work folder as soon as it is done, in ModelOpt's own files.
-These are pickles: they are read only from a folder of this user that nobody else can write to, and only by the run whose inputs
-they were made from, since its name is their digest.
+Layer by layer, each decoder layer's progress is kept in a private work folder as soon as it is done, in ModelOpt's own
+files. These are pickles: they are read only from a folder of this user that no one else can write to, and only by a run
+with the same inputs, whose digest is the folder's name.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ import torch
 from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.source import import_modelopt, watching_activations
+from sglang_modelopt_ext.workflow.common.base_model import activations_checked, import_modelopt
 from sglang_modelopt_ext.workflow.quantize import checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
 from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
 from sglang_modelopt_ext.workflow.quantize.smoothquant import register
 
 AGREEING = ("max", "mse", SMOOTHQUANT, FP8_SMOOTHQUANT)
-"""Algorithms whose results several processes have in common: all they take from the data are maxima, which ModelOpt syncs."""
+"""Algorithms that can run in several processes: they need only maxima of the data, which ModelOpt synchronizes."""
 
 _WHOLE_MODEL = ("svdquant",)
-"""Algorithms ModelOpt cannot run layer by layer."""
+"""Algorithms that ModelOpt cannot run layer by layer."""
 
 _TRAINING = ("lsq",)
 _AMAX_ONLY = ("max", "mse", "local_hessian", "nvfp4_act_headroom")
-"""Algorithms that leave the weights as they are: their checkpoints hold scales only."""
+"""Algorithms that do not change weights: their checkpoints hold scales only."""
 
 _SMOOTHING = (SMOOTHQUANT, FP8_SMOOTHQUANT, "awq_lite", "awq_full", "svdquant")
 _SEARCHING = ("awq_lite", "awq_clip", "awq_full", "svdquant", "mse", "local_hessian")
@@ -46,13 +46,13 @@ _SEARCHING = ("awq_lite", "awq_clip", "awq_full", "svdquant", "mse", "local_hess
 
 @dataclass(frozen=True)
 class Outcome:
-    """What calibration did.
+    """The result of a calibration.
 
     Attributes:
-        smoothed: linear layers with a smoothing scale.
-        searched: linear layers whose scales were searched for.
-        resumed_from: decoder layers that an earlier run had done.
-        layerwise: whether it went layer by layer.
+        smoothed: number of linear layers with a smoothing scale.
+        searched: number of linear layers whose scales were searched.
+        resumed_from: number of decoder layers that an earlier run had done.
+        layerwise: whether it ran layer by layer.
     """
 
     smoothed: int = 0
@@ -71,15 +71,15 @@ class Processes:
 
 @dataclass
 class Calibrator:
-    """Calibrates a model that has quantizers.
+    """A calibration of a model that has quantizers.
 
     Attributes:
         model: the model.
-        data: what it is run on; None where no step looks at activations.
-        where: named in errors.
-        work: folder for the progress of layers; None to keep none.
-        processes: of which this is one.
-        layerwise: go layer by layer where that can be.
+        data: the calibration data; None where no step needs activations.
+        where: the subject of error messages.
+        work: folder that keeps the progress of layers; None for no progress.
+        processes: the processes that run it.
+        layerwise: run layer by layer where possible.
         progress: show progress on standard error.
     """
 
@@ -92,10 +92,10 @@ class Calibrator:
     progress: bool = True
 
     def run(self, steps: Sequence[Mapping[str, Any]]) -> Outcome:
-        """Runs the steps in order.
+        """Run the steps in order.
 
         Raises:
-            ModelOptExtError: a step that would do nothing to some layer, or did nothing, or numbers that are none.
+            ModelOptExtError: a step that would skip or has skipped a layer, or values that are not finite.
         """
         register()
         smoothed = searched = resumed = 0
@@ -112,7 +112,7 @@ class Calibrator:
         return Outcome(smoothed, searched, resumed, layerwise)
 
     def _expected(self, step: Mapping[str, Any]) -> list[str]:
-        """The layers the step is for. All quantized ones must be: ModelOpt passes over the others with a warning or none."""
+        """Return the layers of the step, which must be all quantized ones: ModelOpt skips others silently at times."""
         method = step["method"]
         if method in _TRAINING:
             raise ModelOptExtError.at("--calibration-algorithm", method, "an algorithm that needs no training", method)
@@ -137,27 +137,27 @@ class Calibrator:
             return []
         ignored = [name for name, module in linears if not takes(module)]
         if ignored or not linears:
-            got = f"{ignored[0]}, which ModelOpt would pass over" if ignored else "no quantized layer"
+            got = f"{ignored[0]}, which ModelOpt would skip" if ignored else "no quantized layer"
             raise ModelOptExtError.at("--calibration-algorithm", method, needs, got)
         return [name for name, _ in linears]
 
     def _check(self, step: Mapping[str, Any], expected: Sequence[str]) -> None:
-        """Every layer the step was for shows that it was done."""
+        """Raise ModelOptExtError unless every layer of the step shows its effect."""
         method = step["method"]
         modules = dict(self.model.named_modules())
         for name in expected:
             module = modules[name]
             if method in _SMOOTHING and not hasattr(module.input_quantizer, "_pre_quant_scale"):
-                raise ModelOptExtError.at(name, method, "a smoothed layer", "one that ModelOpt passed over")
+                raise ModelOptExtError.at(name, method, "a smoothed layer", "one that ModelOpt skipped")
             if method == "svdquant" and not hasattr(module.weight_quantizer, "svdquant_lora_a"):
-                raise ModelOptExtError.at(name, method, "a low-rank branch", "none: ModelOpt passed over it")
+                raise ModelOptExtError.at(name, method, "a low-rank branch", "none: ModelOpt skipped it")
         if step["method"] in ("awq_lite", "awq_full") and all(
             bool((modules[name].input_quantizer._pre_quant_scale == 1).all()) for name in expected
         ):
             raise ModelOptExtError.at(self.where, method, "smoothing scales", "ones only: ModelOpt searched nothing")
 
     def _layer_by_layer(self, method: str) -> bool:
-        """Whether ModelOpt can go layer by layer, and everything that is quantized is in a decoder layer."""
+        """Return whether ModelOpt can run layer by layer, with all quantized layers in decoder layers."""
         from modelopt.torch.quantization.utils.layerwise_calib import LayerActivationCollector
 
         if self.processes.world > 1 or method in _WHOLE_MODEL:
@@ -183,17 +183,17 @@ class Calibrator:
         def forward(model: Any) -> None:
             assert self.data is not None, "a step that runs the model has data"
             batches = self.data.batches(self.processes.rank, self.processes.world)
-            # Layer by layer, ModelOpt's own bar counts the layers.
+            # Layer by layer, ModelOpt shows a progress bar of its own.
             shown = self.progress and not layerwise and self.processes.rank == 0
             for batch in tqdm(batches, desc="calibrating", unit="batch", dynamic_ncols=True, disable=not shown):
                 model(batch.to(self.model.device), use_cache=False)
 
         try:
-            with watching_activations(self.model, self.where), modelopt_messages(), torch.no_grad():
+            with activations_checked(self.model, self.where), modelopt_messages(), torch.no_grad():
                 mtq.calibrate(self.model, options, None if self.data is None else forward)
         except ModelOptExtError:
             raise
-        except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+        except Exception as error:  # ModelOpt raises assertions and errors of every kind
             raise ModelOptExtError.at(
                 self.where, step["method"], "ModelOpt to calibrate with it", f"{type(error).__name__}: {error}"[:300]
             ) from error
@@ -201,18 +201,19 @@ class Calibrator:
 
 @contextlib.contextmanager
 def modelopt_messages() -> Iterator[None]:
-    """What ModelOpt prints goes to standard error; warnings that do not concern a user of this package are left out."""
+    """Redirect ModelOpt's prints to standard error and drop its irrelevant warnings while the block runs."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.filterwarnings("ignore", message="Distributed training is initialized but no parallel_state")
+        warnings.filterwarnings("ignore", message="Received custom quantization formats")
         yield
 
 
 def work_folder(output: Path, inputs: Mapping[str, Any]) -> Path:
-    """The private folder for the progress of a run, beside its output; made where it is missing.
+    """Return the private folder for the progress of a run, beside its output; create it if missing.
 
     Args:
-        output: what the run is going to write.
-        inputs: everything that decides the result; another value, as ``repr`` shows it, gives another folder.
+        output: the folder that the run writes.
+        inputs: every input of the result; another value, by its ``repr``, gives another folder.
 
     Raises:
         ModelOptExtError: a folder of that name that others own or can write to.
@@ -231,14 +232,14 @@ def work_folder(output: Path, inputs: Mapping[str, Any]) -> Path:
 
 @contextlib.contextmanager
 def tidy(work: Path | None) -> Iterator[None]:
-    """When the block ends by an error, says what a work folder is good for, or removes one that is still empty."""
+    """On an error in the block, print how to resume from the work folder, or remove it if it is empty."""
     try:
         yield
     except BaseException:
         if work is not None:
             if (done := resume_point(work)) > 0:
                 tqdm.write(
-                    f"{work} keeps {done} calibrated layers; the same command goes on from there", file=sys.stderr
+                    f"{work} keeps {done} calibrated layers; the same command resumes from there", file=sys.stderr
                 )
             elif not any(work.iterdir()):
                 work.rmdir()
@@ -246,7 +247,7 @@ def tidy(work: Path | None) -> Iterator[None]:
 
 
 def remove_work(output: Path) -> None:
-    """Removes the progress of every run for ``output``."""
+    """Remove the progress of every run for ``output``."""
     for folder in output.parent.glob(f"{_work_prefix(output)}*"):
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -256,9 +257,9 @@ def _work_prefix(output: Path) -> str:
 
 
 def resume_point(work: Path) -> int:
-    """How many decoder layers ModelOpt will find done in a work folder.
+    """Return the number of decoder layers that ModelOpt will find done in a work folder.
 
-    ModelOpt starts over where all are done. Then the last one is forgotten here, so that only that one is done again.
+    ModelOpt starts over if all are done. In that case the last one is removed, so that only that one is repeated.
     """
     manifest = work / "manifest.json"
     if not manifest.is_file():
@@ -267,7 +268,7 @@ def resume_point(work: Path) -> int:
         content = json.loads(manifest.read_text(encoding="utf-8"))
         last, total = int(content["last_completed_layer"]), int(content["num_layers"])
     except (OSError, ValueError, KeyError, TypeError):
-        return 0  # ModelOpt, too, starts over
+        return 0  # ModelOpt starts over too
     if last + 1 == total and total > 1:
         last = total - 2
         temporary = manifest.with_suffix(".tmp")

@@ -1,4 +1,4 @@
-"""Calibration data: text files or a named data set, as windows of tokens the model is run on.
+"""Calibration data: text files or a named data set, cut into windows of tokens.
 
 A file is ``.txt`` (one document), ``.jsonl`` or ``.parquet`` (one document a line or row, in a field or column ``text``, or a
 conversation in ``messages``, for which the tokenizer's chat template is used). Anything that is no file is the name of a data
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLES, SEQUENCE_LENGTH, BATCH_SIZE, SEED = 128, 512, 1, 0
-"""What is used where the user says nothing."""
+"""Default settings of the calibration data."""
 
 MIN_TOKENS = 64
-"""Fewer tokens say nothing about a model's activations."""
+"""The fewest tokens that represent a model's activations."""
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _DATASET_DOCUMENTS = 512
@@ -41,20 +41,20 @@ _WHERE = "calibration data"
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The windows a model is calibrated on.
+    """The calibration data of a model.
 
     Attributes:
-        windows: tokens; the begin token in front where the tokenizer has one.
-        record: where they are from.
+        windows: token ids; each window starts with the begin token if the tokenizer has one.
+        record: the origin of the data.
     """
 
     windows: tuple[tuple[int, ...], ...]
     record: Calibration
 
     def batches(self, rank: int = 0, world: int = 1) -> list[torch.Tensor]:
-        """int64 ``[B, T]``, the share of one of ``world`` processes.
+        """Return int64 batches ``[B, T]``: the share of process ``rank`` of ``world`` processes.
 
-        A batch holds windows of one length, so that nothing is padded and every token counts.
+        A batch holds windows of one length, so that no padding is needed and every token counts.
         """
         own = self.windows[rank::world]
         by_length: dict[int, list[tuple[int, ...]]] = {}
@@ -75,15 +75,15 @@ def load_calibration(
     seed: int = SEED,
     progress: bool = True,
 ) -> CalibrationData:
-    """Reads files and data sets, and cuts them into windows.
+    """Read files and data sets, and cut them into windows.
 
     Args:
-        data: paths and names.
-        tokenizer: of the model.
-        samples: how many windows to use; None for :data:`SAMPLES`, or all where there are fewer.
-        sequence_length: text tokens in a window; the last one of a document is shorter.
+        data: paths and names of data sets.
+        tokenizer: the model's.
+        samples: number of windows; None for :data:`SAMPLES`, or all where there are fewer.
+        sequence_length: text tokens per window; the last one of a document is shorter.
         batch_size: the most windows in one forward pass.
-        seed: 0 takes windows evenly spaced from the first on, another one begins elsewhere.
+        seed: 0 takes windows evenly spaced from the first on; other seeds start elsewhere.
         progress: show progress on standard error.
 
     Raises:
@@ -105,7 +105,7 @@ def load_calibration(
         raise ModelOptExtError.at(
             _WHERE, names, f"{samples} windows of up to {sequence_length} tokens, as --samples says", len(windows)
         )
-    # Another seed begins elsewhere in the data; the chosen windows stay spread over all of it.
+    # Another seed starts elsewhere in the data; the windows still spread over all of it.
     start = random.Random(seed).randrange(len(windows)) if seed else 0
     chosen = spread(windows[start:] + windows[:start], samples or SAMPLES)
     tokens = sum(len(window) for window in chosen)
@@ -124,7 +124,7 @@ def load_calibration(
 
 
 def tokens_digest(windows: Sequence[Sequence[int]]) -> str:
-    """sha256 over the windows in order, each as its length and its tokens, little-endian int32."""
+    """Return the sha256 over the windows in order, each as its length and its tokens, little-endian int32."""
     digest = hashlib.sha256()
     for window in windows:
         digest.update(np.asarray([len(window), *window], dtype="<i4").tobytes())
@@ -132,11 +132,11 @@ def tokens_digest(windows: Sequence[Sequence[int]]) -> str:
 
 
 def read_documents(name: str, tokenizer: PreTrainedTokenizerBase | None = None) -> list[str]:
-    """The texts of a file or a named data set.
+    """Return the texts of a file or a named data set.
 
     Args:
         name: a path, or the name of a data set.
-        tokenizer: whose chat template makes a text of a conversation.
+        tokenizer: its chat template turns a conversation into text.
 
     Raises:
         ModelOptExtError: it cannot be read, or a line or row of it holds no text.
@@ -199,19 +199,19 @@ def _text_of(entry: Any, where: str, tokenizer: PreTrainedTokenizerBase | None) 
         raise ModelOptExtError.at(_WHERE, where, "text: the tokenizer has no chat template for messages", "messages")
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except Exception as error:  # a template is a program
+    except Exception as error:  # a template is a program and may raise anything
         raise ModelOptExtError.at(_WHERE, where, "messages the chat template takes", error) from error
 
 
 def _named_dataset(name: str, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """Through ModelOpt's loader, which knows many data sets' columns, from the Hub."""
+    """Return the texts of a data set on the Hub, by ModelOpt's loader, which knows the columns of many."""
     try:
-        # It prints what it does, and standard output is the result's.
+        # The loader prints, and standard output carries the result.
         with contextlib.redirect_stdout(sys.stderr):
             from modelopt.torch.utils.dataset_utils import get_dataset_samples
 
             samples = get_dataset_samples(name, _DATASET_DOCUMENTS, tokenizer=tokenizer)
-    except Exception as error:  # no package, no network, no such data set: a different exception each
+    except Exception as error:  # no package, no network, no such data set: each raises another exception
         raise ModelOptExtError.at(
             _WHERE,
             name,

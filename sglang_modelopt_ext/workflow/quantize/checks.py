@@ -1,4 +1,4 @@
-"""What a recipe makes of a model, before anything is run on it: what ModelOpt or a server would ignore is refused by name."""
+"""Checks of a recipe on a model before calibration: settings that ModelOpt or a server would ignore raise an error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sglang_modelopt_ext.workflow.quantize.record import Selection
 _QUANTIZERS = ("weight_quantizer", "input_quantizer", "output_quantizer")
 _MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe"})
 
-# ModelOpt's names of formats, as its exporter finds them in a layer, and the algorithms they are exported as.
+# The algorithm that each of ModelOpt's format names, as its exporter finds them in a layer, is exported as.
 _ALGOS = {
     "fp8": "FP8",
     "fp8_pc_pt": "FP8_PER_CHANNEL_PER_TOKEN",
@@ -37,9 +37,9 @@ _ALGOS = {
 }
 _FP4 = frozenset({"NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4_FP8"})
 _AFTER = {"awq_lite": "NVFP4_AWQ", "awq_full": "NVFP4_AWQ", "svdquant": "NVFP4_SVD"}
-"""What ModelOpt's exporter calls any FP4 format after these algorithms, whether or not it is one."""
+"""The exporter's name for any FP4 format after these algorithms, whether or not it is that format."""
 
-# How the input quantizer of each activation format is set: num_bits, and the type of its block scales.
+# Settings of the input quantizer of each activation format: num_bits, and the type of its block scales.
 _INPUTS: dict[str, tuple[Any, Any]] = {
     "fp8_static": ((4, 3), None),
     "fp8_per_token": ((4, 3), None),
@@ -51,10 +51,10 @@ _INPUTS: dict[str, tuple[Any, Any]] = {
 
 
 def selection_entries(model: torch.nn.Module, selection: Selection) -> list[dict[str, Any]]:
-    """Entries for the end of a ``quant_cfg`` that switch off the quantizers of the layers the user left out.
+    """Return entries for the end of a ``quant_cfg`` that disable the quantizers of layers the user left out.
 
     Raises:
-        ModelOptExtError: a pattern that names no linear layer, or a model whose MLPs are not called so.
+        ModelOptExtError: a pattern that matches no linear layer, or no layers under ``mlp`` for ``--mlp-only``.
     """
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | torch.nn.Embedding)]
     experts = {name for name, _ in quantizers.fused_experts(model)}
@@ -80,17 +80,17 @@ def selection_entries(model: torch.nn.Module, selection: Selection) -> list[dict
 
 
 def exported_algo(module: Any, methods: Iterable[str] = ()) -> str:
-    """The algorithm a linear layer is going to be exported as, after calibration by ``methods``.
+    """Return the algorithm that a linear layer will be exported as, after calibration by ``methods``.
 
     Raises:
-        ModelOptExtError: a format ModelOpt cannot export or this package does not serve; ``at`` names the quantizer's.
+        ModelOptExtError: a format that ModelOpt cannot export or this package does not serve.
     """
     weights = module.weight_quantizer
     try:
         found = _format(module)
     except (NotImplementedError, AssertionError) as error:
         raise _unserved(f"weights of num_bits {getattr(weights, 'num_bits', None)}: {error}") from error
-    # ModelOpt 0.47 takes integers in blocks under scales of their own for plain INT8.
+    # ModelOpt 0.47 exports integers in blocks under scales of their own as plain INT8.
     if found in ("int8_sq", "int8_wo") and weights.block_sizes:
         raise _unserved(f"INT8 weights in blocks {dict(weights.block_sizes)}")
     algo = _ALGOS.get(found)
@@ -114,7 +114,7 @@ def _unserved(got: str) -> ModelOptExtError:
 
 
 def group_size(module: Any) -> int:
-    """Inputs under one block scale of the weight, 0 without blocks."""
+    """Return the number of K elements under one block scale of the weight, 0 without blocks."""
     blocks: Any = _first(module.weight_quantizer).block_sizes or {}
     return int(blocks.get(-1) or 0)
 
@@ -127,7 +127,7 @@ def _check_group(module: Any, algo: str) -> None:
 
 
 def _check_input(module: Any, algo: str) -> None:
-    """The exporter names the format by the weight alone in some cases; a server rounds what the name says."""
+    """Raise unless the input is rounded as ``algo`` says: the exporter sometimes names it by the weight alone."""
     quantizer: Any = module.input_quantizer
     scheme = SCHEMES[algo]
     enabled = quantizers.is_on(quantizer)
@@ -144,10 +144,12 @@ def _check_input(module: Any, algo: str) -> None:
 
 
 def check_model(model: torch.nn.Module, recipe: str, methods: Sequence[str]) -> dict[str, str]:
-    """The algorithm of every quantized linear layer of a model with quantizers, by name. Experts are judged by their export.
+    """Return the algorithm of every quantized linear layer of a model with quantizers, by name.
+
+    Experts are not checked here but by reading the export.
 
     Raises:
-        ModelOptExtError: nothing is quantized, something cannot be exported or served, or shards of a layer SGLang fuses differ.
+        ModelOptExtError: nothing is quantized, a layer cannot be exported or served, or shards of a fused layer differ.
     """
     algos: dict[str, str] = {}
     for name, module in quantizers.quantized_linears(model):
@@ -162,7 +164,7 @@ def check_model(model: torch.nn.Module, recipe: str, methods: Sequence[str]) -> 
     if not algos and not experts and cache is None:
         raise ModelOptExtError.at(recipe, "model", "a layer or a KV cache to quantize", "none that the recipe names")
     _check_fused(model, algos)
-    quantizers.rounds_activations(model)  # or the error, before anything is calibrated
+    quantizers.rounds_activations(model)  # raises before anything is calibrated
     return algos
 
 
@@ -182,7 +184,7 @@ def _check_fused(model: torch.nn.Module, algos: Mapping[str, str]) -> None:
 
 
 def resolve_steps(model: torch.nn.Module, steps: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The calibration steps, with ``smoothquant`` of FP8 layers turned into this package's own."""
+    """Return the calibration steps, with ``smoothquant`` of FP8 layers replaced by this package's own."""
     linears = [module for _, module in quantizers.quantized_linears(model)]
     resolved = []
     for step in steps:
@@ -209,26 +211,26 @@ def _searches_mse(step: Mapping[str, Any]) -> Callable[[Any], bool]:
 
 
 def _first(quantizer: Any) -> Any:
-    """The quantizer, or the one that decides the stored scales where there are two."""
+    """Return the quantizer, or the first of several, which decides the stored scales."""
     return quantizer[0] if isinstance(quantizer, torch.nn.Sequential) else quantizer
 
 
 def _takes_clip(module: Any) -> bool:
-    """Blocks along the inputs under scales that are stored, with one largest magnitude to clip."""
+    """Return whether a weight has blocks along K under stored scales, with one largest magnitude to clip."""
     weights = _first(module.weight_quantizer)
     blocks = weights.block_sizes or {}
     return bool(blocks.get(-1)) and not blocks.get(-2) and not weights.is_mx_format and not weights.is_nvfp4_static
 
 
 def _takes_scaling(module: Any) -> bool:
-    """Weights that can be rounded again for every scale tried, and inputs whose maximum can be taken by channel."""
+    """Return whether weights can be rounded again for every scale tried, and inputs have a maximum per channel."""
     inputs, weights = module.input_quantizer, _first(module.weight_quantizer)
     by_token = quantizers.is_on(inputs) and -1 in (inputs.block_sizes or {}) and inputs.block_sizes[-1] is None
     return not by_token and not weights.is_nvfp4_static and not (weights.block_sizes or {}).get(-2)
 
 
 def step_takes(step: Mapping[str, Any]) -> tuple[Callable[[Any], bool], str]:
-    """Which linear layers a calibration step does something right to, and what it needs, in words."""
+    """Return a predicate of the layers that a calibration step is right for, and its requirement in words."""
     method = step["method"]
     if method == SMOOTHQUANT:
         return _int8, "INT8 or static FP8 weights and activations"

@@ -1,6 +1,6 @@
-"""The one way a checkpoint folder comes to be: written beside its place, read back strictly, and only then renamed.
+"""The export of a checkpoint folder: written beside its place, read back strictly, and only then renamed.
 
-``output`` is a whole, valid checkpoint, or is left as it was, however the run ends.
+At any end of a run ``output`` is a whole, valid checkpoint or unchanged.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from sglang_modelopt_ext.checkpoint.quant_config import KV_CACHE_RECIPE, OWN_KEY
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.interrupts import undisturbed
-from sglang_modelopt_ext.workflow.common.progress import ticking, watching
+from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress, polled_progress
 from sglang_modelopt_ext.workflow.quantize import quantizers
 from sglang_modelopt_ext.workflow.quantize.model_card import CARD_NAME, render_card
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, layer_formats, package_versions, write_record
@@ -47,12 +47,12 @@ _PARTIAL = ".partial-"
 
 @dataclass(frozen=True)
 class Exported:
-    """A checkpoint that was written and found valid.
+    """A written checkpoint that passed the checks.
 
     Attributes:
-        folder: where it is.
-        checkpoint: as the strict reader read it, before it was renamed.
-        record: what was recorded in it.
+        folder: its path.
+        checkpoint: the result of the strict reader, read before the rename.
+        record: the metadata recorded in it.
         size: bytes of its safetensors files.
     """
 
@@ -63,10 +63,10 @@ class Exported:
 
 
 def check_output(model: Path, output: Path, overwrite: bool) -> None:
-    """Refuses an output folder that holds something. Call it before the work, too.
+    """Raise for an output folder that must not be written. Call it before the work, too.
 
     Raises:
-        ModelOptExtError: ``output`` exists and is not to be overwritten, holds something else than a checkpoint, or is the
+        ModelOptExtError: ``output`` exists and is not to be overwritten, holds other files than a checkpoint, or is the
             model's own folder or above it.
     """
     if output.resolve() == model.resolve() or output.resolve() in model.resolve().parents:
@@ -85,7 +85,7 @@ def check_output(model: Path, output: Path, overwrite: bool) -> None:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Raises ModelOptExtError unless the file system ``output`` is going to be on has ``needed`` bytes free."""
+    """Raise ModelOptExtError unless the file system of ``output`` has ``needed`` bytes free."""
     folder = next(parent for parent in output.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if free < needed:
@@ -103,23 +103,23 @@ def export_checkpoint(
     finish: Callable[[Path, Checkpoint, Record], Record] | None = None,
     progress: bool = True,
 ) -> Exported:
-    """Exports a model with ModelOpt's quantizers in it, calibrated, to ``output``.
+    """Export a model with ModelOpt's calibrated quantizers to ``output``.
 
     In order: space on disk, ModelOpt's export to a temporary folder beside ``output``, the record under ``OWN_KEY``, the
     tokenizer's files, the model card, the strict reader with every value and the plan of the KV cache, permissions, rename.
 
     Args:
-        model: the model; ModelOpt replaces its weights by the stored ones.
+        model: the model; ModelOpt replaces its weights with the stored ones.
         source: folder of the unquantized model, for its tokenizer.
         output: folder to make.
-        origin: how the model came to be.
+        origin: the metadata that the model itself does not have.
         overwrite: replace the checkpoint that is in ``output``.
         quality: measured figures for the record and the card.
-        finish: given the temporary folder, the checkpoint in it and its record; may add files, returns the record to write.
+        finish: called with the temporary folder, its checkpoint and its record; may add files, returns the new record.
         progress: show progress on standard error.
 
     Raises:
-        ModelOptExtError: no space, a folder that is not empty, a model ModelOpt cannot export, or an export the reader refuses.
+        ModelOptExtError: no space, a folder that is not empty, a model ModelOpt cannot export, or an invalid export.
     """
     check_output(source, output, overwrite)
     check_space(output, quantizers.expected_bytes(model))
@@ -128,10 +128,10 @@ def export_checkpoint(
     with partial_folder(output) as scratch:
         try:
             _run_export(model, scratch, progress)
-        except Exception as error:  # ModelOpt fails with assertions and errors of every kind
+        except Exception as error:  # ModelOpt raises assertions and errors of every kind
             raise _failure(source, output, origin, error) from error
         copy_tokenizer(source, scratch)
-        with ticking("checking the export", progress):
+        with elapsed_progress("checking the export", progress):
             _preliminary(scratch, {ROUNDS_ACTIVATIONS: rounds, KV_CACHE_RECIPE: kv_recipe})
             checkpoint = read_checkpoint(scratch)
             record = Record(
@@ -158,10 +158,10 @@ def export_checkpoint(
 
 
 def check_folder(folder: Path) -> Checkpoint:
-    """Reads a checkpoint as a server would: every header, every scale, and the plan of the KV cache.
+    """Read a checkpoint like a server: every header, every scale, and the plan of the KV cache.
 
     Raises:
-        ModelOptExtError: whatever is wrong with it.
+        ModelOptExtError: the checkpoint is invalid.
     """
     checkpoint = read_checkpoint(folder)
     check_all_values(checkpoint)
@@ -172,7 +172,7 @@ def check_folder(folder: Path) -> Checkpoint:
 
 
 def _check_complete(output: Path, model_has: str | None, checkpoint: Checkpoint) -> None:
-    """An export that quantizes nothing is a recipe whose patterns match nothing in this model."""
+    """Raise for an export without quantized layers: the recipe's patterns match nothing in this model."""
     if not checkpoint.linears and model_has is None:
         raise ModelOptExtError.at(
             output, "export", "a quantized layer or KV cache", "none: the recipe matches no layer"
@@ -181,10 +181,10 @@ def _check_complete(output: Path, model_has: str | None, checkpoint: Checkpoint)
 
 @contextlib.contextmanager
 def partial_folder(output: Path) -> Iterator[Path]:
-    """A temporary folder beside ``output``, gone at the end of the block unless it was renamed.
+    """Yield a temporary folder beside ``output``, removed at the end of the block unless it was renamed.
 
-    It is locked for the life of the process, so that the next run for the same output can tell, and remove, what a killed
-    one left behind.
+    It is locked for the life of the process, so that the next run for the same output can recognize, and remove, the
+    folder of a killed run.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{output.name}{_PARTIAL}"
@@ -202,7 +202,7 @@ def partial_folder(output: Path) -> Iterator[Path]:
             raise ModelOptExtError.at(output.parent, "space on disk", "room for the checkpoint", error) from error
         raise
     finally:
-        with undisturbed():
+        with signals_ignored():
             os.close(lock)
             shutil.rmtree(scratch, ignore_errors=True)
 
@@ -225,9 +225,9 @@ def _run_export(model: Any, scratch: Path, progress: bool) -> None:
     messages: Any = transformers_logging
     messages.disable_progress_bar()
     total = sum(1 for _ in quantizers.quantized_linears(model))
-    packing = watching("exporting", total, lambda: quantizers.count_packed(model), "layer", progress)
+    packing = polled_progress("exporting", total, lambda: quantizers.count_packed(model), "layer", progress)
     with warnings.catch_warnings(), torch.no_grad(), packing:
-        # What it says is said by the error that follows it.
+        # The error that follows this warning has its content.
         warnings.filterwarnings("ignore", message="Cannot export model to the model_config")
         with contextlib.redirect_stdout(None):
             export_hf_checkpoint(model, export_dir=scratch)
@@ -242,13 +242,13 @@ def _failure(source: Path, output: Path, origin: Origin, error: Exception) -> Ex
 
 
 def _preliminary(scratch: Path, facts: dict[str, Any]) -> None:
-    """What the reader must know before the whole record, which is made of what it reads, can be written."""
+    """Write the record that the reader needs, before the whole record is built from the reader's result."""
     file = scratch / QUANT_CONFIG_NAME
     file.write_bytes(msgspec.json.encode(read_json_object(file) | {OWN_KEY: facts}))
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the tokenizer's files as they are; loading and saving it could change them."""
+    """Copy the tokenizer's files unchanged; loading and saving could change them."""
     for pattern in TOKENIZER_FILES:
         for file in source.glob(pattern):
             if file.is_file():
@@ -256,7 +256,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _make_readable(folder: Path) -> None:
-    """Gives the folder and its files the permissions of newly made ones; temporary ones are the owner's alone."""
+    """Give the folder and its files the permissions of new ones; temporary ones are private."""
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
@@ -265,8 +265,8 @@ def _make_readable(folder: Path) -> None:
 
 
 def move_into_place(scratch: Path, output: Path) -> None:
-    """Renames ``scratch`` to ``output``; what was there goes away only once it is replaced."""
-    with undisturbed():
+    """Rename ``scratch`` to ``output``; remove the old ``output`` only after it is replaced."""
+    with signals_ignored():
         if not os.path.lexists(output):
             scratch.rename(output)
             return

@@ -1,4 +1,4 @@
-"""What recipes there are, how many bits each stores for a weight, and what serves the result."""
+"""The list of recipes: names, stored bits per weight, and how the result is served."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ from sglang_modelopt_ext.workflow.quantize.recipes import (
 from sglang_modelopt_ext.workflow.quantize.run import insert_quantizers, stand_in
 
 _SIDE = 4096
-"""Inputs and outputs of the layer whose stored bits are counted."""
+"""Inputs and outputs of the layer that stored bits are computed for."""
 
-OTHER_MODELS = "names no layer of a dense Llama: judged with the model it is for"
-"""Of recipes for experts, or for the layers of one architecture."""
+OTHER_MODELS = "matches no layer of a dense Llama: checked with the model it is for"
+"""The mark of recipes for experts or for the layers of one architecture."""
 
 
 class RecipeRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One recipe.
+    """The description of one recipe.
 
     Attributes:
-        name: what ``--recipe`` takes.
+        name: its name for ``--recipe``.
         aliases: other names of the same configuration.
-        algorithms: ``quant_algo`` of the layers, more than one in a mixed recipe.
-        bits: stored bits for each quantized weight, scales included; None for a mix, or where no layer is quantized.
-        activations: how the inputs of the layers are rounded.
+        algorithms: ``quant_algo`` of the layers; several in a mixed recipe.
+        bits: stored bits per quantized weight, scales included; None for a mix, or where no layer is quantized.
+        activations: the activation format of the layers.
         kv_cache: recipe of the KV cache, or None.
         calibration: ModelOpt's calibration algorithms, in order.
-        served: whether a server with this package can serve it, as far as a dense Llama tells.
-        served_by: the ``--quantization`` flag of this package, or why it cannot be served.
-        stock: what SGLang itself does with it.
+        served: whether a server with this package can serve it, judged by a dense Llama.
+        served_by: the ``--quantization`` flag of this package, or the reason why it cannot be served.
+        stock: the behaviour of SGLang without this package.
     """
 
     name: str
@@ -61,11 +61,11 @@ class RecipeRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class KVRow(msgspec.Struct, frozen=True, kw_only=True):
-    """One recipe of a KV cache.
+    """The description of one recipe of a KV cache.
 
     Attributes:
-        name: what ``--kv`` takes.
-        recipe: the recipe it is served as, a name of ``--kv-cache-dtype modelopt_<recipe>``.
+        name: its name for ``--kv``.
+        recipe: the recipe it is served as, a name for ``--kv-cache-dtype modelopt_<recipe>``.
         calibrated: False for the presets that store no scales.
     """
 
@@ -75,7 +75,7 @@ class KVRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def list_recipes(progress: bool = True) -> list[RecipeRow]:
-    """Every recipe ModelOpt has for layers. Each is put on a stand-in, so that it is ModelOpt that says what it exports."""
+    """Return every recipe that ModelOpt has for layers, described by applying it to a small stand-in model."""
     found: dict[str, list[str]] = {}
     contents: dict[str, dict[str, Any]] = {}
     names = [*configurations(), *presets()[0], *library()]
@@ -88,7 +88,7 @@ def list_recipes(progress: bool = True) -> list[RecipeRow]:
 
 
 def list_kv_caches() -> list[KVRow]:
-    """Every KV preset ModelOpt has."""
+    """Return every KV preset of ModelOpt."""
     rows = []
     for name in presets()[1]:
         model = stand_in()
@@ -101,7 +101,7 @@ def list_kv_caches() -> list[KVRow]:
 
 
 def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> RecipeRow:
-    """The row of a recipe."""
+    """Return the row of a recipe."""
     methods: tuple[str, ...] = ()
     algos: dict[str, int] = {}
     kv_recipe, problem, elsewhere = None, "", False
@@ -134,7 +134,7 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
 
 
 def _activation(algo: str, modules: dict[str, Any], found: dict[str, str], methods: Sequence[str]) -> str:
-    """The activation format of the algorithm's layers; every calibration gives them the static scales they may have."""
+    """Return the activation format of the algorithm's layers; every calibration gives static formats their scales."""
     scheme = SCHEMES[algo]
     layer = next(name for name, other in found.items() if other == algo)
     rounded = quantizers.is_on(modules[layer].input_quantizer)
@@ -143,7 +143,7 @@ def _activation(algo: str, modules: dict[str, Any], found: dict[str, str], metho
 
 
 def stored_bits(algo: str, group_size: int) -> float:
-    """Stored bits for each weight of a large layer, scales included, activation scales and smoothing aside."""
+    """Return stored bits per weight of a large layer, with block scales, without activation scales and smoothing."""
     scheme = SCHEMES[algo]
     weight = scheme.weight_format(group_size if any(scheme.group_sizes) else None, "scheme table", algo)
     total = 0
@@ -156,7 +156,7 @@ def stored_bits(algo: str, group_size: int) -> float:
 
 
 def format_recipes(rows: Iterable[RecipeRow], caches: Iterable[KVRow]) -> str:
-    """The rows as two aligned tables."""
+    """Return the rows as two aligned tables."""
     lines = [("recipe", "quant_algo", "bits", "calibration", "served by")]
     for row in rows:
         name = " = ".join([row.name, *row.aliases])

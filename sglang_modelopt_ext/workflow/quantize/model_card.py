@@ -1,4 +1,4 @@
-"""The model card of a checkpoint: README.md, written from what the folder itself records."""
+"""The model card of a checkpoint: README.md, from the metadata in the folder."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ CARD_NAME = "README.md"
 
 
 def render_card(folder: Path, record: Record, size: int) -> str:
-    """The card.
+    """Return the model card.
 
     Args:
-        folder: where the checkpoint is going to be, for the launch command.
-        record: what is recorded about it.
+        folder: the final path of the checkpoint, for the launch command.
+        record: its metadata.
         size: bytes of its safetensors files.
     """
     base = record.base_model
@@ -24,7 +24,7 @@ def render_card(folder: Path, record: Record, size: int) -> str:
         "tags:",
         "- modelopt",
         "- quantized",
-        # A folder on somebody's disk is not a name on the Hub.
+        # A path on a disk is not a name on the Hub.
         *([f"base_model: {base}"] if _is_hub_name(base) else []),
         "---",
         f"# {folder.name}",

@@ -1,4 +1,4 @@
-"""What ModelOpt's quantizers in a model say: which rounding is on, how the KV cache is kept, how large the export will be."""
+"""Queries of ModelOpt's quantizers in a model: active roundings, the KV cache's recipe, the size of the export."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from sglang_modelopt_ext.workflow.quantize.record import KVCache
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-"""Parameters of fused experts in transformers; ModelOpt's quantizers of them are named after these."""
+"""Parameters of fused experts in transformers; ModelOpt names their quantizers after these."""
 
 _KV_FORMATS = {(4, 3): "fp8", (2, 1): "nvfp4"}
 
 
 def quantized_linears(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every linear layer and embedding whose weight is quantized, with its name."""
+    """Yield every linear layer and embedding whose weight is quantized, with its name."""
     for name, module in model.named_modules():
         if getattr(module, "weight", None) is not None and is_on(getattr(module, "weight_quantizer", None)):
             yield name, module
 
 
 def fused_experts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Every module that keeps the weights of a layer's experts together, ``[experts, ..., ...]``, with its name."""
+    """Yield every module that holds stacked weights of a layer's experts, ``[experts, ..., ...]``, with its name."""
     for name, module in model.named_modules():
         if any(
             key in EXPERT_WEIGHTS and parameter is not None and parameter.dim() == 3
@@ -35,24 +35,24 @@ def fused_experts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def quantizes_experts(module: Any) -> bool:
-    """Whether the weights of any of a module's experts are quantized."""
+    """Return whether the weights of any of a module's experts are quantized."""
     return any(is_on(getattr(module, f"{key}_weight_quantizers", None)) for key in EXPERT_WEIGHTS)
 
 
 def is_on(quantizer: Any) -> bool:
-    """Whether a quantizer, or any of several of them, quantizes."""
+    """Return whether a quantizer, or any of several, is enabled."""
     if isinstance(quantizer, torch.nn.Sequential | torch.nn.ModuleList):
         return any(is_on(part) for part in quantizer)
     return bool(getattr(quantizer, "is_enabled", False))
 
 
 def rounds_activations(model: torch.nn.Module) -> bool:
-    """Whether inputs are rounded: those of the MXFP4 layers, whose export does not say it; without such layers, any layer's.
+    """Return whether inputs are rounded: those of MXFP4 layers, whose export does not say it, else of any layer.
 
-    To be asked before the export, which takes quantizers away.
+    Call it before the export, which removes quantizers.
 
     Raises:
-        ModelOptExtError: some MXFP4 layers round their inputs and others do not, which no export tells apart.
+        ModelOptExtError: some MXFP4 layers round their inputs and others do not, which the export cannot express.
     """
     pairs = list(_quantizer_pairs(model))
     in_doubt = {
@@ -67,7 +67,7 @@ def rounds_activations(model: torch.nn.Module) -> bool:
 
 
 def _quantizer_pairs(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """The quantizers of weight and input of every quantized linear layer and of every product of experts, with its name."""
+    """Yield the name and the quantizers of weight and input of every quantized linear layer and product of experts."""
     for name, module in quantized_linears(model):
         yield name, module.weight_quantizer, getattr(module, "input_quantizer", None)
     for name, module in fused_experts(model):
@@ -78,14 +78,14 @@ def _quantizer_pairs(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _is_mxfp4(quantizer: Any) -> bool:
-    """Whether a quantizer that is on, or the first of several, rounds to E2M1 under powers of two."""
+    """Return whether an enabled quantizer, or the first of several, rounds to E2M1 under powers of two."""
     if isinstance(quantizer, torch.nn.Sequential | torch.nn.ModuleList):
         quantizer = quantizer[0] if len(quantizer) else None
     return is_on(quantizer) and quantizer.num_bits == (2, 1) and bool(quantizer.is_mx_format)
 
 
 def kv_cache(model: torch.nn.Module) -> tuple[str | None, KVCache | None]:
-    """The recipe of the KV cache (a name of ``KV_RECIPES``) and what it consists of; two None without one.
+    """Return the recipe of the KV cache (a name of ``KV_RECIPES``) and its parts; two None without one.
 
     Raises:
         ModelOptExtError: keys and values quantized in different formats, or in one this package has no recipe for.
@@ -121,7 +121,7 @@ def kv_cache(model: torch.nn.Module) -> tuple[str | None, KVCache | None]:
 
 
 def expected_bytes(model: torch.nn.Module) -> int:
-    """About how many bytes the export of a model with quantizers will have; a little more than less."""
+    """Return the approximate bytes of the export of a model with quantizers, on the high side."""
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for _, module in quantized_linears(model):
         weight = module.weight
@@ -131,7 +131,7 @@ def expected_bytes(model: torch.nn.Module) -> int:
 
 
 def _stored_bits(quantizer: Any) -> float:
-    """Stored bits for each weight, block scales included; for a sequence of quantizers the first one decides."""
+    """Return stored bits per weight, block scales included; of several quantizers the first one decides."""
     first: Any = quantizer[0] if isinstance(quantizer, torch.nn.Sequential) else quantizer
     bits = first.num_bits
     width = bits if isinstance(bits, int) else 1 + sum(bits)
@@ -141,7 +141,7 @@ def _stored_bits(quantizer: Any) -> float:
 
 
 def count_packed(model: torch.nn.Module) -> int:
-    """How many of the model's weights are already in their stored form, while an export goes on."""
+    """Return the number of the model's weights that a running export has already packed."""
     packed = 0
     for module in list(model.modules()):
         weight = module._parameters.get("weight")

@@ -1,4 +1,4 @@
-"""ModelOpt's recipes by name, and what a user may change about one: the KV cache, the algorithm, which layers, any field.
+"""ModelOpt's recipes by name, and the user's changes to one: the KV cache, the algorithm, the layers, any field.
 
 A name is, in this order: a configuration of ``modelopt.torch.quantization`` (``NVFP4_DEFAULT_CFG``, with or without its suffix,
 in any case), a preset of ``modelopt.recipe.presets`` (``nvfp4``), a recipe of the ``modelopt_recipes`` library
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.source import import_modelopt
+from sglang_modelopt_ext.workflow.common.base_model import import_modelopt
 
 _CONFIG_SUFFIXES = ("_CFG", "_CONFIG")
 NONE = "none"
-"""As ``--recipe`` or ``--kv``: no quantized layers, no quantized KV cache."""
+"""The value of ``--recipe`` without quantized layers, and of ``--kv`` without a quantized KV cache."""
 
 SMOOTHQUANT, FP8_SMOOTHQUANT = "smoothquant", "fp8_smoothquant"
 ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", SMOOTHQUANT, "svdquant", "mse", "local_hessian")
@@ -33,12 +33,12 @@ _NEAREST = 4
 
 @dataclass(frozen=True)
 class Changes:
-    """What the user changes about a recipe.
+    """The user's changes to a recipe.
 
     Attributes:
-        kv: name of a KV preset, :data:`NONE`, or None for what the recipe says.
+        kv: name of a KV preset; :data:`NONE` for none; None keeps the recipe's.
         algorithm: replaces the recipe's calibration algorithm.
-        alpha: of SmoothQuant.
+        alpha: SmoothQuant's.
         overrides: ``key=value``, such as ``algorithm.alpha_step=0.05`` or ``quant_cfg.1.enable=false``.
     """
 
@@ -49,14 +49,14 @@ class Changes:
 
 
 def configurations() -> dict[str, dict[str, Any]]:
-    """The configurations of ``modelopt.torch.quantization`` that quantize layers, by name without suffix."""
+    """Return the configurations of ``modelopt.torch.quantization`` that quantize layers, by name without suffix."""
     mtq = import_modelopt()
     names = {_stem(name): name for name in sorted(mtq.config.choices)}
     return {stem: getattr(mtq, name) for stem, name in names.items() if not stem.endswith(("_KV", "_KV_ROTATE"))}
 
 
 def presets() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """ModelOpt's presets for layers and for KV caches, by name."""
+    """Return ModelOpt's presets for layers and for KV caches, by name."""
     import_modelopt()
     with _quiet():
         from modelopt.recipe.presets import KV_QUANT_CFG_CHOICES, QUANT_CFG_CHOICES
@@ -66,7 +66,7 @@ def presets() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
 
 @cache
 def library() -> tuple[str, ...]:
-    """The names of the PTQ recipes in ModelOpt's library."""
+    """Return the names of the PTQ recipes in ModelOpt's library."""
     import_modelopt()
     from modelopt.torch.opt.config_loader import BUILTIN_CONFIG_ROOT
 
@@ -76,10 +76,10 @@ def library() -> tuple[str, ...]:
 
 
 def find_recipe(name: str) -> tuple[str, dict[str, Any]]:
-    """The name as it is recorded, and a copy of the configuration of that name.
+    """Return the name to record, and a copy of the configuration of that name.
 
     Raises:
-        ModelOptExtError: ModelOpt does not know it (with the nearest names it knows), or a recipe file that is wrong.
+        ModelOptExtError: an unknown name (the message has the nearest known ones), or an invalid recipe file.
     """
     if name.lower() == NONE:
         return NONE, copy.deepcopy(_UNCHANGED)
@@ -95,7 +95,7 @@ def find_recipe(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def find_kv(name: str) -> list[dict[str, Any]]:
-    """The entries a KV preset adds to a configuration. Raises ModelOptExtError for an unknown name."""
+    """Return the entries that a KV preset adds to a configuration. Raises ModelOptExtError for an unknown name."""
     _, caches = presets()
     if name not in caches:
         raise _unknown("--kv", name, [*caches, NONE])
@@ -103,18 +103,18 @@ def find_kv(name: str) -> list[dict[str, Any]]:
 
 
 def build(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
-    """A recipe's configuration with the user's changes: ``quant_cfg``, and ``algorithm`` as a list of full options.
+    """Return a recipe's configuration with the user's changes, and its ``algorithm`` as a list of full options.
 
     Raises:
-        ModelOptExtError: an unknown KV preset or algorithm, an option without the algorithm it belongs to, or an override
-            ModelOpt does not take.
+        ModelOptExtError: an unknown KV preset or algorithm, an option without its algorithm, or an override that
+            ModelOpt does not accept.
     """
     built = {"quant_cfg": list(copy.deepcopy(config["quant_cfg"])), "algorithm": _steps(config.get("algorithm"))}
     if changes.kv == NONE:
         built["quant_cfg"].append({"quantizer_name": "*_bmm_quantizer", "enable": False})
     elif changes.kv is not None:
         built["quant_cfg"] += find_kv(changes.kv)
-        # The scales of a KV cache have to be calibrated even where those of the layers are not.
+        # The scales of a KV cache need calibration even where those of the layers do not.
         built["algorithm"] = built["algorithm"] or [{"method": "max"}]
     if changes.algorithm is not None:
         built["algorithm"] = [_replaced(built["algorithm"], changes.algorithm)]
@@ -127,7 +127,7 @@ def build(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
 
 
 def complete_step(step: Mapping[str, Any]) -> dict[str, Any]:
-    """A calibration step with every option it has. Raises ModelOptExtError for an unknown method or option."""
+    """Return a calibration step with all of its options. Raises ModelOptExtError for an unknown method or option."""
     from modelopt.torch.quantization.mode import CalibrateModeRegistry
 
     method = step.get("method")
@@ -143,7 +143,7 @@ def complete_step(step: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _stem(name: str) -> str:
-    """The name of a configuration without its suffix."""
+    """Return the name of a configuration without its suffix."""
     for suffix in _CONFIG_SUFFIXES:
         name = name.removesuffix(suffix)
     return name
@@ -154,7 +154,7 @@ def _recipe_name(name: str) -> str:
 
 
 def _unknown(flag: str, name: str, known: Sequence[str]) -> ModelOptExtError:
-    """The error for an unknown name: the nearest known ones, by their lower-case spelling."""
+    """Return the error for an unknown name, with the nearest known ones by lower-case spelling."""
     spelling = {entry.lower(): entry for entry in known}
     near = difflib.get_close_matches(name.lower(), spelling, _NEAREST, cutoff=0.0)
     nearest = ", ".join(dict.fromkeys(spelling[entry] for entry in near))
@@ -176,17 +176,17 @@ def _load_recipe(name: str) -> dict[str, Any]:
 
 
 def _steps(algorithm: Any) -> list[dict[str, Any]]:
-    """A configuration's algorithm in any of its spellings as a list of steps; empty for none."""
+    """Return a configuration's algorithm, in any of its spellings, as a list of steps; empty for none."""
     if algorithm is None:
         return []
     parts = algorithm if isinstance(algorithm, list) else [algorithm]
     steps = [{"method": part} if isinstance(part, str) else dict(part) for part in parts if part is not None]
-    # Where and whether it goes layer by layer is decided by the run.
+    # The run decides whether and where it goes layer by layer.
     return [{key: value for key, value in step.items() if key != "layerwise"} for step in steps]
 
 
 def _replaced(steps: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
-    """The step for ``method``: with the recipe's options where it is the recipe's own."""
+    """Return the step for ``method``, with the recipe's options if it is the recipe's own."""
     if method not in ALGORITHMS:
         raise _unknown("--calibration-algorithm", method, ALGORITHMS)
     own = [step for step in steps if step.get("method") == method]
@@ -209,7 +209,7 @@ def _overridden(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     from omegaconf import OmegaConf
 
     steps = config["algorithm"]
-    # One step, the usual case, is addressed without a number.
+    # A single step, the usual case, is addressed without a number.
     changed = OmegaConf.create({**config, "algorithm": steps[0] if len(steps) == 1 else steps})
     for override in overrides:
         key, equals, value = override.partition("=")
@@ -220,7 +220,7 @@ def _overridden(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
             )
         try:
             OmegaConf.update(changed, key, OmegaConf.from_dotlist([f"value={value}"])["value"], merge=True)
-        except Exception as error:  # OmegaConf has an exception of its own for every kind of wrong key
+        except Exception as error:  # OmegaConf has an exception for every kind of wrong key
             raise ModelOptExtError.at("command line", "--override", "a field of the recipe", override) from error
     content: Any = OmegaConf.to_container(changed, resolve=False)
     try:
@@ -237,6 +237,6 @@ def _first_line(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """ModelOpt prints what it loads; standard output is the result's."""
+    """Discard ModelOpt's prints while the block runs: standard output carries the result."""
     with contextlib.redirect_stdout(None):
         yield

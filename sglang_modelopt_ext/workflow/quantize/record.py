@@ -1,6 +1,6 @@
-"""What a checkpoint made by this package says about itself, under one key of hf_quant_config.json.
+"""The metadata of a checkpoint made by this package, under one key of hf_quant_config.json.
 
-ModelOpt's export loses how the checkpoint was made, and some of what a server has to know. All of it is written under
+ModelOpt's export loses how the checkpoint was made, and some facts that a server needs. All of it is written under
 :data:`~sglang_modelopt_ext.checkpoint.quant_config.OWN_KEY` at the top level of ``hf_quant_config.json``, where other tools
 ignore it. ``docs/quantize.md`` documents every field; a test keeps the two in step.
 """
@@ -24,16 +24,16 @@ PACKAGES = ("sglang-modelopt-ext", "nvidia-modelopt", "torch", "transformers")
 
 
 class Calibration(msgspec.Struct, frozen=True, kw_only=True):
-    """What the model was calibrated on.
+    """The calibration data.
 
     Attributes:
-        data: files or data sets, as they were named.
-        sha256: of the token windows the model was run on, in order.
-        samples: how many windows.
-        tokens: how many tokens in all.
-        sequence_length: the most text tokens a window has.
+        data: files or data sets, as given.
+        sha256: of the token windows in order.
+        samples: number of windows.
+        tokens: total number of tokens.
+        sequence_length: the most text tokens per window.
         batch_size: the most windows in one forward pass.
-        seed: decides which windows were taken from longer data.
+        seed: selects windows from longer data.
     """
 
     data: tuple[str, ...]
@@ -49,8 +49,8 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
     """The quantized KV cache.
 
     Attributes:
-        rotate: keys are rotated before they are rounded.
-        affine: a static bias comes off before rounding.
+        rotate: keys are rotated before rounding.
+        affine: a static bias is subtracted before rounding.
         calibrated: False where every layer has the scale of an amax of 448.
     """
 
@@ -60,15 +60,15 @@ class KVCache(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LayerFormat(msgspec.Struct, frozen=True, kw_only=True):
-    """Linear layers that are quantized alike.
+    """Linear layers that share a quantized format.
 
     Attributes:
         algo: ModelOpt's algorithm, in upper case.
-        group_size: inputs under one block scale, 0 without blocks.
+        group_size: K elements per block scale, 0 without blocks.
         pre_quant_scale: whether the layers' inputs are multiplied by a stored smoothing scale.
         low_rank: the rank of SVDQuant's branch, 0 without one.
         layers: their names in the checkpoint.
-        activation: the number format their input is rounded to, ``none`` where it is not rounded.
+        activation: the number format their input is rounded to; ``none`` where it is not rounded.
     """
 
     algo: str
@@ -80,7 +80,7 @@ class LayerFormat(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Selection(msgspec.Struct, frozen=True, kw_only=True):
-    """What the user changed about the recipe.
+    """The user's changes to the recipe.
 
     Attributes:
         mlp_only: only the linear layers of the MLPs are quantized.
@@ -94,17 +94,17 @@ class Selection(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Origin(msgspec.Struct, frozen=True, kw_only=True):
-    """How a quantized model came to be: what its caller knows and the model itself does not say.
+    """The origin of a quantized model: facts that the model itself does not hold.
 
     Attributes:
-        recipe: the name of a ModelOpt configuration, or of a recipe file, or of the search that chose.
-        base_model: the model that was quantized, as it was named.
+        recipe: the name of a ModelOpt configuration, of a recipe file, or of the search that chose the formats.
+        base_model: the unquantized model, as given.
         algorithm: ModelOpt's calibration algorithms in order, with every option.
-        calibration: None where nothing was run.
-        simulation: how ModelOpt's CUDA-only quantizers were simulated: ``cuda``, or ``cpu`` for the torch versions.
-        selection: what was changed about the recipe.
-        smoothed, searched: how many linear layers were smoothed, and searched for better scales.
-        search: what a search over formats decided, None for a single recipe.
+        calibration: the calibration data; None without calibration.
+        simulation: how ModelOpt's CUDA-only quantizers were simulated: ``cuda``, or ``cpu`` for torch versions.
+        selection: the changes to the recipe.
+        smoothed, searched: numbers of linear layers with smoothing scales, and with searched scales.
+        search: the result of a search over formats; None for a single recipe.
     """
 
     recipe: str
@@ -119,19 +119,19 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything recorded about a checkpoint. The first two fields are read by this package's reader.
+    """The recorded metadata of a checkpoint. This package's reader uses the first two fields.
 
     A field that an older version of this package did not write has its default.
 
     Attributes:
-        rounds_activations: whether the inputs of MXFP4 layers are rounded; without such layers, whether any layer's is.
+        rounds_activations: whether the inputs of MXFP4 layers are rounded; without such layers, those of any layer.
         kv_cache_recipe: the KV cache's recipe, a name of ``KV_RECIPES``, or None.
         version: of this package.
         recipe, base_model, algorithm, calibration, simulation, selection, smoothed, searched, search: see :class:`Origin`.
-        kv_cache: what the recipe of the KV cache consists of, None without one.
-        formats: the quantized linear layers, grouped by how they are quantized.
-        bits_per_weight: stored bits for each of their weights, scales included.
-        versions: of the packages that made the checkpoint.
+        kv_cache: the parts of the KV cache's recipe; None without one.
+        formats: the quantized linear layers, grouped by format.
+        bits_per_weight: stored bits per quantized weight, scales included.
+        versions: versions of the packages that made the checkpoint.
         quality: measured figures by name, such as ``perplexity``; empty when nothing was measured.
     """
 
@@ -155,7 +155,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_record(folder: Path, record: Record) -> None:
-    """Puts the record into the folder's hf_quant_config.json."""
+    """Write the record into the folder's hf_quant_config.json."""
     file = folder / QUANT_CONFIG_NAME
     content = read_json_object(file)
     content[OWN_KEY] = msgspec.to_builtins(record)
@@ -163,7 +163,7 @@ def write_record(folder: Path, record: Record) -> None:
 
 
 def read_record(folder: Path) -> Record | None:
-    """What was recorded; None for a checkpoint this package did not make.
+    """Return the recorded metadata; None for a checkpoint this package did not make.
 
     Raises:
         ModelOptExtError: a field of another type.
@@ -179,7 +179,7 @@ def read_record(folder: Path) -> Record | None:
 
 
 def layer_formats(checkpoint: Checkpoint) -> tuple[LayerFormat, ...]:
-    """The quantized linear layers of a checkpoint, grouped by how they are quantized, in the order they are first met."""
+    """Return the quantized linear layers of a checkpoint, grouped by format, in the order of first occurrence."""
     groups: dict[tuple[str, int, bool, int, str], list[str]] = {}
     for linear in checkpoint.linears.values():
         scheme = linear.scheme
@@ -200,7 +200,7 @@ def layer_formats(checkpoint: Checkpoint) -> tuple[LayerFormat, ...]:
 
 
 def package_versions() -> dict[str, str]:
-    """The versions of Python and of the packages a checkpoint depends on."""
+    """Return the versions of Python and of the packages a checkpoint depends on."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

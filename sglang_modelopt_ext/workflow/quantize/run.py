@@ -1,4 +1,4 @@
-"""From an unquantized model to a checkpoint this package has read back and found valid, with NVIDIA ModelOpt."""
+"""The command ``quantize``: from an unquantized model to a checked checkpoint, with NVIDIA ModelOpt."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.base_model import default_device, find_model, import_modelopt, load_model
 from sglang_modelopt_ext.workflow.common.digest import folder_digest
-from sglang_modelopt_ext.workflow.common.progress import ticking
-from sglang_modelopt_ext.workflow.common.source import default_device, find_model, import_modelopt, load_model
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.quantize import calibration, checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibrate import (
@@ -34,23 +34,23 @@ from sglang_modelopt_ext.workflow.quantize.recipes import NONE, Changes, build, 
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Selection, package_versions
 
 _PATIENCE = timedelta(hours=24)
-"""How long the other processes wait for the one that exports."""
+"""How long the other processes wait for the exporting one."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that decides what :func:`quantize` makes.
+    """The inputs that decide the result of :func:`quantize`.
 
     Attributes:
         recipe: see :mod:`~sglang_modelopt_ext.workflow.quantize.recipes`; ``none`` quantizes the KV cache only.
-        changes: what is different from the recipe.
-        selection: which layers are left out. Its overrides are those of ``changes``.
+        changes: changes to the recipe.
+        selection: the layers to leave out. Its overrides are those of ``changes``.
         data: calibration files and data sets.
-        samples: windows of data; None for the default, or fewer where there are fewer.
+        samples: number of windows; None for the default, or fewer where there are fewer.
         sequence_length, batch_size, seed: see :func:`~sglang_modelopt_ext.workflow.quantize.calibration.load_calibration`.
         device: ``cpu``, ``cuda``, or ``auto`` for accelerate's choice over all GPUs; None for CUDA where there is one.
         trust_remote_code: run the model's own code.
-        layerwise: calibrate layer by layer where it can be, and keep the progress.
+        layerwise: calibrate layer by layer where possible, and keep the progress.
     """
 
     recipe: str
@@ -68,11 +68,11 @@ class Options:
 
 @dataclass(frozen=True)
 class Quantized:
-    """What :func:`quantize` did.
+    """The result of :func:`quantize`.
 
     Attributes:
         exported: the checkpoint.
-        outcome: of the calibration.
+        outcome: the result of the calibration.
     """
 
     exported: Exported
@@ -88,27 +88,27 @@ def quantize(
     quality: dict[str, float] | None = None,
     progress: bool = True,
 ) -> Quantized | None:
-    """Calibrates a model, quantizes it and exports it to ``output``, which is a whole valid checkpoint or as it was.
+    """Calibrate, quantize and export a model to ``output``, which becomes a whole valid checkpoint or stays unchanged.
 
     Under ``torchrun`` the processes share the data, and the first one exports.
 
     Args:
         model: folder or Hugging Face name of the unquantized model.
         output: folder to make.
-        options: what to make.
+        options: the recipe and its data.
         overwrite: replace the checkpoint in ``output``.
         quality: measured figures for the record and the model card.
         progress: show progress on standard error.
 
     Returns:
-        What was done; None in every process but the first.
+        The result; None in every process but the first.
 
     Raises:
-        ModelOptExtError: bad input of any kind; ``output`` is then as it was.
+        ModelOptExtError: bad input of any kind; ``output`` is then unchanged.
     """
     source = find_model(model, options.trust_remote_code)
     check_output(source, output, overwrite)
-    with ticking("importing ModelOpt", progress):
+    with elapsed_progress("importing ModelOpt", progress):
         recipe, config = find_recipe(options.recipe)
         config = build(config, options.changes)
         check_config(recipe, config)
@@ -172,10 +172,10 @@ def _load_data(source: Path, options: Options, progress: bool) -> CalibrationDat
 
 
 def prepare(model: Any, recipe: str, config: dict[str, Any], selection: Selection) -> list[dict[str, Any]]:
-    """Puts a recipe's quantizers into a model and checks what came of it. Returns the calibration steps that fit it.
+    """Insert a recipe's quantizers into a model, check them, and return the calibration steps for it.
 
     Raises:
-        ModelOptExtError: nothing to quantize, or something that cannot be exported or served.
+        ModelOptExtError: nothing to quantize, or a layer that cannot be exported or served.
     """
     entries = [*config["quant_cfg"], *checks.selection_entries(model, selection)]
     insert_quantizers(model, recipe, entries)
@@ -184,7 +184,7 @@ def prepare(model: Any, recipe: str, config: dict[str, Any], selection: Selectio
 
 
 def insert_quantizers(model: Any, recipe: str, entries: list[dict[str, Any]]) -> None:
-    """ModelOpt's conversion of a model, uncalibrated. Raises ModelOptExtError where the entries quantize nothing."""
+    """Insert uncalibrated quantizers into a model. Raises ModelOptExtError where the entries quantize nothing."""
     mtq = import_modelopt()
     from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 
@@ -201,10 +201,10 @@ def insert_quantizers(model: Any, recipe: str, entries: list[dict[str, Any]]) ->
 
 
 def check_config(recipe: str, config: dict[str, Any]) -> dict[str, str]:
-    """Refuses a recipe that no model could be served with, before one is loaded: it is put on a stand-in of one layer.
+    """Check a recipe before a model is loaded, by applying it to a stand-in of one layer.
 
     Returns:
-        The algorithm of each layer of the stand-in; empty where the recipe is for models of another kind.
+        The algorithm of each layer of the stand-in; empty where the recipe is for other architectures.
 
     Raises:
         ModelOptExtError: a format that cannot be exported or served.
@@ -213,12 +213,12 @@ def check_config(recipe: str, config: dict[str, Any]) -> dict[str, str]:
     try:
         insert_quantizers(model, recipe, copy.deepcopy(config["quant_cfg"]))
     except ModelOptExtError:
-        return {}  # its patterns may name layers that only other architectures have
+        return {}  # the patterns may match layers that only other architectures have
     return checks.check_model(model, recipe, [step["method"] for step in config["algorithm"]])
 
 
 def stand_in() -> Any:
-    """A Llama of one layer, small enough to be quantized in a moment, wide enough for blocks of 128."""
+    """Return a Llama of one layer, small enough to quantize in a moment, wide enough for blocks of 128."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -235,7 +235,7 @@ def stand_in() -> Any:
 
 
 def needs_data(model: Any, steps: list[dict[str, Any]]) -> bool:
-    """Whether calibration has to run the model: for static activation scales, or for a search that looks at outputs."""
+    """Return whether calibration must run the model: for static activation scales, or for a search over outputs."""
     if any(step["method"] not in ("max", "mse") for step in steps):
         return True
     from modelopt.torch.quantization.model_calib import _needs_activation_forward_for_max_calib
@@ -244,7 +244,7 @@ def needs_data(model: Any, steps: list[dict[str, Any]]) -> bool:
 
 
 def _inputs(source: Path, config: dict[str, Any], options: Options, data: CalibrationData | None) -> dict[str, Any]:
-    """What decides the result of a calibration."""
+    """Return the inputs that decide the result of a calibration."""
     return {
         "model": folder_digest(source, ("*.safetensors", CONFIG_NAME)),
         "config": config,
@@ -260,7 +260,7 @@ def _inputs(source: Path, config: dict[str, Any], options: Options, data: Calibr
 
 @contextmanager
 def _processes(device: str | None) -> Iterator[tuple[Processes, str]]:
-    """The processes ``torchrun`` started, joined for the block, and this one's device."""
+    """Join the processes that ``torchrun`` started for the block; yield them and this one's device."""
     device = device or default_device()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1 or not torch.distributed.is_available():
@@ -277,7 +277,7 @@ def _processes(device: str | None) -> Iterator[tuple[Processes, str]]:
     try:
         processes = Processes(torch.distributed.get_rank(), world)
         yield processes, device
-        # The others wait, so that a launcher that sees one process end does not end the one that writes.
+        # The others wait: a launcher ends all processes when one ends, the exporting one included.
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()

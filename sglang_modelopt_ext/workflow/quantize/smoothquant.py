@@ -22,12 +22,12 @@ _LOWEST, _HIGHEST = 1e-4, 1e4
 
 @cache
 def register() -> None:
-    """Makes ``fp8_smoothquant`` one of ModelOpt's calibration algorithms, layer by layer and resumed like its own."""
+    """Register ``fp8_smoothquant`` as one of ModelOpt's calibration algorithms, with layer-by-layer runs and resume."""
     from modelopt.torch.quantization.config import QuantizeAlgorithmConfig, SmoothQuantCalibConfig
     from modelopt.torch.quantization.mode import BaseCalibrateModeDescriptor, CalibrateModeRegistry
 
     class FP8SmoothQuantConfig(SmoothQuantCalibConfig):
-        """``smoothquant`` and its options, for FP8."""
+        """The options of ``smoothquant`` for FP8."""
 
         method: Literal["fp8_smoothquant"] = "fp8_smoothquant"
 
@@ -37,14 +37,14 @@ def register() -> None:
 
         @property
         def config_class(self) -> type[QuantizeAlgorithmConfig]:
-            """Its options."""
+            """Return the class of the mode's options."""
             return FP8SmoothQuantConfig
 
         _calib_func = smooth
 
 
 def takes(module: Any) -> bool:
-    """Whether a linear layer's weight and input are quantized as this algorithm needs: static FP8, one scale a tensor."""
+    """Return whether a linear layer's weight and input are static FP8 with one scale per tensor."""
     return all(
         getattr(quantizer, "is_fp8", False) and quantizer.is_enabled and not quantizer._dynamic
         for quantizer in (module.weight_quantizer, module.input_quantizer)
@@ -53,7 +53,7 @@ def takes(module: Any) -> bool:
 
 @torch.no_grad()
 def smooth(model: torch.nn.Module, forward_loop: Any = None, alpha: float = 1.0) -> None:
-    """Calibrates every linear layer that :func:`takes` names with smoothing, everything else by its largest magnitude."""
+    """Calibrate every linear layer that :func:`takes` accepts with smoothing, all others by their largest magnitude."""
     from modelopt.torch.quantization.model_calib import max_calibrate
     from modelopt.torch.quantization.utils import is_quantized_linear
     from modelopt.torch.quantization.utils.core_utils import enable_weight_access_and_writeback
@@ -61,24 +61,24 @@ def smooth(model: torch.nn.Module, forward_loop: Any = None, alpha: float = 1.0)
     modules = dict(model.named_modules())
     chosen = [module for module in modules.values() if is_quantized_linear(module) and takes(module)]
     for module in chosen:
-        module.input_quantizer.axis = -1  # a maximum for each input channel
-    # Brings the maxima of several processes together as well.
+        module.input_quantizer.axis = -1  # a maximum per input channel
+    # Also merges the maxima of several processes.
     max_calibrate(model, forward_loop)
     for module in chosen:
         if not hasattr(module.input_quantizer, "_amax"):
-            module.input_quantizer.axis = None  # no token reached it
+            module.input_quantizer.axis = None  # no token reached this layer
             continue
         with enable_weight_access_and_writeback(module, model, modules):
             _smooth_layer(module, alpha)
 
 
 def pre_quant_scale(weight: torch.Tensor, amax: torch.Tensor, alpha: float) -> torch.Tensor:
-    """The smoothing scale, float32 ``[K]``.
+    """Return the smoothing scale, float32 ``[K]``.
 
     Args:
         weight: ``[N, K]``.
         amax: the largest magnitude of each input channel, ``[K]``.
-        alpha: how much of the channels' differences moves into the weight, 0 to 1.
+        alpha: share of the channels' differences that moves into the weight, 0 to 1.
     """
     inputs = amax.float().reshape(-1)
     columns = weight.abs().amax(dim=0).float()
@@ -93,7 +93,7 @@ def _smooth_layer(module: Any, alpha: float) -> None:
     quantizer, weight = module.input_quantizer, module.weight
     amax = quantizer._amax.float()
     scale = pre_quant_scale(weight, amax, alpha)
-    # What ModelOpt's export reads when it gives layers with one input one scale.
+    # ModelOpt's export reads this when it gives layers with one input one scale.
     quantizer._amax_for_smoothing = amax.reshape(-1).cpu()
     quantizer.reset_amax()
     quantizer.axis = None

@@ -1,4 +1,4 @@
-"""What a running SGLang server is asked over HTTP."""
+"""A client of a running SGLang server: completions and log probabilities over HTTP."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import base64
 import json
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,29 @@ from numpy.typing import NDArray
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 
+FULL_VOCABULARY = {"return_flat_raw_top_logprobs": True, "return_flat_raw_top_logprobs_b64": True}
+"""Options of a request that return log probabilities as encoded arrays: as lists a whole vocabulary is slow."""
+
 
 @dataclass(frozen=True)
 class Completion:
-    """What the server made of one prompt: the new text and how many tokens it has."""
+    """The server's continuation of one prompt.
+
+    Attributes:
+        text: the new text.
+        tokens: its number of tokens.
+    """
 
     text: str
     tokens: int
 
 
 class ServerClient:
-    """A server that is running.
+    """A client of one server.
 
     Args:
         url: such as ``http://127.0.0.1:30000``.
-        model: the folder of what it serves: its vocabulary is looked up there.
+        model: the folder of the model it serves, whose configuration has the size of the vocabulary.
         timeout: seconds an answer may take.
     """
 
@@ -41,25 +49,25 @@ class ServerClient:
         self.timeout = timeout
 
     def server_info(self) -> dict[str, Any]:
-        """Every argument the server resolved to, such as ``dtype`` and ``kv_cache_dtype``."""
-        info: dict[str, Any] = self._request("/server_info", None)
+        """Return every argument the server resolved to, such as ``dtype`` and ``kv_cache_dtype``."""
+        info: dict[str, Any] = self.request("/server_info", None)
         return info
 
     def generate(self, prompts: Sequence[str], max_new_tokens: int, *, ignore_eos: bool = False) -> list[Completion]:
-        """Greedy continuations of all prompts, sent as one batch."""
+        """Return greedy continuations of all prompts, sent as one batch."""
         sampling = {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": ignore_eos}
-        answers = self._request("/generate", {"text": list(prompts), "sampling_params": sampling})
+        answers = self.request("/generate", {"text": list(prompts), "sampling_params": sampling})
         return [Completion(answer["text"], answer["meta_info"]["completion_tokens"]) for answer in answers]
 
     def input_logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Log probability of every token of ``ids`` but the first, given those before it: ``[len(ids) - 1]``."""
-        scored = self._score(ids, 0, {})["input_token_logprobs"][1:]
+        """Return the log probability of every token of ``ids`` but the first, given those before it: ``[len(ids) - 1]``."""
+        scored = self.score(ids)["input_token_logprobs"][1:]
         if [entry[1] for entry in scored] != list(ids[1:]):
             raise ModelOptExtError.at(self.url, "input_token_logprobs", "one entry for every token sent", "others")
         return np.array([entry[0] for entry in scored], dtype=np.float32)
 
     def full_vocab_logprobs(self, ids: Sequence[int], last: int | None = None) -> NDArray[np.float32]:
-        """Log probabilities over the whole vocabulary: ``[last, V]``, row ``-1`` for the last token of ``ids``.
+        """Return log probabilities over the whole vocabulary: ``[last, V]``, row ``-1`` for the last token of ``ids``.
 
         Args:
             ids: the tokens; the first one is never scored.
@@ -67,41 +75,62 @@ class ServerClient:
         """
         last = len(ids) - 1 if last is None else last
         vocabulary = vocabulary_size(self.model)
-        options = {
-            "top_logprobs_num": vocabulary,
-            "return_flat_raw_top_logprobs": True,
-            "return_flat_raw_top_logprobs_b64": True,
-        }
-        info = self._score(ids, len(ids) - 1 - last, options)
-        shape = tuple(info["input_top_logprobs_shape"])
-        if shape != (last, vocabulary):
-            raise ModelOptExtError.at(self.url, "input_top_logprobs", f"shape {[last, vocabulary]}", list(shape))
-        values = np.frombuffer(base64.b64decode(info["input_top_logprobs_val_flat_b64"]), dtype=np.float32)
-        tokens = np.frombuffer(base64.b64decode(info["input_top_logprobs_idx_flat_b64"]), dtype=np.int32)
-        # Sorted by probability as they come; every token is in every row once.
+        info = self.score(ids, len(ids) - 1 - last, {**FULL_VOCABULARY, "top_logprobs_num": vocabulary})
+        return self.vocabulary_rows(info, "input", (last, vocabulary))
+
+    def vocabulary_rows(self, info: Mapping[str, Any], side: str, shape: tuple[int, int]) -> NDArray[np.float32]:
+        """Decode log probabilities over the whole vocabulary, in the order of the tokens.
+
+        Args:
+            info: the ``meta_info`` of an answer to a request with the options ``FULL_VOCABULARY``.
+            side: ``input`` for the tokens of the prompt, ``output`` for new tokens.
+            shape: ``[tokens, V]``, the expected shape.
+        """
+        field = f"{side}_top_logprobs"
+        got = tuple(info[f"{field}_shape"])
+        if got != shape:
+            raise ModelOptExtError.at(self.url, field, f"shape {list(shape)}", list(got))
+        values = np.frombuffer(base64.b64decode(info[f"{field}_val_flat_b64"]), dtype=np.float32)
+        tokens = np.frombuffer(base64.b64decode(info[f"{field}_idx_flat_b64"]), dtype=np.int32)
+        # The server sorts each row by probability; every token is in every row once.
         rows = np.full(shape, np.nan, dtype=np.float32)
         np.put_along_axis(rows, tokens.reshape(shape).astype(np.int64), values.reshape(shape), axis=1)
         if np.isnan(rows).any():
-            raise ModelOptExtError.at(self.url, "input_top_logprobs", "a number for every token", "NaN or a gap")
+            raise ModelOptExtError.at(self.url, field, "a number for every token", "NaN or a gap")
         return rows
 
     def flush_cache(self) -> None:
-        """Forgets the prefixes of earlier requests."""
-        self._request("/flush_cache", {})
+        """Remove the prefixes of earlier requests from the server's cache."""
+        self.request("/flush_cache", {})
 
-    def _score(self, ids: Sequence[int], start: int, options: dict[str, Any]) -> dict[str, Any]:
+    def score(self, ids: Sequence[int], start: int = 0, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the ``meta_info`` of a request for the log probabilities of a prompt, with one new token.
+
+        Args:
+            ids: the tokens of the prompt.
+            start: the position in ``ids`` of the first token to score.
+            options: further fields of the request.
+        """
         payload = {
             "input_ids": list(ids),
             "sampling_params": {"temperature": 0.0, "max_new_tokens": 1},
             "return_logprob": True,
             "logprob_start_len": start,
-            **options,
+            **(options or {}),
         }
-        info: dict[str, Any] = self._request("/generate", payload)["meta_info"]
+        info: dict[str, Any] = self.request("/generate", payload)["meta_info"]
         return info
 
-    def _request(self, path: str, payload: dict[str, Any] | None) -> Any:
-        """The JSON answer to a POST of ``payload``, or to a GET where it is None; None where the answer is no JSON."""
+    def request(self, path: str, payload: dict[str, Any] | None) -> Any:
+        """Send a request and return its JSON answer, or None where the answer is not JSON.
+
+        Args:
+            path: of the URL, such as ``/generate``.
+            payload: JSON to POST; None sends a GET.
+
+        Raises:
+            ModelOptExtError: no answer, or a status other than 200.
+        """
         try:
             with open_url(f"{self.url}{path}", payload, self.timeout) as response:
                 text = response.read()
@@ -113,12 +142,12 @@ class ServerClient:
         return json.loads(text) if text.startswith((b"{", b"[")) else None
 
     def _unreachable(self, error: Exception) -> ModelOptExtError:
-        """The error for a server that does not answer."""
+        """Return the error for a server that does not answer."""
         return ModelOptExtError.at(self.url, "server", "an answer", error)
 
 
 def vocabulary_size(model: Path) -> int:
-    """The number of logits of the model in a folder, as its configuration has it."""
+    """Return the number of logits of the model in a folder, from its configuration."""
     config = read_json_object(model / "config.json")
     size = config.get("vocab_size", (config.get("text_config") or {}).get("vocab_size"))
     if not isinstance(size, int):
@@ -127,7 +156,7 @@ def vocabulary_size(model: Path) -> int:
 
 
 def open_url(url: str, payload: dict[str, Any] | None, timeout: float) -> Any:
-    """An HTTP request that never goes through a proxy: the server is on this machine."""
+    """Open a URL without a proxy, because the server is on this machine: a POST of JSON, or a GET where it is None."""
     data = None if payload is None else json.dumps(payload).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     return urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=timeout)

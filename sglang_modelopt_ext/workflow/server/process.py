@@ -1,4 +1,4 @@
-"""The real SGLang server as a context manager: started, waited for with visible progress, and gone afterwards."""
+"""An SGLang server process as a context manager: started, waited for with visible progress, ended with all its children."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Self
 
-import psutil
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.progress import ticking
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.server.client import ServerClient, open_url
+from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
 
 TAIL_LINES = 20
 _POLL_SECONDS = 0.5
-_STOP_SECONDS = 10.0
 _TAIL_BYTES = 32_768
 _LOG_LINE = re.compile(r"\[\d{4}-\d\d-\d\d [^]]*\] (?!.*GET /health)(.*)")
 _OUR_ERROR = re.compile(rf"{ModelOptExtError.__name__}: (.+)")
 
 
 def cpu_arguments(max_total_tokens: int = 8192) -> dict[str, str]:
-    """What the server has to be told where there is no GPU."""
+    """Return the command-line arguments that a server needs on a CPU."""
     return {
         "--device": "cpu",
         "--attention-backend": "torch_native",
@@ -40,24 +40,29 @@ def cpu_arguments(max_total_tokens: int = 8192) -> dict[str, str]:
 
 
 def cpu_environment() -> dict[str, str]:
-    """The variables the server needs where there is no GPU."""
+    """Return the environment variables that a server needs on a CPU."""
     return {"SGLANG_USE_CPU_ENGINE": "1"}
 
 
 class ServerProcess(ServerClient):
     """``python -m sglang.launch_server`` in a session of its own, ready when the ``with`` block begins.
 
-    On leaving the block, also by an exception or Ctrl-C, every process of that session is ended.
+    On leaving the block, also by an exception or Ctrl-C, the server and every process that came from it are ended.
 
     Args:
         model: the checkpoint's folder.
         log: the file that receives everything the server prints; replaced.
         quantization: the ``--quantization`` flag, None to leave it out.
         arguments: further command-line arguments of the server.
+        environment: variables to set; None as a value removes one.
+        on_cpu: whether to serve on the CPU; None: where there is no GPU.
         max_total_tokens: size of the KV cache on a CPU, where SGLang would otherwise take most of the memory.
-        timeout: seconds the server may take to start.
+        timeout: seconds the server may take to start, and later to answer.
         progress: whether to show a progress line while waiting.
     """
+
+    stop_seconds = 10.0
+    """Seconds that the server has to end by itself after SIGINT; 0: it is killed at once."""
 
     def __init__(
         self,
@@ -66,6 +71,8 @@ class ServerProcess(ServerClient):
         log: Path,
         quantization: str | None = None,
         arguments: Sequence[str] = (),
+        environment: Mapping[str, str | None] | None = None,
+        on_cpu: bool | None = None,
         max_total_tokens: int = 8192,
         timeout: float = 600.0,
         progress: bool = True,
@@ -74,7 +81,8 @@ class ServerProcess(ServerClient):
         super().__init__(f"http://127.0.0.1:{self.port}", model, timeout)
         self.log = log
         self.progress = progress
-        self.on_cpu = not torch.cuda.is_available()
+        self.on_cpu = not torch.cuda.is_available() if on_cpu is None else on_cpu
+        self.environment = dict(environment or {})
         self.command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model)]
         self.command += ["--host", "127.0.0.1", "--port", str(self.port)]
         if quantization is not None:
@@ -83,12 +91,13 @@ class ServerProcess(ServerClient):
             for name, value in cpu_arguments(max_total_tokens).items():
                 self.command += [name, value]
         self.command += arguments
+        self.processes = ProcessTree()
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: str | None = None
 
-    def __enter__(self) -> ServerProcess:
+    def __enter__(self) -> Self:
         try:
-            self._start()
+            self.start()
             self._wait_until_ready()
         except BaseException:
             self.stop()
@@ -100,68 +109,62 @@ class ServerProcess(ServerClient):
     ) -> None:
         self.stop()
 
-    @property
-    def session(self) -> int:
-        """The session, and the first process, of the running server."""
-        if self._process is None:
-            raise ModelOptExtError.at(self.log, "server", "it to be running", "a stopped one")
-        return self._process.pid
-
-    def _start(self) -> None:
-        # SGLang leaves its sockets behind in the temporary folder; in one of our own they can be removed. What torch
-        # compiles is kept elsewhere, for the next server.
+    def start(self) -> None:
+        """Start the process and return at once."""
+        # SGLang leaves its sockets behind in the temporary folder; in one of our own they can be removed. Compiled
+        # kernels of torch are kept elsewhere, for the next server.
         self._scratch = tempfile.mkdtemp(prefix="modelopt-server-")
         compiled = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
-        environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ, "TMPDIR": self._scratch}
-        environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
+        variables = {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ, "TMPDIR": self._scratch}
+        variables["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
         if self.on_cpu:
-            environment.update(cpu_environment())
+            variables.update(cpu_environment())
+        given = {**variables, **self.environment}
+        environment = {name: value for name, value in given.items() if value is not None}
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                start_new_session=True,
-            )
+        self._process = self.processes.start(self.command, environment, self.log)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.timeout
-        with ticking(f"starting the server on {self.model.name}", self.progress) as note:
-            while not self._is_ready():
-                if self._exit_code() is not None:
-                    raise self._failure(f"exit code {self._exit_code()}")
+        with elapsed_progress(f"starting the server on {self.model.name}", self.progress) as note:
+            while not self.is_ready():
+                if self.exit_code() is not None:
+                    raise self.failure(f"exit code {self.exit_code()}")
                 if time.monotonic() > deadline:
-                    raise self._failure(f"no answer for {self.timeout:.0f} s")
+                    raise self.failure(f"no answer for {self.timeout:.0f} s")
                 note(self._last_message())
                 time.sleep(_POLL_SECONDS)
 
-    def _is_ready(self) -> bool:
+    def is_ready(self) -> bool:
+        """Return whether the server answers requests."""
         try:
             with open_url(f"{self.url}/health", None, timeout=5.0):
                 return True
         except OSError:
             return False
 
-    def _exit_code(self) -> int | None:
+    def exit_code(self) -> int | None:
+        """Return the exit code of the first process: None while it runs, negative for the signal that ended it."""
         return self._process.poll() if self._process else -1
 
     def tail(self, lines: int = TAIL_LINES) -> list[str]:
-        """The last non-empty lines of the log."""
+        """Return the last non-empty lines of the log."""
         with self.log.open("rb") as log:
             log.seek(max(0, self.log.stat().st_size - _TAIL_BYTES))
             text = log.read().decode("utf-8", errors="replace")
         return [line.strip() for line in re.split(r"[\r\n]+", text) if line.strip()][-lines:]
 
     def _last_message(self) -> str:
-        """The last line that SGLang logged, without its time; not our own polling, nor warnings of libraries."""
+        """Return the last line that SGLang logged, without its time; skip our polling and warnings of libraries."""
         messages = [match.group(1) for line in self.tail() if (match := _LOG_LINE.match(line))]
         return messages[-1] if messages else ""
 
-    def _failure(self, got: str) -> ModelOptExtError:
-        """The error for a server that is gone: our own one-line message where the log has one, else its last line."""
+    def failure(self, got: str) -> ModelOptExtError:
+        """Return the error for a server that failed: this package's message where the log has one, else its last line.
+
+        Args:
+            got: the observed state, such as ``exit code 1``.
+        """
         tail = self.tail()
         ours = next((match.group(1) for line in reversed(tail) if (match := _OUR_ERROR.search(line))), None)
         if ours is not None:
@@ -171,46 +174,36 @@ class ServerProcess(ServerClient):
         return ModelOptExtError.at(self.log, "server", "it to be running", f"{got}; last line: {last}")
 
     def _unreachable(self, error: Exception) -> ModelOptExtError:
-        code = self._exit_code()
-        return self._failure(str(error) if code is None else f"exit code {code}")
+        code = self.exit_code()
+        return self.failure(str(error) if code is None else f"exit code {code}")
 
     def stop(self) -> None:
-        """Ends every process of the server's session: asks once, then kills what is left."""
+        """End the server and all its processes: interrupt it once, then kill the processes that are left.
+
+        Raises:
+            ModelOptExtError: a process that could not be killed.
+        """
         process, self._process = self._process, None
+        left: tuple[str, ...] = ()
         try:
-            if process is not None and process.poll() is None:
+            if process is not None and process.poll() is None and self.stop_seconds:
                 process.send_signal(signal.SIGINT)
-                process.wait(_STOP_SECONDS)
+                process.wait(self.stop_seconds)
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
-            pass  # an impatient second Ctrl-C: no more asking
+            pass  # a second Ctrl-C: kill without waiting
         finally:
             if process is not None:
-                kill_session(process.pid)
-                process.wait()
+                left = self.processes.kill()
+                if not left:
+                    process.wait()
             if self._scratch is not None:
                 shutil.rmtree(self._scratch, ignore_errors=True)
                 self._scratch = None
+        if left:
+            raise ModelOptExtError.at(self.log, "server", "no process after its end", ", ".join(left))
 
 
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def kill_session(session: int) -> None:
-    """Kills every process of a session, again until none is left: one may be starting another meanwhile."""
-    for _ in range(50):
-        alive = [process for process in psutil.process_iter() if _is_in_session(process, session)]
-        if not alive:
-            return
-        for process in alive:
-            process.kill()
-        psutil.wait_procs(alive, timeout=0.2)
-
-
-def _is_in_session(process: psutil.Process, session: int) -> bool:
-    try:
-        return os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE
-    except (ProcessLookupError, PermissionError, psutil.NoSuchProcess):
-        return False

@@ -1,1 +1,1 @@
-"""A server's answers against those its checkpoint should give."""
+"""Verification of a server's answers against its checkpoint."""

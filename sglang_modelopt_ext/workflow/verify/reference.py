@@ -1,8 +1,8 @@
-"""What a checkpoint should answer: the exported numbers decoded into a Hugging Face model, without SGLang and its kernels.
+"""The reference model of a checkpoint: exported values decoded into a Hugging Face model, without SGLang and kernels.
 
-Every quantized layer is computed from this package's number formats alone: the weight decoded, the input smoothed and rounded as
-the recipe says, a plain matrix product. Keys and values are rounded where the KV cache is. Everything is held in memory in
-the reference's type, 4 bytes a weight in float32.
+Every quantized layer is computed from this package's number formats alone: the weight decoded, the input smoothed and
+rounded by the recipe, a plain matrix product. Keys and values are rounded where the KV cache is quantized. All weights
+are held in the reference's dtype, 4 bytes per weight in float32.
 """
 
 from __future__ import annotations
@@ -36,19 +36,21 @@ _NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 _HEAD = "lm_head.weight"
 
 TIE = 8 * 2.0**-23
-"""How near the middle of two codes, relative to itself, a number may lie for float32 to round it either way: 8 units in the last
-place. Of the error that the inputs of quantized layers have in float32, 90 % and more lies within it
-(``tests/unit/test_workflow_verify.py`` measures it)."""
+"""Relative distance to the middle of two codes within which float32 may round either way: 8 units in the last place.
+
+At least 90 % of the float32 error in the inputs of quantized layers lies within it
+(``tests/unit/test_workflow_verify.py`` measures it).
+"""
 
 
 class DecodedLinear(nn.Module):
-    """``y = Q(x * smoothing) W^T + low rank + bias``, the input rounded from float32, the rest in ``dtype`` or float32.
+    """``y = Q(x * smoothing) W^T + low rank + bias``, with the input rounded from float32 and the rest in ``dtype``.
 
     Args:
         linear: the layer.
-        target: the device whose server is compared: it decides whether FP4 activations are rounded.
-        dtype: of the matrix products; float32 at least.
-        ties: round as :func:`other_side`.
+        target: the device of the compared server, which decides whether FP4 activations are rounded.
+        dtype: of the matrix products, at least float32.
+        ties: round like :func:`other_side`.
     """
 
     def __init__(self, linear: QuantizedLinear, target: Target, dtype: torch.dtype, ties: bool = False) -> None:
@@ -58,7 +60,7 @@ class DecodedLinear(nn.Module):
         parts = {name: tensors[stored.name] for name, stored in linear.stored.items()}
         self.scheme = served_scheme(linear.scheme, target.device, target.capability)
         self.inner = torch.promote_types(dtype, torch.float32)
-        # Plain attributes: converting the model must not convert them.
+        # Plain attributes, so that converting the model does not convert them.
         self.matrix = decode_weight(linear, parts).to(self.inner)
         self.input_scale = parts.get("input_scale")
         self.smoothing = parts[PRE_QUANT_SCALE.name].to(torch.float32) if self.scheme.smoothing else None
@@ -66,7 +68,7 @@ class DecodedLinear(nn.Module):
         self.bias_values = parts["bias"].to(self.inner) if "bias" in parts else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., K]`` to ``[..., N]`` in the type of ``x``."""
+        """Return the product of ``x``, ``[..., K]`` to ``[..., N]`` in the dtype of ``x``."""
         flat = x.reshape(-1, x.shape[-1])
         smoothed = flat if self.smoothing is None else flat.to(torch.float32) * self.smoothing
         y = self._rounded(smoothed) @ self.matrix.T
@@ -85,21 +87,21 @@ class DecodedLinear(nn.Module):
             values, scale = activation.quantize(x, self.input_scale)
             return values.to(self.inner) if scale is None else values.to(self.inner) * scale.to(self.inner)
 
-        wide = x.to(torch.float32)
-        return other_side(read_back, wide) if self.ties else read_back(wide)
+        x32 = x.to(torch.float32)
+        return other_side(read_back, x32) if self.ties else read_back(x32)
 
 
 def other_side(read_back: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> torch.Tensor:
-    """``read_back(x)``, a rounding to a number format, but what lies within :data:`TIE` of a tie is rounded the other way.
+    """Return ``read_back(x)``, a rounding to a format, with values within :data:`TIE` of a tie rounded the other way.
 
-    Blocks whose scale is as near to another one are rounded under that. ``x`` is float32.
+    Blocks whose scale is within :data:`TIE` of another scale are rounded under that one. ``x`` is float32.
     """
     exact, larger, smaller = read_back(x), read_back(x * (1 + TIE)), read_back(x * (1 - TIE))
     return torch.where((larger - exact).abs() >= (smaller - exact).abs(), larger, smaller)
 
 
 def decode_weight(linear: QuantizedLinear, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The weight ``[N, K]`` in float32, under the numerics the environment sets for a server."""
+    """Return the weight ``[N, K]`` in float32, under the numerics that the environment sets for a server."""
     math = w4a8_math() if SCHEMES[linear.scheme.algo].rounds_weight_to_fp8 else "exact"
     try:
         return ShardWeight(linear.scheme.weight, parts, math).decode().dequantize()
@@ -114,14 +116,14 @@ class ReferenceModel:
 
     Args:
         folder: the checkpoint.
-        dtype: of everything but the quantized layers, which compute in float32 or in more: bfloat16 shows what a bfloat16
-            server's roundings amount to.
-        target: the device of the server that is compared.
-        kv_cache: how keys and values are rounded, None where they are not.
-        ties: round activations, keys and values as :func:`other_side`: all that a right float32 server may round otherwise.
+        dtype: of everything but the quantized layers, which compute in at least float32: bfloat16 shows the size of a
+            bfloat16 server's rounding errors.
+        target: the device of the compared server.
+        kv_cache: the rounding of keys and values; None for none.
+        ties: round activations, keys and values like :func:`other_side`: the most a correct float32 server can differ.
 
     Raises:
-        ModelOptExtError: a tensor is missing, nothing reads one, or transformers does not know the model.
+        ModelOptExtError: a tensor is missing, a tensor has no layer, or transformers does not know the model.
     """
 
     def __init__(
@@ -154,7 +156,7 @@ class ReferenceModel:
     def _load_quantized(
         self, checkpoint: Checkpoint, target: Target, dtype: torch.dtype, ties: bool
     ) -> dict[str, torch.Tensor]:
-        """Replaces the quantized linear layers. Returns the decoded weights of layers of another kind, the embedding."""
+        """Replace the quantized linear layers. Returns the decoded weights of layers of another kind, the embedding."""
         modules = {canonical_name(name): name for name, _ in self.model.named_modules()}
         decoded = {}
         for canonical, linear in checkpoint.linears.items():
@@ -172,7 +174,7 @@ class ReferenceModel:
         return decoded
 
     def _load_others(self, checkpoint: Checkpoint | None, decoded: Mapping[str, torch.Tensor], tied: bool) -> None:
-        """Loads every other tensor, one at a time."""
+        """Load every other tensor, one at a time."""
         owned = (
             {s.name for linear in checkpoint.linears.values() for s in linear.stored.values()} if checkpoint else set()
         )
@@ -180,7 +182,7 @@ class ReferenceModel:
         names = {canonical_name(name): name for name in parameters}
         headers = checkpoint.tensors if checkpoint else read_headers(self.folder)
         wanted = [t for t in headers.values() if t.name not in owned and not is_kv_cache_tensor(t.name)]
-        if tied:  # SGLang does not read a head that is the embedding
+        if tied:  # SGLang does not read a head that is tied to the embedding
             wanted = [t for t in wanted if t.name != _HEAD]
         loaded = set()
         with torch.no_grad():
@@ -202,18 +204,18 @@ class ReferenceModel:
 
     @torch.no_grad()
     def logprobs(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Log probabilities over the whole vocabulary, ``[len(ids) - 1, V]``: row ``t`` is what follows ``ids[t]``."""
+        """Return log probabilities ``[len(ids) - 1, V]`` over the vocabulary: row ``t`` is for the token after ``ids[t]``."""
         logits = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0, :-1]
-        # In float32 at least, as the server does: bf16 log probabilities would round away what is compared.
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        found: NDArray[np.float32] = torch.log_softmax(logits.to(wide), dim=-1).to(torch.float32).numpy()
+        # At least float32, like the server: bf16 log probabilities would round away the differences.
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        found: NDArray[np.float32] = torch.log_softmax(logits.to(dtype), dim=-1).to(torch.float32).numpy()
         return found
 
 
 def round_cached_vectors(model: Any, plan: KVCachePlan, ties: bool = False) -> None:
-    """Makes a Hugging Face model attend over keys and values as the cache of ``plan`` gives them back, the newest included.
+    """Make a Hugging Face model attend over keys and values read back from the cache of ``plan``, the newest included.
 
-    ``ties``: as :func:`other_side` rounds them.
+    ``ties``: round them like :func:`other_side`.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -230,8 +232,8 @@ def round_cached_vectors(model: Any, plan: KVCachePlan, ties: bool = False) -> N
         )
         key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
         scores = query @ key.transpose(2, 3) * kwargs["scaling"] + mask
-        wide = torch.promote_types(scores.dtype, torch.float32)
-        weights = torch.softmax(scores, dim=-1, dtype=wide).to(query.dtype)
+        dtype = torch.promote_types(scores.dtype, torch.float32)
+        weights = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
         return (weights @ value).transpose(1, 2).contiguous(), None
 
     for module in model.modules():
@@ -243,19 +245,19 @@ def round_cached_vectors(model: Any, plan: KVCachePlan, ties: bool = False) -> N
 
 
 def _as_cached(x: torch.Tensor, recipe: KVRecipe, scale: float, bias: torch.Tensor | None, ties: bool) -> torch.Tensor:
-    """``x`` ``[B, H, T, D]`` written to a cache and read back."""
-    wide = x.to(torch.float32)
+    """Return ``x`` ``[B, H, T, D]`` written to a cache and read back."""
+    x32 = x.to(torch.float32)
     if recipe.rotate:
-        wide = rotate(wide)
+        x32 = rotate(x32)
     if bias is not None:
-        wide = wide - bias[:, None]
+        x32 = x32 - bias[:, None]
     static = torch.tensor(scale, dtype=torch.float32)
 
     def read_back(x: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = recipe.format.decode(*recipe.format.encode(x, static), static)
         return found
 
-    read = other_side(read_back, wide) if ties else read_back(wide)
+    read = other_side(read_back, x32) if ties else read_back(x32)
     if bias is not None:
         read = read + bias[:, None]
     return (rotate(read) if recipe.rotate else read).to(x.dtype)

@@ -1,17 +1,17 @@
-"""Whether a server answers what its checkpoint says: served log probabilities against the decoded export.
+"""A verdict on a server: its log probabilities against those of its checkpoint's decoded export.
 
-The yardstick is measured, not chosen: the decoded export is run a second time in the type the server computes in. What that
-run is off by is rounding alone, and a right server is off by about as much, since both round at other places. A server that is
-off by more than :data:`FACTOR` times that fails.
+The limit is measured, not chosen: the decoded export is run a second time in the server's dtype. That run's error is
+rounding alone, and a correct server's error is of that size, since both round at other places. A server whose error is
+more than :data:`FACTOR` times as large fails.
 
-In float32 one such run is not enough. Its errors of 1e-7 show only where an activation lies that near the middle of two codes (or
-an amax that near the next block scale): there the code flips, and that token and those that attend to it move by up to a nat. A
-run has a handful of flips or none, so that one run says nothing of the next. Instead of drawing several, which would each hold
-a few of the possible flips, one more run makes every one of them (:func:`reference.other_side`): no right server has more, and
-nothing is left to chance. That widens the limit of the means. The median of a right server, which a few
-flips do not move, is held against what one float32 run is off by, so that a wrong scale, which moves every token, is found as
-before; against its third quartile, since a right server may have :data:`FACTOR` times as many tokens that a flip has moved. In
-bfloat16 every token has many flips: one run measures them.
+In float32 one such run is not enough. Its errors of 1e-7 matter only where an activation lies that near the middle of
+two codes (or an amax that near the next block scale): there the code flips, and that token and those that attend to it
+move by up to a nat. A run has a handful of flips or none, so one run does not predict the next. Instead of several
+runs, each with a few of the possible flips, one more run makes every one (:func:`reference.other_side`): no correct
+server has more, and the limit does not depend on chance. That widens the limit of the means. The median of a correct
+server, which a few flips do not move, is compared with the error of one float32 run, so that a wrong scale, which moves
+every token, is still found; with its third quartile, since a correct server may have :data:`FACTOR` times as many tokens
+that a flip has moved. In bfloat16 every token has many flips: one run measures them.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.models import served_dtype
-from sglang_modelopt_ext.workflow.common.progress import ticking
+from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.target import Target
 from sglang_modelopt_ext.workflow.evaluate.measure import (
     Logprobs,
@@ -44,28 +44,28 @@ from sglang_modelopt_ext.workflow.server.client import ServerClient, vocabulary_
 from sglang_modelopt_ext.workflow.verify.reference import ReferenceModel
 
 FACTOR = 2.0
-"""How much more than rounding alone a server may be off by; its square for the divergence, which is quadratic in it."""
+"""Factor on rounding alone that a server's error may reach; squared for the divergence, which is quadratic in it."""
 
 RESOLUTION = 1e-5
-"""Nats below which no log probability is called different: float32 keeps 2e-6 of those from 16 to 32, and their sums less."""
+"""Smallest difference of log probabilities, in nats: float32 resolves 2e-6 from 16 to 32, and its sums less."""
 
 NORMALIZATION = 1e-7
-"""Likewise for the divergence: what probabilities add up to in float32, beside 1, enters it as it is."""
+"""Smallest divergence, in nats: the error of a float32 sum of probabilities, which should be 1, enters it directly."""
 
 BUDGET = 1 << 26
-"""Log probabilities kept of each model: 256 MB."""
+"""Budget for kept log probabilities of each model: 256 MB."""
 
 WORST = 5
 
 
 class Difference(msgspec.Struct, frozen=True, kw_only=True):
-    """How far a model's log probabilities are from those of the decoded export.
+    """The distance of a model's log probabilities from those of the decoded export.
 
     Attributes:
         mean_abs_logprob: mean |difference| of the log probability of the text's own tokens, in nats.
-        median_abs_logprob, upper_quartile_abs_logprob: the median and the third quartile of the same.
+        median_abs_logprob, upper_quartile_abs_logprob: median and third quartile of these differences.
         divergence: mean KL(decoded export || this) over the whole vocabulary, in nats.
-        same_top: the share of positions with the same likeliest token.
+        same_top: share of positions with the same likeliest token.
     """
 
     mean_abs_logprob: float
@@ -87,7 +87,7 @@ class WorstToken(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AgainstBase(msgspec.Struct, frozen=True, kw_only=True):
-    """The checkpoint beside the model it was made from, at the same tokens.
+    """The checkpoint compared with its unquantized model, at the same tokens.
 
     Attributes:
         base: the model's folder.
@@ -104,30 +104,30 @@ class AgainstBase(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Verification(msgspec.Struct, frozen=True, kw_only=True):
-    """What :func:`verify` found.
+    """The result of :func:`verify`.
 
     Attributes:
         folder: the checkpoint.
-        server: its URL, and ``served_model`` the path it gives for its model.
-        dtype: what the server computes in.
-        target: where it runs.
+        server: its URL; ``served_model``: the path of the model it reports.
+        dtype: the server's dtype.
+        target: the server's device.
         kv_cache: the recipe of its KV cache, None where that is not quantized or not compared (see ``notes``).
-        windows, tokens: how many were compared.
+        windows, tokens: numbers of compared windows and tokens.
         served: the server against the decoded export.
         rounding: the decoded export run in ``dtype`` against itself in more precision: the noise floor.
-        ties: the same, with every activation, key and value that float32 may round either way rounded the other way; None in other
-            types, whose roundings ``rounding`` holds by the thousand.
-        repeated: the first window served again against itself; zeros where the server repeats itself.
-        factor: what the largest of the three is multiplied by (for the divergence its square; for the median it is the third
-            quartile of the other two).
-        limits: what comes of that.
+        ties: the decoded export in ``dtype`` with every activation, key and value that float32 may round either way
+            rounded the other way; None in other dtypes, where ``rounding`` contains thousands of such flips.
+        repeated: the first window served twice, compared with itself; zeros where the server repeats its answers.
+        factor: multiple of the largest of ``rounding``, ``ties`` and ``repeated`` that is the limit (for the divergence
+            its square; for the median, the third quartile of ``rounding`` and ``repeated``).
+        limits: the resulting limits.
         base: the comparison with the unquantized model, where one was given.
         simulated: ModelOpt's simulation of the checkpoint against its decoded export, where there is a base model and
-            what the checkpoint records about its making allows it. It has no limit: ModelOpt exports layers that servers fuse under
-            one global scale, or one smoothing, and simulates each under its own.
+            its metadata suffices. It has no limit: ModelOpt exports layers that servers fuse under one global scale, or
+            one smoothing, and simulates each under its own.
         worst: the tokens that differ most.
-        failures: what is beyond its limit; empty when the checkpoint passes.
-        notes: what was not compared, and what was assumed because the checkpoint does not say.
+        failures: the values above their limits; empty when the checkpoint passes.
+        notes: comparisons that were not made, and assumptions where the checkpoint does not say.
     """
 
     folder: str
@@ -153,14 +153,14 @@ class Verification(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Served:
-    """What a server answered, to be compared once it is gone.
+    """A server's answers, to be compared after it has stopped.
 
     Attributes:
         url, model: of the server.
-        dtype: what it computes in.
+        dtype: the server's dtype.
         kv_cache_dtype: the flag it resolved to.
         rows: for each window the log probabilities over the vocabulary ``[T, V]`` of its last T tokens.
-        again: those of the first window a second time.
+        again: the rows of the first window, served a second time.
     """
 
     url: str
@@ -172,11 +172,11 @@ class Served:
 
 
 def ask_server(server: ServerClient, windows: Sequence[Sequence[int]], *, progress: bool = True) -> Served:
-    """Everything that is needed of the server. Raises ModelOptExtError when it does not answer or serves another vocabulary."""
+    """Request all answers. Raises ModelOptExtError when the server fails or serves another vocabulary."""
     info = server.server_info()
     positions = positions_within(BUDGET, vocabulary_size(server.model), len(windows))
     rows = []
-    for window in tqdm(windows, desc="asking the server", unit="window", dynamic_ncols=True, disable=not progress):
+    for window in tqdm(windows, desc="querying the server", unit="window", dynamic_ncols=True, disable=not progress):
         rows.append(server.full_vocab_logprobs(window, min(positions, len(window) - 1)))
     server.flush_cache()
     again = server.full_vocab_logprobs(windows[0], len(rows[0]))
@@ -191,7 +191,7 @@ def ask_server(server: ServerClient, windows: Sequence[Sequence[int]], *, progre
 
 
 def check_base(base: Path) -> None:
-    """Raises ModelOptExtError when the model that a checkpoint is to be compared with is quantized itself."""
+    """Raise ModelOptExtError when the base model of a comparison is itself quantized."""
     if read_quant_config(base) is not None:
         raise ModelOptExtError.at(base, "--base", "the unquantized model", "a quantized one")
 
@@ -207,16 +207,16 @@ def verify(
     show: Callable[[int], str] = str,
     progress: bool = True,
 ) -> Verification:
-    """Compares what a server answered with the decoded export of ``folder``.
+    """Compare a server's answers with the decoded export of ``folder``.
 
     Args:
         folder: the checkpoint.
         served: the server's answers to ``windows``.
         windows: tokens.
         target: where the server runs.
-        base: the unquantized model, to say what quantization itself costs.
-        simulate: calibrate it again, for ModelOpt's simulation.
-        show: the text of a token.
+        base: the unquantized model, to show the effect of quantization itself.
+        simulate: calibrate ``base`` again, for ModelOpt's simulation.
+        show: returns the text of a token.
         progress: show progress on standard error.
 
     Raises:
@@ -226,14 +226,14 @@ def verify(
         check_base(base)
     kv_cache, notes = _kv_cache(folder, served, target)
     notes += assumptions(folder)
-    # The truth has more precision than the server.
+    # The expected values have more precision than the server.
     exact = torch.float64 if served.dtype == torch.float32 else torch.float32
     expected = _reference(folder, exact, target, kv_cache, windows, served.rows, "decoding the export", progress)
     dtype_name = str(served.dtype).removeprefix("torch.")
     rounded = _reference(folder, served.dtype, target, kv_cache, windows, served.rows, f"in {dtype_name}", progress)
     flipped = (
         _reference(
-            folder, served.dtype, target, kv_cache, windows, served.rows, "ties rounded otherwise", progress, True
+            folder, served.dtype, target, kv_cache, windows, served.rows, "ties rounded the other way", progress, True
         )
         if served.dtype == torch.float32
         else None
@@ -250,7 +250,7 @@ def verify(
         "median_abs_logprob": FACTOR * max(RESOLUTION, *(floor.upper_quartile_abs_logprob for floor in noise)),
         "divergence": FACTOR**2 * max(NORMALIZATION, *(floor.divergence for floor in floors)),
     }
-    # Written so that NaN fails.
+    # Negated, so that NaN fails.
     failures = [
         f"{name} is {getattr(difference, name):.3g}, above its limit {limit:.3g}"
         for name, limit in limits.items()
@@ -285,10 +285,11 @@ def verify(
 
 
 def _kv_cache(folder: Path, served: Served, target: Target) -> tuple[KVCachePlan | None, list[str]]:
-    """How the reference must round keys and values."""
+    """Return the rounding of keys and values in the reference, and a note where it differs from the server's."""
     plan = read_plan(folder, read_quant_config(folder), served.kv_cache_dtype)
     if plan is not None and target.device == "cuda":
-        note = f"KV cache {plan.recipe.name}: on a GPU a prompt meets its own keys and values unrounded, not compared"
+        chunk = "on a GPU, attention within a prefill chunk uses unquantized keys and values"
+        note = f"KV cache {plan.recipe.name}: not compared: {chunk}"
         return None, [note]
     return plan, []
 
@@ -304,8 +305,8 @@ def _reference(
     progress: bool,
     ties: bool = False,
 ) -> list[Logprobs]:
-    """The log probabilities of the decoded export at the positions of ``like``. The model is gone afterwards."""
-    with ticking(f"{label}: loading", progress):
+    """Return the log probabilities of the decoded export at the positions of ``like``, and free the model."""
+    with elapsed_progress(f"{label}: loading", progress):
         model = ReferenceModel(folder, dtype, target, kv_cache, ties)
     found = []
     pairs = zip(windows, like, strict=True)
@@ -322,11 +323,11 @@ def _reference(
 def compare(
     expected: Sequence[Logprobs], other: Sequence[Logprobs], targets: Sequence[NDArray[np.int64]]
 ) -> Difference:
-    """How far ``other`` is from ``expected``.
+    """Return the distance of ``other`` from ``expected``.
 
     Args:
         expected, other: for each window, log probabilities ``[T, V]``.
-        targets: for each window, the tokens ``[T]`` that the rows are about.
+        targets: for each window, the tokens ``[T]`` whose probabilities the rows hold.
     """
     apart, divergence, same = [], [], []
     for p, q, tokens in zip(expected, other, targets, strict=True):
@@ -375,8 +376,8 @@ def _simulated(
     targets: Sequence[NDArray[np.int64]],
     progress: bool,
 ) -> tuple[Difference | None, str | None]:
-    """ModelOpt's simulation against the decoded export, or why it was not made."""
-    from sglang_modelopt_ext.workflow.verify import simulation  # which imports ModelOpt
+    """Return the distance of ModelOpt's simulation from the decoded export, or the reason why it was not made."""
+    from sglang_modelopt_ext.workflow.verify import simulation  # imports ModelOpt
 
     reason = simulation.objection(folder)
     if reason is not None:

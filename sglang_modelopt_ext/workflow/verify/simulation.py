@@ -1,6 +1,6 @@
-"""ModelOpt's own simulation of a checkpoint: the base model under the recorded recipe, calibrated again on the recorded data.
+"""ModelOpt's simulation of a checkpoint: the base model under the recorded recipe, recalibrated on the recorded data.
 
-ModelOpt changes transformers for the rest of the process: this comes last.
+ModelOpt changes transformers for the rest of the process: run this last.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.source import load_model
+from sglang_modelopt_ext.workflow.common.base_model import load_model
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.evaluate.measure import Logprobs
 from sglang_modelopt_ext.workflow.quantize.calibrate import Calibrator, Processes
@@ -24,7 +24,7 @@ from sglang_modelopt_ext.workflow.quantize.run import prepare
 
 
 def objection(folder: Path) -> str | None:
-    """Why a checkpoint cannot be simulated; None where it may be."""
+    """Return the reason why a checkpoint cannot be simulated, or None."""
     record = read_record(folder)
     if record is None:
         return "the checkpoint has no record of how it was made"
@@ -39,17 +39,17 @@ def objection(folder: Path) -> str | None:
 def simulate(
     folder: Path, base: Path, windows: Sequence[Sequence[int]], like: Sequence[Logprobs], progress: bool = True
 ) -> list[Logprobs]:
-    """The log probabilities of ModelOpt's fake-quantized model, in the base model's type.
+    """Return the log probabilities of ModelOpt's fake-quantized model, in the base model's dtype.
 
     Args:
-        folder: the checkpoint, with a record that :func:`objection` has none to.
-        base: the model it was made from.
+        folder: the checkpoint, for which :func:`objection` is None.
+        base: the unquantized model.
         windows: tokens.
-        like: the last rows of each window that are wanted.
+        like: arrays with as many rows as are wanted of each window's end.
         progress: show progress on standard error.
 
     Raises:
-        ModelOptExtError: ModelOpt or the calibration data are not there, or are not what they were.
+        ModelOptExtError: ModelOpt or the calibration data are missing or differ from the record.
     """
     record = read_record(folder)
     assert record is not None, "asked after objection()"
@@ -75,7 +75,7 @@ def simulate(
 
 
 def _data(folder: Path, base: Path, record: Record, progress: bool) -> CalibrationData | None:
-    """The recorded calibration data, found to be the same."""
+    """Return the recorded calibration data, checked against the recorded digest."""
     recorded = record.calibration
     if recorded is None:
         return None

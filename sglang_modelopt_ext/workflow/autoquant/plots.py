@@ -1,4 +1,4 @@
-"""The pictures of a search: sensitivity and choice by layer, and bits against perplexity."""
+"""Plots of a search: sensitivity and choice by layer, and bits against perplexity."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _COLOURS = (
     "#882255",
     "#999933",
 )
-_COLUMNS = 64  # layers beside each other; a larger model's panels go one below the other
+_COLUMNS = 64  # layers in one row of cells; a larger model gets several rows
 _UNQUANTIZED_COLOUR = "#bbbbbb"
 
 
 def matplotlib_figure() -> Any:
-    """matplotlib's Figure, which needs no display. Raises ModelOptExtError where it is not installed."""
+    """Return matplotlib's Figure, which needs no display. Raises ModelOptExtError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ModelOptExtError.at(
-            "matplotlib", "import", "matplotlib for the pictures (pip install 'sglang-modelopt-ext[quantize]')", error
+            "matplotlib", "import", "matplotlib for the plots (pip install 'sglang-modelopt-ext[quantize]')", error
         ) from error
     return Figure
 
 
 def short_name(group: Group) -> tuple[str, str]:
-    """The kind of a group and its place among its kind: ``("self_attn q+k+v", "12")``."""
+    """Return the kind of a group and its number among its kind: ``("self_attn q+k+v", "12")``."""
     leaves = "+".join(layer.name.rpartition(".")[2].removesuffix("_proj") for layer in group.layers)
     parent = group.layers[0].name.rpartition(".")[0]
     match = _LAYER.match(parent)
@@ -50,7 +50,7 @@ def short_name(group: Group) -> tuple[str, str]:
 
 
 def draw(folder: Path, report: Report) -> list[Path]:
-    """Writes the pictures into ``folder``; the trade-off only where there are two measured targets or more."""
+    """Write the plots into ``folder``; the trade-off only with two or more measured targets."""
     figures = {CHOICES: _choices(report.state, report.results)}
     measured = [result for result in report.results if result.measured.perplexity is not None]
     if len(measured) > 1:
@@ -71,7 +71,7 @@ def _choices(state: State, results: Sequence[Result]) -> Any:
     for group in state.groups:
         kind, place = short_name(group)
         kinds.setdefault(kind, []).append((place, group))
-    # A row of layers nobody chose for, such as the lm_head, shows nothing.
+    # Skip layers without a choice, such as the lm_head.
     kinds = {kind: members for kind, members in kinds.items() if not all(group.excluded for _, group in members)}
     formats = [row.name for row in state.formats]
     palette = dict(zip(formats, (_COLOURS[i % len(_COLOURS)] for i in range(len(formats))), strict=True))
@@ -118,7 +118,7 @@ def _choices(state: State, results: Sequence[Result]) -> Any:
             (top, [f"{row.name.removesuffix('_CFG')}  {row.bits:g} b" for row in state.formats]),
             (bottom, [f"target {result.choice.target:g}: {result.choice.bits:.3f} b" for result in results]),
         ):
-            axis.set_xlim(0, longest)  # cells of one size in every panel
+            axis.set_xlim(0, longest)  # equal cell sizes in all panels
             axis.spines[:].set_visible(False)
             axis.tick_params(length=0)
             axis.set_yticks(np.arange(len(labels)) + 0.5, labels if column == 0 else [""] * len(labels), fontsize=8)
@@ -157,9 +157,7 @@ def _trade_off(report: Report, measured: Sequence[Result]) -> Any:
         axis.legend(fontsize=8)
     axis.margins(x=0.15, y=0.15)
     stored = all(result.measured.stored_bits is not None for result in measured)
-    axis.set_xlabel(
-        "bits for each weight, measured from the stored bytes" if stored else "bits for each weight, by cost"
-    )
+    axis.set_xlabel("bits per weight, measured from the stored bytes" if stored else "bits per weight, by cost")
     axis.set_ylabel("perplexity of the fake-quantized model")
     tokens = "" if report.held_out is None else f", {report.held_out.tokens} held-out tokens"
     axis.set_title(f"{Path(report.state.model).name}{tokens}", fontsize=10)

@@ -1,8 +1,8 @@
-"""The private folder of a search that goes on, or was interrupted: ``.NAME.autoquant`` beside the output folder.
+"""The private work folder of a running or interrupted search: ``.NAME.autoquant`` beside the output folder.
 
-It holds what the run was asked for (``manifest.json``), how far scoring has come (``scores.json``), and ModelOpt's own state
-with its calibration (``modelopt.pth``). Only the user who runs it may read the folder, and it is used again only by a run
-that was asked for exactly the same, the bytes of the model and the tokens of the text included.
+It holds the inputs of the run (``manifest.json``), the progress of scoring (``scores.json``), and ModelOpt's own state
+with its calibration (``modelopt.pth``). Only its owner may read the folder, and only a run with the same inputs, the
+bytes of the model and the tokens of the text included, resumes from it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.search import Progress
 from sglang_modelopt_ext.workflow.autoquant.state import State, Struct, write_json
-from sglang_modelopt_ext.workflow.common.interrupts import undisturbed
+from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
 
 MANIFEST, SCORES, MODELOPT = "manifest.json", "scores.json", "modelopt.pth"
 
@@ -35,12 +35,12 @@ class _Saved(Struct, frozen=True, kw_only=True):
 
 @dataclass
 class Work:
-    """The folder of one run.
+    """The work folder of one run.
 
     Attributes:
-        folder: where it is.
-        plan: what the run was asked for: the state without scores.
-        progress: how far scoring has come.
+        folder: its path.
+        plan: the inputs of the run: the state without scores.
+        progress: the progress of scoring.
     """
 
     folder: Path
@@ -49,27 +49,27 @@ class Work:
 
     @property
     def checkpoint(self) -> Path:
-        """ModelOpt's own state file."""
+        """Return the path of ModelOpt's own state file."""
         return self.folder / MODELOPT
 
     def save(self, progress: Progress) -> None:
-        """Keeps the progress."""
+        """Store the progress."""
         self.progress = progress
         write_json(self.folder / SCORES, _Saved(manifest=self.plan.digest, progress=progress))
 
 
 @contextlib.contextmanager
 def work_folder(output: Path, plan: State, *, resume: bool, overwrite: bool) -> Iterator[Work]:
-    """The work folder for ``output``; it is removed when the block ends well and left for ``--resume`` otherwise.
+    """Yield the work folder for ``output``; remove it when the block succeeds, keep it for ``--resume`` otherwise.
 
     Raises:
-        ModelOptExtError: an interrupted search is there and was not mentioned, none is there to resume, or it was another one.
+        ModelOptExtError: an interrupted search exists without ``resume``, none exists with it, or its inputs differ.
     """
     folder = output.parent / f".{output.name}.autoquant"
     exists = os.path.lexists(folder)
     if exists and not resume and not overwrite:
         raise ModelOptExtError.at(
-            folder, "output", "--resume to go on, or --overwrite to drop it", "an interrupted search"
+            folder, "output", "--resume to continue it, or --overwrite to discard it", "an interrupted search"
         )
     if resume and not exists:
         raise ModelOptExtError.at(folder, "--resume", "an interrupted search", "none")
@@ -89,9 +89,9 @@ def work_folder(output: Path, plan: State, *, resume: bool, overwrite: bool) -> 
         try:
             yield Work(folder, plan, progress)
         except KeyboardInterrupt:
-            tqdm.write(f"the search is kept in {folder}: --resume goes on", file=sys.stderr)
+            tqdm.write(f"the search is kept in {folder}: --resume continues it", file=sys.stderr)
             raise
-        with undisturbed():
+        with signals_ignored():
             shutil.rmtree(folder)
 
 
@@ -118,7 +118,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _read(folder: Path, plan: State) -> Progress:
     manifest = folder / MANIFEST
-    if not manifest.exists():  # killed before it was written: nothing was done
+    if not manifest.exists():  # killed before the manifest was written: there is no progress
         return Progress()
     try:
         then = msgspec.json.decode(manifest.read_bytes(), type=State)

@@ -1,4 +1,4 @@
-"""The model that is to be quantized: found, loaded from safetensors only, and watched for numbers that are none."""
+"""The unquantized model: found, loaded from safetensors only, and checked for NaN and infinity."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ CODE_FILES = ("*.py",)
 
 
 def find_model(name: str, trust_remote_code: bool = False) -> Path:
-    """The model's folder, downloaded from the Hugging Face Hub when ``name`` is no folder.
+    """Return the model's folder, downloaded from the Hugging Face Hub when ``name`` is not a folder.
 
     Raises:
-        ModelOptExtError: neither a folder with a model nor a name the Hub knows, or a model that is quantized already.
+        ModelOptExtError: neither a folder with a model nor a name the Hub knows, or a model that is already quantized.
     """
     folder = Path(name)
     if not folder.exists():
@@ -41,15 +41,15 @@ def find_model(name: str, trust_remote_code: bool = False) -> Path:
         raise ModelOptExtError.at(
             folder / CONFIG_NAME, "quantization_config", "an unquantized model", "a quantized one"
         )
-    # Checked here: transformers would fall back to pickled weights, or say where it looked in many lines.
+    # Check here: transformers would fall back to pickled weights, or fail with a message of many lines.
     weight_files(folder)
     return folder
 
 
 def import_modelopt() -> Any:
-    """``modelopt.torch.quantization``. Raises ModelOptExtError where ModelOpt is not installed."""
+    """Return the module ``modelopt.torch.quantization``. Raises ModelOptExtError where ModelOpt is not installed."""
     with warnings.catch_warnings():
-        # Said on every import; what was tested is in this package's requirements.
+        # ModelOpt warns on every import; this package pins the version of transformers that was tested.
         warnings.filterwarnings("ignore", message="transformers .* is not tested")
         try:
             import modelopt.torch.quantization as mtq
@@ -61,19 +61,19 @@ def import_modelopt() -> Any:
 
 
 def default_device() -> str:
-    """``cuda`` where there is a GPU, else ``cpu``."""
+    """Return ``cuda`` where there is a GPU, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load_model(
     folder: Path, device: str | None = None, *, trust_remote_code: bool = False, progress: bool = True
 ) -> tuple[Any, str]:
-    """The model in eval mode on ``device``, and how ModelOpt's quantizers are simulated there: ``cuda`` or ``cpu``.
+    """Return the model in eval mode on ``device``, and how its quantizers are simulated there: ``cuda`` or ``cpu``.
 
     Pickled weights are never read. Where there is no GPU, torch versions of ModelOpt's CUDA-only functions are installed.
 
     Raises:
-        ModelOptExtError: a model transformers cannot load, or a weight that is not a finite number.
+        ModelOptExtError: a model transformers cannot load, or a weight that is NaN or infinite.
     """
     import_modelopt()
     from transformers import AutoModelForCausalLM
@@ -97,15 +97,15 @@ def load_model(
 
 
 def check_weights(model: torch.nn.Module, where: object) -> None:
-    """Raises ModelOptExtError naming the first parameter that holds NaN or infinity."""
+    """Raise ModelOptExtError naming the first parameter that holds NaN or infinity, if any."""
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter.detach()).all()):
             raise ModelOptExtError.at(where, name, "finite weights", "NaN or infinity")
 
 
 @contextlib.contextmanager
-def watching_activations(model: torch.nn.Module, where: object) -> Iterator[None]:
-    """Inside, a forward pass whose linear layers meet NaN or infinity raises ModelOptExtError naming the layer."""
+def activations_checked(model: torch.nn.Module, where: object) -> Iterator[None]:
+    """Raise ModelOptExtError when an input or output of a linear layer is NaN or infinite while the block runs."""
 
     def hook(name: str) -> Any:
         def check(module: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> None:

@@ -1,4 +1,4 @@
-"""Text in aligned columns."""
+"""Tables of text in aligned columns, and sizes for people to read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def format_columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """The rows under the header and a rule; the first ``left`` columns are aligned to the left, the others to the right."""
+    """Return the header, a rule and the rows; the first ``left`` columns are left-aligned, the others right-aligned."""
     widths = [max(len(line[column]) for line in (header, *rows)) for column in range(len(header))]
 
     def line(cells: Sequence[str]) -> str:
@@ -20,7 +20,7 @@ def format_columns(header: Sequence[str], rows: Sequence[Sequence[str]], left: i
 
 
 def format_bytes(count: int) -> str:
-    """A size in the decimal unit that fits, such as ``4.75 MB``."""
+    """Return a size in the decimal unit that fits, such as ``4.75 MB``."""
     for factor, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= factor:
             return f"{count / factor:.2f} {unit}"

@@ -1,4 +1,4 @@
-"""Starting a command and ending everything that came from it."""
+"""A command and every process that comes from it, ended together."""
 
 from __future__ import annotations
 
@@ -13,55 +13,64 @@ from pathlib import Path
 import psutil
 
 KILL_SECONDS = 6.0
-MARK = "TEST_PROCESS_MARK"
 
 
 class ProcessTree:
-    """All processes that come from one command, also after some of them were orphaned or renamed themselves.
+    """All processes that descend from one command, including orphans and processes that renamed themselves.
 
-    They carry a mark in their environment, and they are in the session of the first. Neither is enough: the scheduler
-    loses its environment when it changes its title, and a process may open a session of its own.
+    They carry a variable in their environment, and they are in the session of the first. Neither is enough: SGLang's
+    scheduler loses its environment when it changes its title, and a process may open a session of its own.
     """
 
     def __init__(self) -> None:
-        self.mark = uuid.uuid4().hex
+        # A name of its own for each tree: a tree may run inside another, and both must find its processes.
+        self._mark = f"PROCESS_TREE_{uuid.uuid4().hex}"
         self._session: int | None = None
 
-    def start(self, command: Sequence[str], env: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
-        """Starts the first process; its output and that of its children goes to the file ``log``."""
+    def start(
+        self, command: Sequence[str], env: Mapping[str, str], log: Path, *, stderr: int | None = subprocess.STDOUT
+    ) -> subprocess.Popen[bytes]:
+        """Start the first process in a session of its own and return at once.
+
+        Args:
+            command: the program and its arguments.
+            env: all environment variables.
+            log: file that receives standard output; replaced.
+            stderr: destination of standard error, as in :class:`subprocess.Popen`; None: the terminal.
+        """
         with log.open("wb") as output:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**env, MARK: self.mark},
+                stderr=stderr,
+                env={**env, self._mark: "1"},
                 start_new_session=True,
             )
         self._session = process.pid
         return process
 
     def living(self) -> list[psutil.Process]:
-        """Those that still run."""
+        """Return the processes that still run."""
         return [process for process in psutil.process_iter() if self._owns(process)]
 
     def describe(self) -> tuple[str, ...]:
-        """Those that still run, in words."""
+        """Return the process id and command line of each process that still runs."""
         return tuple(f"{process.pid}: {' '.join(_command_line(process))[:200]}" for process in self.living())
 
     def kill(self) -> tuple[str, ...]:
-        """Kills all, again until none is left, and removes the shared memory they had mapped.
+        """Kill all processes, repeatedly until none is left, and remove the shared memory they had mapped.
 
-        The resource tracker of multiprocessing goes last and by itself: it removes the semaphores. SGLang never removes
+        The resource tracker of multiprocessing is killed last, because it removes the semaphores. SGLang never removes
         its ``/dev/shm/sglang_loads_*``, however it is stopped.
 
         Returns:
-            Those that could not be killed.
+            Descriptions of the processes that could not be killed.
         """
         shared: set[str] = set()
         deadline = time.monotonic() + KILL_SECONDS
         while (living := self.living()) and time.monotonic() < deadline:
-            # All of them before the first is killed: the scheduler dies with its parent.
+            # Read the mappings of all before the first is killed: the scheduler dies with its parent.
             shared = shared.union(*(_shared_memory(process) for process in living))
             others = [process for process in living if not _is_tracker(process)]
             for process in others or (living if time.monotonic() > deadline - KILL_SECONDS / 2 else []):
@@ -76,7 +85,7 @@ class ProcessTree:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False
-            return os.getsid(process.pid) == self._session or process.environ().get(MARK) == self.mark
+            return os.getsid(process.pid) == self._session or self._mark in process.environ()
         except (psutil.Error, OSError):
             return False
 
@@ -93,7 +102,7 @@ def _is_tracker(process: psutil.Process) -> bool:
 
 
 def _shared_memory(process: psutil.Process) -> set[str]:
-    """The files under /dev/shm that a process has mapped."""
+    """Return the files under /dev/shm that a process has mapped."""
     try:
         maps = Path(f"/proc/{process.pid}/maps").read_text()
     except OSError:

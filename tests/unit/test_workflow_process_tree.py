@@ -1,4 +1,4 @@
-"""Whatever a test starts is gone afterwards."""
+"""A process tree is gone after it was killed, with its orphans and shared memory."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import ProcessTree
-from tests.support.server import Server, ServerError
+from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
 
 PROGRAMS = {
     "sleeps": "import time; time.sleep(60)",
@@ -77,10 +76,3 @@ def test_other_processes_are_left_alone(tmp_path: Path):
         tree.kill()
         assert other.poll() is None
         other.kill()
-
-
-def test_a_server_that_exits_at_once_says_why(tmp_path: Path):
-    server = Server(tmp_path, log=tmp_path / "log")
-    server.command = [sys.executable, "-c", "print('the reason'); raise SystemExit(3)"]
-    with pytest.raises(ServerError, match=r"(?s)exited with 3.*the reason"), server:
-        pass
