@@ -3,6 +3,7 @@
 #   RUNTIME=cpu|cuda    what to install (default: cuda where nvidia-smi lists a GPU)
 #   MODEL=DIR           the model for `make demo`
 #   ARGS="..."          more arguments for the test and demo targets
+#   SGLANG=0.5.24       another version of SGLang, for `make contract` and `make test-sglang`
 #   JOBS=2              test processes at a time (a file's tests share one; a server takes up to 2 GB)
 
 BIN := .venv/bin
@@ -17,7 +18,7 @@ PARALLEL := -n $(JOBS) --dist loadfile
 export PYTHON RUNTIME MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint mypy format test test-full test-gpu test-gpu-served quality docs clean distclean
+.PHONY: help setup demo lint mypy format test test-full contract test-sglang test-gpu test-gpu-served quality docs clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -43,8 +44,15 @@ format: setup ## Format the code and fix what ruff can fix
 test: setup ## Run the fast tests
 	$(PYTEST) $(PARALLEL) -m "not full and not gpu" $(ARGS)
 
-test-full: setup ## Run all tests that need no GPU
+test-full: setup ## Run all tests that need no GPU, and with older versions of SGLang those that depend on it
 	$(PYTEST) $(PARALLEL) -m "not gpu" $(ARGS)
+	$(BIN)/python tools/sglang_version.py test
+
+contract: setup ## List what this package uses and another SGLang has not (SGLANG=0.5.24)
+	$(BIN)/python tools/sglang_version.py contract $(or $(SGLANG),$(error name a version: make contract SGLANG=0.5.24))
+
+test-sglang: setup ## Run the tests that depend on SGLang with another version of it (SGLANG=0.5.22)
+	$(BIN)/python tools/sglang_version.py test $(SGLANG)
 
 test-gpu: setup ## Run the tests that need an NVIDIA GPU
 	$(PYTEST) -m gpu $(ARGS)
@@ -62,7 +70,7 @@ docs: setup ## Regenerate the documents that come from code
 
 clean: ## Remove builds and caches
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +
+	find . -path './.venv*' -prune -o -name __pycache__ -type d -exec rm -rf {} +
 
 distclean: clean ## Remove .venv as well
-	rm -rf .venv
+	rm -rf .venv .venv-sglang-*

@@ -64,20 +64,20 @@ def mix(label: str, tensors: tuple[str, ...] = (), architecture: str | None = No
 O_PROJ = "model.layers.0.self_attn.o_proj"
 MIXES = (
     mix("NVFP4, W4A16_NVFP4", model__layers__0__self_attn__o_proj="W4A16_NVFP4"),
-    mix("and FP8", model__layers__0__self_attn__o_proj="FP8"),
-    mix("and FP8 experts", model__layers__1__mlp__experts="FP8"),
+    mix("NVFP4, FP8", model__layers__0__self_attn__o_proj="FP8"),
+    mix("NVFP4, FP8 experts", model__layers__1__mlp__experts="FP8"),
     mix(
-        "and MXFP8, FP8_PB_WO, FP8_BLOCK_SCALES with SGLang's `weight_scale_inv`",
+        "NVFP4, and MXFP8, FP8_PB_WO or FP8_BLOCK_SCALES with SGLang's `weight_scale_inv`",
         (f"{O_PROJ}.weight_scale_inv",),
         model__layers__0__self_attn__o_proj="FP8_PB_WO",
     ),
     mix(
-        "and MXFP8, FP8_PB_WO with ModelOpt's `weight_scale`",
+        "NVFP4, and MXFP8 or FP8_PB_WO with ModelOpt's `weight_scale`",
         (f"{O_PROJ}.weight_scale",),
         model__layers__0__self_attn__o_proj="MXFP8",
     ),
     mix(
-        "the same on DeepSeek V2 and V3, GLM-5, Kimi K3, which rename it",
+        "NVFP4, and MXFP8 or FP8_PB_WO with a `weight_scale` that DeepSeek V2 and V3, GLM-5 and Kimi K3 rename",
         (f"{O_PROJ}.weight_scale",),
         "KimiK3ForConditionalGeneration",
         model__layers__0__self_attn__o_proj="FP8_PB_WO",
@@ -95,7 +95,7 @@ MIXES = (
         model__layers__1__mlp__experts__0__down_proj="NVFP4",
     ),
     mix("with any other algorithm of the first table", model__layers__0__self_attn__o_proj="W4A8_NVFP4_FP8"),
-    mix("with an algorithm nobody here knows", model__layers__0__self_attn__o_proj="W2A2"),
+    mix("with an unknown algorithm", model__layers__0__self_attn__o_proj="W2A2"),
     Kind(
         "without an NVFP4 layer",
         {"quant_algo": MIXED_PRECISION, "quantized_layers": {"model.layers.0.mlp.experts": LISTED["FP8"]}},

@@ -25,6 +25,7 @@ from sglang_modelopt_ext.checkpoint.stock import MIX_ALGOS, NVFP4_ALGOS, stock_f
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
+from sglang_modelopt_ext.schemes.versions import described_sglang
 
 GENERIC_FLAG = "modelopt"
 """SGLang's flag for "whatever ModelOpt wrote"."""
@@ -134,10 +135,10 @@ def _judged(family: str, config: QuantConfig, folder: Path, capability: int | No
         return Ownership(None, config, f"{', '.join(unknown)} in a mix is SGLang's own")
     fault = stock_fault(config, folder, capability)
     if fault is None:
-        return Ownership(None, config, f"SGLang 0.5.23 serves {config.algo} there")
+        return Ownership(None, config, f"SGLang {described_sglang()} serves {config.algo} there")
     if config.algo == MIXED_PRECISION and stores_stock_scales(folder):
         return Ownership(None, config, "its block scales have SGLang's own name")
-    return Ownership(family, config, f"SGLang 0.5.23 does not: {fault}")
+    return Ownership(family, config, f"SGLang {described_sglang()} does not: {fault}")
 
 
 def _asked_for(config: QuantConfig, flag: str | None) -> Ownership:
@@ -153,7 +154,8 @@ def _asked_for(config: QuantConfig, flag: str | None) -> Ownership:
 def _kv_cache_only(config: QuantConfig, flag: str | None) -> Ownership:
     """A checkpoint that quantizes nothing but its KV cache, which SGLang refuses or serves without that."""
     if flag in (None, GENERIC_FLAG, UMBRELLA):
-        return Ownership(UMBRELLA, config, "it quantizes its KV cache only, for which SGLang 0.5.23 has no quant_algo")
+        why = f"it quantizes its KV cache only, for which SGLang {described_sglang()} has no quant_algo"
+        return Ownership(UMBRELLA, config, why)
     if flag in FAMILIES:
         raise ModelOptExtError.at(
             config.file,

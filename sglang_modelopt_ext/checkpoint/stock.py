@@ -1,7 +1,8 @@
-"""The faults of SGLang 0.5.23 with ModelOpt checkpoints on a GPU: each rule describes one way in which it fails or errs.
+"""The faults of SGLang 0.5.22 and 0.5.23 with ModelOpt checkpoints on a GPU: each rule describes one way in which they fail or err.
 
-Read from the sources of the 0.5.23 wheel (``layers/quantization/modelopt_quant.py``, ``configs/model_config.py``,
-``model_loader/weight_utils.py``, ``models/``). No SGLang is imported here.
+Read from the sources of their wheels (``layers/quantization/modelopt_quant.py``, ``configs/model_config.py``,
+``model_loader/weight_utils.py``, ``models/``). No SGLang is imported here. Where the two differ, the
+installed one counts (:func:`~sglang_modelopt_ext.schemes.versions.described_sglang`).
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from typing import Any
 
 from sglang_modelopt_ext.checkpoint.names import EXPERT, FUSED_SHARDS
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QuantConfig
-from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, UNMAPPED_LAYERS
+from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, unmapped_in
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object, tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES
+from sglang_modelopt_ext.schemes.versions import described_sglang
 
 NVFP4_ALGOS = frozenset({"NVFP4", "W4A16_NVFP4"})
 """Without one of these in a mix, SGLang takes it for ``w4afp8``."""
@@ -95,7 +97,7 @@ class Subject:
 
 
 def stock_fault(config: QuantConfig, folder: Path, capability: int | None) -> str | None:
-    """Return why SGLang 0.5.23 does not serve the checkpoint correctly, None when it does.
+    """Return why SGLang does not serve the checkpoint correctly, None when it does.
 
     Args:
         config: its declared quantization; every algorithm is one of the scheme table or of :data:`MIX_ALGOS`.
@@ -168,7 +170,8 @@ def _fused_shards(subject: Subject) -> str | None:
 
     NVFP4 then fails an assertion on the weight's shape; FP8 codes are copied as if they were values, without their scales.
     """
-    shards = {shard for layer in UNMAPPED_LAYERS.get(subject.model or "", ()) for shard in FUSED_SHARDS[layer]}
+    unmapped = unmapped_in(described_sglang()).get(subject.model or "", ())
+    shards = {shard for layer in unmapped for shard in FUSED_SHARDS[layer]}
     names = (name for name in subject.config.quantized_layers if not EXPERT.fullmatch(name))
     shard = next((name for name in names if name.rpartition(".")[2] in shards), None)
     return f"it does not find {shard} in a mix of {subject.model}" if shard else None

@@ -1,6 +1,6 @@
-"""Gaps of SGLang 0.5.23's model classes that break a mix of algorithms, by architecture.
+"""Gaps of the model classes of SGLang 0.5.22 and 0.5.23 that break a mix of algorithms, by architecture.
 
-Read from its sources: ``tests/unit/test_stock_models.py`` reads them again and compares.
+Read from their sources: ``tests/unit/test_stock_models.py`` reads them again and compares.
 """
 
 from __future__ import annotations
@@ -159,7 +159,18 @@ UNMAPPED_LAYERS: dict[str, frozenset[str]] = {
     for name in names.split()
 }
 """Fused layers whose shards the class does not name in a ``packed_modules_mapping``, so that SGLang ignores a mix's entries for the
-shards."""
+shards. Of the newest tested version."""
+
+_UNMAPPED_BEFORE: dict[str, dict[str, frozenset[str]]] = {
+    "0.5.22": {"MiniCPMV4_6ForConditionalGeneration": frozenset({"qkv_proj", "gate_up_proj"})},
+}
+"""The classes without a mapping in an older tested version that have one in the newest, by version."""
+
+
+def unmapped_in(version: str) -> dict[str, frozenset[str]]:
+    """Return the fused layers without a mapping (:data:`UNMAPPED_LAYERS`) in a version of SGLang, by architecture."""
+    return {**UNMAPPED_LAYERS, **_UNMAPPED_BEFORE.get(version, {})}
+
 
 MODELS_THAT_RENAME_BLOCK_SCALES = frozenset(
     {

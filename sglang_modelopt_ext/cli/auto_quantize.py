@@ -100,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="folder of the unquantized model, or its name on the Hugging Face Hub")
     parser.add_argument(
         "--bits", "--target-bits", dest="targets", type=float, nargs="+", required=True, metavar="F",
-        help="bits for each weight, scales included; several for several checkpoints",
+        help="bits for each weight, scales included; several values make several checkpoints",
     )  # fmt: skip
     parser.add_argument("--output", "--export-dir", type=Path, metavar="DIR", help="folder to make")
     parser.add_argument("--formats", metavar="A,B", help="candidates, such as W4A8_NVFP4_FP8,FP8,NVFP4_AWQ")
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--held-out", nargs="+", metavar="F", help="text to measure on (default: a fifth of --data)")
     parser.add_argument("--method", choices=METHODS, help="how sensitivity is scored (default: gradient)")
-    parser.add_argument("--gpu", choices=GPUS, help="where the result is to be served (default: this machine)")
+    parser.add_argument("--gpu", choices=GPUS, help="the GPU that is to serve the result (default: this machine's)")
     parser.add_argument(
         "--lm-head", choices=("excluded", "counted"),
         help="whether the lm_head, which stays unquantized, counts in the bits (default: excluded)",
@@ -121,16 +121,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--from-state", type=Path, metavar="FILE", help=f"choose from the {FILE_NAME} of an earlier run"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the interrupted search for this --output")
+    parser.add_argument("--resume", action="store_true", help="resume the interrupted search for this --output")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an older result, or drop an interrupted search"
     )
     parser.add_argument("--no-export", action="store_true", help="choose, measure and draw, but write no checkpoint")
     parser.add_argument("--samples", type=int, help="windows to calibrate on (default: 128)")
-    parser.add_argument("--score-samples", type=int, help="windows of them to score (default: 32)")
+    parser.add_argument("--score-samples", type=int, help="of these windows, the number to score (default: 32)")
     parser.add_argument("--sequence-length", type=int, help="text tokens in a window (default: 512)")
     parser.add_argument("--seed", type=int, help="which windows are taken from longer data (default: 0)")
-    parser.add_argument("--loss-scale", type=float, help="for the gradients (default: found on the first window)")
+    parser.add_argument(
+        "--loss-scale",
+        type=float,
+        help="factor of the loss under which gradients do not vanish (default: found on the first window)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda where there is a GPU)")
 
 
@@ -198,7 +202,7 @@ def _check(args: argparse.Namespace) -> None:
 
 COMMAND = Command(
     name="auto-quantize",
-    help="choose a format for every layer within a number of bits, and quantize the model so",
+    help="Choose a format for every layer within a budget of bits, and quantize the model.",
     add_arguments=add_arguments,
     run=run,
     result=AutoQuantized,

@@ -125,13 +125,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "checkpoints",
         nargs="+",
         metavar="CHECKPOINT",
-        help="folders or names on the Hub; others are compared to the first",
+        help="folders or names on the Hub; every other is compared with the first",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="write a picture of the intervals (PNG)")
     add_text_arguments(parser, SAMPLES, SEQUENCE_LENGTH, "modules of Python's library")
     group = parser.add_argument_group("tasks (needs lm-eval)")
-    group.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="lm-eval's names of tasks")
-    group.add_argument("--task-folder", type=Path, metavar="DIR", help="with definitions of further tasks")
+    group.add_argument("--tasks", nargs="+", default=[], metavar="TASK", help="names of lm-eval's tasks")
+    group.add_argument("--task-folder", type=Path, metavar="DIR", help="folder with definitions of further tasks")
     group.add_argument("--limit", type=int, help="samples of each task (default: all)")
     add_server_arguments(parser, "CHECKPOINT ...")
 

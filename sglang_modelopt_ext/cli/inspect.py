@@ -69,7 +69,7 @@ class InspectResult(Result, frozen=True, kw_only=True):
         if serving.flags:
             ways = " or ".join(f"--quantization {flag}" for flag in serving.flags)
             lines.append(f"  {'to have it served by this package' if serving.owner == 'SGLang' else 'flags'}: {ways}")
-        lines += [f"  SGLang 0.5.23 alone, {algo}: {what}" for algo, what in serving.stock.items()]
+        lines += [f"  SGLang alone, {algo}: {what}" for algo, what in serving.stock.items()]
         reasons: dict[str, None] = {}
         for group in self.contents.layers:
             for name, reason in group.passed_over.items():
@@ -142,15 +142,17 @@ def _shortened(name: str, value: object) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of ``inspect``."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub")
-    parser.add_argument("--gpu", help="where it is to be served: cpu, sm80, sm90, ... (default: this machine)")
+    parser.add_argument("--gpu", help="the target that is to serve it: cpu, sm80, sm90, ... (default: this machine)")
     parser.add_argument("--layers", action="store_true", help="list every layer and tensor by itself")
     parser.add_argument(
-        "--scales", action="store_true", help="read all scales, check them and show their ranges; else headers only"
+        "--scales",
+        action="store_true",
+        help="read all scales, check them and show their ranges (default: read headers only)",
     )
     parser.add_argument(
         "--headers-only",
         action="store_true",
-        help="do not try whether SGLang's model class loads it, which imports SGLang",
+        help="do not load the headers into SGLang's model class, which imports SGLang",
     )
 
 
@@ -164,4 +166,10 @@ def run(args: argparse.Namespace) -> InspectResult:
     return InspectResult(contents=contents)
 
 
-COMMAND = Command("inspect", "Show what is in a checkpoint and what will serve it.", add_arguments, run, InspectResult)
+COMMAND = Command(
+    "inspect",
+    "Show the contents of a checkpoint and the kernels that will serve it.",
+    add_arguments,
+    run,
+    InspectResult,
+)

@@ -83,12 +83,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--recipe", help="name of a ModelOpt configuration, preset or recipe, or a recipe file (see --list)"
     )
     recipe.add_argument(
-        "--kv", help=f"recipe of the KV cache, such as fp8 or nvfp4_rotate; {NONE} for none (see --list)"
+        "--kv",
+        help=f"recipe of the KV cache, such as fp8 or nvfp4_rotate; {NONE} for an unquantized cache (see --list)",
     )
     recipe.add_argument(
-        "--calibration-algorithm", metavar="NAME", help=f"instead of the recipe's: {', '.join(ALGORITHMS)}"
+        "--calibration-algorithm", metavar="NAME", help=f"algorithm instead of the recipe's: {', '.join(ALGORITHMS)}"
     )
-    recipe.add_argument("--alpha", type=float, help="of SmoothQuant, 0 to 1: how much moves into the weights")
+    recipe.add_argument("--alpha", type=float, help="SmoothQuant's alpha, 0 to 1: how much moves into the weights")
     recipe.add_argument("--mlp-only", action="store_true", help="quantize the linear layers of the MLPs only")
     recipe.add_argument(
         "--exclude",
@@ -122,7 +123,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--batch-size", type=int, default=calibration.BATCH_SIZE, help="windows at a time (default: %(default)s)"
     )
-    data.add_argument("--seed", type=int, default=calibration.SEED, help="chooses other windows (default: %(default)s)")
+    data.add_argument(
+        "--seed", type=int, default=calibration.SEED, help="another seed runs other windows (default: %(default)s)"
+    )
     data.add_argument("--device", help="cpu, cuda, or auto for all GPUs (default: cuda where there is a GPU)")
     data.add_argument(
         "--no-layerwise",
@@ -153,7 +156,7 @@ def options(args: argparse.Namespace) -> Options:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", help="folder or Hugging Face name of the unquantized model")
-    parser.add_argument("--list", action="store_true", help="show the recipes and end")
+    parser.add_argument("--list", action="store_true", help="show the recipes and exit")
     add_recipe_arguments(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--output", "--export-dir", type=Path, help="folder to make")

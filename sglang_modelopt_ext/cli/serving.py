@@ -23,11 +23,13 @@ def add_server_arguments(parser: argparse.ArgumentParser, positional: str) -> No
     """How the servers are started; ``positional`` is what the usage calls the subcommand's own arguments."""
     parser.usage = f"%(prog)s {positional} [options] [-- arguments of the server]"
     group = parser.add_argument_group("the server")
-    group.add_argument("--quantization", help="its --quantization (default: the checkpoint decides)")
-    group.add_argument("--dtype", default="auto", help="its --dtype (default: auto)")
-    group.add_argument("--kv-cache-dtype", default="auto", help="its --kv-cache-dtype (default: auto)")
+    group.add_argument("--quantization", help="--quantization of the server (default: the checkpoint decides)")
+    group.add_argument("--dtype", default="auto", help="--dtype of the server (default: auto)")
+    group.add_argument("--kv-cache-dtype", default="auto", help="--kv-cache-dtype of the server (default: auto)")
     group.add_argument(
-        "--log", type=Path, help="where its output goes, replaced by each (default: a temporary file, kept on failure)"
+        "--log",
+        type=Path,
+        help="file for the server's output; every server replaces it (default: a temporary file, kept on failure)",
     )
 
 
@@ -42,7 +44,9 @@ def add_text_arguments(parser: argparse.ArgumentParser, samples: int, length: in
     group.add_argument(
         "--data", nargs="+", metavar="FILE", help=f".txt, .jsonl or .parquet files, or a data set (default: {default})"
     )
-    group.add_argument("--samples", type=int, default=samples, help=f"windows of it to score (default: {samples})")
+    group.add_argument(
+        "--samples", type=int, default=samples, help=f"windows of the text to score (default: {samples})"
+    )
     group.add_argument("--sequence-length", type=int, default=length, help=f"tokens in a window (default: {length})")
 
 

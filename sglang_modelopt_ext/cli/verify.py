@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a folder, or a name on the Hugging Face Hub")
     parser.add_argument(
         "--base",
-        help="the unquantized model, to show what quantization costs and, where it can be made, ModelOpt's simulation",
+        help="the unquantized model, to show the cost of quantization and, where it can be made, ModelOpt's simulation",
     )
     parser.add_argument(
         "--no-simulation",
@@ -105,7 +105,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--url", help="ask this running server (such as http://127.0.0.1:30000) instead of starting one"
     )
-    parser.add_argument("--gpu", help="where that server runs: cpu, sm90, ... (default: this machine)")
+    parser.add_argument("--gpu", help="the target of that server: cpu, sm90, ... (default: this machine)")
     add_text_arguments(parser, SAMPLES, SEQUENCE_LENGTH, "modules of Python's library")
     add_server_arguments(parser, "CHECKPOINT")
 
@@ -146,7 +146,7 @@ def _ask(args: argparse.Namespace, folder: Path, windows: list[list[int]]) -> Se
 
 COMMAND = Command(
     "verify",
-    "Check that a server answers what the checkpoint says.",
+    "Check that a server computes what the checkpoint holds.",
     add_arguments,
     run,
     VerifyResult,

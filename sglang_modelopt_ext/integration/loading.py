@@ -364,6 +364,9 @@ def _load_weights_only(
         return original(model, weights, target_device)
     if config.checkpoint is None:
         raise ModelOptExtError.at("--load-format", "dummy", "no weights to load", "weights")
+    for module, method in quantized_modules(model):
+        # Nothing to do at the start of a server, and where SGLang did it: 0.5.23 does for an update from disk, 0.5.22 does not.
+        method.restore_weights_before_loading(module)
     strict = StrictLoad(model, config.checkpoint, config.is_draft)
     strict.run(lambda checked: original(model, checked, target_device), weights)
     for _, method in quantized_modules(model):

@@ -124,7 +124,6 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
     def _check_layer(self, layer: torch.nn.Module, bias: bool) -> None:
         """Raise an error that names the option or field for a layer of experts that is not supported here."""
         from sglang.srt.layers.moe import get_moe_a2a_backend
-        from sglang.srt.layers.moe.topk import is_expert_remapping_enabled
 
         config = _of(layer, "moe_runner_config")
         scheme = self.schemes[GATE_UP]
@@ -132,7 +131,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             "--moe-a2a-backend": ("none", not get_moe_a2a_backend().is_none()),
             "--enable-eplb, --ep-num-redundant-experts, --init-expert-location": (
                 "every expert once, in the model's order",
-                is_expert_remapping_enabled(),
+                _moves_experts(),
             ),
             "activation": ("silu", config.activation != "silu"),
             "is_gated": ("gated experts", not config.is_gated),
@@ -289,6 +288,18 @@ def _loader(layer: Any, name: str) -> Callable[..., list[int]]:
         return [expert]
 
     return load
+
+
+def _moves_experts() -> bool:
+    """Return whether experts are moved or doubled; they are not where no arguments are published, as in a layer built alone."""
+    from sglang.srt.runtime_context import get_exec, get_server_args
+
+    try:
+        get_server_args()
+    except ValueError:
+        return False
+    moe = get_exec().moe
+    return bool(moe.enable_eplb or moe.init_expert_location != "trivial" or moe.ep_num_redundant_experts > 0)
 
 
 def _rank_maximum(amax: torch.Tensor) -> torch.Tensor:

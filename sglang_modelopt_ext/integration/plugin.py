@@ -1,35 +1,64 @@
-"""The entry point SGLang calls in each of its processes (group ``sglang.srt.plugins``)."""
+"""The entry point that SGLang calls in each of its processes (group ``sglang.srt.plugins``)."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+import logging
 
+from sglang_modelopt_ext.env import ERROR_FILE
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.schemes.versions import TESTED_SGLANG, installed_sglang
 
-SUPPORTED_SGLANG = "0.5.23"
+logger = logging.getLogger(__name__)
 
 
-def check_version() -> None:
-    """Raises ModelOptExtError unless SGLang is the version this plugin was tested with."""
+def check_sglang() -> None:
+    """Raise ModelOptExtError unless SGLang has a tested version, or all symbols that this plugin uses are as in those.
+
+    The processes that a server starts are not checked again: they have their parent's error file in the environment.
+
+    Raises:
+        ModelOptExtError: there is no SGLang, or some symbols differ; the message lists these.
+    """
+    found, tested = installed_sglang(), ", ".join(TESTED_SGLANG)
+    if found in TESTED_SGLANG or (found is not None and ERROR_FILE.read()):
+        return
+    broken = broken_contract() if found is not None else []
+    if found is None or broken:
+        what = f"{found}, where {len(broken)} are not: {'; '.join(broken)}" if broken else "none"
+        expected = f"one of {tested}, or another in which all that this plugin uses is as there"
+        raise ModelOptExtError.at("sglang", "version", expected, what)
+    logger.warning(
+        "modelopt_ext: this plugin was tested with SGLang %s, not with %s, in which all that it uses is as there",
+        tested,
+        found,
+    )
+
+
+def broken_contract() -> list[str]:
+    """Return the differences of the installed SGLang from the contract, one clause for each."""
+    from sglang_modelopt_ext.integration import contract
+
+    root = contract.installed_root()
+    if root is None:
+        return ["sglang: missing"]
     try:
-        found = version("sglang")
-    except PackageNotFoundError:
-        found = "none"
-    if found != SUPPORTED_SGLANG:
-        raise ModelOptExtError.at(
-            "sglang", "version", f"{SUPPORTED_SGLANG}, the only one tested with this plugin", found
-        )
+        hooks = contract.of_hooks(all_hooks())
+    except ImportError as error:
+        # A module of ours imports a missing symbol. The table lists it too, unless it is no symbol of SGLang's.
+        return contract.check(contract.USES, root) or [str(error)]
+    return contract.check((*contract.USES, *hooks), root)
 
 
 def register() -> None:
-    """Hooks this package into SGLang; called again it does nothing.
+    """Install the hooks of this package in SGLang; a second call does nothing.
 
     Raises:
-        SystemExit: with one line, when anything does not fit. SGLang swallows every other exception of a plugin and would serve
+        SystemExit: a check or a hook fails, with one line. SGLang swallows every other exception of a plugin and would serve
             without it.
     """
     try:
-        check_version()
+        check_sglang()
         _install()
     except ModelOptExtError as error:
         raise SystemExit(error.one_line()) from error
@@ -39,16 +68,24 @@ def register() -> None:
         ) from error
 
 
-def _install() -> None:
-    # Imported here: importing SGLang's modules takes seconds, and a failure must reach the handler above.
+def all_hooks() -> tuple[Hook, ...]:
+    """Return every hook of this package, which imports SGLang's modules and takes seconds."""
     from sglang_modelopt_ext.integration import config, loading, processes, updates
-    from sglang_modelopt_ext.integration.hooks import install
     from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
     from sglang_modelopt_ext.integration.kv import scales as kv_scales
+
+    return (*config.HOOKS, *loading.HOOKS, *kv_hooks.HOOKS, *kv_scales.HOOKS, *updates.HOOKS, *processes.HOOKS)
+
+
+def _install() -> None:
+    # Import here: SGLang's modules take seconds, and a failure must reach the handler in register().
+    from sglang_modelopt_ext.integration import config, processes
+    from sglang_modelopt_ext.integration.hooks import install
+    from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
 
     processes.print_errors_in_one_line()
     processes.open_error_channel()
     config.register_methods()
     kv_hooks.register_kv_caches()
     processes.register_preflight()
-    install((*config.HOOKS, *loading.HOOKS, *kv_hooks.HOOKS, *kv_scales.HOOKS, *updates.HOOKS, *processes.HOOKS))
+    install(all_hooks())

@@ -8,6 +8,7 @@ names: a server with these is not supported, and the error names the flag.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import shutil
@@ -100,18 +101,17 @@ def _check_adapters(args: Any) -> None:
         raise ModelOptExtError.at(
             "command line",
             "--enable-lora",
-            "no LoRA adapters: they have not been tested on quantized layers (SGLang 0.5.23 needs a GPU for them)",
+            "no LoRA adapters: they have not been tested on quantized layers (SGLang needs a GPU for them)",
             args.lora_paths or "--enable-lora",
         )
 
 
+@functools.cache
 def register_preflight() -> None:
     """Register :func:`preflight` as a step of SGLang's argument resolution, once for a process."""
-    from sglang.srt.arg_groups.resolution_hooks import _HOOKS, register_resolution_hook
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
-    step = "handle_model_source_paths"
-    if _run_preflight not in _HOOKS.get(step, []):
-        register_resolution_hook(step)(_run_preflight)
+    register_resolution_hook("handle_model_source_paths")(_run_preflight)
 
 
 def _run_preflight(server_args: Any, previous: Callable[[Any], None]) -> None:

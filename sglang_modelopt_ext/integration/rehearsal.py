@@ -146,11 +146,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Tell whether a checkpoint loads, without reading its weights.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stock-kv-cache", action="store_true")
-    args, rest = parser.parse_known_args()
+    options, rest = parser.parse_known_args()
     # Use no GPU, even if the machine has one; SGLang reads these variables when it is imported.
     os.environ.update(SGLANG_USE_CPU_ENGINE="1", CUDA_VISIBLE_DEVICES="")
     try:
-        found = rehearse(args.folder, rest, args.stock_kv_cache)
+        found = rehearse(options.folder, rest, options.stock_kv_cache)
     except ModelOptExtError as error:
         found = {"model": None, "problems": [str(error)], "missing": [], "left_over": [], "left_out": 0}
     except (Exception, SystemExit) as error:  # any error of SGLang's: the caller reports that nothing was checked

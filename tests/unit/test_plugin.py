@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from importlib.metadata import entry_points
+from importlib.metadata import entry_points, version
 
 import pytest
 
 pytest.importorskip("sglang")
+
+from sglang_modelopt_ext.env import ERROR_FILE
+from sglang_modelopt_ext.schemes.versions import TESTED_SGLANG, described_sglang, installed_sglang
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
@@ -51,12 +54,55 @@ def test_registers_through_the_entry_point_once() -> None:
     assert "registered" in result.stdout, result.stderr[-3000:]
 
 
+UNTESTED = "from sglang_modelopt_ext.integration import plugin; plugin.TESTED_SGLANG = ('0.1',)"
+MISSING = (
+    "from sglang_modelopt_ext.integration import contract, uses; "
+    "contract.USES = (*contract.USES, uses.Use('a.b', 'test'), uses.Use('c.d', 'test'))"
+)
+LOAD = "from sglang.srt.plugins import load_plugins\nload_plugins()\nprint('went on')"
+
+
+def test_the_installed_version_is_tested() -> None:
+    """Whose contract the other tests check, and in whose words its decisions are put."""
+    assert installed_sglang() == described_sglang() == version("sglang")
+    assert installed_sglang() in TESTED_SGLANG
+
+
+def test_another_version_in_which_everything_is_as_expected_starts_with_one_warning() -> None:
+    """And with no more of SGLang than a tested one: attention for a GPU, of which the contract has rows, is not imported."""
+    loaded = "import sys; assert 'sglang.srt.layers.attention.triton_backend' not in sys.modules"
+    result = run(f"{UNTESTED}\n{LOAD}\n{loaded}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "went on" in result.stdout
+    (line,) = [line for line in result.stderr.splitlines() if "modelopt_ext: this plugin was tested" in line]
+    assert line.endswith(f"tested with SGLang 0.1, not with {version('sglang')}, in which all that it uses is as there")
+
+
+def test_the_processes_of_a_server_do_not_check_again() -> None:
+    channel = f"import os; os.environ[{ERROR_FILE.variable!r}] = '/nowhere'"
+    result = run(f"{channel}\n{UNTESTED}; {MISSING}\n{LOAD}")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "went on" in result.stdout
+    assert "modelopt_ext: this plugin was tested" not in result.stderr
+
+
 @pytest.mark.parametrize(
     ("sabotage", "message"),
     [
         (
-            "from sglang_modelopt_ext.integration import plugin; plugin.SUPPORTED_SGLANG = '0.5.22'",
-            r"sglang: version: expected 0\.5\.22, the only one tested with this plugin, got 0\.5\.23",
+            f"{UNTESTED}; {MISSING}",
+            r"sglang: version: expected one of 0\.1, or another in which all that this plugin uses is as there, "
+            rf"got {re.escape(version('sglang'))}, where 2 are not: a\.b: missing; c\.d: missing$",
+        ),
+        (
+            f"{UNTESTED}; from sglang_modelopt_ext.integration.config import HOOKS\n"
+            "object.__setattr__(HOOKS[0], 'parameters', ('other',))",
+            r"where 1 are not: sglang\.srt\.model_loader\.utils\.get_model_architecture: "
+            r"parameters \(model_config\), not \(other\)$",
+        ),
+        (
+            f"{UNTESTED}; plugin.installed_sglang = lambda: None",
+            r"sglang: version: expected one of 0\.1, or another .*, got none$",
         ),
         (
             "from sglang.srt.model_loader.loader import DefaultModelLoader as L; del L.load_weights_only",
@@ -79,7 +125,7 @@ def test_registers_through_the_entry_point_once() -> None:
     ],
 )
 def test_a_failed_registration_stops_the_process_with_one_line(sabotage: str, message: str) -> None:
-    result = run(f"{sabotage}\nfrom sglang.srt.plugins import load_plugins\nload_plugins()\nprint('went on')")
+    result = run(f"{sabotage}\n{LOAD}")
     assert result.returncode != 0
     assert "went on" not in result.stdout
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("ModelOptExtError: ")]

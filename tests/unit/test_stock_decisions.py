@@ -20,6 +20,7 @@ from sglang_modelopt_ext.checkpoint.ownership import decide
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration import processes
 from sglang_modelopt_ext.schemes.table import FAMILIES
+from sglang_modelopt_ext.schemes.versions import described_sglang
 from tests.support import decisions
 from tests.support.decisions import FLAGS, REFUSED, UNQUANTIZED, with_plugin, without_plugin
 from tests.support.pairs import EDITED, EXPORTS, PUBLISHED, Pair
@@ -178,9 +179,9 @@ def test_doubt_has_a_reason_and_is_an_error_under_a_flag_of_ours(tmp_path: Path,
 def test_what_is_left_without_doubt_has_a_reason_too(tmp_path: Path) -> None:
     by_name = {pair.name: pair.write(tmp_path / pair.name) for pair in PAIRS}
     for name, why in (
-        ("qwen36_mix_with_its_kv_cache_in_one_file", "SGLang 0.5.23 serves MIXED_PRECISION there"),
+        ("qwen36_mix_with_its_kv_cache_in_one_file", f"SGLang {described_sglang()} serves MIXED_PRECISION there"),
         ("mix_with_block_fp8", "FP8_BLOCK_SCALES in a mix is SGLang's own"),
-        ("mix_with_mxfp8", "SGLang 0.5.23 serves MIXED_PRECISION there"),
+        ("mix_with_mxfp8", f"SGLang {described_sglang()} serves MIXED_PRECISION there"),
         ("not_quantized", ""),
         ("awq", ""),
     ):

@@ -10,12 +10,13 @@ pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.checkpoint.names import EXPERT, FUSED_SHARDS, Exclusions
 from sglang_modelopt_ext.checkpoint.stock import MIX_ALGOS, NVFP4_ALGOS
-from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, UNMAPPED_LAYERS
+from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, unmapped_in
+from sglang_modelopt_ext.schemes.versions import described_sglang
 from tests.support.sglang_models import models_that_rename_block_scales, unmapped_layers
 
 
 def test_the_table_is_that_of_the_installed_sglang() -> None:
-    assert unmapped_layers() == UNMAPPED_LAYERS
+    assert unmapped_layers() == unmapped_in(described_sglang())
     assert models_that_rename_block_scales() == MODELS_THAT_RENAME_BLOCK_SCALES
 
 
@@ -47,7 +48,7 @@ def test_sglang_does_not_find_the_shards_of_a_model_without_mapping(architecture
     assert config._resolve_quant_algo("model.layers.0.mlp.down_proj") == "NVFP4"  # type: ignore[attr-defined]
     for block, fused in (("self_attn", "qkv_proj"), ("mlp", "gate_up_proj")):
         found = config._resolve_quant_algo(f"model.layers.0.{block}.{fused}")  # type: ignore[attr-defined]
-        assert found == (None if fused in UNMAPPED_LAYERS.get(architecture, ()) else "FP8")
+        assert found == (None if fused in unmapped_in(described_sglang()).get(architecture, ()) else "FP8")
 
 
 @pytest.mark.parametrize("algo", sorted(MIX_ALGOS | {"W4A8_NVFP4_FP8", "W4A16_AWQ"}))

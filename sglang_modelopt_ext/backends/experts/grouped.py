@@ -68,7 +68,7 @@ class GroupedExperts(ExpertBackend):
 
 
 class GroupedDecoded(GroupedExperts):
-    """Every weight format, 4-bit ones decoded in registers, at the width they are stored in."""
+    """Every weight format at its stored width, 4-bit weights decoded in registers."""
 
     name = "triton_grouped"
     kernels = ("combine_kernel", "decode_kernel", "dense_kernel", "grouped_kernel", "route_kernel", "swiglu_kernel")
@@ -160,7 +160,7 @@ class GroupedMxfp4(GroupedExperts):
 
 
 class GroupedBf16(GroupedExperts):
-    """Weights decoded to bf16 once, for what the others cannot hold."""
+    """Weights decoded to bf16 once, for values that no other backend of experts on a GPU can hold."""
 
     name = "triton_grouped_bf16"
     kernels = ("combine_kernel", "dense_kernel", "grouped_kernel", "route_kernel", "swiglu_kernel")

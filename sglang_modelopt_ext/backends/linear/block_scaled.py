@@ -17,7 +17,7 @@ from sglang_modelopt_kernels.gemm.w4_decode import (
 
 
 class BlockScaled(Backend):
-    """4-bit codes decoded in registers: :mod:`sglang_modelopt_kernels.gemm.w4_decode`."""
+    """4-bit weights decoded in registers: :mod:`sglang_modelopt_kernels.gemm.w4_decode`."""
 
     name = "triton_block_scaled"
     kernels = ("block_scaled_kernel", "decode_kernel", "finish_kernel", "group_scaled_kernel")

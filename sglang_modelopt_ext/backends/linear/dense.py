@@ -11,7 +11,7 @@ from sglang_modelopt_kernels.gemm.reference import dense_linear, prepare_dense
 
 
 class Dense(Backend):
-    """The reference path of :mod:`sglang_modelopt_kernels.gemm.reference`."""
+    """The reference path, weights decoded once at load: :mod:`sglang_modelopt_kernels.gemm.reference`."""
 
     takes_vocabulary = True
 

@@ -24,7 +24,7 @@ KINDS: dict[str, Kind] = {
 
 
 class EightBit(Backend):
-    """8-bit codes as stored, decoded in registers, or INT8 times INT8: :mod:`sglang_modelopt_kernels.gemm.w8_decode`."""
+    """8-bit weights decoded in registers, or INT8 on both sides: :mod:`sglang_modelopt_kernels.gemm.w8_decode`."""
 
     name = "triton_eight_bit"
     kernels = ("byte_decode_kernel", "eight_bit_kernel", "finish_kernel")

@@ -71,7 +71,10 @@ class Fp4(BlockBackend):
 
 
 class BlackwellFp4(Fp4):
-    """Scales in tiles, which tcgen05 copies to tensor memory; those of the activations too, from 65 tokens on."""
+    """NVFP4 or MXFP4 on both sides in FP4 matrix instructions of SM100 and SM103, with swizzled block scales.
+
+    ``tcgen05.cp`` copies them to tensor memory; those of the activations are swizzled from 65 tokens on.
+    """
 
     name = "triton_fp4_tcgen05"
     kernels = ("finish_kernel", "tcgen05_kernel")
@@ -88,7 +91,10 @@ class BlackwellFp4(Fp4):
 
 
 class MmaFp4(Fp4):
-    """Scales in rows, which ``mma.sync`` takes from registers."""
+    """NVFP4 or MXFP4 on both sides in FP4 matrix instructions of SM120, with block scales in rows.
+
+    ``mma.sync`` takes them from registers.
+    """
 
     name = "triton_fp4_mma"
     kernels = ("finish_kernel", "fp4_kernel")

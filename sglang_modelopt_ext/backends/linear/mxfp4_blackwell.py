@@ -67,7 +67,7 @@ class Mxfp4(Backend):
 
 
 class BlackwellMxfp4(Mxfp4):
-    """The codes as stored."""
+    """MXFP4 weights with FP8 activations in block-scaled matrix instructions of SM100 and SM103, codes as stored."""
 
     name = "triton_mxfp4_tcgen05"
     kernels = ("finish_kernel", "tcgen05_kernel")
@@ -80,7 +80,10 @@ class BlackwellMxfp4(Mxfp4):
 
 
 class WidenedMxfp4(Mxfp4):
-    """The codes widened to E4M3 in registers, where no instruction mixes the two."""
+    """MXFP4 weights with FP8 activations in block-scaled matrix instructions of SM120, codes widened to E4M3 in registers.
+
+    No instruction there mixes E2M1 and E4M3 operands.
+    """
 
     name = "triton_mxfp4_mma"
     kernels = ("finish_kernel", "mxfp4_widened_kernel")

@@ -41,7 +41,7 @@ def blocks_of_16(shards: Sequence[ShardWeight]) -> tuple[torch.Tensor, torch.Ten
 
 
 class FlashInferWeightOnly(Backend):
-    """``flashinfer.mm_bf16_fp4``, its CuTe-DSL kernel for SM100 and SM103.
+    """NVFP4 weights with bf16 activations: ``flashinfer.mm_bf16_fp4``, its CuTe-DSL kernel for SM100 and SM103.
 
     Its kernel for SM120 multiplies in float16, which does not hold every bf16 activation, and is not used.
     """
@@ -105,7 +105,7 @@ def _(x: torch.Tensor, codes: torch.Tensor, block_scale: torch.Tensor, alpha: to
 
 
 class QuackWeightOnly(Backend):
-    """``quack.gemm_w4.gemm_w4a16`` on SM90, format ``nvfp4``."""
+    """NVFP4 weights with bf16 activations on SM90: ``quack.gemm_w4.gemm_w4a16``, format ``nvfp4``."""
 
     name = "quack_w4a16"
     repeats = False  # not known

@@ -380,21 +380,18 @@ def _reject_pool(kind: str) -> Callable[..., Any]:
     return around
 
 
+@functools.cache
 def register_kv_caches() -> None:
     """Register this package's values of ``--kv-cache-dtype``, its attention backends, and its check of the resolved backends."""
-    from sglang.srt.arg_groups.resolution_hooks import _HOOKS, register_resolution_hook
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS, register_attention_backend
     from sglang.srt.server_args import ServerArgs
 
     argument = typing.get_type_hints(ServerArgs, include_extras=True)["kv_cache_dtype"].__metadata__[0]
     argument.choices.extend(flag for flag in KV_FLAGS if flag not in argument.choices)
-    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
-
     for name, ours in (("triton", _triton_backend), *((name, _wrapped_backend) for name in sorted(WRAPPED_BACKENDS))):
-        if not isinstance(ATTENTION_BACKENDS[name], functools.partial):
-            ATTENTION_BACKENDS[name] = functools.partial(ours, ATTENTION_BACKENDS[name])
-    step = "handle_attention_backend_compatibility"
-    if _check_backends not in _HOOKS.get(step, []):
-        register_resolution_hook(step)(_check_backends)
+        register_attention_backend(name)(functools.partial(ours, ATTENTION_BACKENDS[name]))
+    register_resolution_hook("handle_attention_backend_compatibility")(_check_backends)
 
 
 def _triton_backend(original: Callable[[Any], Any], runner: Any) -> Any:

@@ -125,7 +125,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         owner: this package, or SGLang; None where the checkpoint is refused.
         flags: the ``--quantization`` flags under which this package serves it.
         why: one sentence.
-        stock: by algorithm, what SGLang 0.5.23 does without this package.
+        stock: by algorithm, what SGLang does without this package.
     """
 
     target: str
