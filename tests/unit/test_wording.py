@@ -45,7 +45,6 @@ NO_VERB = re.compile(r"(The|A|An|Whether|How|Which|Where|None|One|Every|Up to)\b
 RETIRED = {
     "decay": "alpha",
     "in tiles": "swizzled",
-    "left out": "not supported, or skipped",
     "likewise": "the statement itself",
     "meet": "is multiplied with",
     "meets": "is multiplied with",
@@ -70,14 +69,7 @@ Its other words (numbers, inputs, outputs, takes, following, layout) have uses o
 RETIRED_PATTERN = re.compile(rf"\b({'|'.join(RETIRED)})\b", re.IGNORECASE)
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
-    (
-        "sglang_modelopt_ext/integration/loading.py",
-        "left_out",
-    ): "the tensors outside the model, a field of `inspect --json`",
-    (
-        "sglang_modelopt_ext/integration/rehearsal.py",
-        "left_out",
-    ): "the number of these tensors, a field of `inspect --json`",
+    ("sglang_modelopt_ext/backends/timings.py", "refused"): "a field of tuning files",
 }
 """By file and identifier or word: why it stays."""
 
