@@ -164,11 +164,11 @@ shards. Of the newest tested version."""
 _UNMAPPED_BEFORE: dict[str, dict[str, frozenset[str]]] = {
     "0.5.22": {"MiniCPMV4_6ForConditionalGeneration": frozenset({"qkv_proj", "gate_up_proj"})},
 }
-"""By older tested version, the classes that have got a mapping since."""
+"""The classes without a mapping in an older tested version that have one in the newest, by version."""
 
 
 def unmapped_in(version: str) -> dict[str, frozenset[str]]:
-    """Return :data:`UNMAPPED_LAYERS` as they are in a version of SGLang."""
+    """Return the fused layers without a mapping (:data:`UNMAPPED_LAYERS`) in a version of SGLang, by architecture."""
     return {**UNMAPPED_LAYERS, **_UNMAPPED_BEFORE.get(version, {})}
 
 

@@ -1,7 +1,7 @@
 """The contract with SGLang: every symbol of it that this package uses, and why.
 
-``check`` holds the table, and the functions that hooks wrap, against the sources of an SGLang without importing it. A version that
-nobody tested serves where all of it holds (:mod:`sglang_modelopt_ext.integration.plugin`). ``tests/unit/test_sglang_contract.py``
+``check`` compares the table, and the functions that hooks wrap, with the sources of an SGLang without importing it. An untested
+version serves where all rows hold (:mod:`sglang_modelopt_ext.integration.plugin`). ``tests/unit/test_sglang_contract.py``
 fails where this package uses a symbol that no row names, and where a row names what is not used.
 
 Symbols are relative to ``sglang.srt`` unless they begin with ``sglang.``.

@@ -1,4 +1,4 @@
-"""The entry point SGLang calls in each of its processes (group ``sglang.srt.plugins``)."""
+"""The entry point that SGLang calls in each of its processes (group ``sglang.srt.plugins``)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 def check_sglang() -> None:
-    """Check an SGLang that this plugin was not tested with: one in which every symbol that is used is as expected serves.
+    """Raise ModelOptExtError unless SGLang has a tested version, or all symbols that this plugin uses are as in those.
 
-    The processes that a server starts are not checked again: they have their parent's channel for errors in the environment.
+    The processes that a server starts are not checked again: they have their parent's error file in the environment.
 
     Raises:
-        ModelOptExtError: there is no SGLang, or some symbols are not as expected; the message lists them.
+        ModelOptExtError: there is no SGLang, or some symbols differ; the message lists these.
     """
     found, tested = installed_sglang(), ", ".join(TESTED_SGLANG)
     if found in TESTED_SGLANG or (found is not None and ERROR_FILE.read()):
@@ -45,16 +45,16 @@ def broken_contract() -> list[str]:
     try:
         hooks = contract.of_hooks(all_hooks())
     except ImportError as error:
-        # Of a symbol that a module of ours imports at its top: the table has it too, unless it is no symbol of SGLang's.
+        # A module of ours imports a missing symbol. The table lists it too, unless it is no symbol of SGLang's.
         return contract.check(contract.USES, root) or [str(error)]
     return contract.check((*contract.USES, *hooks), root)
 
 
 def register() -> None:
-    """Hooks this package into SGLang; called again it does nothing.
+    """Install the hooks of this package in SGLang; a second call does nothing.
 
     Raises:
-        SystemExit: with one line, when anything does not fit. SGLang swallows every other exception of a plugin and would serve
+        SystemExit: a check or a hook fails, with one line. SGLang swallows every other exception of a plugin and would serve
             without it.
     """
     try:
@@ -69,7 +69,7 @@ def register() -> None:
 
 
 def all_hooks() -> tuple[Hook, ...]:
-    """Return every hook of this package. Importing them imports SGLang's modules, which takes seconds."""
+    """Return every hook of this package, which imports SGLang's modules and takes seconds."""
     from sglang_modelopt_ext.integration import config, loading, processes, updates
     from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
     from sglang_modelopt_ext.integration.kv import scales as kv_scales
@@ -78,7 +78,7 @@ def all_hooks() -> tuple[Hook, ...]:
 
 
 def _install() -> None:
-    # Imported here: importing SGLang's modules takes seconds, and a failure must reach the handler above.
+    # Import here: SGLang's modules take seconds, and a failure must reach the handler in register().
     from sglang_modelopt_ext.integration import config, processes
     from sglang_modelopt_ext.integration.hooks import install
     from sglang_modelopt_ext.integration.kv import hooks as kv_hooks

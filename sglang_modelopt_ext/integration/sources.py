@@ -24,12 +24,12 @@ class Found:
 
     @property
     def is_class(self) -> bool:
-        """Whether it is a class."""
+        """Whether the definition is a class."""
         return isinstance(self.node, ast.ClassDef)
 
     @property
     def is_function(self) -> bool:
-        """Whether it is a function or a method."""
+        """Whether the definition is a function or a method."""
         return isinstance(self.node, Function)
 
 

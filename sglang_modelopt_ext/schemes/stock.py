@@ -1,4 +1,4 @@
-"""The behaviour of SGLang (0.5.22, 0.5.23) itself with each algorithm, for the support matrix and for messages.
+"""The behaviour of SGLang 0.5.22 and 0.5.23 themselves with each algorithm, for the support matrix and for messages.
 
 Read from the sources of their wheels (``configs/model_config.py``, ``layers/quantization/modelopt_quant.py``,
 ``model_loader/weight_utils.py``); nothing in this table was run on a GPU.

@@ -6,7 +6,7 @@ import functools
 from importlib.metadata import PackageNotFoundError, version
 
 TESTED_SGLANG = ("0.5.22", "0.5.23")
-"""Oldest first. ``make test-full`` runs the older ones in environments of their own."""
+"""The tested versions of SGLang, oldest first. ``make test-full`` runs the older ones in environments of their own."""
 
 
 @functools.cache
