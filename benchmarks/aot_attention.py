@@ -44,8 +44,8 @@ def _attention_of(
     name = f"{recipe.name} D={head_dim}"
     scratch = dict.fromkeys(("partial_token", "partial_head", "partial_split", "lse_token", "lse_head"), "i32")
     pointers = types | {"partial_ptr": "*fp32", "lse_ptr": "*fp32", "sm_scale": "fp32", "cap": "fp32"} | scratch
-    strides = dict.fromkeys(("q_stride", "turned_stride", "k_stride", "v_stride", "out_stride"), "i32")
-    wide = dict.fromkeys(("q_ptr", "turned_ptr"), "*fp16" if recipe.rotate else "*bf16")
+    strides = dict.fromkeys(("q_stride", "rotated_stride", "k_stride", "v_stride", "out_stride"), "i32")
+    wide = dict.fromkeys(("q_ptr", "rotated_ptr"), "*fp16" if recipe.rotate else "*bf16")
     wide |= dict.fromkeys(("k_ptr", "v_ptr", "out_ptr"), "*bf16")
     everything = pointers | strides | wide | dict.fromkeys(("tokens", "rows", "splits"), "i32")
     aligned = (*strides, *scratch)

@@ -12,7 +12,7 @@ from benchmarks.attention import HEADS, Decode, empty, scattered
 from benchmarks.stress_case import Launch, StressCase
 from sglang_modelopt_kernels.attention.extend import extend_attention
 from sglang_modelopt_kernels.attention.naive import naive_decode, naive_extend
-from sglang_modelopt_kernels.attention.store import store_kv, turn_queries
+from sglang_modelopt_kernels.attention.store import store_kv, rotate_queries
 from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
@@ -243,4 +243,4 @@ def _route() -> Launch:
 
 def _turn() -> Launch:
     q = _random(4096, 32 * 128).unflatten(1, (32, 128))
-    return Launch(lambda: turn_queries(q).flatten(1), None)
+    return Launch(lambda: rotate_queries(q).flatten(1), None)

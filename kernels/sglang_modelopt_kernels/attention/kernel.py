@@ -94,7 +94,7 @@ def hadamard(DP: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def turned(x, DP: tl.constexpr, SIZE: tl.constexpr, NATIVE: tl.constexpr):
+def rotated(x, DP: tl.constexpr, SIZE: tl.constexpr, NATIVE: tl.constexpr):
     """``x`` ``[T, DP]`` under the normalised Hadamard transform, float32.
 
     Entries of 1 and -1 are exact in every type, and so are the products.

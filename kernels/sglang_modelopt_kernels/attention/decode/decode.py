@@ -12,7 +12,7 @@ import triton
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
 from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
-from sglang_modelopt_kernels.attention.store.store import turn_queries
+from sglang_modelopt_kernels.attention.store.store import rotate_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
 from sglang_modelopt_kernels.gemm.common import checked
 
@@ -173,12 +173,12 @@ def decode_attention(
     constants = options(q, k_buffer)
     config = choose_for(k_buffer.format, head_dim, heads, architecture(q))
     group = query_heads // heads
-    turned = turn_queries(q.contiguous()) if k_buffer.rotated else q
+    rotated = rotate_queries(q.contiguous()) if k_buffer.rotated else q
     strides = (*attn_logits.stride()[:3], *attn_lse.stride()[:2])
     nothing = k_buffer.scale
     checked(
         split_kernel[(heads // config.heads, requests, max_kv_splits)](
-            turned,
+            rotated,
             k_buffer.codes,
             k_buffer.scale,
             nothing if k_buffer.bias is None else k_buffer.bias,
@@ -192,7 +192,7 @@ def decode_attention(
             attn_lse,
             sm_scale,
             logit_cap,
-            turned.stride(0),
+            rotated.stride(0),
             *strides,
             H=heads,
             GROUP=group,

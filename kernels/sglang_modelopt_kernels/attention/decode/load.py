@@ -36,10 +36,11 @@ def load_planes(
     OUT: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    """Four planes of the NVFP4 vectors of BH heads in ``slot`` (int64 ``[BN]``), times 2^-14: ``[BH, BN, E]``.
+    """Load four planes of the NVFP4 vectors of BH heads in ``slot`` (int64 ``[BN]``), times 2^-14: ``[BH, BN, E]``.
 
-    With ACROSS ``[BH, E, BN]``, for the left operand of a product over tokens: codes come out of shared memory turned, where planes
-    turned after decoding would go through it, four times as much. E is D / 4, rounded up to a power of two.
+    With ACROSS the result is ``[BH, E, BN]``, the left operand of a product over tokens. Codes are then transposed on their way out
+    of shared memory: transposing the decoded planes would move four times as many bytes through it. E is D / 4, rounded up to a power
+    of two.
     """
     heads = tl.arange(0, BH)[:, None]
     element = tl.arange(0, E)[None, :]

@@ -12,7 +12,7 @@ import triton.language as tl
 from sglang_modelopt_kernels.attention.extend.kernel import extend_kernel
 from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
-from sglang_modelopt_kernels.attention.store.store import turn_queries
+from sglang_modelopt_kernels.attention.store.store import rotate_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
 from sglang_modelopt_kernels.gemm.common import checked, needs_drain
 
@@ -112,7 +112,7 @@ def extend_attention(
         raise ValueError(f"scales {k_scale}, {v_scale}: the caches know theirs")
     if tokens == 0 or max_len_extend == 0:
         return
-    turned = turn_queries(q_extend.contiguous()) if k_buffer.rotated else q_extend
+    rotated = rotate_queries(q_extend.contiguous()) if k_buffer.rotated else q_extend
     nothing = k_buffer.scale
     constants = options(q_extend, k_buffer)
     config = choose_for(k_buffer.format, head_dim, architecture(q_extend))
@@ -121,7 +121,7 @@ def extend_attention(
     checked(
         extend_kernel[(len(qo_indptr) - 1, query_heads, triton.cdiv(max_len_extend, config.queries))](
             q_extend,
-            turned,
+            rotated,
             k_extend,
             v_extend,
             o_extend,
@@ -138,7 +138,7 @@ def extend_attention(
             sm_scale or head_dim**-0.5,
             logit_cap,
             q_extend.stride(0),
-            turned.stride(0),
+            rotated.stride(0),
             k_extend.stride(0),
             v_extend.stride(0),
             o_extend.stride(0),

@@ -45,7 +45,7 @@ def _rescaled(s, largest):
 @triton.jit
 def extend_kernel(
     q_ptr,
-    turned_ptr,
+    rotated_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
@@ -62,7 +62,7 @@ def extend_kernel(
     sm_scale,
     cap,
     q_stride,
-    turned_stride,
+    rotated_stride,
     k_stride,
     v_stride,
     out_stride,
@@ -100,14 +100,14 @@ def extend_kernel(
     token = (begin + local).to(tl.int64)
     channel = tl.arange(0, DP)
     at_plane = plane_channel(E)
-    at = token * turned_stride + query_head * D
+    at = token * rotated_stride + query_head * D
     k_scale = tl.load(k_scale_ptr)
     shift = tl.zeros((BM,), tl.float32)
     if FP4:
-        q0 = _load_query(turned_ptr, at, at_plane, inside, D, COMPUTE)
-        q1 = _load_query(turned_ptr, at, at_plane + 4, inside, D, COMPUTE)
-        q2 = _load_query(turned_ptr, at, at_plane + 8, inside, D, COMPUTE)
-        q3 = _load_query(turned_ptr, at, at_plane + 12, inside, D, COMPUTE)
+        q0 = _load_query(rotated_ptr, at, at_plane, inside, D, COMPUTE)
+        q1 = _load_query(rotated_ptr, at, at_plane + 4, inside, D, COMPUTE)
+        q2 = _load_query(rotated_ptr, at, at_plane + 8, inside, D, COMPUTE)
+        q3 = _load_query(rotated_ptr, at, at_plane + 12, inside, D, COMPUTE)
         k_scale = k_scale * DESCALE
         if AFFINE:
             bias_ptr = k_bias_ptr + head * D
@@ -118,7 +118,7 @@ def extend_kernel(
         a2 = tl.zeros((BM, E), tl.float32)
         a3 = tl.zeros((BM, E), tl.float32)
     else:
-        q0 = _load_query(turned_ptr, at, channel, inside, D, COMPUTE)
+        q0 = _load_query(rotated_ptr, at, channel, inside, D, COMPUTE)
         if AFFINE:
             shift = _bias_product(q0, k_bias_ptr + head * D, channel, D)
         a0 = tl.zeros((BM, DP), tl.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.attention.kernel import turned
+from sglang_modelopt_kernels.attention.kernel import rotated
 from sglang_modelopt_kernels.quantize.kernel import e2m1_code, e4m3_byte, round_to_e4m3
 
 
@@ -77,7 +77,7 @@ def store_kernel(
         source = tl.load(k_ptr + wide[:, None] * k_stride + head * D + channel[None, :], mask=mask, other=0.0)
         x = source.to(tl.float32)
         if ROTATE:
-            x = turned(source, DP, SIZE, NATIVE)
+            x = rotated(source, DP, SIZE, NATIVE)
         if AFFINE:
             x = x - tl.load(k_bias_ptr + head * D + channel, mask=channel < D, other=0.0)[None, :]
         s = tl.load(k_scale_ptr)
@@ -107,5 +107,5 @@ def turn_kernel(
     channel = tl.arange(0, DP)
     mask = (row < rows)[:, None] & (channel < D)[None, :]
     at = row.to(tl.int64)[:, None] * D + channel[None, :]
-    y = turned(tl.load(q_ptr + at, mask=mask, other=0.0), DP, SIZE, NATIVE)
+    y = rotated(tl.load(q_ptr + at, mask=mask, other=0.0), DP, SIZE, NATIVE)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)

@@ -65,17 +65,17 @@ def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: tor
     )
 
 
-def turn_queries(q: torch.Tensor) -> torch.Tensor:
+def rotate_queries(q: torch.Tensor) -> torch.Tensor:
     """Queries ``[..., D]``, contiguous, under the rotation of the keys: float16, or float32 of float32 queries."""
     head_dim = q.shape[-1]
     if head_dim > MOST_ROTATED:
         raise ValueError(f"head_dim {head_dim}: these kernels rotate at most {MOST_ROTATED}")
     rows = q.numel() // head_dim
-    turned = torch.empty_like(q, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16)
+    rotated = torch.empty_like(q, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16)
     if rows:
         turn_kernel[(triton.cdiv(rows, TOKENS),)](
             q,
-            turned,
+            rotated,
             rows,
             D=head_dim,
             DP=triton.next_power_of_2(head_dim),
@@ -84,4 +84,4 @@ def turn_queries(q: torch.Tensor) -> torch.Tensor:
             BT=TOKENS,
             num_warps=4,
         )
-    return turned
+    return rotated
