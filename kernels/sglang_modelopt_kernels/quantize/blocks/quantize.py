@@ -11,7 +11,7 @@ from sglang_modelopt_kernels.formats.base import BlockActivation
 
 from .kernel import quantize_blocks_kernel
 
-INPUTS = 2048
+PROGRAM_VALUES = 2048
 """Inputs of one token that a program rounds."""
 
 NUMERICS: dict[str, tuple[int, Literal["e2m1", "e4m3"]]] = {
@@ -38,7 +38,7 @@ def _launch(
     if m == 0 or k == 0:
         return
     x = x if x.stride(1) == 1 else x.contiguous()
-    blocks = min(INPUTS // group, triton.next_power_of_2(k // group))
+    blocks = min(PROGRAM_VALUES // group, triton.next_power_of_2(k // group))
     # The kernel takes a pointer for what is absent and never reads through it.
     quantize_blocks_kernel[(m, triton.cdiv(k // group, blocks))](
         x,
