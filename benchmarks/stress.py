@@ -99,7 +99,7 @@ def run_job(job: tuple[str, int]) -> Result:
 
 
 def table(results: Iterable[Result]) -> list[str]:
-    """Lines of a Markdown table, by kernel: cases, launches, differing, failed, largest error."""
+    """Format a Markdown table, by kernel: cases, launches, differing, failed, largest error."""
     lines = [
         "| kernel | cases | launches | differing | failed or wrong | largest error |",
         "|---|---|---|---|---|---|",

@@ -41,7 +41,7 @@ def _tcgen05_of(name: str, element: str, group: int, every: tuple[KernelConfig, 
                 operands["w"] = f"tensordesc<u8[{config.bn},{config.bk // 2}]>"
                 operands["s"] = f"tensordesc<{scale}[{config.bn // TILE},{box}]>"
                 operands["t"] = f"tensordesc<{scale}[{config.bm // TILE},{box}]>" if swizzled else operands["t"]
-            numerics = {"X": element, "GROUP": group, "NATIVE": True, "DESCRIBED": described, "TILED": swizzled}
+            numerics = {"X": element, "GROUP": group, "NATIVE": True, "DESCRIBED": described, "SWIZZLED": swizzled}
             numerics |= {"PERSISTENT": config.persistent, "HEIGHT": HEIGHT}
             label = name if described else f"{name},pointers"
             case = product_case(label, tcgen05_kernel, config, operands, numerics, matrix)

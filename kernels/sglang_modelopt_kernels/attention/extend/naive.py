@@ -24,7 +24,8 @@ def naive_extend(
 ) -> torch.Tensor:
     """Compute :func:`extend_attention` in float64, ``[T, Hq, D]``.
 
-    New tokens attend to their cached prefix, and to themselves without quantization. With a window, the query at position p sees keys from p - window on.
+    New tokens attend to their cached prefix, and to themselves without quantization. With a window, the query at position p sees
+    keys from p - window on.
     """
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
     groups = q.shape[1] // keys.shape[1]
