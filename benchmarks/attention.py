@@ -1,7 +1,7 @@
-"""Attention over packed KV caches on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.attention``.
+"""Time attention over packed KV caches on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.attention``.
 
-Needs torch and Triton only. First every recipe is checked against its naive twin in float64 on fresh random data. Then each case is
-timed under a CUDA graph whose launches go through enough copies of the cache to miss the GPU's; medians of 7 replays. Peers in the
+Needs torch and Triton only. First every recipe is compared with its naive twin in float64 on fresh random data. Then each case is
+timed under a CUDA graph whose launches cycle through enough copies of the cache to miss L2; medians of 7 replays. Peers in the
 same run, ``-`` where they cannot be imported: FlashInfer's paged decode in FP8 and bf16; for new tokens over a prefix SGLang's
 Triton kernel on a bf16 cache, and torch's flash attention on an unquantized, contiguous copy.
 """
@@ -15,86 +15,27 @@ import torch
 import triton
 
 from benchmarks.gemm import read_bandwidth
-from sglang_modelopt_kernels.attention.decode import DecodeScratch, decode_attention
-from sglang_modelopt_kernels.attention.extend import extend_attention
-from sglang_modelopt_kernels.attention.naive import naive_decode, naive_extend
-from sglang_modelopt_kernels.attention.packed import PackedCache
+from benchmarks.registry import measured
+from benchmarks.registry.attention import TOLERANCE
+from benchmarks.registry.caches import HEADS, DecodeStep, random_caches, scattered_slots
+from sglang_modelopt_kernels.attention.decode import naive_decode
+from sglang_modelopt_kernels.attention.extend import extend_attention, naive_extend
 from sglang_modelopt_kernels.attention.store import store_kv
-from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe
-from sglang_modelopt_kernels.timing import COLD_BYTES, median_us
+from sglang_modelopt_kernels.formats.kv_cache import KVRecipe
+from sglang_modelopt_kernels.timing import median_us
 
-HEADS = 8
+RECIPES = measured(KVRecipe)
 CONTEXTS, BATCHES = (1024, 8192, 32768, 131072), (1, 8, 32, 128, 256)
 PAGE = 16
-"""Tokens that lie side by side, ours and FlashInfer's; pages come in random order."""
+"""Consecutive slots of a page, ours and FlashInfer's; pages come in random order."""
 
 MEMORY = 24 << 30
-"""Bytes of bf16 keys and values that a case may stand for."""
-
-
-def empty(recipe: KVRecipe, slots: int, head_dim: int) -> tuple[PackedCache, PackedCache]:
-    """Keys and values of random codes."""
-    shape = (slots, HEADS, 2, head_dim // 16)
-    block = torch.randint(0x30, 0x40, shape, device="cuda", dtype=torch.uint8) if recipe.format.block else None
-    return _side(recipe, slots, head_dim, block, 0), _side(recipe, slots, head_dim, block, 1)
-
-
-def _side(recipe: KVRecipe, slots: int, head_dim: int, block: torch.Tensor | None, side: int) -> PackedCache:
-    number = recipe.format
-    code = torch.randint(
-        -(1 << 15), 1 << 15, (slots, HEADS, number.code_width(head_dim)), device="cuda", dtype=torch.int16
-    )
-    if number.code_dtype == torch.uint8:
-        code = torch.randint(0, 0x7E, code.shape, device="cuda", dtype=torch.uint8)
-    bias = torch.randn(HEADS, head_dim, device="cuda") if recipe.affine else None
-    scale = torch.full((1,), 0.05, device="cuda")
-    return PackedCache(number, code, block, side, scale, bias, recipe.rotate and side == 0, head_dim, torch.float32)
-
-
-def scattered(tokens: int, page: int) -> torch.Tensor:
-    """Slots of ``tokens`` tokens, int32: pages of ``page`` side by side, in random order."""
-    first = torch.randperm(tokens // page, device="cuda")[:, None] * page
-    return (first + torch.arange(page, device="cuda")).flatten().to(torch.int32)
-
-
-class Decode:
-    """One step of a batch of requests of one length over ``copies`` caches."""
-
-    def __init__(self, recipe: KVRecipe, context: int, batch: int, group: int, head_dim: int, page: int = 1) -> None:
-        stored = 2 * context * batch * HEADS * recipe.bytes_per_vector(head_dim)
-        self.stored = stored
-        self.copies = max(1, min(4, COLD_BYTES // stored + 1))
-        tokens = context * batch
-        self.caches = [empty(recipe, tokens, head_dim) for _ in range(self.copies)]
-        self.q = torch.randn(batch, HEADS * group, head_dim, device="cuda", dtype=torch.bfloat16)
-        self.out = torch.empty_like(self.q)
-        self.indptr = torch.arange(0, tokens + 1, context, device="cuda", dtype=torch.int32)
-        self.indices = scattered(tokens, page)
-        processors = torch.cuda.get_device_properties(0).multi_processor_count
-        room = DecodeScratch(batch, HEADS * group, HEADS, head_dim, processors, "cuda")
-        self.partial, self.lse = room.of(batch, HEADS * group)
-        self.splits = self.partial.shape[2]
-
-    def __call__(self, index: int) -> None:
-        keys, values = self.caches[index % self.copies]
-        decode_attention(
-            self.q,
-            keys,
-            values,
-            self.out,
-            self.indptr,
-            self.indices,
-            self.partial,
-            self.lse,
-            None,
-            self.splits,
-            0.01,
-        )
+"""Bytes that the keys and values of a case may take in bf16."""
 
 
 def check(recipe: KVRecipe, head_dim: int) -> float:
-    """The largest error of decode and extend, relative to the norm of an output vector."""
-    decode = Decode(recipe, 700, 3, 4, head_dim)
+    """Return the largest error of decode and extend, relative to the norm of an output vector."""
+    decode = DecodeStep(recipe, 700, 3, 4, head_dim)
     decode(0)
     keys, values = decode.caches[0]
     expected = naive_decode(decode.q, keys, values, decode.indptr, decode.indices, 0.01)
@@ -112,7 +53,7 @@ def _relative(out: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def flashinfer_decode(dtype: torch.dtype, context: int, batch: int, group: int, head_dim: int) -> float | None:
-    """Microseconds of FlashInfer's paged decode, None without FlashInfer."""
+    """Return the microseconds of FlashInfer's paged decode; None without FlashInfer."""
     try:
         import flashinfer
     except ImportError:
@@ -134,7 +75,7 @@ def flashinfer_decode(dtype: torch.dtype, context: int, batch: int, group: int, 
 
 
 def decode_rows(bandwidth: float, quick: bool) -> None:
-    """Prints decode: every recipe over contexts and batches, ratios to the plain recipe of its format and to the peers."""
+    """Print decode: every recipe over contexts and batches, ratios to the plain recipe of its format and to the peers."""
     print(
         f"{'decode':14}{'D':>4}{'GQA':>4}{'ctx':>7}{'batch':>6}{'splits':>7}{'us':>9}{'GB/s':>7}{'of read':>8}", end=""
     )
@@ -150,8 +91,8 @@ def decode_rows(bandwidth: float, quick: bool) -> None:
             flashinfer_decode(dtype, context, batch, group, head_dim) for dtype in (torch.float8_e4m3fn, torch.bfloat16)
         ]
         plain: dict[str, float] = {}
-        for name, recipe in KV_RECIPES.items():
-            case = Decode(recipe, context, batch, group, head_dim, PAGE)
+        for name, recipe in RECIPES.items():
+            case = DecodeStep(recipe, context, batch, group, head_dim, PAGE)
             us = median_us(case)
             base = plain.setdefault(recipe.format.name, us)
             rate = case.stored / us / 1e3
@@ -169,12 +110,12 @@ def decode_rows(bandwidth: float, quick: bool) -> None:
 def stock_extend(
     new: list[torch.Tensor], full: list[torch.Tensor], spans: list[torch.Tensor], indices: torch.Tensor
 ) -> float | None:
-    """Microseconds of SGLang's Triton kernel over a bf16 cache, None without SGLang.
+    """Return the microseconds of SGLang's Triton kernel over a bf16 cache; None without SGLang.
 
     Args:
         new: queries, keys, values and output of the new tokens.
         full: keys and values of the prefix, ``[slots, H, D]``.
-        spans: where new tokens and prefix begin and end.
+        spans: the indptr of new tokens and of the prefix.
         indices: slots of the prefix.
     """
     try:
@@ -182,13 +123,13 @@ def stock_extend(
     except ImportError:
         return None
     tokens = new[0].shape[0]
-    # Slots as SGLang's pool has them, int64.
+    # SGLang's pool has int64 slots.
     slots = indices.long()
     return median_us(lambda _: extend_attention_fwd(*new, *full, *spans, slots, None, True, None, tokens, 1.0, 1.0))
 
 
 def extend_rows() -> None:
-    """Prints new tokens over a packed prefix, beside what attends to unquantized keys and values."""
+    """Print new tokens over a packed prefix, beside attention to unquantized keys and values."""
     from torch.nn.attention.bias import causal_lower_right
     from torch.nn.functional import scaled_dot_product_attention
 
@@ -202,17 +143,19 @@ def extend_rows() -> None:
         k, v = (torch.randn(new, HEADS, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         out = torch.empty_like(q)
         full = [torch.randn(1, HEADS, prefix + new, head_dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-        wide = q.transpose(0, 1)[None].contiguous()
+        queries = q.transpose(0, 1)[None].contiguous()
         bias = causal_lower_right(new, prefix + new)
         whole = [x.repeat_interleave(4, dim=1) for x in full]
-        sdpa = median_us(lambda _, wide=wide, whole=whole, bias=bias: scaled_dot_product_attention(wide, *whole, bias))
-        indices = scattered(prefix, PAGE)
+        sdpa = median_us(
+            lambda _, queries=queries, whole=whole, bias=bias: scaled_dot_product_attention(queries, *whole, bias)
+        )
+        indices = scattered_slots(prefix, PAGE)
         spans = [torch.tensor([0, count], device="cuda", dtype=torch.int32) for count in (new, prefix)]
         cached = [x[0, :, :prefix].transpose(0, 1).contiguous() for x in full]
         stock = stock_extend([q, k, v, out], cached, spans, indices)
         flops = 4 * 4 * HEADS * head_dim * (new * prefix + new * new / 2)
-        for name, recipe in KV_RECIPES.items():
-            keys, values = empty(recipe, prefix, head_dim)
+        for name, recipe in RECIPES.items():
+            keys, values = random_caches(recipe, prefix, head_dim)
             operands = (q, k, v, out, keys, values, *spans, indices)
 
             def run(_: int, operands: tuple[Any, ...] = operands, new: int = new) -> None:
@@ -228,30 +171,29 @@ def extend_rows() -> None:
 
 
 def store_rows() -> None:
-    """Prints the fused rounding and writing of keys and values."""
+    """Print the fused rounding and writing of keys and values."""
     print(f"{'store':14}{'D':>4}{'tokens':>8}{'us':>9}{'GB/s read':>11}")
     for tokens in (1, 32, 256, 8192):
         k, v = (torch.randn(tokens, HEADS, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
         slots = torch.randperm(tokens, device="cuda")
-        for name, recipe in KV_RECIPES.items():
-            keys, values = empty(recipe, tokens, 128)
+        for name, recipe in RECIPES.items():
+            keys, values = random_caches(recipe, tokens, 128)
             us = median_us(lambda _, a=(keys, values, slots, k, v): store_kv(*a))
             print(f"{name:14}{128:4}{tokens:8}{us:9.1f}{4 * k.numel() / us / 1e3:11.0f}", flush=True)
 
 
 def main() -> None:
-    """Checks, then prints the three tables."""
+    """Check every recipe, then print the three tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two contexts of decode only")
     arguments = parser.parse_args()
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"read bandwidth {bandwidth:.2f} TB/s; {HEADS} KV heads, queries bf16")
-    for name, recipe in KV_RECIPES.items():
+    for name, recipe in RECIPES.items():
         errors = [check(recipe, head_dim) for head_dim in (64, 128)]
         print(f"{name}: largest relative error {max(errors):.1e} of float64")
-        # bf16 outputs and float16 weights: a few 2^-9.
-        if not max(errors) < 0.01:
+        if not max(errors) < TOLERANCE:
             raise SystemExit(f"{name} is wrong: {errors}")
     store_rows()
     extend_rows()

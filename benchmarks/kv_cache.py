@@ -1,15 +1,15 @@
-"""What the recipes of a KV cache cost in accuracy: run ``python -m benchmarks.kv_cache`` from the repository root.
+"""Measure the accuracy cost of the KV cache recipes: run ``python -m benchmarks.kv_cache`` from the repository root.
 
-The model in ``examples/stdlib_lm`` in three forms that compute the same (or nearly so) and store other keys and values:
+The model in ``examples/stdlib_lm`` comes in three forms, equal in their outputs (or nearly so) and different in keys and values:
 
 * as trained;
-* with outlier channels in its keys: pairs of channels that a position embedding turns together, larger by a factor in the keys
-  and smaller by it in the queries, as trained models grow them;
-* with offsets: a constant in the values, taken off again after attention, and one in the slowest-turning channels of the keys.
+* with outlier channels in its keys, as in trained models: pairs of channels that a position embedding rotates together, scaled up
+  in the keys and down in the queries;
+* with offsets: a constant in the values, subtracted after attention, and one in the slowest-rotating channels of the keys.
 
-Each is calibrated on text by ModelOpt, exported with every KV recipe and nothing else quantized, and read by the float32 reference
-of the tests, to which the served log probabilities are held. Prints perplexity and the KL divergence from the form without
-a quantized cache, the mean and by position in the context.
+Each is calibrated on text by ModelOpt, exported with every KV recipe and nothing else quantized, and read by the fp32 reference of
+the tests, with which served log probabilities are compared. Prints perplexity and the KL divergence from the form without a
+quantized cache, the mean and by position in the context.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CALIBRATION, SHORT, LONG = 8, (8, 512), (3, 2048)
 
 
 def with_outliers(model: Any) -> None:
-    """Scales pairs of key channels up and the same channels of the queries down; attention's scores stay as they are."""
+    """Scale pairs of key channels up and the same channels of the queries down; attention scores do not change."""
     config = model.config
     half = config.head_dim // 2
     for layer in model.model.layers:
@@ -58,7 +58,7 @@ def with_outliers(model: Any) -> None:
 
 
 def with_offsets(model: Any) -> None:
-    """Adds biases: to the values, which ``o_proj``'s bias takes off, and to the channels of the keys that turn slowest."""
+    """Add biases: to the values, which ``o_proj``'s bias subtracts, and to the slowest-rotating channels of the keys."""
     config = model.config
     half, groups = config.head_dim // 2, config.num_attention_heads // config.num_key_value_heads
     generator = torch.Generator().manual_seed(0)
@@ -82,7 +82,7 @@ FORMS = {"as trained": None, "outliers in K": with_outliers, "offsets in K and V
 
 
 def save_form(change: Any, folder: Path) -> None:
-    """Writes the model in one of its forms, in float32, with its tokenizer."""
+    """Write the model in one of its forms, in fp32, with its tokenizer."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(MODEL)
@@ -98,7 +98,7 @@ def save_form(change: Any, folder: Path) -> None:
 
 
 def export(source: Path, preset: str, windows: Sequence[Sequence[int]], folder: Path) -> None:
-    """Calibrates the cache on text and exports it, nothing else quantized."""
+    """Calibrate the cache on text and export the model, nothing else quantized."""
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
     from modelopt.torch.quantization.utils import update_quant_cfg_with_kv_cache_quant
@@ -117,13 +117,13 @@ def export(source: Path, preset: str, windows: Sequence[Sequence[int]], folder: 
 
 
 def divergence(tables: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]) -> torch.Tensor:
-    """KL(plain || table) of every position, ``[windows, T]``."""
+    """Return KL(plain || table) of every position, ``[windows, T]``."""
     rows = [(b.double().exp() * (b.double() - a.double())).sum(-1) for a, b in zip(tables, plain, strict=True)]
     return torch.stack(rows)
 
 
 def perplexity(tables: Sequence[torch.Tensor], windows: Sequence[Sequence[int]]) -> float:
-    """Of the windows, their first tokens aside."""
+    """Return the perplexity of the windows, without their first tokens."""
     losses = [
         -table[:-1].gather(1, torch.tensor(list(ids[1:])).unsqueeze(1)).double().mean()
         for table, ids in zip(tables, windows, strict=True)
@@ -132,13 +132,13 @@ def perplexity(tables: Sequence[torch.Tensor], windows: Sequence[Sequence[int]])
 
 
 def measure(folder: Path, recipe: str, windows: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Log probabilities over the windows with the cache rounded by ``recipe``."""
+    """Return log probabilities over the windows with the cache rounded by ``recipe``."""
     reference = Reference(folder, kv_cache=recipe)
     return [reference.logprobs(ids) for ids in windows]
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Print both tables."""
     tokenizer = load_tokenizer(MODEL)
     documents = encode(tokenizer, [document.text for document in read_heldout(ROOT / "examples/stdlib_lm/heldout.txt")])
     joined = [token for document in documents for token in document]

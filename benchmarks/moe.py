@@ -1,10 +1,10 @@
-"""The experts' kernels on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.moe``. Needs torch and Triton only.
+"""Time a layer of experts on the GPU at hand: run ``PYTHONPATH=kernels:. python -m benchmarks.moe``. Needs torch and Triton only.
 
-First every step of a layer of experts (sorting, gate and up, SwiGLU, down, weighted sum) is checked against float32 on fresh
-random data, for every kind of weight; then the layer is timed under a CUDA graph, the median of 7 replays, whose launches
-alternate between two layers and eight routings. Peers in the same run: bf16 by ``torch._grouped_mm``, or one ``torch.mm`` for
-each expert where this torch has none, and FP8 by ``torch._scaled_grouped_mm``. Peers are given rows already sorted, and do the
-two products alone. One that does not run prints ``-`` and never counts as beaten.
+First every step of a layer of experts (sorting, gate and up, SwiGLU, down, weighted sum) is compared with its naive twin in float64
+on fresh random data, for every format of :mod:`benchmarks.registry`; then the layer is timed under a CUDA graph, the median of 7
+replays, whose launches alternate between two layers and eight routings. Peers in the same run: bf16 by ``torch._grouped_mm``, or
+one ``torch.mm`` for each expert where this torch has none, and FP8 by ``torch._scaled_grouped_mm``. Peers are given rows already
+sorted, and compute the two products alone. A peer that does not run prints ``-``.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from benchmarks.gemm import median_us, read_bandwidth
+from benchmarks.gemm import read_bandwidth
+from benchmarks.registry import measured
+from benchmarks.registry.base import TOLERANCE, ExpertFormat
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
 from sglang_modelopt_kernels.moe import grouped
-from sglang_modelopt_kernels.moe.combine import combine
-from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, unpack
+from sglang_modelopt_kernels.moe.combine import combine, naive_combine
+from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear
 from sglang_modelopt_kernels.moe.route import route
-from sglang_modelopt_kernels.moe.swiglu import swiglu
+from sglang_modelopt_kernels.moe.swiglu import naive_swiglu, swiglu
+from sglang_modelopt_kernels.timing import median_us
 
 
 @dataclass(frozen=True)
@@ -40,22 +43,12 @@ class Model:
 MODELS = {"Qwen3-30B-A3B": Model(128, 8, 2048, 768), "Mixtral-8x7B": Model(8, 2, 4096, 14336)}
 SMALL = Model(6, 2, 512, 384)
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
-FORMATS = {
-    # name: weight format, activations
-    "nvfp4": ("nvfp4", torch.bfloat16),
-    "nvfp4 fp8": ("nvfp4_w4a8", torch.float8_e4m3fn),
-    "mxfp4 fp8": ("mxfp4", torch.float8_e4m3fn),
-    "int4": ("int4_awq", torch.bfloat16),
-    "fp8": ("fp8_per_channel", torch.float8_e4m3fn),
-    "mxfp8": ("mxfp8", torch.bfloat16),
-    "int8": ("int8_per_channel", torch.bfloat16),
-    "bf16": ("fp8", torch.bfloat16),
-}
+FORMATS = measured(ExpertFormat)
 
 
 def random_weight(name: str, experts: int, n: int, k: int) -> GroupedWeight:
-    """Random weights of ``experts`` experts in a format of FORMATS; one random expert serves several, which cost the same."""
-    number = WEIGHT_FORMATS[FORMATS[name][0]]
+    """Make random weights of ``experts`` experts in a format of FORMATS, from at most four different experts."""
+    number = WEIGHT_FORMATS[FORMATS[name].weight]
     blackwell = torch.cuda.get_device_capability()[0] == 10
     different = []
     for _ in range(min(experts, 4)):
@@ -76,7 +69,7 @@ def random_weight(name: str, experts: int, n: int, k: int) -> GroupedWeight:
 def layer(
     x: torch.Tensor, gate_up: GroupedWeight, down: GroupedWeight, chosen: torch.Tensor, weights: torch.Tensor
 ) -> torch.Tensor:
-    """The experts of one layer in bf16, for activations already rounded; the hidden ones are cast, not scaled."""
+    """Compute the experts of one layer in bf16, for rounded activations; the hidden activations are cast, not scaled."""
     pairs = chosen.shape[0]
     routed = route(chosen, gate_up.experts, grouped.tile(gate_up, x.dtype, pairs))
     hidden = swiglu(grouped_linear(x, gate_up, routed, pairs))
@@ -85,14 +78,14 @@ def layer(
 
 
 def random_routing(tokens: int, model: Model) -> tuple[torch.Tensor, torch.Tensor]:
-    """Distinct experts for each token, int32 ``[T * top_k]``, and weights that sum to one."""
+    """Choose distinct experts for each token, int32 ``[T * top_k]``, and weights that sum to one."""
     weights, chosen = torch.rand(tokens, model.experts, device="cuda").topk(model.top_k)
     return chosen.reshape(-1).to(torch.int32), weights / weights.sum(dim=1, keepdim=True)
 
 
 def check(name: str, tokens: int) -> float:
-    """The largest relative error of the two products and of the weighted sum, each of what it was given, against float32."""
-    dtype, model = FORMATS[name][1], SMALL
+    """Return the largest relative error of the products, SwiGLU and the weighted sum, each for the input that it was given."""
+    dtype, model = FORMATS[name].activations, SMALL
     gate_up = random_weight(name, model.experts, 2 * model.inner, model.hidden)
     down = random_weight(name, model.experts, model.hidden, model.inner)
     chosen, weights = random_routing(tokens, model)
@@ -103,31 +96,24 @@ def check(name: str, tokens: int) -> float:
     rounded = hidden.to(dtype)
     y = grouped_linear(rounded, down, routed, chosen.shape[0])
     out = combine(y, model.top_k, weights, torch.bfloat16)
-    gate, up = h.float().chunk(2, dim=1)
     expected = {
-        "gate and up": (h, _each(x.repeat_interleave(model.top_k, dim=0), gate_up, chosen)),
-        "SwiGLU": (hidden, torch.nn.functional.silu(gate) * up),
-        "down": (y, _each(rounded, down, chosen)),
-        "sum": (out, (y.float().reshape(tokens, model.top_k, -1) * weights.unsqueeze(2)).sum(dim=1)),
+        "gate and up": (h, naive_grouped_linear(x, gate_up, chosen)),
+        "SwiGLU": (hidden, naive_swiglu(h)),
+        "down": (y, naive_grouped_linear(rounded, down, chosen)),
+        "sum": (out, naive_combine(y, model.top_k, weights)),
     }
-    return max(float((found.float() - right).norm() / right.norm()) for found, right in expected.values())
-
-
-def _each(x: torch.Tensor, weight: GroupedWeight, chosen: torch.Tensor) -> torch.Tensor:
-    """The product of every pair with its expert, float32."""
-    units = [(unpack(weight, e) * weight.out_scale[e].double().unsqueeze(1)).float() for e in range(weight.experts)]
-    return torch.stack([units[expert] @ row for row, expert in zip(x.float(), chosen.tolist(), strict=True)])
+    return max(float((found.double() - right).norm() / right.norm()) for found, right in expected.values())
 
 
 def time_ours(name: str, model: Model) -> list[float]:
-    """Microseconds of a whole layer for each of TOKENS."""
+    """Return the microseconds of a whole layer for each of TOKENS."""
     shapes = ((2 * model.inner, model.hidden), (model.hidden, model.inner))
     first = [random_weight(name, model.experts, n, k) for n, k in shapes]
-    # Two layers, and routings that differ from launch to launch, are more than the cache holds.
+    # Two layers, and routings that differ from launch to launch, take more than L2.
     layers = [first, [random_weight(name, model.experts, n, k) for n, k in shapes]]
     times = []
     for tokens in TOKENS:
-        x = torch.randn(tokens, model.hidden, device="cuda").to(FORMATS[name][1])
+        x = torch.randn(tokens, model.hidden, device="cuda").to(FORMATS[name].activations)
         routings = [random_routing(tokens, model) for _ in range(8)]
 
         def call(index: int, x: torch.Tensor = x, routings: list[tuple[torch.Tensor, torch.Tensor]] = routings) -> None:
@@ -138,7 +124,7 @@ def time_ours(name: str, model: Model) -> list[float]:
 
 
 def time_peer(model: Model, fp8: bool) -> list[float | None]:
-    """Microseconds of the two products over sorted rows, None where torch has none that runs here."""
+    """Return the microseconds of the two products over sorted rows for each of TOKENS; None where torch has none that runs here."""
     dtype = torch.float8_e4m3fn if fp8 else torch.bfloat16
     sizes = ((2 * model.inner, model.hidden), (model.hidden, model.inner))
     base = [torch.randn(n, k, device="cuda").to(dtype) for n, k in sizes]
@@ -166,7 +152,7 @@ def _peer(
     counts: list[int],
     fp8: bool,
 ) -> Callable[[int], None] | None:
-    """The best of what torch offers, tried once."""
+    """Return the fastest call of torch that runs here, after one launch; None for none."""
 
     def grouped_mm(index: int) -> None:
         for x, w in zip(inputs, weights[index % 2], strict=True):
@@ -193,21 +179,21 @@ def _peer(
 
 
 def main() -> None:
-    """Checks, then prints a line for each model, format and number of tokens, and a small table."""
+    """Check every format, then print a line for each model, format and number of tokens, and a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="the check and the first model alone")
     arguments = parser.parse_args()
     names = list(FORMATS)
     if torch.cuda.get_device_capability() < (8, 9):
-        names = [name for name in names if FORMATS[name][1] != torch.float8_e4m3fn]
+        names = [name for name in names if FORMATS[name].activations != torch.float8_e4m3fn]
     bandwidth = read_bandwidth()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}")
     print(f"read bandwidth {bandwidth:.2f} TB/s; whole layer of experts, output bf16")
     for name in names:
         errors = [check(name, tokens) for tokens in (1, 17, 150, 400)]
-        print(f"{name}: largest relative error {max(errors):.1e} of float32")
-        # bf16 rounds each result by at most 2^-9; Hopper's FP8 instructions keep some 13 bits of a sum.
-        if not max(errors) < 2**-8:
+        print(f"{name}: largest relative error {max(errors):.1e} of float64")
+        # Hopper's FP8 instructions keep some 13 bits of a sum, more than a bf16 result shows.
+        if not max(errors) < TOLERANCE:
             raise SystemExit(f"{name} is wrong: {errors}")
     print(
         f"{'model':15}{'format':>10}{'tokens':>8}{'us':>9}{'TFLOP/s':>9}{'bf16 us':>9}{'fp8 us':>9}{'/bf16':>7}{'/fp8':>7}"

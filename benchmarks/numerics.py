@@ -1,11 +1,11 @@
-"""What the choices of numerics cost: run ``python -m benchmarks.numerics`` from the repository root.
+"""Measure the accuracy cost of choices of numerics: run ``python -m benchmarks.numerics`` from the repository root.
 
-On the model in ``examples/stdlib_lm`` and its held-out text, with the independent float32 reading of the tests:
+On the model in ``examples/stdlib_lm`` and its held-out text, with the independent fp32 reference of the tests:
 
 * W4A8_NVFP4_FP8 with exact products against weights rounded to E4M3 (``SGLANG_MODELOPT_EXT_W4A8_MATH``);
 * W4A8_MXFP4_FP8 as ModelOpt's preset exports it, uncalibrated, with activations scaled per token, as served, against per tensor, as
-  ModelOpt simulates them: per tensor, a token's result depends on whatever else is in the batch, here one window; and calibrated,
-  with the static scale that the export then stores. Exports are calibrated on random tokens, as those of the tests.
+  ModelOpt simulates them: per tensor, a token's result depends on the rest of its batch, here one window; and calibrated, with the
+  static scale that the export then stores. Exports are calibrated on random tokens, as in the tests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ VARIANTS = (
 
 
 def main() -> None:
-    """Prints perplexity and mean KL from the unquantized model, both in float32."""
+    """Print the perplexity of each variant and its mean KL divergence from the unquantized model, both in fp32."""
     tokenizer = load_tokenizer(MODEL)
     documents = encode(tokenizer, [document.text for document in read_heldout(ROOT / "examples/stdlib_lm/heldout.txt")])
     windows = spread(split_windows(documents, CONTEXT, begin_token(tokenizer)), WINDOWS)

@@ -1,4 +1,4 @@
-"""What machine code holds: its registers, its spills, the instructions of its main loop, and the races of its wgmma."""
+"""Analysis of machine code (SASS): registers, spills, the instructions of the main loop, and register races of wgmma."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton
 
 _BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _ENDS = re.compile(r"BRA `|EXIT\b|RET\b")
-"""A jump or an end without a condition."""
+"""An unconditional jump or an end."""
 _NO_RESULT = (
     "ST",
     "LDGSTS",
@@ -28,12 +28,12 @@ _NO_RESULT = (
     "MEMBAR",
     "FENCE",
 )
-"""Instructions whose first register is one that they read."""
+"""Instructions whose first register operand is a source."""
 MATRIX = re.compile(r"\b(?:UTC\w*MMA|[HQIO]G?MMA)\b")
 
 
 def inspect(cubin: bytes) -> tuple[int, int, str]:
-    """Registers, bytes of local memory of a thread, and the disassembly of a cubin."""
+    """Return the registers of a thread, its bytes of local memory, and the disassembly of a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
@@ -41,8 +41,8 @@ def inspect(cubin: bytes) -> tuple[int, int, str]:
         sass = _tool("nvdisasm", "-c", str(path))
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage[-300:]}")
-    # A stack without loads and stores of it belongs to a called division.
+        raise RuntimeError(f"cuobjdump reports no registers: {usage[-300:]}")
+    # A stack that no instruction loads or stores belongs to a called division.
     spilled = int(found[2]) + int(found[3]) if re.search(r"\b(?:LDL|STL)\b", sass) else 0
     return int(found[1]), spilled, sass
 
@@ -55,7 +55,7 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def main_loop(sass: str) -> list[str]:
-    """The instructions of the innermost loop with most matrix instructions; the shorter of equals, empty without such a loop."""
+    """Return the instructions of the innermost loop with most matrix instructions, the shorter of equals; empty for none."""
     instructions, targets = parse_sass(sass)
     last = {*targets, *(at for at, text in enumerate(instructions) if _ENDS.match(text))}
     starts = sorted({0, *targets.values(), *(at + 1 for at in last)} & set(range(len(instructions))))
@@ -63,9 +63,9 @@ def main_loop(sass: str) -> list[str]:
     successors = {start: _successors(instructions, targets, ends[start] - 1) for start in starts}
     above = _dominators(starts, successors)
     loops: list[tuple[int, set[int], list[str]]] = []
-    for block, following in successors.items():
-        # Only a jump to a block that every way to it goes through closes a loop: waits lie behind the code and jump back into it.
-        for head in following & above[block]:
+    for block, next_blocks in successors.items():
+        # Only a jump to a dominating block closes a loop: waits are placed behind the code and jump back into it.
+        for head in next_blocks & above[block]:
             blocks = _natural_loop(head, block, successors)
             body = [instruction for start in sorted(blocks) for instruction in instructions[start : ends[start]]]
             loops.append((sum(bool(MATRIX.search(instruction)) for instruction in body), blocks, body))
@@ -76,7 +76,7 @@ def main_loop(sass: str) -> list[str]:
 def register_races(sass: str) -> list[str]:
     """Find instructions that write a register which a ``wgmma`` in flight reads as its left operand (SM90).
 
-    Each loop is read twice in the order of its text, so that what is in flight at its edge meets the next iteration.
+    Each loop is read twice in the order of its text, so that products in flight at its edge are seen in the next iteration.
     ``HGMMA``/``QGMMA`` with ``gsb0`` closes a commit group, ``WARPGROUP.DEPBAR.LE gsb0, N`` waits until N are left.
     """
     instructions, targets = parse_sass(sass)
@@ -105,7 +105,7 @@ def _overwrites(instructions: list[str]) -> Iterator[str]:
 
 
 def _written(text: str) -> set[int]:
-    """The general registers that an instruction writes: its first operand, as wide as the opcode says."""
+    """Return the general registers that an instruction writes: its first operand, of the width in its opcode."""
     match = re.match(r"(?:@!?\S+ )?([A-Z][\w.]*)\s+(?:!?U?P[\dT]\w*, )*R(\d+)\b", text)
     if match is None or match[1].startswith(_NO_RESULT):
         return set()
@@ -114,7 +114,7 @@ def _written(text: str) -> set[int]:
 
 
 def parse_sass(sass: str) -> tuple[list[str], dict[int, int]]:
-    """The instructions in order, and for each jump among them (by place) where it goes."""
+    """Return the instructions in order, and the target of each jump among them, by index."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -129,7 +129,7 @@ def parse_sass(sass: str) -> tuple[list[str], dict[int, int]]:
 
 
 def _successors(instructions: list[str], targets: dict[int, int], last: int) -> set[int]:
-    """Where control goes after the instruction at ``last``: its target, and the next one unless it never goes on."""
+    """Return the indices that may follow the instruction at ``last``: its target, and the next one unless it ends the flow."""
     found = {targets[last]} if last in targets else set()
     if not _ENDS.match(instructions[last]):
         found.add(last + 1)
@@ -137,28 +137,28 @@ def _successors(instructions: list[str], targets: dict[int, int], last: int) -> 
 
 
 def _dominators(starts: list[int], successors: dict[int, set[int]]) -> dict[int, set[int]]:
-    """Of each block those that every way to it goes through, itself among them."""
+    """Return the dominators of each block: the blocks on every path to it, itself among them."""
     before: dict[int, set[int]] = {start: set() for start in starts}
-    for block, following in successors.items():
-        for start in following:
+    for block, next_blocks in successors.items():
+        for start in next_blocks:
             before[start].add(block)
     above = {start: {start} if start == 0 else set(starts) for start in starts}
     changed = True
     while changed:
         changed = False
         for start in starts[1:]:
-            ways = [above[block] for block in before[start]]
-            found = {start} | (set.intersection(*ways) if ways else set())
+            paths = [above[block] for block in before[start]]
+            found = {start} | (set.intersection(*paths) if paths else set())
             changed, above[start] = changed or found != above[start], found
     return above
 
 
 def _natural_loop(head: int, tail: int, successors: dict[int, set[int]]) -> set[int]:
-    """The blocks from which ``tail``, which jumps to ``head``, is reached without passing ``head``, and ``head``."""
+    """Return the natural loop of the jump from ``tail`` to ``head``: blocks that reach ``tail`` without ``head``, and ``head``."""
     loop, waiting = {head}, [tail]
     while waiting:
         block = waiting.pop()
         if block not in loop:
             loop.add(block)
-            waiting += [other for other, following in successors.items() if block in following]
+            waiting += [other for other, next_blocks in successors.items() if block in next_blocks]
     return loop

@@ -1,8 +1,9 @@
-"""The stock server, once for each option, under one load: run ``python -m benchmarks.serving --model DIR[=FLAG] ... --text FILE``.
+"""Time servers of several models under one load: run ``python -m benchmarks.serving --model DIR[=FLAG] ... --text FILE``.
 
-Each ``--model`` is a checkpoint's folder, with ``=FLAG`` for its ``--quantization``; the first is the reference of the divergence,
-so give the unquantized model first, then what SGLang serves itself, then ours. ``sglang.benchmark.serving`` drives the load (random
-token ids, no download). Arguments after ``--`` go to every server. Prints one line for each option, last.
+Each ``--model`` is a checkpoint's folder, with ``=FLAG`` for its ``--quantization``; the first is the reference of the
+divergence, so give the unquantized model first, then models that SGLang serves without this package, then ours.
+``sglang.benchmark.serving`` drives the load (random token ids, no download). Arguments after ``--`` go to every server. Prints
+one line for each model, at the end.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from sglang_modelopt_ext.workflow.server.process import ServerProcess
 
 @dataclass(frozen=True)
 class Load:
-    """What every server is asked.
+    """Requests that every server gets.
 
     Attributes:
         windows: token windows whose distributions are compared.
-        requests: how many requests, all of one length.
-        input_tokens, output_tokens: tokens in and out of each.
+        requests: number of requests, all of one length.
+        input_tokens, output_tokens: tokens in and out of each request.
         concurrency: requests in flight at a time.
     """
 
@@ -44,7 +45,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Result:
-    """One line: milliseconds to the first token and between tokens (medians), output tokens a second, nats."""
+    """Result of one model: milliseconds to the first token and between tokens (medians), output tokens a second, KL in nats."""
 
     name: str
     first_token: float
@@ -54,13 +55,13 @@ class Result:
 
 
 def parse_model(text: str) -> tuple[Path, str | None]:
-    """``DIR`` or ``DIR=FLAG``."""
+    """Parse ``DIR`` or ``DIR=FLAG`` into a folder and a flag."""
     folder, _, flag = text.partition("=")
     return Path(folder), flag or None
 
 
 def drive(server: ServerProcess, load: Load, folder: Path) -> dict[str, float]:
-    """Runs ``sglang.benchmark.serving``; returns what it wrote. Raises ModelOptExtError when a request failed."""
+    """Run ``sglang.benchmark.serving`` and return its results. Raises ModelOptExtError when a request failed."""
     output = folder / "result.jsonl"
     command = [sys.executable, "-m", "sglang.benchmark.serving", "--backend", "sglang", "--host", "127.0.0.1"]
     command += ["--port", str(server.port), "--model", str(server.model), "--tokenizer", str(server.model)]
@@ -80,7 +81,7 @@ def drive(server: ServerProcess, load: Load, folder: Path) -> dict[str, float]:
 def measure(
     model: Path, flag: str | None, load: Load, reference: Sequence[Logprobs] | None, arguments: Sequence[str], log: Path
 ) -> tuple[Result, list[Logprobs]]:
-    """Starts a server, scores the windows, drives the load and stops it."""
+    """Start a server, score the windows, drive the load and stop the server."""
     with (
         ServerProcess(model, log=log, quantization=flag, arguments=arguments) as server,
         tempfile.TemporaryDirectory() as folder,
@@ -95,7 +96,7 @@ def measure(
 
 
 def format_line(result: Result) -> str:
-    """The result under :data:`HEADER`."""
+    """Format a result as a row under :data:`HEADER`."""
     divergence = "-" if result.divergence is None else f"{result.divergence:.5f}"
     return (
         f"{result.name:40}{result.first_token:10.1f}{result.between_tokens:10.2f}{result.tokens_per_second:10.1f}"
@@ -107,7 +108,7 @@ HEADER = f"{'option':40}{'TTFT ms':>10}{'ITL ms':>10}{'tok/s':>10}{'KL (nats)':>
 
 
 def main() -> int:
-    """Measures every option and prints the table."""
+    """Measure every model and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", action="append", required=True, type=parse_model, metavar="DIR[=FLAG]")
     parser.add_argument("--text", required=True, type=Path, help="held-out text for the divergence")

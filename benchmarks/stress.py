@@ -1,8 +1,9 @@
 """Launch every kernel thousands of times and count the results that differ: run ``python -m benchmarks.stress``.
 
-A kernel of this package repeats bit for bit, so one differing result is a race, or a miscompilation. Each case is built on the GPU
-at hand with sizes that fill it; its output is poisoned with NaN, compared once with float64, and then compared with its first
-result, bit for bit, on the device. Several processes share the GPU, so that each kernel runs beside others (``--workers``).
+A kernel of this package repeats bit for bit, so one differing result is a race, or a miscompilation. Each case of
+:mod:`benchmarks.registry` is built on the GPU at hand with sizes that fill it; its output is poisoned with NaN, compared once with
+float64, and then compared with its first result, bit for bit, on the device. Several processes share the GPU, so that each kernel
+runs beside others (``--workers``).
 
 Prints a line for each case that differs or errs, and a table by kernel; ``--report FILE`` writes it as a page. Exits with 1 when a
 result differed. Needs torch, Triton and ``PYTHONPATH=kernels:.``.
@@ -15,16 +16,16 @@ import functools
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import triton
 
-from benchmarks.stress_case import Launch, StressCase
-from benchmarks.stress_others import attention_cases, expert_cases, rounding_cases
-from benchmarks.stress_products import product_cases
+from benchmarks.registry import stress_cases
+from benchmarks.registry.base import Launch, StressCase
+from benchmarks.registry.operands import capability
 from benchmarks.workers import Workers
 
 LAUNCHES = 3000
@@ -34,7 +35,7 @@ WORKERS = 8
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a case; ``error`` is relative to float64, None where there is no reference."""
+    """Outcome of a case; ``error`` is relative to float64, None where there is no reference."""
 
     name: str
     launches: int = 0
@@ -45,26 +46,14 @@ class Result:
 
     @property
     def wrong(self) -> bool:
-        """Whether a result differed, erred or was missing."""
+        """Return whether a result differed, erred or was missing."""
         return bool(self.failed) or self.differing > 0 or (self.error is not None and not self.error < self.tolerance)
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line of text."""
         error = "-" if self.error is None else f"{self.error:.2g}"
         outcome = self.failed or f"{self.differing} of {self.launches} differ, error {error}"
         return f"{self.name:66} {outcome}"
-
-
-def every_case(capability: int) -> Iterator[StressCase]:
-    """Yield all cases of compute capability ``capability`` (times ten)."""
-    for cases in (product_cases, expert_cases, attention_cases, rounding_cases):
-        yield from cases(capability)
-
-
-def capability() -> int:
-    """The compute capability of the GPU at hand, times ten."""
-    major, minor = torch.cuda.get_device_capability()
-    return 10 * major + minor
 
 
 def stress(case: StressCase, launches: int) -> Result:
@@ -86,7 +75,7 @@ def stress(case: StressCase, launches: int) -> Result:
 
 
 def _poisoned(launch: Launch) -> torch.Tensor:
-    """Launch into memory that holds NaN, and keep a copy."""
+    """Launch once with new tensors full of NaN, and return a copy of the result."""
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills what torch.empty returns
     try:
         return launch.call().clone()
@@ -100,17 +89,17 @@ def _bits(y: torch.Tensor) -> torch.Tensor:
 
 @functools.cache
 def _cases() -> dict[str, StressCase]:
-    return {case.name: case for case in every_case(capability())}
+    return {case.name: case for case in stress_cases(capability())}
 
 
 def run_job(job: tuple[str, int]) -> Result:
-    """Run the case of that name so many times: what a worker does."""
+    """Run a job ``(case name, launches)`` in a worker process."""
     warnings.filterwarnings("ignore")
     return stress(_cases()[job[0]], job[1])
 
 
 def table(results: Iterable[Result]) -> list[str]:
-    """Lines of a Markdown table, by kernel: cases, launches, differing, failed, largest error."""
+    """Format a Markdown table, by kernel: cases, launches, differing, failed, largest error."""
     lines = [
         "| kernel | cases | launches | differing | failed or wrong | largest error |",
         "|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""Processes that do one job at a time and may die of it: compilers abort, and kernels leave a GPU's context unusable."""
+"""Worker processes that a job may kill: compilers abort, and kernels leave a CUDA context unusable."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def _serve(connection: Connection, function: Callable[[Any], Any]) -> None:
 
 
 class Workers:
-    """Calls of ``function``, which is importable, in processes that are kept; one that dies is replaced.
+    """Pool of processes that call ``function``; one that dies is replaced.
 
     Args:
-        function: takes a job, returns what can be pickled.
-        count: processes at a time.
-        dead: what is returned for a job that ended its process.
+        function: importable; takes a job and returns a picklable result.
+        count: number of processes.
+        dead: the result of a job that ended its process.
     """
 
     def __init__(self, function: Callable[[Any], Any], count: int, dead: Any) -> None:
@@ -39,7 +39,7 @@ class Workers:
         self._started: list[tuple[Any, Connection]] = []
 
     def _connection(self) -> Connection:
-        """To this thread's process, which is started where there is none."""
+        """Return the connection to this thread's process, started where there is none."""
         if getattr(self._own, "connection", None) is None:
             self._own.connection, other = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(other, self._function), daemon=True)
@@ -61,12 +61,12 @@ class Workers:
             return self._dead
 
     def map(self, jobs: Sequence[Job], deadline: float) -> dict[Job, Any]:
-        """What came of each job, None where it was not begun before ``deadline`` (``time.monotonic``)."""
+        """Return the result of each job; None for one that was not begun before ``deadline`` (``time.monotonic``)."""
         results = self._pool.map(lambda job: self._do(job, deadline), jobs)
         return dict(zip(jobs, results, strict=True))
 
     def close(self) -> None:
-        """Ends the processes."""
+        """End the processes."""
         self._pool.shutdown()
         for process, connection in self._started:
             connection.close()

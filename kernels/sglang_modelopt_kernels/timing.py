@@ -1,4 +1,4 @@
-"""Time on a GPU, as a server spends it: in replays of a captured graph, over weights that are not in the cache."""
+"""Timing on a GPU as a server runs: replays of a captured CUDA graph, over weights that are not in L2."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Callable
 import torch
 
 COLD_BYTES = 200_000_000
-"""More than the cache of any GPU here: as many copies of a weight as fill this are multiplied in turn."""
+"""More bytes than the L2 of any supported GPU: launches cycle through as many copies of a weight as fill it."""
 
 LAUNCHES = 20
 REPLAYS = 7
 
 
 def median_us(call: Callable[[int], object], launches: int = LAUNCHES, replays: int = REPLAYS) -> float:
-    """Microseconds of one ``call(index)``, the median over replays of a graph of that many calls with index 0, 1, ..."""
+    """Return the microseconds of one ``call(index)``: the median over replays of a graph of ``launches`` calls, index 0, 1, ..."""
     call(0)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

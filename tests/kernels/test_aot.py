@@ -10,8 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import aot, aot_moe
-from benchmarks.aot_case import KINDS, Case
+from benchmarks import aot
+from benchmarks.registry.base import Case
+from benchmarks.registry.operands import KINDS, TRITON_TYPES
+from sglang_modelopt_kernels.gemm.fp4_blackwell import linear as fp4
+from sglang_modelopt_kernels.gemm.group_scaled import config_for
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import linear as mxfp4
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import linear as folded_linear
+from sglang_modelopt_kernels.gemm.w4_decode import launch as block_scaled
+from sglang_modelopt_kernels.gemm.w8_decode import launch as eight_bit
+from sglang_modelopt_kernels.moe.grouped import launch as grouped
+from sglang_modelopt_kernels.moe.grouped.dense import launch as dense
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,36 +41,36 @@ def test_every_configuration_is_listed(arch: int) -> None:
     """Whatever the launcher can choose has a case."""
     names = " ".join(case.name for case in aot.cases(arch))
     for kind, _ in KINDS:
-        assert all(str(config) in names for k in (128, 256) for config in aot.configs(kind, arch, k))
-    folded = (*aot.folded.configs(arch), *aot.folded.configs(arch, 128)) if arch in (89, 90) else ()
+        assert all(str(config) in names for k in (128, 256) for config in block_scaled.configs(kind, arch, k))
+    folded = (*folded_linear.configs(arch), *folded_linear.configs(arch, 128)) if arch in (89, 90) else ()
     ways = ("fp8e4nv", "fp8e4nv,tail")
     listed = [case.name for case in aot.cases(arch) if case.name.startswith("folded ")]
     assert listed == [f"folded {way} {config}" for config in folded for way in ways]
-    for kind in aot.BYTES:
+    for kind in eight_bit.TAKEN:
         listed = [case.name for case in aot.cases(arch) if case.name.startswith(f"eight_bit {kind} ")]
         assert listed == [
-            f"eight_bit {kind} {aot.OPERANDS[str(dtype)]} {config}"
-            for dtype in aot.eight_bit.TAKEN[kind]
-            for config in aot.eight_bit.configs(kind, aot.eight_bit.math_of(kind, dtype), arch)
+            f"eight_bit {kind} {TRITON_TYPES[dtype]} {config}"
+            for dtype in eight_bit.TAKEN[kind]
+            for config in eight_bit.configs(kind, eight_bit.math_of(kind, dtype), arch)
         ]
     dtypes = {"fp16": 2, "bf16": 2} | ({"fp8e4nv": 1} if arch >= 89 else {})
     for dtype, itemsize in dtypes.items():
-        assert f"group_scaled {dtype} {aot.groups.config_for(arch, itemsize)}" in names
+        assert f"group_scaled {dtype} {config_for(arch, itemsize)}" in names
     tiled = arch in (100, 103)
     for product, types, every in (
-        ("fp4", ("e2m1/16", "e2m1/32"), aot.fp4.TILED_CONFIGS if tiled else aot.fp4.CONFIGS),
-        ("mxfp4", ("fp8e4nv",), aot.mxfp4.CONFIGS if tiled else aot.mxfp4.PAIRED_CONFIGS),
+        ("fp4", ("e2m1/16", "e2m1/32"), fp4.TILED_CONFIGS if tiled else fp4.CONFIGS),
+        ("mxfp4", ("fp8e4nv",), mxfp4.CONFIGS if tiled else mxfp4.PAIRED_CONFIGS),
     ):
         listed = [case.name for case in aot.cases(arch) if case.name.startswith(f"{product} ")]
         ways = ("", ",pointers") if tiled else ("",)
         expected = [f"{product} {type_}{way} {config}" for type_ in types for way in ways for config in every]
         assert listed == (expected if arch >= 100 else [])
-    for kind, dtypes in aot_moe.grouped.TAKEN.items():
+    for kind, dtypes in grouped.TAKEN.items():
         for dtype in dtypes:
             if kind == "mxfp4" and arch not in (100, 103):
                 continue
-            math = aot_moe.grouped.math_of(kind, dtype, arch)
-            chosen = [str(config) for k in (128, 256) for config in aot_moe.grouped.configs(kind, math, arch, k)]
+            math = grouped.math_of(kind, dtype, arch)
+            chosen = [str(config) for k in (128, 256) for config in grouped.configs(kind, math, arch, k)]
             # E4M3 activations are float16 ones before sm_89.
             name = {"torch.float8_e4m3fn": "fp8e4nv" if arch >= 89 else "fp16", "torch.float16": "fp16"}.get(
                 str(dtype), "bf16"
@@ -72,7 +81,7 @@ def test_every_configuration_is_listed(arch: int) -> None:
                 if kind == "mxfp4" or (arch < 89 and operand == torch.float8_e4m3fn):
                     continue
                 of_type = {torch.float8_e4m3fn: "fp8e4nv", torch.float16: "fp16"}.get(operand, "bf16")
-                for config in aot_moe.dense.configs(operand, scaled, arch):
+                for config in dense.configs(operand, scaled, arch):
                     assert f"grouped_dense {of_type}{',scaled' if scaled else ''} {config}" in names
 
 

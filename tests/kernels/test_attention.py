@@ -13,12 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_modelopt_kernels.attention.decode import DecodeScratch, decode_attention
+from sglang_modelopt_kernels.attention.decode import DecodeScratch, decode_attention, naive_decode
 from sglang_modelopt_kernels.attention.decode.decode import LEAST_TOKENS, choose_for
-from sglang_modelopt_kernels.attention.extend import extend_attention
-from sglang_modelopt_kernels.attention.naive import naive_decode, naive_extend, unpacked
+from sglang_modelopt_kernels.attention.extend import extend_attention, naive_extend
+from sglang_modelopt_kernels.attention.naive import unpacked
 from sglang_modelopt_kernels.attention.packed import PackedCache
-from sglang_modelopt_kernels.attention.store import store_kv, turn_queries
+from sglang_modelopt_kernels.attention.store import (
+    naive_rotate_queries,
+    naive_store_kv,
+    rotate_queries,
+    store_kv,
+)
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, rotate
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -105,7 +110,7 @@ def tolerance(batch: Batch, q: torch.Tensor, largest_logit: float) -> float:
     """Relative to the sum of weights times magnitudes of the values.
 
     The weights are rounded once to float16 (float32 for float32 models), the result to its type. A logit errs by the rounding of a
-    float32 sum of exact products, or of float32 ones, and by that of the turned query; an error of d in a logit changes
+    float32 sum of exact products, or of float32 ones, and by that of the rotated query; an error of d in a logit changes
     its weight by d, and their sum by as much again. A few roundings of scales come on top.
     """
     compute = UNIT[torch.float32] if q.dtype == torch.float32 else UNIT[torch.float16]
@@ -179,7 +184,7 @@ def check_extend(case: Case, device: str) -> float:
 
 
 def check_store(case: Case, device: str) -> tuple[int, int, int]:
-    """(codes of keys, codes of values, block scales) that are not those of :meth:`PackedCache.store`."""
+    """(codes of keys, codes of values, block scales) that are not those of :func:`naive_store_kv`."""
     batch = Batch(case, device)
     tokens = sum(case.new)
     slots = torch.randperm(batch.slots, generator=batch.generator)[:tokens].to(device)
@@ -195,11 +200,11 @@ def check_store(case: Case, device: str) -> tuple[int, int, int]:
         for c in caches
     ]
     store_kv(caches[0], caches[1], slots.to(torch.int32), qkv[:, 0], qkv[:, 1])
+    naive_store_kv(twins[0], twins[1], slots, qkv[:, 0], qkv[:, 1])
     wrong = []
     scales = 0
     unused = ~torch.isin(torch.arange(batch.slots, device=device), slots)
     for side, (cache, twin) in enumerate(zip(caches, twins, strict=True)):
-        twin.store(slots, qkv[:, side])
         assert bool((cache.codes == twin.codes)[unused].all()), "another slot was written"
         # A NaN spoils its block or, rotated, its vector; the codes beside it mean nothing.
         ours, theirs = cache[slots], twin[slots]
@@ -216,13 +221,13 @@ def check_store(case: Case, device: str) -> tuple[int, int, int]:
 
 
 def check_turn(head_dim: int, dtype: str, device: str) -> float:
-    """The worst error of turned queries, over the rounding of the result and of a float32 sum."""
+    """The worst error of rotated queries, over the rounding of the result and of a float32 sum."""
     q = torch.randn(5, 3, head_dim, generator=torch.Generator().manual_seed(head_dim)).to(DTYPES[dtype]).to(device)
-    turned = turn_queries(q)
-    expected = rotate(q.double().to(torch.float32)).double()
+    rotated = rotate_queries(q)
+    expected = naive_rotate_queries(q).double()
     bound = q.double().abs().sum(dim=-1, keepdim=True) * head_dim**-0.5
-    unit = UNIT[turned.dtype] + (head_dim + 8) * 2.0**-23
-    return float(((turned.double() - expected).abs() / (bound * unit)).max())
+    unit = UNIT[rotated.dtype] + (head_dim + 8) * 2.0**-23
+    return float(((rotated.double() - expected).abs() / (bound * unit)).max())
 
 
 DECODE = [
@@ -282,7 +287,7 @@ def allowed(case: Case) -> int:
 def test_what_is_too_large_to_rotate_is_refused() -> None:
     batch = Batch(Case("nvfp4_rotate", head_dim=256, lengths=(3,)), "cpu")
     with pytest.raises(ValueError, match="rotate at most 128"):
-        turn_queries(batch.queries(1))
+        rotate_queries(batch.queries(1))
     k = batch.normal(1, 2, 256)
     with pytest.raises(ValueError, match="rotate at most 128"):
         store_kv(batch.keys, batch.values, torch.tensor([0]), k, k)

@@ -1,4 +1,4 @@
-"""Which way the product with scales in tiles takes: descriptors or pointers, tiles of activations' scales, one tile or many."""
+"""How the tcgen05 product loads its operands: descriptors or pointers, swizzled activation scales or not, one tile or many."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def test_the_way_it_takes(k: int, group: int, e4m3: bool, m: int, described: boo
         arguments: dict[str, Any] = launch.call_args.kwargs
         given = launch.call_args.args[8]
         assert arguments["DESCRIBED"] == (described and asked)
-        assert arguments["TILED"] == (not e4m3 and m > 64)
+        assert arguments["SWIZZLED"] == (not e4m3 and m > 64)
         assert all(isinstance(operand, torch.Tensor) != arguments["DESCRIBED"] for operand in given)
-        tiles_described = arguments["DESCRIBED"] and arguments["TILED"]
-        assert isinstance(arguments["t"], torch.Tensor) != tiles_described
+        scales_described = arguments["DESCRIBED"] and arguments["SWIZZLED"]
+        assert isinstance(arguments["t"], torch.Tensor) != scales_described
 
 
 def test_tiles_are_described_whole() -> None:

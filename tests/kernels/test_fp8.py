@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sglang_modelopt_kernels.formats.base import DecodedWeight
-from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear, naive_fp8_linear
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 
 EPSILON = {torch.float32: 2**-13, torch.bfloat16: 2**-9, torch.float16: 2**-11}
@@ -24,9 +24,7 @@ def check(m: int, n: int, k: int, dtype: torch.dtype, row: str, has_bias: bool, 
     moved = [None if t is None else t.to(device) for t in (x, row_scale, stored, out_scale, bias)]
     y = fp8_linear(*moved, dtype)  # type: ignore[arg-type]
     assert (y.shape, y.dtype) == ((m, n), dtype)
-    right = x.double() @ unit.double().T * out.double().T
-    right = right if row_scale is None else right * row_scale.double()
-    right = right if bias is None else right + bias.double()
+    right = naive_fp8_linear(x, row_scale, unit, out.flatten(), bias)
     error = (y.double().cpu() - right).norm(dim=1) / right.norm(dim=1)
     assert bool((error < 2 * EPSILON[dtype]).all()), float(error.max())
 

@@ -153,7 +153,7 @@ _ROWS_OF_96 = {"codes": torch.zeros(8, 48, dtype=torch.uint8), "scale": torch.ze
         ({"scale": torch.zeros(128, 8, dtype=torch.uint8)}, "codes and scale"),
         ({"scale": torch.zeros(128, 4)}, "codes and scale"),
         ({"paired": True}, "codes and scale"),
-        ({"paired": True, "x": torch.zeros(2, 96).to(torch.float8_e4m3fn)} | _ROWS_OF_96, "K must be in 64s"),
+        ({"paired": True, "x": torch.zeros(2, 96).to(torch.float8_e4m3fn)} | _ROWS_OF_96, "K must be a multiple of 64"),
         ({"out_scale": torch.ones(7)}, "out_scale"),
         ({"row_scale": torch.ones(3)}, "row_scale"),
         ({"bias": torch.ones(9)}, "bias"),

@@ -14,7 +14,13 @@ import torch
 
 from sglang_modelopt_kernels.gemm.common import KernelConfig, choose
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import naive_mxfp4_linear
-from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear, unfold
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import (
+    FoldedWeight,
+    fold,
+    folded_linear,
+    naive_folded_linear,
+    unfold,
+)
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper.linear import configs, run, unfold_rows
 
 TOLERANCE = 1e-6
@@ -106,9 +112,8 @@ def test_many_tokens_on_a_gpu() -> None:
 def test_fold_is_exact() -> None:
     codes, scale = random_weight(40, 256, torch.Generator().manual_seed(1))
     weight = fold(codes, scale)
-    folded = unfold(weight) * weight.out_scale.double().unsqueeze(1)
-    one_by_one = naive_mxfp4_linear(torch.eye(256), codes, scale).T
-    assert torch.equal(folded, one_by_one)
+    one = torch.eye(256)
+    assert torch.equal(naive_folded_linear(one, weight), naive_mxfp4_linear(one, codes, scale))
     assert torch.equal(unfold(weight).to(torch.float8_e4m3fn).double(), unfold(weight))
 
 

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from benchmarks import stress
-from benchmarks.stress_case import Launch, StressCase
+from benchmarks.registry import stress_cases
+from benchmarks.registry.base import Launch, StressCase
+from benchmarks.registry.operands import capability
 
-CASES = list(stress.every_case(stress.capability() if torch.cuda.is_available() else 90))
+CASES = list(stress_cases(capability() if torch.cuda.is_available() else 90))
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ SHARED = 227 << 10
 def test_the_grid_holds_what_a_device_could(name: str, m: int) -> None:
     configs = list(tiles.grid(tiles.KERNELS[name], m, 4096, 4096, SHARED))
     assert len(configs) == len(set(configs)) > 5
-    assert all(config.bm <= max(16, 2 * m) and config.bk in tiles.KERNELS[name].inputs for config in configs)
+    assert all(config.bm <= max(16, 2 * m) and config.bk in tiles.KERNELS[name].bks for config in configs)
     assert not list(tiles.grid(tiles.KERNELS[name], m, 4096, 4096, 1024))
 
 
@@ -107,7 +107,7 @@ def test_the_whole_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     monkeypatch.setattr(tiles, "Bench", Timed)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "none")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: properties)
-    monkeypatch.setattr(tiles.gemm, "capability", lambda: 90)
+    monkeypatch.setattr(tiles, "capability", lambda: 90)
     monkeypatch.setattr(tiles.gemm, "time_fp8", lambda n, k, tokens: [20.0] * len(tokens))
     monkeypatch.setattr(tiles.gemm, "time_bf16", lambda n, k, tokens: [30.0] * len(tokens))
     tiles.main()

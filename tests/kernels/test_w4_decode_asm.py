@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from sglang_modelopt_kernels.formats import e2m1
-from sglang_modelopt_kernels.formats.fp4_packing import packing
 from sglang_modelopt_kernels.formats.fp4_packing.kernel import E2M1_FLOAT16, PLANES_FLOAT16
+from sglang_modelopt_kernels.formats.fp4_packing.naive import naive_planes
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.kernel import widen
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper.kernel import FOLD, FOLD_FRAGMENT
@@ -122,13 +122,8 @@ def emulate(source: str, *inputs: Words, outputs: int = 4) -> list[Words]:
 
 
 def expected_planes(words: Halves) -> list[NDArray[np.float64]]:
-    """What the packing says an element holds, plane by plane."""
-    element = torch.from_numpy(words.astype(np.int32))
-    planes = []
-    for plane in range(4):
-        sign, magnitude = element >> packing.SIGN_BIT[plane] & 1, element >> packing.MAGNITUDE_BIT[plane] & 7
-        planes.append(e2m1.decode((sign << 3 | magnitude).to(torch.uint8)).double().numpy())
-    return planes
+    """Decode packed elements by the naive twin: their values, plane by plane."""
+    return [plane.numpy() for plane in naive_planes(torch.from_numpy(words.view(np.int16))).unbind(-1)]
 
 
 E4M3_SCALES = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import aot
-from benchmarks.aot_case import Case
+from benchmarks.registry.base import Case
 from benchmarks.sass import register_races
 from sglang_modelopt_kernels.gemm.common.wgmma import checked, register_race
 

@@ -1,4 +1,4 @@
-"""What the attention kernels share: reading packed vectors in registers, and turning queries."""
+"""Device functions of the attention kernels: decoding of packed vectors in registers, and the Hadamard rotation."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import triton.language as tl
 from sglang_modelopt_kernels.formats.fp4_packing.kernel import e4m3_scale_float16, planes_float16
 
 PLANES_DESCALE = 2.0**14
-"""Planes come out as the code times its block scale times 2^-14."""
+"""Inverse of the factor 2^-14 that decoded planes have: code times block scale times 2^-14."""
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def e4m3_float16(b, NATIVE: tl.constexpr):
-    """Bytes of E4M3 numbers as float16, NaN included."""
+    """Convert E4M3 bytes to fp16, NaN included."""
     if NATIVE:
         value = b.to(tl.float8e4nv, bitcast=True).to(tl.float16)
     else:
-        wide = b.to(tl.uint16)
-        half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
-        value = tl.where((wide & 0x7F) == 0x7F, float("nan"), half * 256.0).to(tl.float16)
+        bits = b.to(tl.uint16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        value = tl.where((bits & 0x7F) == 0x7F, float("nan"), half * 256.0).to(tl.float16)
     return value
 
 
@@ -39,14 +39,14 @@ def load_planes(
     ASM: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    """Four planes ``[BN, E]`` of the NVFP4 vectors of one head in ``slot`` (int64 ``[BN]``), times 2^-14.
+    """Load four planes ``[BN, E]`` of the NVFP4 vectors of one head in ``slot`` (int64 ``[BN]``), times 2^-14.
 
     E is D / 4, rounded up to a power of two.
     """
     element = tl.arange(0, E)
     block = tl.arange(0, E // 4)
     code_ptr += head * (D // 4)
-    # Block scales of keys (SIDE 0) and values (1) lie side by side.
+    # Block scales of keys (SIDE 0) and values (1) are adjacent.
     scale_ptr += head * (2 * (D // 16)) + SIDE * (D // 16)
     codes_at = (code_ptr + element)[None, :] + (slot * (H * (D // 4)))[:, None]
     scales_at = (scale_ptr + block)[None, :] + (slot * (H * (2 * (D // 16))))[:, None]
@@ -64,7 +64,7 @@ def load_planes(
 
 @triton.jit
 def load_fp8(code_ptr, row, D: tl.constexpr, DP: tl.constexpr, NATIVE: tl.constexpr, OUT: tl.constexpr):
-    """The FP8 vectors in ``row`` ``[BN]``: ``[BN, DP]``, zero past D."""
+    """Load the FP8 vectors in ``row`` ``[BN]``: ``[BN, DP]``, zero past D."""
     channel = tl.arange(0, DP)
     if DP == D:
         codes = tl.load(code_ptr + row[:, None] * D + channel[None, :])
@@ -75,14 +75,14 @@ def load_fp8(code_ptr, row, D: tl.constexpr, DP: tl.constexpr, NATIVE: tl.conste
 
 @triton.jit
 def plane_channel(E: tl.constexpr):
-    """The channel of every element in plane 0; plane q is 4 q further."""
+    """Return the channel of every element in plane 0; plane q is 4 q further."""
     element = tl.arange(0, E)
     return (element // 4) * 16 + element % 4
 
 
 @triton.jit
 def hadamard(DP: tl.constexpr, SIZE: tl.constexpr):
-    """Hadamard matrices of SIZE along the diagonal of ``[DP, DP]``, entries 1 and -1, zero elsewhere."""
+    """Return Hadamard matrices of SIZE along the diagonal of ``[DP, DP]``, entries 1 and -1, zero elsewhere."""
     row = tl.arange(0, DP)[:, None]
     column = tl.arange(0, DP)[None, :]
     parity = row & column & (SIZE - 1)
@@ -94,10 +94,10 @@ def hadamard(DP: tl.constexpr, SIZE: tl.constexpr):
 
 
 @triton.jit
-def turned(x, DP: tl.constexpr, SIZE: tl.constexpr, NATIVE: tl.constexpr):
-    """``x`` ``[T, DP]`` under the normalised Hadamard transform, float32.
+def rotated(x, DP: tl.constexpr, SIZE: tl.constexpr, NATIVE: tl.constexpr):
+    """Rotate ``x`` ``[T, DP]`` by the normalized Hadamard matrix, fp32.
 
-    Entries of 1 and -1 are exact in every type, and so are the products.
+    Entries of 1 and -1 are exact in every dtype, and so are the products.
     """
     matrix = hadamard(DP, SIZE)
     if NATIVE:
@@ -109,7 +109,7 @@ def turned(x, DP: tl.constexpr, SIZE: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def capped(x, cap, CAP: tl.constexpr):
-    """The logit cap: ``cap * tanh(x / cap)``."""
+    """Cap logits where CAP is set: ``cap * tanh(x / cap)``."""
     if CAP:
         y = cap * (2.0 * tl.sigmoid(2.0 * x / cap) - 1.0)
     else:

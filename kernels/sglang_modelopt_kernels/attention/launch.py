@@ -1,4 +1,4 @@
-"""What the launches of the attention kernels share."""
+"""Checks and constants that the launches of the attention kernels share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sglang_modelopt_kernels.attention.packed import PackedCache
 
 
 def architecture(tensor: torch.Tensor) -> int | None:
-    """Compute capability times ten of the device of a tensor; None on a CPU, where only the interpreter runs."""
+    """Return the compute capability, times ten, of a tensor's device; None on a CPU, where only the interpreter runs."""
     if not tensor.is_cuda:
         return None
     major, minor = torch.cuda.get_device_capability(tensor.device)
@@ -20,14 +20,14 @@ def architecture(tensor: torch.Tensor) -> int | None:
 
 
 def compute_type(q: torch.Tensor) -> Any:
-    """The type of the products: float16 holds every code times block scale; a float32 model gets float32."""
+    """Return the dtype of the products: fp16, exact for every code times block scale, or fp32 for an fp32 model."""
     return tl.float32 if q.dtype == torch.float32 else tl.float16
 
 
 def options(q: torch.Tensor, keys: PackedCache) -> dict[str, Any]:
-    """The constants of every kernel that reads a cache."""
+    """Return the constexprs of every kernel that reads a cache."""
     head_dim = keys.head_dim
-    # The interpreter knows no inline assembly and no arithmetic of E4M3.
+    # Triton's interpreter lacks inline assembly and E4M3 arithmetic.
     return {
         "D": head_dim,
         "DP": triton.next_power_of_2(head_dim),
@@ -41,14 +41,14 @@ def options(q: torch.Tensor, keys: PackedCache) -> dict[str, Any]:
 
 
 def unserved(**arguments: Any) -> None:
-    """Raises NotImplementedError when an argument of SGLang's kernels that these lack is set."""
+    """Raise NotImplementedError where an argument of SGLang's kernels is set that these do not support."""
     for name, value in arguments.items():
         if value is not None and value is not False:
-            raise NotImplementedError(f"attention over a quantized KV cache takes no {name}")
+            raise NotImplementedError(f"attention over a quantized KV cache does not support {name}")
 
 
 def shared_scales(keys: PackedCache, values: PackedCache) -> torch.Tensor:
-    """The block scales of both sides; of a format without blocks any tensor, which is not read.
+    """Return the block scales that keys and values share; for a format without blocks any tensor, which is not read.
 
     Raises:
         ValueError: the two caches are not the two sides of one layer.

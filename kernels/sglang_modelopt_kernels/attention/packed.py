@@ -1,4 +1,4 @@
-"""The packed keys or values of one layer: what kernels read, and how plain PyTorch reads and writes it."""
+"""Packed keys or values of one layer, which kernels read, and their encoding and decoding in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ class PackedCache:
     Attributes:
         format: the number format.
         codes: ``format.code_dtype`` ``[slots, H, format.code_width(D)]``.
-        block_scales: uint8 ``[slots, H, 2, D / 16]``, E4M3 bytes, those of keys before those of values, which share the tensor;
-            None for a format without blocks. Side by side, because both are read for the same tokens, and memory is read 32 bytes
-            at a time.
+        block_scales: uint8 ``[slots, H, 2, D / 16]``, E4M3 bytes, in one tensor for keys (index 0) and values (1); None for a
+            format without blocks. Adjacent, because both are read for the same tokens, and memory is read 32 bytes at a time.
         side: 0 of keys, 1 of values.
         scale: the static scale, float32 ``[1]``, on the device of the codes.
         bias: float32 ``[H, D]`` or None.
         rotated: whether the stored vectors are rotated.
         head_dim: D.
-        dtype: of what :meth:`__getitem__` returns.
+        dtype: dtype that :meth:`__getitem__` returns.
     """
 
     format: KVFormat
@@ -42,25 +41,25 @@ class PackedCache:
 
     @property
     def shape(self) -> torch.Size:
-        """``[slots, H, D]``, as if it were not packed."""
+        """Shape of the unpacked cache, ``[slots, H, D]``."""
         return torch.Size((*self.codes.shape[:2], self.head_dim))
 
     def store(self, slots: torch.Tensor, x: torch.Tensor) -> None:
-        """Rounds vectors ``[T, H, D]`` of any float type in float32 and writes them to the slots ``[T]``."""
-        wide = x.to(torch.float32)
+        """Round vectors ``[T, H, D]`` of any float dtype in fp32 and write them to ``slots`` ``[T]``."""
+        x_fp32 = x.to(torch.float32)
         if self.rotated:
-            wide = rotate(wide)
+            x_fp32 = rotate(x_fp32)
         if self.bias is not None:
-            wide = wide - self.bias
-        codes, block_scales = self.format.encode(wide, self.scale)
+            x_fp32 = x_fp32 - self.bias
+        codes, block_scales = self.format.encode(x_fp32, self.scale)
         self.codes[slots] = codes
         if self.block_scales is not None and block_scales is not None:
             self.block_scales[slots, :, self.side] = block_scales
 
     def __getitem__(self, slots: Any) -> torch.Tensor:
-        """The vectors of some slots, ``[..., H, D]``: only they are unpacked."""
+        """Decode the vectors of some slots, ``[..., H, D]``."""
         block_scales = None if self.block_scales is None else self.block_scales[slots][..., self.side, :]
-        wide = self.format.decode(self.codes[slots], block_scales, self.scale)
+        x_fp32 = self.format.decode(self.codes[slots], block_scales, self.scale)
         if self.bias is not None:
-            wide = wide + self.bias
-        return (rotate(wide) if self.rotated else wide).to(self.dtype)
+            x_fp32 = x_fp32 + self.bias
+        return (rotate(x_fp32) if self.rotated else x_fp32).to(self.dtype)

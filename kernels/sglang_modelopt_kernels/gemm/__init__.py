@@ -1,1 +1,1 @@
-"""Matrix products with quantized weights, one folder each, every one beside its naive twin."""
+"""Matrix products with quantized weights, one folder each, every kernel beside its naive twin."""

@@ -1,4 +1,4 @@
-"""Mixtures of experts: which rows an expert gets, the products of all experts at once, and what stands between and after them.
+"""Mixtures of experts: routing of tokens to experts, the product of all experts, its activation, and the weighted sum.
 
 A *pair* is a token and one of its ``top_k`` experts: pair ``r`` is choice ``r % top_k`` of token ``r // top_k``.
 """

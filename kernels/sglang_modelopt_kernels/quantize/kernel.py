@@ -1,4 +1,4 @@
-"""Rounding to E4M3 and E2M1 in registers, for kernels of every kind."""
+"""Device functions that round to E4M3 and E2M1 in registers."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import triton.language as tl
 
 @triton.jit
 def round_to_e4m3(x):
-    """Float32 rounded to E4M3's grid, nearest even, saturating at 448; NaN stays NaN.
+    """Round fp32 to E4M3 values in fp32: nearest, ties to even, saturating at 448; NaN stays NaN.
 
-    By arithmetic on float32, because sm_80 has no E4M3 and the interpreter's cast does not round to nearest. Adding and
+    By arithmetic on fp32, because SM80 has no E4M3 and the cast of Triton's interpreter does not round to nearest. Adding and
     subtracting 1.5 * 2^23 quanta rounds to the quantum: 2^-9 below 2^-6, and 2^(e - 3) under the exponent e above.
     """
     bits = x.to(tl.uint32, bitcast=True)
@@ -22,7 +22,7 @@ def round_to_e4m3(x):
 
 @triton.jit
 def e4m3_byte(y, x):
-    """Float32 numbers ``y`` on E4M3's grid as its bytes, with the sign of ``x``, which they were rounded from; NaN is 0x7F."""
+    """Convert E4M3 values ``y`` in fp32 to bytes, with the sign of ``x``, from which they were rounded; NaN is 0x7F."""
     bits = y.to(tl.uint32, bitcast=True)
     magnitude = bits & 0x7FFFFFFF
     normal = (magnitude >> 20) - ((127 - 7) << 3)
@@ -34,7 +34,7 @@ def e4m3_byte(y, x):
 
 @triton.jit
 def e2m1_code(x):
-    """Float32 numbers as E2M1 codes, ties to even, saturating at 6; the code of a NaN means nothing."""
+    """Round fp32 to E2M1 codes, ties to even, saturating at 6; the code of a NaN is undefined."""
     m = tl.abs(x)
     code = (m > 0.25).to(tl.int32) + (m >= 0.75).to(tl.int32) + (m > 1.25).to(tl.int32) + (m >= 1.75).to(tl.int32)
     code += (m > 2.5).to(tl.int32) + (m >= 3.5).to(tl.int32) + (m > 5.0).to(tl.int32)

@@ -1,4 +1,4 @@
-"""The launch, with the arguments of SGLang's ``decode_attention_fwd``."""
+"""Launch of decode attention, with the arguments of SGLang's ``decode_attention_fwd``."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ import triton
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
 from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
-from sglang_modelopt_kernels.attention.store.store import turn_queries
+from sglang_modelopt_kernels.attention.store.store import rotate_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
 from sglang_modelopt_kernels.gemm.common import checked
 
 RESIDENT = 8
-"""Parts of a request and KV head for each processor, a warp each: of 4 to 16, the fastest on an H100, but for FP8 in large batches,
-which is up to 3 % faster with 16."""
+"""Target resident splits (one warp each) per SM: the fastest of 4 to 16 on an H100, except for FP8 in large batches, which is up to
+3 % faster with 16."""
 
 MOST_SPLITS = 128
-"""Parts of a request that are merged: more take longer than they save."""
+"""Splits of a request, at most: merging more takes longer than they save."""
 
 LEAST_TOKENS = 128
-"""Tokens of a part at the least: whole tiles of every configuration."""
+"""Tokens of a split, at the least: a multiple of every configuration's tile."""
 
 MERGED = 64
-"""Parts that the merging kernel reads at a time, at the most."""
+"""Splits that the merging kernel reads at a time, at most."""
 
 LEAST_QUERIES = 8
-"""The least width of a matrix instruction."""
+"""Smallest N of a matrix instruction."""
 
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """Tokens and KV heads a program reads at a time, a warp to a head, and the stages of its pipeline.
+    """Tokens and KV heads that a program reads at a time, one warp for each head, and pipeline stages.
 
-    A tile's place is known only once the indices of its tokens were read: five stages keep two tiles under way, three one.
+    The address of a tile depends on the indices of its tokens: five stages keep two tiles in flight, three one.
     """
 
     tokens: int
@@ -45,29 +45,28 @@ class DecodeConfig:
     stages: int
 
 
-def count_splits(requests: int, heads: int, processors: int) -> int:
-    """Into how many parts to cut each request's tokens: as many programs as run at once, or four parts where that is less than two.
+def count_splits(requests: int, heads: int, sms: int) -> int:
+    """Return the splits of each request for a GPU of ``sms`` SMs: as many as fill one wave of programs, or four below two.
 
-    One where there are many times as many requests and heads as run at once: they need no parts, and their scratch would be large.
-
-    A program that is left over after a full wave would leave most of the GPU idle. A part is at least :data:`LEAST_TOKENS` long, so
-    that short requests have fewer.
+    A partial second wave would leave most of the GPU idle. One split where requests and heads make eight waves or more: they need
+    no splits, and their scratch would be large. A split has at least :data:`LEAST_TOKENS` tokens, so that short requests use
+    fewer.
     """
-    at_once = RESIDENT * processors
-    if requests * heads >= 8 * at_once:
+    wave = RESIDENT * sms
+    if requests * heads >= 8 * wave:
         return 1
-    whole = at_once // (requests * heads)
-    return min(MOST_SPLITS, whole if whole >= 2 else 4)
+    splits = wave // (requests * heads)
+    return min(MOST_SPLITS, splits if splits >= 2 else 4)
 
 
 class DecodeScratch:
-    """Room for the parts of any batch of at most ``most_requests`` requests, in one allocation that captured graphs keep.
+    """Scratch for the splits of any batch of at most ``most_requests`` requests, in one allocation that captured graphs keep.
 
     Args:
         most_requests: the largest batch.
-        query_heads, heads: of queries, and of keys and values.
+        query_heads, heads: query heads and KV heads.
         head_dim: D.
-        processors: of the GPU.
+        sms: SMs of the GPU.
 
     Raises:
         ValueError: :meth:`of` is asked for a larger batch.
@@ -79,30 +78,30 @@ class DecodeScratch:
         query_heads: int,
         heads: int,
         head_dim: int,
-        processors: int,
+        sms: int,
         device: torch.device | str,
     ) -> None:
-        self.most_requests, self.heads, self.processors = most_requests, heads, processors
-        parts = max(requests * count_splits(requests, heads, processors) for requests in range(1, most_requests + 1))
+        self.most_requests, self.heads, self.sms = most_requests, heads, sms
+        parts = max(requests * count_splits(requests, heads, sms) for requests in range(1, most_requests + 1))
         self.partial = torch.empty((parts * query_heads, head_dim), dtype=torch.float32, device=device)
         self.lse = torch.empty(parts * query_heads, dtype=torch.float32, device=device)
 
     def of(self, requests: int, query_heads: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The scratch of :func:`decode_attention` for a batch: ``[B, Hq, splits, D]`` and ``[B, Hq, splits]``."""
+        """Return the scratch of :func:`decode_attention` for a batch: ``[B, Hq, splits, D]`` and ``[B, Hq, splits]``."""
         if requests > self.most_requests:
-            raise ValueError(f"room for the parts of {self.most_requests} requests, not {requests}")
-        splits = count_splits(requests, self.heads, self.processors)
+            raise ValueError(f"scratch for {self.most_requests} requests, not {requests}")
+        splits = count_splits(requests, self.heads, self.sms)
         shape = (requests, query_heads, splits)
         rows = requests * query_heads * splits
         return self.partial[:rows].view(*shape, -1), self.lse[:rows].view(shape)
 
 
 TOGETHER = 256
-"""Channels that a program reads of a token, of as many heads as that takes."""
+"""Channels of a token that a program reads, of as many heads as have them."""
 
 
 def choose_for(number: KVFormat, head_dim: int, heads: int, arch: int | None) -> DecodeConfig:
-    """The configuration for a format and number of KV heads, the same for every batch.
+    """Return the configuration for a format and number of KV heads, the same for every batch.
 
     Chosen on an H100, over 1 to 128 requests of 1024 to 131072 tokens; compiled for the other architectures without spilling.
     """
@@ -110,7 +109,7 @@ def choose_for(number: KVFormat, head_dim: int, heads: int, arch: int | None) ->
     if number.block:
         return DecodeConfig(32, together, 5)
     tokens = 64 if head_dim <= 128 else 32
-    # Without instructions for E4M3 (before SM89) twice as many spill, but at head_dim 64.
+    # Without E4M3 conversion instructions (before SM89) twice as many tokens spill, except at head_dim 64.
     return DecodeConfig(tokens if head_dim <= 64 or (arch or 89) >= 89 else tokens // 2, together, 1)
 
 
@@ -139,21 +138,21 @@ def decode_attention(
     enable_lean: bool | None = None,
     **lean: Any,
 ) -> None:
-    """Attention of one query of each request over its cached tokens, written to ``o``.
+    """Compute attention of one query of each request over its cached tokens, written to ``o``.
 
     Args:
         q: ``[B, Hq, D]``, contiguous in its last two dimensions.
         k_buffer, v_buffer: the layer's caches of H heads; H divides Hq.
-        o: ``[B, Hq, D]``, likewise.
+        o: ``[B, Hq, D]``, contiguous in its last two dimensions.
         kv_indptr: int ``[B + 1]``, where each request's tokens begin in ``kv_indices``.
         kv_indices: slots of tokens.
         attn_logits: float32 ``[>= B, Hq, splits, D]``, scratch.
         attn_lse: float32 ``[>= B, Hq, splits]``, scratch.
-        max_kv_splits: into how many parts each request's tokens are cut.
-        sm_scale: of the logits.
+        max_kv_splits: splits of each request's tokens.
+        sm_scale: factor of the logits.
         logit_cap: tanh cap, 0 for none.
-        k_scale, v_scale: must be 1: the caches know their scales.
-        num_kv_splits, page_size, use_pdl, enable_lean and the rest: do not concern these kernels.
+        k_scale, v_scale: must be 1: the caches have their own scales.
+        num_kv_splits, page_size, use_pdl, enable_lean and the rest: ignored.
 
     Raises:
         NotImplementedError: sinks, a score modifier, a temperature by length or MLA is asked for.
@@ -173,15 +172,15 @@ def decode_attention(
     constants = options(q, k_buffer)
     config = choose_for(k_buffer.format, head_dim, heads, architecture(q))
     group = query_heads // heads
-    turned = turn_queries(q.contiguous()) if k_buffer.rotated else q
+    rotated = rotate_queries(q.contiguous()) if k_buffer.rotated else q
     strides = (*attn_logits.stride()[:3], *attn_lse.stride()[:2])
-    nothing = k_buffer.scale
+    unused = k_buffer.scale
     checked(
         split_kernel[(heads // config.heads, requests, max_kv_splits)](
-            turned,
+            rotated,
             k_buffer.codes,
             k_buffer.scale,
-            nothing if k_buffer.bias is None else k_buffer.bias,
+            unused if k_buffer.bias is None else k_buffer.bias,
             v_buffer.codes,
             shared_scales(k_buffer, v_buffer),
             v_buffer.scale,
@@ -192,7 +191,7 @@ def decode_attention(
             attn_lse,
             sm_scale,
             logit_cap,
-            turned.stride(0),
+            rotated.stride(0),
             *strides,
             H=heads,
             GROUP=group,
@@ -209,7 +208,7 @@ def decode_attention(
     merge_kernel[(requests, query_heads)](
         attn_logits,
         attn_lse,
-        nothing if v_buffer.bias is None else v_buffer.bias,
+        unused if v_buffer.bias is None else v_buffer.bias,
         kv_indptr,
         max_kv_splits,
         o,

@@ -1,10 +1,10 @@
 """Split-KV flash decoding with grouped queries: the packed cache is read once, for all query heads of a KV head.
 
-With codes c, scales s and biases b a logit is ``q . (c s_k + b_k)`` and the output ``sum p c s_v + b_v``: the key bias is one
-number for each query, added before the logit cap, and the value bias is added once, since the weights sum to one.
+With codes c, scales s and biases b a logit is ``q . (c s_k + b_k)`` and the output ``sum p c s_v + b_v``: the key bias adds one
+value to all logits of a query, before the logit cap, and the value bias is added once, since the softmax weights sum to one.
 
-A program serves some KV heads side by side, a warp each: the heads of a token lie together, and memory gives half again as much
-where they are read at the same time. Products are batches of one for each head.
+A program computes some adjacent KV heads, one warp each: the heads of a token are contiguous in memory, and reading them together
+reaches 1.5 times the bandwidth. Products are batched over the heads.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ DESCALE = tl.constexpr(PLANES_DESCALE)
 
 @triton.jit
 def part_length(length, splits, BN: tl.constexpr, LEAST: tl.constexpr):
-    """Tokens of each part of a request but the last: whole tiles, and at least LEAST."""
+    """Return the tokens of each split of a request but the last: whole tiles, and at least LEAST."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, splits), BN) * BN, LEAST)
 
 
 @triton.jit
 def _bias_products(q, bias_ptr, channel, D: tl.constexpr, BH: tl.constexpr):
-    """Queries ``[BH, C, BG]`` times the biases of their KV heads at ``channel``, not yet summed over the channels."""
+    """Multiply queries ``[BH, C, BG]`` by the biases of their KV heads at ``channel``, not summed over the channels."""
     at = tl.arange(0, BH)[:, None] * D + channel[None, :]
     bias = tl.load(bias_ptr + at, mask=(channel < D)[None, :], other=0.0)
     return q.to(tl.float32) * bias[:, :, None]
@@ -70,9 +70,9 @@ def split_kernel(
     BN: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    """One split of one request's tokens for BH KV heads and all GROUP query heads of each.
+    """Compute one split of one request's tokens for BH KV heads and all GROUP query heads of each.
 
-    Heads come first in the grid, to run side by side.
+    Heads are the fastest grid axis, so that those of a request run at the same time.
     """
     head = tl.program_id(0) * BH
     request = tl.program_id(1).to(tl.int64)
@@ -113,15 +113,15 @@ def split_kernel(
     k_scale *= sm_scale
     shift *= sm_scale
     if not CAP:
-        # Logits in powers of two at once.
+        # Fold log2(e) into the scale: logits are exponents of two.
         k_scale *= LOG2E
         shift *= LOG2E
     largest = tl.full((BH, BG), -float("inf"), tl.float32)
-    # One sum for each place in the tile: added up once, after the loop.
+    # One sum for each token of the tile, reduced once after the loop.
     totals = tl.zeros((BH, BN, BG), tl.float32)
     for offset in range(start, end, BN):
         token = offset + tl.arange(0, BN)
-        # Past the end the last token is read again: no mask on the data, and its weight is zero.
+        # Past the end the last token is read again, with weight zero: no mask on the data.
         slot = tl.load(kv_indices + first + tl.minimum(token, end - 1)).to(tl.int64)
         if FP4:
             k0, k1, k2, k3 = load_planes(k_code_ptr, block_ptr, slot, head, 0, H, D, E, BH, BN, ASM, COMPUTE, False)
@@ -136,21 +136,21 @@ def split_kernel(
         if CAP:
             s = capped(s, cap, CAP) * LOG2E
         s = tl.where((token < end)[None, :, None], s, -float("inf"))
-        rising = tl.maximum(largest, tl.max(s, axis=1))
-        decay = tl.exp2(largest - rising)
-        weight = tl.exp2(s - rising[:, None, :])
-        totals = totals * decay[:, None, :] + weight
-        largest = rising
+        m_new = tl.maximum(largest, tl.max(s, axis=1))
+        alpha = tl.exp2(largest - m_new)
+        weight = tl.exp2(s - m_new[:, None, :])
+        totals = totals * alpha[:, None, :] + weight
+        largest = m_new
         p = weight.to(COMPUTE)
         if FP4:
             v0, v1, v2, v3 = load_planes(v_code_ptr, block_ptr, slot, head, 1, H, D, E, BH, BN, ASM, COMPUTE, True)
-            a0 = tl.dot(v0, p, a0 * decay[:, None, :], input_precision="ieee")
-            a1 = tl.dot(v1, p, a1 * decay[:, None, :], input_precision="ieee")
-            a2 = tl.dot(v2, p, a2 * decay[:, None, :], input_precision="ieee")
-            a3 = tl.dot(v3, p, a3 * decay[:, None, :], input_precision="ieee")
+            a0 = tl.dot(v0, p, a0 * alpha[:, None, :], input_precision="ieee")
+            a1 = tl.dot(v1, p, a1 * alpha[:, None, :], input_precision="ieee")
+            a2 = tl.dot(v2, p, a2 * alpha[:, None, :], input_precision="ieee")
+            a3 = tl.dot(v3, p, a3 * alpha[:, None, :], input_precision="ieee")
         else:
             v = load_fp8(v_code_ptr, slot, head, H, D, DP, BH, NATIVE, COMPUTE)
-            a0 = tl.dot(tl.permute(v, (0, 2, 1)), p, a0 * decay[:, None, :], input_precision="ieee")
+            a0 = tl.dot(tl.permute(v, (0, 2, 1)), p, a0 * alpha[:, None, :], input_precision="ieee")
     total = tl.sum(totals, axis=1)
     group = tl.arange(0, BG)
     inside = (group < GROUP)[None, :]
@@ -194,7 +194,7 @@ def merge_kernel(
     LEAST: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """The parts of one request and query head, BP at a time, weighted by their shares of the softmax; zero without tokens."""
+    """Merge the splits of one request and query head, BP at a time, by their shares of the softmax; zero without tokens."""
     request = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     channel = tl.arange(0, DP)
@@ -203,7 +203,7 @@ def merge_kernel(
     each = part_length(length, splits, BN, LEAST)
     parts = tl.cdiv(length, each)
     if AFFINE:
-        # Early, so that it is there when the parts are.
+        # Load early, to overlap with the loads of the splits.
         bias = tl.load(v_bias_ptr + (head // GROUP) * D + channel, mask=inside, other=0.0)
     lse_ptr += request * lse_token + head * lse_head
     partial_ptr += request * partial_token + head * partial_head
@@ -215,12 +215,12 @@ def merge_kernel(
         lse = tl.load(lse_ptr + part, mask=part < parts, other=-float("inf"))
         at = partial_ptr + part[:, None] * partial_split + channel[None, :]
         values = tl.load(at, mask=(part < parts)[:, None] & inside[None, :], other=0.0)
-        rising = tl.maximum(largest, tl.max(lse, axis=0))
-        decay = tl.exp2(largest - rising)
-        weight = tl.exp2(lse - rising)
-        acc = acc * decay + tl.sum(values * weight[:, None], axis=0)
-        total = total * decay + tl.sum(weight, axis=0)
-        largest = rising
+        m_new = tl.maximum(largest, tl.max(lse, axis=0))
+        alpha = tl.exp2(largest - m_new)
+        weight = tl.exp2(lse - m_new)
+        acc = acc * alpha + tl.sum(values * weight[:, None], axis=0)
+        total = total * alpha + tl.sum(weight, axis=0)
+        largest = m_new
     out = acc / tl.where(total == 0.0, 1.0, total)
     if AFFINE:
         out += tl.where(length > 0, bias, 0.0)

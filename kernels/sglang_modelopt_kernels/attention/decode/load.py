@@ -1,4 +1,4 @@
-"""Reading queries and packed vectors of some KV heads at a time, the heads as the first dimension."""
+"""Loads of queries and packed vectors of several KV heads at a time, heads as the first dimension."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_modelopt_kernels.formats.fp4_packing.kernel import e4m3_scale_float1
 def load_queries(
     at, channel, GROUP: tl.constexpr, D: tl.constexpr, BH: tl.constexpr, BG: tl.constexpr, COMPUTE: tl.constexpr
 ):
-    """The GROUP query heads of each of BH KV heads at ``channel`` ``[C]``: ``[BH, C, BG]``, zero past GROUP and D."""
+    """Load the GROUP query heads of each of BH KV heads at ``channel`` ``[C]``: ``[BH, C, BG]``, zero past GROUP and D."""
     group = tl.arange(0, BG)[None, None, :]
     query_head = tl.arange(0, BH)[:, None, None] * GROUP + group
     mask = (group < GROUP) & (channel < D)[None, :, None]
@@ -36,16 +36,17 @@ def load_planes(
     OUT: tl.constexpr,
     ACROSS: tl.constexpr,
 ):
-    """Four planes of the NVFP4 vectors of BH heads in ``slot`` (int64 ``[BN]``), times 2^-14: ``[BH, BN, E]``.
+    """Load four planes of the NVFP4 vectors of BH heads in ``slot`` (int64 ``[BN]``), times 2^-14: ``[BH, BN, E]``.
 
-    With ACROSS ``[BH, E, BN]``, for the left operand of a product over tokens: codes come out of shared memory turned, where planes
-    turned after decoding would go through it, four times as much. E is D / 4, rounded up to a power of two.
+    With ACROSS the result is ``[BH, E, BN]``, the left operand of a product over tokens. Codes are then transposed on their way
+    out of shared memory: transposing the decoded planes would move four times as many bytes through it. E is D / 4, rounded up to
+    a power of two.
     """
     heads = tl.arange(0, BH)[:, None]
     element = tl.arange(0, E)[None, :]
     block = tl.arange(0, E // 4)[None, :]
     codes_at = code_ptr + (head + heads) * (D // 4) + element
-    # Block scales of keys (SIDE 0) and values (1) lie side by side.
+    # Block scales of keys (SIDE 0) and values (1) are adjacent.
     scales_at = scale_ptr + (head + heads) * (2 * (D // 16)) + SIDE * (D // 16) + block
     code_row = slot * (H * (D // 4))
     scale_row = slot * (H * (2 * (D // 16)))
@@ -84,7 +85,7 @@ def load_fp8(
     NATIVE: tl.constexpr,
     OUT: tl.constexpr,
 ):
-    """The FP8 vectors of BH heads in ``slot`` (int64 ``[BN]``): ``[BH, BN, DP]``, zero past D."""
+    """Load the FP8 vectors of BH heads in ``slot`` (int64 ``[BN]``): ``[BH, BN, DP]``, zero past D."""
     channel = tl.arange(0, DP)
     at = (code_ptr + (head + tl.arange(0, BH))[:, None] * D + channel[None, :])[:, None, :] + (slot * (H * D))[
         None, :, None

@@ -1,4 +1,4 @@
-"""The launch, with the arguments of SGLang's ``extend_attention_fwd``."""
+"""Launch of extend attention, with the arguments of SGLang's ``extend_attention_fwd``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import triton.language as tl
 from sglang_modelopt_kernels.attention.extend.kernel import extend_kernel
 from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
-from sglang_modelopt_kernels.attention.store.store import turn_queries
+from sglang_modelopt_kernels.attention.store.store import rotate_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
 from sglang_modelopt_kernels.gemm.common import checked, needs_drain
 
@@ -21,7 +21,7 @@ _RAW = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: t
 
 @dataclass(frozen=True)
 class ExtendConfig:
-    """New tokens of a program, keys it reads at a time, its warps, and the stages of its pipeline."""
+    """New tokens of a program, keys that it reads at a time, warps, and pipeline stages."""
 
     queries: int
     keys: int
@@ -30,9 +30,9 @@ class ExtendConfig:
 
 
 def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> ExtendConfig:
-    """The configuration for a format on an architecture (compute capability times ten, None in the interpreter).
+    """Return the configuration for a format on an architecture (compute capability times ten, None in the interpreter).
 
-    The large tiles were measured on Hopper. Elsewhere they spill, or Triton 3.8 makes nothing of them (SM100).
+    The large tiles were measured on Hopper. Elsewhere they spill, or Triton 3.8 does not compile them (SM100).
     """
     if head_dim > 128:
         return ExtendConfig(32, 32, 8, 1 if arch == 90 else 2)
@@ -75,22 +75,22 @@ def extend_attention(
     extend_seq_lens_cpu: Any = None,
     identity_kv_indices: bool = False,
 ) -> None:
-    """Attention of new tokens over their cached prefix and over themselves, written to ``o_extend``.
+    """Compute attention of new tokens over their cached prefix and over themselves, written to ``o_extend``.
 
     Args:
-        q_extend: ``[T, Hq, D]``, the new tokens of all requests; the last two dimensions contiguous, as in all of these.
-        k_extend, v_extend: ``[T, H, D]`` as computed, in the type of the queries.
+        q_extend: ``[T, Hq, D]``, the new tokens of all requests; the last two dimensions of this and the next three are contiguous.
+        k_extend, v_extend: ``[T, H, D]`` without quantization, in the dtype of the queries.
         o_extend: ``[T, Hq, D]``.
         k_buffer, v_buffer: the layer's caches.
-        qo_indptr: int ``[B + 1]``, where each request's tokens begin.
-        kv_indptr, kv_indices: likewise the slots of its prefix.
-        is_causal: whether a new token sees only those before it, and itself.
+        qo_indptr: int ``[B + 1]``, where the tokens of each request begin.
+        kv_indptr, kv_indices: int ``[B + 1]``, where the prefix of each request begins in the slots ``kv_indices``.
+        is_causal: whether a new token sees only itself and new tokens before it.
         max_len_extend: the most new tokens of a request.
-        sm_scale: of the logits, by default D^-1/2.
+        sm_scale: factor of the logits, by default D^-1/2.
         logit_cap: tanh cap, 0 for none.
         sliding_window_size: a query sees keys at most that far behind; not positive for none.
-        k_scale, v_scale: must be 1: the caches know their scales.
-        the rest: does not concern this kernel, or is not served.
+        k_scale, v_scale: must be 1: the caches have their own scales.
+        the rest: ignored, or not supported.
 
     Raises:
         NotImplementedError: a custom mask, sinks, a score modifier, a temperature by length, or parts of the result.
@@ -107,38 +107,38 @@ def extend_attention(
             f"queries {tuple(q_extend.shape)}, keys {tuple(k_extend.shape)}, cache {tuple(k_buffer.shape)}"
         )
     if any(x.stride()[1:] != (head_dim, 1) for x in (q_extend, k_extend, v_extend, o_extend)):
-        raise ValueError("the heads of a token must lie side by side")
+        raise ValueError("the last two dimensions of queries, keys, values and output must be contiguous")
     if (k_scale, v_scale) != (1.0, 1.0):
-        raise ValueError(f"scales {k_scale}, {v_scale}: the caches know theirs")
+        raise ValueError(f"scales {k_scale}, {v_scale}: the caches have their own")
     if tokens == 0 or max_len_extend == 0:
         return
-    turned = turn_queries(q_extend.contiguous()) if k_buffer.rotated else q_extend
-    nothing = k_buffer.scale
+    rotated = rotate_queries(q_extend.contiguous()) if k_buffer.rotated else q_extend
+    unused = k_buffer.scale
     constants = options(q_extend, k_buffer)
     config = choose_for(k_buffer.format, head_dim, architecture(q_extend))
-    # The interpreter multiplies the bits of bf16 operands.
+    # Triton's interpreter multiplies the raw bits of bf16 operands: give it fp32.
     raw = _RAW[q_extend.dtype] if q_extend.is_cuda else tl.float32
     checked(
         extend_kernel[(len(qo_indptr) - 1, query_heads, triton.cdiv(max_len_extend, config.queries))](
             q_extend,
-            turned,
+            rotated,
             k_extend,
             v_extend,
             o_extend,
             k_buffer.codes,
             k_buffer.scale,
-            nothing if k_buffer.bias is None else k_buffer.bias,
+            unused if k_buffer.bias is None else k_buffer.bias,
             v_buffer.codes,
             shared_scales(k_buffer, v_buffer),
             v_buffer.scale,
-            nothing if v_buffer.bias is None else v_buffer.bias,
+            unused if v_buffer.bias is None else v_buffer.bias,
             qo_indptr,
             kv_indptr,
             kv_indices,
             sm_scale or head_dim**-0.5,
             logit_cap,
             q_extend.stride(0),
-            turned.stride(0),
+            rotated.stride(0),
             k_extend.stride(0),
             v_extend.stride(0),
             o_extend.stride(0),

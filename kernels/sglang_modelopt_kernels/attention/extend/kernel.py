@@ -1,7 +1,8 @@
-"""Flash attention of new tokens: first over the packed prefix, then over the tokens themselves, in one softmax.
+"""Flash attention of new tokens: first over the packed prefix, then over the new tokens themselves, in one softmax.
 
-Only the prefix carries the biases: its logits get ``q . b_k``, and ``b_v`` enters with the prefix's share of the softmax, which
-is the running sum at the end of the first loop. Rotated keys meet rotated queries, the tokens themselves the plain ones.
+Only the prefix has biases: its logits get ``q . b_k``, and ``b_v`` enters with the prefix's share of the softmax, the running sum
+at the end of the first loop. Rotated keys of the prefix are multiplied by rotated queries, new keys by queries that are not
+rotated.
 """
 
 from __future__ import annotations
@@ -24,28 +25,33 @@ DESCALE = tl.constexpr(PLANES_DESCALE)
 
 @triton.jit
 def _load_query(q_ptr, at, channel, inside, D: tl.constexpr, COMPUTE: tl.constexpr):
+    """Load queries at ``channel``, zero past the last token and past D."""
     mask = inside[:, None] & (channel < D)[None, :]
     return tl.load(q_ptr + at[:, None] + channel[None, :], mask=mask, other=0.0).to(COMPUTE)
 
 
 @triton.jit
 def _bias_product(q, bias_ptr, channel, D: tl.constexpr):
+    """Multiply queries by the key bias at ``channel``, summed over these channels."""
     bias = tl.load(bias_ptr + channel, mask=channel < D, other=0.0)
     return tl.sum(q.to(tl.float32) * bias[None, :], axis=1)
 
 
 @triton.jit
 def _rescaled(s, largest):
-    """Weights under the larger of two maxima, where a row may have seen nothing yet."""
-    rising = tl.maximum(largest, tl.max(s, axis=1))
-    floor = tl.where(rising == -float("inf"), 0.0, rising)
-    return rising, tl.exp2(largest - floor), tl.exp2(s - floor[:, None])
+    """Return the new running maximum ``m_new``, the factor ``alpha`` of earlier sums, and the softmax weights of ``s``.
+
+    A row without any key so far has a maximum of minus infinity, and weights of zero.
+    """
+    m_new = tl.maximum(largest, tl.max(s, axis=1))
+    floor = tl.where(m_new == -float("inf"), 0.0, m_new)
+    return m_new, tl.exp2(largest - floor), tl.exp2(s - floor[:, None])
 
 
 @triton.jit
 def extend_kernel(
     q_ptr,
-    turned_ptr,
+    rotated_ptr,
     k_ptr,
     v_ptr,
     out_ptr,
@@ -62,7 +68,7 @@ def extend_kernel(
     sm_scale,
     cap,
     q_stride,
-    turned_stride,
+    rotated_stride,
     k_stride,
     v_stride,
     out_stride,
@@ -84,7 +90,7 @@ def extend_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """BM new tokens of one request for one query head."""
+    """Compute BM new tokens of one request for one query head."""
     request = tl.program_id(0)
     query_head = tl.program_id(1)
     head = query_head // GROUP
@@ -100,14 +106,14 @@ def extend_kernel(
     token = (begin + local).to(tl.int64)
     channel = tl.arange(0, DP)
     at_plane = plane_channel(E)
-    at = token * turned_stride + query_head * D
+    at = token * rotated_stride + query_head * D
     k_scale = tl.load(k_scale_ptr)
     shift = tl.zeros((BM,), tl.float32)
     if FP4:
-        q0 = _load_query(turned_ptr, at, at_plane, inside, D, COMPUTE)
-        q1 = _load_query(turned_ptr, at, at_plane + 4, inside, D, COMPUTE)
-        q2 = _load_query(turned_ptr, at, at_plane + 8, inside, D, COMPUTE)
-        q3 = _load_query(turned_ptr, at, at_plane + 12, inside, D, COMPUTE)
+        q0 = _load_query(rotated_ptr, at, at_plane, inside, D, COMPUTE)
+        q1 = _load_query(rotated_ptr, at, at_plane + 4, inside, D, COMPUTE)
+        q2 = _load_query(rotated_ptr, at, at_plane + 8, inside, D, COMPUTE)
+        q3 = _load_query(rotated_ptr, at, at_plane + 12, inside, D, COMPUTE)
         k_scale = k_scale * DESCALE
         if AFFINE:
             bias_ptr = k_bias_ptr + head * D
@@ -118,7 +124,7 @@ def extend_kernel(
         a2 = tl.zeros((BM, E), tl.float32)
         a3 = tl.zeros((BM, E), tl.float32)
     else:
-        q0 = _load_query(turned_ptr, at, channel, inside, D, COMPUTE)
+        q0 = _load_query(rotated_ptr, at, channel, inside, D, COMPUTE)
         if AFFINE:
             shift = _bias_product(q0, k_bias_ptr + head * D, channel, D)
         a0 = tl.zeros((BM, DP), tl.float32)
@@ -145,18 +151,18 @@ def extend_kernel(
         seen = (key < prefix)[None, :] & inside[:, None]
         if WINDOW > 0:
             seen = seen & ((prefix + local)[:, None] <= key[None, :] + WINDOW)
-        largest, decay, weight = _rescaled(tl.where(seen, s, -float("inf")), largest)
-        total = total * decay + tl.sum(weight, axis=1)
+        largest, alpha, weight = _rescaled(tl.where(seen, s, -float("inf")), largest)
+        total = total * alpha + tl.sum(weight, axis=1)
         p = weight.to(COMPUTE)
         if FP4:
             v0, v1, v2, v3 = load_planes(v_code_ptr, block_ptr, slot, head, 1, H, D, E, BN, ASM, COMPUTE)
-            a0 = tl.dot(p, v0, a0 * decay[:, None], input_precision="ieee")
-            a1 = tl.dot(p, v1, a1 * decay[:, None], input_precision="ieee")
-            a2 = tl.dot(p, v2, a2 * decay[:, None], input_precision="ieee")
-            a3 = tl.dot(p, v3, a3 * decay[:, None], input_precision="ieee")
+            a0 = tl.dot(p, v0, a0 * alpha[:, None], input_precision="ieee")
+            a1 = tl.dot(p, v1, a1 * alpha[:, None], input_precision="ieee")
+            a2 = tl.dot(p, v2, a2 * alpha[:, None], input_precision="ieee")
+            a3 = tl.dot(p, v3, a3 * alpha[:, None], input_precision="ieee")
         else:
             v = load_fp8(v_code_ptr, row, D, DP, NATIVE, COMPUTE)
-            a0 = tl.dot(p, v, a0 * decay[:, None], input_precision="ieee")
+            a0 = tl.dot(p, v, a0 * alpha[:, None], input_precision="ieee")
     v_scale = tl.load(v_scale_ptr)
     if FP4:
         # Element e of plane q is channel 16 (e / 4) + 4 q + e % 4.
@@ -191,10 +197,10 @@ def extend_kernel(
             seen = seen & (local[:, None] <= key[None, :] + WINDOW)
             if not CAUSAL:
                 seen = seen & (key[None, :] <= local[:, None] + WINDOW)
-        largest, decay, weight = _rescaled(tl.where(seen, s, -float("inf")), largest)
-        total = total * decay + tl.sum(weight, axis=1)
+        largest, alpha, weight = _rescaled(tl.where(seen, s, -float("inf")), largest)
+        total = total * alpha + tl.sum(weight, axis=1)
         v = tl.load(v_ptr + source[:, None] * v_stride + head * D + channel[None, :], mask=mask, other=0.0).to(RAW)
-        acc = tl.dot(weight.to(RAW), v, acc * decay[:, None], input_precision="ieee")
+        acc = tl.dot(weight.to(RAW), v, acc * alpha[:, None], input_precision="ieee")
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     at = token[:, None] * out_stride + query_head * D + channel[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (channel < D)[None, :])

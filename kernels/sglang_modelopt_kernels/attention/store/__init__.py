@@ -1,5 +1,6 @@
-"""Rounding keys and values and writing them to their slots, in one launch."""
+"""Rounding of keys and values and their writing to the cache in one launch, and the rotation of queries."""
 
-from sglang_modelopt_kernels.attention.store.store import store_kv, turn_queries
+from sglang_modelopt_kernels.attention.store.naive import naive_rotate_queries, naive_store_kv
+from sglang_modelopt_kernels.attention.store.store import rotate_queries, store_kv
 
-__all__ = ["store_kv", "turn_queries"]
+__all__ = ["naive_rotate_queries", "naive_store_kv", "rotate_queries", "store_kv"]

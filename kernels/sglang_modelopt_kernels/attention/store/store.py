@@ -11,19 +11,19 @@ from sglang_modelopt_kernels.attention.store.kernel import store_kernel, turn_ke
 from sglang_modelopt_kernels.formats.kv_cache import hadamard_block
 
 TOKENS = 16
-"""Tokens of a program, the least a matrix instruction takes."""
+"""Tokens of a program: the smallest M of a matrix instruction."""
 
 MOST_ROTATED = 128
 """The largest head_dim whose Hadamard matrix fits the shared memory of every architecture."""
 
 
 def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Rounds the keys and values of new tokens and writes them, as :meth:`PackedCache.store` does.
+    """Round the keys and values of new tokens and write them to their slots, as :func:`naive_store_kv` does.
 
     Args:
         keys, values: the caches of one layer, of one recipe.
         slots: int32 or int64 ``[T]``, every slot once.
-        k, v: ``[T, H, D]`` of one float type; the vectors of a token lie side by side, tokens anywhere.
+        k, v: ``[T, H, D]`` of one float dtype; the vectors of a token are contiguous, tokens may be strided.
 
     Raises:
         ValueError: a shape that does not fit.
@@ -36,7 +36,7 @@ def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: tor
     if tokens == 0:
         return
     k, v = (x if x.stride()[1:] == (head_dim, 1) else x.contiguous() for x in (k, v))
-    nothing = keys.scale
+    unused = keys.scale
     padded = triton.next_power_of_2(head_dim)
     store_kernel[(triton.cdiv(tokens, TOKENS), heads, 2)](
         k,
@@ -44,11 +44,11 @@ def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: tor
         slots,
         keys.codes,
         keys.scale,
-        nothing if keys.bias is None else keys.bias,
+        unused if keys.bias is None else keys.bias,
         values.codes,
         shared_scales(keys, values),
         values.scale,
-        nothing if values.bias is None else values.bias,
+        unused if values.bias is None else values.bias,
         tokens,
         k.stride(0),
         v.stride(0),
@@ -65,17 +65,21 @@ def store_kv(keys: PackedCache, values: PackedCache, slots: torch.Tensor, k: tor
     )
 
 
-def turn_queries(q: torch.Tensor) -> torch.Tensor:
-    """Queries ``[..., D]``, contiguous, under the rotation of the keys: float16, or float32 of float32 queries."""
+def rotate_queries(q: torch.Tensor) -> torch.Tensor:
+    """Rotate contiguous queries ``[..., D]`` as the keys are rotated: fp16, or fp32 for fp32 queries.
+
+    Raises:
+        ValueError: D is above MOST_ROTATED.
+    """
     head_dim = q.shape[-1]
     if head_dim > MOST_ROTATED:
         raise ValueError(f"head_dim {head_dim}: these kernels rotate at most {MOST_ROTATED}")
     rows = q.numel() // head_dim
-    turned = torch.empty_like(q, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16)
+    rotated = torch.empty_like(q, dtype=torch.float32 if q.dtype == torch.float32 else torch.float16)
     if rows:
         turn_kernel[(triton.cdiv(rows, TOKENS),)](
             q,
-            turned,
+            rotated,
             rows,
             D=head_dim,
             DP=triton.next_power_of_2(head_dim),
@@ -84,4 +88,4 @@ def turn_queries(q: torch.Tensor) -> torch.Tensor:
             BT=TOKENS,
             num_warps=4,
         )
-    return turned
+    return rotated

@@ -1,10 +1,10 @@
-"""``Y^T = W X^T`` in tcgen05's block-scaled matrix instructions: E2M1 weights with E2M1 or E4M3 activations.
+"""``Y^T = W X^T`` in the block-scaled matrix instructions of tcgen05: E2M1 weights, E2M1 or E4M3 activations.
 
-The weight is the operand of 128 rows, because decoding has few tokens, which leave tcgen05 as rows. Its block scales lie in tiles
-of 128 x 4 (:func:`naive_swizzle`), which the instruction's own copy takes from shared to tensor memory (``tcgen05.cp``) without
-passing through registers; so do those of the activations where a tile has 128 tokens or more. Operands come through TMA
-descriptors (DESCRIBED), or through pointers where a row's length or an address is none that TMA takes. E4M3 activations have no
-block scales and get unit ones as a tensor: without one Triton decomposes the product into float16.
+The weight is the operand of 128 rows, because decoding has few tokens. Its block scales have the 128x4 swizzled layout
+(:func:`naive_swizzle`), which ``tcgen05.cp`` copies from shared to tensor memory without passing through registers; so have those
+of the activations where a tile has 128 tokens or more. Operands are loaded through TMA descriptors (DESCRIBED), or through
+pointers where TMA does not support a row's length or an address. E4M3 activations have no block scales and get a tensor of ones:
+without it Triton decomposes the product into fp16.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from sglang_modelopt_kernels.gemm.common.kernel import store_tile
 
 @triton.jit
 def _value(code):
+    """Decode E2M1 codes to fp32."""
     m = (code & 7).to(tl.int32)
     normal = ((m << 22) + (126 << 23)).to(tl.float32, bitcast=True)
     magnitude = tl.where(m >= 2, normal, m.to(tl.float32) * 0.5)
@@ -25,29 +26,32 @@ def _value(code):
 
 @triton.jit
 def _halves(codes):
-    """Packed codes as the float32 values of the low and of the high one."""
+    """Decode bytes of two E2M1 codes to the fp32 values of the low and of the high one."""
     return _value(codes & 15), _value(codes >> 4)
 
 
 @triton.jit
 def dot_e4m3_scales(w, s, x, t, acc, BN: tl.constexpr, BM: tl.constexpr, BLOCKS: tl.constexpr):
-    """As ``dot_scaled`` under E4M3 scales, which Triton's interpreter reads as UE8M0: a product for each half of the bytes."""
-    wide = tl.reshape(tl.broadcast_to(s.to(tl.float32)[:, :, None], (BN, BLOCKS, 8)), (BN, BLOCKS * 8))
-    other = tl.reshape(tl.broadcast_to(t.to(tl.float32)[:, :, None], (BM, BLOCKS, 8)), (BM, BLOCKS * 8))
-    other = tl.trans(other)
+    """Emulate ``tl.dot_scaled`` of E2M1 under E4M3 scales, which Triton's interpreter reads as UE8M0.
+
+    There is one fp32 product for the low and one for the high codes of the bytes.
+    """
+    w_scale = tl.reshape(tl.broadcast_to(s.to(tl.float32)[:, :, None], (BN, BLOCKS, 8)), (BN, BLOCKS * 8))
+    x_scale = tl.reshape(tl.broadcast_to(t.to(tl.float32)[:, :, None], (BM, BLOCKS, 8)), (BM, BLOCKS * 8))
+    x_scale = tl.trans(x_scale)
     w_low, w_high = _halves(w)
     x_low, x_high = _halves(x)
-    acc = tl.dot(w_low * wide, x_low * other, acc, input_precision="ieee")
-    return tl.dot(w_high * wide, x_high * other, acc, input_precision="ieee")
+    acc = tl.dot(w_low * w_scale, x_low * x_scale, acc, input_precision="ieee")
+    return tl.dot(w_high * w_scale, x_high * x_scale, acc, input_precision="ieee")
 
 
 @triton.jit
 def load_rows(
     source, first, at, rows, width, DESCRIBED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
-    """Entries ``at .. at + WIDTH`` of rows ``first .. first + ROWS`` of ``source`` ``[rows, width]``, zero past the width.
+    """Load entries ``at .. at + WIDTH`` of rows ``first .. first + ROWS`` of ``source`` ``[rows, width]``, zero past the width.
 
-    A row past the last is zero from a descriptor and the last one from a pointer: what it makes is not stored.
+    Past the last row a descriptor reads zeros and a pointer the last row; their results are not stored.
     """
     if DESCRIBED:
         tile = source.load([first, at])
@@ -63,7 +67,7 @@ def load_rows(
 
 
 @triton.jit
-def load_tiles(
+def load_swizzled(
     source,
     first,
     at,
@@ -74,9 +78,9 @@ def load_tiles(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """Block scales ``[ROWS, BLOCKS]`` from row ``first`` and block ``at`` on, out of rows of ``columns`` tiles of 128 x 4.
+    """Load block scales ``[ROWS, BLOCKS]`` at row ``first`` and block ``at`` from the 128x4 swizzled layout of ``columns`` tiles.
 
-    Scales past the last column are zero; those past the last of ``rows`` are zero or those of other rows.
+    Scales past the last column are zero; those past the last of ``rows`` are zero or belong to other rows.
     """
     if DESCRIBED:
         tile = source.load([first // 128, at // 4, 0, 0])
@@ -88,7 +92,7 @@ def load_tiles(
             tile = tl.load(place)
         else:
             tile = tl.load(place, mask=(across < columns * 512)[None, :], other=0.0)
-    # Byte 16 (r % 32) + 4 (r / 32) + c of a tile is the scale of its row r and block c.
+    # Byte 16 (r % 32) + 4 (r / 32) + c of a swizzled tile is the scale of its row r and block c.
     return tile.reshape(ROWS // 128, BLOCKS // 4, 32, 4, 4).trans(0, 3, 2, 1, 4).reshape(ROWS, BLOCKS)
 
 
@@ -109,28 +113,28 @@ def tcgen05_sum(
     GROUP: tl.constexpr,
     NATIVE: tl.constexpr,
     DESCRIBED: tl.constexpr,
-    TILED: tl.constexpr,
+    SWIZZLED: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows from ``row`` of the weight times those from ``token`` of the activations, inputs ``start .. end``: ``[BN, BM]``."""
-    TO_A_BYTE: tl.constexpr = 2 if X == "e2m1" else 1
+    """Multiply BN rows of the weight from ``row`` by BM tokens from ``token`` over K ``start .. end``: ``[BN, BM]``."""
+    PER_BYTE: tl.constexpr = 2 if X == "e2m1" else 1
     BLOCKS: tl.constexpr = BK // GROUP
     blocks = k // GROUP
     columns = tl.cdiv(blocks, 4)
     acc = tl.zeros((BN, BM), tl.float32)
     for offset in range(start, end, BK):
         codes = load_rows(w, row, offset // 2, n, k // 2, DESCRIBED, EVEN_K, BN, BK // 2)
-        values = load_rows(x, token, offset // TO_A_BYTE, m, k // TO_A_BYTE, DESCRIBED, EVEN_K, BM, BK // TO_A_BYTE)
-        scale = load_tiles(s, row, offset // GROUP, n, columns, DESCRIBED, EVEN_K, BN, BLOCKS)
+        values = load_rows(x, token, offset // PER_BYTE, m, k // PER_BYTE, DESCRIBED, EVEN_K, BM, BK // PER_BYTE)
+        scale = load_swizzled(s, row, offset // GROUP, n, columns, DESCRIBED, EVEN_K, BN, BLOCKS)
         if X == "e4m3":
             other = tl.full((BM, BLOCKS), 127, tl.uint8)  # 2^0
-        elif TILED:
-            other = load_tiles(t, token, offset // GROUP, m, columns, DESCRIBED, EVEN_K, BM, BLOCKS)
+        elif SWIZZLED:
+            other = load_swizzled(t, token, offset // GROUP, m, columns, DESCRIBED, EVEN_K, BM, BLOCKS)
         else:
-            # Not through a descriptor: a few scales of a few tokens, in rows of any length.
+            # Through pointers: a few scales of a few tokens, in rows of any length.
             other = load_rows(t, token, offset // GROUP, m, blocks, False, EVEN_K, BM, BLOCKS)
         if GROUP == 16 and not NATIVE:
             acc = dot_e4m3_scales(codes, scale, values.T, other, acc, BN, BM, BLOCKS)
@@ -157,7 +161,7 @@ def tcgen05_kernel(
     GROUP: tl.constexpr,
     NATIVE: tl.constexpr,
     DESCRIBED: tl.constexpr,
-    TILED: tl.constexpr,
+    SWIZZLED: tl.constexpr,
     PERSISTENT: tl.constexpr,
     HEIGHT: tl.constexpr,
     DESCALE: tl.constexpr,
@@ -169,11 +173,11 @@ def tcgen05_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``.
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``.
 
-    With PERSISTENT a program takes every ``num_programs``-th of all tiles, without splits; HEIGHT tiles of rows go through all the
-    tokens before the next ones. ``w`` and, for ``X`` "e2m1", ``x`` are packed codes; ``s`` has the weight's block scales in tiles,
-    ``t`` those of the activations, in tiles with TILED, else in rows.
+    With PERSISTENT a program computes every ``num_programs``-th of all tiles, without splits; HEIGHT row tiles pass through all
+    tokens before the next ones. ``w`` and, for ``X`` "e2m1", ``x`` are packed codes; ``s`` has the weight's block scales
+    swizzled, ``t`` those of the activations, swizzled with SWIZZLED, else ``[M, K / GROUP]``.
     """
     if PERSISTENT:
         down, across = tl.cdiv(n, BN), tl.cdiv(m, BM)
@@ -184,9 +188,9 @@ def tcgen05_kernel(
             row = (group * HEIGHT + inside % height) * BN
             token = inside // height * BM
             acc = tcgen05_sum(
-                x, w, s, t, row, token, m, n, k, 0, k, X, GROUP, NATIVE, DESCRIBED, TILED, EVEN_K, BN, BM, BK
+                x, w, s, t, row, token, m, n, k, 0, k, X, GROUP, NATIVE, DESCRIBED, SWIZZLED, EVEN_K, BN, BM, BK
             )
-            # In quarters: the addresses of a whole tile do not fit in registers beside it.
+            # Store in quarters: the addresses of a whole tile do not fit in registers beside it.
             low, high = acc.reshape(BN, 2, BM // 2).permute(0, 2, 1).split()
             q0, q1 = low.reshape(BN, 2, BM // 4).permute(0, 2, 1).split()
             q2, q3 = high.reshape(BN, 2, BM // 4).permute(0, 2, 1).split()
@@ -214,7 +218,7 @@ def tcgen05_kernel(
         start = split * steps * BK
         end = tl.minimum(start + steps * BK, k)
         acc = tcgen05_sum(
-            x, w, s, t, row, token, m, n, k, start, end, X, GROUP, NATIVE, DESCRIBED, TILED, EVEN_K, BN, BM, BK
+            x, w, s, t, row, token, m, n, k, start, end, X, GROUP, NATIVE, DESCRIBED, SWIZZLED, EVEN_K, BN, BM, BK
         )
         store_tile(
             acc,

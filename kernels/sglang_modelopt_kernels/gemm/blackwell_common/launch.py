@@ -1,9 +1,8 @@
-"""Descriptors of the operands, and the launch. CUDA tensors, or CPU tensors under Triton's interpreter.
+"""TMA descriptors of the operands, and the launch. CUDA tensors, or CPU tensors under Triton's interpreter.
 
-Descriptors are made on the host (``TensorDescriptor``): CUDA's launch takes them by value, as it takes integers. Nothing is read
-back from the device, no scratch memory is allocated for a launch (descriptors made in a kernel need some, from an allocator of
-the process), and a captured CUDA graph holds the bytes of its descriptors beside the pointers of its other arguments, valid as
-long as those are.
+Descriptors are made on the host (``TensorDescriptor``): the launch passes them by value. Nothing is read back from the device, no
+scratch memory is allocated for a launch (descriptors made in a kernel need some), and a captured CUDA graph holds its descriptors
+beside its pointers, valid as long as those are.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ from sglang_modelopt_kernels.gemm.common.launch import Plan
 from .kernel import tcgen05_kernel
 
 TILE = 128
-"""Rows of a tile of block scales, and of the weight in a tile of the product."""
+"""Rows of a swizzled tile of block scales, and BN of the product."""
 HEIGHT = 8
-"""Tiles of rows that a persistent kernel goes through for one tile of tokens, before the next tokens: they stay in L2."""
+"""Row tiles that a persistent kernel computes for one token tile before the next: the weights stay in L2."""
 Element = Literal["e2m1", "e4m3"]
 
 
 def takes_tiles(m: int) -> bool:
-    """Whether ``m`` FP4 tokens are read with their block scales in tiles: where a tile of the product has 128 of them."""
+    """Return whether the block scales of ``m`` FP4 tokens must be swizzled: where BM is 128 or more."""
     return m > 64
 
 
 def tma_objection(tensor: torch.Tensor, padded: bool = False) -> str | None:
-    """Why no descriptor of ``tensor`` ``[rows, width]`` can be made; None when one can.
+    """Return why TMA cannot describe ``tensor`` ``[rows, width]``, or None.
 
-    ``padded`` codes are spread to a byte each on their way to shared memory, where they meet E4M3 (``16U4_ALIGN16B``). The rules
-    are those of ``cuTensorMapEncodeTiled`` (CUDA driver API, Tensor Map Object Management).
+    ``padded`` 4-bit codes get a byte each in shared memory, beside E4M3 (``16U4_ALIGN16B``). The rules are those of
+    ``cuTensorMapEncodeTiled`` (CUDA driver API, Tensor Map Object Management).
     """
     multiple, bytes_ = (32 if padded else 16), tensor.shape[-1] * tensor.element_size()
     if tensor.data_ptr() % multiple:
@@ -47,7 +46,7 @@ def tma_objection(tensor: torch.Tensor, padded: bool = False) -> str | None:
 
 
 def describe_tiles(scale: torch.Tensor, rows: int, blocks: int) -> TensorDescriptor:
-    """Tiles of block scales as ``[tiles, tiles, 2, 256]``, in boxes of ``rows`` x ``blocks`` scales, no side longer than 256."""
+    """Describe swizzled block scales as ``[tiles, tiles, 2, 256]``, in boxes of ``rows`` x ``blocks`` scales, no side above 256."""
     stored = scale.view(scale.shape[0] // TILE, scale.shape[1] // 4, 2, 256)
     return TensorDescriptor.from_tensor(stored, [rows // TILE, blocks // 4, 2, 256])
 
@@ -63,16 +62,16 @@ def tcgen05_product(
     plan: Plan,
     describe: bool = True,
 ) -> torch.Tensor:
-    """``x @ W^T`` for a weight ``codes`` ``[N, K / 2]`` of E2M1 under block scales in tiles (:func:`naive_swizzle`).
+    """Compute ``x @ W^T`` for E2M1 weights ``codes`` ``[N, K / 2]`` under swizzled block scales (:func:`naive_swizzle`).
 
     Args:
         x: E4M3 ``[M, K]``, or E2M1 codes uint8 ``[M, K / 2]``.
-        codes: uint8, the even input in the low half.
-        scale: of ``group`` inputs each; E4M3 or uint8, UE8M0, in whole tiles.
-        x_scale: likewise of ``x``: in tiles where :func:`takes_tiles`, else ``[M, K / group]``; None for E4M3.
-        group: inputs to a block scale.
-        epilogue: what follows the sum.
-        out_dtype: type of the result.
+        codes: uint8, the even K element in the low half.
+        scale: E4M3 or UE8M0 (uint8) of ``group`` K elements each, swizzled in whole tiles.
+        x_scale: block scales of ``x``, swizzled where :func:`takes_tiles`, else ``[M, K / group]``; None for E4M3.
+        group: K elements under a block scale.
+        epilogue: scales and bias.
+        out_dtype: dtype of the result.
         plan: the configuration and splits.
         describe: whether to use descriptors where they can be made.
     """
@@ -80,7 +79,7 @@ def tcgen05_product(
     element: Element = "e4m3" if x_scale is None else "e2m1"
     per_entry = 1 if x_scale is None else 2
     x, blocks = x.contiguous(), config.bk // group
-    tiled = x_scale is not None and takes_tiles(m)
+    swizzled = x_scale is not None and takes_tiles(m)
     t: Any = scale if x_scale is None else x_scale.contiguous()
     described = describe and tma_objection(codes, element == "e4m3") is None and tma_objection(x) is None
     described = described and scale.data_ptr() % 16 == 0 and t.data_ptr() % 16 == 0
@@ -91,7 +90,7 @@ def tcgen05_product(
             TensorDescriptor.from_tensor(codes, [config.bn, config.bk // 2]),
             describe_tiles(scale, config.bn, blocks),
         )
-        t = describe_tiles(t, config.bm, blocks) if tiled else t
+        t = describe_tiles(t, config.bm, blocks) if swizzled else t
     return launch(
         tcgen05_kernel,
         x,
@@ -107,19 +106,19 @@ def tcgen05_product(
         GROUP=group,
         NATIVE=x.is_cuda,
         DESCRIBED=described,
-        TILED=tiled,
+        SWIZZLED=swizzled,
         PERSISTENT=config.persistent,
         HEIGHT=HEIGHT,
     )
 
 
 def tiles_of(rows: int, blocks: int) -> tuple[int, int]:
-    """The shape of ``[rows, blocks]`` block scales in whole tiles."""
+    """Return the shape of ``[rows, blocks]`` block scales, swizzled in whole tiles."""
     return triton.cdiv(rows, TILE) * TILE, triton.cdiv(blocks, 4) * 4
 
 
 def persistent_tokens(configs: Sequence[KernelConfig], device: torch.device, n: int) -> tuple[int, ...]:
-    """Return for a GPU the fewest tokens with which the last of ``configs``, for ``n`` outputs, has two tiles for a program."""
+    """Return the fewest tokens for which the last of ``configs`` has a second tile for a program of ``n`` outputs; () on a CPU."""
     if device.type != "cuda":
         return ()
     return (configs[-1].bm * (machine(device)[1] // triton.cdiv(n, configs[-1].bn)) + 1,)

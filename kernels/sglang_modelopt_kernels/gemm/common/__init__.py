@@ -1,4 +1,4 @@
-"""What the products in tiles share: configurations, splits along K, scales and bias after the sum, and the launch."""
+"""Parts of every tiled product: configurations, split-K, the epilogue (scales and bias after the sum), and the launch."""
 
 from sglang_modelopt_kernels.gemm.common.epilogue import Epilogue, check_epilogue
 from sglang_modelopt_kernels.gemm.common.launch import (
@@ -9,6 +9,7 @@ from sglang_modelopt_kernels.gemm.common.launch import (
     matrix_instruction,
     needs_drain,
 )
+from sglang_modelopt_kernels.gemm.common.naive import naive_epilogue, naive_finish
 from sglang_modelopt_kernels.gemm.common.wgmma import checked
 
 __all__ = [
@@ -20,5 +21,7 @@ __all__ = [
     "launch",
     "machine",
     "matrix_instruction",
+    "naive_epilogue",
+    "naive_finish",
     "needs_drain",
 ]

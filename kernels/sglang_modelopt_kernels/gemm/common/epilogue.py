@@ -1,4 +1,4 @@
-"""The scales and the bias of a product, as its kernels take them."""
+"""Epilogue of a product: its scales and bias as kernel arguments, and the sum of split-K partials."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FINISH_BLOCK = 1024
 
 
 def check_epilogue(m: int, n: int, row_scale: torch.Tensor | None, bias: torch.Tensor | None) -> None:
-    """Raises ValueError unless ``row_scale`` is one or ``m`` float32 values and ``bias`` has ``n``, where they are given."""
+    """Raise ValueError unless ``row_scale`` is one or ``m`` fp32 values and ``bias`` has ``n``, where they are given."""
     if row_scale is not None and (row_scale.dtype != torch.float32 or row_scale.numel() not in (1, m)):
         raise ValueError(f"row_scale must be 1 or {m} float32, got {row_scale.numel()} {row_scale.dtype}")
     if bias is not None and bias.shape != (n,):
@@ -24,13 +24,13 @@ def check_epilogue(m: int, n: int, row_scale: torch.Tensor | None, bias: torch.T
 
 @dataclass(frozen=True)
 class Epilogue:
-    """``y = sum * DESCALE * row_scale * out_scale + bias``.
+    """Scales and bias after the sum: ``y = sum * descale * row_scale * out_scale + bias``.
 
     Attributes:
         out_scale: float32 ``[N]``.
         row_scale: float32, one value or ``[M, 1]``; None for 1.
         bias: ``[N]`` of any float type, or None.
-        descale: a constant of the kernel's numerics.
+        descale: a constant of the kernel's numerics, multiplied into ``out_scale``.
     """
 
     out_scale: torch.Tensor
@@ -39,7 +39,7 @@ class Epilogue:
     descale: float = 1.0
 
     def arguments(self) -> dict[str, Any]:
-        """The kernels' arguments by name. They take a pointer for what is absent and never read through it."""
+        """Return the kernel arguments by name. A pointer stands for an absent tensor; the kernel never reads through it."""
         return {
             "row_scale_ptr": self.out_scale if self.row_scale is None else self.row_scale.contiguous(),
             "out_scale_ptr": self.out_scale,
@@ -51,12 +51,12 @@ class Epilogue:
         }
 
     def part(self, rows: slice) -> Epilogue:
-        """That of some of the rows."""
+        """Return the epilogue of some output features."""
         bias = None if self.bias is None else self.bias[rows]
         return dataclasses.replace(self, out_scale=self.out_scale[rows], bias=bias)
 
     def finish(self, partials: torch.Tensor, y: torch.Tensor) -> None:
-        """Sums float32 or int32 ``[splits, M, N]`` in a fixed order into ``y`` ``[M, N]``, whose rows may be apart."""
+        """Sum fp32 or int32 partials ``[splits, M, N]`` in a fixed order into ``y`` ``[M, N]``, whose rows may be strided."""
         splits, m, n = partials.shape
         finish_kernel[(m, triton.cdiv(n, _FINISH_BLOCK))](
             partials,

@@ -1,4 +1,4 @@
-"""What happens to a tile after its sum."""
+"""Device functions of every tiled product, and the kernel that sums split-K partials."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import triton.language as tl
 
 @triton.jit
 def tokens_first():
-    """The tile of rows and the tile of tokens of a program: those of the same rows follow each other, and share the weight."""
+    """Return the row tile and the token tile of a program, token tiles fastest: consecutive programs share the weight in L2."""
     program = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
     return program // tl.num_programs(1), program % tl.num_programs(1)
 
 
 @triton.jit
 def drain_wgmma(offset, WGMMA: tl.constexpr):
-    """Wait until no ``wgmma`` is in flight; first in each iteration of a loop that computes a left operand in registers.
+    """Wait until no ``wgmma`` is in flight; call it first in each iteration of a loop that computes a left operand in registers.
 
-    See :mod:`.wgmma` for what happens otherwise. The wait stands here and not after the product, so that it overlaps with the
-    copies that follow it. ``offset`` is any scalar of the loop; without WGMMA nothing is emitted.
+    See :mod:`.wgmma` for the race without it. The wait stands here and not after the product, so that the product overlaps with
+    the copies after it. ``offset`` is any scalar of the loop; without WGMMA nothing is emitted.
     """
     if WGMMA:
         tl.inline_asm_elementwise(
@@ -49,11 +49,14 @@ def store_tile(
     HAS_BIAS: tl.constexpr,
     SPLIT_K: tl.constexpr,
 ):
-    """Writes a tile ``[rows, tokens]`` of ``Y^T`` to ``y[m, n]``, or with SPLIT_K > 1 as it is to ``y[split, m, n]``."""
+    """Write a tile ``[rows, tokens]`` of ``Y^T`` after its epilogue to ``y[m, n]``.
+
+    With SPLIT_K > 1 the tile is written without its epilogue to ``y[split, m, n]``.
+    """
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
     inside = (rows < n)[:, None] & (tokens < m)[None, :]
-    # Rows as they are, which the compiler knows to be consecutive: clamped ones took a register pair for every entry of the tile.
+    # Unclamped rows, which the compiler knows to be consecutive: clamped ones take a register pair for every entry of the tile.
     y_at = y_ptr + split.to(tl.int64) * m * n + token[None, :] * n + rows.to(tl.int64)[:, None]
     if SPLIT_K > 1:
         tl.store(y_at, acc, mask=inside)
@@ -83,7 +86,7 @@ def finish_kernel(
     SPLITS: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Sums the partials ``[SPLITS, M, N]`` of one token in a fixed order, applies scales and bias, and writes ``y[m, :N]``."""
+    """Sum the partials ``[SPLITS, M, N]`` of one token in a fixed order, apply scales and bias, and write ``y[m, :N]``."""
     token = tl.program_id(0).to(tl.int64)
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     inside = rows < n

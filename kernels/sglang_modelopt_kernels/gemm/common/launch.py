@@ -1,4 +1,4 @@
-"""Which configuration of a tiled product runs, and its launch. CUDA tensors, or CPU tensors under Triton's interpreter."""
+"""Choice of a tiled product's configuration, and its launch. CUDA tensors, or CPU tensors under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .wgmma import checked
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Tile sizes: output features, tokens and inputs; warps and pipeline stages; whether a program takes tile after tile."""
+    """Tile sizes along N (``bn``), M (``bm``) and K (``bk``), warps, pipeline stages, and whether the kernel is persistent."""
 
     bn: int
     bm: int
@@ -29,7 +29,7 @@ class KernelConfig:
         return f"{self.bn}x{self.bm}x{self.bk}w{self.warps}s{self.stages}{'p' if self.persistent else ''}"
 
     def tiles(self, m: int, n: int) -> int:
-        """Tiles of a product of ``m`` tokens and ``n`` output features."""
+        """Return the tiles of a product of ``m`` tokens and ``n`` output features."""
         return triton.cdiv(n, self.bn) * triton.cdiv(m, self.bm)
 
 
@@ -38,7 +38,7 @@ Plan = tuple[KernelConfig, int]
 
 
 def matrix_instruction(capability: int) -> str:
-    """The matrix instruction of compute capability ``capability`` (times ten) for float16 and bf16."""
+    """Return the matrix instruction of compute capability ``capability`` (times ten) for fp16 and bf16."""
     if 90 <= capability < 100:
         return "wgmma"
     return "tcgen05" if 100 <= capability < 120 else "mma.sync"
@@ -46,7 +46,7 @@ def matrix_instruction(capability: int) -> str:
 
 @functools.cache
 def machine(device: torch.device) -> tuple[int, int]:
-    """Compute capability times ten and multiprocessors; an H200's for the interpreter."""
+    """Return the compute capability times ten and the number of SMs; those of an H200 for the interpreter."""
     if device.type != "cuda":
         return 90, 132
     properties = torch.cuda.get_device_properties(device)
@@ -54,24 +54,25 @@ def machine(device: torch.device) -> tuple[int, int]:
 
 
 def needs_drain(x: torch.Tensor) -> bool:
-    """Whether kernels over ``x`` must call :func:`.kernel.drain_wgmma`: the GPU multiplies by ``wgmma``."""
+    """Return whether kernels over ``x`` must call :func:`.kernel.drain_wgmma`: on a GPU that multiplies by ``wgmma``."""
     return x.is_cuda and matrix_instruction(machine(x.device)[0]) == "wgmma"
 
 
-def choose(configs: Sequence[KernelConfig], m: int, n: int, k: int, processors: int) -> Plan:
-    """The first of ``configs``, ascending by tokens, that holds ``m`` tokens, or the last; a function of its arguments alone.
+def choose(configs: Sequence[KernelConfig], m: int, n: int, k: int, sms: int) -> Plan:
+    """Choose the first of ``configs``, ascending by BM, whose BM holds ``m`` tokens, or the last; and the splits along K.
 
-    Only the last may be persistent. It is left to products with a tile for each multiprocessor; others may be split along K.
+    A function of its arguments alone. Only the last configuration may be persistent: it runs products with a tile for each of
+    ``sms`` SMs, without splits.
     """
     config = next((config for config in configs if m <= config.bm), configs[-1])
     if config.persistent:
-        if config.tiles(m, n) >= processors:
+        if config.tiles(m, n) >= sms:
             return config, 1
         config = configs[-2]
     warps = config.warps * config.tiles(m, n)
     steps, split = triton.cdiv(k, config.bk), 1
-    # Enough programs for about eight warps to a multiprocessor, while each still has a pipeline's worth of steps.
-    while warps * split < 7 * processors and split < 16 and steps >= 4 * 2 * split:
+    # Split until there are about eight warps for each SM, while each program has a pipeline's worth of steps.
+    while warps * split < 7 * sms and split < 16 and steps >= 4 * 2 * split:
         split *= 2
     return config, split
 
@@ -89,11 +90,23 @@ def launch(
     sum_dtype: torch.dtype = torch.float32,
     **arguments: Any,
 ) -> torch.Tensor:
-    """``[M, N]`` of ``out_dtype`` from a kernel over tiles of ``Y^T``, for activations ``x`` and a weight of N rows.
+    """Launch a kernel over tiles of ``Y^T``.
 
-    ``x`` is ``[M, K]``, or ``[M, K / per_entry]`` where an entry holds several inputs; ``operands`` what the kernel gets for ``x``,
-    ``codes`` and ``scale``, where that is not themselves; ``sum_dtype`` is the type of partial sums; ``arguments`` are those of the
-    kernel's own.
+    Args:
+        kernel: the Triton function.
+        x: activations ``[M, K]``, or ``[M, K / per_entry]``.
+        codes: weight of N rows.
+        scale: block scales of the weight.
+        epilogue: scales and bias.
+        out_dtype: dtype of the result.
+        plan: configuration and splits along K.
+        per_entry: values in an entry of ``x``.
+        operands: the kernel's first arguments; None for ``x``, ``codes`` and ``scale``.
+        sum_dtype: dtype of split-K partials.
+        arguments: constexprs and further arguments of this kernel.
+
+    Returns:
+        ``[M, N]`` of ``out_dtype``.
     """
     m, k, n = x.shape[0], x.shape[1] * per_entry, codes.shape[0]
     config, split = plan

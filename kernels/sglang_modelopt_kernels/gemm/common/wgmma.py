@@ -49,7 +49,7 @@ def register_race(ptx: str) -> str | None:
 
 
 def _crosses(body: list[dict[str, Any]]) -> bool:
-    """Whether a product is issued while a group of the iteration before, with a left operand in registers, may be in flight."""
+    """Return whether a product is issued while one of the previous iteration, its left operand in registers, may be in flight."""
     waiting = _run(body, [])
     for statement in body if any(waiting) else ():
         if statement["left"]:
@@ -62,7 +62,7 @@ def _crosses(body: list[dict[str, Any]]) -> bool:
 
 
 def _run(body: list[dict[str, Any]], waiting: list[bool]) -> list[bool]:
-    """Commit groups in flight after ``body``, oldest first: whether each has a left operand in registers."""
+    """Return for each commit group in flight after ``body``, oldest first, whether it has a left operand in registers."""
     in_registers = False
     for statement in body:
         if statement["left"]:
@@ -78,7 +78,7 @@ def checked(compiled: Any) -> None:
     """Check a kernel that Triton has just launched, once: ``checked(kernel[grid](...))``.
 
     Args:
-        compiled: what the launch returned; None in Triton's interpreter.
+        compiled: the compiled kernel that the launch returned; None in Triton's interpreter.
 
     Raises:
         ValueError: it breaks the rule of this module, or Triton kept no PTX of it and the GPU has wgmma. Do not use its result.

@@ -1,8 +1,8 @@
-"""``Y^T = W X^T`` with both sides as stored: the matrix instruction reads E2M1 codes and their block scales.
+"""``Y^T = W X^T`` of E2M1 codes on both sides: the matrix instruction reads codes and block scales as stored.
 
-Blocks are 16 inputs under E4M3 or 32 under UE8M0. Every product is exact (two codes and two E4M3 scales have twelve significant
-bits); the scales of whole tensors come after the sum. This kernel is SM120's, where scales in registers are read in rows;
-:mod:`..tcgen05` has that of SM100 and SM103.
+A block is 16 K elements under E4M3 or 32 under UE8M0. Every product is exact (two codes and two E4M3 scales have twelve significant
+bits); the scales of whole tensors come after the sum. This kernel is for SM120, which reads scales from registers, not
+swizzled; :mod:`..blackwell_common` has the kernel of SM100 and SM103.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ def fp4_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``.
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``.
 
     Codes ``x`` and ``w`` have the block scales ``t`` and ``s``.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
     split = tl.program_id(2)
-    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
+    # Rows and tokens out of range read the last one: no mask in the loop, and their results are not stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
     pair = tl.arange(0, BK // 2)

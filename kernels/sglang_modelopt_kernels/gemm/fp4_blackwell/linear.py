@@ -1,4 +1,4 @@
-"""Which configuration runs, the launch, and the product as one PyTorch operator."""
+"""Choice of the configuration, the launch, and the product as one PyTorch operator."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CONFIGS = (
     KernelConfig(128, 64, 256, 8, 3),
     KernelConfig(128, 128, 128, 8, 3),
 )
-"""By tokens, ascending: for scales in tiles, and in rows. Not timed on any GPU: chosen by what compiles to the block-scaled
-instruction without spilling (``benchmarks.aot``)."""
+"""Configurations ascending by BM: for swizzled scales (SM100, SM103), and for others (SM120). Not timed on any GPU: those that
+compile to the block-scaled instruction without spilling (``benchmarks.aot``)."""
 
 
 def run(
@@ -35,16 +35,16 @@ def run(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    tiled: bool = False,
+    swizzled: bool = False,
     plan: Plan | None = None,
     describe: bool = True,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as :func:`fp4_linear`, ``plan`` instead of the one chosen by size."""
+    """Launch the kernel; arguments of :func:`fp4_linear`, and ``plan`` instead of the choice by size."""
     m, (n, half) = x.codes.shape[0], codes.shape
     group = 16 if scale.dtype == torch.float8_e4m3fn else 32
-    plan = plan or choose(TILED_CONFIGS if tiled else CONFIGS, m, n, 2 * half, machine(x.codes.device)[1])
+    plan = plan or choose(TILED_CONFIGS if swizzled else CONFIGS, m, n, 2 * half, machine(x.codes.device)[1])
     epilogue = Epilogue(out_scale, x.row_scale, bias)
-    if tiled:
+    if swizzled:
         return tcgen05_product(x.codes, codes, scale, x.scale, group, epilogue, out_dtype, plan, describe)
     return launch(
         fp4_kernel,
@@ -71,11 +71,11 @@ def _fp4_linear(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    tiled: bool,
+    swizzled: bool,
 ) -> torch.Tensor:
     if x_codes.shape[0] == 0:
         return torch.empty((0, codes.shape[0]), dtype=out_dtype, device=codes.device)
-    return run(BlockActivation(x_codes, x_scale, row_scale), codes, scale, out_scale, bias, out_dtype, tiled)
+    return run(BlockActivation(x_codes, x_scale, row_scale), codes, scale, out_scale, bias, out_dtype, swizzled)
 
 
 @_fp4_linear.register_fake
@@ -88,9 +88,9 @@ def _(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
-    tiled: bool,
+    swizzled: bool,
 ) -> torch.Tensor:
-    del x_scale, row_scale, scale, out_scale, bias, tiled
+    del x_scale, row_scale, scale, out_scale, bias, swizzled
     return x_codes.new_empty((x_codes.shape[0], codes.shape[0]), dtype=out_dtype)
 
 
@@ -101,21 +101,21 @@ def fp4_linear(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-    tiled: bool = False,
+    swizzled: bool = False,
 ) -> torch.Tensor:
-    """``x @ W^T + bias`` with ``W = code * block scale * out_scale``.
+    """Compute ``x @ W^T + bias`` with ``W = code * block scale * out_scale``.
 
     Both sides are NVFP4 in blocks of 16, or both MXFP4 in blocks of 32.
 
     Args:
-        x: E2M1 activations ``[M, K]`` under block scales of the weight's type and group.
-        codes: uint8 ``[N, K / 2]``, E2M1, the even input in the low half, as ModelOpt stores it.
+        x: E2M1 activations ``[M, K]`` under block scales of the dtype and group of the weight's.
+        codes: uint8 ``[N, K / 2]``, E2M1, the even K element in the low half, as ModelOpt stores it.
         scale: E4M3 ``[N, K / 16]`` without NaN, or uint8 ``[N, K / 32]``, UE8M0 without 255.
         out_scale: float32 ``[N]``.
         bias: ``[N]`` or None.
-        out_dtype: type of the result.
-        tiled: whether ``scale`` is in tiles of 128 x 4 (:func:`naive_swizzle`), for SM100 and SM103, and so are the scales of ``x``
-            where :func:`takes_tiles` says so of M.
+        out_dtype: dtype of the result.
+        swizzled: whether ``scale`` has the 128x4 swizzled layout (:func:`naive_swizzle`), for SM100 and SM103. The scales of ``x``
+            then have it where :func:`takes_tiles` is true for M.
 
     Returns:
         ``[M, N]`` of ``out_dtype``.
@@ -128,16 +128,16 @@ def fp4_linear(
     if codes.dtype != torch.uint8 or scale.dtype not in (torch.float8_e4m3fn, torch.uint8):
         raise ValueError(f"codes must be uint8 and scale E4M3 or uint8, got {codes.dtype} and {scale.dtype}")
     m, blocks = x.codes.shape[0], k // group
-    if k % group or scale.shape != (tiles_of(n, blocks) if tiled else (n, blocks)):
-        raise ValueError(f"scale must be [{n}, {k} / {group}]{' in tiles' * tiled}, got {tuple(scale.shape)}")
+    if k % group or scale.shape != (tiles_of(n, blocks) if swizzled else (n, blocks)):
+        raise ValueError(f"scale must be [{n}, {k} / {group}]{', swizzled' * swizzled}, got {tuple(scale.shape)}")
     if x.codes.dtype != torch.uint8 or x.codes.dim() != 2 or x.codes.shape[1] != half:
         raise ValueError(f"x must be uint8 codes [M, {half}], got {tuple(x.codes.shape)} {x.codes.dtype}")
-    shape = tiles_of(m, blocks) if tiled and takes_tiles(m) else (m, blocks)
+    shape = tiles_of(m, blocks) if swizzled and takes_tiles(m) else (m, blocks)
     if x.scale.dtype != scale.dtype or x.scale.shape != shape:
         expected = f"{scale.dtype} {list(shape)}"
         raise ValueError(f"the block scales of x must be {expected}, got {tuple(x.scale.shape)} {x.scale.dtype}")
     if out_scale.shape != (n,) or out_scale.dtype != torch.float32:
         raise ValueError(f"out_scale must be float32 [{n}], got {tuple(out_scale.shape)} {out_scale.dtype}")
     check_epilogue(m, n, x.row_scale, bias)
-    y: torch.Tensor = _fp4_linear(x.codes, x.scale, x.row_scale, codes, scale, out_scale, bias, out_dtype, tiled)
+    y: torch.Tensor = _fp4_linear(x.codes, x.scale, x.row_scale, codes, scale, out_scale, bias, out_dtype, swizzled)
     return y

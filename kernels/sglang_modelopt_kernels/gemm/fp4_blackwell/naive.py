@@ -1,4 +1,4 @@
-"""The naive twin: both sides decoded, one float64 product."""
+"""Naive twin of the FP4 x FP4 product of Blackwell: both sides decoded, one float64 product."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import torch
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.formats.checks import scale_blocks
+from sglang_modelopt_kernels.gemm.common.naive import naive_epilogue
 
 
 def naive_fp4_linear(
     x: BlockActivation, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """See :func:`fp4_linear`; float64 ``[M, N]``."""
-    y = _decode(x.codes, x.scale) @ _decode(codes, scale).T
-    if x.row_scale is not None:
-        y = y * x.row_scale.to(torch.float64)
-    return y if bias is None else y + bias.to(torch.float64)
+    """Compute the product of :func:`fp4_linear` without its ``out_scale`` in float64, ``[M, N]``.
+
+    ``codes`` and ``scale`` are as stored and so are the block scales of ``x``: ``[rows, K / group]``, not swizzled.
+    """
+    return naive_epilogue(_decode(x.codes, x.scale) @ _decode(codes, scale).T, x.row_scale, None, bias)
 
 
 def _decode(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,6 @@
-"""FP8 weights and activations in FP8 matrix instructions. The naive twin is that of the dense product."""
+"""FP8 weights times FP8 activations in FP8 matrix instructions, by ``torch._scaled_mm``."""
 
 from sglang_modelopt_kernels.gemm.fp8.linear import fp8_linear
+from sglang_modelopt_kernels.gemm.fp8.naive import naive_fp8_linear
 
-__all__ = ["fp8_linear"]
+__all__ = ["fp8_linear", "naive_fp8_linear"]

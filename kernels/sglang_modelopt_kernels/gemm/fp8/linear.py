@@ -1,6 +1,6 @@
-"""``torch._scaled_mm`` (cuBLASLt, CUTLASS) over E4M3 weights with a scale for each output row.
+"""FP8 product by ``torch._scaled_mm`` (cuBLASLt, CUTLASS) over E4M3 weights with a scale for each output feature.
 
-Every product of two E4M3 numbers is exact; the sum has the precision of the matrix instruction, promoted to float32
+Every product of two E4M3 values is exact; the sum has the precision of the matrix instruction, promoted to fp32
 (``use_fast_accum=False``): on Hopper the FP8 instruction keeps about 14 bits between promotions.
 """
 
@@ -17,7 +17,7 @@ def fp8_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """``(values @ unit^T) * row_scale * out_scale + bias``, scaled in float32 and rounded once.
+    """Compute ``(values @ unit^T) * row_scale * out_scale + bias``, scaled in fp32 and rounded once.
 
     Args:
         values: E4M3 ``[M, K]``, the rounded activations before their scale.
@@ -36,7 +36,7 @@ def fp8_linear(
     one = out_scale.new_ones(())
     scale = one if row_scale is None else row_scale
     if out_dtype == torch.bfloat16 and values.is_cuda and torch.cuda.get_device_capability(values.device) == (9, 0):
-        # Scales of rows and columns in the epilogue: the kernel exists with bf16 output; elsewhere it was not tried.
+        # The kernel with scales of rows and columns in its epilogue has bf16 output; other GPUs were not tried.
         rows, columns = scale.reshape(-1, 1).expand(m, 1).contiguous(), out_scale.reshape(1, -1)
         fused = None if bias is None else bias.to(out_dtype)
         return torch._scaled_mm(values, unit.T, scale_a=rows, scale_b=columns, bias=fused, out_dtype=out_dtype)

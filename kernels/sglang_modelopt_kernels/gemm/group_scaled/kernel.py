@@ -1,4 +1,4 @@
-"""``Y^T = W X^T`` over decoded weights whose inputs are scaled in groups: the sum of each group is scaled and added in float32."""
+"""``Y^T = W X^T`` over decoded weights with a scale for each group of K elements: each group's sum is scaled and added in fp32."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def group_scaled_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One ``[BN, BM]`` tile of ``Y^T`` from ``count`` decoded rows ``u``, which are those from ``first`` on of the weight.
+    """Compute one ``[BN, BM]`` tile of ``Y^T`` from ``count`` decoded rows ``u`` of the weight, rows ``first ..``.
 
-    ``count`` is a multiple of BN unless they are the last, K one of GROUP, and GROUP one of BK.
+    ``count`` is a multiple of BN except for the last rows, K a multiple of GROUP, and GROUP a multiple of BK.
     """
     tiles = tl.cdiv(count, BN)
     in_group = WIDTH * tl.cdiv(m, BM)
@@ -44,23 +44,23 @@ def group_scaled_kernel(
     within = tl.program_id(0) % in_group
     rows = (start + within % width) * BN + tl.arange(0, BN)
     tokens = within // width * BM + tl.arange(0, BM)
-    # Out of range rows and tokens read the last one, and nothing of theirs is stored.
+    # Rows and tokens out of range read the last one, and their results are not stored.
     row = tl.minimum(rows, count - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
-    input_ = tl.arange(0, BK)
-    u_at = u_ptr + row[:, None] * k + input_[None, :]
-    x_at = x_ptr + token[None, :] * k + input_[:, None]
+    offs_k = tl.arange(0, BK)
+    u_at = u_ptr + row[:, None] * k + offs_k[None, :]
+    x_at = x_ptr + token[None, :] * k + offs_k[:, None]
     s_at = s_ptr + (first + row) * (k // GROUP)
     acc = tl.zeros((BN, BM), tl.float32)
-    following = tl.load(s_at)
+    prefetched = tl.load(s_at)
     for offset in range(0, k, BK):
         u = tl.load(u_at + offset)
         x = tl.load(x_at + offset)
-        # A step ahead: what a product does not read is not pipelined.
-        scale = following
-        following = tl.load(s_at + tl.minimum(offset + BK, k - BK) // GROUP)
+        # Prefetch the next scale: Triton only pipelines loads that feed `tl.dot`.
+        scale = prefetched
+        prefetched = tl.load(s_at + tl.minimum(offset + BK, k - BK) // GROUP)
         if not ASM:
-            # The interpreter multiplies the bits of operands that are not float32.
+            # Triton's interpreter multiplies the raw bits of operands that are not fp32.
             u, x = u.to(tl.float32), x.to(tl.float32)
         acc += tl.dot(u, x, input_precision="ieee") * scale[:, None]
     store_tile(

@@ -1,7 +1,8 @@
-"""INT4 for many tokens: integers decoded once, a dense product in which each group's sum is scaled.
+"""INT4 and FP8 in blocks for many tokens: codes decoded once, a dense product in which each group's sum is scaled.
 
-An integer from -8 to 7 is exact in E4M3, float16 and bf16, so every product is exact. A step multiplies within one group of inputs,
-in the matrix instruction's precision (float32, but about 13 bits of FP8 sums on Hopper), and adds its scaled sum in float32.
+An integer from -8 to 7 is exact in E4M3, float16 and bf16, so every product is exact. A step multiplies within one group of K
+elements, in the precision of the matrix instruction (fp32, but about 13 bits of FP8 sums on Hopper), and adds its scaled sum in
+fp32.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, checked,
 from .kernel import group_scaled_kernel
 
 WIDTH = 8
-"""Tiles of rows that go through all tokens together, so that both operands of a wave fit the cache."""
+"""Row tiles that pass through all tokens together, so that both operands of a wave of programs fit L2."""
 
-# The largest square that compiles without spilling (benchmarks.aot), timed with E4M3 on SM90 only. Two sums are kept of each
-# output.
+# The largest square that compiles without spilling (benchmarks.aot), timed with E4M3 on SM90 only. Each output
+# takes two accumulators.
 _CONFIGS = {
     ("wgmma", 1): KernelConfig(128, 128, 128, 8, 4),
     ("wgmma", 2): KernelConfig(128, 128, 64, 8, 4),
@@ -28,7 +29,7 @@ _CONFIGS = {
 
 
 def config_for(capability: int, itemsize: int) -> KernelConfig:
-    """The configuration for operands of ``itemsize`` bytes on compute capability ``capability`` (times ten)."""
+    """Return the configuration for operands of ``itemsize`` bytes on compute capability ``capability`` (times ten)."""
     return _CONFIGS[matrix_instruction(capability), itemsize]
 
 
@@ -41,16 +42,16 @@ def multiply(
     first: int,
     config: KernelConfig | None = None,
 ) -> None:
-    """Writes rows ``first ..`` of the product into ``y`` ``[M, N]``.
+    """Write output features ``first ..`` of the product into ``y`` ``[M, N]``.
 
     Args:
         x: ``[M, K]`` in E4M3, float16 or bf16.
-        unit: integers of the same type, ``[rows, K]``; as many rows as are whole tiles, or the last ones.
-        scale: float32 ``[N, K / group]``, of the whole weight.
+        unit: decoded codes of the dtype of ``x``, ``[rows, K]``; whole tiles of rows, or the last rows of the weight.
+        scale: fp32 ``[N, K / group]``, of the whole weight.
         epilogue: of the whole weight.
-        y: every type, contiguous.
-        first: the first row.
-        config: instead of the device's own.
+        y: contiguous, of any float type.
+        first: the first row of ``unit`` in the weight.
+        config: None for the device's own.
     """
     (m, k), n, rows = x.shape, scale.shape[0], unit.shape[0]
     config = config or config_for(machine(x.device)[0], x.element_size())

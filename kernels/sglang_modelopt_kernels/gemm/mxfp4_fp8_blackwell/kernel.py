@@ -1,9 +1,9 @@
-"""``Y^T = W X^T`` in block-scaled matrix instructions: E2M1 codes, E4M3 activations and UE8M0 block scales in rows.
+"""``Y^T = W X^T`` in block-scaled matrix instructions: E2M1 codes, E4M3 activations and UE8M0 block scales ``[N, K / 32]``.
 
-The weight is the operand of 128 rows, because decoding has few tokens, which leave tcgen05 as rows. Activations get unit block
-scales as a tensor: without one Triton decomposes the product into float16. On SM100 and SM103 the instruction reads the codes as
-stored: here for experts, whose weights are not in tiles, in :mod:`..tcgen05` for one layer. For SM120 Triton has none that mixes
-E2M1 with E4M3, and the codes are widened to E4M3 in registers.
+The weight is the operand of 128 rows, because decoding has few tokens. Activations get a tensor of unit block scales: without it
+Triton decomposes the product into fp16. On SM100 and SM103 the instruction reads the codes as stored: here for experts, whose
+scales are not swizzled, in :mod:`..blackwell_common` for one weight. For SM120 Triton has no instruction that mixes E2M1 with
+E4M3, and the codes are converted to E4M3 in registers.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ def mxfp4_sum(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]``."""
+    """Multiply rows ``row`` of the weight by rows ``token`` of ``x`` (int64) over K ``start .. end``: ``[BN, BM]``."""
     pair = tl.arange(0, BK // 2)
     block = tl.arange(0, BK // 32)
-    input_ = tl.arange(0, BK)
+    offs_k = tl.arange(0, BK)
     unit = tl.full((BM, BK // 32), 127, tl.uint8)  # 2^0
     acc = tl.zeros((BN, BM), tl.float32)
     for offset in range(start, end, BK):
         w_at = w_ptr + row[:, None] * (k // 2) + (offset // 2 + pair)[None, :]
         s_at = s_ptr + row[:, None] * (k // 32) + (offset // 32 + block)[None, :]
-        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        x_at = x_ptr + token[None, :] * k + (offset + offs_k)[:, None]
         if EVEN_K:
             w = tl.load(w_at)
             s = tl.load(s_at)
@@ -46,14 +46,14 @@ def mxfp4_sum(
         else:
             w = tl.load(w_at, mask=(offset + 2 * pair < k)[None, :], other=0)
             s = tl.load(s_at, mask=(offset + 32 * block < k)[None, :], other=127)
-            x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
+            x = tl.load(x_at, mask=(offset + offs_k < k)[:, None], other=0.0)
         acc = tl.dot_scaled(w, s, "e2m1", x, unit, "e4m3", acc)
     return acc
 
 
 @triton.jit
 def widen(codes, ASM: tl.constexpr):
-    """Bytes of two E2M1 codes as the E4M3 numbers of the low and of the high one, times 2^-6, exactly.
+    """Convert bytes of two E2M1 codes to the E4M3 values of the low and of the high one, times 2^-6, exactly.
 
     E2M1's exponent and mantissa in the middle of E4M3's place are the value times 2^-6; half of it is then subnormal.
     """
@@ -102,9 +102,9 @@ def mxfp4_widened_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``.
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``.
 
-    Codes are in pairs of blocks (:func:`pair_blocks`): there is a product for each half of the bytes.
+    Codes are paired (:func:`pair_blocks`): there is one product for the low and one for the high codes of the bytes.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     tokens = tl.program_id(1) * BM + tl.arange(0, BM)
@@ -113,7 +113,7 @@ def mxfp4_widened_kernel(
     token = tl.minimum(tokens, m - 1).to(tl.int64)
     byte = tl.arange(0, BK // 2)
     pair = tl.arange(0, BK // 64)
-    input_ = (byte // 32) * 64 + byte % 32
+    offs_k = (byte // 32) * 64 + byte % 32
     unit = tl.full((BM, BK // 64), 127, tl.uint8)  # 2^0
 
     steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
@@ -123,7 +123,7 @@ def mxfp4_widened_kernel(
     for offset in range(start, end, BK):
         w_at = w_ptr + row[:, None] * (k // 2) + (offset // 2 + byte)[None, :]
         s_at = s_ptr + row[:, None] * (k // 32) + (offset // 32 + 2 * pair)[None, :]
-        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        x_at = x_ptr + token[None, :] * k + (offset + offs_k)[:, None]
         if EVEN_K:
             w = tl.load(w_at)
             s_low = tl.load(s_at)
@@ -131,13 +131,13 @@ def mxfp4_widened_kernel(
             x_low = tl.load(x_at)
             x_high = tl.load(x_at + 32)
         else:
-            # K is whole pairs of blocks.
+            # K is a multiple of two blocks.
             inside = (offset + 64 * pair < k)[None, :]
             w = tl.load(w_at, mask=(offset + 2 * byte < k)[None, :], other=0)
             s_low = tl.load(s_at, mask=inside, other=127)
             s_high = tl.load(s_at + 1, mask=inside, other=127)
-            x_low = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
-            x_high = tl.load(x_at + 32, mask=(offset + input_ < k)[:, None], other=0.0)
+            x_low = tl.load(x_at, mask=(offset + offs_k < k)[:, None], other=0.0)
+            x_high = tl.load(x_at + 32, mask=(offset + offs_k < k)[:, None], other=0.0)
         w_low, w_high = widen(w, ASM)
         acc = tl.dot_scaled(w_low, s_low, "e4m3", x_low, unit, "e4m3", acc)
         acc = tl.dot_scaled(w_high, s_high, "e4m3", x_high, unit, "e4m3", acc)

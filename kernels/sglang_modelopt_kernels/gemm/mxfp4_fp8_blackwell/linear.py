@@ -1,4 +1,4 @@
-"""Which configuration runs, the launch, and the product as one PyTorch operator."""
+"""Choice of the configuration, the launch, and the product as one PyTorch operator."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ PAIRED_CONFIGS = (
     KernelConfig(128, 64, 128, 8, 3),
     KernelConfig(128, 128, 128, 8, 2),
 )
-"""By tokens, ascending: for scales in tiles, for scales in rows (:func:`mxfp4_sum`), and for SM120. Not timed on any GPU: chosen by
-what compiles to ``mxf8f6f4`` without spilling (``benchmarks.aot``)."""
+"""Configurations ascending by BM: for swizzled scales, for others (:func:`mxfp4_sum`), and for SM120. Not timed on any GPU: those
+that compile to ``mxf8f6f4`` without spilling (``benchmarks.aot``)."""
 
 WIDENED_DESCALE = 64.0
-"""Codes are widened to E4M3 times 2^-6."""
+"""Factor of the accumulators of SM120, whose codes are converted to E4M3 times 2^-6."""
 
 
 def pair_blocks(codes: torch.Tensor) -> torch.Tensor:
-    """Stored codes ``[N, K / 2]``, K in 64s, with every second block in the high halves of the bytes of the one before it.
+    """Pair the blocks of stored codes ``[N, K / 2]``: every second block moves to the high halves of the bytes of the one before.
 
-    Byte j of 32 holds inputs j and 32 + j of 64, so that each half of the bytes is whole blocks in order.
+    Byte j of 32 holds K elements j and 32 + j of 64, so that the low and the high codes of the bytes are whole blocks in order. K
+    is a multiple of 64.
     """
     even, odd = codes.unflatten(1, (-1, 2, 16)).unbind(2)  # the bytes of a pair's first and second block
     return torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(1)
@@ -57,7 +58,7 @@ def run(
     plan: Plan | None = None,
     describe: bool = True,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as :func:`mxfp4_linear`, ``plan`` instead of the one chosen by size."""
+    """Launch the kernel; arguments of :func:`mxfp4_linear`, and ``plan`` instead of the choice by size."""
     (m, k), n = x.shape, codes.shape[0]
     plan = plan or choose(PAIRED_CONFIGS if paired else CONFIGS, m, n, k, machine(x.device)[1])
     epilogue = Epilogue(out_scale, row_scale, bias, WIDENED_DESCALE if paired else 1.0)
@@ -107,17 +108,17 @@ def mxfp4_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     paired: bool = False,
 ) -> torch.Tensor:
-    """``(x @ W^T) * row_scale * out_scale + bias`` with ``W = code * 2^(scale - 127)`` (OCP MX v1.0).
+    """Compute ``(x @ W^T) * row_scale * out_scale + bias`` with ``W = code * 2^(scale - 127)`` (OCP MX v1.0).
 
     Args:
         x: E4M3 ``[M, K]``.
-        codes: uint8 ``[N, K / 2]``, E2M1, the even input in the low half, as ModelOpt stores it.
-        scale: uint8, UE8M0, no 255: ``[N, K / 32]`` in tiles of 128 x 4 (:func:`naive_swizzle`), or in rows where ``paired``.
+        codes: uint8 ``[N, K / 2]``, E2M1, the even K element in the low half, as ModelOpt stores it.
+        scale: uint8, UE8M0, no 255: ``[N, K / 32]``, in the 128x4 swizzled layout (:func:`naive_swizzle`) unless ``paired``.
         out_scale: float32 ``[N]``.
         row_scale: float32, one value or ``[M, 1]``; None for 1.
         bias: ``[N]`` or None.
-        out_dtype: type of the result.
-        paired: whether ``codes`` come from :func:`pair_blocks`, for SM120; K is then in 64s.
+        out_dtype: dtype of the result.
+        paired: whether ``codes`` come from :func:`pair_blocks`, for SM120; K is then a multiple of 64.
 
     Returns:
         ``[M, N]`` of ``out_dtype``.
@@ -133,7 +134,7 @@ def mxfp4_linear(
         expected = f"uint8 [N, K / 2] and {list(shape)}"
         raise ValueError(f"codes and scale must be {expected}, got {tuple(codes.shape)} and {tuple(scale.shape)}")
     if paired and k % 64:
-        raise ValueError(f"K must be in 64s where blocks are paired, got {k}")
+        raise ValueError(f"K must be a multiple of 64 where blocks are paired, got {k}")
     if out_scale.shape != (n,) or out_scale.dtype != torch.float32:
         raise ValueError(f"out_scale must be float32 [{n}], got {tuple(out_scale.shape)} {out_scale.dtype}")
     check_epilogue(x.shape[0], n, row_scale, bias)

@@ -1,8 +1,8 @@
-"""``Y^T = W X^T`` over E4M3 weights that are made of E2M1 codes and exponents in registers, in FP8 matrix instructions.
+"""``Y^T = W X^T`` in FP8 matrix instructions; E2M1 codes and their block exponents become E4M3 weights in registers.
 
 The eight magnitudes under one exponent are eight bytes, of which ``prmt`` picks four at a time with the codes as selectors. The
-weight is the operand with the long side, because decoding has few tokens. Every product is exact; each step of BK inputs is summed
-by the matrix instruction, which keeps fewer bits than float32 (on Hopper about 13), and added to the rest in float32.
+weight is the left operand, with the long side, because decoding has few tokens. Every product is exact; each step of BK products is
+summed by the matrix instruction, which keeps fewer bits than fp32 (on Hopper about 13), and added to the rest in fp32.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FOLD: tl.constexpr = tl.constexpr(
     lop3.b32 $0, b, 0x80808080, e, 0xea;
     lop3.b32 $1, $2, 0x80808080, a, 0xea; }"""
 )
-"""A word of eight codes and its exponent to two words of four numbers."""
+"""Converts a word of eight codes and its exponent to two words of four E4M3 values."""
 
 
 _FOLD_ROW = """and.b32 e, {exponent}, 0xff;
@@ -44,16 +44,16 @@ FOLD_FRAGMENT: tl.constexpr = tl.constexpr(
     + _FOLD_ROW.format(word="$5", exponent="$9", low="$1", high="$3")
     + " }"
 )
-"""What a thread has of 16 rows and 32 inputs, as matrix instructions order it: four inputs of one row, of the row 8 below, and of
-both 16 inputs on. One word of codes makes both of its row."""
+"""Converts a thread's part of 16 rows and 32 K elements in the order of the matrix instruction: four K elements of one row, of the
+row 8 below, and of both rows 16 K elements on. One word of codes makes both parts of its row."""
 
 
 @triton.jit
 def folded_e4m3(codes, exponent, ASM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr):
-    """Packed bytes (``packing.py``) ``[ROWS, 16 BLOCKS]`` under exponents ``[ROWS, BLOCKS]`` as E4M3 ``[ROWS, 32 BLOCKS]``.
+    """Convert packed codes (``packing.py``) ``[ROWS, 16 BLOCKS]`` under exponents ``[ROWS, BLOCKS]`` to E4M3 ``[ROWS, 32 BLOCKS]``.
 
-    The assembly is right only where the result is a matrix instruction's operand in registers (``benchmarks.aot`` looks). Each half
-    of a block is given the same word of codes, so that nothing moves between threads.
+    The assembly is correct only where the result is a matrix instruction's operand in registers (``benchmarks.aot`` checks). Each
+    half of a block gets the same word of codes, so that nothing moves between threads.
     """
     if ASM:
         half = tl.reshape(codes, (ROWS, BLOCKS, 1, 16))
@@ -66,7 +66,7 @@ def folded_e4m3(codes, exponent, ASM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: 
         word = tl.reshape(codes, (ROWS, BLOCKS * 4, 2, 2))
         even, odd = tl.split(word)  # bytes 0 and 2, 1 and 3
         even, odd = tl.permute(even, (0, 2, 1)), tl.permute(odd, (0, 2, 1))
-        # Input 4 q + i has its magnitude in nibble i of the word: the low nibbles of a byte come before the high ones.
+        # K element 4 q + i has its magnitude in nibble i of the word: the low nibble of a byte comes before the high one.
         first, second = tl.split(tl.permute(even, (0, 2, 1)))
         third, fourth = tl.split(tl.permute(odd, (0, 2, 1)))
         low = _in_order(first & 7, first >> 4 & 7, third & 7, third >> 4 & 7, ROWS, BLOCKS * 16)
@@ -81,13 +81,13 @@ def folded_e4m3(codes, exponent, ASM: tl.constexpr, ROWS: tl.constexpr, BLOCKS: 
 
 @triton.jit
 def _in_order(a, b, c, d, ROWS: tl.constexpr, BYTES: tl.constexpr):
-    """Four tensors ``[ROWS, BYTES / 4]`` one entry after the other."""
+    """Interleave four tensors ``[ROWS, BYTES / 4]``, entry by entry."""
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (ROWS, BYTES))
 
 
 @triton.jit
 def _fold(magnitude, exponent):
-    """Magnitudes 0..7 of E2M1 under exponents 1..12 as bytes of E4M3."""
+    """Convert E2M1 magnitudes 0..7 under exponents 1..12 to E4M3 bytes."""
     base = tl.where(magnitude >= 2, magnitude << 2, 0)
     return tl.where(magnitude == 0, 0, base + (exponent << 3)).to(tl.uint8)
 
@@ -115,21 +115,21 @@ def folded_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``."""
     tile, part = tokens_first()
     rows = tile * BN + tl.arange(0, BN)
     tokens = part * BM + tl.arange(0, BM)
     split = tl.program_id(2)
-    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
+    # Rows and tokens out of range read the last one: no mask in the loop, and their results are not stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
     byte = tl.arange(0, BK // 2)
     block = tl.arange(0, BK // 32)
-    input_ = tl.arange(0, BK)
+    offs_k = tl.arange(0, BK)
 
     row_bytes, blocks = k // 2, k // 32
     if EVEN_K:
-        # The compiler does not see it, and loads of less than four bytes to a thread are not pipelined.
+        # A hint for the compiler, which pipelines no loads of less than four bytes for a thread.
         row_bytes = tl.multiple_of(row_bytes, BK // 2)
         blocks = tl.multiple_of(blocks, BK // 32)
     steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
@@ -139,19 +139,19 @@ def folded_kernel(
     for offset in range(start, end, BK):
         w_at = w_ptr + row[:, None] * row_bytes + (offset // 2 + byte)[None, :]
         s_at = s_ptr + row[:, None] * blocks + (offset // 32 + block)[None, :]
-        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        x_at = x_ptr + token[None, :] * k + (offset + offs_k)[:, None]
         if EVEN_K:
             w = tl.load(w_at)
             s = tl.load(s_at)
             x = tl.load(x_at)
         else:
-            # K is whole blocks.
+            # K is a multiple of the block.
             w = tl.load(w_at, mask=(offset + 2 * byte < k)[None, :], other=0)
             s = tl.load(s_at, mask=(offset + 32 * block < k)[None, :], other=1)
-            x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
+            x = tl.load(x_at, mask=(offset + offs_k < k)[:, None], other=0.0)
         unit = folded_e4m3(w, s, ASM, BN, BK // 32)
         if not ASM:
-            # The interpreter multiplies the bits of E4M3 operands: it gets the same numbers in float32.
+            # Triton's interpreter multiplies the raw bits of E4M3 operands: give it the same values in fp32.
             unit, x = unit.to(tl.float32), x.to(tl.float32)
         acc += tl.dot(unit, x, input_precision="ieee")
     store_tile(
@@ -175,7 +175,7 @@ def folded_kernel(
 
 @triton.jit
 def _fold_words(word, exponent, ASM: tl.constexpr):
-    """Words of eight codes and their exponents, int32, to two words of four E4M3 each."""
+    """Convert words of eight codes and their exponents, int32, to two words of four E4M3 values each."""
     if ASM:
         low, high = tl.inline_asm_elementwise(
             FOLD, "=&r,=r,r,r", args=[word, exponent], dtype=(tl.int32, tl.int32), is_pure=True, pack=1
@@ -191,9 +191,9 @@ def _fold_words(word, exponent, ASM: tl.constexpr):
 
 @triton.jit
 def unfold_kernel(w_ptr, s_ptr, y_ptr, first, n, k, ASM: tl.constexpr, BN: tl.constexpr):
-    """Rows ``first .. first + n`` of the unit weight as E4M3, ``[n, K]``, 512 inputs to a program.
+    """Decode rows ``first .. first + n`` of the unit weight to E4M3, ``[n, K]``, 512 K elements a program.
 
-    Codes and numbers go as whole words, int32: bytes of a tensor lie in registers as the compiler likes.
+    Codes and values are loaded and stored as int32 words: the compiler chooses the register order of single bytes.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
@@ -202,7 +202,7 @@ def unfold_kernel(w_ptr, s_ptr, y_ptr, first, n, k, ASM: tl.constexpr, BN: tl.co
     w = tl.load(w_ptr + row[:, None] * (k // 8) + word[None, :], mask=inside, other=0)
     exponent = tl.load(s_ptr + row[:, None] * (k // 32) + (word // 4)[None, :], mask=inside, other=1)
     low, high = _fold_words(w, exponent.to(tl.int32), ASM)
-    # Of each block of four words the low halves come first: stored together, in 16 bytes at a time.
+    # Of each block of four words the low halves come first, stored together, 16 bytes at a time.
     both = tl.permute(tl.reshape(tl.join(low, high), (BN, 16, 4, 2)), (0, 1, 3, 2))
     out = tl.program_id(1) * 128 + tl.arange(0, 128)
     at = y_ptr + rows.to(tl.int64)[:, None] * (k // 4) + out[None, :]

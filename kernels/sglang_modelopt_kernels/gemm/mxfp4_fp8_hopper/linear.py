@@ -1,4 +1,4 @@
-"""Which configuration runs, the launches, and the product as one PyTorch operator."""
+"""Choice of the configuration, the launches, and the product as one PyTorch operator."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ DENSE_FROM = 897
 """Tokens from which the weight is decoded once for ``torch._scaled_mm``: measured on an H100 at 512, where tiles of 128 tokens take
 0.75 of its time, and at 1024, where they take 1.06."""
 
-# Of one warp group, so that several programs share a processor, and one decodes while another multiplies: the fastest on an H100
-# (benchmarks.tiles). Four exponents to a thread at least (BN * BK / 32), or their loads are not pipelined.
+# One warpgroup, so that several programs share an SM and one decodes while another multiplies: the fastest on an H100
+# (benchmarks.tiles). Each thread loads at least four exponents (BN * BK / 32), or Triton does not pipeline the loads.
 _WARP_GROUP = (
     KernelConfig(64, 16, 256, 4, 3),
     KernelConfig(64, 32, 256, 4, 3),
     KernelConfig(64, 64, 256, 4, 4),
     KernelConfig(64, 128, 256, 4, 3),
 )
-# The others were not timed: what compiles to FP8 matrix instructions without spilling (benchmarks.aot).
+# The others were not timed: those that compile to FP8 matrix instructions without spilling (benchmarks.aot).
 _MMA = (
     KernelConfig(64, 16, 256, 4, 3),
     KernelConfig(64, 32, 256, 4, 3),
     KernelConfig(64, 64, 256, 4, 3),
 )
-# For inputs that are not whole 256s.
+# For K that is no multiple of 256.
 _WARP_GROUP_HALF = (
     KernelConfig(128, 16, 128, 4, 4),
     KernelConfig(128, 32, 128, 4, 4),
@@ -47,7 +47,7 @@ _MMA_HALF = (
 
 
 def configs(capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
-    """The configurations for ``k`` inputs on compute capability ``capability`` (times ten), by tokens, ascending."""
+    """Return the configurations for ``k`` on compute capability ``capability`` (times ten), ascending by BM."""
     if 90 <= capability < 100:
         return _WARP_GROUP_HALF if k % 256 else _WARP_GROUP
     return _MMA_HALF if k % 256 else _MMA
@@ -61,9 +61,9 @@ def run(
     out_dtype: torch.dtype,
     plan: Plan | None = None,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as :func:`folded_linear`, ``plan`` instead of the one chosen by size."""
-    capability, processors = machine(x.device)
-    plan = plan or choose(configs(capability, weight.k), x.shape[0], weight.n, weight.k, processors)
+    """Launch the kernel; arguments of :func:`folded_linear`, and ``plan`` instead of the choice by size."""
+    capability, sms = machine(x.device)
+    plan = plan or choose(configs(capability, weight.k), x.shape[0], weight.n, weight.k, sms)
     epilogue = Epilogue(weight.out_scale, row_scale, bias)
     return launch(
         folded_kernel, x.contiguous(), weight.codes, weight.exponent, epilogue, out_dtype, plan, ASM=x.is_cuda
@@ -71,7 +71,7 @@ def run(
 
 
 def unfold_rows(weight: FoldedWeight, first: int, rows: int) -> torch.Tensor:
-    """Rows of the weight without ``out_scale``, E4M3 ``[rows, K]``."""
+    """Decode rows of the weight to E4M3, ``[rows, K]``, without ``out_scale``."""
     y = torch.empty((rows, weight.k), dtype=torch.uint8, device=weight.codes.device)
     grid = (triton.cdiv(rows, 8), triton.cdiv(weight.k, 512))
     words = (weight.codes.view(torch.int32), weight.exponent, y.view(torch.int32))
@@ -86,7 +86,10 @@ def run_dense(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The same product for many tokens: rows decoded into a bounded scratch buffer, then ``torch._scaled_mm``."""
+    """Multiply many tokens: rows decoded into a bounded scratch buffer, then :func:`fp8_linear`.
+
+    Arguments of :func:`folded_linear`.
+    """
     step, outputs = max(SCRATCH_BYTES // weight.k // 128 * 128, 128), []
     for first in range(0, weight.n, step):
         part = slice(first, min(first + step, weight.n))
@@ -135,7 +138,7 @@ def folded_linear(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """``(x @ W^T) * row_scale + bias`` with exact products of E4M3 numbers.
+    """Compute ``(x @ W^T) * row_scale + bias`` with exact products of E4M3 values.
 
     Args:
         x: E4M3 ``[M, K]``.

@@ -1,4 +1,4 @@
-"""The reference path: weights decoded once at load, a dense matrix product per call."""
+"""Reference product: weights decoded once at load, a dense matrix product for each call."""
 
 from sglang_modelopt_kernels.gemm.reference.dense import dense_linear, prepare_dense
 from sglang_modelopt_kernels.gemm.reference.naive import naive_linear

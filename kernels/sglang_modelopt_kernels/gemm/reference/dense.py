@@ -1,8 +1,8 @@
-"""Dense matrix product over a decoded weight: right on every device, fast on none.
+"""Dense matrix product over a decoded weight: correct on every device, fast on none.
 
 The weight is kept as ``unit`` (codes times block scales) and multiplied by the per-row output scale in the epilogue, so that
-nothing is rounded that the recipe does not round: on a CPU in float32, on a GPU in bf16 with float32 accumulation and
-output, where every product of an e4m3 activation and a bf16 ``unit`` is exact.
+only values that the recipe rounds are rounded: on a CPU in fp32, on a GPU in bf16 with fp32 accumulation and output, where every
+product of an E4M3 activation and a bf16 ``unit`` is exact.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from sglang_modelopt_kernels.formats.base import DecodedWeight
 
 
 def prepare_dense(weight: DecodedWeight, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The two tensors :func:`dense_linear` and :func:`fp8_linear` read.
+    """Prepare the tensors that :func:`dense_linear` and :func:`fp8_linear` read.
 
     Args:
         weight: decoded weight ``[N, K]``.
@@ -40,7 +40,7 @@ def dense_linear(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``(values @ unit^T) * row_scale * out_scale + bias``, accumulated and scaled in float32.
+    """Compute ``(values @ unit^T) * row_scale * out_scale + bias``, accumulated and scaled in fp32.
 
     Args:
         values: float32 ``[M, K]``, the rounded activations before their scale.

@@ -1,4 +1,4 @@
-"""The naive twin: what a quantized linear layer computes, in float64 and in the order of the formula."""
+"""Naive twin of a quantized linear layer, in float64 and in the order of the formula."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def naive_linear(
     input_scale: torch.Tensor | None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``Q(x) @ W^T + bias`` in float64.
+    """Compute ``Q(x) @ W^T + bias`` in float64.
 
     Args:
         x: ``[M, K]``, any float type.
         weight: the decoded weight ``[N, K]``.
-        activation: the rounding of the input, None to leave it alone.
+        activation: the format that ``x`` is rounded to; None for no rounding.
         input_scale: float32 ``[]``, the static activation scale, if the format has one.
         bias: ``[N]`` or None.
 

@@ -1,4 +1,4 @@
-"""Product with 4-bit weights under block scales, decoded in registers: NVFP4, MXFP4 and INT4."""
+"""Product with 4-bit weights under block scales, decoded in registers (Triton): NVFP4, MXFP4 and INT4."""
 
 from sglang_modelopt_kernels.gemm.w4_decode.linear import DENSE_FROM, block_scaled_linear
 from sglang_modelopt_kernels.gemm.w4_decode.naive import naive_block_scaled_linear

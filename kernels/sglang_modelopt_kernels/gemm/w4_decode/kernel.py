@@ -1,11 +1,11 @@
 """``Y = X W^T`` over 4-bit codes with block scales, decoded in registers.
 
-The weight is the operand with the long side of the matrix instruction (M), because decoding has few tokens: ``Y^T = W X^T``.
+The weight is the left operand, with the long side of the matrix instruction, because decoding has few tokens: ``Y^T = W X^T``.
 
-Numerics: a code times its block scale is formed exactly in float16 or bf16 (E2M1 has 2 significant bits, E4M3 has 4), so that with
-activations of that type every product is exact and only the float32 sum rounds. E2M1's bits are placed at the low end of
-the exponent, which makes a subnormal number of the value times 2^-14 (float16) or 2^-126 (bf16); one multiplication by the
-block scale then gives the unit weight times 1 / DESCALE. Under float32 scales (INT4) a block's partial sum is scaled instead.
+Numerics: a code times its block scale is formed exactly in fp16 or bf16 (E2M1 has 2 significant bits, E4M3 has 4), so that with
+activations of that dtype every product is exact and only the fp32 sum rounds. E2M1's bits are placed at the low end of the
+exponent, which makes a subnormal of the value times 2^-14 (fp16) or 2^-126 (bf16); one multiplication by the block scale then
+gives the unit weight times 1 / DESCALE. Under fp32 scales (INT4) a block's partial sum is scaled instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _BFLOAT16 = (
     lop3.b32 a, b, 0x80008000, a, 0xea;
     fma.rn.bf16x2 {p}, a, {s}, z;""",
 )
-"""``fma`` with -0 because sm_80 has no bf16 multiplication."""
+"""E2M1 under its scale to bf16, by plane; ``fma`` with -0 because SM80 has no bf16 multiplication."""
 _BFLOAT16_REGISTERS = ".reg .b32 a, b, z; mov.b32 z, 0x80008000;"
 PLANES_BFLOAT16: tl.constexpr = tl.constexpr(tuple(one_plane(text, _BFLOAT16_REGISTERS) for text in _BFLOAT16))
 E2M1_BFLOAT16: tl.constexpr = tl.constexpr(planes_of(_BFLOAT16, _BFLOAT16_REGISTERS, 4))
@@ -66,7 +66,7 @@ INT4_FLOAT16: tl.constexpr = tl.constexpr(
         4,
     )
 )
-"""A nibble of code + 8 under the exponent of 1024, minus 1032."""
+"""INT4 to fp16: a nibble of code + 8 under the exponent of 1024, minus 1032."""
 INT4_BFLOAT16: tl.constexpr = tl.constexpr(
     planes_of(
         (
@@ -86,12 +86,12 @@ INT4_BFLOAT16: tl.constexpr = tl.constexpr(
         4,
     )
 )
-"""The same under the exponent of 128, times 1 minus 136: sm_80 has no bf16 addition."""
+"""INT4 to bf16: a nibble of code + 8 under the exponent of 128, times 1 minus 136; SM80 has no bf16 addition."""
 
 
 @triton.jit
 def _planes_bfloat16(w, s, ASM: tl.constexpr):
-    """As :func:`planes_float16` in bf16."""
+    """Decode E2M1 elements and their scales, int16 and bf16 of one shape, to the four planes times the scale."""
     if ASM:
         p0 = plane(w, s, PLANES_BFLOAT16, 0)
         p1 = plane(w, s, PLANES_BFLOAT16, 1)
@@ -100,35 +100,36 @@ def _planes_bfloat16(w, s, ASM: tl.constexpr):
     else:
         u = w.to(tl.uint16, bitcast=True)
         f = s.to(tl.float32)
-        # In float32, from bits: the interpreter has no arithmetic of bf16. The products are bf16 numbers all the same.
-        p0 = _wide((u >> 3) & 0x01C0, u & 0x8000) * f
-        p1 = _wide(u & 0x01C0, (u << 3) & 0x8000) * f
-        p2 = _wide((u << 3) & 0x01C0, (u << 1) & 0x8000) * f
-        p3 = _wide((u << 6) & 0x01C0, (u << 2) & 0x8000) * f
+        # Triton's interpreter lacks bf16 arithmetic; emulate in fp32 from the raw bits. The products are bf16 values.
+        p0 = _bf16_bits_to_fp32((u >> 3) & 0x01C0, u & 0x8000) * f
+        p1 = _bf16_bits_to_fp32(u & 0x01C0, (u << 3) & 0x8000) * f
+        p2 = _bf16_bits_to_fp32((u << 3) & 0x01C0, (u << 1) & 0x8000) * f
+        p3 = _bf16_bits_to_fp32((u << 6) & 0x01C0, (u << 2) & 0x8000) * f
     return p0, p1, p2, p3
 
 
 @triton.jit
-def _wide(magnitude, sign):
+def _bf16_bits_to_fp32(magnitude, sign):
+    """Read bf16 bits, magnitude and sign, as fp32."""
     return ((magnitude | sign).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _int4_float16(nibble):
-    """A nibble of code + 8 as the float16 code: under the exponent of 1024 it counts in ones."""
+    """Decode a nibble of code + 8 to the fp16 code: under the exponent of 1024 a unit in the last place is one."""
     return ((nibble | 0x6400).to(tl.float16, bitcast=True) - 1032.0).to(tl.float16)
 
 
 @triton.jit
 def _int4_float32(nibble):
-    """A nibble of code + 8 as the float32 code, a bf16 number, likewise under the exponent of 128."""
-    wide = ((nibble | 0x4300).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    return wide - 136.0
+    """Decode a nibble of code + 8 to the code in fp32, a bf16 value: under bf16's exponent of 128 the last place is one."""
+    biased = ((nibble | 0x4300).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return biased - 136.0
 
 
 @triton.jit
 def _int4_planes(w, F16: tl.constexpr):
-    """The four planes of packed INT4, in float16 or in float32."""
+    """Decode packed INT4 to its four planes, in fp16 or in fp32."""
     u = w.to(tl.uint16, bitcast=True)
     if F16:
         p0 = _int4_float16(u & 15)
@@ -145,7 +146,7 @@ def _int4_planes(w, F16: tl.constexpr):
 
 @triton.jit
 def _scale_float16(b, KIND: tl.constexpr):
-    """Stored scale bytes as the float16 scale."""
+    """Decode stored scale bytes to the fp16 scale."""
     if KIND == "e2m1_e4m3":
         scale = e4m3_scale_float16(b)
     else:
@@ -155,9 +156,9 @@ def _scale_float16(b, KIND: tl.constexpr):
 
 @triton.jit
 def _scale_bfloat16(b, KIND: tl.constexpr):
-    """Stored scale bytes as bf16: the scale times 2^117 (e4m3) or ``2^(b + 97)`` (exponents)."""
+    """Decode stored scale bytes to bf16: the scale times 2^117 (E4M3) or ``2^(b + 97)`` (exponents)."""
     if KIND == "e2m1_e4m3":
-        # e4m3's exponent and mantissa in float32's place are the value times 2^-120.
+        # E4M3's exponent and mantissa in fp32's place are the value times 2^-120.
         scale = ((b.to(tl.uint32) << 20).to(tl.float32, bitcast=True) * 2.0**120 * 2.0**117).to(tl.bfloat16)
     else:
         # Exponents are below 32, so `|` adds. ptxas 12.9 drops the constant of a packed 16-bit sum (`add.s16x2`).
@@ -177,10 +178,11 @@ def _operand(
     ROWS: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Elements ``[ROWS, BK / 4]`` and their stored scales as the operand ``[ROWS, BK]``, 64 inputs after 64 in the order of planes.
+    """Decode elements ``[ROWS, BK / 4]`` and their stored scales to the operand ``[ROWS, BK]``, each 64 K elements in plane order.
 
-    With FRAGMENTS each plane is given the same elements, so that nothing moves between threads, and the assembly takes what a
-    thread has of 16 rows and 64 inputs as matrix instructions order it: right only where the result is one's operand in registers.
+    With FRAGMENTS each plane gets the same elements, so that nothing moves between threads, and the assembly reads a thread's
+    part of 16 rows and 64 K elements in the order of the matrix instruction: correct only where the result is its operand in
+    registers.
     """
     if KIND == "int4_float":
         scale = w
@@ -220,7 +222,7 @@ def _operand(
 
 @triton.jit
 def _assemble_one(TEXT: tl.constexpr, a):
-    """Assembly of 32 elements and as many results."""
+    """Run assembly of one argument on 32 elements, 32 int16 results."""
     return tl.inline_asm_elementwise(
         TEXT,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r",
@@ -233,7 +235,7 @@ def _assemble_one(TEXT: tl.constexpr, a):
 
 @triton.jit
 def _assemble_two(TEXT: tl.constexpr, a, b):
-    """The same with two arguments."""
+    """Run assembly of two arguments on 32 elements, 32 int16 results."""
     return tl.inline_asm_elementwise(
         TEXT,
         "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,"
@@ -267,46 +269,46 @@ def block_scaled_sum(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]`` times 1 / DESCALE.
+    """Multiply rows ``row`` of the weight by rows ``token`` of ``x`` over K ``start .. end``: ``[BN, BM]`` times 1 / DESCALE.
 
-    With ORDERED ``x`` has its inputs in the order of planes already; see :func:`_operand` for FRAGMENTS and :func:`drain_wgmma` for
+    With ORDERED the K elements of ``x`` are in plane order already; see :func:`_operand` for FRAGMENTS and :func:`drain_wgmma` for
     WGMMA.
     """
     element = tl.arange(0, BK // 4)
     block = tl.arange(0, BK // GROUP)
-    input_ = tl.arange(0, BK)
+    offs_k = tl.arange(0, BK)
     if not ORDERED:
-        # Element e of plane p is input 16 (e / 4) + 4 p + e % 4.
-        input_ = input_ // 64 * 64 + input_ % 16 // 4 * 16 + input_ % 64 // 16 * 4 + input_ % 4
-        input_ = tl.max_contiguous(tl.multiple_of(input_, 4), 4)
+        # Element e of plane p is K element 16 (e / 4) + 4 p + e % 4.
+        offs_k = offs_k // 64 * 64 + offs_k % 16 // 4 * 16 + offs_k % 64 // 16 * 4 + offs_k % 4
+        offs_k = tl.max_contiguous(tl.multiple_of(offs_k, 4), 4)
     blocks, quarter = k // GROUP, k // 4
     if EVEN_K:
-        # The compiler does not see it, and loads of less than four bytes to a thread are not pipelined.
+        # A hint for the compiler, which pipelines no loads of less than four bytes for a thread.
         blocks = tl.multiple_of(blocks, BK // GROUP)
         quarter = tl.multiple_of(quarter, BK // 4)
     w_row = w_ptr + row[:, None] * quarter
     s_row = s_ptr + row[:, None] * blocks
 
-    # The interpreter multiplies the bits of bf16 operands: it gets the same numbers in float32.
+    # Triton's interpreter multiplies the raw bits of bf16 operands: give it the same values in fp32.
     BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
     acc = tl.zeros((BN, BM), tl.float32)
-    # Scales of sums are read a step ahead: what a product does not read is not pipelined.
+    # Prefetch the next scale: Triton only pipelines loads that feed `tl.dot`.
     if KIND == "int4_float":
-        following = tl.load(s_row + tl.minimum(start, k - BK) // GROUP + block[None, :])
+        prefetched = tl.load(s_row + tl.minimum(start, k - BK) // GROUP + block[None, :])
     for offset in range(start, end, BK):
         drain_wgmma(offset, WGMMA)
         w_at = w_row + (offset // 4 + element)[None, :]
         s_at = s_row + (offset // GROUP + block)[None, :]
-        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        x_at = x_ptr + token[None, :] * k + (offset + offs_k)[:, None]
         if EVEN_K:
             w = tl.load(w_at)
             x = tl.load(x_at)
         else:
             w = tl.load(w_at, mask=(offset + 4 * element < k)[None, :], other=0)
-            x = tl.load(x_at, mask=(offset + input_ < k)[:, None], other=0.0)
+            x = tl.load(x_at, mask=(offset + offs_k < k)[:, None], other=0.0)
         if KIND == "int4_float":
-            b = following
-            following = tl.load(s_row + tl.minimum(offset + BK, k - BK) // GROUP + block[None, :])
+            b = prefetched
+            prefetched = tl.load(s_row + tl.minimum(offset + BK, k - BK) // GROUP + block[None, :])
         elif EVEN_K:
             b = tl.load(s_at)
         else:
@@ -317,7 +319,7 @@ def block_scaled_sum(
         else:
             unit, x = unit.to(BF16), x.to(BF16)
         if KIND == "int4_float":
-            # One block per step (BK = GROUP): scale its sum.
+            # One block for each step (BK = GROUP): scale its sum.
             acc += tl.dot(unit, x, input_precision="ieee") * tl.reshape(b, (BN, 1))
         else:
             acc = tl.dot(unit, x, acc, input_precision="ieee")
@@ -353,12 +355,12 @@ def block_scaled_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 one float32 partial of it, unscaled, in ``y[split, m, n]``."""
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``."""
     tile, part = tokens_first()
     rows = tile * BN + tl.arange(0, BN)
     tokens = part * BM + tl.arange(0, BM)
     split = tl.program_id(2)
-    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
+    # Rows and tokens out of range read the last one: no mask in the loop, and their results are not stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
     steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
@@ -422,11 +424,11 @@ def decode_kernel(
     OWNED: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``, 256 inputs to a program; of INT4 the integers.
+    """Decode rows ``first .. first + n`` of the unit weight divided by DESCALE, ``[n, K]``; INT4 to integers. BK is 256.
 
     With FP8 (and F16) E2M1 is divided by 2^9 instead: exponents 16 to 30 then give E2M1 times 2^-8 to 2^6, all of them E4M3.
-    With OWNED, ``per`` rows are an expert's, and ``block_ptr`` has their first blocks of pairs: rows of one without pairs, whose
-    next begins where it does, are not written unless rows of others stand beside them.
+    With OWNED, every ``per`` rows belong to one expert, and ``block_ptr`` has the first block of pairs of each expert. Rows of an
+    expert without pairs, where the next one has the same first block, are written only beside rows of other experts.
     """
     if OWNED:
         start = first + tl.program_id(0) * BN
@@ -441,7 +443,7 @@ def decode_kernel(
     if KIND == "int4_float":
         p0, p1, p2, p3 = _int4_planes(w, F16)
     else:
-        # A byte for each block, spread in registers: entries of the codes' shape would be loaded a byte to a row.
+        # Load a byte for each block and broadcast it in registers; a load of the codes' shape would read single bytes.
         block = tl.program_id(1) * (256 // GROUP) + tl.arange(0, 256 // GROUP)
         known = (rows < n)[:, None] & (block < k // GROUP)[None, :]
         b = tl.load(s_ptr + row[:, None] * (k // GROUP) + block[None, :], mask=known, other=0)
@@ -461,9 +463,9 @@ def decode_kernel(
     p1 = p1.to(y_ptr.dtype.element_ty)
     p2 = p2.to(y_ptr.dtype.element_ty)
     p3 = p3.to(y_ptr.dtype.element_ty)
-    # Element e of plane p is input 16 (e / 4) + 4 p + e % 4: a thread's four elements are 16 inputs in a row.
+    # Element e of plane p is K element 16 (e / 4) + 4 p + e % 4: a thread's four elements are 16 consecutive ones.
     planes = tl.join(tl.join(p0, p2), tl.join(p1, p3))
     planes = tl.permute(tl.reshape(planes, (BN, 16, 4, 4)), (0, 1, 3, 2))
-    input_ = tl.program_id(1) * 256 + tl.arange(0, 256)
-    at = y_ptr + rows.to(tl.int64)[:, None] * k + input_[None, :]
-    tl.store(at, tl.reshape(planes, (BN, 256)), mask=(rows < n)[:, None] & (input_ < k)[None, :])
+    offs_k = tl.program_id(1) * 256 + tl.arange(0, 256)
+    at = y_ptr + rows.to(tl.int64)[:, None] * k + offs_k[None, :]
+    tl.store(at, tl.reshape(planes, (BN, 256)), mask=(rows < n)[:, None] & (offs_k < k)[None, :])

@@ -1,4 +1,4 @@
-"""Which configuration of the kernel runs, and the launches. CUDA tensors, or CPU tensors under Triton's interpreter."""
+"""Choice of the configuration, and the launches. CUDA tensors, or CPU tensors under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from .kernel import block_scaled_kernel, decode_kernel
 from .packing import Kind, PackedWeight
 
 SCRATCH_BYTES = 256 << 20
-"""At most this much of a decoded weight exists at a time, for the dense product of many tokens."""
+"""Bytes of a decoded weight that exist at a time, at most, for the dense product of many tokens."""
 
 
-# On SM90 the fastest on an H100 (benchmarks.tiles); elsewhere what compiles ahead of time without spilling (benchmarks.aot).
-# At least four bytes of scales to a thread (BN * BK / group), or their loads are not pipelined.
+# On SM90 the fastest on an H100 (benchmarks.tiles); elsewhere those that compile without spilling (benchmarks.aot).
+# Each thread loads at least four bytes of scales (BN * BK / group), or Triton does not pipeline the loads.
 _MMA = (
     KernelConfig(64, 16, 128, 4, 3),
     KernelConfig(64, 32, 128, 4, 3),
@@ -36,7 +36,7 @@ _MMA = (
     KernelConfig(64, 128, 128, 4, 2),
 )
 _TCGEN05 = (
-    # two warps are no warp group: mma.sync, half the instructions a weight of a tile that is written to tensor memory first
+    # two warps are less than a warpgroup and use mma.sync: half the instructions a weight of a tile written to tensor memory
     KernelConfig(64, 16, 128, 2, 3),
     KernelConfig(64, 32, 128, 2, 3),
     KernelConfig(128, 64, 128, 8, 2),
@@ -52,7 +52,7 @@ _E2M1: dict[str, tuple[KernelConfig, ...]] = {
     "wgmma": (KernelConfig(64, 16, 256, 4, 3), KernelConfig(128, 32, 256, 8, 3), *_WARP_GROUP_MANY),
     "tcgen05": _TCGEN05,
 }
-# For inputs that are not whole 256s.
+# For K that is no multiple of 256.
 _E2M1_HALF: dict[str, tuple[KernelConfig, ...]] = {
     "mma.sync": _MMA,
     "wgmma": (KernelConfig(64, 16, 128, 2, 3), KernelConfig(64, 32, 128, 4, 3), *_WARP_GROUP_MANY),
@@ -83,7 +83,7 @@ _INT4: dict[str, tuple[KernelConfig, ...]] = {
 
 
 def configs(kind: Kind, capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
-    """The configurations of the kernel for ``k`` inputs on compute capability ``capability`` (times ten), by tokens, ascending."""
+    """Return the configurations for ``k`` on compute capability ``capability`` (times ten), ascending by BM."""
     if kind == "int4_float":
         known = _INT4
     elif k % 256:
@@ -94,17 +94,18 @@ def configs(kind: Kind, capability: int, k: int = 256) -> tuple[KernelConfig, ..
 
 
 def descale(kind: Kind, f16: bool) -> float:
-    """What the kernel's accumulators are multiplied by; see ``kernel.py``."""
+    """Return the factor of the kernel's accumulators, the inverse of what its decoding divides by; see ``kernel.py``."""
     if kind == "int4_float":
         return 1.0
     return 2.0**9 if kind == "e2m1_e4m3" and not f16 else 2.0**14
 
 
 def makes_operands(kind: Kind, group: int, k: int, config: KernelConfig, capability: int) -> bool:
-    """Whether codes become matrix instructions' operands in the order of a thread's registers.
+    """Return whether codes are decoded in the register order of the matrix instruction's operand.
 
-    Those of SM100 read memory, but for fewer warps than a warp group. Elsewhere the compiler gives codes that layout where it
-    pipelines all loads: where K is whole tiles and a thread has four bytes of scales (``benchmarks.aot`` looks at every choice).
+    tcgen05 (SM100) reads operands from memory, except below a warpgroup. Elsewhere the compiler gives codes that layout where it
+    pipelines all loads: where K is a multiple of BK and a thread loads four bytes of scales. ``benchmarks.aot`` checks every
+    choice.
     """
     in_registers = matrix_instruction(capability) != "tcgen05" or config.warps < 4
     pipelined = kind == "int4_float" or config.bn * config.bk // group >= 4 * 32 * config.warps
@@ -112,12 +113,12 @@ def makes_operands(kind: Kind, group: int, k: int, config: KernelConfig, capabil
 
 
 def in_order(config: KernelConfig) -> bool:
-    """Whether activations are put in the kernel's order, in its type, before it: where many programs would each do so again."""
+    """Return whether :func:`order` permutes and casts activations before the launch: where many programs would each do so again."""
     return config.bm >= 32
 
 
 def order(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``x`` ``[M, K]``, K a multiple of 64, as ``dtype`` with each 64 inputs in the order of planes."""
+    """Permute each 64 K elements of ``x`` ``[M, K]`` into the order of planes, cast to ``dtype``; K is a multiple of 64."""
     y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     y.unflatten(1, (-1, 4, 4, 4)).copy_(x.unflatten(1, (-1, 4, 4, 4)).transpose(2, 3))
     return y
@@ -131,15 +132,15 @@ def run(
     out_dtype: torch.dtype,
     plan: Plan | None = None,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as :func:`block_scaled_linear`, ``plan`` instead of the one chosen by size."""
-    capability, processors = machine(x.device)
+    """Launch the decoding kernel; arguments of :func:`block_scaled_linear`, and ``plan`` instead of the choice by size."""
+    capability, sms = machine(x.device)
     f16 = x.dtype != torch.bfloat16
-    plan = plan or choose(configs(weight.kind, capability, weight.k), x.shape[0], weight.n, weight.k, processors)
+    plan = plan or choose(configs(weight.kind, capability, weight.k), x.shape[0], weight.n, weight.k, sms)
     ordered = in_order(plan[0]) and weight.k % 64 == 0
     if ordered:
         x = order(x, torch.float16 if f16 else torch.bfloat16)
     elif x.dtype == torch.float8_e4m3fn and capability < 89:
-        x = x.to(torch.float16)  # exact; the type does not exist for Triton before sm_89
+        x = x.to(torch.float16)  # exact; Triton has no E4M3 before SM89
     return launch(
         block_scaled_kernel,
         x.contiguous(),
@@ -159,17 +160,17 @@ def run(
 
 
 def decode_rows(weight: PackedWeight, first: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of the weight in ``dtype``, ``[rows, K]``; see :func:`decode_into`."""
+    """Decode rows of the weight to ``dtype``, ``[rows, K]``; see :func:`decode_into`."""
     y = torch.empty((rows, weight.k), dtype=dtype, device=weight.codes.device)
     decode_into(weight, first, y)
     return y
 
 
 def decode_into(weight: PackedWeight, first: int, y: torch.Tensor, firsts: torch.Tensor | None = None) -> None:
-    """Rows ``first ..`` of a weight without ``out_scale`` into ``y``, ``[rows, K]``; of INT4 the integers, without their scales.
+    """Decode rows ``first ..`` of a weight into ``y`` ``[rows, K]``, without ``out_scale``; INT4 to integers without block scales.
 
     E2M1 is divided by :func:`descale` in float16 and bf16, and by 2^9 in E4M3, which takes a weight with :attr:`PackedWeight.fp8`.
-    Where the weight is experts one after another, ``firsts`` may be :attr:`sglang_modelopt_kernels.moe.route.Routed.first`: an
+    Where the weight concatenates experts, ``firsts`` may be :attr:`sglang_modelopt_kernels.moe.route.Routed.first`: an
     expert without pairs then stays undefined.
     """
     fp8 = y.dtype == torch.float8_e4m3fn
@@ -193,7 +194,7 @@ def decode_into(weight: PackedWeight, first: int, y: torch.Tensor, firsts: torch
 
 
 def _parts(weight: PackedWeight, itemsize: int) -> Iterator[slice]:
-    """Rows whose decoded form fits SCRATCH_BYTES, one part after the other."""
+    """Yield slices of rows whose decoded form fits SCRATCH_BYTES."""
     step = max(SCRATCH_BYTES // (itemsize * weight.k) // 128 * 128, 128)
     for first in range(0, weight.n, step):
         yield slice(first, min(first + step, weight.n))
@@ -206,7 +207,10 @@ def run_dense(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """The same product for many tokens: rows decoded into a bounded scratch buffer, then cuBLAS with float32 output."""
+    """Multiply many tokens: rows decoded into a bounded scratch buffer, then cuBLAS with fp32 output.
+
+    Arguments of :func:`block_scaled_linear`.
+    """
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
     values = x.to(dtype)
     epilogue = Epilogue(weight.out_scale, row_scale, bias, descale(weight.kind, dtype == torch.float16))
@@ -226,7 +230,11 @@ def run_groups(
     out_dtype: torch.dtype,
     plan: Plan | None = None,
 ) -> torch.Tensor:
-    """The same of INT4: integers decoded likewise, then :mod:`..groups`; of FP8 activations in FP8 but for float32 results."""
+    """Multiply many tokens by INT4: integers decoded into a scratch buffer, then :func:`group_scaled.multiply`.
+
+    Arguments of :func:`block_scaled_linear`, and the configuration of ``plan``. FP8 activations are multiplied in FP8, for fp32
+    results in fp16.
+    """
     dtype = x.dtype
     if dtype == torch.float8_e4m3fn and (out_dtype == torch.float32 or machine(x.device)[0] < 89):
         dtype = torch.float16
@@ -246,7 +254,10 @@ def run_fp8(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Likewise in FP8 matrix instructions, for E4M3 activations and a weight with :attr:`PackedWeight.fp8`."""
+    """Multiply many E4M3 tokens in FP8 matrix instructions: rows decoded to E4M3 into a scratch buffer, then :func:`fp8_linear`.
+
+    Arguments of :func:`block_scaled_linear`, for a weight with :attr:`PackedWeight.fp8`.
+    """
     scale = weight.out_scale * 2.0**9
     outputs = []
     for part in _parts(weight, 1):

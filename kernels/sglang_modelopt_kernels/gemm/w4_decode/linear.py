@@ -1,4 +1,4 @@
-"""The product as one PyTorch operator, so that graphs and compilers see neither its launches nor its choice by M."""
+"""The product as one PyTorch operator: graphs and compilers see neither its launches nor its choice by M."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .launch import run, run_dense, run_fp8, run_groups
 from .packing import Kind, PackedWeight
 
 DENSE_FROM = 2049
-"""Tokens from which an E2M1 weight is decoded once for cuBLAS instead of in every tile of tokens."""
+"""Tokens from which an E2M1 weight is decoded once for cuBLAS, instead of in every token tile. Measured on an H100."""
 FP8_FROM = 129
-"""Likewise for FP8 matrix instructions, where the weight and the activations are E4M3 numbers."""
+"""Tokens from which a weight whose values are E4M3 is decoded once for FP8 matrix instructions. Measured on an H100."""
 GROUPS_FROM = 257
-"""Likewise of INT4, whose groups' sums are then scaled apart.
+"""Tokens from which INT4 is decoded once for the group-scaled product.
 
-All were measured on an H100 (``benchmarks/results``): each is where one more tile costs more than the decoding pass.
+Measured on an H100 (``benchmarks/results``), as the thresholds above: where one more tile costs more than the decoding pass.
 """
 
 INPUT_DTYPES = (torch.float8_e4m3fn, torch.float16, torch.bfloat16)
@@ -44,17 +44,17 @@ def _block_scaled_linear(
 
 
 def _choose(x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """The launch for that many tokens. All form the same exact products; what differs is how the sum is rounded.
+    """Return the launch for the number of tokens. All form the same exact products; the rounding of the sum differs.
 
-    FP8 matrix instructions keep about 13 bits of it on Hopper, more than bf16 and float16 results show and less than float32.
+    FP8 matrix instructions keep about 13 bits of it on Hopper, more than bf16 and fp16 results show and less than fp32.
     """
     m = x.shape[0]
     if not x.is_cuda:
         return run
     if weight.kind == "int4_float":
         return run_groups if m >= GROUPS_FROM else run
-    takes_fp8 = weight.fp8 and x.dtype == torch.float8_e4m3fn and weight.n % 16 == 0 and out_dtype != torch.float32
-    if takes_fp8 and m >= FP8_FROM and torch.cuda.get_device_capability(x.device) >= (8, 9):
+    in_fp8 = weight.fp8 and x.dtype == torch.float8_e4m3fn and weight.n % 16 == 0 and out_dtype != torch.float32
+    if in_fp8 and m >= FP8_FROM and torch.cuda.get_device_capability(x.device) >= (8, 9):
         return run_fp8
     return run_dense if m >= DENSE_FROM else run
 
@@ -89,7 +89,7 @@ def block_scaled_linear(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """``(x @ unit^T) * row_scale * out_scale + bias`` with exact products and a float32 sum.
+    """Compute ``(x @ unit^T) * row_scale * out_scale + bias`` with exact products and an fp32 sum.
 
     Args:
         x: ``[M, K]`` in FP8 E4M3 or float16 (multiplied in float16) or bf16 (multiplied in bf16).

@@ -1,4 +1,4 @@
-"""Rows of a packed weight as numbers: a lookup in a quantized embedding."""
+"""Decoding of single rows of a packed weight: the lookup in a quantized embedding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .packing import PackedWeight, from_tensors, to_tensors, unpack
 def _block_scaled_rows(
     codes: torch.Tensor, scale: torch.Tensor, out_scale: torch.Tensor, indices: torch.Tensor
 ) -> torch.Tensor:
-    # Not every device looks up in E4M3.
+    # Indexing is not implemented for E4M3 on every device.
     picked_scale = scale.view(torch.uint8)[indices].view(scale.dtype) if scale.itemsize == 1 else scale[indices]
     tensors = {"codes": codes[indices], "block_scale": picked_scale, "out_scale": out_scale[indices]}
     picked = from_tensors(tensors)
@@ -36,7 +36,7 @@ def _(codes: torch.Tensor, scale: torch.Tensor, out_scale: torch.Tensor, indices
 
 
 def block_scaled_rows(weight: PackedWeight, indices: torch.Tensor) -> torch.Tensor:
-    """Return rows of the weight, float32 ``[..., K]``, for indices ``[...]``; exact but for INT4's scales. No host sync."""
+    """Return rows of the weight, fp32 ``[..., K]``, for indices ``[...]``; exact but for INT4's scales. No host sync."""
     tensors = to_tensors(dataclasses.replace(weight, fp8=False))
     flat = indices.reshape(-1)
     rows: torch.Tensor = _block_scaled_rows(tensors["codes"], tensors["block_scale"], tensors["out_scale"], flat)

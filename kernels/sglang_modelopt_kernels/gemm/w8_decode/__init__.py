@@ -1,4 +1,4 @@
-"""Product with 8-bit weights that stay so: INT8, FP8 under any scales, and MXFP8 (Triton)."""
+"""Product with 8-bit weights (Triton): INT8, FP8 under scales of tensors, channels or blocks, and MXFP8."""
 
 from sglang_modelopt_kernels.gemm.w8_decode.linear import MOST_INPUTS_INT8, eight_bit_linear
 from sglang_modelopt_kernels.gemm.w8_decode.naive import naive_eight_bit_linear

@@ -1,8 +1,8 @@
-"""Codes of a byte as float16 and bf16 numbers, exactly, four to a register of codes.
+"""Exact conversion of 8-bit codes to fp16 and bf16, four codes to a register.
 
-The assembly works on the bytes of a register wherever the compiler put them, and leaves two numbers to a register in their order.
-It is used where it takes fewer instructions than the compiler's own conversions (``benchmarks.aot``): from sm_89 on there are
-instructions that convert E4M3, and those of int8 to bf16 are no worse.
+The assembly converts the four bytes of a register, whichever elements the compiler put there, and returns two values to a
+register in their order. It is used where it takes fewer instructions than the compiler's own conversions (``benchmarks.aot``):
+from SM89 on there are instructions that convert E4M3, and the compiler's int8 to bf16 is no worse.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 def _two_words(text: str, registers: str) -> str:
-    """Assembly of the four bytes ``{w}`` of a word to two words of two numbers, with the selectors of their bytes beside others."""
+    """Return assembly that converts the four bytes ``{w}`` of a word to two words, with ``prmt`` selectors for both."""
     halves = (("$0", "0x4140", "0x1404", "$3"), ("$1", "0x4342", "0x3424", "$4"))
     parts = [text.format(p=p, w="$2", beside=beside, above=above, s=s) for p, beside, above, s in halves]
     return "{ " + registers + "\n" + "\n".join(parts) + " }"
@@ -26,7 +26,7 @@ INT8_FLOAT16: tl.constexpr = tl.constexpr(
         ".reg .b32 a, m, z; mov.b32 m, 0x64646464; mov.b32 z, 0xe480e480;",
     )
 )
-"""With the other sign bit int8 counts from -128 on: under the exponent of 1024 in ones, minus 1152."""
+"""With its sign bit flipped int8 is the code + 128: under the exponent of 1024, minus 1152."""
 INT8_BFLOAT16: tl.constexpr = tl.constexpr(
     _two_words(
         """prmt.b32 a, {w}, m, {beside};
@@ -36,7 +36,7 @@ INT8_BFLOAT16: tl.constexpr = tl.constexpr(
         ".reg .b32 a, b, m, o; mov.b32 m, 0x43434343; mov.b32 o, 0x3f803f80;",
     )
 )
-"""Seven bits under the exponent of 128 in ones, minus 128 or, of a negative number, 256; sm_80 has no bf16 addition."""
+"""Seven bits under the exponent of 128, minus 128, or 256 for a negative code; ``fma``, as SM80 has no bf16 addition."""
 E4M3_FLOAT16: tl.constexpr = tl.constexpr(
     _two_words(
         """prmt.b32 a, {w}, z, {above};
@@ -47,7 +47,7 @@ E4M3_FLOAT16: tl.constexpr = tl.constexpr(
         ".reg .b32 a, b, m, z; mov.b32 z, 0; mov.b32 m, 0x5c005c00;",
     )
 )
-"""Its bits in the place of float16's are the number times 2^-8."""
+"""E4M3's bits in the place of fp16's are the value times 2^-8."""
 E4M3_BFLOAT16: tl.constexpr = tl.constexpr(
     _two_words(
         """prmt.b32 a, {w}, z, {above};
@@ -58,17 +58,18 @@ E4M3_BFLOAT16: tl.constexpr = tl.constexpr(
         ".reg .b32 a, b, n, z; mov.b32 z, 0; mov.b32 n, 0x80008000;",
     )
 )
-"""Its bits in the place of bf16's are the number times 2^-120; times a scale of 2^120 and more, plus -0."""
+"""E4M3's bits in the place of bf16's are the value times 2^-120; multiplied by a scale of 2^120 and more, plus -0."""
 
 
 @triton.jit
 def _one(TEXT: tl.constexpr, w):
+    """Run assembly of one argument on four bytes, four int16 results."""
     return tl.inline_asm_elementwise(TEXT, "=&r,=&r,r", args=[w], dtype=tl.int16, is_pure=True, pack=4)
 
 
 @triton.jit
 def e4m3_float16(w, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """E4M3, or with NATIVE off its bytes, as float16."""
+    """Convert E4M3, or its bytes where NATIVE is off, to fp16."""
     if NATIVE:
         unit = w.to(tl.float16)
     elif ASM:
@@ -81,9 +82,9 @@ def e4m3_float16(w, NATIVE: tl.constexpr, ASM: tl.constexpr):
 
 @triton.jit
 def e4m3_bfloat16(w, b, SCALED: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """E4M3, or with NATIVE off its bytes, as bf16, with SCALED times ``2^(b - 127)`` for bytes ``b``.
+    """Convert E4M3, or its bytes where NATIVE is off, to bf16, with SCALED times ``2^(b - 127)`` for bytes ``b``.
 
-    In the interpreter as float32.
+    The interpreter gets fp32.
     """
     if not ASM:
         u = w.to(tl.uint8, bitcast=True).to(tl.uint16)
@@ -109,7 +110,7 @@ def e4m3_bfloat16(w, b, SCALED: tl.constexpr, NATIVE: tl.constexpr, ASM: tl.cons
 
 @triton.jit
 def int8_float16(w, ASM: tl.constexpr):
-    """int8 as float16."""
+    """Convert int8 to fp16."""
     if ASM:
         unit = _one(INT8_FLOAT16, w).to(tl.float16, bitcast=True)
     else:
@@ -119,7 +120,7 @@ def int8_float16(w, ASM: tl.constexpr):
 
 @triton.jit
 def int8_bfloat16(w, NATIVE: tl.constexpr, ASM: tl.constexpr):
-    """int8 as bf16; as float32 in the interpreter."""
+    """Convert int8 to bf16; to fp32 in the interpreter."""
     if not ASM:
         unit = w.to(tl.float32)
     elif NATIVE:

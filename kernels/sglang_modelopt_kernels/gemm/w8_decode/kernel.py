@@ -1,10 +1,10 @@
-"""``Y^T = W X^T`` over codes of a byte: decoded in registers, or multiplied as they are.
+"""``Y^T = W X^T`` over 8-bit codes: decoded in registers, or multiplied as they are.
 
-The weight is the operand with the long side of the matrix instruction (M), because decoding has few tokens.
+The weight is the left operand, with the long side of the matrix instruction, because decoding has few tokens.
 
-Numerics: every product is exact, and the sum is float32. An E4M3 or int8 number is a float16 and a bf16 number; times a power of
-two within :data:`.packing.SPAN` E4M3 is a bf16 number. Under float32 scales a block's partial sum is scaled. int8 meets int8, and
-E4M3 meets E4M3, in matrix instructions of their own: sums of the former are int32, and exact.
+Numerics: every product is exact, and the sum is fp32. E4M3 and int8 values are exact in fp16 and bf16; E4M3 times a power of two
+within :data:`.packing.SPAN` is exact in bf16. Under fp32 scales a block's partial sum is scaled. int8 x int8 and E4M3 x E4M3 have
+matrix instructions of their own: sums of the former are int32, and exact.
 """
 
 from __future__ import annotations
@@ -38,41 +38,41 @@ def whole_sum(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows ``row`` of the weight times rows ``token`` of ``x`` (int64), inputs ``start .. end``: ``[BN, BM]``.
+    """Multiply rows ``row`` of the weight by rows ``token`` of ``x`` (int64) over K ``start .. end``: ``[BN, BM]``.
 
-    A weight has whole bytes: bf16 or int8 as KIND says, else E4M3, or with NATIVE off its bytes; ``s_row`` are the rows of its
-    block scales. The sum is float32, with MATH ``i8`` int32.
+    Weights are bf16 or int8 by KIND, else E4M3, or its bytes where NATIVE is off; ``s_row`` are the rows of their block scales. The
+    sum is fp32, or int32 for MATH ``i8``.
     """
-    input_ = tl.arange(0, BK)
+    offs_k = tl.arange(0, BK)
     GROUP: tl.constexpr = 32 if KIND == "e4m3_exponent" else BK
     block = tl.arange(0, BK // GROUP)
     blocks = tl.cdiv(k, GROUP).to(tl.int64)
-    # The interpreter multiplies the bits of bf16 operands, and has no E4M3: it gets the same numbers in float32.
+    # Triton's interpreter multiplies the raw bits of bf16 operands, and has no E4M3: give it the same values in fp32.
     BF16: tl.constexpr = tl.bfloat16 if ASM else tl.float32
     acc = tl.zeros((BN, BM), tl.int32 if MATH == "i8" else tl.float32)
-    # Scales of sums are read a step ahead: what a product does not read is not pipelined.
+    # Prefetch the next scale: Triton only pipelines loads that feed `tl.dot`.
     if KIND == "e4m3_float":
         s_row_at = s_ptr + s_row[:, None] * blocks + block[None, :]
-        following = tl.load(s_row_at + tl.minimum(start, k - 1) // GROUP)
+        prefetched = tl.load(s_row_at + tl.minimum(start, k - 1) // GROUP)
     for offset in range(start, end, BK):
         drain_wgmma(offset, WGMMA)
-        w_at = w_ptr + row[:, None] * k + (offset + input_)[None, :]
-        x_at = x_ptr + token[None, :] * k + (offset + input_)[:, None]
+        w_at = w_ptr + row[:, None] * k + (offset + offs_k)[None, :]
+        x_at = x_ptr + token[None, :] * k + (offset + offs_k)[:, None]
         s_at = s_ptr + s_row[:, None] * blocks + (offset // GROUP + block)[None, :]
         if EVEN_K:
             w = tl.load(w_at)
             x = tl.load(x_at)
         else:
-            w_inside = (offset + input_ < k)[None, :]
-            x_inside = (offset + input_ < k)[:, None]
+            w_inside = (offset + offs_k < k)[None, :]
+            x_inside = (offset + offs_k < k)[:, None]
             w = tl.load(w_at, mask=w_inside, other=0 if KIND == "int8" or not NATIVE else 0.0)
             x = tl.load(x_at, mask=x_inside, other=0 if MATH == "i8" else 0.0)
         if KIND == "e4m3_float":
-            sum_scale = following
-            following = tl.load(s_row_at + tl.minimum(offset + BK, k - 1) // GROUP)
+            sum_scale = prefetched
+            prefetched = tl.load(s_row_at + tl.minimum(offset + BK, k - 1) // GROUP)
         if MATH == "fp8":
             if ASM:
-                # On Hopper the instruction keeps about 14 bits of a sum: promoted to float32 after every step.
+                # On Hopper the instruction keeps about 14 bits of a sum: promote to fp32 after every step.
                 acc = tl.dot(w, x, acc, max_num_imprecise_acc=BK)
             else:
                 acc = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
@@ -98,7 +98,7 @@ def whole_sum(
                 unit = e4m3_bfloat16(w, w, False, NATIVE, ASM)
             x = x.to(tl.float16 if MATH == "f16" else BF16)
             if KIND == "e4m3_float":
-                # One block per step: scale its sum.
+                # One block for each step: scale its sum.
                 acc += tl.dot(unit, x, input_precision="ieee") * sum_scale
             else:
                 acc = tl.dot(unit, x, acc, input_precision="ieee")
@@ -133,12 +133,12 @@ def eight_bit_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a partial sum of it, unscaled, in ``y[split, m, n]``."""
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled partial of it in ``y[split, m, n]``."""
     tile, part = tokens_first()
     rows = tile * BN + tl.arange(0, BN)
     tokens = part * BM + tl.arange(0, BM)
     split = tl.program_id(2)
-    # Out of range rows and tokens read the last one: no mask in the loop, and nothing of theirs is stored.
+    # Rows and tokens out of range read the last one: no mask in the loop, and their results are not stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
     steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
@@ -198,12 +198,12 @@ def byte_decode_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Rows ``first .. first + n`` of the codes as numbers ``[n, K]``, times their exponents where KIND has some."""
+    """Decode rows ``first .. first + n`` of the codes to values ``[n, K]``, times their exponents where KIND has them."""
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     row = (first + tl.minimum(rows, n - 1)).to(tl.int64)
-    input_ = tl.program_id(1) * BK + tl.arange(0, BK)
-    inside = (rows < n)[:, None] & (input_ < k)[None, :]
-    w_at = w_ptr + row[:, None] * k + input_[None, :]
+    offs_k = tl.program_id(1) * BK + tl.arange(0, BK)
+    inside = (rows < n)[:, None] & (offs_k < k)[None, :]
+    w_at = w_ptr + row[:, None] * k + offs_k[None, :]
     w = tl.load(w_at, mask=inside, other=0 if KIND == "int8" or not NATIVE else 0.0)
     if KIND == "int8" and F16:
         unit = int8_float16(w, ASM)
@@ -219,5 +219,5 @@ def byte_decode_kernel(
         unit = e4m3_bfloat16(w, b, True, NATIVE, ASM)
     else:
         unit = e4m3_bfloat16(w, w, False, NATIVE, ASM)
-    at = y_ptr + rows.to(tl.int64)[:, None] * k + input_[None, :]
+    at = y_ptr + rows.to(tl.int64)[:, None] * k + offs_k[None, :]
     tl.store(at, unit.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Which numerics and which configuration run, and the launches. CUDA tensors, or CPU tensors under Triton's interpreter."""
+"""Choice of numerics and configuration, and the launches. CUDA tensors, or CPU tensors under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from .kernel import byte_decode_kernel, eight_bit_kernel
 from .packing import FLOAT_BLOCK, ByteWeight, Kind, scales_of_rows
 
 Math = Literal["f16", "bf16", "i8"]
-"""The operands of the matrix instruction."""
+"""Dtype of the matrix instruction's operands."""
 
 TAKEN: dict[Kind, tuple[torch.dtype, ...]] = {
     "int8": (torch.int8, torch.float16, torch.bfloat16),
@@ -33,9 +33,9 @@ TAKEN: dict[Kind, tuple[torch.dtype, ...]] = {
     "e4m3_float": (torch.float16, torch.bfloat16),
     "e4m3_exponent": (torch.bfloat16,),  # float16 does not hold such weights
 }
-"""The activations that a kind of weight is multiplied by."""
+"""Dtypes of the activations that each kind of weight supports."""
 
-# None of these was timed: what compiles ahead of time without spilling (benchmarks.aot). One warp group at the most.
+# Not timed: those that compile without spilling (benchmarks.aot). One warpgroup at the most.
 _DECODED: dict[str, tuple[KernelConfig, ...]] = {
     "mma.sync": (
         KernelConfig(64, 16, 128, 4, 3),
@@ -50,7 +50,7 @@ _DECODED: dict[str, tuple[KernelConfig, ...]] = {
         KernelConfig(64, 128, 128, 4, 3),
     ),
     "tcgen05": (
-        # two warps are no warp group: mma.sync, half the instructions a weight of a tile that is written to tensor memory first
+        # two warps are less than a warpgroup and use mma.sync: half the instructions a weight of a tile written to tensor memory
         KernelConfig(64, 16, 128, 2, 4),
         KernelConfig(64, 32, 128, 2, 4),
         KernelConfig(64, 64, 128, 4, 3),
@@ -97,25 +97,25 @@ _INT8: dict[str, tuple[KernelConfig, ...]] = {
 
 
 def math_of(kind: Kind, dtype: torch.dtype) -> Math:
-    """Return the numerics of activations of ``dtype``. Raises ValueError when the weights are not multiplied by such."""
+    """Return the numerics for activations of ``dtype``. Raises ValueError where the kind does not support them."""
     if dtype not in TAKEN[kind]:
         raise ValueError(f"{kind} weights are multiplied by {' or '.join(map(str, TAKEN[kind]))}, not {dtype}")
     return "i8" if dtype == torch.int8 else "bf16" if dtype == torch.bfloat16 else "f16"
 
 
 def configs(kind: Kind, math: Math, capability: int) -> tuple[KernelConfig, ...]:
-    """Return the configurations on compute capability ``capability`` (times ten), by tokens, ascending."""
+    """Return the configurations on compute capability ``capability`` (times ten), ascending by BM."""
     known = _INT8 if math == "i8" else _FLOAT if kind == "e4m3_float" else _DECODED
     return known[matrix_instruction(capability)]
 
 
 def _codes(weight: ByteWeight, capability: int) -> torch.Tensor:
-    """Return the codes as Triton reads them: it has no E4M3 before sm_89."""
+    """Return the codes as Triton reads them: bytes before SM89, where it has no E4M3."""
     return weight.codes.view(torch.uint8) if capability < 89 and weight.kind != "int8" else weight.codes
 
 
 def _scale(weight: ByteWeight) -> torch.Tensor:
-    """Return the block scales, or any tensor: the kernels take a pointer for what is absent and never read through it."""
+    """Return the block scales, or any tensor where there are none: the kernels never read through that pointer."""
     return weight.out_scale if weight.scale is None else weight.scale
 
 
@@ -127,10 +127,10 @@ def run(
     out_dtype: torch.dtype,
     plan: Plan | None = None,
 ) -> torch.Tensor:
-    """Launch the kernel; arguments as :func:`eight_bit_linear`, ``plan`` instead of the one chosen by size."""
-    capability, processors = machine(x.device)
+    """Launch the kernel; arguments of :func:`eight_bit_linear`, and ``plan`` instead of the choice by size."""
+    capability, sms = machine(x.device)
     math = math_of(weight.kind, x.dtype)
-    plan = plan or choose(configs(weight.kind, math, capability), x.shape[0], weight.n, weight.k, processors)
+    plan = plan or choose(configs(weight.kind, math, capability), x.shape[0], weight.n, weight.k, sms)
     return launch(
         eight_bit_kernel,
         x.contiguous(),
@@ -150,7 +150,7 @@ def run(
 
 
 def decode_rows(weight: ByteWeight, first: int, rows: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return rows of the weight without ``out_scale`` in ``dtype``, ``[rows, K]``; of ``e4m3_float`` without its block scales."""
+    """Decode rows of the weight to ``dtype``, ``[rows, K]``, without ``out_scale``; ``e4m3_float`` without block scales."""
     capability = machine(weight.codes.device)[0]
     y = torch.empty((rows, weight.k), dtype=dtype, device=weight.codes.device)
     byte_decode_kernel[(triton.cdiv(rows, 8), triton.cdiv(weight.k, 512))](
@@ -171,7 +171,7 @@ def decode_rows(weight: ByteWeight, first: int, rows: int, dtype: torch.dtype) -
 
 
 def _parts(n: int, bytes_of_row: int) -> Iterator[slice]:
-    """Yield rows that take at most SCRATCH_BYTES together, one part after the other."""
+    """Yield slices of rows that take at most SCRATCH_BYTES."""
     step = max(SCRATCH_BYTES // bytes_of_row // 128 * 128, 128)
     for first in range(0, n, step):
         yield slice(first, min(first + step, n))
@@ -184,10 +184,10 @@ def run_dense(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply many tokens: rows of the weight decoded into a bounded scratch buffer, then cuBLAS with float32 output.
+    """Multiply many tokens: rows of the weight decoded into a bounded scratch buffer, then cuBLAS with fp32 output.
 
-    Arguments as :func:`eight_bit_linear`.
-    Under float32 block scales the codes are decoded, and :mod:`..groups` scales the sum of each block; K is whole blocks.
+    Arguments of :func:`eight_bit_linear`. Under fp32 block scales the codes are decoded, and :func:`group_scaled.multiply` scales
+    the sum of each block; K is a multiple of the block.
     """
     math_of(weight.kind, x.dtype)
     values, epilogue = x.contiguous(), Epilogue(weight.out_scale, row_scale, bias)
@@ -210,7 +210,7 @@ def run_int8(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply many int8 tokens in ``torch._int_mm`` (cuBLASLt), whose int32 sums are those of :func:`run`."""
+    """Multiply many int8 tokens by ``torch._int_mm`` (cuBLASLt), whose int32 sums equal those of :func:`run`."""
     values, epilogue = x.contiguous(), Epilogue(weight.out_scale, row_scale, bias)
     y = torch.empty((x.shape[0], weight.n), dtype=out_dtype, device=x.device)
     for part in _parts(weight.n, 4 * x.shape[0]):
@@ -220,10 +220,10 @@ def run_int8(
 
 
 def takes_int_mm(m: int, n: int, k: int, capability: int) -> bool:
-    """Return whether ``torch._int_mm`` takes such a product. On Blackwell it was not tried."""
+    """Return whether ``torch._int_mm`` supports the product. On Blackwell it was not tried."""
     return capability < 100 and m > 16 and n % 8 == 0 and k % 8 == 0
 
 
 def takes_dense(weight: ByteWeight) -> bool:
-    """Return whether :func:`run_dense` takes the weight."""
+    """Return whether :func:`run_dense` supports the weight."""
     return weight.kind != "e4m3_float" or weight.k % FLOAT_BLOCK == 0

@@ -1,4 +1,4 @@
-"""The product as one PyTorch operator, so that graphs and compilers see neither its launches nor its choice by M."""
+"""The product as one PyTorch operator: graphs and compilers see neither its launches nor its choice by M."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .launch import math_of, run, run_dense, run_int8, takes_dense, takes_int_mm
 from .packing import KINDS, ByteWeight
 
 DENSE_FROM = 1024
-"""Tokens from which a weight is decoded once for cuBLAS, not in every tile of tokens, and int8 meets int8 there. Not timed."""
+"""Tokens from which a weight is decoded once for cuBLAS instead of in every token tile, and int8 x int8 runs there. Not timed."""
 MOST_INPUTS_INT8 = (1 << 17) - 1
-"""Inputs whose int8 products, 2^14 at the most, int32 always holds the sum of."""
+"""Largest K whose sum of int8 products, each at most 2^14, always fits int32."""
 
 
 @torch.library.custom_op("modelopt_ext::eight_bit_linear", mutates_args=())
@@ -37,7 +37,7 @@ def _eight_bit_linear(
 
 
 def _choose(x: torch.Tensor, weight: ByteWeight) -> Callable[..., torch.Tensor]:
-    """Return the launch for that many tokens. All form the same exact products; what differs is how a float32 sum is rounded."""
+    """Return the launch for the number of tokens. All form the same exact products; the rounding of an fp32 sum differs."""
     m = x.shape[0]
     if not x.is_cuda or m < DENSE_FROM:
         return run
@@ -68,7 +68,7 @@ def eight_bit_linear(
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """Compute ``(x @ unit^T) * row_scale * out_scale + bias`` with exact products, and a float32 sum or, of int8, an exact one.
+    """Compute ``(x @ unit^T) * row_scale * out_scale + bias`` with exact products, and an fp32 sum or, of int8, an exact one.
 
     Args:
         x: ``[M, K]`` in float16 or bf16, for int8 weights in int8 too; bf16 alone for ``e4m3_exponent``.
@@ -87,7 +87,7 @@ def eight_bit_linear(
         raise ValueError(f"x must be [M, {weight.k}], got {tuple(x.shape)}")
     math = math_of(weight.kind, x.dtype)
     if math == "i8" and weight.k > MOST_INPUTS_INT8:
-        raise ValueError(f"int32 may not hold a sum over {weight.k} inputs, only over {MOST_INPUTS_INT8}")
+        raise ValueError(f"K must be at most {MOST_INPUTS_INT8} for an int32 sum of int8 products, got {weight.k}")
     check_epilogue(x.shape[0], weight.n, row_scale, bias)
     y: torch.Tensor = _eight_bit_linear(
         x, weight.codes, weight.scale, weight.out_scale, weight.kind, row_scale, bias, out_dtype

@@ -1,8 +1,10 @@
-"""The naive twin: the packed weight read back, one float64 product."""
+"""Naive twin of the 8-bit product: the weight decoded, one float64 product."""
 
 from __future__ import annotations
 
 import torch
+
+from sglang_modelopt_kernels.gemm.common.naive import naive_epilogue
 
 from .packing import ByteWeight, unpack
 
@@ -14,7 +16,4 @@ def naive_eight_bit_linear(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute the product of :func:`eight_bit_linear` in float64, ``[M, N]``."""
-    y = x.to(torch.float64) @ unpack(weight).T * weight.out_scale.to(torch.float64)
-    if row_scale is not None:
-        y = y * row_scale.to(torch.float64)
-    return y if bias is None else y + bias.to(torch.float64)
+    return naive_epilogue(x.to(torch.float64) @ unpack(weight).T, row_scale, weight.out_scale, bias)

@@ -1,4 +1,4 @@
-"""The weighted sum over a token's experts."""
+"""Weighted sum over the experts of a token."""
 
 from sglang_modelopt_kernels.moe.combine.combine import combine
 from sglang_modelopt_kernels.moe.combine.naive import naive_combine

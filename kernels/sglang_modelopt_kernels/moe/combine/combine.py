@@ -18,7 +18,7 @@ def _combine(y: torch.Tensor, top_k: int, weights: torch.Tensor | None, out_dtyp
         block = min(BLOCK, triton.next_power_of_2(n))
         combine_kernel[(tokens, triton.cdiv(n, block))](
             y.contiguous(),
-            # The kernel takes a pointer for what is absent and never reads through it.
+            # A pointer stands for an absent tensor; the kernel never reads through it.
             y if weights is None else weights.contiguous(),
             out,
             n,
@@ -36,12 +36,12 @@ def _(y: torch.Tensor, top_k: int, weights: torch.Tensor | None, out_dtype: torc
 
 
 def combine(y: torch.Tensor, top_k: int, weights: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
-    """``out[t] = sum_j weights[t, j] * y[t * top_k + j]``, in float32 in the order of ``j``, rounded once.
+    """Compute ``out[t] = sum_j weights[t, j] * y[t * top_k + j]`` in fp32 in the order of ``j``, rounded once.
 
     Args:
-        y: outputs of the pairs, ``[T * top_k, N]`` of a float type; zero where no expert of this rank serves the pair.
+        y: outputs of the pairs, ``[T * top_k, N]`` of a float dtype; zero for a pair that no expert of this rank has.
         top_k: pairs of a token.
-        weights: ``[T, top_k]`` of a float type, None for ones.
+        weights: ``[T, top_k]`` of a float dtype, None for ones.
         out_dtype: type of the result.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A token's experts, one after the other."""
+"""Weighted sum over the experts of a token."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def combine_kernel(y_ptr, weight_ptr, out_ptr, n, HAS_WEIGHTS: tl.constexpr, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
-    """A part of one token's output, summed in float32 in the order of its choices."""
+    """Sum BLOCK values of one token's output in fp32, in the order of its choices."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n

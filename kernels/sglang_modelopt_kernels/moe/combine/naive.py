@@ -1,4 +1,4 @@
-"""The naive twin: one product in float64."""
+"""Naive twin of the weighted sum, in float64."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def naive_combine(y: torch.Tensor, top_k: int, weights: torch.Tensor | None = None) -> torch.Tensor:
-    """See :func:`combine`; float64 ``[T, N]``."""
+    """Compute :func:`combine` in float64, ``[T, N]``."""
     choices = y.to(torch.float64).unflatten(0, (-1, top_k))
     if weights is not None:
         choices = choices * weights.to(torch.float64).unsqueeze(-1)

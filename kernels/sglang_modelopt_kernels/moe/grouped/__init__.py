@@ -1,4 +1,4 @@
-"""One product for all experts: every row times the weight of its expert, in any of the weight formats."""
+"""Product of all experts: every row times the weight of its expert, in any of the weight formats."""
 
 from sglang_modelopt_kernels.moe.grouped.grouped import grouped_linear, tile
 from sglang_modelopt_kernels.moe.grouped.naive import naive_grouped_linear

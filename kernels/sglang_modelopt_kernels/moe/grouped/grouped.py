@@ -13,9 +13,9 @@ from .weights import KINDS, GroupedWeight
 
 
 def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int, dense: bool | None = None) -> int:
-    """The pairs to a block that :func:`route` should make for ``pairs`` pairs and activations of ``dtype``.
+    """Return the block size for :func:`route`, for ``pairs`` pairs and activations of ``dtype``.
 
-    ``dense`` as for :func:`grouped_linear`.
+    ``dense`` selects the dense product, None by size, as in :func:`grouped_linear`.
     """
     capability = machine(weight.codes.device)[0]
     if takes_dense(weight, dtype, pairs, capability) if dense is None else dense:
@@ -79,23 +79,23 @@ def grouped_linear(
     out_dtype: torch.dtype = torch.bfloat16,
     dense: bool | None = None,
 ) -> torch.Tensor:
-    """``y[r] = (x[..] @ unit[e]^T) * row_scale[r] * out_scale[e]`` for the expert ``e`` of each pair ``r``.
+    """Compute ``y[r] = (x[..] @ unit[e]^T) * row_scale[r] * out_scale[e]`` for the expert ``e`` of each pair ``r``.
 
-    Products are exact and the sum is float32 (FP8 matrix instructions keep about 13 bits of it on Hopper). Neither the host nor
-    the sizes of what is allocated depend on the routing.
+    Products are exact and the sum is fp32 (FP8 matrix instructions keep about 13 bits of it on Hopper). Neither the host nor the
+    sizes of allocations depend on the routing.
 
     Args:
         x: ``[R, K]``, or ``[R / top_k, K]`` where the choices of a token read the same row. FP8 E4M3, float16 or bf16;
             E4M3 alone for ``mxfp4``, bf16 alone for ``e4m3_exponent`` and ``bf16``.
-        weight: those of all experts.
+        weight: the weights of all experts.
         routed: the pairs, sorted in blocks of :func:`tile`.
         pairs: ``R``.
         row_scale: float32 ``[R, 1]``; None for 1.
         out_dtype: type of the result.
-        dense: whether weights are decoded once for a dense product; None for by size, as :func:`tile` has it.
+        dense: whether weights are decoded once for a dense product; None for the choice by size, as in :func:`tile`.
 
     Returns:
-        ``[R, N]`` of ``out_dtype``, rounded once; zero in pairs that no expert here serves.
+        ``[R, N]`` of ``out_dtype``, rounded once; zero for pairs of an invalid expert.
 
     Raises:
         ValueError: a dtype or shape that the kernel does not read.

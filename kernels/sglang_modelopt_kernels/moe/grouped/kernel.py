@@ -1,7 +1,7 @@
 """``Y^T = W X^T`` for the pairs of one block and the weight of their expert.
 
-Sums are those of the products for one weight. E4M3 meets E4M3 in a matrix instruction of its own, where every product is exact;
-other activations meet the weight in their own type, which holds it exactly.
+The sums are those of the products with one weight. E4M3 x E4M3 has a matrix instruction of its own, where every product is exact;
+other activations are multiplied in their own dtype, which holds the weight exactly.
 """
 
 from __future__ import annotations
@@ -44,14 +44,17 @@ def grouped_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """One ``[BN, BM]`` tile of ``Y^T``. Blocks of pairs vary fastest, so that those of one expert share its weight in the cache."""
+    """Compute one ``[BN, BM]`` tile of ``Y^T``.
+
+    Blocks of pairs are the fastest grid axis: those of one expert share its weight in L2.
+    """
     block = tl.program_id(0)
     owner = tl.load(owner_ptr + block)
     if owner < 0:
         return
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     pair = tl.load(pairs_ptr + block.to(tl.int64) * BM + tl.arange(0, BM))
-    # Out of range rows and pairs read the last one: no mask in the loop, and nothing of theirs is stored.
+    # Rows and pairs out of range read the last one: no mask in the loop, and their results are not stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     last = tl.minimum(pair, pairs - 1).to(tl.int64)
     if owner == experts:

@@ -1,4 +1,4 @@
-"""Which numerics and which configuration run, and the launch. CUDA tensors, or CPU tensors under Triton's interpreter."""
+"""Choice of numerics and configuration, and the launch. CUDA tensors, or CPU tensors under Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from .kernel import grouped_kernel
 from .weights import GroupedWeight, Kind
 
 Math = Literal["f16", "bf16", "fp8"]
-"""The operands of the matrix instruction."""
+"""Dtype of the matrix instruction's operands."""
 
 BLOCKS = (16, 64)
-"""Pairs to a block: few, as in decoding, and many. Of gathered rows, more spill where the weight is decoded in registers."""
+"""Pairs in a block: few, as in decoding, and many. With gathered rows, more spill where the weight is decoded in registers."""
 _INT4 = (KernelConfig(64, 16, 128, 4, 4), KernelConfig(64, 64, 128, 4, 3))
 _DECODED = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 4, 2))
 _HALF = (KernelConfig(64, 16, 64, 4, 4), KernelConfig(64, 64, 128, 4, 2))
 _FLOAT = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 8, 3))
-# Multiplied as they are stored: dense tiles serve what more than 16 pairs would.
+# Multiplied as stored: above 16 pairs for an expert the dense product runs.
 _E4M3 = (KernelConfig(64, 16, 256, 4, 3),)
 _BF16 = (KernelConfig(64, 16, 128, 4, 3),)
-"""Chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
+"""Configurations that compile without spilling (``benchmarks.aot``)."""
 _E2M1_64 = KernelConfig(128, 64, 128, 8, 3)
-"""Of gathered rows on wgmma: the fastest of seven for 32 to 128 pairs on an H100."""
+"""For gathered rows on wgmma: the fastest of seven for 32 to 128 pairs on an H100."""
 
 
 _FLOATS = (torch.float16, torch.bfloat16)
@@ -46,42 +46,42 @@ TAKEN: dict[Kind, tuple[torch.dtype, ...]] = {
     "int8": _FLOATS,
     "bf16": (torch.bfloat16,),
 }
-"""The activations that a kind of weight is multiplied by."""
+"""Dtypes of the activations that each kind of weight supports."""
 
 
 def math_of(kind: Kind, dtype: torch.dtype, capability: int) -> Math:
-    """The numerics of activations of ``dtype`` on compute capability ``capability`` (times ten).
+    """Return the numerics for activations of ``dtype`` on compute capability ``capability`` (times ten).
 
     Raises:
-        ValueError: the weights are not multiplied by such activations.
+        ValueError: the kind does not support the dtype.
     """
     if dtype not in TAKEN[kind]:
         raise ValueError(f"{kind} weights are multiplied by {' or '.join(map(str, TAKEN[kind]))}, not {dtype}")
     if dtype == torch.bfloat16:
         return "bf16"
-    # E4M3 numbers are float16 numbers; Triton has the type from sm_89 on.
+    # E4M3 values are exact in fp16; Triton has E4M3 from SM89 on.
     native = dtype == torch.float8_e4m3fn and kind in ("e4m3", "mxfp4") and capability >= 89
     return "fp8" if native else "f16"
 
 
 def descale(kind: Kind, math: Math) -> float:
-    """What the kernel's accumulators are multiplied by."""
+    """Return the factor of the kernel's accumulators, the inverse of what its decoding divides by."""
     if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
         return block_scaled_descale(kind, math == "f16")
     return 1.0
 
 
 def makes_fragments(kind: Kind, group: int, k: int, config: KernelConfig, capability: int) -> bool:
-    """As the block-scaled product's ``makes_operands``; False for other kinds."""
+    """Return whether 4-bit codes are decoded in the operand's register order (``makes_operands``); False for other kinds."""
     if kind in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
         return makes_operands(kind, group, k, config, capability)
     return False
 
 
 def configs(kind: Kind, math: Math, capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
-    """The configurations for ``k`` inputs on compute capability ``capability`` (times ten), by pairs to a block, ascending.
+    """Return the configurations for ``k`` on compute capability ``capability`` (times ten), ascending by pairs in a block.
 
-    The blocks are the same for all numbers of inputs.
+    The block sizes do not depend on ``k``.
     """
     if kind in ("mxfp4", "e2m1_e4m3", "e2m1_exponent"):
         known = MXFP4 if kind == "mxfp4" else block_scaled_configs(kind, capability, k)
@@ -93,7 +93,7 @@ def configs(kind: Kind, math: Math, capability: int, k: int = 256) -> tuple[Kern
 
 
 def choose_block(kind: Kind, dtype: torch.dtype, pairs: int, experts: int, capability: int) -> int:
-    """Pairs to a block, a function of the sizes alone: as many as an expert has on average, within what there is."""
+    """Return the pairs in a block by sizes alone: the smallest block that holds the average pairs of an expert, or the largest."""
     known = [config.bm for config in configs(kind, math_of(kind, dtype, capability), capability)]
     return next((block for block in known if pairs <= block * experts), known[-1])
 
@@ -106,7 +106,7 @@ def run(
     row_scale: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Launches the kernel; arguments as :func:`grouped_linear`, for ``pairs`` pairs."""
+    """Launch the kernel; arguments of :func:`grouped_linear`."""
     capability = machine(x.device)[0]
     math = math_of(weight.kind, x.dtype, capability)
     every = configs(weight.kind, math, capability, weight.k)
@@ -124,7 +124,7 @@ def run(
         grouped_kernel[(routed.owner.shape[0], triton.cdiv(n, config.bn))](
             x.contiguous(),
             codes,
-            # The kernel takes a pointer for what is absent and never reads through it.
+            # A pointer stands for an absent tensor; the kernel never reads through it.
             weight.out_scale if weight.scale is None else weight.scale,
             routed.pairs,
             routed.owner,

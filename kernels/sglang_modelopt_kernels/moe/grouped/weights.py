@@ -1,4 +1,4 @@
-"""What the grouped product reads: the weights of all experts of a layer, in one of nine kinds.
+"""Weights of all experts of a layer as the grouped product reads them, in one of nine kinds.
 
 ======================  =============================  ==================================  ================
 kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]``         for
@@ -69,40 +69,40 @@ class GroupedWeight:
 
     @property
     def experts(self) -> int:
-        """How many experts there are."""
+        """Number of experts."""
         return self.codes.shape[0]
 
     @property
     def group(self) -> int:
-        """Inputs to a block scale; K without them. The last block of ``e4m3_float`` may be short."""
+        """K elements under a block scale; K without block scales. The last block of ``e4m3_float`` may be short."""
         if self.kind == "e4m3_float":
             return 128
         return self.k if self.scale is None else self.k // self.scale.shape[-1]
 
 
 def packed(weight: PackedWeight) -> GroupedWeight:
-    """A packed 4-bit weight of one expert."""
+    """Wrap a packed 4-bit weight of one expert."""
     return GroupedWeight(weight.codes, weight.scale, weight.out_scale, weight.kind, weight.fp8)
 
 
 def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
-    """An MXFP4 weight of one expert as stored: uint8 ``[N, K / 2]`` and ``[N, K / 32]``. Raises ValueError for a NaN scale."""
+    """Wrap an MXFP4 weight of one expert as stored, uint8 ``[N, K / 2]`` and ``[N, K / 32]``. Raises ValueError for a NaN scale."""
     _no_nan(scale)
     return GroupedWeight(codes, scale, torch.ones(codes.shape[0], device=codes.device), "mxfp4")
 
 
 def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> GroupedWeight:
-    """E4M3, int8 or bf16 numbers ``[N, K]`` of one expert under float32 ``[N]``."""
+    """Wrap E4M3, int8 or bf16 values ``[N, K]`` of one expert under fp32 ``[N]``."""
     return GroupedWeight(codes, None, out_scale, _KIND_OF[codes.dtype, None])
 
 
 def float_blocks(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
-    """E4M3 codes ``[N, K]`` of one expert under float32 ``[N, ceil(K / 128)]``."""
+    """Wrap E4M3 codes ``[N, K]`` of one expert under fp32 ``[N, ceil(K / 128)]``."""
     return GroupedWeight(codes, scale, torch.ones_like(scale[:, 0]), "e4m3_float")
 
 
 def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
-    """E4M3 codes ``[N, K]`` of one expert under UE8M0 ``[N, K / 32]``; exact, or refused.
+    """Wrap E4M3 codes ``[N, K]`` of one expert under UE8M0 ``[N, K / 32]``, exactly.
 
     Raises:
         ValueError: a scale is NaN, or a row's scales span more than the kernel's range.
@@ -117,7 +117,7 @@ def _no_nan(scale: torch.Tensor) -> None:
 
 
 def stack(experts: Sequence[GroupedWeight]) -> GroupedWeight:
-    """The weights of single experts as one. Raises ValueError when they differ in kind or shape."""
+    """Stack the weights of single experts. Raises ValueError when they differ in kind or shape."""
     kinds = {(one.kind, one.codes.shape, None if one.scale is None else one.scale.shape) for one in experts}
     if len(kinds) != 1:
         raise ValueError(f"experts of one layer differ: {sorted(map(str, kinds))}")
@@ -140,7 +140,7 @@ _KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
 
 
 def to_tensors(weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """All of a weight: its kind is told by the types of ``codes`` and ``block_scale``, ``fp8`` by an empty tensor of that name."""
+    """Return the tensors of a weight: dtypes of ``codes`` and ``block_scale`` tell its kind, an empty tensor ``fp8`` that flag."""
     tensors = {"codes": weight.codes, "out_scale": weight.out_scale}
     if weight.scale is not None:
         is_e4m3 = weight.kind == "e2m1_e4m3"
@@ -151,7 +151,7 @@ def to_tensors(weight: GroupedWeight) -> dict[str, torch.Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, torch.Tensor]) -> GroupedWeight:
-    """The inverse of :func:`to_tensors`; copies nothing."""
+    """Return the weight whose :func:`to_tensors` are ``tensors``, without a copy."""
     codes, scale = tensors["codes"], tensors.get("block_scale")
     kind = _KIND_OF[codes.dtype, None if scale is None else scale.dtype]
     if scale is not None and kind == "e2m1_e4m3":
@@ -160,14 +160,14 @@ def from_tensors(tensors: Mapping[str, torch.Tensor]) -> GroupedWeight:
 
 
 def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:
-    """One expert's weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
+    """Decode one expert's weight without its ``out_scale``, float64 ``[N, K]``, for the naive twin."""
     codes = weight.codes[expert]
     scale = None if weight.scale is None else weight.scale[expert]
     if scale is None:
         return e4m3.decode(codes).double() if weight.kind == "e4m3" else codes.double()
     if weight.kind == "e4m3_float" or weight.kind == "e4m3_exponent":
-        wide = scale.double() if weight.kind == "e4m3_float" else torch.exp2(scale.double() - ue8m0.BIAS)
-        return e4m3.decode(codes).double() * wide.repeat_interleave(weight.group, dim=1)[:, : weight.k]
+        factor = scale.double() if weight.kind == "e4m3_float" else torch.exp2(scale.double() - ue8m0.BIAS)
+        return e4m3.decode(codes).double() * factor.repeat_interleave(weight.group, dim=1)[:, : weight.k]
     if weight.kind == "mxfp4":
         exponents = torch.exp2(scale.to(torch.float64) - ue8m0.BIAS)
         return scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)).to(torch.float64), exponents)

@@ -1,4 +1,4 @@
-"""Pairs sorted by expert, in blocks of one expert each."""
+"""Sorting of pairs by expert, into blocks of one expert each."""
 
 from sglang_modelopt_kernels.moe.route.naive import naive_route
 from sglang_modelopt_kernels.moe.route.route import Routed, most_blocks, route

@@ -1,4 +1,4 @@
-"""Sorting pairs by expert: a counting sort, of which every expert does its own part."""
+"""Counting sort of pairs by expert, one program for each expert."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def _load_experts(experts_ptr, pair, pairs, experts):
-    """The experts of some pairs; ``experts`` for nobody's and for what is no pair."""
+    """Load the experts of some pairs; ``experts`` for an invalid expert and past the last pair."""
     expert = tl.load(experts_ptr + pair, mask=pair < pairs, other=-1)
     return tl.where((expert >= 0) & (expert < experts), expert, experts).to(tl.int32)
 
@@ -26,9 +26,9 @@ def route_kernel(
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
 ):
-    """The blocks of one expert; of nobody's pairs for the last program, which also marks the blocks that are left over.
+    """Write the blocks of one expert. The last program writes the pairs of invalid experts and marks the unused blocks.
 
-    Every program counts all pairs, so that none waits for another, and writes in order of the pairs.
+    Every program counts all pairs, so that none waits for another, and writes its pairs in ascending order.
     """
     own = tl.program_id(0)
     bins = tl.arange(0, BINS)
@@ -36,7 +36,7 @@ def route_kernel(
     for start in range(0, pairs, CHUNK):
         pair = start + tl.arange(0, CHUNK)
         counts += tl.histogram(_load_experts(experts_ptr, pair, pairs, experts), BINS)
-    # What fills up the last chunk was counted as nobody's.
+    # The padding of the last chunk was counted as invalid.
     counts -= tl.where(bins == experts, tl.cdiv(pairs, CHUNK) * CHUNK - pairs, 0)
     needed = (counts + BLOCK - 1) // BLOCK
     first = tl.sum(tl.where(bins < own, needed, 0))

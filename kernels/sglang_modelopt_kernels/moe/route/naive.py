@@ -1,4 +1,4 @@
-"""The naive twin: a list for each expert."""
+"""Naive twin of routing: a list for each expert."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 def naive_route(pair_experts: torch.Tensor, experts: int, block: int) -> list[tuple[int, list[int]]]:
-    """The blocks that hold pairs, in order: an expert (``experts`` for nobody) and its pairs. See :func:`route`."""
+    """Return the blocks that hold pairs in the order of :func:`route`: an expert (``experts`` for an invalid one) and its pairs."""
     chosen = [int(expert) if 0 <= int(expert) < experts else experts for expert in pair_experts]
     blocks = []
     for expert in range(experts + 1):

@@ -10,20 +10,20 @@ import triton
 from .kernel import route_kernel
 
 CHUNK = 4096
-"""Pairs that a program looks at together."""
+"""Pairs that a program reads at a time."""
 
 
 @dataclass(frozen=True)
 class Routed:
-    """Pairs sorted by expert, in blocks of ``block``; sizes depend on the number of pairs alone.
+    """Pairs sorted by expert, in blocks of ``block``. Shapes depend on the number of pairs alone.
 
     Attributes:
-        pairs: int32 ``[blocks * block]``: numbers of pairs, ascending within an expert, and the number of all pairs where there is
-            none. Undefined in blocks without an owner.
-        owner: int32 ``[blocks]``: the expert of a block, the number of experts for pairs that none of them serves, -1 for a
-            block that is not used.
-        first: int32 ``[experts + 2]``: the first block of each expert, that of nobody, and the number of blocks that are used.
-        block: pairs to a block.
+        pairs: int32 ``[blocks * block]``: indices of pairs, ascending within an expert; padding has the number of pairs. Unused
+            blocks are undefined.
+        owner: int32 ``[blocks]``: the expert of a block; the number of experts for pairs of invalid experts, -1 for an unused
+            block.
+        first: int32 ``[experts + 2]``: the first block of each expert, that of invalid experts, and the number of used blocks.
+        block: pairs in a block.
     """
 
     pairs: torch.Tensor
@@ -33,7 +33,7 @@ class Routed:
 
 
 def most_blocks(pairs: int, experts: int, block: int) -> int:
-    """The blocks that ``pairs`` pairs fill at most, however they are spread over the experts and nobody."""
+    """Return the blocks that ``pairs`` pairs fill at most, whichever experts, valid or not, they have."""
     return (pairs + min(experts + 1, pairs) * (block - 1)) // block
 
 
@@ -74,12 +74,12 @@ def _(pair_experts: torch.Tensor, experts: int, block: int) -> tuple[torch.Tenso
 
 
 def route(pair_experts: torch.Tensor, experts: int, block: int) -> Routed:
-    """Sorts pairs by expert, without looking at them from the host.
+    """Sort pairs by expert, without reading them from the host.
 
     Args:
-        pair_experts: int32 or int64 ``[R]``: the expert of each pair; what is not in ``0 .. experts - 1`` is nobody's.
-        experts: how many there are.
-        block: pairs to a block, a power of two.
+        pair_experts: int32 or int64 ``[R]``: the expert of each pair; a value outside ``0 .. experts - 1`` is an invalid expert.
+        experts: number of experts.
+        block: pairs in a block, a power of two.
 
     Raises:
         ValueError: a shape, type or size that the kernel does not read.

@@ -1,4 +1,4 @@
-"""The gated activation between the products of an expert."""
+"""Gated activation between the two products of an expert."""
 
 from sglang_modelopt_kernels.moe.swiglu.naive import naive_swiglu
 from sglang_modelopt_kernels.moe.swiglu.swiglu import swiglu

@@ -1,4 +1,4 @@
-"""``silu(gate) * up`` in one pass."""
+"""Gated activation ``silu(gate) * up`` in one pass."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def swiglu_kernel(h_ptr, y_ptr, inner, BLOCK: tl.constexpr):
-    """A part of one row, in float32; ``h`` holds the gate in its first half, up in the second."""
+    """Compute BLOCK values of one row in fp32; the first half of a row of ``h`` is the gate, the second up."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < inner

@@ -26,7 +26,7 @@ def _(h: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu(h: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` for ``h = [gate, up]`` ``[R, 2 * I]``: ``[R, I]`` of its type, computed in float32, rounded once.
+    """Compute ``silu(gate) * up`` for ``h = [gate, up]`` ``[R, 2 * I]``: ``[R, I]`` of its dtype, in fp32, rounded once.
 
     Raises:
         ValueError: ``h`` is not such a matrix.

@@ -1,4 +1,4 @@
-"""One read of the activations, one write of what they are rounded to."""
+"""Rounding of activations under block scales: one read, one write of codes and scales or of values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from sglang_modelopt_kernels.quantize.kernel import e2m1_code, e4m3_byte, round_
 
 @triton.jit
 def _e2m1_value(code):
-    """E2M1 codes as float32, minus zero included."""
+    """Decode E2M1 codes to fp32, minus zero included."""
     m = code & 7
-    # From 1 on, exponent and mantissa in float32's place; below, halves.
+    # From 1 on, exponent and mantissa in fp32's place; below 1, multiples of 0.5.
     normal = ((m << 22) + (126 << 23)).to(tl.float32, bitcast=True)
     value = tl.where(m >= 2, normal, m.to(tl.float32) * 0.5)
     return (value.to(tl.uint32, bitcast=True) | ((code & 8) << 28).to(tl.uint32)).to(tl.float32, bitcast=True)
@@ -20,17 +20,17 @@ def _e2m1_value(code):
 
 @triton.jit
 def _ue8m0_byte(quotient):
-    """Bytes of the least powers of two that are at least ``quotient``, which is positive or zero and finite."""
+    """Return the UE8M0 byte of the least power of two that is at least ``quotient``, which is finite and not negative."""
     bits = quotient.to(tl.int32, bitcast=True)
     exponent, mantissa = bits >> 23, bits & 0x007FFFFF
-    # A subnormal number is above 2^-127, which is byte 0, when it is above half of the range of mantissas.
+    # A subnormal is above 2^-127, byte 0, where its mantissa is above half of the range.
     rounds_up = tl.where(exponent == 0, mantissa > 0x00400000, mantissa != 0)
     return exponent + rounds_up.to(tl.int32)
 
 
 @triton.jit
 def _power_of_two(byte):
-    """2^(byte - 127) in float32 for bytes 0 to 254, NaN for 255."""
+    """Decode UE8M0 to fp32: ``2^(byte - 127)`` for bytes 0 to 254, NaN for 255."""
     bits = tl.where(byte == 0, 0x00400000, byte << 23)
     return tl.where(byte == 255, 0x7FC00000, bits).to(tl.float32, bitcast=True)
 
@@ -52,11 +52,11 @@ def quantize_blocks_kernel(
     SWIZZLE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """BLOCKS blocks of one token. GROUP 16 is NVFP4; 32 is MX, with E2M1 or E4M3 elements (ELEMENT, ``"e2m1"`` or ``"e4m3"``).
+    """Round BLOCKS blocks of one token. GROUP 16 is NVFP4; 32 is MX, its elements E2M1 or E4M3 by ELEMENT ("e2m1" or "e4m3").
 
-    Writes codes to ``y`` (two to a byte, or a byte each) and bytes to ``scale``; with VALUES the numbers they stand for to ``y``,
-    but for NVFP4's ``input_scale``, and no scales. With SWIZZLE the scales go to tiles of 128 x 4 (:func:`naive_swizzle`), a row of
-    which has ``scale_columns`` / 4.
+    Write codes to ``y`` (two to a byte, or a byte each) and their scales to ``scale``. With VALUES write code times block scale to
+    ``y`` instead, without NVFP4's ``input_scale``, and no scales. With SWIZZLE the scales get the 128x4 swizzled layout
+    (:func:`naive_swizzle`), ``scale_columns`` / 4 tiles in a row.
     """
     token = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
@@ -64,7 +64,7 @@ def quantize_blocks_kernel(
     x = tl.load(x_ptr + token * stride + column, mask=column < k, other=0.0).to(tl.float32)
     if SMOOTH:
         x = x * tl.load(smoothing_ptr + column, mask=column < k, other=0.0).to(tl.float32)
-    # As integers, NaN is above infinity and infinity above every number: a maximum of these loses neither.
+    # Compared as integers, NaN is above infinity and infinity above every finite value: the maximum keeps both.
     largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     finite = largest < 0x7F800000
     amax = tl.where(finite, largest, 0).to(tl.float32, bitcast=True)
@@ -80,7 +80,7 @@ def quantize_blocks_kernel(
         quotient = tl.div_rn(amax, tl.zeros_like(amax) + (6.0 if ELEMENT == "e2m1" else 448.0))
         byte = tl.where(finite, _ue8m0_byte(quotient), 255)
         scale = _power_of_two(byte)
-        # A product with the reciprocal of a power of two is the quotient.
+        # Exact: the product with the reciprocal of a power of two is the quotient.
         x = x * _power_of_two(tl.where(byte == 255, 255, 254 - byte))[:, None]
     if ELEMENT == "e2m1":
         codes = e2m1_code(x)

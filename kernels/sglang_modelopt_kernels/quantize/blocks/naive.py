@@ -1,4 +1,4 @@
-"""The naive twin: the formats' own rounding, one operation after the other."""
+"""Naive twin of rounding under block scales: the activation formats' own rounding; and the 128x4 swizzled layout."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from sglang_modelopt_kernels.formats.base import BlockActivation
 def naive_quantize_blocks(
     x: torch.Tensor, activation: str, smoothing: torch.Tensor | None = None, input_scale: torch.Tensor | None = None
 ) -> BlockActivation:
-    """See :func:`quantize_blocks`. Raises ValueError for a format without blocks."""
-    wide = x.to(torch.float32)
+    """Round as :func:`quantize_blocks` does, scales not swizzled. Raises ValueError for a format without blocks."""
+    x_fp32 = x.to(torch.float32)
     if smoothing is not None:
-        wide = wide * smoothing.to(torch.float32)
-    rounded = ACTIVATION_FORMATS[activation].blocks(wide, input_scale)
+        x_fp32 = x_fp32 * smoothing.to(torch.float32)
+    rounded = ACTIVATION_FORMATS[activation].blocks(x_fp32, input_scale)
     if rounded is None:
         raise ValueError(f"{activation} has no block scales")
     return rounded
 
 
 def naive_swizzle(scale: torch.Tensor) -> torch.Tensor:
-    """Block scales ``[M, B]`` in tiles of 128 x 4, as the matrix instructions of Blackwell read them, padded with zeros.
+    """Swizzle block scales ``[M, B]`` to the 128x4 layout of Blackwell's matrix instructions, padded with zeros.
 
     The scale of row r and block c of a tile is byte ``16 (r % 32) + 4 (r / 32) + c`` of its 512 (PTX ISA, tcgen05, scale factors
     with ``scale_vec::4X``; cuBLAS, "1D Block Scaling Factors Layout"). Tiles lie along the blocks first.
@@ -36,7 +36,7 @@ def naive_swizzle(scale: torch.Tensor) -> torch.Tensor:
 
 
 def naive_unswizzle(tiles: torch.Tensor, rows: int, blocks: int) -> torch.Tensor:
-    """The block scales ``[rows, blocks]`` that :func:`naive_swizzle` put into ``tiles``."""
+    """Return the block scales ``[rows, blocks]`` of which :func:`naive_swizzle` made ``tiles``."""
     down, across = -(-rows // 128), -(-blocks // 4)
     stored = tiles.view(torch.uint8).reshape(down, across, 32, 4, 4)  # tile, tile, r % 32, r / 32, c
     scale = stored.permute(0, 3, 2, 1, 4).reshape(128 * down, 4 * across)[:rows, :blocks]

@@ -11,17 +11,17 @@ from sglang_modelopt_kernels.formats.base import BlockActivation
 
 from .kernel import quantize_blocks_kernel
 
-INPUTS = 2048
-"""Inputs of one token that a program rounds."""
+PROGRAM_VALUES = 2048
+"""Values of one token that a program rounds."""
 
 NUMERICS: dict[str, tuple[int, Literal["e2m1", "e4m3"]]] = {
     "nvfp4_dynamic": (16, "e2m1"),
     "mxfp4_dynamic": (32, "e2m1"),
     "mxfp8_dynamic": (32, "e4m3"),
 }
-"""Of each activation format: inputs to a block scale, and the element."""
+"""Values under a block scale, and the element, by activation format."""
 BLOCK_ACTIVATIONS = tuple(NUMERICS)
-"""The activation formats that are rounded here."""
+"""Activation formats that this kernel supports."""
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,8 +38,8 @@ def _launch(
     if m == 0 or k == 0:
         return
     x = x if x.stride(1) == 1 else x.contiguous()
-    blocks = min(INPUTS // group, triton.next_power_of_2(k // group))
-    # The kernel takes a pointer for what is absent and never reads through it.
+    blocks = min(PROGRAM_VALUES // group, triton.next_power_of_2(k // group))
+    # A pointer stands for an absent tensor; the kernel never reads through it.
     quantize_blocks_kernel[(m, triton.cdiv(k // group, blocks))](
         x,
         y if smoothing is None else smoothing.contiguous(),
@@ -138,14 +138,14 @@ def quantize_blocks(
     input_scale: torch.Tensor | None = None,
     swizzled: bool = False,
 ) -> BlockActivation:
-    """``x * smoothing`` as codes and block scales, those of the activation format ``activation`` bit for bit.
+    """Round ``x * smoothing`` to codes and block scales, bit for bit those of the activation format ``activation``.
 
     Args:
-        x: ``[M, K]`` of a float type, K whole blocks; copied unless the entries of a row lie side by side.
+        x: ``[M, K]`` of a float dtype, K a multiple of the block; copied unless rows are contiguous.
         activation: one of BLOCK_ACTIVATIONS; the formulas are in ``formats/``.
-        smoothing: ``[K]`` of a float type, multiplied in float32 first; None for 1.
+        smoothing: ``[K]`` of a float dtype, multiplied in fp32 before rounding; None for 1.
         input_scale: NVFP4's static scale, float32, one value.
-        swizzled: block scales ``[M, B]`` in tiles of 128 x 4, padded with zeros: :func:`naive_swizzle`.
+        swizzled: whether block scales get the 128x4 swizzled layout, padded with zeros (:func:`naive_swizzle`).
 
     Raises:
         ValueError: an unknown format, or a shape or dtype that the kernel does not read.
@@ -165,10 +165,12 @@ def round_blocks(
     input_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Likewise as numbers: ``code * block scale`` in ``out_dtype`` ``[M, K]``, and the ``input_scale``.
+    """Round ``x * smoothing`` to values: ``code * block scale`` in ``out_dtype`` ``[M, K]``, and the ``input_scale``.
+
+    Arguments of :func:`quantize_blocks`.
 
     Raises:
-        ValueError: as :func:`quantize_blocks`, or a type that is not one of VALUE_DTYPES.
+        ValueError: an unknown format, a shape or dtype that the kernel does not read, or an ``out_dtype`` not in VALUE_DTYPES.
     """
     _check(x, activation, smoothing, input_scale)
     if out_dtype not in VALUE_DTYPES:

@@ -1,4 +1,4 @@
-"""The naive twin: the formats' own rounding, one operation after the other."""
+"""Naive twin of FP8 rounding: the activation formats' own rounding."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def naive_quantize_fp8(
     static_scale: torch.Tensor | None,
     token_amax: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """See :func:`quantize_fp8`; the values in float32."""
-    wide = x.to(torch.float32)
+    """Round as :func:`quantize_fp8` does; the values are in fp32."""
+    x_fp32 = x.to(torch.float32)
     if smoothing is not None:
-        wide = wide * smoothing.to(torch.float32)
+        x_fp32 = x_fp32 * smoothing.to(torch.float32)
     if static_scale is not None:
-        return FP8StaticPerTensor().quantize(wide, static_scale)
-    return FP8DynamicPerToken().quantize(wide, token_amax)
+        return FP8StaticPerTensor().quantize(x_fp32, static_scale)
+    return FP8DynamicPerToken().quantize(x_fp32, token_amax)

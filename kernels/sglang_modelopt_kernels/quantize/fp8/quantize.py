@@ -25,7 +25,7 @@ def _quantize_fp8(
     row_scale = torch.empty((0 if static_scale is not None else m, 1), dtype=torch.float32, device=x.device)
     if m == 0:
         return y, row_scale
-    # The kernels take a pointer for what is absent and never read through it.
+    # A pointer stands for an absent tensor; the kernels never read through it.
     smooth = y if smoothing is None else smoothing.contiguous()
     block = min(BLOCK, triton.next_power_of_2(k))
     shared = {"SMOOTH": smoothing is not None, "BLOCK": block}
@@ -58,20 +58,20 @@ def quantize_fp8(
     token_amax: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float8_e4m3fn,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``values, row_scale`` with ``x * smoothing ~ values * row_scale`` and ``values`` on E4M3's grid.
+    """Round to ``values, row_scale`` with ``x * smoothing ~ values * row_scale`` and E4M3 ``values``.
 
     The formulas are those of ``FP8StaticPerTensor`` and ``FP8DynamicPerToken`` in ``formats/fp8.py``.
 
     Args:
-        x: ``[M, K]`` of a float type; copied unless the entries of a row lie side by side.
-        smoothing: ``[K]`` of a float type, multiplied in float32 first; None for 1.
+        x: ``[M, K]`` of a float dtype; copied unless rows are contiguous.
+        smoothing: ``[K]`` of a float dtype, multiplied in fp32 before rounding; None for 1.
         static_scale: float32, one value, for the static format; None for a scale for each token.
-        token_amax: float32 ``[M, 1]`` for the dynamic one, where ``x`` is a slice of its tokens.
+        token_amax: float32 ``[M, 1]`` for the dynamic format, where a rank has only some of the K elements of its tokens.
         out_dtype: E4M3, or float16, which holds the same values.
 
     Returns:
-        ``values`` ``[M, K]`` and float32 ``row_scale``, the static scale itself or ``[M, 1]``. A token that holds NaN or infinity
-        is NaN under a dynamic scale; under a static one infinity saturates and NaN stays.
+        ``values`` ``[M, K]`` and float32 ``row_scale``, the static scale itself or ``[M, 1]``. Under a dynamic scale
+        a token that holds NaN or infinity becomes NaN; under a static one infinity saturates and NaN stays NaN.
 
     Raises:
         ValueError: a shape or dtype that the kernel does not read.

@@ -1,4 +1,4 @@
-"""One read of the activations, one write of their integers."""
+"""Rounding of activations to INT8: one read, one write."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def quantize_int8_kernel(
     SMOOTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One token: ``y[m, k] = round(x[m, k] * smoothing[k] * (1 / scale))``, and the scale, NaN for a token with NaN."""
+    """Round one token, ``y[m, k] = round(x[m, k] * smoothing[k] * (1 / scale))``, and store its scale, NaN for a token with NaN."""
     token = tl.program_id(0).to(tl.int64)
     scale = tl.load(scale_ptr)
     inverse = tl.div_rn(1.0, scale)
@@ -31,7 +31,7 @@ def quantize_int8_kernel(
             x = x * tl.load(smoothing_ptr + column, mask=inside, other=0.0).to(tl.float32)
         x = x * inverse
         spoiled |= (x != x).to(tl.int32)
-        # Before it is rounded: what is beyond the range, infinity included, saturates. NaN becomes zero, its token's scale tells.
+        # Saturate before rounding, infinity included. NaN becomes zero, and the scale of its token NaN.
         x = tl.where(x > 127.0, 127.0, tl.where(x < -128.0, -128.0, tl.where(x == x, x, 0.0)))
         # Adding and subtracting 1.5 * 2^23 rounds to integers, ties to even.
         y = (x + 12582912.0) - 12582912.0

@@ -1,4 +1,4 @@
-"""The naive twin: the format's own rounding, one operation after the other."""
+"""Naive twin of INT8 rounding: the activation format's own rounding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def naive_quantize_int8(
     x: torch.Tensor, smoothing: torch.Tensor | None, static_scale: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Round as :func:`quantize_int8` does."""
-    wide = x.to(torch.float32)
+    x_fp32 = x.to(torch.float32)
     if smoothing is not None:
-        wide = wide * smoothing.to(torch.float32)
-    values, scale = INT8StaticPerTensor().quantize(wide, static_scale.reshape(()))
+        x_fp32 = x_fp32 * smoothing.to(torch.float32)
+    values, scale = INT8StaticPerTensor().quantize(x_fp32, static_scale.reshape(()))
     if scale is None:
         raise ValueError("the format has a scale")
     spoiled = values.isnan()

@@ -20,7 +20,7 @@ def _quantize_int8(
     row_scale = torch.empty((m, 1), dtype=torch.float32, device=x.device)
     if m == 0:
         return y, row_scale
-    # The kernel takes a pointer for what is absent and never reads through it.
+    # A pointer stands for an absent tensor; the kernel never reads through it.
     smooth = y if smoothing is None else smoothing.contiguous()
     quantize_int8_kernel[(m,)](
         x,
@@ -48,12 +48,12 @@ def quantize_int8(
     """Round to ``values, row_scale`` with ``x * smoothing ~ values * row_scale``, by the formula of ``INT8StaticPerTensor``.
 
     Args:
-        x: ``[M, K]`` of a float type; copied unless the entries of a row lie side by side.
-        smoothing: ``[K]`` of a float type, multiplied in float32 first; None for 1.
+        x: ``[M, K]`` of a float dtype; copied unless rows are contiguous.
+        smoothing: ``[K]`` of a float dtype, multiplied in fp32 before rounding; None for 1.
         static_scale: float32, one value.
 
     Returns:
-        int8 ``[M, K]`` and float32 ``[M, 1]``: the static scale, or NaN for a token that holds NaN, which int8 could not say.
+        int8 ``[M, K]`` and float32 ``[M, 1]``: the static scale, or NaN for a token that holds NaN, which int8 lacks.
         Infinity saturates.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Experts decoded into a scratch buffer, in the type that their product multiplies in."""
+"""Decoding of experts into a scratch buffer, in the dtype of their product."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from sglang_modelopt_kernels.moe.route import Routed
 from ..weights import GroupedWeight
 
 ROWS = 128
-"""The rows of an expert that is decoded in several parts are cut at multiples of this."""
+"""Row multiple at which an expert is cut that is decoded in several parts."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is decoded at a time: all rows of some experts, or some rows of one."""
+    """Rows that are decoded at a time: all rows of some experts, or some rows of one."""
 
     experts: slice
     rows: slice
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Experts, and rows of each."""
+        """Number of experts, and rows of each."""
         return self.experts.stop - self.experts.start, self.rows.stop - self.rows.start
 
 
 def parts(experts: int, n: int, k: int, itemsize: int, scratch_bytes: int) -> Iterator[Part]:
-    """Parts of about one size, each of at most ``scratch_bytes`` when decoded (but at least ROWS rows)."""
+    """Yield parts of about one size, each of at most ``scratch_bytes`` when decoded (but at least ROWS rows)."""
     together = scratch_bytes // (n * k * itemsize)
     if together:
         step = triton.cdiv(experts, triton.cdiv(experts, together))
@@ -48,10 +48,10 @@ def parts(experts: int, n: int, k: int, itemsize: int, scratch_bytes: int) -> It
 
 
 def operand_of(weight: GroupedWeight, dtype: torch.dtype, out_dtype: torch.dtype, capability: int) -> torch.dtype:
-    """The type of both operands for activations of ``dtype``: theirs, but for E4M3 where not both are E4M3 numbers.
+    """Return the dtype of both operands for activations of ``dtype``: theirs, or fp16 for E4M3 where the weight is not E4M3.
 
-    FP8 matrix instructions keep about 13 bits of a sum on Hopper, more than bf16 and float16 results show and less than float32: a
-    weight that other numbers of tokens meet in float16 then stays there.
+    FP8 matrix instructions keep about 13 bits of a sum on Hopper, more than bf16 and fp16 results show and less than fp32: for fp32
+    results a weight that fewer tokens multiply in fp16 is multiplied in fp16.
     """
     if dtype != torch.float8_e4m3fn:
         return dtype
@@ -60,17 +60,17 @@ def operand_of(weight: GroupedWeight, dtype: torch.dtype, out_dtype: torch.dtype
 
 
 def divisor(weight: GroupedWeight, dtype: torch.dtype) -> float:
-    """What :func:`decode_experts` divides the unit weight by."""
+    """Return the divisor of the unit weight in :func:`decode_experts`."""
     if weight.kind not in ("e2m1_e4m3", "e2m1_exponent"):
         return 1.0
     return 2.0**9 if dtype == torch.float8_e4m3fn else descale(weight.kind, dtype == torch.float16)
 
 
 def decode_experts(weight: GroupedWeight, part: Part, routed: Routed, scratch: torch.Tensor) -> torch.Tensor:
-    """A part of the unit weight, ``[experts, rows, K]``, exact in the type of ``scratch``, in which it lies.
+    """Decode a part of the unit weight into ``scratch``, ``[experts, rows, K]``, exact in its dtype.
 
-    E2M1 is divided by :func:`divisor`; under float32 block scales the codes alone are decoded. 4-bit experts that ``routed`` has no
-    pairs for are left out: what lies in their place is undefined.
+    E2M1 is divided by :func:`divisor`; under fp32 block scales only the codes are decoded. 4-bit experts without pairs in
+    ``routed`` are skipped, and their part of ``scratch`` is undefined.
     """
     experts, rows = part.shape
     unit = scratch[: experts * rows * weight.k].view(experts, rows, weight.k)
@@ -90,7 +90,7 @@ def decode_experts(weight: GroupedWeight, part: Part, routed: Routed, scratch: t
 
 
 def block_scales(weight: GroupedWeight, part: Part) -> torch.Tensor | None:
-    """The float32 scales that the product applies to partial sums, ``[experts, blocks, rows]``; None where it applies none."""
+    """Return the fp32 scales that the product applies to partial sums, ``[experts, blocks, rows]``; None for none."""
     if weight.kind not in ("int4_float", "e4m3_float") or weight.scale is None:
         return None
     return weight.scale[part.experts, part.rows].transpose(1, 2).contiguous()

@@ -1,4 +1,4 @@
-"""``Y = X W^T`` for sorted pairs, in tiles of many pairs of one expert, both operands through shared memory."""
+"""``Y = X W^T`` for sorted pairs, in tiles of many pairs of one expert, both operands from shared memory."""
 
 from __future__ import annotations
 
@@ -25,29 +25,29 @@ def _sum(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Offsets ``x_row`` of activations times offsets ``w_row`` of weights over inputs ``0 .. end``: float32 ``[BM, BN]``."""
-    input_ = tl.arange(0, BK)
-    # Under block scales the weight is the long side: a thread of the matrix instruction then holds few of its rows.
+    """Multiply activations at offsets ``x_row`` by weights at offsets ``w_row`` over K ``0 .. end``: fp32 ``[BM, BN]``."""
+    offs_k = tl.arange(0, BK)
+    # Under block scales the weight is the left operand: a thread then holds few of its rows, and few scales.
     acc = tl.zeros((BN, BM) if GROUP else (BM, BN), tl.float32)
     for offset in range(0, end, BK):
-        # The offset goes to the pointers first, which are the same for all threads.
-        x_at = (x_ptr + offset) + (x_row[:, None] + input_[None, :])
-        w_at = (w_ptr + offset) + (w_row[None, :] + input_[:, None])
+        # Add the offset to the base pointers first, which are uniform.
+        x_at = (x_ptr + offset) + (x_row[:, None] + offs_k[None, :])
+        w_at = (w_ptr + offset) + (w_row[None, :] + offs_k[:, None])
         if EVEN_K:
             x = tl.load(x_at)
             w = tl.load(w_at)
         else:
-            x = tl.load(x_at, mask=(offset + input_ < k)[None, :], other=0.0)
-            w = tl.load(w_at, mask=(offset + input_ < k)[:, None], other=0.0)
+            x = tl.load(x_at, mask=(offset + offs_k < k)[None, :], other=0.0)
+            w = tl.load(w_at, mask=(offset + offs_k < k)[:, None], other=0.0)
         if not ASM:
-            # The interpreter multiplies the bits of bf16 and E4M3 operands: it gets the same numbers in float32.
+            # Triton's interpreter multiplies the raw bits of bf16 and E4M3 operands: give it the same values in fp32.
             x = x.to(tl.float32)
             w = w.to(tl.float32)
         if GROUP:
             scale = tl.load(s_ptr + (offset // GROUP) * rows + column)
             acc += tl.dot(tl.trans(w), tl.trans(x), input_precision="ieee") * scale[:, None]
         elif FP8 and ASM:
-            # On Hopper the instruction keeps about 14 bits of a sum: promoted to float32 after every step.
+            # On Hopper the instruction keeps about 14 bits of a sum: promote to fp32 after every step.
             acc = tl.dot(x, w, acc, max_num_imprecise_acc=BK)
         else:
             acc = tl.dot(x, w, acc, input_precision="ieee")
@@ -87,14 +87,14 @@ def dense_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Tiles ``[BM, BN]`` of ``y``, ``[pairs, n]``, columns ``0 .. rows``, for the blocks of experts ``first .. last``.
+    """Compute one tile ``[BM, BN]`` of ``y[pairs, n]``, columns ``0 .. rows``, of the blocks of experts ``first .. last``.
 
-    Pair ``r`` reads row ``r // share`` of ``x``; NARROW: offsets there fit int32. ``w`` holds the experts in the type of
-    ``x``, ``[last - first, rows, k]``; a ``last`` above ``experts`` adds the pairs of nobody. With GROUP > 0, ``s`` scales the sum
-    over each GROUP inputs, ``[last - first, k / GROUP, rows]``.
+    Pair ``r`` reads row ``r // share`` of ``x``; NARROW: offsets there fit int32. ``w`` holds the experts in the dtype of ``x``,
+    ``[last - first, rows, k]``; a ``last`` above ``experts`` adds the pairs of invalid experts. With GROUP > 0, ``s`` scales the
+    sum over each GROUP of K, ``[last - first, k / GROUP, rows]``.
 
-    The host does not know how many blocks there are: there are as many programs as there could be tiles. Blocks go in stripes of
-    STRIPE, within which they vary fastest: what runs together shares its operands.
+    The host does not know the number of blocks and launches a program for every tile there could be. Blocks are ordered in stripes
+    of STRIPE, fastest within a stripe, so that programs that run together share operands in L2.
     """
     tile = tl.program_id(0)
     before = tl.load(first_ptr + first)
@@ -110,7 +110,7 @@ def dense_kernel(
     owner = tl.load(owner_ptr + block)
     expert = tl.minimum(owner, experts - 1)
     pair = tl.load(pairs_ptr + block.to(tl.int64) * BM + tl.arange(0, BM))
-    # Out of range rows and pairs read the last one: no mask in the loop, and nothing of theirs is stored.
+    # Rows and pairs out of range read the last one: no mask in the loop, and their results are not stored.
     token = tl.minimum(pair, pairs - 1) // share
     column = start + tl.arange(0, BN)
     held = (expert - first).to(tl.int64)

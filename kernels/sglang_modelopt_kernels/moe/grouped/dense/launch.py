@@ -1,4 +1,4 @@
-"""Where the dense product takes over, its configurations, and its launches."""
+"""Thresholds of the dense product, its configurations, and its launches."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from .decode import Part, block_scales, decode_experts, divisor, operand_of, par
 from .kernel import dense_kernel
 
 STRIPE = 8
-"""Blocks that share a weight tile while it is in the cache."""
+"""Blocks that share a weight tile while it is in L2."""
 WHOLE_ABOVE = 16
-"""Pairs to an expert, on average, above which weights that need no decoding are multiplied in dense tiles."""
+"""Average pairs of an expert above which weights that need no decoding are multiplied in dense tiles."""
 DECODED_FROM = {torch.float8_e4m3fn: 256, torch.bfloat16: 512, torch.float16: 512}
-"""Pairs to an expert from which weights are decoded first, by the type that they are decoded to."""
+"""Average pairs of an expert from which weights are decoded first, by the dtype that they are decoded to."""
 INT4_FROM = 1024
-"""Likewise of INT4, whose groups' sums are scaled apart."""
+"""Average pairs of an expert from which INT4 is decoded first; the sum of each group is then scaled."""
 LARGE_FROM = {torch.float8_e4m3fn: 512, torch.bfloat16: 192, torch.float16: 192}
-"""Pairs to an expert from which blocks are the larger of the two, by the type of the operands.
+"""Average pairs of an expert from which the larger block is used, by the dtype of the operands.
 
 These, and the configurations for wgmma, follow times on an H100 (docs/architecture.md)."""
 
 _CONFIGS = {
-    # matrix instruction: for operands of 16 bits and of 8, and for either where partial sums are scaled; by pairs to a block
+    # matrix instruction: operands of 16 bits and of 8, and both again where partial sums are scaled; ascending by pairs in a block
     "mma.sync": (
         (KernelConfig(128, 64, 64, 4, 3), KernelConfig(128, 128, 64, 8, 3)),
         (KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 128, 8, 3)),
@@ -49,11 +49,11 @@ _CONFIGS = {
         (KernelConfig(128, 64, 128, 4, 3), KernelConfig(128, 128, 128, 8, 3)),
     ),
 }
-"""But for wgmma not timed on any GPU: chosen by what compiles ahead of time without spilling (``benchmarks.aot``)."""
+"""Except for wgmma not timed on any GPU: those that compile without spilling (``benchmarks.aot``)."""
 
 
 def takes_dense(weight: GroupedWeight, dtype: torch.dtype, pairs: int, capability: int) -> bool:
-    """Whether the dense product serves that many pairs with activations of ``dtype``: a function of types and sizes alone."""
+    """Return whether the dense product runs for ``pairs`` pairs and activations of ``dtype``: by dtypes and sizes alone."""
     if weight.kind == "mxfp4":
         return False
     operand = operand_of(weight, dtype, torch.bfloat16, capability)
@@ -63,19 +63,19 @@ def takes_dense(weight: GroupedWeight, dtype: torch.dtype, pairs: int, capabilit
 
 
 def dense_block(weight: GroupedWeight, dtype: torch.dtype, pairs: int, capability: int) -> int:
-    """Likewise the pairs to a block."""
+    """Return the pairs in a block of the dense product, by dtypes and sizes alone."""
     operand = operand_of(weight, dtype, torch.bfloat16, capability)
     small, large = configs(operand, False, capability)
     return (large if pairs >= LARGE_FROM[operand] * weight.experts else small).bm
 
 
 def configs(dtype: torch.dtype, scaled: bool, capability: int) -> tuple[KernelConfig, KernelConfig]:
-    """The configurations for operands of ``dtype`` on compute capability ``capability`` (times ten), by pairs to a block."""
+    """Return the configurations for operands of ``dtype`` on compute capability ``capability`` (times ten): smaller block first."""
     return _CONFIGS[matrix_instruction(capability)][2 * scaled + (dtype == torch.float8_e4m3fn)]
 
 
 def _in_place(weight: GroupedWeight, operand: torch.dtype) -> bool:
-    """Whether the codes are multiplied as they are stored."""
+    """Return whether the codes are multiplied as stored."""
     return weight.codes.dtype == operand and weight.scale is None
 
 
@@ -89,9 +89,9 @@ def run_dense(
     config: KernelConfig | None = None,
     scratch_bytes: int | None = None,
 ) -> torch.Tensor:
-    """The product in dense tiles; arguments as :func:`grouped_linear`, ``config`` instead of the one chosen by type and block.
+    """Multiply in dense tiles; arguments of :func:`grouped_linear`, and ``config`` instead of the choice by dtype and block.
 
-    Weights that are not of the operands' type are decoded part by part into a buffer of at most ``scratch_bytes``, or for None
+    Weights that do not have the operands' dtype are decoded part by part into a buffer of at most ``scratch_bytes``; None for
     SCRATCH_BYTES.
 
     Raises:
@@ -115,7 +115,7 @@ def run_dense(
             dense_kernel[(blocks * triton.cdiv(part.shape[1], config.bn),)](
                 values,
                 unit,
-                # The kernel takes a pointer for what is absent and never reads through it.
+                # A pointer stands for an absent tensor; the kernel never reads through it.
                 weight.out_scale if scale is None else scale,
                 routed.pairs,
                 routed.owner,
@@ -127,7 +127,7 @@ def run_dense(
                 pairs // x.shape[0],
                 weight.experts,
                 part.experts.start,
-                # Pairs that none of the experts serves go with the last.
+                # Pairs of invalid experts belong to the last part.
                 part.experts.stop + (part.experts.stop == weight.experts),
                 part.shape[1],
                 weight.n,
@@ -153,7 +153,7 @@ def run_dense(
 def _decoded(
     weight: GroupedWeight, dtype: torch.dtype, routed: Routed, scratch_bytes: int
 ) -> Iterator[tuple[Part, torch.Tensor]]:
-    """The unit weight in parts: itself where it is of ``dtype``, else one part after the other in the same memory."""
+    """Yield the unit weight in parts: itself where it has ``dtype``, else part after part decoded into the same memory."""
     if _in_place(weight, dtype):
         yield Part(slice(0, weight.experts), slice(0, weight.n)), weight.codes
         return

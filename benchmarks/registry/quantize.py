@@ -1,0 +1,160 @@
+"""Rows of the rounding of activations."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.registry.base import Case, Kernel, Launch, Rounding, StressCase
+from sglang_modelopt_kernels.formats import e4m3
+from sglang_modelopt_kernels.quantize.blocks import (
+    BLOCK_ACTIVATIONS,
+    naive_quantize_blocks,
+    quantize_blocks,
+    round_blocks,
+)
+from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kernel
+from sglang_modelopt_kernels.quantize.blocks.quantize import NUMERICS, PROGRAM_VALUES
+from sglang_modelopt_kernels.quantize.fp8 import naive_quantize_fp8, quantize_fp8
+from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
+from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8
+from sglang_modelopt_kernels.quantize.int8.kernel import quantize_int8_kernel
+
+
+def _blocks_cases(arch: int) -> Iterator[Case]:
+    """Yield rounding under block scales to codes, their scales in rows and swizzled, and to values."""
+    del arch
+    for name, (group, element) in NUMERICS.items():
+        for values, swizzle in ((False, False), (False, True), (True, False)):
+            types = dict.fromkeys(("x_ptr", "smoothing_ptr"), "*bf16")
+            types |= {"input_scale_ptr": "*fp32", "scale_ptr": "*u8", "y_ptr": "*bf16" if values else "*u8"}
+            types |= dict.fromkeys(("k", "stride", "scale_columns"), "i32")
+            constexprs = {"GROUP": group, "ELEMENT": element, "SMOOTH": True, "VALUES": values, "SWIZZLE": swizzle}
+            constexprs["BLOCKS"] = PROGRAM_VALUES // group
+            label = "values" if values else "codes, scales swizzled" if swizzle else "codes"
+            case = f"quantize_blocks {name} {label}"
+            yield Case(case, quantize_blocks_kernel, types, constexprs, {}, ("k", "stride", "scale_columns"))
+
+
+def _types(out: str) -> dict[str, str]:
+    types = dict.fromkeys(("x_ptr", "smoothing_ptr"), "*bf16") | {"scale_ptr": "*fp32", "y_ptr": f"*{out}"}
+    return types | dict.fromkeys(("k", "stride"), "i32")
+
+
+def _fp8_cases(arch: int) -> Iterator[Case]:
+    types, constexprs = _types("fp16" if arch < 89 else "fp8e4nv"), {"SMOOTH": True, "BLOCK": 2048}
+    yield Case("quantize_fp8 static", quantize_static_kernel, types, constexprs, {}, ("k", "stride"))
+    types, constexprs = types | {"amax_ptr": "*fp32"}, constexprs | {"HAS_AMAX": True}
+    yield Case("quantize_fp8 token", quantize_token_kernel, types, constexprs, {}, ("k", "stride"))
+
+
+def _int8_cases(arch: int) -> Iterator[Case]:
+    del arch
+    types = _types("i8") | {"row_scale_ptr": "*fp32"}
+    yield Case("quantize_int8", quantize_int8_kernel, types, {"SMOOTH": True, "BLOCK": 2048}, {}, ("k", "stride"))
+
+
+def _fp8_stress(capability: int) -> Iterator[StressCase]:
+    del capability
+    for smoothing in (False, True):
+        for way in ("static", "token"):
+            name = f"quantize_fp8 {way}{' smoothed' if smoothing else ''}"
+            yield StressCase(name, partial(_launch_fp8, way, smoothing))
+
+
+def _blocks_stress(capability: int) -> Iterator[StressCase]:
+    del capability
+    for activation in BLOCK_ACTIVATIONS:
+        yield StressCase(f"quantize_blocks {activation} codes", partial(_launch_blocks, activation, False))
+        yield StressCase(f"quantize_blocks {activation} values", partial(_launch_blocks, activation, True))
+
+
+def _random(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator("cuda").manual_seed(columns)
+    return torch.randn(rows, columns, generator=generator, device="cuda").bfloat16()
+
+
+def _launch_fp8(way: str, smoothing: bool) -> Launch:
+    x = _random(2048, 5000)
+    smooth = _random(1, 5000)[0].abs() + 0.5 if smoothing else None
+    scale = torch.tensor(0.01, device="cuda") if way == "static" else None
+
+    def call() -> torch.Tensor:
+        values, row_scale = quantize_fp8(x, smooth, scale)
+        scale_bytes = row_scale.expand(x.shape[0], 1).contiguous().view(torch.uint8)
+        return torch.cat([values.view(torch.uint8), scale_bytes], dim=1)
+
+    return Launch(call, None)
+
+
+def _launch_blocks(activation: str, values: bool) -> Launch:
+    x, scale = _random(2048, 4096), torch.tensor(0.01, device="cuda") if activation.startswith("nvfp4") else None
+
+    def call() -> torch.Tensor:
+        if values:
+            return round_blocks(x, activation, None, scale, torch.bfloat16)[0]
+        rounded = quantize_blocks(x, activation, None, scale, False)
+        return torch.cat([rounded.codes.view(torch.uint8), rounded.scale.view(torch.uint8)], dim=1)
+
+    return Launch(call, None)
+
+
+def _run_fp8(x: torch.Tensor, smoothing: torch.Tensor, scale: torch.Tensor | None) -> Any:
+    return quantize_fp8(x, smoothing, scale)
+
+
+def _run_blocks(activation: str, x: torch.Tensor, smoothing: torch.Tensor, scale: torch.Tensor | None) -> Any:
+    return quantize_blocks(x, activation, smoothing, scale)
+
+
+def _block_bytes(activation: str, m: int, k: int) -> int:
+    group, element = NUMERICS[activation]
+    return m * k // (2 if element == "e2m1" else 1) + m * k // group
+
+
+QUANTIZE_FP8 = Kernel(
+    "quantize_fp8",
+    "quantize/fp8",
+    naive_quantize_fp8,
+    compile=_fp8_cases,
+    stress=_fp8_stress,
+    measured={
+        "fp8_per_token": Rounding(
+            lambda capability: capability >= 89,
+            _run_fp8,
+            lambda m, k: m * k,
+        )
+    },
+)
+QUANTIZE_BLOCKS = Kernel(
+    "quantize_blocks",
+    "quantize/blocks",
+    naive_quantize_blocks,
+    compile=_blocks_cases,
+    stress=_blocks_stress,
+    measured={
+        name: Rounding(lambda _: True, partial(_run_blocks, name), partial(_block_bytes, name), group == 16)
+        for name, (group, _) in NUMERICS.items()
+    },
+)
+QUANTIZE_INT8 = Kernel(
+    "quantize_int8",
+    "quantize/int8",
+    naive_quantize_int8,
+    compile=_int8_cases,
+    without={
+        "stress": "not launched under load yet; tests/kernels/test_quantize_int8.py compares it with its naive twin on a GPU"
+    },
+)
+ROUNDING = Kernel(
+    "rounding",
+    "quantize",
+    e4m3.to_e4m3,
+    without={
+        "compile": "functions that quantize/fp8, quantize/blocks and attention/store inline; it has no kernel",
+        "stress": "functions that quantize/fp8, quantize/blocks and attention/store inline; it has no kernel",
+    },
+)
