@@ -228,7 +228,8 @@ def fp4_cases(arch: int) -> Iterator[Case]:
 
 def quantize_blocks_cases() -> Iterator[Case]:
     """Smoothing and rounding under block scales, to codes in either layout of the scales and to numbers."""
-    for name, (group, element) in blocks.NUMERICS.items():
+    for name in blocks.BLOCK_ACTIVATIONS:
+        group, element = blocks.numerics(name)
         for values, swizzle in ((False, False), (False, True), (True, False)):
             types = dict.fromkeys(("x_ptr", "smoothing_ptr"), "*bf16") | {
                 "input_scale_ptr": "*fp32",

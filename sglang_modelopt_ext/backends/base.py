@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,17 +17,12 @@ from sglang_modelopt_kernels.formats.base import (
     BlockActivation,
     BlockWeight,
     DecodedWeight,
+    NumberType,
     WeightFormat,
 )
+from sglang_modelopt_kernels.formats.fp8 import FP8
 from sglang_modelopt_kernels.formats.nvfp4 import round_unit_to_e4m3
-from sglang_modelopt_kernels.quantize.blocks import (
-    BLOCK_ACTIVATIONS,
-    naive_quantize_blocks,
-    naive_swizzle,
-    quantize_blocks,
-)
-
-FP8_ACTIVATIONS = ("fp8_static", "fp8_per_token")
+from sglang_modelopt_kernels.quantize.blocks import naive_quantize_blocks, naive_swizzle, quantize_blocks, rounds
 
 
 @dataclass(frozen=True)
@@ -188,30 +183,60 @@ def round_to_blocks(
 
     Raises ValueError when the activations have no codes under block scales.
     """
-    if activation is None or activation.name not in BLOCK_ACTIVATIONS:
-        raise ValueError(f"{activation.name if activation else 'unrounded'} activations have no block scales")
+    if activation is None or not rounds(activation):
+        raise ValueError(f"{activation or 'unrounded'} activations have no block scales that a kernel rounds to")
     if x.is_cuda:
         return quantize_blocks(x, activation.name, smoothing, scale, swizzled)
     rounded = naive_quantize_blocks(x, activation.name, smoothing, scale)
     return dataclasses.replace(rounded, scale=naive_swizzle(rounded.scale)) if swizzled else rounded
 
 
+def is_fp8(activation: ActivationFormat | None) -> bool:
+    """Whether activations are E4M3 values without block scales."""
+    return activation is not None and activation.number_type == FP8
+
+
+def exact_float(activation: ActivationFormat) -> torch.dtype:
+    """Return the 16-bit type that holds the rounded values: bf16 for power-of-two block scales, which float16 has no range for."""
+    return torch.bfloat16 if activation.number_type.block_scale == "ue8m0" else torch.float16
+
+
+def describe_operands(scheme: LayerScheme) -> str:
+    """Name the formats of a product with their number types, for reasons: ``W weights by A activations``."""
+    return f"{scheme.weight} weights by {scheme.activation or 'unrounded'} activations"
+
+
+def type_objection(scheme: LayerScheme, read: Collection[NumberType]) -> str | None:
+    """Return why a kernel that reads weights of the number types ``read`` does not read the scheme's; None where it does."""
+    if scheme.weight.number_type in read:
+        return None
+    return f"reads weights in {' or '.join(map(str, read))}, not {scheme.weight}"
+
+
 def fp8_objection(request: LinearRequest) -> str | None:
     """Why FP8 matrix instructions do not serve ``request``'s activations; None when they do."""
     activation = request.scheme.activation
-    if activation is None or activation.name not in FP8_ACTIVATIONS:
-        return "needs FP8 activations"
+    if not is_fp8(activation):
+        return f"needs FP8 activations, not {activation or 'unrounded'}"
     if request.dtype not in (torch.float16, torch.bfloat16):
         return f"may sum at less than the precision of {request.dtype}"
     return None
 
 
 def one_scale(shards: Sequence[ShardWeight]) -> torch.Tensor:
-    """The float32 scale ``[1]`` that NVFP4 shards have in common. Raises ValueError when they have more than one."""
-    scales = torch.stack([shard.tensors["weight_scale_2"].to(torch.float32).reshape(()) for shard in shards])
+    """Return the output scale that shards have in common, float32 ``[1]``. Raises ValueError when they have more than one."""
+    scales = torch.cat([output_scale(shard) for shard in shards])
     if not bool((scales == scales[0]).all()):
         raise ValueError("takes one global scale, and the shards have several")
     return scales[:1].clone()
+
+
+def output_scale(shard: ShardWeight) -> torch.Tensor:
+    """Return the stored scale of the shard's outputs, float32: ``[1]`` for all of them, 1 where none is stored, or ``[N]``."""
+    name = shard.format.output_scale
+    if name is None:
+        return torch.ones(1, dtype=torch.float32, device=shard.tensors["weight"].device)
+    return shard.tensors[name].to(torch.float32).reshape(-1)
 
 
 def merge_decoded(shards: Sequence[ShardWeight]) -> DecodedWeight:
@@ -221,12 +246,15 @@ def merge_decoded(shards: Sequence[ShardWeight]) -> DecodedWeight:
 
 
 def merge_blocks(shards: Sequence[ShardWeight]) -> BlockWeight:
-    """Likewise as 4-bit codes and block scales. Raises ValueError when the format has none."""
+    """Return the shards as 4-bit codes and block scales, with an output scale for each row.
+
+    Raises ValueError when the format has no 4-bit codes.
+    """
     parts = []
     for shard in shards:
         part = shard.format.blocks(shard.tensors)
         if part is None:
-            raise ValueError(f"{shard.format.name} has no 4-bit blocks")
+            raise ValueError(f"{shard.format} has no 4-bit blocks")
         parts.append(part)
     return dataclasses.replace(
         parts[0],

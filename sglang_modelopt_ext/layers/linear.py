@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 
 from sglang_modelopt_ext.backends.base import (
-    FP8_ACTIVATIONS,
     Backend,
     BlockBackend,
     LinearRequest,
@@ -30,9 +29,7 @@ from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_kernels.formats.base import ActivationFormat, BlockActivation, ValueRule
-from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, round_blocks
-from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
-from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
+from sglang_modelopt_kernels.quantize import blocks, fp8, int8
 
 logger = logging.getLogger(__name__)
 
@@ -285,13 +282,14 @@ def round_input(
     if rank_amax is not None and (own := activation.token_amax(smooth(x, inputs))) is not None:
         amax = rank_amax(own)
     for_all_rows = (scale is None or scale.numel() == 1) and (smoothing is None or smoothing.dim() == 1)
-    if x.is_cuda and activation.name in FP8_ACTIVATIONS and for_all_rows:
+    if x.is_cuda and fp8.rounds(activation) and for_all_rows:
         exact = operand if operand == torch.float8_e4m3fn else torch.float16
-        values, row_scale = quantize_fp8(x, smoothing, scale, amax, exact)
-    elif x.is_cuda and activation.name in BLOCK_ACTIVATIONS and for_all_rows:
-        values, row_scale = round_blocks(x, activation.name, smoothing, scale, operand)
-    elif operand == torch.int8 and scale is not None and for_all_rows:
-        values, row_scale = (quantize_int8 if x.is_cuda else naive_quantize_int8)(x, smoothing, scale)
+        values, row_scale = fp8.quantize_fp8(x, smoothing, scale, amax, exact)
+    elif x.is_cuda and blocks.rounds(activation) and for_all_rows:
+        values, row_scale = blocks.round_blocks(x, activation.name, smoothing, scale, operand)
+    elif operand == torch.int8 and int8.rounds(activation) and scale is not None and for_all_rows:
+        quantize = int8.quantize_int8 if x.is_cuda else int8.naive_quantize_int8
+        values, row_scale = quantize(x, smoothing, scale)
     else:
         values, row_scale = activation.quantize(smooth(x, inputs), scale if amax is None else amax)
     return values.to(operand), row_scale

@@ -77,8 +77,7 @@ def random_shard(
     stored = scheme.weight.quantize(weight.to(torch.bfloat16))
     if scheme.activation is not None:
         for spec in scheme.activation.tensors:
-            largest = 2688 if scheme.activation.name == "nvfp4_dynamic" else 448
-            stored[spec.name] = torch.full((), 4.0 / largest, device=device)
+            stored[spec.name] = torch.full((), 4.0 / (scheme.activation.calibrated_range or 1.0), device=device)
     if scheme.smoothing:
         stored[PRE_QUANT_SCALE.name] = (torch.rand(k, generator=generator, device=device) + 0.5).to(dtype)
     if scheme.low_rank:

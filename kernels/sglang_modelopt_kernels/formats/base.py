@@ -21,6 +21,49 @@ from typing import Literal
 import torch
 
 Axis = Literal["N", "K"]
+Element = Literal["e2m1", "e4m3", "int4", "int8"]
+"""The type of one stored element of a weight or an activation."""
+BlockScale = Literal["e4m3", "ue8m0", "float32"]
+"""The type of the scales that blocks of elements share."""
+RowScale = Literal["static", "token"]
+"""Where the float32 scale of an activation's rows comes from: stored for the whole tensor, or computed for each token."""
+
+
+@dataclass(frozen=True)
+class NumberType:
+    """Elements and the scales of their blocks: what a kernel has to decode.
+
+    Backends compare it as a whole with the types that their kernels read. Scales of whole rows, which multiply a product's
+    output, are no part of it.
+
+    Attributes:
+        element: the type of one element.
+        block: rows and columns (N and K of a weight, M and K of an activation) that share a block scale; None without blocks.
+        block_scale: the type of a block scale; None without blocks.
+    """
+
+    element: Element
+    block: tuple[int, int] | None = None
+    block_scale: BlockScale | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where only one of ``block`` and ``block_scale`` is given, or a block is empty."""
+        if (self.block is None) != (self.block_scale is None) or (self.block is not None and min(self.block) < 1):
+            raise ValueError(f"blocks and their scales come together, got {self.block} and {self.block_scale}")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one element."""
+        return 4 if self.element in ("e2m1", "int4") else 8
+
+    def __str__(self) -> str:
+        """Name the properties, such as ``E2M1 in blocks of 16 under E4M3 scales``, for messages."""
+        if self.block is None or self.block_scale is None:
+            return self.element.upper()
+        rows, columns = self.block
+        size = f"{columns}" if rows == 1 else f"{rows} x {columns}"
+        scale = self.block_scale if self.block_scale == "float32" else self.block_scale.upper()
+        return f"{self.element.upper()} in blocks of {size} under {scale} scales"
 
 
 class ValueRule(Enum):
@@ -116,6 +159,13 @@ class DecodedWeight:
         return self.unit * self.out_scale
 
 
+_BLOCK_SCALE_OF: dict[torch.dtype, BlockScale] = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.uint8: "ue8m0",
+    torch.float32: "float32",
+}
+
+
 @dataclass(frozen=True)
 class BlockWeight:
     """A weight as its 4-bit codes and block scales: ``W = code * scale * out_scale``.
@@ -133,6 +183,13 @@ class BlockWeight:
     out_scale: torch.Tensor
     code: Literal["e2m1", "int4"]
     group: int
+
+    @property
+    def number_type(self) -> NumberType:
+        """The number type of codes and block scales. Raises ValueError where :attr:`scale` has another dtype than it may."""
+        if self.scale.dtype not in _BLOCK_SCALE_OF:
+            raise ValueError(f"block scales: expected e4m3, uint8 or float32, got {self.scale.dtype}")
+        return NumberType(self.code, (1, self.group), _BLOCK_SCALE_OF[self.scale.dtype])
 
 
 @dataclass(frozen=True)
@@ -154,14 +211,23 @@ class WeightFormat(ABC):
     """How a quantized weight ``[N, K]`` is stored and read."""
 
     name: str
-    group_size: int
-    """Inputs that share one block scale; 0 when there are no blocks."""
+    number_type: NumberType
+    """The stored elements and block scales."""
+    output_scale: str | None = None
+    """The stored tensor that :attr:`DecodedWeight.out_scale` holds: a scalar or one entry for each output; None where it is 1."""
     exact_in_bf16: bool
     """Every entry of :attr:`DecodedWeight.unit` is a bf16 number."""
     often_exact_in_bf16: bool = False
-    """Likewise for every weight but those at the end of float32's range; a backend has to look."""
-    has_blocks: bool = False
-    """:meth:`blocks` gives 4-bit codes and block scales."""
+    """Every entry is a bf16 number but for those at the end of float32's range; a backend has to look."""
+
+    def __str__(self) -> str:
+        """Name and number type, for messages."""
+        return f"{self.name} ({self.number_type})"
+
+    @property
+    def group_size(self) -> int:
+        """Inputs (K) that share one block scale; 0 without blocks."""
+        return self.number_type.block[1] if self.number_type.block else 0
 
     @property
     @abstractmethod
@@ -173,7 +239,7 @@ class WeightFormat(ABC):
         """Reads the stored tensors of one shard (by spec name; values already validated), on their device."""
 
     def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight | None:
-        """Likewise as 4-bit codes and block scales, None where the format has none."""
+        """Read one shard as 4-bit codes and block scales; None where the elements have another width."""
         del tensors
         return None
 
@@ -199,6 +265,16 @@ class ActivationFormat(ABC):
     """The rounding a recipe applies to the input of a linear layer."""
 
     name: str
+    number_type: NumberType
+    """The elements and block scales that the input is rounded to."""
+    row_scale: RowScale | None = None
+    """Where the float32 scale of the rows comes from; None where it is 1."""
+    calibrated_range: float | None = None
+    """What a static scale brings the calibrated amax to: ``input_scale = amax / calibrated_range``; None without one."""
+
+    def __str__(self) -> str:
+        """Name and number type, for messages."""
+        return f"{self.name} ({self.number_type})"
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

@@ -40,6 +40,21 @@ def static_scale(scale: torch.Tensor | None, rows: int) -> torch.Tensor:
     return wide
 
 
+def check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Raise ValueError, with what was expected and given, unless ``tensor`` has that dtype and shape."""
+    if tensor.dtype != dtype or tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected {dtype} {list(shape)}, got {tensor.dtype} {list(tensor.shape)}")
+
+
+def check_mxfp4(codes: torch.Tensor, scale: torch.Tensor) -> None:
+    """Raise ValueError unless a stored weight is MXFP4: ``codes`` uint8 ``[N, K / 2]`` and ``scale`` uint8 ``[N, K / 32]``."""
+    n, k = codes.shape[0], 2 * codes.shape[-1]
+    if k % 32:
+        raise ValueError(f"MXFP4: expected K in blocks of 32, got {k}")
+    check_tensor("MXFP4 codes", codes, torch.uint8, (n, k // 2))
+    check_tensor("MXFP4 block scales (UE8M0, blocks of 32)", scale, torch.uint8, (n, k // 32))
+
+
 def no_scale(scale: torch.Tensor | None) -> None:
     """Raises ValueError when a dynamic format is handed a static scale, which it would otherwise drop silently."""
     if scale is not None:

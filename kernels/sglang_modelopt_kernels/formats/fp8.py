@@ -12,10 +12,14 @@ import torch
 from torch.nn.functional import pad
 
 from . import e4m3
-from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import ActivationFormat, DecodedWeight, Dim, NumberType, TensorSpec, ValueRule, WeightFormat
 from .checks import check_activation, check_weight, divide, positive_amax, static_scale
 
 BLOCK = 128
+FP8 = NumberType("e4m3")
+"""E4M3 without block scales: weights per tensor and per channel, and activations."""
+FP8_BLOCKS = NumberType("e4m3", (BLOCK, BLOCK), "float32")
+"""E4M3 weights in square blocks."""
 
 _CODES = TensorSpec("weight", (torch.float8_e4m3fn,), (Dim("N"), Dim("K")), ValueRule.FINITE)
 
@@ -24,7 +28,8 @@ class FP8PerTensorWeight(WeightFormat):
     """``weight`` e4m3 ``[N, K]`` and one ``weight_scale`` float32 ``[]`` = amax / 448, as quant_algo FP8 exports."""
 
     name = "fp8"
-    group_size = 0
+    number_type = FP8
+    output_scale = "weight_scale"
     exact_in_bf16 = True
 
     @property
@@ -58,7 +63,8 @@ class FP8PerChannelWeight(WeightFormat):
     """``weight`` e4m3 ``[N, K]`` and ``weight_scale`` float32 ``[N]``, as FP8_PER_CHANNEL_PER_TOKEN exports."""
 
     name = "fp8_per_channel"
-    group_size = 0
+    number_type = FP8
+    output_scale = "weight_scale"
     exact_in_bf16 = True
 
     @property
@@ -88,7 +94,7 @@ class FP8BlockWeight(WeightFormat):
     """
 
     name = "fp8_block"
-    group_size = BLOCK
+    number_type = FP8_BLOCKS
     exact_in_bf16 = False
 
     @property
@@ -131,6 +137,9 @@ class FP8StaticPerTensor(ActivationFormat):
     """
 
     name = "fp8_static"
+    number_type = FP8
+    row_scale = "static"
+    calibrated_range = e4m3.MAX
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -152,6 +161,8 @@ class FP8DynamicPerToken(ActivationFormat):
     """
 
     name = "fp8_per_token"
+    number_type = FP8
+    row_scale = "token"
 
     def token_amax(self, x: torch.Tensor) -> torch.Tensor:
         """``max |x|`` of each token, ``[M, 1]``."""

@@ -11,12 +11,14 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3
-from .base import BlockWeight, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import BlockWeight, DecodedWeight, Dim, NumberType, TensorSpec, ValueRule, WeightFormat
 from .checks import block_amax, check_weight, divide, positive_amax, scale_blocks, split_blocks
 
 BLOCK = 128
 MAX = 7.0
 """What amax is scaled to; -8 is a legal code that only a clipped value takes."""
+INT4 = NumberType("int4", (1, BLOCK), "float32")
+"""The number type of the weights."""
 
 
 def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
@@ -37,9 +39,8 @@ class INT4Weight(WeightFormat):
     """``weight`` uint8 ``[N / 2, K]`` and ``weight_scale`` float32 ``[N, K / 128]``, as W4A16_AWQ exports."""
 
     name = "int4_awq"
-    group_size = BLOCK
+    number_type = INT4
     exact_in_bf16 = False
-    has_blocks = True
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 
 import torch
 
-from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import ActivationFormat, DecodedWeight, Dim, NumberType, TensorSpec, ValueRule, WeightFormat
 from .checks import check_activation, check_weight, divide, positive_amax, static_scale
 
 MAX = 127.0
 """What amax is scaled to; -128 is a legal code that only a clipped value takes."""
+INT8 = NumberType("int8")
+"""The number type of weights and activations."""
 
 
 def round_to_int8(x: torch.Tensor) -> torch.Tensor:
@@ -26,7 +28,8 @@ class INT8PerChannelWeight(WeightFormat):
     """``weight`` int8 ``[N, K]`` and ``weight_scale`` float32 ``[N]``, as W8A8_SQ_PER_CHANNEL and W8A16 export."""
 
     name = "int8_per_channel"
-    group_size = 0
+    number_type = INT8
+    output_scale = "weight_scale"
     exact_in_bf16 = True
 
     @property
@@ -61,6 +64,9 @@ class INT8StaticPerTensor(ActivationFormat):
     """
 
     name = "int8_static"
+    number_type = INT8
+    row_scale = "static"
+    calibrated_range = MAX
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:

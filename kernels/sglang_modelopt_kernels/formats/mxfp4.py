@@ -17,6 +17,7 @@ from .base import (
     BlockWeight,
     DecodedWeight,
     Dim,
+    NumberType,
     TensorSpec,
     ValueRule,
     WeightFormat,
@@ -24,6 +25,8 @@ from .base import (
 from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
 
 BLOCK = 32
+MXFP4 = NumberType("e2m1", (1, BLOCK), "ue8m0")
+"""The number type of weights and activations."""
 
 
 class MXFP4Weight(WeightFormat):
@@ -34,9 +37,8 @@ class MXFP4Weight(WeightFormat):
     """
 
     name = "mxfp4"
-    group_size = BLOCK
+    number_type = MXFP4
     exact_in_bf16 = True
-    has_blocks = True
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -79,6 +81,7 @@ class MXFP4Dynamic(ActivationFormat):
     """
 
     name = "mxfp4_dynamic"
+    number_type = MXFP4
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and block scales of float32 ``x`` ``[M, K]``.

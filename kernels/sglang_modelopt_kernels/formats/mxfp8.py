@@ -11,10 +11,12 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3, ue8m0
-from .base import ActivationFormat, BlockActivation, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import ActivationFormat, BlockActivation, DecodedWeight, Dim, NumberType, TensorSpec, ValueRule, WeightFormat
 from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
 
 BLOCK = 32
+MXFP8 = NumberType("e4m3", (1, BLOCK), "ue8m0")
+"""The number type of weights and activations."""
 
 
 class MXFP8Weight(WeightFormat):
@@ -25,7 +27,7 @@ class MXFP8Weight(WeightFormat):
     """
 
     name = "mxfp8"
-    group_size = BLOCK
+    number_type = MXFP8
     exact_in_bf16 = False
     often_exact_in_bf16 = True
 
@@ -61,6 +63,7 @@ class MXFP8Dynamic(ActivationFormat):
     """
 
     name = "mxfp8_dynamic"
+    number_type = MXFP8
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Elements and block scales of float32 ``x`` ``[M, K]``.

@@ -17,6 +17,7 @@ from .base import (
     BlockWeight,
     DecodedWeight,
     Dim,
+    NumberType,
     TensorSpec,
     ValueRule,
     WeightFormat,
@@ -28,6 +29,11 @@ FULL_RANGE = e2m1.MAX * e4m3.MAX
 
 FP8_RANGE = e4m3.MAX
 """448: code times block scale stays in the range of E4M3, for kernels that turn the weight into FP8."""
+
+NVFP4 = NumberType("e2m1", (1, 16), "e4m3")
+"""NVIDIA's NVFP4, the one of FP4 matrix instructions."""
+NVFP4_WIDE = NumberType("e2m1", (1, 32), "e4m3")
+"""ModelOpt's NVFP4 in blocks of 32: two blocks of 16 with one scale."""
 
 
 class NVFP4Weight(WeightFormat):
@@ -42,14 +48,14 @@ class NVFP4Weight(WeightFormat):
             :meth:`quantize` depends on it: 2688 for every recipe but W4A8_NVFP4_FP8, which uses 448.
     """
 
+    output_scale = "weight_scale_2"
     exact_in_bf16 = True
-    has_blocks = True
 
     def __init__(self, name: str, group_size: int, unit_max: float) -> None:
         if group_size not in (16, 32):
             raise ValueError(f"NVFP4 has blocks of 16 or 32, not {group_size}")
         self.name = name
-        self.group_size = group_size
+        self.number_type = NumberType("e2m1", (1, group_size), "e4m3")
         self.unit_max = unit_max
 
     @property
@@ -128,6 +134,9 @@ class NVFP4DynamicBlock(ActivationFormat):
     """
 
     name = "nvfp4_dynamic"
+    number_type = NVFP4
+    row_scale = "static"
+    calibrated_range = FULL_RANGE
     block = 16
 
     @property

@@ -16,11 +16,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import ShardWeight, one_scale, round_to_blocks
+from sglang_modelopt_ext.backends.base import ShardWeight, describe_operands, one_scale, round_to_blocks
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
-from sglang_modelopt_ext.backends.linear.flashinfer import PACKAGE
+from sglang_modelopt_ext.backends.linear.flashinfer import PACKAGE, both_sides
 from sglang_modelopt_ext.backends.packages import package_objection
-from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS
+from sglang_modelopt_kernels.formats.base import ActivationFormat
+from sglang_modelopt_kernels.formats.mxfp8 import MXFP8, MXFP8Dynamic
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4DynamicBlock
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 FOUR_OVER_SIX = "FLASHINFER_NVFP4_4OVER6"
@@ -30,8 +32,8 @@ FOUR_OVER_SIX = "FLASHINFER_NVFP4_4OVER6"
 class CutlassExperts(FusedExperts):
     """A format of weights and activations that ``flashinfer.fused_moe.cutlass_fused_moe`` takes."""
 
-    weight: str
-    activation: str
+    activation: ActivationFormat
+    """What both products read; the weights are of its number type."""
     capabilities: tuple[int, ...]
     multiples: tuple[int, int]
     """Of the hidden and of the intermediate size."""
@@ -42,9 +44,8 @@ class CutlassExperts(FusedExperts):
         if asked.device != "cuda" or asked.capability not in self.capabilities:
             return f"is for {', '.join(f'SM{capability}' for capability in self.capabilities)}"
         for scheme in (asked.scheme, request.down.scheme):
-            activation = scheme.activation.name if scheme.activation else "unrounded"
-            if (scheme.weight.name, activation) != (self.weight, self.activation):
-                return f"does not multiply {scheme.weight.name} weights by {activation} activations"
+            if not both_sides(scheme, self.activation.number_type):
+                return f"does not multiply {describe_operands(scheme)}"
             if scheme.smoothing:
                 return "does not smooth its input"
         if asked.dtype not in (torch.float16, torch.bfloat16):
@@ -69,7 +70,7 @@ class CutlassExperts(FusedExperts):
             prepared["gate_up"],
             prepared["down"],
             self.scales(prepared),
-            self.weight == "mxfp8",
+            self.activation.number_type == MXFP8,
             x.dtype,
         )
         return y
@@ -87,7 +88,7 @@ class CutlassNvfp4Experts(CutlassExperts):
     """NVFP4 weights and activations, a whole layer in one call: ``flashinfer.fused_moe.cutlass_fused_moe``."""
 
     name = "flashinfer_cutlass_nvfp4_experts"
-    weight, activation = "nvfp4", "nvfp4_dynamic"
+    activation = NVFP4DynamicBlock()
     capabilities = (100, 103, 110, 120, 121)
     multiples = (64, 64)
 
@@ -123,7 +124,7 @@ class CutlassNvfp4Experts(CutlassExperts):
         """Rounded here where all experts read the same."""
         if "input_scale" not in prepared:
             return x, None
-        rounded = round_to_blocks(ACTIVATION_FORMATS[self.activation], x, None, prepared["input_scale"], swizzled=True)
+        rounded = round_to_blocks(self.activation, x, None, prepared["input_scale"], swizzled=True)
         return rounded.codes, rounded.scale.view(torch.uint8)
 
     def scales(self, prepared: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -135,7 +136,7 @@ class CutlassMxfp8Experts(CutlassExperts):
     """MXFP8 weights and activations, a whole layer in one call: ``flashinfer.fused_moe.cutlass_fused_moe``."""
 
     name = "flashinfer_cutlass_mxfp8_experts"
-    weight, activation = "mxfp8", "mxfp8_dynamic"
+    activation = MXFP8Dynamic()
     capabilities = (100, 103)
     multiples = (128, 128)
 
@@ -153,7 +154,7 @@ class CutlassMxfp8Experts(CutlassExperts):
     def read(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rounded here."""
         del prepared
-        rounded = round_to_blocks(ACTIVATION_FORMATS[self.activation], x, None, None, swizzled=True)
+        rounded = round_to_blocks(self.activation, x, None, None, swizzled=True)
         return rounded.codes, rounded.scale.flatten()
 
     def scales(self, prepared: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:

@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import BlockBackend, LinearRequest, ShardWeight, one_scale
+from sglang_modelopt_ext.backends.base import BlockBackend, LinearRequest, ShardWeight, describe_operands, one_scale
 from sglang_modelopt_ext.backends.packages import package_objection
-from sglang_modelopt_ext.schemes.base import LORA_B
-from sglang_modelopt_kernels.formats.base import BlockActivation
-from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
+from sglang_modelopt_ext.schemes.base import LORA_B, LayerScheme
+from sglang_modelopt_kernels.formats.base import BlockActivation, NumberType
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
+from sglang_modelopt_kernels.formats.mxfp8 import MXFP8
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle, rounds
 
 PACKAGE = "flashinfer-python"
 CAPABILITIES = (100, 103, 110, 120, 121)
@@ -28,6 +31,14 @@ def flashinfer_objection(request: LinearRequest, capabilities: Sequence[int]) ->
     if request.dtype not in (torch.float16, torch.bfloat16):
         return f"has no {request.dtype} output"
     return package_objection(PACKAGE, request.packages)
+
+
+def both_sides(scheme: LayerScheme, wanted: NumberType) -> bool:
+    """Whether weights and activations have the number type ``wanted``, and a kernel of ours rounds the activations to it."""
+    activation = scheme.activation
+    if activation is None or not rounds(activation):
+        return False
+    return scheme.weight.number_type == wanted == activation.number_type
 
 
 def check_rows(rows: int, multiple: int) -> None:
@@ -56,30 +67,29 @@ class FlashInferFp4(BlockBackend):
     name = "flashinfer_mm_fp4"
     repeats = False  # not known
     swizzled = True
-    weights: Mapping[str, str] = {"nvfp4_dynamic": "nvfp4", "mxfp4_dynamic": "mxfp4"}
-    """The weight format that goes with each activation format."""
+    capabilities: Mapping[NumberType, Sequence[int]] = {NVFP4: CAPABILITIES, MXFP4: (100, 103)}
+    """The number types that it reads, on both sides alike, and the GPUs for each."""
 
     def objection(self, request: LinearRequest) -> str | None:
         """NVFP4 and MXFP4 with rounded activations, N and K in 32s."""
         scheme = request.scheme
-        activation = scheme.activation.name if scheme.activation else "unrounded"
-        if self.weights.get(activation) != scheme.weight.name:
-            return f"does not multiply {scheme.weight.name} weights by {activation} activations"
+        if scheme.weight.number_type not in self.capabilities or not both_sides(scheme, scheme.weight.number_type):
+            return f"does not multiply {describe_operands(scheme)}"
         if request.n % 32 or request.k % 32:
             return f"needs N and K in 32s, not {request.n} and {request.k}"
         if scheme.low_rank:
             return "has no float32 output for a low-rank branch"
-        return flashinfer_objection(request, CAPABILITIES if scheme.weight.name == "nvfp4" else (100, 103))
+        return flashinfer_objection(request, self.capabilities[scheme.weight.number_type])
 
     def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
         """``codes`` uint8 ``[N, K / 2]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``."""
         codes = stored(shards, "weight")
         check_rows(codes.shape[0], 32)
-        scale = one_scale(shards) if "weight_scale_2" in shards[0].tensors else torch.ones(1, device=codes.device)
+        scale = one_scale(shards)
         return {
             "codes": codes,
             "block_scale": naive_swizzle(stored(shards, "weight_scale")).view(torch.uint8),
-            "out_scale": scale.to(torch.float32).expand(codes.shape[0]).contiguous(),
+            "out_scale": scale.expand(codes.shape[0]).contiguous(),
         }
 
     def matmul_blocks(
@@ -153,8 +163,8 @@ class FlashInferSvdquant(FlashInferFp4):
     def objection(self, request: LinearRequest) -> str | None:
         """NVFP4 layers of bf16 models with a rank in 32s, N and K in 32s."""
         scheme = request.scheme
-        if scheme.weight.name != "nvfp4" or scheme.activation is None or scheme.activation.name != "nvfp4_dynamic":
-            return "multiplies NVFP4 weights by NVFP4 activations only"
+        if not both_sides(scheme, NVFP4):
+            return f"multiplies NVFP4 weights by NVFP4 activations only, not {describe_operands(scheme)}"
         if not scheme.low_rank or scheme.low_rank % self.multiple:
             return f"needs a rank in {self.multiple}s, not {scheme.low_rank}"
         if request.n % 32 or request.k % 32:
@@ -230,8 +240,8 @@ class FlashInferMxfp8(BlockBackend):
     def objection(self, request: LinearRequest) -> str | None:
         """MXFP8, N and K in 32s and from 128."""
         scheme = request.scheme
-        if scheme.weight.name != "mxfp8" or scheme.activation is None or scheme.activation.name != "mxfp8_dynamic":
-            return "multiplies MXFP8 weights by MXFP8 activations only"
+        if not both_sides(scheme, MXFP8):
+            return f"multiplies MXFP8 weights by MXFP8 activations only, not {describe_operands(scheme)}"
         if request.n % 32 or request.k % 32 or request.n < 128 or request.k < 128:
             return f"needs N and K in 32s and from 128, not {request.n} and {request.k}"
         return flashinfer_objection(request, CAPABILITIES)

@@ -6,15 +6,25 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import BlockBackend, LinearRequest, ShardWeight
+from sglang_modelopt_ext.backends.base import (
+    BlockBackend,
+    LinearRequest,
+    ShardWeight,
+    describe_operands,
+    output_scale,
+    type_objection,
+)
 from sglang_modelopt_kernels.formats import e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
 from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens, takes_tiles
 from sglang_modelopt_kernels.gemm.fp4_blackwell import fp4_linear
 from sglang_modelopt_kernels.gemm.fp4_blackwell.linear import TILED_CONFIGS
-from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle, rounds
 
-_ACTIVATION_OF = {"nvfp4": "nvfp4_dynamic", "mxfp4": "mxfp4_dynamic"}
+TYPES = (NVFP4, MXFP4)
+"""The number types that FP4 matrix instructions read, on both sides alike."""
 
 
 class Fp4(BlockBackend):
@@ -30,10 +40,10 @@ class Fp4(BlockBackend):
         scheme, activation = request.scheme, request.scheme.activation
         if request.device != "cuda" or f"SM{request.capability}" not in self.architectures:
             return f"is for {' and '.join(self.architectures)}"
-        if scheme.weight.name not in _ACTIVATION_OF:
-            return f"has no matrix instruction for {scheme.weight.name} weights"
-        if activation is None or activation.name != _ACTIVATION_OF[scheme.weight.name]:
-            return f"needs {_ACTIVATION_OF[scheme.weight.name]} activations"
+        if (reason := type_objection(scheme, TYPES)) is not None:
+            return reason
+        if activation is None or activation.number_type != scheme.weight.number_type or not rounds(activation):
+            return f"has no matrix instruction for {describe_operands(scheme)}"
         if request.dtype not in (torch.float16, torch.bfloat16):
             return f"may sum at less than the precision of {request.dtype}"
         return None
@@ -49,11 +59,7 @@ class Fp4(BlockBackend):
             illegal = e4m3.byte_is_nan(scale) | e4m3.byte_is_negative(scale)
         if bool(illegal.any()):
             raise ValueError("a block scale is NaN or negative")
-        one = torch.ones((), dtype=torch.float32, device=codes.device)
-        out_scale = [
-            shard.tensors.get("weight_scale_2", one).to(torch.float32).expand(shard.tensors["weight"].shape[0])
-            for shard in shards
-        ]
+        out_scale = [output_scale(shard).expand(shard.tensors["weight"].shape[0]) for shard in shards]
         kept = naive_swizzle(scale) if self.tiled else scale
         return {"codes": codes, "block_scale": kept, "out_scale": torch.cat(out_scale)}
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, merge_decoded
+from sglang_modelopt_kernels.formats.fp8 import FP8
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w8_decode import rows_of, whole
@@ -23,8 +24,8 @@ class Fp8(Backend):
         scheme = request.scheme
         if request.device != "cuda" or (request.capability or 0) < 89:
             return "is for GPUs from SM89"
-        if request.math != "fp8" and scheme.weight.name not in ("fp8", "fp8_per_channel"):
-            return f"{scheme.weight.name} weights are not E4M3 numbers under a scale for each row"
+        if request.math != "fp8" and scheme.weight.number_type != FP8:
+            return f"{scheme.weight} weights are not E4M3 values under a scale for each row"
         if request.k % 16 or request.n % 16:
             return f"needs N and K in 16s, not {request.n} and {request.k}"
         return fp8_objection(request)

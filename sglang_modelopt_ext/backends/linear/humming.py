@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, type_objection
 from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, stored
 from sglang_modelopt_ext.backends.packages import package_objection
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 
 SPAN = 11
 """What the exponents of a row may differ by: E4M3 then holds every E2M1 code under them, exactly."""
@@ -35,8 +36,8 @@ class Humming(Backend):
         scheme = request.scheme
         if request.device != "cuda" or request.capability not in (89, 90):
             return "is for SM89, SM90"
-        if scheme.weight.name != "mxfp4":
-            return f"{scheme.weight.name} weights have no UE8M0 block scales"
+        if (reason := type_objection(scheme, (MXFP4,))) is not None:
+            return reason
         if request.dtype != torch.bfloat16:
             return f"has no {request.dtype} output here"
         if request.k % 128 or request.n % 8:

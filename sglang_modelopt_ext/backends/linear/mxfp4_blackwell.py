@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, type_objection
 from sglang_modelopt_kernels.formats import ue8m0
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import mxfp4_linear, pair_blocks
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.linear import CONFIGS
@@ -27,8 +28,8 @@ class Mxfp4(Backend):
         scheme, capability = request.scheme, request.capability or 0
         if request.device != "cuda" or f"SM{capability}" not in self.architectures:
             return f"is for {' and '.join(self.architectures)}"
-        if scheme.weight.name != "mxfp4":
-            return f"{scheme.weight.name} weights have no UE8M0 block scales"
+        if (reason := type_objection(scheme, (MXFP4,))) is not None:
+            return reason
         if self.paired and request.k % 64:
             return f"needs K in 64s, not {request.k}"
         return fp8_objection(request)

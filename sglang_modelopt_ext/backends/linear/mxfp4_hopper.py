@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, type_objection
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear
 
 
@@ -20,8 +21,8 @@ class FoldedMxfp4(Backend):
         """MXFP4 weights with FP8 activations on SM89 and SM90."""
         if request.device != "cuda" or request.capability not in (89, 90):
             return "is for SM89 and SM90"
-        if request.scheme.weight.name != "mxfp4":
-            return f"{request.scheme.weight.name} weights have no UE8M0 block scales"
+        if (reason := type_objection(request.scheme, (MXFP4,))) is not None:
+            return reason
         return fp8_objection(request)
 
     def operand(self, request: LinearRequest) -> torch.dtype:

@@ -9,17 +9,21 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, one_scale
+from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, describe_operands, one_scale
 from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, flashinfer_objection, stored
 from sglang_modelopt_ext.backends.packages import package_objection
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_WIDE
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
+
+TYPES = (NVFP4, NVFP4_WIDE)
+"""The number types of weights that are whole blocks of 16."""
 
 
 def weight_only_objection(request: LinearRequest) -> str | None:
     """NVFP4 weights under unrounded activations of a bf16 model, without a low-rank branch."""
     scheme = request.scheme
-    if not scheme.weight.name.startswith("nvfp4") or scheme.activation is not None:
-        return "multiplies NVFP4 weights by unrounded activations only"
+    if scheme.weight.number_type not in TYPES or scheme.activation is not None:
+        return f"multiplies NVFP4 weights by unrounded activations only, not {describe_operands(scheme)}"
     if request.math != "exact":
         return f"does not round weights as math {request.math} does"
     if request.dtype != torch.bfloat16:
@@ -32,7 +36,12 @@ def weight_only_objection(request: LinearRequest) -> str | None:
 
 
 def blocks_of_16(shards: Sequence[ShardWeight]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shards' codes uint8 ``[N, K / 2]`` and scales e4m3 ``[N, K / 16]``."""
+    """Return the shards' codes uint8 ``[N, K / 2]`` and scales e4m3 ``[N, K / 16]``.
+
+    Raises ValueError for weights that are not E2M1 in blocks of 16 or 32 under E4M3 scales.
+    """
+    if shards[0].format.number_type not in TYPES:
+        raise ValueError(f"packing: expected {' or '.join(map(str, TYPES))}, got {shards[0].format}")
     codes = stored(shards, "weight")
     check_rows(codes.shape[0], 64)
     scale = stored(shards, "weight_scale").view(torch.uint8)

@@ -40,7 +40,12 @@ def pair_blocks(codes: torch.Tensor) -> torch.Tensor:
     """Stored codes ``[N, K / 2]``, K in 64s, with every second block in the high halves of the bytes of the one before it.
 
     Byte j of 32 holds inputs j and 32 + j of 64, so that each half of the bytes is whole blocks in order.
+
+    Raises:
+        ValueError: codes that are not uint8, or K not in 64s.
     """
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % 32:
+        raise ValueError(f"codes: expected uint8 [N, K / 2] with K in 64s, got {codes.dtype} {list(codes.shape)}")
     even, odd = codes.unflatten(1, (-1, 2, 16)).unbind(2)  # the bytes of a pair's first and second block
     return torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(1)
 

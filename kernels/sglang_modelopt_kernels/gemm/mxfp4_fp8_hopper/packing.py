@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_modelopt_kernels.formats import e2m1, ue8m0
+from sglang_modelopt_kernels.formats.checks import check_mxfp4
 
 BLOCK = 32
 TOP, BOTTOM = 12, 1
@@ -44,13 +45,15 @@ class FoldedWeight:
 
 
 def fold(codes: torch.Tensor, scale: torch.Tensor) -> FoldedWeight:
-    """Packs a stored MXFP4 weight, ``codes`` uint8 ``[N, K / 2]`` and ``scale`` uint8 ``[N, K / 32]``; exact, or refused.
+    """Pack a stored MXFP4 weight, ``codes`` uint8 ``[N, K / 2]`` and ``scale`` uint8 ``[N, K / 32]``, exactly.
 
     A block of zeros has no exponent of its own.
 
     Raises:
-        ValueError: a scale is NaN, or those of a row span more than 2^11.
+        ValueError: codes or scales of another dtype, scales of other blocks, a scale that is NaN, or scales of a row that span
+            more than 2^11.
     """
+    check_mxfp4(codes, scale)
     if bool(ue8m0.byte_is_nan(scale).any()):
         raise ValueError("a UE8M0 block scale is NaN")
     zero = ((codes & 0x77).unflatten(1, (-1, BLOCK // 2)).amax(dim=2)) == 0

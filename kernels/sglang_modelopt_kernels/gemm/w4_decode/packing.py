@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
-from sglang_modelopt_kernels.formats.base import BlockWeight
-from sglang_modelopt_kernels.formats.checks import scale_blocks, split_blocks
+from sglang_modelopt_kernels.formats.base import BlockWeight, NumberType
+from sglang_modelopt_kernels.formats.checks import check_tensor, scale_blocks, split_blocks
 from sglang_modelopt_kernels.formats.fp4_packing.packing import (
     as_int16,
     join_planes,
@@ -21,9 +21,20 @@ from sglang_modelopt_kernels.formats.fp4_packing.packing import (
     split_planes,
     unpack_e2m1,
 )
+from sglang_modelopt_kernels.formats.int4_awq import INT4
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_WIDE
 
 Kind = Literal["e2m1_e4m3", "e2m1_exponent", "int4_float"]
 """How codes and block scales are read."""
+
+KIND_OF: dict[NumberType, Kind] = {
+    NVFP4: "e2m1_e4m3",
+    NVFP4_WIDE: "e2m1_e4m3",
+    MXFP4: "e2m1_exponent",
+    INT4: "int4_float",
+}
+"""The number types that can be packed. Four codes of an element share a scale, so that blocks are at least 16 wide."""
 
 EXPONENT_TOP = 30
 EXPONENT_BOTTOM = 6
@@ -68,27 +79,32 @@ class PackedWeight:
 
 
 def pack(weight: BlockWeight) -> PackedWeight:
-    """Packs a weight for the kernel; exact, or refused.
+    """Pack a weight for the kernel, exactly.
 
     Raises:
-        ValueError: K is not a multiple of 16, an E4M3 scale is NaN or negative or a UE8M0 scale is NaN (the kernel reads their
-            bits), or the exponents of a row's blocks span more than the kernel's range.
+        ValueError: K is not a multiple of 16, the number type is none of :data:`KIND_OF`, the scales have another shape, an E4M3
+            scale is NaN or negative or a UE8M0 scale is NaN (the kernel reads their bits), or the exponents of a row's blocks span
+            more than the kernel's range.
     """
     n, k = weight.codes.shape
     if k % 16:
         raise ValueError(f"K = {k} is not a multiple of 16")
+    kind = KIND_OF.get(weight.number_type)
+    if kind is None:
+        raise ValueError(f"packing: expected {' or '.join(map(str, KIND_OF))}, got {weight.number_type}")
+    check_tensor("block scales", weight.scale, weight.scale.dtype, (n, k // weight.group))
     out_scale = weight.out_scale.to(torch.float32).reshape(-1).expand(n).contiguous()
-    if weight.code == "int4":
+    if kind == "int4_float":
         return PackedWeight(
-            _by_rows(weight.codes, _pack_int4), weight.scale.contiguous(), out_scale, "int4_float", weight.group
+            _by_rows(weight.codes, _pack_int4), weight.scale.contiguous(), out_scale, kind, weight.group
         )
     codes = _by_rows(weight.codes, pack_e2m1)
-    if weight.scale.dtype == torch.float8_e4m3fn:
+    if kind == "e2m1_e4m3":
         if bool((e4m3.byte_is_nan(weight.scale) | e4m3.byte_is_negative(weight.scale)).any()):
             raise ValueError("an E4M3 block scale is NaN or negative")
-        return PackedWeight(codes, weight.scale.view(torch.uint8).contiguous(), out_scale, "e2m1_e4m3", weight.group)
+        return PackedWeight(codes, weight.scale.view(torch.uint8).contiguous(), out_scale, kind, weight.group)
     scale, factor, fp8 = _relative_exponents(weight)
-    return PackedWeight(codes, scale, out_scale * factor, "e2m1_exponent", weight.group, fp8)
+    return PackedWeight(codes, scale, out_scale * factor, kind, weight.group, fp8)
 
 
 _KIND_OF_SCALE: dict[torch.dtype, Kind] = {

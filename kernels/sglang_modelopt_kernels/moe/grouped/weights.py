@@ -27,16 +27,20 @@ from typing import Literal, get_args
 import torch
 
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
-from sglang_modelopt_kernels.formats.checks import scale_blocks
+from sglang_modelopt_kernels.formats.base import NumberType
+from sglang_modelopt_kernels.formats.checks import check_mxfp4, check_tensor, scale_blocks
 from sglang_modelopt_kernels.gemm import w8_decode
 from sglang_modelopt_kernels.gemm.w4_decode import packing
 from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
+from sglang_modelopt_kernels.gemm.w8_decode import packing as w8_packing
 
 Kind = Literal[
     "e2m1_e4m3", "e2m1_exponent", "int4_float", "mxfp4", "e4m3", "e4m3_float", "e4m3_exponent", "int8", "bf16"
 ]
 """How codes and block scales are read."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+KIND_OF: dict[NumberType, Kind] = {**packing.KIND_OF, **w8_packing.KIND_OF}
+"""The number types that are kept at their stored width, apart from ``mxfp4``."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +90,27 @@ def packed(weight: PackedWeight) -> GroupedWeight:
 
 
 def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
-    """An MXFP4 weight of one expert as stored: uint8 ``[N, K / 2]`` and ``[N, K / 32]``. Raises ValueError for a NaN scale."""
+    """An MXFP4 weight of one expert as stored: uint8 ``[N, K / 2]`` and ``[N, K / 32]``.
+
+    Raises:
+        ValueError: codes or scales of another dtype, scales of other blocks, or a scale that is NaN.
+    """
+    check_mxfp4(codes, scale)
     _no_nan(scale)
     return GroupedWeight(codes, scale, torch.ones(codes.shape[0], device=codes.device), "mxfp4")
 
 
 def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> GroupedWeight:
-    """E4M3, int8 or bf16 numbers ``[N, K]`` of one expert under float32 ``[N]``."""
+    """E4M3, int8 or bf16 values ``[N, K]`` of one expert under float32 ``[N]``. Raises ValueError for other dtypes."""
+    if (codes.dtype, None) not in _KIND_OF:
+        raise ValueError(f"codes: expected e4m3, int8 or bf16, got {codes.dtype}")
     return GroupedWeight(codes, None, out_scale, _KIND_OF[codes.dtype, None])
 
 
 def float_blocks(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
-    """E4M3 codes ``[N, K]`` of one expert under float32 ``[N, ceil(K / 128)]``."""
+    """E4M3 codes ``[N, K]`` of one expert under float32 ``[N, ceil(K / 128)]``. Raises ValueError for other dtypes and shapes."""
+    check_tensor("codes", codes, torch.float8_e4m3fn, (codes.shape[0], codes.shape[-1]))
+    check_tensor("scales of blocks of 128", scale, torch.float32, (codes.shape[0], -(-codes.shape[1] // 128)))
     return GroupedWeight(codes, scale, torch.ones_like(scale[:, 0]), "e4m3_float")
 
 
