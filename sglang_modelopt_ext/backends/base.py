@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import torch
 
@@ -69,7 +71,48 @@ class ShardWeight:
         return round_unit_to_e4m3(decoded) if self.math == "fp8" else decoded
 
 
-class Backend(ABC):
+class PreparedWeight(Protocol):
+    """A weight as a backend keeps it: a frozen dataclass of tensors and static metadata."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def out_scale(self) -> torch.Tensor:
+        """The scale of each output, float32 ``[N]``."""
+
+
+WeightT = TypeVar("WeightT", bound=PreparedWeight)
+
+
+def tensors_of(weight: PreparedWeight) -> dict[str, torch.Tensor]:
+    """Return the tensors of a prepared weight, by field."""
+    values = {entry.name: getattr(weight, entry.name) for entry in dataclasses.fields(weight)}
+    return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def without_tensors(weight: WeightT) -> Callable[..., WeightT]:
+    """Return a function that builds ``weight`` again from its tensors, given by field; it keeps none of them alive."""
+    tensors = tensors_of(weight)
+    static = {entry.name: getattr(weight, entry.name) for entry in dataclasses.fields(weight)}
+    return functools.partial(type(weight), **{name: value for name, value in static.items() if name not in tensors})
+
+
+@dataclass(frozen=True)
+class BlockScaledWeight:
+    """Codes and block scales in the order of the backend that prepared them.
+
+    Attributes:
+        codes: the elements, N rows of them.
+        block_scale: their block scales.
+        out_scale: float32 ``[N]``.
+    """
+
+    codes: torch.Tensor
+    block_scale: torch.Tensor
+    out_scale: torch.Tensor
+
+
+class Backend(ABC, Generic[WeightT]):
     """A way to keep a weight, and the product that reads it."""
 
     name: str
@@ -88,20 +131,20 @@ class Backend(ABC):
 
     @abstractmethod
     def objection(self, request: LinearRequest) -> str | None:
-        """Likewise, apart from what every backend asks."""
+        """Return why this backend cannot serve ``request``, or None. :meth:`supports` checks what all backends ask."""
 
     @abstractmethod
     def operand(self, request: LinearRequest) -> torch.dtype:
         """The type :meth:`matmul` reads activations in; it holds the rounded ones exactly."""
 
     @abstractmethod
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """The tensors kept for the shards, one below the other. Raises ValueError when the backend cannot hold them."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> WeightT:
+        """Return what is kept of the shards, one below the other. Raises ValueError when the backend cannot hold them."""
 
     @abstractmethod
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: WeightT,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
@@ -114,32 +157,32 @@ class Backend(ABC):
         del device, n
         return ()
 
-    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+    def rows(self, weight: WeightT, indices: torch.Tensor) -> torch.Tensor:
         """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
         raise NotImplementedError(f"{self.name} does not take vocabulary layers")
 
 
-class BlockBackend(Backend):
-    """A backend whose product reads rounded activations as codes under block scales, not as numbers."""
+class BlockBackend(Backend[WeightT]):
+    """A backend whose product reads rounded activations as codes under block scales, not as values."""
 
     swizzled = False
-    """Whether it reads the activations' block scales in tiles of 128 x 4, :func:`naive_swizzle`, whatever their number."""
+    """Whether activation scales must use the swizzled layout of 128 x 4 tiles (:func:`naive_swizzle`), for any number of tokens."""
     takes_low_rank = False
     """Whether it has :meth:`matmul_low_rank`; its :meth:`prepare` then keeps the shards' ``svdquant_lora_b``."""
 
     def swizzles(self, tokens: int) -> bool:
-        """Whether it reads those of ``tokens`` tokens so."""
+        """Whether activation scales must use the swizzled layout for ``tokens`` tokens."""
         del tokens
         return self.swizzled
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """That of the codes."""
+        """Return the type of packed codes, uint8."""
         del request
         return torch.uint8
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: WeightT,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
@@ -151,7 +194,7 @@ class BlockBackend(Backend):
     @abstractmethod
     def matmul_blocks(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: WeightT,
         x: BlockActivation,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
@@ -160,13 +203,16 @@ class BlockBackend(Backend):
 
     def matmul_low_rank(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: WeightT,
         x: BlockActivation,
         down: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Likewise plus ``down @ svdquant_lora_b^T``, the shards' factors on a diagonal, for float32 ``down`` ``[M, R]``."""
+        """Return :meth:`matmul_blocks` plus ``down @ svdquant_lora_b^T``, for float32 ``down`` ``[M, R]``.
+
+        The shards' factors ``svdquant_lora_b`` stand on a diagonal.
+        """
         raise NotImplementedError(f"{self.name} has no low-rank branch")
 
 

@@ -15,7 +15,14 @@ from typing import TypeVar
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, BlockBackend, LinearRequest, ShardWeight, round_to_blocks
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    BlockBackend,
+    LinearRequest,
+    PreparedWeight,
+    ShardWeight,
+    round_to_blocks,
+)
 from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, ExpertBackend, ExpertRequest, Routing
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
 from sglang_modelopt_ext.schemes.base import LORA_B
@@ -90,7 +97,7 @@ def check_backend(backend: Backend, request: LinearRequest, device: torch.device
 def _product(
     backend: Backend,
     request: LinearRequest,
-    prepared: Mapping[str, torch.Tensor],
+    prepared: PreparedWeight,
     x: torch.Tensor,
     row_scale: torch.Tensor,
     down: torch.Tensor | None,

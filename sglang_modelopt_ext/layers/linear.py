@@ -18,8 +18,11 @@ from sglang_modelopt_ext.backends.base import (
     Backend,
     BlockBackend,
     LinearRequest,
+    PreparedWeight,
     ShardWeight,
     round_to_blocks,
+    tensors_of,
+    without_tensors,
 )
 from sglang_modelopt_ext.backends.select import candidates, served_scheme
 from sglang_modelopt_ext.backends.self_test import check_backend
@@ -44,14 +47,22 @@ class ShardGroup:
     """Adjacent shards computed by one matrix product.
 
     Attributes:
-        prepared: the backend's names of its tensors, and the layer's names of them.
-        inputs: likewise what is applied to the input: ``input_scale``, ``pre_quant_scale`` and the low-rank factors, as present.
+        build: builds the prepared weight from its tensors, by field. It holds the static metadata and no tensor: the module's
+            parameters are the only copy, whatever device they are moved to.
+        prepared: the layer's name of each tensor of the prepared weight, by field.
+        inputs: the layer's name of what is applied to the input: ``input_scale``, ``pre_quant_scale`` and the low-rank factors, as
+            present.
         rows: output features of the group.
     """
 
+    build: Callable[..., PreparedWeight]
     prepared: dict[str, str]
     inputs: dict[str, str]
     rows: int
+
+    def weight(self, layer: torch.nn.Module) -> PreparedWeight:
+        """Return the prepared weight over the parameters of ``layer``."""
+        return self.build(**{name: getattr(layer, attribute) for name, attribute in self.prepared.items()})
 
 
 class LinearProduct:
@@ -155,8 +166,9 @@ class LinearProduct:
         return LinearRequest(scheme, device.type, capability, n, k, self.math, self.dtype, vocabulary, gpu)
 
     def _register(
-        self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, prepared: dict[str, torch.Tensor]
+        self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, weight: PreparedWeight
     ) -> ShardGroup:
+        prepared = tensors_of(weight)
         # Copies: a slice would keep the whole parameter of the checkpoint alive.
         inputs = {name: shards[0][name].clone() for name in self._input_names if name in shards[0]}
         if self.scheme.low_rank:
@@ -167,9 +179,10 @@ class LinearProduct:
         for name, tensor in (prepared | inputs).items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
         return ShardGroup(
+            build=without_tensors(weight),
             prepared={name: prefix + name for name in prepared},
             inputs={name: prefix + name for name in inputs},
-            rows=prepared["out_scale"].shape[0],
+            rows=weight.out_scale.shape[0],
         )
 
     def release(self, layer: torch.nn.Module) -> None:
@@ -193,14 +206,14 @@ class LinearProduct:
     def _apply_group(
         self, layer: torch.nn.Module, group: ShardGroup, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
+        weight = group.weight(layer)
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
         if not self.scheme.low_rank:
-            return self._multiply(prepared, inputs, x, bias, x.dtype)
+            return self._multiply(weight, inputs, x, bias, x.dtype)
         down = smooth(x, inputs) @ inputs[LORA_A].T
         if isinstance(self.backend, BlockBackend) and self.backend.takes_low_rank:
-            return self.backend.matmul_low_rank(prepared, self._blocks(self.backend, inputs, x), down, bias, x.dtype)
-        y = self._multiply(prepared, inputs, x, bias, torch.float32)
+            return self.backend.matmul_low_rank(weight, self._blocks(self.backend, inputs, x), down, bias, x.dtype)
+        y = self._multiply(weight, inputs, x, bias, torch.float32)
         return (y + down @ inputs[LORA_B].T).to(x.dtype)
 
     def _blocks(self, backend: BlockBackend, inputs: Mapping[str, torch.Tensor], x: torch.Tensor) -> BlockActivation:
@@ -209,21 +222,20 @@ class LinearProduct:
 
     def _multiply(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: PreparedWeight,
         inputs: Mapping[str, torch.Tensor],
         x: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         if isinstance(self.backend, BlockBackend):
-            return self.backend.matmul_blocks(prepared, self._blocks(self.backend, inputs, x), bias, out_dtype)
+            return self.backend.matmul_blocks(weight, self._blocks(self.backend, inputs, x), bias, out_dtype)
         values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
-        return self.backend.matmul(prepared, values, row_scale, bias, out_dtype)
+        return self.backend.matmul(weight, values, row_scale, bias, out_dtype)
 
     def rows(self, layer: torch.nn.Module, indices: torch.Tensor) -> torch.Tensor:
         """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
-        prepared = {name: getattr(layer, attribute) for name, attribute in self.groups[0].prepared.items()}
-        return self.backend.rows(prepared, indices).to(self.dtype)
+        return self.backend.rows(self.groups[0].weight(layer), indices).to(self.dtype)
 
 
 def capability_of(device: torch.device) -> int | None:

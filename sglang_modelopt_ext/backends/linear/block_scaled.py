@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -18,20 +18,14 @@ from sglang_modelopt_ext.backends.base import (
 from sglang_modelopt_kernels.formats.fp8 import FP8
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
-from sglang_modelopt_kernels.gemm.w4_decode import (
-    block_scaled_linear,
-    block_scaled_rows,
-    from_tensors,
-    pack,
-    to_tensors,
-)
+from sglang_modelopt_kernels.gemm.w4_decode import PackedWeight, block_scaled_linear, block_scaled_rows, pack
 from sglang_modelopt_kernels.gemm.w4_decode.packing import KIND_OF
 
 ACTIVATIONS = (FP8, NVFP4, MXFP4)
 """The number types of activations whose products with decoded weights were tested."""
 
 
-class BlockScaled(Backend):
+class BlockScaled(Backend[PackedWeight]):
     """4-bit codes decoded in registers: :mod:`sglang_modelopt_kernels.gemm.w4_decode`."""
 
     name = "triton_block_scaled"
@@ -66,22 +60,22 @@ class BlockScaled(Backend):
             return torch.float8_e4m3fn
         return exact_float(activation)
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` int16 ``[N, K / 4]``, ``block_scale`` ``[N, K / group]`` and ``out_scale`` float32 ``[N]``."""
-        return to_tensors(pack(merge_blocks(shards)))
+    def prepare(self, shards: Sequence[ShardWeight]) -> PackedWeight:
+        """Pack the shards' codes in planes; see :func:`pack`."""
+        return pack(merge_blocks(shards))
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: PackedWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`block_scaled_linear`."""
-        y: torch.Tensor = block_scaled_linear(values, from_tensors(prepared), row_scale, bias, out_dtype)
+        y: torch.Tensor = block_scaled_linear(values, weight, row_scale, bias, out_dtype)
         return y
 
-    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+    def rows(self, weight: PackedWeight, indices: torch.Tensor) -> torch.Tensor:
         """See :func:`block_scaled_rows`."""
-        return block_scaled_rows(from_tensors(prepared), indices)
+        return block_scaled_rows(weight, indices)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -27,7 +27,7 @@ ACTIVATIONS = (FP8, MXFP8, INT8)
 """The number types of activations whose products with decoded weights were tested."""
 
 
-class EightBit(Backend):
+class EightBit(Backend[ByteWeight]):
     """8-bit codes as stored, decoded in registers, or INT8 times INT8: :mod:`sglang_modelopt_kernels.gemm.w8_decode`."""
 
     name = "triton_eight_bit"
@@ -62,44 +62,38 @@ class EightBit(Backend):
             return request.dtype
         return torch.int8 if activation.number_type == INT8 else exact_float(activation)
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` int8 or E4M3 ``[N, K]``, ``block_scale`` where the format has one, and ``out_scale`` float32 ``[N]``."""
-        return w8_decode.to_tensors(_keep(shards))
+    def prepare(self, shards: Sequence[ShardWeight]) -> ByteWeight:
+        """Keep the shards as stored, MXFP8 scales relative to a row's largest. Raises ValueError if these are too far apart."""
+        if shards[0].math == "fp8":
+            return w8_decode.whole(*prepare_dense(merge_decoded(shards), torch.float8_e4m3fn))
+        kind = KIND_OF.get(shards[0].format.number_type)
+        if kind is None:
+            raise ValueError(f"packing: expected {' or '.join(map(str, KIND_OF))}, got {shards[0].format}")
+        stored = [(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
+        if kind == "e4m3_float":
+            return w8_decode.float_blocks([(codes, scale.squeeze(3).squeeze(1)) for codes, scale in stored])
+        codes = torch.cat([part for part, _ in stored])
+        if kind == "e4m3_exponent":
+            return w8_decode.mxfp8(codes, torch.cat([scale for _, scale in stored]))
+        scales = [output_scale(shard).expand(shard.tensors["weight"].shape[0]) for shard in shards]
+        return w8_decode.whole(codes, torch.cat(scales))
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: ByteWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`eight_bit_linear`."""
-        weight = w8_decode.from_tensors(prepared)
         y: torch.Tensor = w8_decode.eight_bit_linear(values, weight, row_scale, bias, out_dtype)
         return y
 
-    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+    def rows(self, weight: ByteWeight, indices: torch.Tensor) -> torch.Tensor:
         """See :func:`rows_of`."""
-        return w8_decode.rows_of(w8_decode.from_tensors(prepared), indices)
+        return w8_decode.rows_of(weight, indices)
 
 
 def _kind(request: LinearRequest) -> Kind | None:
     return "e4m3" if request.math == "fp8" else KIND_OF.get(request.scheme.weight.number_type)
-
-
-def _keep(shards: Sequence[ShardWeight]) -> ByteWeight:
-    """The shards as stored, but for MXFP8 scales, which become relative to a row's largest. Raises ValueError if too far apart."""
-    if shards[0].math == "fp8":
-        return w8_decode.whole(*prepare_dense(merge_decoded(shards), torch.float8_e4m3fn))
-    kind = KIND_OF.get(shards[0].format.number_type)
-    if kind is None:
-        raise ValueError(f"packing: expected {' or '.join(map(str, KIND_OF))}, got {shards[0].format}")
-    stored = [(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
-    if kind == "e4m3_float":
-        return w8_decode.float_blocks([(codes, scale.squeeze(3).squeeze(1)) for codes, scale in stored])
-    codes = torch.cat([part for part, _ in stored])
-    if kind == "e4m3_exponent":
-        return w8_decode.mxfp8(codes, torch.cat([scale for _, scale in stored]))
-    scales = [output_scale(shard).expand(shard.tensors["weight"].shape[0]) for shard in shards]
-    return w8_decode.whole(codes, torch.cat(scales))

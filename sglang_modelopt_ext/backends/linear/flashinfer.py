@@ -6,11 +6,20 @@ approximate reciprocals. Every product returns its sum rounded to the model's ty
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from sglang_modelopt_ext.backends.base import BlockBackend, LinearRequest, ShardWeight, describe_operands, one_scale
+from sglang_modelopt_ext.backends.base import (
+    BlockBackend,
+    BlockScaledWeight,
+    LinearRequest,
+    ShardWeight,
+    describe_operands,
+    one_scale,
+)
 from sglang_modelopt_ext.backends.packages import package_objection
 from sglang_modelopt_ext.schemes.base import LORA_B, LayerScheme
 from sglang_modelopt_kernels.formats.base import BlockActivation, NumberType
@@ -57,7 +66,18 @@ def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     return y if bias is None else (y.to(torch.float32) + bias.to(torch.float32)).to(y.dtype)
 
 
-class FlashInferFp4(BlockBackend):
+@dataclass(frozen=True)
+class FlashInferWeight(BlockScaledWeight):
+    """A weight as stored, with swizzled block scales.
+
+    Attributes:
+        up: the second low-rank factor, bf16 ``[N, R]``; None without a low-rank branch.
+    """
+
+    up: torch.Tensor | None = None
+
+
+class FlashInferFp4(BlockBackend[FlashInferWeight]):
     """FP4 weights and activations in FP4 matrix instructions: ``flashinfer.mm_fp4``.
 
     NVFP4 goes to its CUTLASS kernels, MXFP4 to its CuTe-DSL ones, the only ones for MXFP4 that plan nothing for each number of
@@ -81,29 +101,26 @@ class FlashInferFp4(BlockBackend):
             return "has no float32 output for a low-rank branch"
         return flashinfer_objection(request, self.capabilities[scheme.weight.number_type])
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+    def prepare(self, shards: Sequence[ShardWeight]) -> FlashInferWeight:
         """``codes`` uint8 ``[N, K / 2]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``."""
         codes = stored(shards, "weight")
         check_rows(codes.shape[0], 32)
         scale = one_scale(shards)
-        return {
-            "codes": codes,
-            "block_scale": naive_swizzle(stored(shards, "weight_scale")).view(torch.uint8),
-            "out_scale": scale.expand(codes.shape[0]).contiguous(),
-        }
+        swizzled = naive_swizzle(stored(shards, "weight_scale")).view(torch.uint8)
+        return FlashInferWeight(codes, swizzled, scale.expand(codes.shape[0]).contiguous())
 
     def matmul_blocks(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: FlashInferWeight,
         x: BlockActivation,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """Scaled by ``out_scale`` and the activations' scale before it is rounded."""
         is_mx = x.row_scale is None
-        alpha = prepared["out_scale"][:1] if x.row_scale is None else prepared["out_scale"][:1] * x.row_scale
-        weight = prepared["codes"], prepared["block_scale"]
-        y: torch.Tensor = _mm_fp4(x.codes, x.scale.view(torch.uint8), *weight, alpha, is_mx, out_dtype)
+        alpha = weight.out_scale[:1] if x.row_scale is None else weight.out_scale[:1] * x.row_scale
+        kept = weight.codes, weight.block_scale
+        y: torch.Tensor = _mm_fp4(x.codes, x.scale.view(torch.uint8), *kept, alpha, is_mx, out_dtype)
         return add_bias(y, bias)
 
 
@@ -173,29 +190,29 @@ class FlashInferSvdquant(FlashInferFp4):
             return f"has no {request.dtype} output"
         return flashinfer_objection(request, (100, 103, 120, 121))
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """As :meth:`FlashInferFp4.prepare`, and ``up`` bf16 ``[N, R]``: the shards' second factors on a diagonal."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> FlashInferWeight:
+        """Return the weight of :meth:`FlashInferFp4.prepare` with ``up``: the shards' second factors on a diagonal."""
         factors = [shard.tensors[LORA_B].to(torch.float32) for shard in shards]
         up = torch.block_diag(*factors).to(torch.bfloat16)
         if not torch.equal(up.to(torch.float32), torch.block_diag(*factors)):
             raise ValueError(f"{LORA_B} is not exact in bf16")
-        return {**super().prepare(shards), "up": up}
+        return dataclasses.replace(super().prepare(shards), up=up)
 
     def matmul_low_rank(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: FlashInferWeight,
         x: BlockActivation,
         down: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """FlashInfer's sum is scaled as a whole: ``down`` is divided by the scale, in float32, before it is rounded."""
-        if x.row_scale is None:
-            raise ValueError("NVFP4 activations have an input_scale")
-        alpha = prepared["out_scale"][:1] * x.row_scale
+        if x.row_scale is None or weight.up is None:
+            raise ValueError("expected NVFP4 activations with an input_scale, and a low-rank branch")
+        alpha = weight.out_scale[:1] * x.row_scale
         scaled = (down / alpha).to(torch.bfloat16)
-        weight = prepared["codes"], prepared["block_scale"]
-        y: torch.Tensor = _mm_svdquant(x.codes, x.scale.view(torch.uint8), *weight, alpha, scaled, prepared["up"])
+        kept = weight.codes, weight.block_scale
+        y: torch.Tensor = _mm_svdquant(x.codes, x.scale.view(torch.uint8), *kept, alpha, scaled, weight.up)
         return add_bias(y, bias).to(out_dtype)
 
 
@@ -230,7 +247,7 @@ def _(
     return down.new_empty((x.shape[0], codes.shape[0]))
 
 
-class FlashInferMxfp8(BlockBackend):
+class FlashInferMxfp8(BlockBackend[FlashInferWeight]):
     """MXFP8 weights and activations in block-scaled FP8 matrix instructions: ``flashinfer.mm_mxfp8``, its CUTLASS kernels."""
 
     name = "flashinfer_mm_mxfp8"
@@ -251,28 +268,25 @@ class FlashInferMxfp8(BlockBackend):
         del request
         return torch.float8_e4m3fn
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+    def prepare(self, shards: Sequence[ShardWeight]) -> FlashInferWeight:
         """``codes`` E4M3 ``[N, K]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``, which is 1."""
         codes = stored(shards, "weight")
         check_rows(codes.shape[0], 32)
         if codes.shape[0] < 128:
             raise ValueError(f"{codes.shape[0]} rows of shards that share a product are fewer than 128")
-        return {
-            "codes": codes,
-            "block_scale": naive_swizzle(stored(shards, "weight_scale")).flatten(),
-            "out_scale": torch.ones(codes.shape[0], dtype=torch.float32, device=codes.device),
-        }
+        ones = torch.ones(codes.shape[0], dtype=torch.float32, device=codes.device)
+        return FlashInferWeight(codes, naive_swizzle(stored(shards, "weight_scale")).flatten(), ones)
 
     def matmul_blocks(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: FlashInferWeight,
         x: BlockActivation,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """All scales are those of blocks."""
         x_scale = x.scale.flatten()
-        y: torch.Tensor = _mm_mxfp8(x.codes, x_scale, prepared["codes"], prepared["block_scale"], out_dtype)
+        y: torch.Tensor = _mm_mxfp8(x.codes, x_scale, weight.codes, weight.block_scale, out_dtype)
         return add_bias(y, bias)
 
 

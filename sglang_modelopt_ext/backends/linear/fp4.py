@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from sglang_modelopt_ext.backends.base import (
     BlockBackend,
+    BlockScaledWeight,
     LinearRequest,
     ShardWeight,
     describe_operands,
@@ -27,7 +28,7 @@ TYPES = (NVFP4, MXFP4)
 """The number types that FP4 matrix instructions read, on both sides alike."""
 
 
-class Fp4(BlockBackend):
+class Fp4(BlockBackend[BlockScaledWeight]):
     """Weights as stored times activations of the same format: :mod:`sglang_modelopt_kernels.gemm.fp4_blackwell`."""
 
     architectures: tuple[str, ...]
@@ -48,7 +49,7 @@ class Fp4(BlockBackend):
             return f"may sum at less than the precision of {request.dtype}"
         return None
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+    def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
         """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]`` or its tiles, and ``out_scale`` float32 ``[N]``."""
         codes = torch.cat([shard.tensors["weight"] for shard in shards])
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
@@ -61,18 +62,18 @@ class Fp4(BlockBackend):
             raise ValueError("a block scale is NaN or negative")
         out_scale = [output_scale(shard).expand(shard.tensors["weight"].shape[0]) for shard in shards]
         kept = naive_swizzle(scale) if self.tiled else scale
-        return {"codes": codes, "block_scale": kept, "out_scale": torch.cat(out_scale)}
+        return BlockScaledWeight(codes, kept, torch.cat(out_scale))
 
     def matmul_blocks(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: BlockScaledWeight,
         x: BlockActivation,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`fp4_linear`."""
-        weight = prepared["codes"], prepared["block_scale"], prepared["out_scale"]
-        y: torch.Tensor = fp4_linear(x, *weight, bias, out_dtype, self.tiled)
+        kept = weight.codes, weight.block_scale, weight.out_scale
+        y: torch.Tensor = fp4_linear(x, *kept, bias, out_dtype, self.tiled)
         return y
 
 

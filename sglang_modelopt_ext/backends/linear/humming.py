@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,24 @@ LOWEST = 8
 LOCKS = 1024
 
 
-class Humming(Backend):
+@dataclass(frozen=True)
+class HummingWeight:
+    """What ``transform_humming_tensors`` makes of a weight.
+
+    Attributes:
+        weight, weight_scale, weight_scale_2: humming's codes and scales.
+        locks: int32 zeros, which the kernel leaves zero.
+        out_scale: float32 ``[N]``, ones.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_scale_2: torch.Tensor
+    locks: torch.Tensor
+    out_scale: torch.Tensor
+
+
+class Humming(Backend[HummingWeight]):
     """MXFP4 weights as E4M3 in registers, in FP8 matrix instructions: ``humming.forward.humming_forward``.
 
     humming rounds codes of rows whose exponents differ by more than SPAN; such weights are refused here.
@@ -49,8 +67,11 @@ class Humming(Backend):
         del request
         return torch.float8_e4m3fn
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """What ``transform_humming_tensors`` makes of the weight, ``locks`` of zeros, and ``out_scale`` float32 ``[N]`` of ones."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> HummingWeight:
+        """Transform the shards for humming, and compile its kernel for their size.
+
+        Raises ValueError where humming would round a weight.
+        """
         from humming.transform import transform_humming_tensors
 
         codes, scale = stored(shards, "weight"), stored(shards, "weight_scale")
@@ -59,11 +80,11 @@ class Humming(Backend):
         rows = codes.shape[0]
         tensors = {"weight": codes.view(torch.int32), "weight_scale": scale.view(torch.float8_e8m0fnu)}
         made = transform_humming_tensors(layer_config(rows, 2 * codes.shape[1]), tensors)
-        prepared = {
+        prepared = HummingWeight(
             **{name: made[name] for name in ("weight", "weight_scale", "weight_scale_2")},
-            "locks": torch.zeros(LOCKS, dtype=torch.int32, device=codes.device),
-            "out_scale": torch.ones(rows, dtype=torch.float32, device=codes.device),
-        }
+            locks=torch.zeros(LOCKS, dtype=torch.int32, device=codes.device),
+            out_scale=torch.ones(rows, dtype=torch.float32, device=codes.device),
+        )
         # humming compiles for every size of a layer: now, and not with the first token.
         zeros = torch.zeros(1, 2 * codes.shape[1], dtype=torch.uint8, device=codes.device).view(torch.float8_e4m3fn)
         self.matmul(prepared, zeros, None, None, torch.bfloat16)
@@ -71,17 +92,17 @@ class Humming(Backend):
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: HummingWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """Scaled by ``row_scale`` before it is rounded to bf16; the bias is added afterwards."""
-        scale = prepared["out_scale"].new_ones(1) if row_scale is None else row_scale
+        scale = weight.out_scale.new_ones(1) if row_scale is None else row_scale
         scale = scale.to(torch.float32).reshape(-1, 1).expand(values.shape[0], 1).contiguous()
-        weight = prepared["weight"], prepared["weight_scale"], prepared["weight_scale_2"], prepared["locks"]
-        y: torch.Tensor = _humming_gemm(values.contiguous(), scale, *weight, prepared["out_scale"].shape[0])
+        kept = weight.weight, weight.weight_scale, weight.weight_scale_2, weight.locks
+        y: torch.Tensor = _humming_gemm(values.contiguous(), scale, *kept, weight.out_scale.shape[0])
         return add_bias(y, bias).to(out_dtype)
 
 

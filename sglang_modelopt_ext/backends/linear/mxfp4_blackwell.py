@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, type_objection
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    BlockScaledWeight,
+    LinearRequest,
+    ShardWeight,
+    fp8_objection,
+    type_objection,
+)
 from sglang_modelopt_kernels.formats import ue8m0
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens
@@ -15,7 +22,7 @@ from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.linear import CONFIGS
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 
-class Mxfp4(Backend):
+class Mxfp4(Backend[BlockScaledWeight]):
     """MXFP4 weights with FP8 activations in block-scaled instructions: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell`."""
 
     architectures: tuple[str, ...]
@@ -39,7 +46,7 @@ class Mxfp4(Backend):
         del request
         return torch.float8_e4m3fn
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+    def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
         """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``, which is 1.
 
         The scales are in tiles, :func:`naive_swizzle`, where the codes are not in pairs.
@@ -51,19 +58,19 @@ class Mxfp4(Backend):
             raise ValueError("a UE8M0 block scale is NaN")
         ones = torch.ones(codes.shape[0], dtype=torch.float32, device=codes.device)
         kept = scale if self.paired else naive_swizzle(scale)
-        return {"codes": codes, "block_scale": kept, "out_scale": ones}
+        return BlockScaledWeight(codes, kept, ones)
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: BlockScaledWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`mxfp4_linear`."""
-        weight = prepared["codes"], prepared["block_scale"], prepared["out_scale"]
-        y: torch.Tensor = mxfp4_linear(values, *weight, row_scale, bias, out_dtype, self.paired)
+        kept = weight.codes, weight.block_scale, weight.out_scale
+        y: torch.Tensor = mxfp4_linear(values, *kept, row_scale, bias, out_dtype, self.paired)
         return y
 
 

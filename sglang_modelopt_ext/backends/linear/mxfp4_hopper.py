@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear
 
 
-class FoldedMxfp4(Backend):
+class FoldedMxfp4(Backend[FoldedWeight]):
     """MXFP4 weights made E4M3 numbers in registers: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper`."""
 
     name = "triton_mxfp4_folded"
@@ -30,24 +30,23 @@ class FoldedMxfp4(Backend):
         del request
         return torch.float8_e4m3fn
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` uint8 ``[N, K / 2]``, ``exponent`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> FoldedWeight:
+        """Fold the shards' exponents; see :func:`fold`."""
         parts = [fold(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
-        return {
-            "codes": torch.cat([part.codes for part in parts]),
-            "exponent": torch.cat([part.exponent for part in parts]),
-            "out_scale": torch.cat([part.out_scale for part in parts]),
-        }
+        return FoldedWeight(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.exponent for part in parts]),
+            torch.cat([part.out_scale for part in parts]),
+        )
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: FoldedWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`folded_linear`."""
-        weight = FoldedWeight(prepared["codes"], prepared["exponent"], prepared["out_scale"])
         y: torch.Tensor = folded_linear(values, weight, row_scale, bias, out_dtype)
         return y

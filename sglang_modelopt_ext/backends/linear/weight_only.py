@@ -5,11 +5,18 @@ Both read blocks of 16; a block of 32 is two of them with one scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, describe_operands, one_scale
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    BlockScaledWeight,
+    LinearRequest,
+    ShardWeight,
+    describe_operands,
+    one_scale,
+)
 from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, flashinfer_objection, stored
 from sglang_modelopt_ext.backends.packages import package_objection
 from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_WIDE
@@ -49,7 +56,7 @@ def blocks_of_16(shards: Sequence[ShardWeight]) -> tuple[torch.Tensor, torch.Ten
     return codes, repeated.view(torch.float8_e4m3fn).contiguous()
 
 
-class FlashInferWeightOnly(Backend):
+class FlashInferWeightOnly(Backend[BlockScaledWeight]):
     """``flashinfer.mm_bf16_fp4``, its CuTe-DSL kernel for SM100 and SM103.
 
     Its kernel for SM120 multiplies in float16, which does not hold every bf16 activation, and is not used.
@@ -67,7 +74,7 @@ class FlashInferWeightOnly(Backend):
         del request
         return torch.bfloat16
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+    def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
         """``codes`` and ``block_scale`` as ``prepare_bf16_fp4_weights`` returns them, and ``out_scale`` float32 ``[N]``."""
         from flashinfer import prepare_bf16_fp4_weights
 
@@ -77,19 +84,19 @@ class FlashInferWeightOnly(Backend):
         codes, swizzled, kept = prepare_bf16_fp4_weights(codes, swizzled, alpha, backend="cute-dsl", block_size=16)
         if kept is not alpha:
             raise ValueError("prepare_bf16_fp4_weights changed the global scale")
-        return {"codes": codes, "block_scale": swizzled, "out_scale": alpha.expand(codes.shape[0]).contiguous()}
+        return BlockScaledWeight(codes, swizzled, alpha.expand(codes.shape[0]).contiguous())
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: BlockScaledWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """Scaled by ``out_scale`` before it is rounded. A ``row_scale``, which only the check at load has, is applied after."""
-        alpha = prepared["out_scale"][:1]
-        y: torch.Tensor = _mm_bf16_fp4(values.contiguous(), prepared["codes"], prepared["block_scale"], alpha)
+        alpha = weight.out_scale[:1]
+        y: torch.Tensor = _mm_bf16_fp4(values.contiguous(), weight.codes, weight.block_scale, alpha)
         return add_bias(scale_rows(y, row_scale), bias).to(out_dtype)
 
 
@@ -113,7 +120,7 @@ def _(x: torch.Tensor, codes: torch.Tensor, block_scale: torch.Tensor, alpha: to
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
-class QuackWeightOnly(Backend):
+class QuackWeightOnly(Backend[BlockScaledWeight]):
     """``quack.gemm_w4.gemm_w4a16`` on SM90, format ``nvfp4``."""
 
     name = "quack_w4a16"
@@ -133,27 +140,26 @@ class QuackWeightOnly(Backend):
         del request
         return torch.bfloat16
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+    def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
         """``codes`` and ``block_scale`` as ``prepare_w4_weight`` returns them, N padded to 128s; ``out_scale`` float32 ``[N]``."""
         from quack.gemm_w4 import prepare_w4_weight
 
         codes, scale = blocks_of_16(shards)
         alpha = one_scale(shards)
         blob, strip = prepare_w4_weight(codes, scale, wformat="nvfp4")
-        return {"codes": blob, "block_scale": strip, "out_scale": alpha.expand(codes.shape[0]).contiguous()}
+        return BlockScaledWeight(blob, strip, alpha.expand(codes.shape[0]).contiguous())
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: BlockScaledWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """As :meth:`FlashInferWeightOnly.matmul`."""
-        out_scale = prepared["out_scale"]
-        weight = prepared["codes"], prepared["block_scale"]
-        y: torch.Tensor = _gemm_w4a16(values.contiguous(), *weight, out_scale[:1], out_scale.shape[0])
+        """Scaled by ``out_scale`` before it is rounded. A ``row_scale``, which only the check at load has, is applied after."""
+        kept, scale = (weight.codes, weight.block_scale), weight.out_scale
+        y: torch.Tensor = _gemm_w4a16(values.contiguous(), *kept, scale[:1], scale.shape[0])
         return add_bias(scale_rows(y, row_scale), bias).to(out_dtype)
 
 

@@ -5,9 +5,9 @@ The planes are those of :mod:`sglang_modelopt_kernels.formats.fp4_packing`; INT4
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
@@ -107,27 +107,12 @@ def pack(weight: BlockWeight) -> PackedWeight:
     return PackedWeight(codes, scale, out_scale * factor, kind, weight.group, fp8)
 
 
-_KIND_OF_SCALE: dict[torch.dtype, Kind] = {
-    torch.float8_e4m3fn: "e2m1_e4m3",
-    torch.uint8: "e2m1_exponent",
-    torch.float32: "int4_float",
-}
-
-
-def to_tensors(packed: PackedWeight) -> dict[str, torch.Tensor]:
-    """All of a packed weight: its kind is told by the type of ``block_scale``, ``fp8`` by an empty tensor of that name."""
-    scale = packed.scale.view(torch.float8_e4m3fn) if packed.kind == "e2m1_e4m3" else packed.scale
-    tensors = {"codes": packed.codes, "block_scale": scale, "out_scale": packed.out_scale}
-    return tensors | ({"fp8": scale.new_empty(0)} if packed.fp8 else {})
-
-
-def from_tensors(tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
-    """The inverse of :func:`to_tensors`; copies nothing."""
-    codes, scale = tensors["codes"], tensors["block_scale"]
-    kind = _KIND_OF_SCALE[scale.dtype]
-    group = 4 * codes.shape[1] // scale.shape[1]
-    stored = scale.view(torch.uint8) if kind == "e2m1_e4m3" else scale
-    return PackedWeight(codes, stored, tensors["out_scale"], kind, group, "fp8" in tensors)
+def check_kind(kind: str) -> Kind:
+    """Narrow a kind that came through an operator as a string. Raises ValueError for an unknown one."""
+    known = next((one for one in get_args(Kind) if one == kind), None)
+    if known is None:
+        raise ValueError(f"unknown kind of packed weight: {kind!r}")
+    return cast(Kind, known)
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:

@@ -13,7 +13,7 @@ kind               codes     block scale                             for
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -123,27 +123,6 @@ def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> ByteWeight:
     factor = torch.exp2((top - ue8m0.BIAS).to(torch.float64)).to(torch.float32)
     stored = (exponent - top + ue8m0.BIAS).to(torch.uint8)
     return ByteWeight(codes, stored, factor.reshape(-1), "e4m3_exponent")
-
-
-def to_tensors(weight: ByteWeight) -> dict[str, torch.Tensor]:
-    """Return all tensors of a weight: its kind is told by the types of ``codes`` and ``block_scale``."""
-    tensors = {"codes": weight.codes, "out_scale": weight.out_scale}
-    return tensors if weight.scale is None else tensors | {"block_scale": weight.scale}
-
-
-_KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
-    (torch.int8, None): "int8",
-    (torch.float8_e4m3fn, None): "e4m3",
-    (torch.float8_e4m3fn, torch.float32): "e4m3_float",
-    (torch.float8_e4m3fn, torch.uint8): "e4m3_exponent",
-}
-
-
-def from_tensors(tensors: Mapping[str, torch.Tensor]) -> ByteWeight:
-    """Invert :func:`to_tensors`; copies nothing."""
-    codes, scale = tensors["codes"], tensors.get("block_scale")
-    kind = _KIND_OF[codes.dtype, None if scale is None else scale.dtype]
-    return ByteWeight(codes, scale, tensors["out_scale"], kind)
 
 
 def scales_of_rows(weight: ByteWeight) -> torch.Tensor:
