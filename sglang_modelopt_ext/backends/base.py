@@ -248,8 +248,12 @@ def exact_float(activation: ActivationFormat) -> torch.dtype:
 
 
 def describe_operands(scheme: LayerScheme) -> str:
-    """Name the formats of a product with their number types, for reasons: ``W weights by A activations``."""
-    return f"{scheme.weight} weights by {scheme.activation or 'unrounded'} activations"
+    """Name the formats of a product and their number types: ``fp8 weights by fp8_static activations (E4M3 by E4M3)``."""
+    names, types = [scheme.weight.name, "unrounded"], [str(scheme.weight.number_type)]
+    if scheme.activation is not None:
+        names[1] = scheme.activation.name
+        types.append(str(scheme.activation.number_type))
+    return f"{names[0]} weights by {names[1]} activations ({' by '.join(types)})"
 
 
 def type_objection(scheme: LayerScheme, read: Collection[NumberType]) -> str | None:
@@ -257,6 +261,13 @@ def type_objection(scheme: LayerScheme, read: Collection[NumberType]) -> str | N
     if scheme.weight.number_type in read:
         return None
     return f"reads weights in {' or '.join(map(str, read))}, not {scheme.weight}"
+
+
+def check_type(shards: Sequence[ShardWeight], read: Collection[NumberType]) -> None:
+    """Raise ValueError, with what was expected and given, unless the shards' weights have one of the number types ``read``."""
+    for shard in shards:
+        if shard.format.number_type not in read:
+            raise ValueError(f"packing: expected {' or '.join(map(str, read))}, got {shard.format}")
 
 
 def fp8_objection(request: LinearRequest) -> str | None:

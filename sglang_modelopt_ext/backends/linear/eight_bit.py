@@ -10,6 +10,7 @@ from sglang_modelopt_ext.backends.base import (
     Backend,
     LinearRequest,
     ShardWeight,
+    check_type,
     exact_float,
     merge_decoded,
     output_scale,
@@ -66,9 +67,8 @@ class EightBit(Backend[ByteWeight]):
         """Keep the shards as stored, MXFP8 scales relative to a row's largest. Raises ValueError if these are too far apart."""
         if shards[0].math == "fp8":
             return w8_decode.whole(*prepare_dense(merge_decoded(shards), torch.float8_e4m3fn))
-        kind = KIND_OF.get(shards[0].format.number_type)
-        if kind is None:
-            raise ValueError(f"packing: expected {' or '.join(map(str, KIND_OF))}, got {shards[0].format}")
+        check_type(shards, KIND_OF)
+        kind = KIND_OF[shards[0].format.number_type]
         stored = [(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
         if kind == "e4m3_float":
             return w8_decode.float_blocks([(codes, scale.squeeze(3).squeeze(1)) for codes, scale in stored])

@@ -17,6 +17,7 @@ from sglang_modelopt_ext.backends.base import (
     BlockScaledWeight,
     LinearRequest,
     ShardWeight,
+    check_type,
     describe_operands,
     one_scale,
 )
@@ -103,6 +104,7 @@ class FlashInferFp4(BlockBackend[FlashInferWeight]):
 
     def prepare(self, shards: Sequence[ShardWeight]) -> FlashInferWeight:
         """``codes`` uint8 ``[N, K / 2]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``."""
+        check_type(shards, self.capabilities)
         codes = stored(shards, "weight")
         check_rows(codes.shape[0], 32)
         scale = one_scale(shards)
@@ -192,11 +194,12 @@ class FlashInferSvdquant(FlashInferFp4):
 
     def prepare(self, shards: Sequence[ShardWeight]) -> FlashInferWeight:
         """Return the weight of :meth:`FlashInferFp4.prepare` with ``up``: the shards' second factors on a diagonal."""
+        kept = super().prepare(shards)
         factors = [shard.tensors[LORA_B].to(torch.float32) for shard in shards]
         up = torch.block_diag(*factors).to(torch.bfloat16)
         if not torch.equal(up.to(torch.float32), torch.block_diag(*factors)):
             raise ValueError(f"{LORA_B} is not exact in bf16")
-        return dataclasses.replace(super().prepare(shards), up=up)
+        return dataclasses.replace(kept, up=up)
 
     def matmul_low_rank(
         self,
@@ -270,6 +273,7 @@ class FlashInferMxfp8(BlockBackend[FlashInferWeight]):
 
     def prepare(self, shards: Sequence[ShardWeight]) -> FlashInferWeight:
         """``codes`` E4M3 ``[N, K]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``, which is 1."""
+        check_type(shards, (MXFP8,))
         codes = stored(shards, "weight")
         check_rows(codes.shape[0], 32)
         if codes.shape[0] < 128:

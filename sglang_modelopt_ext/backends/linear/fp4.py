@@ -11,6 +11,7 @@ from sglang_modelopt_ext.backends.base import (
     BlockScaledWeight,
     LinearRequest,
     ShardWeight,
+    check_type,
     describe_operands,
     output_scale,
     type_objection,
@@ -51,6 +52,7 @@ class Fp4(BlockBackend[BlockScaledWeight]):
 
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
         """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]`` or its tiles, and ``out_scale`` float32 ``[N]``."""
+        check_type(shards, TYPES)
         codes = torch.cat([shard.tensors["weight"] for shard in shards])
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
         # The instruction reads E4M3 scales without their sign.

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, merge_decoded
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    LinearRequest,
+    ShardWeight,
+    check_type,
+    fp8_objection,
+    merge_decoded,
+)
 from sglang_modelopt_ext.backends.linear.dense import DenseWeight
 from sglang_modelopt_kernels.formats.fp8 import FP8
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
@@ -37,7 +44,9 @@ class Fp8(Backend[DenseWeight]):
         return torch.float8_e4m3fn
 
     def prepare(self, shards: Sequence[ShardWeight]) -> DenseWeight:
-        """Merge the shards as E4M3. Raises ValueError unless their rows are a multiple of 16."""
+        """Merge the shards as E4M3. Raises ValueError for other weights, or rows that are not a multiple of 16."""
+        if shards[0].math != "fp8":
+            check_type(shards, (FP8,))
         unit, out_scale = prepare_dense(merge_decoded(shards), torch.float8_e4m3fn)
         if unit.shape[0] % 16:
             raise ValueError(f"{unit.shape[0]} rows of shards that share a product are not a multiple of 16")

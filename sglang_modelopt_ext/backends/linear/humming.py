@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, type_objection
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    LinearRequest,
+    ShardWeight,
+    check_type,
+    fp8_objection,
+    type_objection,
+)
 from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, stored
 from sglang_modelopt_ext.backends.packages import package_objection
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
@@ -72,6 +79,7 @@ class Humming(Backend[HummingWeight]):
 
         Raises ValueError where humming would round a weight.
         """
+        check_type(shards, (MXFP4,))
         from humming.transform import transform_humming_tensors
 
         codes, scale = stored(shards, "weight"), stored(shards, "weight_scale")

@@ -11,6 +11,7 @@ from sglang_modelopt_ext.backends.base import (
     BlockScaledWeight,
     LinearRequest,
     ShardWeight,
+    check_type,
     fp8_objection,
     type_objection,
 )
@@ -51,6 +52,7 @@ class Mxfp4(Backend[BlockScaledWeight]):
 
         The scales are in tiles, :func:`naive_swizzle`, where the codes are not in pairs.
         """
+        check_type(shards, (MXFP4,))
         stored = [shard.tensors["weight"] for shard in shards]
         codes = torch.cat([pair_blocks(part) for part in stored] if self.paired else stored)
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, type_objection
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    LinearRequest,
+    ShardWeight,
+    check_type,
+    fp8_objection,
+    type_objection,
+)
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear
 
@@ -32,6 +39,7 @@ class FoldedMxfp4(Backend[FoldedWeight]):
 
     def prepare(self, shards: Sequence[ShardWeight]) -> FoldedWeight:
         """Fold the shards' exponents; see :func:`fold`."""
+        check_type(shards, (MXFP4,))
         parts = [fold(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
         return FoldedWeight(
             torch.cat([part.codes for part in parts]),

@@ -14,6 +14,7 @@ from sglang_modelopt_ext.backends.base import (
     BlockScaledWeight,
     LinearRequest,
     ShardWeight,
+    check_type,
     describe_operands,
     one_scale,
 )
@@ -47,8 +48,7 @@ def blocks_of_16(shards: Sequence[ShardWeight]) -> tuple[torch.Tensor, torch.Ten
 
     Raises ValueError for weights that are not E2M1 in blocks of 16 or 32 under E4M3 scales.
     """
-    if shards[0].format.number_type not in TYPES:
-        raise ValueError(f"packing: expected {' or '.join(map(str, TYPES))}, got {shards[0].format}")
+    check_type(shards, TYPES)
     codes = stored(shards, "weight")
     check_rows(codes.shape[0], 64)
     scale = stored(shards, "weight_scale").view(torch.uint8)
@@ -76,9 +76,9 @@ class FlashInferWeightOnly(Backend[BlockScaledWeight]):
 
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
         """``codes`` and ``block_scale`` as ``prepare_bf16_fp4_weights`` returns them, and ``out_scale`` float32 ``[N]``."""
+        codes, scale = blocks_of_16(shards)
         from flashinfer import prepare_bf16_fp4_weights
 
-        codes, scale = blocks_of_16(shards)
         alpha = one_scale(shards)
         swizzled = naive_swizzle(scale)
         codes, swizzled, kept = prepare_bf16_fp4_weights(codes, swizzled, alpha, backend="cute-dsl", block_size=16)
@@ -142,9 +142,9 @@ class QuackWeightOnly(Backend[BlockScaledWeight]):
 
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
         """``codes`` and ``block_scale`` as ``prepare_w4_weight`` returns them, N padded to 128s; ``out_scale`` float32 ``[N]``."""
+        codes, scale = blocks_of_16(shards)
         from quack.gemm_w4 import prepare_w4_weight
 
-        codes, scale = blocks_of_16(shards)
         alpha = one_scale(shards)
         blob, strip = prepare_w4_weight(codes, scale, wformat="nvfp4")
         return BlockScaledWeight(blob, strip, alpha.expand(codes.shape[0]).contiguous())
