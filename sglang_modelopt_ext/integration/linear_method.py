@@ -24,8 +24,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         scheme: how the layer is quantized.
         where: the checkpoint's folder, for messages.
         prefix: the layer's name in SGLang's module tree, for messages.
-        math: the numerics of NVFP4 weights with FP8 activations, where ``rounds_weight_to_fp8``.
-        rounds_weight_to_fp8: whether ``math`` applies to the scheme.
+        math: the numerics of its weights.
         stored_n: output features of each shard as the checkpoint stores them, None when there is no checkpoint to ask.
         stored_k: likewise the input features.
     """
@@ -36,14 +35,13 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         where: object,
         prefix: str,
         math: W4A8Math,
-        rounds_weight_to_fp8: bool,
         stored_n: tuple[int, ...] | None,
         stored_k: int | None,
     ) -> None:
         self.scheme = scheme
         self.where = where
         self.prefix = prefix
-        self.math = math if rounds_weight_to_fp8 else "exact"
+        self.math = math
         self.stored_n = stored_n
         self.stored_k = stored_k
         self.product = LinearProduct(scheme, where, prefix, self.math, torch.get_default_dtype())

@@ -8,10 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sglang_modelopt_ext.env import W4A8Math, w4a8_math
 from sglang_modelopt_ext.layers.linear import INPUT_SCALE
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
-from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats.base import DecodedWeight
 from sglang_modelopt_kernels.gemm.reference import naive_linear
 from sglang_modelopt_kernels.timing import COLD_BYTES, LAUNCHES
@@ -30,11 +28,6 @@ class Named(Protocol):
     name: str
 
     def supports(self, request: Any, /) -> str | None: ...
-
-
-def math_of(scheme: LayerScheme) -> W4A8Math:
-    """The numerics of a layer's weights in this process."""
-    return w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
 
 
 def measure_backends(
