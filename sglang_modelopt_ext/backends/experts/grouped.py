@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -37,12 +37,12 @@ ACTIVATIONS = (FP8, NVFP4, MXFP4, MXFP8, INT8)
 """The number types of activations whose products with decoded weights were tested."""
 
 
-class GroupedExperts(ExpertBackend):
+class GroupedExperts(ExpertBackend[GroupedWeight]):
     """A product of :mod:`sglang_modelopt_kernels.moe.grouped`."""
 
-    def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> dict[str, torch.Tensor]:
-        """``codes`` and, where there is one, ``block_scale``, both ``[E, N, ...]``, and ``out_scale`` float32 ``[E, N]``."""
-        return grouped.to_tensors(grouped.stack([self.keep(shards) for shards in experts]))
+    def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> GroupedWeight:
+        """Stack the weights of all experts; see :meth:`keep`."""
+        return grouped.stack([self.keep(shards) for shards in experts])
 
     @abstractmethod
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
@@ -50,14 +50,13 @@ class GroupedExperts(ExpertBackend):
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: GroupedWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`grouped_linear`."""
-        weight = grouped.from_tensors(prepared)
         block = grouped.tile(weight, values.dtype, routing.rows)
         key = ("grouped", weight.experts, block)
         if key not in routing.derived:

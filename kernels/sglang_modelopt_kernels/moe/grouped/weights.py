@@ -20,7 +20,7 @@ The first three are those of :mod:`sglang_modelopt_kernels.gemm.w4_decode.packin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -102,9 +102,10 @@ def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
 
 def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> GroupedWeight:
     """E4M3, int8 or bf16 values ``[N, K]`` of one expert under float32 ``[N]``. Raises ValueError for other dtypes."""
-    if (codes.dtype, None) not in _KIND_OF:
+    kinds: dict[torch.dtype, Kind] = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8", torch.bfloat16: "bf16"}
+    if codes.dtype not in kinds:
         raise ValueError(f"codes: expected e4m3, int8 or bf16, got {codes.dtype}")
-    return GroupedWeight(codes, None, out_scale, _KIND_OF[codes.dtype, None])
+    return GroupedWeight(codes, None, out_scale, kinds[codes.dtype])
 
 
 def float_blocks(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
@@ -137,39 +138,6 @@ def stack(experts: Sequence[GroupedWeight]) -> GroupedWeight:
     scale = None if experts[0].scale is None else torch.stack([one.scale for one in experts if one.scale is not None])
     codes, out_scale = (torch.stack([getattr(one, name) for one in experts]) for name in ("codes", "out_scale"))
     return GroupedWeight(codes, scale, out_scale, experts[0].kind, all(one.fp8 for one in experts))
-
-
-_KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
-    (torch.int16, torch.float8_e4m3fn): "e2m1_e4m3",
-    (torch.int16, torch.uint8): "e2m1_exponent",
-    (torch.int16, torch.float32): "int4_float",
-    (torch.uint8, torch.uint8): "mxfp4",
-    (torch.float8_e4m3fn, None): "e4m3",
-    (torch.float8_e4m3fn, torch.float32): "e4m3_float",
-    (torch.float8_e4m3fn, torch.uint8): "e4m3_exponent",
-    (torch.int8, None): "int8",
-    (torch.bfloat16, None): "bf16",
-}
-
-
-def to_tensors(weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """All of a weight: its kind is told by the types of ``codes`` and ``block_scale``, ``fp8`` by an empty tensor of that name."""
-    tensors = {"codes": weight.codes, "out_scale": weight.out_scale}
-    if weight.scale is not None:
-        is_e4m3 = weight.kind == "e2m1_e4m3"
-        tensors["block_scale"] = weight.scale.view(torch.float8_e4m3fn) if is_e4m3 else weight.scale
-    if weight.fp8:
-        tensors["fp8"] = weight.codes.new_empty((weight.experts, 0))
-    return tensors
-
-
-def from_tensors(tensors: Mapping[str, torch.Tensor]) -> GroupedWeight:
-    """The inverse of :func:`to_tensors`; copies nothing."""
-    codes, scale = tensors["codes"], tensors.get("block_scale")
-    kind = _KIND_OF[codes.dtype, None if scale is None else scale.dtype]
-    if scale is not None and kind == "e2m1_e4m3":
-        scale = scale.view(torch.uint8)
-    return GroupedWeight(codes, scale, tensors["out_scale"], kind, "fp8" in tensors)
 
 
 def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:
