@@ -71,10 +71,14 @@ class ShardWeight:
         return round_unit_to_e4m3(decoded) if self.math == "fp8" else decoded
 
 
-class PreparedWeight(Protocol):
-    """A weight as a backend keeps it: a frozen dataclass of tensors and static metadata."""
+class Prepared(Protocol):
+    """What a backend keeps of a layer: a frozen dataclass of tensors and static metadata."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+
+class PreparedWeight(Prepared, Protocol):
+    """The weight of one product as a backend keeps it."""
 
     @property
     def out_scale(self) -> torch.Tensor:
@@ -82,15 +86,16 @@ class PreparedWeight(Protocol):
 
 
 WeightT = TypeVar("WeightT", bound=PreparedWeight)
+PreparedT = TypeVar("PreparedT", bound=Prepared)
 
 
-def tensors_of(weight: PreparedWeight) -> dict[str, torch.Tensor]:
-    """Return the tensors of a prepared weight, by field."""
+def tensors_of(weight: Prepared) -> dict[str, torch.Tensor]:
+    """Return the tensors of what a backend keeps, by field."""
     values = {entry.name: getattr(weight, entry.name) for entry in dataclasses.fields(weight)}
     return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
 
-def without_tensors(weight: WeightT) -> Callable[..., WeightT]:
+def without_tensors(weight: PreparedT) -> Callable[..., PreparedT]:
     """Return a function that builds ``weight`` again from its tensors, given by field; it keeps none of them alive."""
     tensors = tensors_of(weight)
     static = {entry.name: getattr(weight, entry.name) for entry in dataclasses.fields(weight)}

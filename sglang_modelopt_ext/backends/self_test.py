@@ -8,7 +8,7 @@ under load, and not in each launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -19,6 +19,7 @@ from sglang_modelopt_ext.backends.base import (
     Backend,
     BlockBackend,
     LinearRequest,
+    Prepared,
     PreparedWeight,
     ShardWeight,
     round_to_blocks,
@@ -249,7 +250,7 @@ def _random_experts(
 
 def _run_fused(
     backend: FusedExperts,
-    prepared: Mapping[str, torch.Tensor],
+    prepared: Prepared,
     x: torch.Tensor,
     numbers: torch.Tensor,
     weights: torch.Tensor,
