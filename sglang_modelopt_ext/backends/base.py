@@ -1,4 +1,4 @@
-"""What a backend is asked, and what it is given."""
+"""Contract of backends of linear layers: the request, the stored and the prepared weight, the product."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from sglang_modelopt_kernels.quantize.blocks import naive_quantize_blocks, naive
 
 @dataclass(frozen=True)
 class LinearRequest:
-    """What a backend may base its answer on.
+    """A layer, its device and the packages at hand: the facts that a backend answers by.
 
     Attributes:
         scheme: how the layer is quantized, as :func:`served_scheme` has it.
@@ -64,7 +64,7 @@ class ShardWeight:
     math: W4A8Math = "exact"
 
     def decode(self) -> DecodedWeight:
-        """As numbers. Raises ValueError when they are beyond float32 or ``math`` cannot hold them."""
+        """Decode to float32. Raises ValueError when values are beyond float32 or ``math`` cannot hold them."""
         decoded = self.format.decode(self.tensors)
         if not bool(torch.isfinite(decoded.unit).all()):
             raise ValueError("a code times its block scale is beyond float32")
@@ -72,7 +72,7 @@ class ShardWeight:
 
 
 class Prepared(Protocol):
-    """What a backend keeps of a layer: a frozen dataclass of tensors and static metadata."""
+    """A layer as a backend keeps it: a frozen dataclass of tensors and static metadata."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -129,7 +129,7 @@ class Backend(ABC, Generic[WeightT]):
     """Whether it has :meth:`rows`."""
 
     def supports(self, request: LinearRequest) -> str | None:
-        """None, or the reason why not."""
+        """Return why this backend cannot serve ``request``, or None."""
         if request.vocabulary and not self.takes_vocabulary:
             return "does not take vocabulary layers"
         return self.objection(request)
@@ -140,7 +140,7 @@ class Backend(ABC, Generic[WeightT]):
 
     @abstractmethod
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """The type :meth:`matmul` reads activations in; it holds the rounded ones exactly."""
+        """Return the type that :meth:`matmul` reads activations in, which holds the rounded values exactly."""
 
     @abstractmethod
     def prepare(self, shards: Sequence[ShardWeight]) -> WeightT:
@@ -155,7 +155,7 @@ class Backend(ABC, Generic[WeightT]):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """The layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
+        """Return the layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
 
     def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
         """Return numbers of tokens with which a product of ``n`` outputs takes a way that :mod:`.self_test` does not."""
@@ -163,7 +163,7 @@ class Backend(ABC, Generic[WeightT]):
         return ()
 
     def rows(self, weight: WeightT, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
+        """Return rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""
         raise NotImplementedError(f"{self.name} does not take vocabulary layers")
 
 
@@ -193,7 +193,7 @@ class BlockBackend(Backend[WeightT]):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Raises NotImplementedError: :meth:`matmul_blocks` is its product."""
+        """Raise NotImplementedError: :meth:`matmul_blocks` is its product."""
         raise NotImplementedError(f"{self.name} reads activations as codes under block scales")
 
     @abstractmethod
@@ -204,7 +204,7 @@ class BlockBackend(Backend[WeightT]):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """The layer's output ``[M, N]``, rounded once; another package's kernel may round the sum before the bias, too."""
+        """Return the layer's output ``[M, N]``, rounded once; another package's kernel may round the sum before the bias, too."""
 
     def matmul_low_rank(
         self,
@@ -228,9 +228,9 @@ def round_to_blocks(
     scale: torch.Tensor | None,
     swizzled: bool = False,
 ) -> BlockActivation:
-    """What a :class:`BlockBackend` multiplies: ``x * smoothing`` ``[M, K]`` in the format's codes, ``scale`` its static scale.
+    """Return ``x * smoothing`` ``[M, K]`` in the format's codes, which a :class:`BlockBackend` multiplies.
 
-    Block scales are in tiles where ``swizzled``, as :meth:`BlockBackend.swizzles` has it.
+    ``scale`` is the format's static scale. Block scales are swizzled where ``swizzled``, see :meth:`BlockBackend.swizzles`.
 
     Raises ValueError when the activations have no codes under block scales.
     """
@@ -276,7 +276,7 @@ def check_type(shards: Sequence[ShardWeight], read: Collection[NumberType]) -> N
 
 
 def fp8_objection(request: LinearRequest) -> str | None:
-    """Why FP8 matrix instructions do not serve ``request``'s activations; None when they do."""
+    """Return why FP8 matrix instructions do not serve ``request``'s activations; None when they do."""
     activation = request.scheme.activation
     if not is_fp8(activation):
         return f"needs FP8 activations, not {activation or 'unrounded'}"
@@ -302,7 +302,7 @@ def output_scale(shard: ShardWeight) -> torch.Tensor:
 
 
 def merge_decoded(shards: Sequence[ShardWeight]) -> DecodedWeight:
-    """The shards as one weight with an output scale for each row."""
+    """Return the shards as one weight with an output scale for each row."""
     parts = [shard.decode() for shard in shards]
     return DecodedWeight(torch.cat([part.unit for part in parts]), _rows_of_scales(parts))
 

@@ -1,4 +1,4 @@
-"""What a quantized linear layer computes, from its stored shards to its output. Needs no SGLang.
+"""The computation of a quantized linear layer, from its stored shards to its output. Needs no SGLang.
 
 A fused layer (qkv, gate_up) keeps every shard's own scales. Shards whose activations are rounded alike share one matrix product
 and differ only in the output scale of their rows; shards whose activations differ are computed apart. No scale is ever replaced
@@ -117,7 +117,7 @@ class LinearProduct:
         vocabulary: bool = False,
         backends: Sequence[Backend] | None = None,
     ) -> None:
-        """Prepares the stored shards with the first backend that can hold them, as parameters of ``layer``.
+        """Prepare the stored shards with the first backend that can hold them, as parameters of ``layer``.
 
         Args:
             layer: the module that will hold the tensors.
@@ -159,7 +159,7 @@ class LinearProduct:
         raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
 
     def request(self, device: torch.device, n: int, k: int, vocabulary: bool = False) -> LinearRequest:
-        """What the dispatch is asked for the layer on ``device``; sizes as :meth:`prepare` has them."""
+        """Return the request to the dispatch for the layer on ``device``, of ``n`` outputs and ``k`` inputs."""
         capability = capability_of(device)
         scheme = served_scheme(self.scheme, device.type, capability)
         gpu = gpu_of(device)
@@ -186,14 +186,14 @@ class LinearProduct:
         )
 
     def release(self, layer: torch.nn.Module) -> None:
-        """Takes the prepared tensors off ``layer`` again."""
+        """Take the prepared tensors off ``layer`` again."""
         for group in self.groups:
             for name in (*group.prepared.values(), *group.inputs.values()):
                 delattr(layer, name)
         self.groups, self._backend = (), None
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``y = Q(x) @ W^T + bias`` for ``x`` ``[..., K]`` in fp32, bf16 or fp16; the result has its type."""
+        """Return ``y = Q(x) @ W^T + bias`` for ``x`` ``[..., K]`` in fp32, bf16 or fp16; the result has its type."""
         flat = x.reshape(-1, x.shape[-1])
         outputs, row = [], 0
         for group in self.groups:
@@ -234,12 +234,12 @@ class LinearProduct:
         return self.backend.matmul(weight, values, row_scale, bias, out_dtype)
 
     def rows(self, layer: torch.nn.Module, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
+        """Return rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
         return self.backend.rows(self.groups[0].weight(layer), indices).to(self.dtype)
 
 
 def capability_of(device: torch.device) -> int | None:
-    """The compute capability times ten of a GPU, None of anything else."""
+    """Return the compute capability times ten of a GPU, None of anything else."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -247,7 +247,7 @@ def capability_of(device: torch.device) -> int | None:
 
 
 def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequence[Shard]) -> None:
-    """Raises ModelOptExtError where a shard has a zero block scale over codes that are not."""
+    """Raise ModelOptExtError where a shard has a zero block scale over codes that are not."""
     for spec in scheme.tensors:
         if spec.values is ValueRule.BLOCK_SCALE_E4M3:
             for shard in shards:
@@ -256,12 +256,12 @@ def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequen
 
 @functools.cache
 def say_once(message: str) -> None:
-    """A warning in the log, once in this process."""
+    """Log a warning, once in this process."""
     logger.warning(message)
 
 
 def smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``x`` in float32, times its ``pre_quant_scale`` where there is one."""
+    """Return ``x`` in float32, times its ``pre_quant_scale`` where there is one."""
     wide = x.to(torch.float32)
     return wide * inputs[PRE_QUANT_SCALE.name] if PRE_QUANT_SCALE.name in inputs else wide
 
@@ -273,7 +273,7 @@ def round_input(
     inputs: Mapping[str, torch.Tensor],
     rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The activations a backend reads, and their scale.
+    """Return the activations a backend reads, and their scale.
 
     Args:
         x: the input ``[M, K]``.
@@ -308,7 +308,7 @@ def round_input(
 
 
 def group_shards(shards: Sequence[Shard], names: Sequence[str]) -> list[list[int]]:
-    """Indices of adjacent shards that agree in the tensors ``names``, where they have them."""
+    """Return indices of adjacent shards that agree in the tensors ``names``, where they have them."""
     groups: list[list[int]] = []
     for index, shard in enumerate(shards):
         present = [name for name in names if name in shard]

@@ -28,7 +28,7 @@ LORA_A, LORA_B = "svdquant_lora_a", "svdquant_lora_b"
 
 
 def low_rank_tensors(rank: int) -> tuple[TensorSpec, TensorSpec]:
-    """SVDQuant's factors: ``y += ((x * pre_quant_scale) @ lora_a^T) @ lora_b^T``."""
+    """Return SVDQuant's factors: ``y += ((x * pre_quant_scale) @ lora_a^T) @ lora_b^T``."""
     return (
         TensorSpec(LORA_A, _MODEL_DTYPES, (Dim(None, rank), Dim("K")), ValueRule.FINITE),
         TensorSpec(LORA_B, _MODEL_DTYPES, (Dim("N"), Dim(None, rank)), ValueRule.FINITE),
@@ -66,7 +66,7 @@ class LayerScheme:
         return specs
 
     def describe(self) -> str:
-        """One phrase for logs, such as ``W4A8_NVFP4_FP8 (weights nvfp4_w4a8, activations fp8_static)``."""
+        """Return one phrase for logs, such as ``W4A8_NVFP4_FP8 (weights nvfp4_w4a8, activations fp8_static)``."""
         parts = [f"weights {self.weight.name}", f"activations {self.activation.name if self.activation else 'none'}"]
         if self.smoothing:
             parts.append("smoothing")
@@ -107,7 +107,7 @@ class Scheme:
     note: str = ""
 
     def __post_init__(self) -> None:
-        """Raises ValueError where the stored tensors cannot tell the two activation formats apart."""
+        """Raise ValueError where the stored tensors cannot tell the two activation formats apart."""
         if self.static_activation is None:
             return
         dynamic = ACTIVATION_FORMATS[self.activation].tensors if self.activation else ()
@@ -125,7 +125,7 @@ class Scheme:
         return tuple(WEIGHT_FORMATS[name].group_size for name in self.weights)
 
     def weight_format(self, group_size: int | None, where: object, subject: str) -> WeightFormat:
-        """The weight format of that group size (None: not declared, right when there is only one).
+        """Return the weight format of that group size (None: not declared, right when there is only one).
 
         Raises:
             ModelOptExtError: naming ``where`` and ``subject`` when the group size is not one the algorithm has, or is missing
@@ -141,7 +141,7 @@ class Scheme:
         return WEIGHT_FORMATS[self.weights[sizes.index(group_size)]]
 
     def activation_format(self, stored: Collection[str] = ()) -> ActivationFormat | None:
-        """The activation format of a layer that stores the tensors ``stored``, by spec name."""
+        """Return the activation format of a layer that stores the tensors ``stored``, by spec name."""
         if self.static_activation is not None:
             static = ACTIVATION_FORMATS[self.static_activation]
             if any(spec.name in stored for spec in static.tensors):

@@ -102,7 +102,7 @@ MIXED_PRECISION = "MIXED_PRECISION"
 
 
 def find_scheme(algo: str, where: object) -> Scheme:
-    """The row of ``algo`` (any case). Raises ModelOptExtError naming ``where`` and listing the known ones."""
+    """Return the row of ``algo`` (any case). Raises ModelOptExtError naming ``where`` and listing the known ones."""
     scheme = SCHEMES.get(algo.upper())
     if scheme is None:
         known = ", ".join(sorted([*SCHEMES, MIXED_PRECISION]))

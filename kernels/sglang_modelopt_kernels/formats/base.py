@@ -1,4 +1,4 @@
-"""The contracts every number format is written against.
+"""Contracts of number formats.
 
 A *weight format* is a self-contained bundle: it declares the tensors a checkpoint stores for one linear layer
 (:class:`TensorSpec`), and owns how they are decoded and how a reference quantizer makes them. The declaration is data, so
@@ -47,7 +47,7 @@ class NumberType:
     block_scale: BlockScale | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError where only one of ``block`` and ``block_scale`` is given, or a block is empty."""
+        """Raise ValueError where only one of ``block`` and ``block_scale`` is given, or a block is empty."""
         if (self.block is None) != (self.block_scale is None) or (self.block is not None and min(self.block) < 1):
             raise ValueError(f"blocks and their scales come together, got {self.block} and {self.block_scale}")
 
@@ -67,7 +67,7 @@ class NumberType:
 
 
 class ValueRule(Enum):
-    """What the entries of a tensor may be. Checked when a checkpoint is read, before anything is multiplied."""
+    """Rule for the entries of a stored tensor, checked when a checkpoint is read, before anything is multiplied."""
 
     CODES = "codes"
     """Packed codes: every byte is legal."""
@@ -95,7 +95,7 @@ class Dim:
     partial: bool = False
 
     def size(self, n: int, k: int) -> int:
-        """Entries stored for a weight ``[n, k]``. Raises ValueError when ``per`` must divide the axis and does not."""
+        """Return the entries stored for a weight ``[n, k]``. Raises ValueError when ``per`` must divide the axis and does not."""
         if self.axis is None:
             return self.per
         extent = n if self.axis == "N" else k
@@ -130,11 +130,11 @@ class TensorSpec:
         return not self.dims
 
     def shape(self, n: int, k: int) -> tuple[int, ...]:
-        """The stored shape for a weight ``[n, k]``. Raises ValueError when a dimension does not divide."""
+        """Return the stored shape for a weight ``[n, k]``. Raises ValueError when a dimension does not divide."""
         return tuple(dim.size(n, k) for dim in self.dims)
 
     def dim_of(self, axis: Axis) -> int | None:
-        """The index of the dimension that follows ``axis`` of the weight, or None."""
+        """Return the index of the dimension that follows ``axis`` of the weight, or None."""
         for index, dim in enumerate(self.dims):
             if dim.axis == axis:
                 return index
@@ -143,7 +143,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class DecodedWeight:
-    """A weight as numbers: ``W = unit * out_scale``.
+    """A weight as float32 values: ``W = unit * out_scale``.
 
     Attributes:
         unit: float32 ``[N, K]``, codes times block scales; exact products but under float32 block scales, where they are
@@ -155,7 +155,7 @@ class DecodedWeight:
     out_scale: torch.Tensor
 
     def dequantize(self) -> torch.Tensor:
-        """The float32 weight ``[N, K]``."""
+        """Return the float32 weight ``[N, K]``."""
         return self.unit * self.out_scale
 
 
@@ -236,7 +236,7 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads the stored tensors of one shard (by spec name; values already validated), on their device."""
+        """Read the stored tensors of one shard (by spec name; values already validated), on their device."""
 
     def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight | None:
         """Read one shard as 4-bit codes and block scales; None where the elements have another width."""
@@ -245,10 +245,10 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Reference quantizer: the tensors a max-calibrated ModelOpt export stores for ``weight``, bit for bit."""
+        """Return the tensors a max-calibrated ModelOpt export stores for ``weight``, bit for bit."""
 
     def bits_per_weight(self) -> float:
-        """Stored bits for one weight, block scales included, per-tensor scales not."""
+        """Return the stored bits of one element, block scales included, per-tensor scales not."""
         bits = 0.0
         for spec in self.tensors:
             if spec.is_scalar:
@@ -270,7 +270,7 @@ class ActivationFormat(ABC):
     row_scale: RowScale | None = None
     """Where the float32 scale of the rows comes from; None where it is 1."""
     calibrated_range: float | None = None
-    """What a static scale brings the calibrated amax to: ``input_scale = amax / calibrated_range``; None without one."""
+    """The value that a static scale brings the calibrated amax to: ``input_scale = amax / calibrated_range``; None without one."""
 
     def __str__(self) -> str:
         """Name and number type, for messages."""
@@ -282,7 +282,7 @@ class ActivationFormat(ABC):
         return ()
 
     def token_amax(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The largest magnitude of each token, float32 ``[M, 1]``, where the format scales per token; else None.
+        """Return the largest magnitude of each token, float32 ``[M, 1]``, where the format scales per token; else None.
 
         Ranks that hold slices of the same tokens take the maximum of theirs, so that a token is rounded alike however many
         ranks there are.
@@ -291,13 +291,13 @@ class ActivationFormat(ABC):
         return None
 
     def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation | None:
-        """What :meth:`quantize` rounds ``x`` to, as codes and block scales; None where the format has none."""
+        """Return :meth:`quantize` of ``x`` as codes and block scales; None where the format has none."""
         del x, scale
         return None
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rounds ``x`` float32 ``[M, K]``.
+        """Round ``x`` float32 ``[M, K]``.
 
         Args:
             x: float32 ``[M, K]``.

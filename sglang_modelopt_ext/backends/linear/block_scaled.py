@@ -33,7 +33,7 @@ class BlockScaled(Backend[PackedWeight]):
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """4-bit formats on GPUs from SM80, with activations that float16 or bf16 holds exactly."""
+        """Refuse all but 4-bit formats on GPUs from SM80, with activations that float16 or bf16 holds exactly."""
         scheme, activation = request.scheme, request.scheme.activation
         if request.device != "cuda" or (request.capability or 0) < 80:
             return "is for GPUs from SM80"
@@ -52,7 +52,7 @@ class BlockScaled(Backend[PackedWeight]):
         return None
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """The type of the activations' values: E4M3 where the GPU has it, float16 for NVFP4, bf16 for MXFP4, or the model's."""
+        """Return the type of the activations: E4M3 where the GPU has it, float16 for NVFP4, bf16 for MXFP4, or the model's."""
         activation = request.scheme.activation
         if activation is None:
             return request.dtype

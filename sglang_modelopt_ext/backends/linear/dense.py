@@ -35,7 +35,7 @@ class Dense(Backend[DenseWeight]):
         self.name = f"dense_{str(dtype).removeprefix('torch.')}"
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Any layer on its devices; in bf16 only formats and activations whose products are (nearly always) exact there."""
+        """Refuse other devices, and in bf16 formats and activations whose products are not (nearly always) exact there."""
         if request.device not in self.devices:
             return f"is for {' and '.join(self.devices)}"
         if self.dtype == torch.bfloat16:
@@ -47,7 +47,7 @@ class Dense(Backend[DenseWeight]):
         return None
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """The type of the decoded weight."""
+        """Return the type of the decoded weight."""
         del request
         return self.dtype
 
@@ -68,5 +68,5 @@ class Dense(Backend[DenseWeight]):
         return y.to(out_dtype)
 
     def rows(self, weight: DenseWeight, indices: torch.Tensor) -> torch.Tensor:
-        """``unit[indices] * out_scale[indices]``."""
+        """Return ``unit[indices] * out_scale[indices]``."""
         return weight.unit[indices].to(torch.float32) * weight.out_scale[indices].unsqueeze(-1)

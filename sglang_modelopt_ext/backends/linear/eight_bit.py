@@ -36,7 +36,7 @@ class EightBit(Backend[ByteWeight]):
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """8-bit formats on GPUs from SM80, with activations that a type which the product takes holds exactly."""
+        """Refuse all but 8-bit formats on GPUs from SM80, with activations that a type which the product takes holds exactly."""
         weight, activation = request.scheme.weight, request.scheme.activation
         if request.device != "cuda" or (request.capability or 0) < 80:
             return "is for GPUs from SM80"
@@ -57,7 +57,7 @@ class EightBit(Backend[ByteWeight]):
         return None
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """The type of the activations' values: int8 for INT8, float16 for E4M3, bf16 for MXFP8, or the model's."""
+        """Return the type of the activations' values: int8 for INT8, float16 for E4M3, bf16 for MXFP8, or the model's."""
         activation = request.scheme.activation
         if activation is None:
             return request.dtype

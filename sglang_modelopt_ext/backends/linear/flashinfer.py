@@ -1,4 +1,4 @@
-"""FlashInfer's block-scaled products on Blackwell, for recipes whose numbers they read as they are.
+"""FlashInfer's block-scaled products on Blackwell, for recipes whose codes they read as stored.
 
 The activations are rounded here, bit for bit as the recipe says, and not by FlashInfer's own quantizers, which multiply by
 approximate reciprocals. Every product returns its sum rounded to the model's type; a bias is added afterwards.
@@ -35,7 +35,7 @@ CAPABILITIES = (100, 103, 110, 120, 121)
 
 
 def flashinfer_objection(request: LinearRequest, capabilities: Sequence[int]) -> str | None:
-    """What all of these products ask: the GPU, the package and the model's type."""
+    """Return why FlashInfer's products do not serve ``request`` (GPU, model's type, package), or None."""
     if request.device != "cuda" or request.capability not in capabilities:
         return f"is for {', '.join(f'SM{capability}' for capability in capabilities)}"
     if request.dtype not in (torch.float16, torch.bfloat16):
@@ -52,18 +52,18 @@ def both_sides(scheme: LayerScheme, wanted: NumberType) -> bool:
 
 
 def check_rows(rows: int, multiple: int) -> None:
-    """Raises ValueError unless ``multiple`` divides the rows of shards that share a product."""
+    """Raise ValueError unless ``multiple`` divides the rows of shards that share a product."""
     if rows % multiple:
         raise ValueError(f"{rows} rows of shards that share a product are not a multiple of {multiple}")
 
 
 def stored(shards: Sequence[ShardWeight], name: str) -> torch.Tensor:
-    """The shards' tensors of that name, one below the other."""
+    """Return the shards' tensors of that name, one below the other."""
     return torch.cat([shard.tensors[name] for shard in shards]).contiguous()
 
 
 def add_bias(y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``y + bias`` in float32, rounded to the type of ``y``."""
+    """Return ``y + bias`` in float32, rounded to the type of ``y``."""
     return y if bias is None else (y.to(torch.float32) + bias.to(torch.float32)).to(y.dtype)
 
 
@@ -92,7 +92,7 @@ class FlashInferFp4(BlockBackend[FlashInferWeight]):
     """The number types that it reads, on both sides alike, and the GPUs for each."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """NVFP4 and MXFP4 with rounded activations, N and K in 32s."""
+        """Refuse all but NVFP4 and MXFP4 with rounded activations, N and K in 32s."""
         scheme = request.scheme
         if scheme.weight.number_type not in self.capabilities or not both_sides(scheme, scheme.weight.number_type):
             return f"does not multiply {describe_operands(scheme)}"
@@ -103,7 +103,7 @@ class FlashInferFp4(BlockBackend[FlashInferWeight]):
         return flashinfer_objection(request, self.capabilities[scheme.weight.number_type])
 
     def prepare(self, shards: Sequence[ShardWeight]) -> FlashInferWeight:
-        """``codes`` uint8 ``[N, K / 2]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``."""
+        """Keep ``codes`` uint8 ``[N, K / 2]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``."""
         check_type(shards, self.capabilities)
         codes = stored(shards, "weight")
         check_rows(codes.shape[0], 32)
@@ -118,7 +118,7 @@ class FlashInferFp4(BlockBackend[FlashInferWeight]):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Scaled by ``out_scale`` and the activations' scale before it is rounded."""
+        """Multiply; the sum is scaled by ``out_scale`` and the activations' scale before it is rounded."""
         is_mx = x.row_scale is None
         alpha = weight.out_scale[:1] if x.row_scale is None else weight.out_scale[:1] * x.row_scale
         kept = weight.codes, weight.block_scale
@@ -180,7 +180,7 @@ class FlashInferSvdquant(FlashInferFp4):
     """Of the rank."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """NVFP4 layers of bf16 models with a rank in 32s, N and K in 32s."""
+        """Refuse all but NVFP4 layers of bf16 models with a rank in 32s, N and K in 32s."""
         scheme = request.scheme
         if not both_sides(scheme, NVFP4):
             return f"multiplies NVFP4 weights by NVFP4 activations only, not {describe_operands(scheme)}"
@@ -209,7 +209,10 @@ class FlashInferSvdquant(FlashInferFp4):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """FlashInfer's sum is scaled as a whole: ``down`` is divided by the scale, in float32, before it is rounded."""
+        """Multiply with the low-rank branch.
+
+        FlashInfer scales the sum as a whole: ``down`` is divided by the scale, in float32, before it is rounded to bf16.
+        """
         if x.row_scale is None or weight.up is None:
             raise ValueError("expected NVFP4 activations with an input_scale, and a low-rank branch")
         alpha = weight.out_scale[:1] * x.row_scale
@@ -258,7 +261,7 @@ class FlashInferMxfp8(BlockBackend[FlashInferWeight]):
     swizzled = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """MXFP8, N and K in 32s and from 128."""
+        """Refuse all but MXFP8, N and K in 32s and from 128."""
         scheme = request.scheme
         if not both_sides(scheme, MXFP8):
             return f"multiplies MXFP8 weights by MXFP8 activations only, not {describe_operands(scheme)}"
@@ -267,12 +270,12 @@ class FlashInferMxfp8(BlockBackend[FlashInferWeight]):
         return flashinfer_objection(request, CAPABILITIES)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """E4M3."""
+        """Return E4M3."""
         del request
         return torch.float8_e4m3fn
 
     def prepare(self, shards: Sequence[ShardWeight]) -> FlashInferWeight:
-        """``codes`` E4M3 ``[N, K]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` float32 ``[N]``, which is 1."""
+        """Keep ``codes`` E4M3 ``[N, K]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` of ones."""
         check_type(shards, (MXFP8,))
         codes = stored(shards, "weight")
         check_rows(codes.shape[0], 32)
@@ -288,7 +291,7 @@ class FlashInferMxfp8(BlockBackend[FlashInferWeight]):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """All scales are those of blocks."""
+        """Multiply; MXFP8 has no scales but those of blocks."""
         x_scale = x.scale.flatten()
         y: torch.Tensor = _mm_mxfp8(x.codes, x_scale, weight.codes, weight.block_scale, out_dtype)
         return add_bias(y, bias)

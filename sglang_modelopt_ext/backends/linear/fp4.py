@@ -38,7 +38,7 @@ class Fp4(BlockBackend[BlockScaledWeight]):
     """Whether it keeps the weight's block scales in tiles, :func:`naive_swizzle`."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on its architectures."""
+        """Refuse all but NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on its architectures."""
         scheme, activation = request.scheme, request.scheme.activation
         if request.device != "cuda" or f"SM{request.capability}" not in self.architectures:
             return f"is for {' and '.join(self.architectures)}"
@@ -51,7 +51,7 @@ class Fp4(BlockBackend[BlockScaledWeight]):
         return None
 
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
-        """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]`` or its tiles, and ``out_scale`` float32 ``[N]``."""
+        """Keep ``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]``, swizzled where ``tiled``, and ``out_scale``."""
         check_type(shards, TYPES)
         codes = torch.cat([shard.tensors["weight"] for shard in shards])
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
@@ -88,11 +88,11 @@ class BlackwellFp4(Fp4):
     tiled = True
 
     def swizzles(self, tokens: int) -> bool:
-        """Where a tile of the product has as many tokens as a tile of scales."""
+        """Return whether a tile of the product has as many tokens as a tile of scales."""
         return takes_tiles(tokens)
 
     def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Those of the persistent kernel."""
+        """Return the numbers of tokens from which the persistent kernel runs."""
         return persistent_tokens(TILED_CONFIGS, device, n)
 
 

@@ -22,7 +22,7 @@ from sglang_modelopt_ext.backends.packages import package_objection
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 
 SPAN = 11
-"""What the exponents of a row may differ by: E4M3 then holds every E2M1 code under them, exactly."""
+"""The most that exponents of a row may differ by: E4M3 then holds every E2M1 code under them, exactly."""
 
 LOWEST = 8
 """The least UE8M0 byte a row's exponents may be counted from: its scale is kept in bf16, and halved."""
@@ -32,7 +32,7 @@ LOCKS = 1024
 
 @dataclass(frozen=True)
 class HummingWeight:
-    """What ``transform_humming_tensors`` makes of a weight.
+    """A weight as ``transform_humming_tensors`` returns it.
 
     Attributes:
         weight, weight_scale, weight_scale_2: humming's codes and scales.
@@ -57,7 +57,7 @@ class Humming(Backend[HummingWeight]):
     repeats = False  # adds up in an order that differs from launch to launch
 
     def objection(self, request: LinearRequest) -> str | None:
-        """MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""
+        """Refuse all but MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""
         scheme = request.scheme
         if request.device != "cuda" or request.capability not in (89, 90):
             return "is for SM89, SM90"
@@ -70,7 +70,7 @@ class Humming(Backend[HummingWeight]):
         return fp8_objection(request) or package_objection("humming-kernels", request.packages)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """E4M3."""
+        """Return E4M3."""
         del request
         return torch.float8_e4m3fn
 
@@ -106,7 +106,7 @@ class Humming(Backend[HummingWeight]):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Scaled by ``row_scale`` before it is rounded to bf16; the bias is added afterwards."""
+        """Multiply; the sum is scaled by ``row_scale`` before it is rounded to bf16; the bias is added afterwards."""
         scale = weight.out_scale.new_ones(1) if row_scale is None else row_scale
         scale = scale.to(torch.float32).reshape(-1, 1).expand(values.shape[0], 1).contiguous()
         kept = weight.weight, weight.weight_scale, weight.weight_scale_2, weight.locks
@@ -115,7 +115,7 @@ class Humming(Backend[HummingWeight]):
 
 
 def check_span(codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """Raises ValueError unless humming reads the weight exactly.
+    """Raise ValueError unless humming reads the weight exactly.
 
     Args:
         codes: uint8 ``[N, K / 2]``.
@@ -133,7 +133,7 @@ def check_span(codes: torch.Tensor, scale: torch.Tensor) -> None:
 
 @functools.cache
 def layer_config(n: int, k: int) -> Any:
-    """humming's description of a layer, for the GPU at hand."""
+    """Return humming's description of a layer, for the GPU at hand."""
     from humming.schema import HummingInputSchema, HummingWeightSchema
     from humming.transform import prepare_layer_config
 

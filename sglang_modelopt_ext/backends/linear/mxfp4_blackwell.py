@@ -32,7 +32,7 @@ class Mxfp4(Backend[BlockScaledWeight]):
     """Whether it keeps the codes as :func:`pair_blocks` has them."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """MXFP4 weights with FP8 activations on its architectures, under pairs of blocks where it pairs them."""
+        """Refuse all but MXFP4 weights with FP8 activations on its architectures, under pairs of blocks where it pairs them."""
         scheme, capability = request.scheme, request.capability or 0
         if request.device != "cuda" or f"SM{capability}" not in self.architectures:
             return f"is for {' and '.join(self.architectures)}"
@@ -43,12 +43,12 @@ class Mxfp4(Backend[BlockScaledWeight]):
         return fp8_objection(request)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """E4M3."""
+        """Return E4M3."""
         del request
         return torch.float8_e4m3fn
 
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
-        """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``, which is 1.
+        """Keep ``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``, which is 1.
 
         The scales are in tiles, :func:`naive_swizzle`, where the codes are not in pairs.
         """
@@ -85,7 +85,7 @@ class BlackwellMxfp4(Mxfp4):
     paired = False
 
     def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Those of the persistent kernel."""
+        """Return the numbers of tokens from which the persistent kernel runs."""
         return persistent_tokens(CONFIGS, device, n)
 
 

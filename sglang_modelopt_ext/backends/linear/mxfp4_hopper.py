@@ -19,13 +19,13 @@ from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, fo
 
 
 class FoldedMxfp4(Backend[FoldedWeight]):
-    """MXFP4 weights made E4M3 numbers in registers: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper`."""
+    """MXFP4 weights made E4M3 in registers: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper`."""
 
     name = "triton_mxfp4_folded"
     kernels = ("finish_kernel", "folded_kernel", "unfold_kernel")
 
     def objection(self, request: LinearRequest) -> str | None:
-        """MXFP4 weights with FP8 activations on SM89 and SM90."""
+        """Refuse all but MXFP4 weights with FP8 activations on SM89 and SM90."""
         if request.device != "cuda" or request.capability not in (89, 90):
             return "is for SM89 and SM90"
         if (reason := type_objection(request.scheme, (MXFP4,))) is not None:
@@ -33,7 +33,7 @@ class FoldedMxfp4(Backend[FoldedWeight]):
         return fp8_objection(request)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """E4M3."""
+        """Return E4M3."""
         del request
         return torch.float8_e4m3fn
 

@@ -28,7 +28,7 @@ TYPES = (NVFP4, NVFP4_WIDE)
 
 
 def weight_only_objection(request: LinearRequest) -> str | None:
-    """NVFP4 weights under unrounded activations of a bf16 model, without a low-rank branch."""
+    """Return why neither package serves ``request``, or None: NVFP4 weights, unrounded activations, bf16, no low-rank branch."""
     scheme = request.scheme
     if scheme.weight.number_type not in TYPES or scheme.activation is not None:
         return f"multiplies NVFP4 weights by unrounded activations only, not {describe_operands(scheme)}"
@@ -70,12 +70,12 @@ class FlashInferWeightOnly(Backend[BlockScaledWeight]):
         return weight_only_objection(request) or flashinfer_objection(request, (100, 103))
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """bf16."""
+        """Return bf16."""
         del request
         return torch.bfloat16
 
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
-        """``codes`` and ``block_scale`` as ``prepare_bf16_fp4_weights`` returns them, and ``out_scale`` float32 ``[N]``."""
+        """Keep ``codes`` and ``block_scale`` as ``prepare_bf16_fp4_weights`` returns them, and ``out_scale`` float32 ``[N]``."""
         codes, scale = blocks_of_16(shards)
         from flashinfer import prepare_bf16_fp4_weights
 
@@ -94,14 +94,14 @@ class FlashInferWeightOnly(Backend[BlockScaledWeight]):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Scaled by ``out_scale`` before it is rounded. A ``row_scale``, which only the check at load has, is applied after."""
+        """Multiply; the sum is scaled by ``out_scale`` before it is rounded, by ``row_scale`` (of the self-test alone) after."""
         alpha = weight.out_scale[:1]
         y: torch.Tensor = _mm_bf16_fp4(values.contiguous(), weight.codes, weight.block_scale, alpha)
         return add_bias(scale_rows(y, row_scale), bias).to(out_dtype)
 
 
 def scale_rows(y: torch.Tensor, row_scale: torch.Tensor | None) -> torch.Tensor:
-    """``y * row_scale`` in float32, rounded to the type of ``y``."""
+    """Return ``y * row_scale`` in float32, rounded to the type of ``y``."""
     return y if row_scale is None else (y.to(torch.float32) * row_scale).to(y.dtype)
 
 
@@ -136,12 +136,12 @@ class QuackWeightOnly(Backend[BlockScaledWeight]):
         return package_objection("quack-kernels", request.packages)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """bf16."""
+        """Return bf16."""
         del request
         return torch.bfloat16
 
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
-        """``codes`` and ``block_scale`` as ``prepare_w4_weight`` returns them, N padded to 128s; ``out_scale`` float32 ``[N]``."""
+        """Keep ``codes`` and ``block_scale`` as ``prepare_w4_weight`` returns them, N padded to 128s, and ``out_scale``."""
         codes, scale = blocks_of_16(shards)
         from quack.gemm_w4 import prepare_w4_weight
 
@@ -157,7 +157,7 @@ class QuackWeightOnly(Backend[BlockScaledWeight]):
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Scaled by ``out_scale`` before it is rounded. A ``row_scale``, which only the check at load has, is applied after."""
+        """Multiply; the sum is scaled by ``out_scale`` before it is rounded, by ``row_scale`` (of the self-test alone) after."""
         kept, scale = (weight.codes, weight.block_scale), weight.out_scale
         y: torch.Tensor = _gemm_w4a16(values.contiguous(), *kept, scale[:1], scale.shape[0])
         return add_bias(scale_rows(y, row_scale), bias).to(out_dtype)

@@ -1,7 +1,7 @@
 """What the folded kernel reads, exactly the stored weight: E2M1 times 2^(e - 6) is an E4M3 number for exponents e from 1 to 12.
 
 Sixteen bytes hold a block of 32 inputs, in words of four bytes. Word q holds inputs 4 q + i and 16 + 4 q + i for i = 0..3: their
-magnitudes in nibbles i and 4 + i, where ``prmt`` takes them as selectors of a table of eight numbers; their signs at bits 8 i + 3
+magnitudes in nibbles i and 4 + i, where ``prmt`` takes them as selectors of a table of eight values; their signs at bits 8 i + 3
 and 8 i + 7, which are the free bits of the nibbles, one shift from where E4M3 has its sign.
 """
 
@@ -68,7 +68,7 @@ def fold(codes: torch.Tensor, scale: torch.Tensor) -> FoldedWeight:
 
 
 def _pack_words(codes: torch.Tensor) -> torch.Tensor:
-    """Stored codes ``[N, K / 2]`` in the order of the kernel, a block after the other."""
+    """Return stored codes ``[N, K / 2]`` in the order of the kernel, a block after the other."""
     first, second = codes.unflatten(1, (-1, 2, 4, 2)).unbind(
         2
     )  # [N, blocks, word, pair of inputs], inputs 0..15 and 16..31
@@ -79,7 +79,7 @@ def _pack_words(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unfold(weight: FoldedWeight) -> torch.Tensor:
-    """The weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
+    """Return the weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
     word = weight.codes.unflatten(1, (-1, 4, 4)).to(torch.int32)  # [N, blocks, word, byte]
     magnitude = torch.stack((word & 7, word >> 4 & 7), dim=-1).flatten(3)  # [N, blocks, word, nibble]
     sign = torch.cat((word >> 3 & 1, word >> 7), dim=3)

@@ -1,4 +1,4 @@
-"""What the block-scaled kernel reads: codes in 16-bit elements of four planes, block scales as one byte or one float32.
+"""Packing for the block-scaled kernel: codes in 16-bit elements of four planes, block scales as one byte or one float32.
 
 The planes are those of :mod:`sglang_modelopt_kernels.formats.fp4_packing`; INT4 codes + 8 take four bits in order of the planes.
 """
@@ -56,7 +56,7 @@ class PackedWeight:
         out_scale: float32 ``[N]``.
         kind: how codes and scales are read.
         group: inputs to a block scale.
-        fp8: whether the weight is E4M3 numbers under a scale for each row: no exponent of a block that is not zero is more than
+        fp8: whether the weight is E4M3 values under a scale for each row: no exponent of a block that is not zero is more than
             14 below its row's largest.
     """
 
@@ -116,7 +116,7 @@ def check_kind(kind: str) -> Kind:
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
-    """The weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
+    """Return the weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
     if packed.kind == "int4_float":
         element = packed.codes.to(torch.int32) & 0xFFFF
         values = join_planes(torch.stack([(element >> 4 * plane & 15) - 8 for plane in range(4)], dim=-1)).to(
@@ -134,7 +134,7 @@ def unpack(packed: PackedWeight) -> torch.Tensor:
 
 
 def _by_rows(codes: torch.Tensor, pack_rows: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """``pack_rows`` over parts of the rows: its integers take 30 times the memory of the result."""
+    """Apply ``pack_rows`` to parts of the rows: its integers take 30 times the memory of the result."""
     return torch.cat([pack_rows(part) for part in codes.split(max(PACK_ENTRIES // codes.shape[1], 1))])
 
 
@@ -147,7 +147,7 @@ def _pack_int4(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _relative_exponents(weight: BlockWeight) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Stored exponents uint8 ``[N, K / group]``, the factor of each row, float32 ``[N]``, and :attr:`PackedWeight.fp8`.
+    """Return stored exponents uint8 ``[N, K / group]``, the factor of each row, float32 ``[N]``, and :attr:`PackedWeight.fp8`.
 
     A zero block has no exponent.
     """

@@ -1,4 +1,4 @@
-"""What the kernel reads: codes of a byte as they are stored, and block scales in little more than they are stored in.
+"""Packing for the 8-bit kernel: codes of a byte as they are stored, and block scales in little more than they are stored in.
 
 =================  ========  ======================================  ==============
 kind               codes     block scale                             for
