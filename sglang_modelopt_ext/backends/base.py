@@ -63,6 +63,14 @@ class ShardWeight:
     tensors: Mapping[str, torch.Tensor]
     math: W4A8Math = "exact"
 
+    @property
+    def rows(self) -> int:
+        """Output features (N)."""
+        spec = next(spec for spec in self.format.tensors if spec.name == "weight")
+        index = spec.dim_of("N")
+        assert index is not None, "every weight has outputs"
+        return self.tensors["weight"].shape[index] * spec.dims[index].per
+
     def decode(self) -> DecodedWeight:
         """Decode to float32. Raises ValueError when values are beyond float32 or ``math`` cannot hold them."""
         decoded = self.format.decode(self.tensors)
@@ -299,6 +307,20 @@ def output_scale(shard: ShardWeight) -> torch.Tensor:
     if name is None:
         return torch.ones(1, dtype=torch.float32, device=shard.tensors["weight"].device)
     return shard.tensors[name].to(torch.float32).reshape(-1)
+
+
+def output_scales(shards: Sequence[ShardWeight]) -> torch.Tensor:
+    """Return the stored scale of each output of the shards, one below the other: float32 ``[N]``, 1 where none is stored."""
+    # The dimension N of a weight may be packed: the format knows it.
+    rows = [shard.rows for shard in shards]
+    return torch.cat([output_scale(shard).expand(count) for shard, count in zip(shards, rows, strict=True)])
+
+
+def check_no_output_scale(shards: Sequence[ShardWeight]) -> None:
+    """Raise ValueError where a shard's format has a scale of its outputs, for products that take none."""
+    for shard in shards:
+        if shard.format.output_scale is not None:
+            raise ValueError(f"packing: expected no scale of outputs, got {shard.format.output_scale}")
 
 
 def merge_decoded(shards: Sequence[ShardWeight]) -> DecodedWeight:

@@ -30,6 +30,8 @@ from sglang_modelopt_ext.backends.experts.fused import FusedRequest
 from sglang_modelopt_ext.backends.experts.grouped import GroupedDecoded, GroupedMxfp4
 from sglang_modelopt_ext.backends.linear.block_scaled import BlockScaled
 from sglang_modelopt_ext.backends.linear.dense import Dense
+from sglang_modelopt_ext.backends.linear.flashinfer import FlashInferMxfp8
+from sglang_modelopt_ext.backends.linear.humming import Humming
 from sglang_modelopt_ext.backends.linear.weight_only import blocks_of_16
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
@@ -38,6 +40,9 @@ from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, UMBRELLA
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import BlockWeight, NumberType
+from sglang_modelopt_kernels.formats.fp8 import FP8BlockWeight
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4Weight
+from sglang_modelopt_kernels.formats.mxfp8 import MXFP8Weight
 from sglang_modelopt_kernels.formats.nvfp4 import FULL_RANGE, NVFP4Weight
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import pair_blocks
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold
@@ -271,6 +276,63 @@ def test_its_kernel_in_the_interpreter() -> None:
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     assert float(done.stdout) < TOLERANCE
+
+
+class _Scaled:
+    """A known format under one more scale, of all its outputs."""
+
+    output_scale = "weight_scale_2"
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        return super().quantize(weight) | {"weight_scale_2": torch.tensor(0.75)}  # type: ignore[misc]
+
+    def decode(self, tensors: dict[str, torch.Tensor]) -> Any:
+        return dataclasses.replace(super().decode(tensors), out_scale=tensors["weight_scale_2"])  # type: ignore[misc]
+
+    def blocks(self, tensors: dict[str, torch.Tensor]) -> Any:
+        found = super().blocks(tensors)  # type: ignore[misc]
+        return None if found is None else dataclasses.replace(found, out_scale=tensors["weight_scale_2"])
+
+
+class ScaledMXFP4(_Scaled, MXFP4Weight):
+    pass
+
+
+class ScaledMXFP8(_Scaled, MXFP8Weight):
+    pass
+
+
+class ScaledBlocks(_Scaled, FP8BlockWeight):
+    pass
+
+
+@pytest.mark.parametrize("number", [ScaledMXFP4(), ScaledMXFP8(), ScaledBlocks()], ids=lambda one: one.name)
+def test_a_scale_of_outputs_is_never_lost(number: Any) -> None:
+    """A known number type under a scale of all outputs: every backend that reads the type keeps the scale, or refuses it."""
+    stored = number.quantize(random_weight())
+    plain = WEIGHT_FORMATS[number.name]
+    kept = refused = 0
+    for backend in select.BACKENDS:
+        try:
+            expected = backend.prepare([ShardWeight(plain, stored)]).out_scale * 0.75
+        except (ValueError, KeyError, ImportError):  # another number type, no low-rank branch, no package
+            continue
+        if isinstance(backend, FlashInferMxfp8):
+            with pytest.raises(ValueError, match="expected no scale of outputs, got weight_scale_2"):
+                backend.prepare([ShardWeight(number, stored)])
+            refused += 1
+            continue
+        assert torch.equal(backend.prepare([ShardWeight(number, stored)]).out_scale, expected), backend.name
+        kept += 1
+    assert (kept, refused) == {"mxfp4": (9, 0), "mxfp8": (3, 1), "fp8_block": (2, 0)}[number.name]
+    for experts in (GroupedDecoded(), GroupedMxfp4()):
+        try:
+            expected = experts.prepare([[ShardWeight(plain, stored)]]).out_scale * 0.75
+        except ValueError:
+            continue
+        assert torch.equal(experts.prepare([[ShardWeight(number, stored)]]).out_scale, expected)
+    with pytest.raises(ValueError, match="expected no scale of outputs"):
+        Humming().prepare([ShardWeight(ScaledMXFP4(), ScaledMXFP4().quantize(random_weight()))])
 
 
 @pytest.mark.parametrize("algo", SCHEMES)

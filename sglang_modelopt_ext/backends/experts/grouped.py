@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from sglang_modelopt_ext.backends.base import (
     is_fp8,
     merge_blocks,
     merge_decoded,
+    output_scales,
     type_objection,
 )
 from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
@@ -110,10 +112,11 @@ class GroupedDecoded(GroupedExperts):
             return grouped.packed(pack(merge_blocks(shards)))
         if number == MXFP8:
             codes, scale = (torch.cat([shard.tensors[name] for shard in shards]) for name in ("weight", "weight_scale"))
-            return grouped.mxfp8(codes, scale)
+            return _scaled(grouped.mxfp8(codes, scale), shards)
         if number == FP8_BLOCKS:
             codes = torch.cat([shard.tensors["weight"] for shard in shards])
-            return grouped.float_blocks(codes, torch.cat([_rows_of_blocks(shard) for shard in shards]))
+            scale = torch.cat([_rows_of_blocks(shard) for shard in shards])
+            return _scaled(grouped.float_blocks(codes, scale), shards)
         dtype = torch.int8 if number == INT8 else torch.float8_e4m3fn
         return grouped.whole(*prepare_dense(merge_decoded(shards), dtype))
 
@@ -121,6 +124,11 @@ class GroupedDecoded(GroupedExperts):
 def _kind(request: ExpertRequest) -> Kind | None:
     """How :class:`GroupedDecoded` keeps the weights of ``request``; None where it does not."""
     return "e4m3" if request.math == "fp8" else KIND_OF.get(request.scheme.weight.number_type)
+
+
+def _scaled(weight: GroupedWeight, shards: Sequence[ShardWeight]) -> GroupedWeight:
+    """Return the weight of one expert with the stored scales of its outputs in ``out_scale``."""
+    return dataclasses.replace(weight, out_scale=weight.out_scale * output_scales(shards))
 
 
 def _rows_of_blocks(shard: ShardWeight) -> torch.Tensor:
@@ -150,7 +158,7 @@ class GroupedMxfp4(GroupedExperts):
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
         """As stored."""
         codes, scale = (torch.cat([shard.tensors[name] for shard in shards]) for name in ("weight", "weight_scale"))
-        return grouped.mxfp4_as_stored(codes, scale)
+        return _scaled(grouped.mxfp4_as_stored(codes, scale), shards)
 
 
 class GroupedBf16(GroupedExperts):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from sglang_modelopt_ext.backends.base import (
     check_type,
     exact_float,
     merge_decoded,
-    output_scale,
+    output_scales,
 )
 from sglang_modelopt_kernels.formats.fp8 import FP8
 from sglang_modelopt_kernels.formats.int8 import INT8
@@ -70,13 +71,15 @@ class EightBit(Backend[ByteWeight]):
         check_type(shards, KIND_OF)
         kind = KIND_OF[shards[0].format.number_type]
         stored = [(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
+        out_scale = output_scales(shards)
         if kind == "e4m3_float":
-            return w8_decode.float_blocks([(codes, scale.squeeze(3).squeeze(1)) for codes, scale in stored])
+            kept = w8_decode.float_blocks([(codes, scale.squeeze(3).squeeze(1)) for codes, scale in stored])
+            return dataclasses.replace(kept, out_scale=kept.out_scale * out_scale)
         codes = torch.cat([part for part, _ in stored])
         if kind == "e4m3_exponent":
-            return w8_decode.mxfp8(codes, torch.cat([scale for _, scale in stored]))
-        scales = [output_scale(shard).expand(shard.tensors["weight"].shape[0]) for shard in shards]
-        return w8_decode.whole(codes, torch.cat(scales))
+            kept = w8_decode.mxfp8(codes, torch.cat([scale for _, scale in stored]))
+            return dataclasses.replace(kept, out_scale=kept.out_scale * out_scale)
+        return w8_decode.whole(codes, out_scale)
 
     def matmul(
         self,

@@ -17,6 +17,7 @@ from sglang_modelopt_ext.backends.base import (
     BlockScaledWeight,
     LinearRequest,
     ShardWeight,
+    check_no_output_scale,
     check_type,
     describe_operands,
     one_scale,
@@ -277,6 +278,7 @@ class FlashInferMxfp8(BlockBackend[FlashInferWeight]):
     def prepare(self, shards: Sequence[ShardWeight]) -> FlashInferWeight:
         """Keep ``codes`` E4M3 ``[N, K]`` as stored, ``block_scale`` uint8 swizzled, and ``out_scale`` of ones."""
         check_type(shards, (MXFP8,))
+        check_no_output_scale(shards)
         codes = stored(shards, "weight")
         check_rows(codes.shape[0], 32)
         if codes.shape[0] < 128:

@@ -13,7 +13,7 @@ from sglang_modelopt_ext.backends.base import (
     ShardWeight,
     check_type,
     describe_operands,
-    output_scale,
+    output_scales,
     type_objection,
 )
 from sglang_modelopt_kernels.formats import e4m3, ue8m0
@@ -62,9 +62,8 @@ class Fp4(BlockBackend[BlockScaledWeight]):
             illegal = e4m3.byte_is_nan(scale) | e4m3.byte_is_negative(scale)
         if bool(illegal.any()):
             raise ValueError("a block scale is NaN or negative")
-        out_scale = [output_scale(shard).expand(shard.tensors["weight"].shape[0]) for shard in shards]
         kept = naive_swizzle(scale) if self.tiled else scale
-        return BlockScaledWeight(codes, kept, torch.cat(out_scale))
+        return BlockScaledWeight(codes, kept, output_scales(shards))
 
     def matmul_blocks(
         self,

@@ -13,6 +13,7 @@ from sglang_modelopt_ext.backends.base import (
     Backend,
     LinearRequest,
     ShardWeight,
+    check_no_output_scale,
     check_type,
     fp8_objection,
     type_objection,
@@ -80,6 +81,7 @@ class Humming(Backend[HummingWeight]):
         Raises ValueError where humming would round a weight.
         """
         check_type(shards, (MXFP4,))
+        check_no_output_scale(shards)
         from humming.transform import transform_humming_tensors
 
         codes, scale = stored(shards, "weight"), stored(shards, "weight_scale")

@@ -13,6 +13,7 @@ from sglang_modelopt_ext.backends.base import (
     ShardWeight,
     check_type,
     fp8_objection,
+    output_scales,
     type_objection,
 )
 from sglang_modelopt_kernels.formats import ue8m0
@@ -48,7 +49,7 @@ class Mxfp4(Backend[BlockScaledWeight]):
         return torch.float8_e4m3fn
 
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
-        """Keep ``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``, which is 1.
+        """Keep ``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``.
 
         The scales are in tiles, :func:`naive_swizzle`, where the codes are not in pairs.
         """
@@ -58,9 +59,8 @@ class Mxfp4(Backend[BlockScaledWeight]):
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
         if bool(ue8m0.byte_is_nan(scale).any()):
             raise ValueError("a UE8M0 block scale is NaN")
-        ones = torch.ones(codes.shape[0], dtype=torch.float32, device=codes.device)
         kept = scale if self.paired else naive_swizzle(scale)
-        return BlockScaledWeight(codes, kept, ones)
+        return BlockScaledWeight(codes, kept, output_scales(shards))
 
     def matmul(
         self,

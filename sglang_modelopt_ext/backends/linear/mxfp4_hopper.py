@@ -12,6 +12,7 @@ from sglang_modelopt_ext.backends.base import (
     ShardWeight,
     check_type,
     fp8_objection,
+    output_scales,
     type_objection,
 )
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
@@ -44,7 +45,7 @@ class FoldedMxfp4(Backend[FoldedWeight]):
         return FoldedWeight(
             torch.cat([part.codes for part in parts]),
             torch.cat([part.exponent for part in parts]),
-            torch.cat([part.out_scale for part in parts]),
+            torch.cat([part.out_scale for part in parts]) * output_scales(shards),
         )
 
     def matmul(
