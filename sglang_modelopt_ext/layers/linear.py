@@ -239,7 +239,7 @@ class LinearProduct:
 
 
 def capability_of(device: torch.device) -> int | None:
-    """Return the compute capability times ten of a GPU, None of anything else."""
+    """The compute capability times ten of a GPU, None of anything else."""
     if device.type != "cuda":
         return None
     major, minor = torch.cuda.get_device_capability(device)
