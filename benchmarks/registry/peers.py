@@ -22,7 +22,7 @@ def _humming_weight(n: int, k: int) -> dict[str, Any]:
     codes, scale = random_codes(n, k), random_scale("mxfp4", n, k)
     stored = ShardWeight(WEIGHT_FORMATS["mxfp4"], {"weight": codes, "weight_scale": scale})
     prepared = Humming().prepare([stored])
-    sizes = {"codes": prepared["weight"], "scale": prepared["weight_scale"]}
+    sizes = {"codes": prepared.weight, "scale": prepared.weight_scale}
     return {"backend": Humming(), "prepared": prepared, "stored": (codes, scale), **sizes}
 
 

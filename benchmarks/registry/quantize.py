@@ -17,7 +17,7 @@ from sglang_modelopt_kernels.quantize.blocks import (
     round_blocks,
 )
 from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kernel
-from sglang_modelopt_kernels.quantize.blocks.quantize import NUMERICS, PROGRAM_VALUES
+from sglang_modelopt_kernels.quantize.blocks.quantize import PROGRAM_VALUES, numerics
 from sglang_modelopt_kernels.quantize.fp8 import naive_quantize_fp8, quantize_fp8
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
 from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8
@@ -27,7 +27,8 @@ from sglang_modelopt_kernels.quantize.int8.kernel import quantize_int8_kernel
 def _blocks_cases(arch: int) -> Iterator[Case]:
     """Yield rounding under block scales to codes, their scales in rows and swizzled, and to values."""
     del arch
-    for name, (group, element) in NUMERICS.items():
+    for name in BLOCK_ACTIVATIONS:
+        group, element = numerics(name)
         for values, swizzle in ((False, False), (False, True), (True, False)):
             types = dict.fromkeys(("x_ptr", "smoothing_ptr"), "*bf16")
             types |= {"input_scale_ptr": "*fp32", "scale_ptr": "*u8", "y_ptr": "*bf16" if values else "*u8"}
@@ -111,7 +112,7 @@ def _run_blocks(activation: str, x: torch.Tensor, smoothing: torch.Tensor, scale
 
 
 def _block_bytes(activation: str, m: int, k: int) -> int:
-    group, element = NUMERICS[activation]
+    group, element = numerics(activation)
     return m * k // (2 if element == "e2m1" else 1) + m * k // group
 
 
@@ -136,8 +137,8 @@ QUANTIZE_BLOCKS = Kernel(
     compile=_blocks_cases,
     stress=_blocks_stress,
     measured={
-        name: Rounding(lambda _: True, partial(_run_blocks, name), partial(_block_bytes, name), group == 16)
-        for name, (group, _) in NUMERICS.items()
+        name: Rounding(lambda _: True, partial(_run_blocks, name), partial(_block_bytes, name), numerics(name)[0] == 16)
+        for name in BLOCK_ACTIVATIONS
     },
 )
 QUANTIZE_INT8 = Kernel(

@@ -8,14 +8,22 @@ under load, and not in each launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, BlockBackend, LinearRequest, ShardWeight, round_to_blocks
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    BlockBackend,
+    LinearRequest,
+    Prepared,
+    PreparedWeight,
+    ShardWeight,
+    round_to_blocks,
+)
 from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, ExpertBackend, ExpertRequest, Routing
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
 from sglang_modelopt_ext.schemes.base import LORA_B
@@ -90,7 +98,7 @@ def check_backend(backend: Backend, request: LinearRequest, device: torch.device
 def _product(
     backend: Backend,
     request: LinearRequest,
-    prepared: Mapping[str, torch.Tensor],
+    prepared: PreparedWeight,
     x: torch.Tensor,
     row_scale: torch.Tensor,
     down: torch.Tensor | None,
@@ -242,7 +250,7 @@ def _random_experts(
 
 def _run_fused(
     backend: FusedExperts,
-    prepared: Mapping[str, torch.Tensor],
+    prepared: Prepared,
     x: torch.Tensor,
     numbers: torch.Tensor,
     weights: torch.Tensor,

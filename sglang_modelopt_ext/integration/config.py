@@ -38,7 +38,7 @@ from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod
 from sglang_modelopt_ext.schemes.base import LayerScheme
-from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
+from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme, math_of
 
 if TYPE_CHECKING:
     from sglang.srt.configs.load_config import LoadConfig
@@ -229,9 +229,7 @@ class ModelOptExtConfig(QuantizationConfig):
         self, scheme: LayerScheme, prefix: str, n: tuple[int, ...] | None, k: int | None
     ) -> ModelOptExtLinearMethod:
         where = self.checkpoint.folder if self.checkpoint else self.config.file
-        return ModelOptExtLinearMethod(
-            scheme, where, prefix, self.math, SCHEMES[scheme.algo].rounds_weight_to_fp8, n, k
-        )
+        return ModelOptExtLinearMethod(scheme, where, prefix, math_of(scheme, self.math), n, k)
 
 
 def expert_names(prefix: str) -> list[str]:

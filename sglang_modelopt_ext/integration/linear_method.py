@@ -27,8 +27,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         scheme: the layer's quantization.
         where: the checkpoint's folder, for errors.
         prefix: the layer's name in SGLang's module tree, for errors.
-        math: the numerics of NVFP4 weights with FP8 activations, where ``rounds_weight_to_fp8``.
-        rounds_weight_to_fp8: whether ``math`` applies to the scheme.
+        math: the numerics of the layer's weights.
         stored_n: N of each shard in the checkpoint, None without a checkpoint (dummy weights).
         stored_k: K in the checkpoint, None without a checkpoint.
     """
@@ -39,14 +38,13 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         where: object,
         prefix: str,
         math: W4A8Math,
-        rounds_weight_to_fp8: bool,
         stored_n: tuple[int, ...] | None,
         stored_k: int | None,
     ) -> None:
         self.scheme = scheme
         self.where = where
         self.prefix = prefix
-        self.math = math if rounds_weight_to_fp8 else "exact"
+        self.math = math
         self.stored_n = stored_n
         self.stored_k = stored_k
         self.product = LinearProduct(scheme, where, prefix, self.math, torch.get_default_dtype())

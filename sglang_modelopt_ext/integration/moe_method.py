@@ -23,7 +23,7 @@ from sglang_modelopt_ext.layers.experts import ExpertProduct
 from sglang_modelopt_ext.layers.fused import FusedProduct
 from sglang_modelopt_ext.layers.mixture import Choices, mix
 from sglang_modelopt_ext.schemes.base import LayerScheme
-from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.schemes.table import math_of
 
 GATE_UP, DOWN = "w13", "w2"
 SHARDS: dict[str, tuple[str, ...]] = {GATE_UP: ("w1", "w3"), DOWN: ("w2",)}
@@ -57,13 +57,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         dtype = torch.get_default_dtype()
         self.schemes = {GATE_UP: gate_up, DOWN: down}
         self.products = {
-            name: ExpertProduct(
-                scheme,
-                where,
-                f"{prefix}.{name}",
-                math if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact",
-                dtype,
-            )
+            name: ExpertProduct(scheme, where, f"{prefix}.{name}", math_of(scheme, math), dtype)
             for name, scheme in self.schemes.items()
         }
         self.fused = FusedProduct(where, prefix)

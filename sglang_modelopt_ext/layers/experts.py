@@ -7,12 +7,12 @@ expert, they round their input differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from sglang_modelopt_ext.backends.base import ShardWeight
+from sglang_modelopt_ext.backends.base import PreparedWeight, ShardWeight, tensors_of, without_tensors
 from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
 from sglang_modelopt_ext.backends.select import expert_candidates, served_scheme
 from sglang_modelopt_ext.backends.self_test import check_expert_backend
@@ -39,11 +39,13 @@ class ExpertGroup:
     """Shards of every expert computed by one product.
 
     Attributes:
-        prepared: the backend's names of its tensors, and the layer's names of them.
-        inputs: likewise what is applied to the input, as present: ``input_scale`` and ``pre_quant_scale``.
+        build: builds the prepared weight from its tensors, by field; see :class:`ShardGroup`.
+        prepared: the layer's name of each tensor of the prepared weight, by field.
+        inputs: the layer's name of what is applied to the input, as present: ``input_scale`` and ``pre_quant_scale``.
         each: the names among ``inputs`` whose tensor has a first dimension of experts, because they differ.
     """
 
+    build: Callable[..., PreparedWeight]
     prepared: dict[str, str]
     inputs: dict[str, str]
     each: frozenset[str]
@@ -142,11 +144,12 @@ class ExpertProduct:
         self,
         layer: torch.nn.Module,
         prefix: str,
-        prepared: Mapping[str, torch.Tensor],
+        weight: PreparedWeight,
         experts: Sequence[ExpertShards],
         shard: int,
         names: Sequence[str],
     ) -> ExpertGroup:
+        prepared = tensors_of(weight)
         tensors, each = dict(prepared), set()
         inputs = [name for name in names if name in experts[0][shard]]
         for name in inputs:
@@ -158,7 +161,10 @@ class ExpertProduct:
         for name, tensor in tensors.items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
         return ExpertGroup(
-            {name: prefix + name for name in prepared}, {name: prefix + name for name in inputs}, frozenset(each)
+            without_tensors(weight),
+            {name: prefix + name for name in prepared},
+            {name: prefix + name for name in inputs},
+            frozenset(each),
         )
 
     def release(self, layer: torch.nn.Module) -> None:
@@ -202,7 +208,7 @@ class ExpertProduct:
     ) -> torch.Tensor:
         if self.backend is None:
             raise RuntimeError(f"{self.prefix} is used before it is prepared")
-        prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
+        weight = group.build(**{name: getattr(layer, attribute) for name, attribute in group.prepared.items()})
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
         if group.each:
             x = _for_rows(x, routing)
@@ -218,7 +224,7 @@ class ExpertProduct:
             row_scale = row_scale * weights if weights is not None else row_scale.contiguous()
         else:
             row_scale = weights
-        return self.backend.matmul(prepared, values, row_scale, routing, out_dtype)
+        return self.backend.matmul(weight, values, row_scale, routing, out_dtype)
 
 
 def _for_rows(tensor: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import ShardWeight
+from sglang_modelopt_ext.backends.base import Prepared, ShardWeight, tensors_of, without_tensors
 from sglang_modelopt_ext.backends.experts.base import ExpertRequest
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
 from sglang_modelopt_ext.backends.select import fused_candidates, only_fused_is_named
@@ -32,6 +32,7 @@ class FusedProduct:
         self.where = where
         self.prefix = prefix
         self.backend: FusedExperts | None = None
+        self._build: Callable[..., Prepared] | None = None
         self._names: tuple[str, ...] = ()
 
     def prepare(
@@ -67,9 +68,10 @@ class FusedProduct:
             except ValueError as error:
                 reasons.append(f"{backend.name}: {error}")
                 continue
-            for name, tensor in prepared.items():
+            tensors = tensors_of(prepared)
+            for name, tensor in tensors.items():
                 layer.register_parameter(PREFIX + name, torch.nn.Parameter(tensor, requires_grad=False))
-            self.backend, self._names = backend, tuple(prepared)
+            self.backend, self._build, self._names = backend, without_tensors(prepared), tuple(tensors)
             return True
         if only_fused_is_named():
             raise ModelOptExtError.at(
@@ -83,7 +85,7 @@ class FusedProduct:
         """Takes the prepared tensors off ``layer`` again."""
         for name in self._names:
             delattr(layer, PREFIX + name)
-        self.backend, self._names = None, ()
+        self.backend, self._build, self._names = None, None, ()
 
     def tensors(self, layer: torch.nn.Module) -> Mapping[str, torch.Tensor]:
         """What is prepared on ``layer``, by the backend's names."""
@@ -91,13 +93,13 @@ class FusedProduct:
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, choices: Choices) -> torch.Tensor:
         """As :func:`mix`, for choices whose weights are not multiplied to the input."""
-        if self.backend is None or choices.weights_input:
+        if self.backend is None or self._build is None or choices.weights_input:
             raise RuntimeError(f"{self.prefix} is not prepared for this")
         weights = choices.weights.to(torch.float32)
         if choices.factor is not None:
             weights = weights * choices.factor
         numbers = choices.numbers.to(torch.int32).contiguous()
-        return self.backend.run(self.tensors(layer), x.contiguous(), numbers, weights.contiguous())
+        return self.backend.run(self._build(**self.tensors(layer)), x.contiguous(), numbers, weights.contiguous())
 
 
 def _stored(request: ExpertRequest, experts: Sequence[ExpertShards]) -> StoredExperts:

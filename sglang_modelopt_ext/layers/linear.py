@@ -1,4 +1,4 @@
-"""What a quantized linear layer computes, from its stored shards to its output. Needs no SGLang.
+"""The computation of a quantized linear layer, from its stored shards to its output. Needs no SGLang.
 
 A fused layer (qkv, gate_up) keeps every shard's own scales. Shards whose activations are rounded alike share one matrix product
 and differ only in the output scale of their rows; shards whose activations differ are computed apart. No scale is ever replaced
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 import torch
 
 from sglang_modelopt_ext.backends.base import (
-    FP8_ACTIVATIONS,
     Backend,
     BlockBackend,
     LinearRequest,
+    PreparedWeight,
     ShardWeight,
     round_to_blocks,
+    tensors_of,
+    without_tensors,
 )
 from sglang_modelopt_ext.backends.select import candidates, served_scheme
 from sglang_modelopt_ext.backends.self_test import check_backend
@@ -30,9 +32,7 @@ from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_kernels.formats.base import ActivationFormat, BlockActivation, ValueRule
-from sglang_modelopt_kernels.quantize.blocks import BLOCK_ACTIVATIONS, round_blocks
-from sglang_modelopt_kernels.quantize.fp8 import quantize_fp8
-from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
+from sglang_modelopt_kernels.quantize import blocks, fp8, int8
 
 logger = logging.getLogger(__name__)
 
@@ -47,14 +47,22 @@ class ShardGroup:
     """Adjacent shards computed by one matrix product.
 
     Attributes:
-        prepared: the backend's names of its tensors, and the layer's names of them.
-        inputs: likewise what is applied to the input: ``input_scale``, ``pre_quant_scale`` and the low-rank factors, as present.
+        build: builds the prepared weight from its tensors, by field. It holds the static metadata and no tensor: the module's
+            parameters are the only copy, whatever device they are moved to.
+        prepared: the layer's name of each tensor of the prepared weight, by field.
+        inputs: the layer's name of what is applied to the input: ``input_scale``, ``pre_quant_scale`` and the low-rank factors, as
+            present.
         rows: output features of the group.
     """
 
+    build: Callable[..., PreparedWeight]
     prepared: dict[str, str]
     inputs: dict[str, str]
     rows: int
+
+    def weight(self, layer: torch.nn.Module) -> PreparedWeight:
+        """Return the prepared weight over the parameters of ``layer``."""
+        return self.build(**{name: getattr(layer, attribute) for name, attribute in self.prepared.items()})
 
 
 class LinearProduct:
@@ -109,7 +117,7 @@ class LinearProduct:
         vocabulary: bool = False,
         backends: Sequence[Backend] | None = None,
     ) -> None:
-        """Prepares the stored shards with the first backend that can hold them, as parameters of ``layer``.
+        """Prepare the stored shards with the first backend that can hold them, as parameters of ``layer``.
 
         Args:
             layer: the module that will hold the tensors.
@@ -151,15 +159,16 @@ class LinearProduct:
         raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
 
     def request(self, device: torch.device, n: int, k: int, vocabulary: bool = False) -> LinearRequest:
-        """What the dispatch is asked for the layer on ``device``; sizes as :meth:`prepare` has them."""
+        """Return the request to the dispatch for the layer on ``device``, of ``n`` outputs and ``k`` inputs."""
         capability = capability_of(device)
         scheme = served_scheme(self.scheme, device.type, capability)
         gpu = gpu_of(device)
         return LinearRequest(scheme, device.type, capability, n, k, self.math, self.dtype, vocabulary, gpu)
 
     def _register(
-        self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, prepared: dict[str, torch.Tensor]
+        self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, weight: PreparedWeight
     ) -> ShardGroup:
+        prepared = tensors_of(weight)
         # Copies: a slice would keep the whole parameter of the checkpoint alive.
         inputs = {name: shards[0][name].clone() for name in self._input_names if name in shards[0]}
         if self.scheme.low_rank:
@@ -170,20 +179,21 @@ class LinearProduct:
         for name, tensor in (prepared | inputs).items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
         return ShardGroup(
+            build=without_tensors(weight),
             prepared={name: prefix + name for name in prepared},
             inputs={name: prefix + name for name in inputs},
-            rows=prepared["out_scale"].shape[0],
+            rows=weight.out_scale.shape[0],
         )
 
     def release(self, layer: torch.nn.Module) -> None:
-        """Takes the prepared tensors off ``layer`` again."""
+        """Take the prepared tensors off ``layer`` again."""
         for group in self.groups:
             for name in (*group.prepared.values(), *group.inputs.values()):
                 delattr(layer, name)
         self.groups, self._backend = (), None
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        """``y = Q(x) @ W^T + bias`` for ``x`` ``[..., K]`` in fp32, bf16 or fp16; the result has its type."""
+        """Return ``y = Q(x) @ W^T + bias`` for ``x`` ``[..., K]`` in fp32, bf16 or fp16; the result has its type."""
         flat = x.reshape(-1, x.shape[-1])
         outputs, row = [], 0
         for group in self.groups:
@@ -196,14 +206,14 @@ class LinearProduct:
     def _apply_group(
         self, layer: torch.nn.Module, group: ShardGroup, x: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        prepared = {name: getattr(layer, attribute) for name, attribute in group.prepared.items()}
+        weight = group.weight(layer)
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
         if not self.scheme.low_rank:
-            return self._multiply(prepared, inputs, x, bias, x.dtype)
+            return self._multiply(weight, inputs, x, bias, x.dtype)
         down = smooth(x, inputs) @ inputs[LORA_A].T
         if isinstance(self.backend, BlockBackend) and self.backend.takes_low_rank:
-            return self.backend.matmul_low_rank(prepared, self._blocks(self.backend, inputs, x), down, bias, x.dtype)
-        y = self._multiply(prepared, inputs, x, bias, torch.float32)
+            return self.backend.matmul_low_rank(weight, self._blocks(self.backend, inputs, x), down, bias, x.dtype)
+        y = self._multiply(weight, inputs, x, bias, torch.float32)
         return (y + down @ inputs[LORA_B].T).to(x.dtype)
 
     def _blocks(self, backend: BlockBackend, inputs: Mapping[str, torch.Tensor], x: torch.Tensor) -> BlockActivation:
@@ -212,21 +222,20 @@ class LinearProduct:
 
     def _multiply(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: PreparedWeight,
         inputs: Mapping[str, torch.Tensor],
         x: torch.Tensor,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         if isinstance(self.backend, BlockBackend):
-            return self.backend.matmul_blocks(prepared, self._blocks(self.backend, inputs, x), bias, out_dtype)
+            return self.backend.matmul_blocks(weight, self._blocks(self.backend, inputs, x), bias, out_dtype)
         values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
-        return self.backend.matmul(prepared, values, row_scale, bias, out_dtype)
+        return self.backend.matmul(weight, values, row_scale, bias, out_dtype)
 
     def rows(self, layer: torch.nn.Module, indices: torch.Tensor) -> torch.Tensor:
-        """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
-        prepared = {name: getattr(layer, attribute) for name, attribute in self.groups[0].prepared.items()}
-        return self.backend.rows(prepared, indices).to(self.dtype)
+        """Return rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
+        return self.backend.rows(self.groups[0].weight(layer), indices).to(self.dtype)
 
 
 def capability_of(device: torch.device) -> int | None:
@@ -238,7 +247,7 @@ def capability_of(device: torch.device) -> int | None:
 
 
 def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequence[Shard]) -> None:
-    """Raises ModelOptExtError where a shard has a zero block scale over codes that are not."""
+    """Raise ModelOptExtError where a shard has a zero block scale over codes that are not."""
     for spec in scheme.tensors:
         if spec.values is ValueRule.BLOCK_SCALE_E4M3:
             for shard in shards:
@@ -247,12 +256,12 @@ def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequen
 
 @functools.cache
 def say_once(message: str) -> None:
-    """A warning in the log, once in this process."""
+    """Log a warning, once in this process."""
     logger.warning(message)
 
 
 def smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``x`` in float32, times its ``pre_quant_scale`` where there is one."""
+    """Return ``x`` in float32, times its ``pre_quant_scale`` where there is one."""
     wide = x.to(torch.float32)
     return wide * inputs[PRE_QUANT_SCALE.name] if PRE_QUANT_SCALE.name in inputs else wide
 
@@ -264,7 +273,7 @@ def round_input(
     inputs: Mapping[str, torch.Tensor],
     rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The activations a backend reads, and their scale.
+    """Return the activations a backend reads, and their scale.
 
     Args:
         x: the input ``[M, K]``.
@@ -285,20 +294,21 @@ def round_input(
     if rank_amax is not None and (own := activation.token_amax(smooth(x, inputs))) is not None:
         amax = rank_amax(own)
     for_all_rows = (scale is None or scale.numel() == 1) and (smoothing is None or smoothing.dim() == 1)
-    if x.is_cuda and activation.name in FP8_ACTIVATIONS and for_all_rows:
+    if x.is_cuda and fp8.rounds(activation) and for_all_rows:
         exact = operand if operand == torch.float8_e4m3fn else torch.float16
-        values, row_scale = quantize_fp8(x, smoothing, scale, amax, exact)
-    elif x.is_cuda and activation.name in BLOCK_ACTIVATIONS and for_all_rows:
-        values, row_scale = round_blocks(x, activation.name, smoothing, scale, operand)
-    elif operand == torch.int8 and scale is not None and for_all_rows:
-        values, row_scale = (quantize_int8 if x.is_cuda else naive_quantize_int8)(x, smoothing, scale)
+        values, row_scale = fp8.quantize_fp8(x, smoothing, scale, amax, exact)
+    elif x.is_cuda and blocks.rounds(activation) and for_all_rows:
+        values, row_scale = blocks.round_blocks(x, activation.name, smoothing, scale, operand)
+    elif operand == torch.int8 and int8.rounds(activation) and scale is not None and for_all_rows:
+        quantize = int8.quantize_int8 if x.is_cuda else int8.naive_quantize_int8
+        values, row_scale = quantize(x, smoothing, scale)
     else:
         values, row_scale = activation.quantize(smooth(x, inputs), scale if amax is None else amax)
     return values.to(operand), row_scale
 
 
 def group_shards(shards: Sequence[Shard], names: Sequence[str]) -> list[list[int]]:
-    """Indices of adjacent shards that agree in the tensors ``names``, where they have them."""
+    """Return indices of adjacent shards that agree in the tensors ``names``, where they have them."""
     groups: list[list[int]] = []
     for index, shard in enumerate(shards):
         present = [name for name in names if name in shard]

@@ -18,13 +18,10 @@ _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRE_QUANT_SCALE = TensorSpec("pre_quant_scale", _MODEL_DTYPES, (Dim("K"),), ValueRule.POSITIVE)
 """AWQ's and SmoothQuant's smoothing: ``y = Q(x * pre_quant_scale) @ Q(W)^T``, W already divided by it."""
 
-FP4_ACTIVATIONS = ("nvfp4_dynamic", "mxfp4_dynamic")
-"""Formats of activations that ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` may leave out."""
-
 
 def is_fp4(activation: ActivationFormat | None) -> TypeGuard[ActivationFormat]:
-    """Whether it is one of :data:`FP4_ACTIVATIONS`."""
-    return activation is not None and activation.name in FP4_ACTIVATIONS
+    """Whether activations are E2M1, which ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` may leave out."""
+    return activation is not None and activation.number_type.element == "e2m1"
 
 
 LORA_A, LORA_B = "svdquant_lora_a", "svdquant_lora_b"

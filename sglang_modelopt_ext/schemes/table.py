@@ -5,8 +5,9 @@ Names on both sides are ModelOpt's: ``quant_algo`` as ``modelopt/torch/export/qu
 
 from __future__ import annotations
 
+from sglang_modelopt_ext.env import W4A8Math, w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.base import Scheme
+from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 
 W4A8, MXFP4, UMBRELLA = "modelopt_w4a8", "modelopt_mxfp4", "modelopt_ext"
 
@@ -107,3 +108,15 @@ def find_scheme(algo: str, where: object) -> Scheme:
         known = ", ".join(sorted([*SCHEMES, MIXED_PRECISION]))
         raise ModelOptExtError.at(where, "quant_algo", f"one of {known}", algo)
     return scheme
+
+
+def math_of(scheme: LayerScheme, math: W4A8Math | None = None) -> W4A8Math:
+    """Return the numerics of a layer's weights: ``math`` where the row of its recipe has the choice, else ``exact``.
+
+    Args:
+        scheme: how the layer is quantized.
+        math: the choice; None for that of ``SGLANG_MODELOPT_EXT_W4A8_MATH``.
+    """
+    if not SCHEMES[scheme.algo].rounds_weight_to_fp8:
+        return "exact"
+    return w4a8_math() if math is None else math

@@ -36,13 +36,13 @@ from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.linear import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.table import math_of
 from sglang_modelopt_ext.tuning.experts import experts_of, measure_experts
 from sglang_modelopt_ext.tuning.sample import (
     TOLERANCE,
     Sample,
     ends,
     filling_the_cache,
-    math_of,
     measure_backends,
     random_shard,
 )

@@ -8,10 +8,8 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from sglang_modelopt_ext.env import W4A8Math, w4a8_math
 from sglang_modelopt_ext.layers.linear import INPUT_SCALE
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
-from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats.base import DecodedWeight
 from sglang_modelopt_kernels.gemm.reference import naive_linear
 from sglang_modelopt_kernels.timing import COLD_BYTES, LAUNCHES
@@ -30,11 +28,6 @@ class Named(Protocol):
     name: str
 
     def supports(self, request: Any, /) -> str | None: ...
-
-
-def math_of(scheme: LayerScheme) -> W4A8Math:
-    """Return the numerics of a scheme in this process: ``SGLANG_MODELOPT_EXT_W4A8_MATH`` where it applies, else ``exact``."""
-    return w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
 
 
 def measure_backends(
@@ -91,8 +84,7 @@ def random_shard(
     stored = scheme.weight.quantize(weight.to(torch.bfloat16))
     if scheme.activation is not None:
         for spec in scheme.activation.tensors:
-            largest = 2688 if scheme.activation.name == "nvfp4_dynamic" else 448
-            stored[spec.name] = torch.full((), 4.0 / largest, device=device)
+            stored[spec.name] = torch.full((), 4.0 / (scheme.activation.calibrated_range or 1.0), device=device)
     if scheme.smoothing:
         stored[PRE_QUANT_SCALE.name] = (torch.rand(k, generator=generator, device=device) + 0.5).to(dtype)
     if scheme.low_rank:

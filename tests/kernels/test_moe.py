@@ -292,13 +292,12 @@ def test_every_kind_is_covered() -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_weight_survives(kind: str) -> None:
-    """What is kept is what the format decodes, and is told apart by its tensors."""
+    """What is kept is what the format decodes."""
     generator = torch.Generator().manual_seed(1)
     experts = [one_expert(kind, 130, 384, generator) for _ in range(2)]
-    weight = grouped.stack(experts)
-    again = grouped.from_tensors(grouped.to_tensors(weight))
-    assert again.kind == weight.kind == kind.split("/")[0]
-    assert again.fp8 == weight.fp8 == (kind == "e2m1_exponent")
+    again = grouped.stack(experts)
+    assert again.kind == kind.split("/")[0]
+    assert again.fp8 == (kind == "e2m1_exponent")
     assert (again.n, again.k, again.experts) == (130, 384, 2)
     generator = torch.Generator().manual_seed(1)
     for expert in range(2):

@@ -16,9 +16,15 @@ import pytest
 import torch
 
 from sglang_modelopt_ext.backends import packages, self_test
+from sglang_modelopt_ext.backends.base import tensors_of
 from sglang_modelopt_ext.backends.experts import flashinfer as experts_flashinfer
 from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, ExpertRequest
-from sglang_modelopt_ext.backends.experts.flashinfer import FOUR_OVER_SIX, CutlassMxfp8Experts, CutlassNvfp4Experts
+from sglang_modelopt_ext.backends.experts.flashinfer import (
+    FOUR_OVER_SIX,
+    CutlassMxfp8Experts,
+    CutlassNvfp4Experts,
+    CutlassWeights,
+)
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
 from sglang_modelopt_ext.backends.select import EXPERT_BACKENDS, FUSED_BACKENDS, expert_candidates, fused_candidates
 from sglang_modelopt_ext.env import EXPERTS
@@ -223,8 +229,8 @@ class Wrong(CutlassNvfp4Experts):
     def __init__(self, fault: str) -> None:
         self.fault = fault
 
-    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> dict[str, torch.Tensor]:
-        prepared = super().prepare(gate_up, down)
+    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> CutlassWeights:
+        prepared = tensors_of(super().prepare(gate_up, down))
         if self.fault == "gate for up":
             for name in ("gate_up", "gate_up_scale"):
                 prepared[name] = torch.cat(prepared[name].chunk(2, dim=1)[::-1], dim=1).contiguous()
@@ -235,7 +241,7 @@ class Wrong(CutlassNvfp4Experts):
         if self.fault == "linear scales":
             scales = [torch.cat([s.tensors["weight_scale"] for s in shards]) for shards in down.weights]
             prepared["down_scale"] = torch.stack(scales).view(torch.uint8)
-        return prepared
+        return CutlassWeights(**prepared)
 
     def run(self, prepared: Any, x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         if self.fault == "no expert":

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 
-from sglang_modelopt_ext.backends.base import LinearRequest, ShardWeight
+from sglang_modelopt_ext.backends.base import LinearRequest, ShardWeight, tensors_of
 from sglang_modelopt_ext.backends.linear.fp4 import BlackwellFp4, MmaFp4
 from sglang_modelopt_ext.backends.linear.mxfp4_blackwell import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.backends.linear.mxfp4_hopper import FoldedMxfp4
@@ -19,7 +19,7 @@ from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import pair_blocks
-from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, unfold
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import unfold
 from sglang_modelopt_kernels.quantize.blocks import naive_unswizzle
 
 BLOCK, FP8, BYTE = "triton_block_scaled", "fp8_scaled_mm", "triton_eight_bit"
@@ -254,18 +254,17 @@ def test_mxfp4_backends_keep_the_weight() -> None:
     expected = torch.cat([weight.decode(shard).unit for shard in stored])
     shards = [ShardWeight(weight, shard) for shard in stored]
     folded = FoldedMxfp4().prepare(shards)
-    unit = unfold(FoldedWeight(folded["codes"], folded["exponent"], folded["out_scale"]))
-    assert torch.equal((unit * folded["out_scale"].unsqueeze(1)).float(), expected)
+    assert torch.equal((unfold(folded) * folded.out_scale.unsqueeze(1)).float(), expected)
     plain, paired = BlackwellMxfp4().prepare(shards), WidenedMxfp4().prepare(shards)
-    scale = naive_unswizzle(plain["block_scale"], 24, 4)
-    assert torch.equal(weight.decode({"weight": plain["codes"], "weight_scale": scale}).unit, expected)
-    assert torch.equal(paired["codes"], pair_blocks(plain["codes"]))
-    assert torch.equal(paired["block_scale"], scale)
-    for backend, block_scale in ((BlackwellFp4(), plain["block_scale"]), (MmaFp4(), scale)):
+    scale = naive_unswizzle(plain.block_scale, 24, 4)
+    assert torch.equal(weight.decode({"weight": plain.codes, "weight_scale": scale}).unit, expected)
+    assert torch.equal(paired.codes, pair_blocks(plain.codes))
+    assert torch.equal(paired.block_scale, scale)
+    for backend, block_scale in ((BlackwellFp4(), plain.block_scale), (MmaFp4(), scale)):
         fp4 = backend.prepare(shards)
-        assert torch.equal(fp4["codes"], plain["codes"])
-        assert torch.equal(fp4["block_scale"], block_scale)
-        assert bool((fp4["out_scale"] == 1).all())
+        assert torch.equal(fp4.codes, plain.codes)
+        assert torch.equal(fp4.block_scale, block_scale)
+        assert bool((fp4.out_scale == 1).all())
 
 
 @pytest.mark.parametrize("vocabulary", [False, True], ids=["layer", "vocabulary"])
@@ -280,7 +279,7 @@ def test_weights_keep_their_stored_size(algo: str, capability: int, vocabulary: 
         stored = [weight.quantize(torch.randn(n, 1024, generator=generator)) for n in sizes]
         backend = candidates(asked, "layer")[0]
         prepared = backend.prepare([ShardWeight(weight, shard) for shard in stored])
-        held = sum(tensor.nbytes for tensor in prepared.values())
+        held = sum(tensor.nbytes for tensor in tensors_of(prepared).values())
         assert held <= 1.03 * sum(tensor.nbytes for shard in stored for tensor in shard.values()), backend.name
 
 
@@ -307,8 +306,7 @@ def test_fp4_keeps_the_scales_of_its_shards() -> None:
     stored = [weight.quantize(torch.randn(n, 64, generator=torch.Generator().manual_seed(n)) * n) for n in (16, 8)]
     kept = BlackwellFp4().prepare([ShardWeight(weight, shard) for shard in stored])
     assert (
-        kept["out_scale"].tolist()
-        == [float(stored[0]["weight_scale_2"])] * 16 + [float(stored[1]["weight_scale_2"])] * 8
+        kept.out_scale.tolist() == [float(stored[0]["weight_scale_2"])] * 16 + [float(stored[1]["weight_scale_2"])] * 8
     )
     stored[1]["weight_scale"].view(torch.uint8)[0, 0] = 0x81  # negative, which the instruction would not see
     with pytest.raises(ValueError, match="a block scale is NaN or negative"):

@@ -108,8 +108,8 @@ def test_a_backend_may_refuse_by_values() -> None:
     with pytest.raises(ValueError, match="span"):
         GroupedDecoded().prepare(experts)
     prepared = GroupedBf16().prepare(experts)
-    assert prepared["codes"].shape == (2, 8, 64)
-    assert torch.equal(prepared["codes"][1, 4:].float(), number.decode(stored).unit)
+    assert prepared.codes.shape == (2, 8, 64)
+    assert torch.equal(prepared.codes[1, 4:].float(), number.decode(stored).unit)
 
 
 def interpreted(tokens: tuple[int, ...]) -> list[list[str]]:

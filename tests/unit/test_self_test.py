@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ import torch
 from sglang_modelopt_ext.backends import select, self_test
 from sglang_modelopt_ext.backends.base import LinearRequest, ShardWeight
 from sglang_modelopt_ext.backends.experts.base import ExpertRequest, ReferenceExperts
-from sglang_modelopt_ext.backends.linear.dense import Dense
+from sglang_modelopt_ext.backends.linear.dense import Dense, DenseWeight
 from sglang_modelopt_ext.backends.linear.eight_bit import EightBit
 from sglang_modelopt_ext.backends.linear.fp4 import MmaFp4
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -26,6 +26,7 @@ from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.gemm.fp4_blackwell import naive_fp4_linear
+from sglang_modelopt_kernels.gemm.w8_decode import ByteWeight
 
 
 class Wrong(Dense):
@@ -55,8 +56,8 @@ class Blocks(MmaFp4):
         return super().objection(dataclasses.replace(request, device="cuda", capability=120))
 
     def matmul_blocks(self, prepared, x, bias, out_dtype):  # type: ignore[no-untyped-def, override]
-        scale = prepared["block_scale"].roll(1, dims=1) if self.wrong else prepared["block_scale"]
-        y = naive_fp4_linear(x, prepared["codes"], scale, None) * prepared["out_scale"].double()
+        scale = prepared.block_scale.roll(1, dims=1) if self.wrong else prepared.block_scale
+        y = naive_fp4_linear(x, prepared.codes, scale, None) * prepared.out_scale.double()
         return (y if bias is None else y + bias.double()).to(out_dtype)
 
 
@@ -115,9 +116,9 @@ def check_bytes(wrong: bool) -> list[str]:
     if wrong:
         prepare = backend.prepare
 
-        def negated(shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        def negated(shards: Sequence[ShardWeight]) -> ByteWeight:
             prepared = prepare(shards)
-            prepared["out_scale"][-1] *= -1
+            prepared.out_scale[-1] *= -1
             return prepared
 
         backend.prepare = negated  # type: ignore[method-assign]
@@ -169,9 +170,9 @@ def test_what_is_wrong_does_not(factor: float) -> None:
 class Tail(Dense):
     """A backend that leaves out the last K elements where they are no whole tile."""
 
-    def matmul(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, *rest: object) -> torch.Tensor:  # type: ignore[override]
+    def matmul(self, weight: DenseWeight, x: torch.Tensor, *rest: object) -> torch.Tensor:  # type: ignore[override]
         inside = torch.arange(x.shape[1]) < x.shape[1] // 128 * 128
-        return super().matmul(prepared, x * inside, *rest)  # type: ignore[arg-type]
+        return super().matmul(weight, x * inside, *rest)  # type: ignore[arg-type]
 
 
 def test_the_check_ends_within_a_tile_where_the_layer_does() -> None:

@@ -23,7 +23,7 @@ ACTIVATION_FORMATS: dict[str, ActivationFormat] = {}
 
 
 def register(number_format: WeightFormat | ActivationFormat) -> None:
-    """Adds a format to its registry. Raises ValueError when the name is taken."""
+    """Add a format to its registry. Raises ValueError when the name is taken."""
     taken = WEIGHT_FORMATS if isinstance(number_format, WeightFormat) else ACTIVATION_FORMATS
     if number_format.name in taken:
         raise ValueError(f"{number_format.name!r} is already registered")

@@ -1,4 +1,4 @@
-"""The contracts every number format is written against.
+"""Contracts of number formats.
 
 A *weight format* is a self-contained bundle: it declares the tensors a checkpoint stores for one linear layer
 (:class:`TensorSpec`), and owns how they are decoded and how a reference quantizer makes them. The declaration is data, so
@@ -21,10 +21,53 @@ from typing import Literal
 import torch
 
 Axis = Literal["N", "K"]
+Element = Literal["e2m1", "e4m3", "int4", "int8"]
+"""The type of one stored element of a weight or an activation."""
+BlockScale = Literal["e4m3", "ue8m0", "float32"]
+"""The type of the scales that blocks of elements share."""
+RowScale = Literal["static", "token"]
+"""Where the float32 scale of an activation's rows comes from: stored for the whole tensor, or computed for each token."""
+
+
+@dataclass(frozen=True)
+class NumberType:
+    """Elements and the scales of their blocks: what a kernel has to decode.
+
+    Backends compare it as a whole with the types that their kernels read. Scales of whole rows, which multiply a product's
+    output, are no part of it.
+
+    Attributes:
+        element: the type of one element.
+        block: rows and columns (N and K of a weight, M and K of an activation) that share a block scale; None without blocks.
+        block_scale: the type of a block scale; None without blocks.
+    """
+
+    element: Element
+    block: tuple[int, int] | None = None
+    block_scale: BlockScale | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ValueError where only one of ``block`` and ``block_scale`` is given, or a block is empty."""
+        if (self.block is None) != (self.block_scale is None) or (self.block is not None and min(self.block) < 1):
+            raise ValueError(f"blocks and their scales come together, got {self.block} and {self.block_scale}")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one element."""
+        return 4 if self.element in ("e2m1", "int4") else 8
+
+    def __str__(self) -> str:
+        """Name the properties, such as ``E2M1 in blocks of 16 under E4M3 scales``, for messages."""
+        if self.block is None or self.block_scale is None:
+            return self.element.upper()
+        rows, columns = self.block
+        size = f"{columns}" if rows == 1 else f"{rows} x {columns}"
+        scale = self.block_scale if self.block_scale == "float32" else self.block_scale.upper()
+        return f"{self.element.upper()} in blocks of {size} under {scale} scales"
 
 
 class ValueRule(Enum):
-    """What the entries of a tensor may be. Checked when a checkpoint is read, before anything is multiplied."""
+    """Rule for the entries of a stored tensor, checked when a checkpoint is read, before anything is multiplied."""
 
     CODES = "codes"
     """Packed codes: every byte is legal."""
@@ -52,7 +95,7 @@ class Dim:
     partial: bool = False
 
     def size(self, n: int, k: int) -> int:
-        """Entries stored for a weight ``[n, k]``. Raises ValueError when ``per`` must divide the axis and does not."""
+        """Return the entries stored for a weight ``[n, k]``. Raises ValueError when ``per`` must divide the axis and does not."""
         if self.axis is None:
             return self.per
         extent = n if self.axis == "N" else k
@@ -87,11 +130,11 @@ class TensorSpec:
         return not self.dims
 
     def shape(self, n: int, k: int) -> tuple[int, ...]:
-        """The stored shape for a weight ``[n, k]``. Raises ValueError when a dimension does not divide."""
+        """Return the stored shape for a weight ``[n, k]``. Raises ValueError when a dimension does not divide."""
         return tuple(dim.size(n, k) for dim in self.dims)
 
     def dim_of(self, axis: Axis) -> int | None:
-        """The index of the dimension that follows ``axis`` of the weight, or None."""
+        """Return the index of the dimension that follows ``axis`` of the weight, or None."""
         for index, dim in enumerate(self.dims):
             if dim.axis == axis:
                 return index
@@ -100,7 +143,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class DecodedWeight:
-    """A weight as numbers: ``W = unit * out_scale``.
+    """A weight as float32 values: ``W = unit * out_scale``.
 
     Attributes:
         unit: float32 ``[N, K]``, codes times block scales; exact products but under float32 block scales, where they are
@@ -112,8 +155,15 @@ class DecodedWeight:
     out_scale: torch.Tensor
 
     def dequantize(self) -> torch.Tensor:
-        """The float32 weight ``[N, K]``."""
+        """Return the float32 weight ``[N, K]``."""
         return self.unit * self.out_scale
+
+
+_BLOCK_SCALE_OF: dict[torch.dtype, BlockScale] = {
+    torch.float8_e4m3fn: "e4m3",
+    torch.uint8: "ue8m0",
+    torch.float32: "float32",
+}
 
 
 @dataclass(frozen=True)
@@ -133,6 +183,13 @@ class BlockWeight:
     out_scale: torch.Tensor
     code: Literal["e2m1", "int4"]
     group: int
+
+    @property
+    def number_type(self) -> NumberType:
+        """The number type of codes and block scales. Raises ValueError where :attr:`scale` has another dtype than it may."""
+        if self.scale.dtype not in _BLOCK_SCALE_OF:
+            raise ValueError(f"block scales: expected e4m3, uint8 or float32, got {self.scale.dtype}")
+        return NumberType(self.code, (1, self.group), _BLOCK_SCALE_OF[self.scale.dtype])
 
 
 @dataclass(frozen=True)
@@ -154,14 +211,23 @@ class WeightFormat(ABC):
     """How a quantized weight ``[N, K]`` is stored and read."""
 
     name: str
-    group_size: int
-    """Inputs that share one block scale; 0 when there are no blocks."""
+    number_type: NumberType
+    """The stored elements and block scales."""
+    output_scale: str | None = None
+    """The stored tensor that :attr:`DecodedWeight.out_scale` holds: a scalar or one entry for each output; None where it is 1."""
     exact_in_bf16: bool
     """Every entry of :attr:`DecodedWeight.unit` is a bf16 number."""
     often_exact_in_bf16: bool = False
-    """Likewise for every weight but those at the end of float32's range; a backend has to look."""
-    has_blocks: bool = False
-    """:meth:`blocks` gives 4-bit codes and block scales."""
+    """Every entry is a bf16 number but for those at the end of float32's range; a backend has to look."""
+
+    def __str__(self) -> str:
+        """Name and number type, for messages."""
+        return f"{self.name} ({self.number_type})"
+
+    @property
+    def group_size(self) -> int:
+        """Inputs (K) that share one block scale; 0 without blocks."""
+        return self.number_type.block[1] if self.number_type.block else 0
 
     @property
     @abstractmethod
@@ -170,19 +236,19 @@ class WeightFormat(ABC):
 
     @abstractmethod
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads the stored tensors of one shard (by spec name; values already validated), on their device."""
+        """Read the stored tensors of one shard (by spec name; values already validated), on their device."""
 
     def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight | None:
-        """Likewise as 4-bit codes and block scales, None where the format has none."""
+        """Read one shard as 4-bit codes and block scales; None where the elements have another width."""
         del tensors
         return None
 
     @abstractmethod
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Reference quantizer: the tensors a max-calibrated ModelOpt export stores for ``weight``, bit for bit."""
+        """Return the tensors a max-calibrated ModelOpt export stores for ``weight``, bit for bit."""
 
     def bits_per_weight(self) -> float:
-        """Stored bits for one weight, block scales included, per-tensor scales not."""
+        """Return the stored bits of one element, block scales included, per-tensor scales not."""
         bits = 0.0
         for spec in self.tensors:
             if spec.is_scalar:
@@ -199,6 +265,16 @@ class ActivationFormat(ABC):
     """The rounding a recipe applies to the input of a linear layer."""
 
     name: str
+    number_type: NumberType
+    """The elements and block scales that the input is rounded to."""
+    row_scale: RowScale | None = None
+    """Where the float32 scale of the rows comes from; None where it is 1."""
+    calibrated_range: float | None = None
+    """The value that a static scale brings the calibrated amax to: ``input_scale = amax / calibrated_range``; None without one."""
+
+    def __str__(self) -> str:
+        """Name and number type, for messages."""
+        return f"{self.name} ({self.number_type})"
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -206,7 +282,7 @@ class ActivationFormat(ABC):
         return ()
 
     def token_amax(self, x: torch.Tensor) -> torch.Tensor | None:
-        """The largest magnitude of each token, float32 ``[M, 1]``, where the format scales per token; else None.
+        """Return the largest magnitude of each token, float32 ``[M, 1]``, where the format scales per token; else None.
 
         Ranks that hold slices of the same tokens take the maximum of theirs, so that a token is rounded alike however many
         ranks there are.
@@ -215,13 +291,13 @@ class ActivationFormat(ABC):
         return None
 
     def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation | None:
-        """What :meth:`quantize` rounds ``x`` to, as codes and block scales; None where the format has none."""
+        """Return :meth:`quantize` of ``x`` as codes and block scales; None where the format has none."""
         del x, scale
         return None
 
     @abstractmethod
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rounds ``x`` float32 ``[M, K]``.
+        """Round ``x`` float32 ``[M, K]``.
 
         Args:
             x: float32 ``[M, K]``.

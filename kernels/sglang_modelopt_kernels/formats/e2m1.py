@@ -38,19 +38,19 @@ def unpack_codes(packed: torch.Tensor) -> torch.Tensor:
 
 
 def pack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15, uint8 ``[..., K]``, to uint8 ``[..., K / 2]``. Raises ValueError when K is odd."""
+    """Pack codes 0..15, uint8 ``[..., K]``, to uint8 ``[..., K / 2]``. Raises ValueError when K is odd."""
     if codes.shape[-1] % 2:
         raise ValueError(f"K = {codes.shape[-1]} is odd: two codes share a byte")
     return codes[..., 0::2] | (codes[..., 1::2] << 4)
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15, uint8, to their values in float32, shape unchanged. Code 8 is -0.0."""
+    """Decode codes 0..15, uint8, to their values in float32, shape unchanged. Code 8 is -0.0."""
     return _constant(VALUES, codes.device)[codes.to(torch.int32)]
 
 
 def encode(x: torch.Tensor, ties: Ties = "even") -> torch.Tensor:
-    """Rounds ``x`` to the nearest E2M1 value: float32 to uint8 codes 0..15, shape unchanged.
+    """Round ``x`` to the nearest E2M1 value: float32 to uint8 codes 0..15, shape unchanged.
 
     Magnitudes above 6 saturate, infinity included. E2M1 has no NaN: the code of a NaN is 7 or 15 and means nothing; a
     caller that may see one carries it in the block scale.

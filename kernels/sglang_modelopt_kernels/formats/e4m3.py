@@ -16,7 +16,7 @@ SMALLEST_SUBNORMAL = 2.0**-9
 
 
 def to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """Rounds float32 to ``float8_e4m3fn``, nearest even, saturating at +-448; infinity saturates too, NaN stays NaN.
+    """Round float32 to ``float8_e4m3fn``, nearest even, saturating at +-448; infinity saturates too, NaN stays NaN.
 
     Hardware conversions saturate; PyTorch's cast makes NaN of what is above 464 in some versions, hence the clamp.
     """
@@ -24,21 +24,21 @@ def to_e4m3(x: torch.Tensor) -> torch.Tensor:
 
 
 def round_to_e4m3(x: torch.Tensor) -> torch.Tensor:
-    """The float32 values that :func:`to_e4m3` rounds float32 ``x`` to."""
+    """Return the float32 values that :func:`to_e4m3` rounds float32 ``x`` to."""
     return to_e4m3(x).to(torch.float32)
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """Bytes (uint8 or ``float8_e4m3fn``) to their values in float32, shape unchanged. NaN bytes give NaN."""
+    """Decode bytes (uint8 or ``float8_e4m3fn``) to their values in float32, shape unchanged. NaN bytes give NaN."""
     return codes.view(torch.float8_e4m3fn).to(torch.float32)
 
 
 def byte_is_nan(codes: torch.Tensor) -> torch.Tensor:
-    """Where a byte (uint8 or ``float8_e4m3fn``) is NaN: bool, shape unchanged."""
+    """Return where a byte (uint8 or ``float8_e4m3fn``) is NaN: bool, shape unchanged."""
     return (codes.view(torch.uint8) & 0x7F) == 0x7F
 
 
 def byte_is_negative(codes: torch.Tensor) -> torch.Tensor:
-    """Where a byte (uint8 or ``float8_e4m3fn``) is below zero: bool, shape unchanged. Minus zero and NaN are not."""
+    """Return where a byte (uint8 or ``float8_e4m3fn``) is below zero: bool, shape unchanged. Minus zero and NaN are not."""
     raw = codes.view(torch.uint8)
     return (raw > 0x80) & (raw < 0xFF)

@@ -12,10 +12,14 @@ import torch
 from torch.nn.functional import pad
 
 from . import e4m3
-from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import ActivationFormat, DecodedWeight, Dim, NumberType, TensorSpec, ValueRule, WeightFormat
 from .checks import check_activation, check_weight, divide, positive_amax, static_scale
 
 BLOCK = 128
+FP8 = NumberType("e4m3")
+"""E4M3 without block scales: weights per tensor and per channel, and activations."""
+FP8_BLOCKS = NumberType("e4m3", (BLOCK, BLOCK), "float32")
+"""E4M3 weights in square blocks."""
 
 _CODES = TensorSpec("weight", (torch.float8_e4m3fn,), (Dim("N"), Dim("K")), ValueRule.FINITE)
 
@@ -24,7 +28,8 @@ class FP8PerTensorWeight(WeightFormat):
     """``weight`` e4m3 ``[N, K]`` and one ``weight_scale`` float32 ``[]`` = amax / 448, as quant_algo FP8 exports."""
 
     name = "fp8"
-    group_size = 0
+    number_type = FP8
+    output_scale = "weight_scale"
     exact_in_bf16 = True
 
     @property
@@ -33,12 +38,12 @@ class FP8PerTensorWeight(WeightFormat):
         return (_CODES, TensorSpec("weight_scale", (torch.float32,), (), ValueRule.POSITIVE))
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads one shard: unit = codes, out scale = the scale."""
+        """Read one shard: unit = codes, out scale = the scale."""
         scale = tensors["weight_scale"].to(torch.float32).reshape(())
         return DecodedWeight(e4m3.decode(tensors["weight"]), scale)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of an export of ``weight`` ``[N, K]``, bit for bit.
+        """Return the tensors of an export of ``weight`` ``[N, K]``, bit for bit.
 
         The division by the scalar scale is rounded to the dtype of ``weight`` before it is rounded to E4M3: that is
         what ``to_quantized_weight`` computes for a bf16 model. Shards of a fused layer do not share a scale here.
@@ -58,7 +63,8 @@ class FP8PerChannelWeight(WeightFormat):
     """``weight`` e4m3 ``[N, K]`` and ``weight_scale`` float32 ``[N]``, as FP8_PER_CHANNEL_PER_TOKEN exports."""
 
     name = "fp8_per_channel"
-    group_size = 0
+    number_type = FP8
+    output_scale = "weight_scale"
     exact_in_bf16 = True
 
     @property
@@ -67,11 +73,11 @@ class FP8PerChannelWeight(WeightFormat):
         return (_CODES, TensorSpec("weight_scale", (torch.float32,), (Dim("N"),), ValueRule.POSITIVE))
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads one shard: unit = codes, out scale = the scales ``[N, 1]``."""
+        """Read one shard: unit = codes, out scale = the scales ``[N, 1]``."""
         return DecodedWeight(e4m3.decode(tensors["weight"]), tensors["weight_scale"].to(torch.float32).unsqueeze(1))
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of an export of ``weight`` ``[N, K]``, bit for bit; an all-zero channel has scale 1.
+        """Return the tensors of an export of ``weight`` ``[N, K]``, bit for bit; an all-zero channel has scale 1.
 
         Raises:
             ValueError: the weight is not a finite matrix.
@@ -88,7 +94,7 @@ class FP8BlockWeight(WeightFormat):
     """
 
     name = "fp8_block"
-    group_size = BLOCK
+    number_type = FP8_BLOCKS
     exact_in_bf16 = False
 
     @property
@@ -99,13 +105,13 @@ class FP8BlockWeight(WeightFormat):
         return (_CODES, TensorSpec("weight_scale", (torch.float32,), dims, ValueRule.POSITIVE))
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads one shard: unit = code * block scale, rounded to float32; out scale = 1."""
+        """Read one shard: unit = code * block scale, rounded to float32; out scale = 1."""
         codes = e4m3.decode(tensors["weight"])
         unit = codes * _spread(tensors["weight_scale"].to(torch.float32), *codes.shape)
         return DecodedWeight(unit, unit.new_ones(()))
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of an export of ``weight`` ``[N, K]``, bit for bit; an all-zero block has scale 1.
+        """Return the tensors of an export of ``weight`` ``[N, K]``, bit for bit; an all-zero block has scale 1.
 
         Raises:
             ValueError: the weight is not a finite matrix.
@@ -119,7 +125,7 @@ class FP8BlockWeight(WeightFormat):
 
 
 def _spread(scale: torch.Tensor, n: int, k: int) -> torch.Tensor:
-    """Block scales ``[n / 128, 1, k / 128, 1]`` repeated to ``[n, k]``."""
+    """Return block scales ``[n / 128, 1, k / 128, 1]`` repeated to ``[n, k]``."""
     full = scale.squeeze(3).squeeze(1).repeat_interleave(BLOCK, dim=0).repeat_interleave(BLOCK, dim=1)
     return full[:n, :k]
 
@@ -131,6 +137,9 @@ class FP8StaticPerTensor(ActivationFormat):
     """
 
     name = "fp8_static"
+    number_type = FP8
+    row_scale = "static"
+    calibrated_range = e4m3.MAX
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -138,7 +147,7 @@ class FP8StaticPerTensor(ActivationFormat):
         return (TensorSpec("input_scale", (torch.float32,), (), ValueRule.POSITIVE),)
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """E4M3 values in float32 ``[M, K]`` and the scale, ``[]`` or ``[M, 1]``. Raises ValueError without a scale."""
+        """Return E4M3 values in float32 ``[M, K]`` and the scale, ``[]`` or ``[M, 1]``. Raises ValueError without a scale."""
         check_activation(x)
         input_scale = static_scale(scale, x.shape[0])
         return e4m3.round_to_e4m3(x * (1 / input_scale)), input_scale
@@ -152,13 +161,15 @@ class FP8DynamicPerToken(ActivationFormat):
     """
 
     name = "fp8_per_token"
+    number_type = FP8
+    row_scale = "token"
 
     def token_amax(self, x: torch.Tensor) -> torch.Tensor:
-        """``max |x|`` of each token, ``[M, 1]``."""
+        """Return ``max |x|`` of each token, ``[M, 1]``."""
         return x.abs().amax(dim=1, keepdim=True)
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """E4M3 values in float32 ``[M, K]`` and the scales ``[M, 1]``.
+        """Return E4M3 values in float32 ``[M, K]`` and the scales ``[M, 1]``.
 
         Args:
             x: float32 ``[M, K]``.
@@ -181,7 +192,7 @@ class FP8DynamicPerToken(ActivationFormat):
 
 
 def amax_scale(amax: torch.Tensor, maxbound: float) -> torch.Tensor:
-    """``amax / maxbound`` for each token, float32 ``[M, 1]``: a number with an inverse.
+    """Return ``amax / maxbound`` for each token, float32 ``[M, 1]``, which has an inverse.
 
     1 for an all-zero token, NaN for one that holds NaN or infinity, and never below the smallest normal float32.
     """

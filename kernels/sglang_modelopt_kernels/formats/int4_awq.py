@@ -11,12 +11,14 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3
-from .base import BlockWeight, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import BlockWeight, DecodedWeight, Dim, NumberType, TensorSpec, ValueRule, WeightFormat
 from .checks import block_amax, check_weight, divide, positive_amax, scale_blocks, split_blocks
 
 BLOCK = 128
 MAX = 7.0
-"""What amax is scaled to; -8 is a legal code that only a clipped value takes."""
+"""The value that amax is scaled to; -8 is a legal code that only a clipped value takes."""
+INT4 = NumberType("int4", (1, BLOCK), "float32")
+"""The number type of the weights."""
 
 
 def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
@@ -26,7 +28,7 @@ def unpack_rows(packed: torch.Tensor) -> torch.Tensor:
 
 
 def pack_rows(codes: torch.Tensor) -> torch.Tensor:
-    """Codes -8..7, int8 ``[N, K]``, to uint8 ``[N / 2, K]``. Raises ValueError when N is odd."""
+    """Pack codes -8..7, int8 ``[N, K]``, to uint8 ``[N / 2, K]``. Raises ValueError when N is odd."""
     if codes.shape[0] % 2:
         raise ValueError(f"N = {codes.shape[0]} is odd: two output channels share a byte")
     nibbles = codes.to(torch.uint8) & 0x0F
@@ -37,9 +39,8 @@ class INT4Weight(WeightFormat):
     """``weight`` uint8 ``[N / 2, K]`` and ``weight_scale`` float32 ``[N, K / 128]``, as W4A16_AWQ exports."""
 
     name = "int4_awq"
-    group_size = BLOCK
+    number_type = INT4
     exact_in_bf16 = False
-    has_blocks = True
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -50,18 +51,18 @@ class INT4Weight(WeightFormat):
         )
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads one shard: unit = code * block scale, rounded to float32; out scale = 1."""
+        """Read one shard: unit = code * block scale, rounded to float32; out scale = 1."""
         codes = unpack_rows(tensors["weight"]).to(torch.float32)
         unit = scale_blocks(codes, tensors["weight_scale"].to(torch.float32))
         return DecodedWeight(unit, unit.new_ones(()))
 
     def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight:
-        """The codes and scales of one shard; out scale = 1."""
+        """Return the codes and scales of one shard; out scale = 1."""
         scale = tensors["weight_scale"].to(torch.float32)
         return BlockWeight(unpack_rows(tensors["weight"]), scale, scale.new_ones(()), "int4", BLOCK)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of a max-calibrated export of ``weight`` ``[N, K]``, bit for bit; a zero block has scale 1.
+        """Return the tensors of a max-calibrated export of ``weight`` ``[N, K]``, bit for bit; a zero block has scale 1.
 
         Raises:
             ValueError: the weight is not a finite matrix with K a multiple of 128 and N even.
@@ -88,6 +89,9 @@ class INT4WeightUnderFP8(INT4Weight):
         return (*super().tensors, TensorSpec("weight_scale_2", (torch.float32,), (), ValueRule.POSITIVE))
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As :meth:`INT4Weight.quantize`; q, k and v, and gate and up, share the largest ``weight_scale_2``."""
+        """Return the tensors of :meth:`INT4Weight.quantize` and ``weight_scale_2`` = amax / 448.
+
+        ModelOpt gives q, k and v, and gate and up, the largest of theirs.
+        """
         tensors = super().quantize(weight)
         return {**tensors, "weight_scale_2": divide(positive_amax(weight.abs().amax(), e4m3.MAX), e4m3.MAX)}

@@ -10,15 +10,17 @@ from collections.abc import Mapping
 
 import torch
 
-from .base import ActivationFormat, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import ActivationFormat, DecodedWeight, Dim, NumberType, TensorSpec, ValueRule, WeightFormat
 from .checks import check_activation, check_weight, divide, positive_amax, static_scale
 
 MAX = 127.0
-"""What amax is scaled to; -128 is a legal code that only a clipped value takes."""
+"""The value that amax is scaled to; -128 is a legal code that only a clipped value takes."""
+INT8 = NumberType("int8")
+"""The number type of weights and activations."""
 
 
 def round_to_int8(x: torch.Tensor) -> torch.Tensor:
-    """Rounds ``x`` to integers, ties to even, and saturates at -128 and 127; the dtype stays. NaN stays NaN."""
+    """Round ``x`` to integers, ties to even, and saturate at -128 and 127; the dtype stays. NaN stays NaN."""
     return x.round().clamp(-MAX - 1, MAX)
 
 
@@ -26,7 +28,8 @@ class INT8PerChannelWeight(WeightFormat):
     """``weight`` int8 ``[N, K]`` and ``weight_scale`` float32 ``[N]``, as W8A8_SQ_PER_CHANNEL and W8A16 export."""
 
     name = "int8_per_channel"
-    group_size = 0
+    number_type = INT8
+    output_scale = "weight_scale"
     exact_in_bf16 = True
 
     @property
@@ -38,13 +41,13 @@ class INT8PerChannelWeight(WeightFormat):
         )
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads one shard: unit = codes, out scale = the scales ``[N, 1]``."""
+        """Read one shard: unit = codes, out scale = the scales ``[N, 1]``."""
         return DecodedWeight(
             tensors["weight"].to(torch.float32), tensors["weight_scale"].to(torch.float32).unsqueeze(1)
         )
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of an export of ``weight`` ``[N, K]``, bit for bit; an all-zero channel has scale 1.
+        """Return the tensors of an export of ``weight`` ``[N, K]``, bit for bit; an all-zero channel has scale 1.
 
         Raises:
             ValueError: the weight is not a finite matrix.
@@ -57,10 +60,13 @@ class INT8PerChannelWeight(WeightFormat):
 class INT8StaticPerTensor(ActivationFormat):
     """INT8 under the static ``input_scale`` = amax / 127: ``round(x * (1 / input_scale))``, ties to even.
 
-    What exceeds the range saturates, infinity included; NaN stays NaN, which an int8 buffer could not hold.
+    A value beyond the range saturates, infinity included; NaN stays NaN, which an int8 buffer could not hold.
     """
 
     name = "int8_static"
+    number_type = INT8
+    row_scale = "static"
+    calibrated_range = MAX
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -68,7 +74,7 @@ class INT8StaticPerTensor(ActivationFormat):
         return (TensorSpec("input_scale", (torch.float32,), (), ValueRule.POSITIVE),)
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Integers in float32 ``[M, K]`` and the scale, ``[]`` or ``[M, 1]``. Raises ValueError without a scale."""
+        """Return integers in float32 ``[M, K]`` and the scale, ``[]`` or ``[M, 1]``. Raises ValueError without a scale."""
         check_activation(x)
         input_scale = static_scale(scale, x.shape[0])
         return round_to_int8(x * (1 / input_scale)), input_scale

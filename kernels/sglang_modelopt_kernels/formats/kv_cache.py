@@ -30,24 +30,24 @@ class KVFormat(ABC):
     block: int
     """Entries under one block scale; 0 when there are none."""
     range: float
-    """What a stored number reaches: the static scale is amax / range."""
+    """The largest stored value: the static scale is amax / range."""
     vector_multiple: int
-    """What must divide head_dim."""
+    """A number that must divide head_dim."""
 
     code_dtype: torch.dtype
     """Of the stored codes."""
 
     @abstractmethod
     def code_width(self, head_dim: int) -> int:
-        """Stored entries of :attr:`code_dtype` for the codes of one vector."""
+        """Return the number of stored entries of :attr:`code_dtype` for the codes of one vector."""
 
     def scale_bytes(self, head_dim: int) -> int:
-        """Bytes of the block scales of one vector."""
+        """Return the bytes of the block scales of one vector."""
         return head_dim // self.block if self.block else 0
 
     @abstractmethod
     def encode(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rounds vectors.
+        """Round vectors.
 
         Args:
             x: float32 ``[..., D]``.
@@ -59,7 +59,7 @@ class KVFormat(ABC):
 
     @abstractmethod
     def decode(self, codes: torch.Tensor, block_scales: torch.Tensor | None, scale: torch.Tensor) -> torch.Tensor:
-        """What :meth:`encode` stored, float32 ``[..., D]``."""
+        """Return the vectors that :meth:`encode` stored, float32 ``[..., D]``."""
 
 
 class FP8KV(KVFormat):
@@ -72,7 +72,7 @@ class FP8KV(KVFormat):
     code_dtype = torch.uint8
 
     def code_width(self, head_dim: int) -> int:
-        """One byte for each entry."""
+        """Return the number of bytes of one vector, one for each entry."""
         return head_dim
 
     def encode(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -99,7 +99,7 @@ class NVFP4KV(KVFormat):
     code_dtype = torch.int16
 
     def code_width(self, head_dim: int) -> int:
-        """Four entries to one of 16 bits."""
+        """Return the number of 16-bit elements of one vector, one for four entries."""
         return head_dim // 4
 
     def encode(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -138,7 +138,7 @@ class KVRecipe:
     rotate: bool = False
 
     def bytes_per_vector(self, head_dim: int) -> int:
-        """Bytes of one key or value vector of one head."""
+        """Return the bytes of one key or value vector of one head."""
         number = self.format
         return number.code_width(head_dim) * number.code_dtype.itemsize + number.scale_bytes(head_dim)
 
@@ -157,13 +157,13 @@ KV_RECIPES: dict[str, KVRecipe] = {
 
 
 def hadamard_block(head_dim: int) -> int:
-    """The size of the blocks the Hadamard transform works on: the largest power of two that divides head_dim."""
+    """Return the size of the blocks the Hadamard transform works on: the largest power of two that divides head_dim."""
     return head_dim & -head_dim
 
 
 @cache
 def hadamard_matrix(size: int, device: torch.device) -> torch.Tensor:
-    """Sylvester's Hadamard matrix over sqrt(size), float32 ``[size, size]``: symmetric and its own inverse."""
+    """Return Sylvester's Hadamard matrix over sqrt(size), float32 ``[size, size]``: symmetric and its own inverse."""
     with torch.inference_mode(False):
         matrix = torch.ones(1, 1, dtype=torch.float32, device=device)
         while matrix.shape[0] < size:
@@ -172,7 +172,7 @@ def hadamard_matrix(size: int, device: torch.device) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor) -> torch.Tensor:
-    """The normalised Hadamard transform of float32 ``[..., D]`` along D, in blocks of :func:`hadamard_block`.
+    """Return the normalised Hadamard transform of float32 ``[..., D]`` along D, in blocks of :func:`hadamard_block`.
 
     Source: ``normalized_hadamard_transform`` in ``torch/quantization/nn/functional.py`` of ModelOpt 0.47.
     """

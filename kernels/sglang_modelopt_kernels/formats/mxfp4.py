@@ -17,6 +17,7 @@ from .base import (
     BlockWeight,
     DecodedWeight,
     Dim,
+    NumberType,
     TensorSpec,
     ValueRule,
     WeightFormat,
@@ -24,6 +25,8 @@ from .base import (
 from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
 
 BLOCK = 32
+MXFP4 = NumberType("e2m1", (1, BLOCK), "ue8m0")
+"""The number type of weights and activations."""
 
 
 class MXFP4Weight(WeightFormat):
@@ -34,9 +37,8 @@ class MXFP4Weight(WeightFormat):
     """
 
     name = "mxfp4"
-    group_size = BLOCK
+    number_type = MXFP4
     exact_in_bf16 = True
-    has_blocks = True
 
     @property
     def tensors(self) -> tuple[TensorSpec, ...]:
@@ -48,19 +50,19 @@ class MXFP4Weight(WeightFormat):
         )
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads one shard: unit = code * block scale, infinite beyond the range of float32; out scale = 1."""
+        """Read one shard: unit = code * block scale, infinite beyond the range of float32; out scale = 1."""
         values = e2m1.decode(e2m1.unpack_codes(tensors["weight"]))
         unit = scale_blocks(values, ue8m0.decode(tensors["weight_scale"]))
         return DecodedWeight(unit, unit.new_ones(()))
 
     def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight:
-        """The codes and scales of one shard; out scale = 1."""
+        """Return the codes and scales of one shard; out scale = 1."""
         scale = tensors["weight_scale"]
         one = torch.ones((), dtype=torch.float32, device=scale.device)
         return BlockWeight(e2m1.unpack_codes(tensors["weight"]), scale, one, "e2m1", BLOCK)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of an export of ``weight`` ``[N, K]``, bit for bit: ties round down and zero is code 8.
+        """Return the tensors of an export of ``weight`` ``[N, K]``, bit for bit: ties round down and zero is code 8.
 
         Raises:
             ValueError: the weight is not a finite matrix with K a multiple of 32.
@@ -79,9 +81,10 @@ class MXFP4Dynamic(ActivationFormat):
     """
 
     name = "mxfp4_dynamic"
+    number_type = MXFP4
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and block scales of float32 ``x`` ``[M, K]``.
+        """Return codes and block scales of float32 ``x`` ``[M, K]``.
 
         Returns:
             ``(codes, scale)``: uint8 ``[M, K]``, one code to a byte, and uint8 ``[M, K / 32]``, 255 for a block that
@@ -96,13 +99,13 @@ class MXFP4Dynamic(ActivationFormat):
         return codes.flatten(-2), scale
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values code * block scale, float32 ``[M, K]``; no row scale. Raises as :meth:`encode`, or for a scale."""
+        """Return values code * block scale, float32 ``[M, K]``; no row scale. Raises as :meth:`encode`, or for a scale."""
         no_scale(scale)
         codes, block_scale = self.encode(x)
         return scale_blocks(e2m1.decode(codes), ue8m0.decode(block_scale)), None
 
     def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
-        """Packed codes and UE8M0 block scales. Raises as :meth:`encode`, or for a scale."""
+        """Return packed codes and UE8M0 block scales. Raises as :meth:`encode`, or for a scale."""
         no_scale(scale)
         codes, block_scale = self.encode(x)
         return BlockActivation(e2m1.pack_codes(codes), block_scale, None)

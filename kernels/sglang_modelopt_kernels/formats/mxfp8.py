@@ -11,10 +11,12 @@ from collections.abc import Mapping
 import torch
 
 from . import e4m3, ue8m0
-from .base import ActivationFormat, BlockActivation, DecodedWeight, Dim, TensorSpec, ValueRule, WeightFormat
+from .base import ActivationFormat, BlockActivation, DecodedWeight, Dim, NumberType, TensorSpec, ValueRule, WeightFormat
 from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
 
 BLOCK = 32
+MXFP8 = NumberType("e4m3", (1, BLOCK), "ue8m0")
+"""The number type of weights and activations."""
 
 
 class MXFP8Weight(WeightFormat):
@@ -25,7 +27,7 @@ class MXFP8Weight(WeightFormat):
     """
 
     name = "mxfp8"
-    group_size = BLOCK
+    number_type = MXFP8
     exact_in_bf16 = False
     often_exact_in_bf16 = True
 
@@ -39,12 +41,12 @@ class MXFP8Weight(WeightFormat):
         )
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads one shard: unit = element * block scale, infinite beyond the range of float32; out scale = 1."""
+        """Read one shard: unit = element * block scale, infinite beyond the range of float32; out scale = 1."""
         unit = scale_blocks(e4m3.decode(tensors["weight"]), ue8m0.decode(tensors["weight_scale"]))
         return DecodedWeight(unit, unit.new_ones(()))
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of an export of ``weight`` ``[N, K]``, bit for bit.
+        """Return the tensors of an export of ``weight`` ``[N, K]``, bit for bit.
 
         Raises:
             ValueError: the weight is not a finite matrix with K a multiple of 32.
@@ -61,9 +63,10 @@ class MXFP8Dynamic(ActivationFormat):
     """
 
     name = "mxfp8_dynamic"
+    number_type = MXFP8
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Elements and block scales of float32 ``x`` ``[M, K]``.
+        """Return elements and block scales of float32 ``x`` ``[M, K]``.
 
         Returns:
             ``(elements, scale)``: e4m3 ``[M, K]`` and uint8 ``[M, K / 32]``, 255 for a block with NaN or infinity.
@@ -76,18 +79,18 @@ class MXFP8Dynamic(ActivationFormat):
         return _to_elements(x, scale), scale
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values element * block scale, float32 ``[M, K]``; no row scale. Raises as :meth:`encode`, or for a scale."""
+        """Return values element * block scale, float32 ``[M, K]``; no row scale. Raises as :meth:`encode`, or for a scale."""
         no_scale(scale)
         elements, block_scale = self.encode(x)
         return scale_blocks(e4m3.decode(elements), ue8m0.decode(block_scale)), None
 
     def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
-        """Elements and UE8M0 block scales. Raises as :meth:`encode`, or for a scale."""
+        """Return elements and UE8M0 block scales. Raises as :meth:`encode`, or for a scale."""
         no_scale(scale)
         elements, block_scale = self.encode(x)
         return BlockActivation(elements, block_scale, None)
 
 
 def _to_elements(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """``x`` ``[..., K]`` divided by its block scales (bytes ``[..., K / 32]``) and rounded to E4M3."""
+    """Return ``x`` ``[..., K]`` divided by its block scales (bytes ``[..., K / 32]``) and rounded to E4M3."""
     return e4m3.to_e4m3(split_blocks(x, BLOCK) / ue8m0.decode(scale).unsqueeze(-1)).flatten(-2)

@@ -17,6 +17,7 @@ from .base import (
     BlockWeight,
     DecodedWeight,
     Dim,
+    NumberType,
     TensorSpec,
     ValueRule,
     WeightFormat,
@@ -28,6 +29,11 @@ FULL_RANGE = e2m1.MAX * e4m3.MAX
 
 FP8_RANGE = e4m3.MAX
 """448: code times block scale stays in the range of E4M3, for kernels that turn the weight into FP8."""
+
+NVFP4 = NumberType("e2m1", (1, 16), "e4m3")
+"""NVIDIA's NVFP4, the one of FP4 matrix instructions."""
+NVFP4_WIDE = NumberType("e2m1", (1, 32), "e4m3")
+"""ModelOpt's NVFP4 in blocks of 32: two blocks of 16 with one scale."""
 
 
 class NVFP4Weight(WeightFormat):
@@ -42,14 +48,14 @@ class NVFP4Weight(WeightFormat):
             :meth:`quantize` depends on it: 2688 for every recipe but W4A8_NVFP4_FP8, which uses 448.
     """
 
+    output_scale = "weight_scale_2"
     exact_in_bf16 = True
-    has_blocks = True
 
     def __init__(self, name: str, group_size: int, unit_max: float) -> None:
         if group_size not in (16, 32):
             raise ValueError(f"NVFP4 has blocks of 16 or 32, not {group_size}")
         self.name = name
-        self.group_size = group_size
+        self.number_type = NumberType("e2m1", (1, group_size), "e4m3")
         self.unit_max = unit_max
 
     @property
@@ -63,19 +69,19 @@ class NVFP4Weight(WeightFormat):
         )
 
     def decode(self, tensors: Mapping[str, torch.Tensor]) -> DecodedWeight:
-        """Reads one shard: unit = code * block scale, out scale = the global scale."""
+        """Read one shard: unit = code * block scale, out scale = the global scale."""
         values = e2m1.decode(e2m1.unpack_codes(tensors["weight"]))
         unit = scale_blocks(values, e4m3.decode(tensors["weight_scale"]))
         return DecodedWeight(unit, tensors["weight_scale_2"].to(torch.float32).reshape(()))
 
     def blocks(self, tensors: Mapping[str, torch.Tensor]) -> BlockWeight:
-        """The codes and scales of one shard; out scale = the global scale."""
+        """Return the codes and scales of one shard; out scale = the global scale."""
         out_scale = tensors["weight_scale_2"].to(torch.float32).reshape(())
         codes = e2m1.unpack_codes(tensors["weight"])
         return BlockWeight(codes, tensors["weight_scale"], out_scale, "e2m1", self.group_size)
 
     def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The tensors of a max-calibrated export of ``weight``, bit for bit.
+        """Return the tensors of a max-calibrated export of ``weight``, bit for bit.
 
         ModelOpt gives q, k and v, and gate and up, the largest of their global scales: quantize such shards as one
         weight, concatenated along N, and split the result.
@@ -98,14 +104,14 @@ class NVFP4Weight(WeightFormat):
 
 
 def _weight_block_scale(amax: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """``_cast_per_block_scale_to_fp8``: never zero for a block that is not, and 1 for one that is."""
+    """Return the block scales of ``_cast_per_block_scale_to_fp8``: never zero for a block that is not, and 1 for one that is."""
     scale = amax / (e2m1.MAX * global_scale)
     scale = torch.where(scale == 0, 1.0, scale)
     return scale.clamp(e4m3.SMALLEST_SUBNORMAL, e4m3.MAX).to(torch.float8_e4m3fn)
 
 
 def round_unit_to_e4m3(decoded: DecodedWeight) -> DecodedWeight:
-    """The weight of the ``fp8`` numerics: the unit weight rounded to E4M3, as TensorRT-LLM's W4A8 kernels round it.
+    """Return the weight of the ``fp8`` numerics: the unit weight rounded to E4M3, as TensorRT-LLM's W4A8 kernels round it.
 
     E4M3 keeps 4 of the up to 6 significant bits of code times block scale, changing about a quarter of the weights.
 
@@ -128,6 +134,9 @@ class NVFP4DynamicBlock(ActivationFormat):
     """
 
     name = "nvfp4_dynamic"
+    number_type = NVFP4
+    row_scale = "static"
+    calibrated_range = FULL_RANGE
     block = 16
 
     @property
@@ -136,7 +145,7 @@ class NVFP4DynamicBlock(ActivationFormat):
         return (TensorSpec("input_scale", (torch.float32,), (), ValueRule.POSITIVE),)
 
     def encode(self, x: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and block scales of float32 ``x`` ``[M, K]``.
+        """Return codes and block scales of float32 ``x`` ``[M, K]``.
 
         Args:
             x: float32 ``[M, K]``.
@@ -159,7 +168,7 @@ class NVFP4DynamicBlock(ActivationFormat):
         return codes, block_scale
 
     def quantize(self, x: torch.Tensor, scale: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Values code * block scale, float32 ``[M, K]``, and the ``input_scale``, ``[]`` or ``[M, 1]``.
+        """Return values code * block scale, float32 ``[M, K]``, and the ``input_scale``, ``[]`` or ``[M, 1]``.
 
         Raises as :meth:`encode`.
         """
@@ -168,7 +177,7 @@ class NVFP4DynamicBlock(ActivationFormat):
         return scale_blocks(e2m1.decode(codes), block_scale.to(torch.float32)), input_scale
 
     def blocks(self, x: torch.Tensor, scale: torch.Tensor | None) -> BlockActivation:
-        """Packed codes, E4M3 block scales and the ``input_scale``. Raises as :meth:`encode`."""
+        """Return packed codes, E4M3 block scales and the ``input_scale``. Raises as :meth:`encode`."""
         input_scale = static_scale(scale, x.shape[0])
         codes, block_scale = self.encode(x, input_scale)
         return BlockActivation(e2m1.pack_codes(codes), block_scale, input_scale)

@@ -12,7 +12,7 @@ NAN = 255
 
 
 def decode(scale: torch.Tensor) -> torch.Tensor:
-    """Bytes (uint8) to 2^(byte - 127) in float32, shape unchanged; 255 gives NaN.
+    """Decode bytes (uint8) to 2^(byte - 127) in float32, shape unchanged; 255 gives NaN.
 
     Built from bits and therefore exact, byte 0 included: 2^-127 is a subnormal of float32.
     """
@@ -23,17 +23,17 @@ def decode(scale: torch.Tensor) -> torch.Tensor:
 
 
 def encode(exponent: torch.Tensor) -> torch.Tensor:
-    """Integers in a float or int tensor to bytes (uint8), clamped to -127..127, shape unchanged."""
+    """Encode integers in a float or int tensor as bytes (uint8), clamped to -127..127, shape unchanged."""
     return (exponent.clamp(-BIAS, BIAS) + BIAS).to(torch.uint8)
 
 
 def byte_is_nan(scale: torch.Tensor) -> torch.Tensor:
-    """Where a byte (uint8) is NaN: bool, shape unchanged."""
+    """Return where a byte (uint8) is NaN: bool, shape unchanged."""
     return scale == NAN
 
 
 def weight_scale(amax: torch.Tensor, element_max: float) -> torch.Tensor:
-    """The block scales a ModelOpt export stores: bytes of ``ceil(log2(amax / element_max))``, 0 for an all-zero block.
+    """Return the block scales a ModelOpt export stores: bytes of ``ceil(log2(amax / element_max))``, 0 for an all-zero block.
 
     The logarithm is taken in float32 as ModelOpt takes it, so a quotient a few millionths above a power of two may
     round down, and the largest elements of its block then saturate. A bf16 or fp16 weight has no such quotient.
@@ -48,7 +48,7 @@ def weight_scale(amax: torch.Tensor, element_max: float) -> torch.Tensor:
 
 
 def activation_scale(amax: torch.Tensor, element_max: float) -> torch.Tensor:
-    """The block scales of a dynamic activation: as :func:`weight_scale`, with the ceiling of the logarithm exact.
+    """Return the block scales of a dynamic activation: bytes of ``ceil(log2(amax / element_max))``, the ceiling exact.
 
     A block that holds NaN or infinity gets the NaN scale. ModelOpt's simulation leaves such a block unscaled and
     saturates it, which hides the fault.

@@ -8,13 +8,14 @@ then down.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 import torch
 
-from sglang_modelopt_ext.backends.base import LinearRequest, ShardWeight, merge_decoded
+from sglang_modelopt_ext.backends.base import LinearRequest, ShardWeight, WeightT, merge_decoded
+from sglang_modelopt_ext.backends.linear.dense import DenseWeight
 from sglang_modelopt_kernels.gemm.reference import dense_linear, prepare_dense
 
 NO_EXPERT = -1
@@ -57,7 +58,7 @@ class Routing:
         return self.experts.shape[0]
 
 
-class ExpertBackend(ABC):
+class ExpertBackend(ABC, Generic[WeightT]):
     """A way to keep the weights of all experts of this rank, and the product that reads them."""
 
     name: str
@@ -75,8 +76,8 @@ class ExpertBackend(ABC):
         """The type :meth:`matmul` reads activations in; it holds the rounded ones exactly."""
 
     @abstractmethod
-    def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> dict[str, torch.Tensor]:
-        """The tensors kept, each ``[E, ...]``, one of them ``out_scale`` float32 ``[E, N]``.
+    def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> WeightT:
+        """Return what is kept: tensors ``[E, ...]``, one of them ``out_scale`` float32 ``[E, N]``, and static metadata.
 
         Args:
             experts: for each expert its shards, one below the other (gate above up).
@@ -88,7 +89,7 @@ class ExpertBackend(ABC):
     @abstractmethod
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: WeightT,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         routing: Routing,
@@ -99,7 +100,7 @@ class ExpertBackend(ABC):
         Must not copy to the host or allocate by what ``routing`` says, except on a CPU.
 
         Args:
-            prepared: see :meth:`prepare`.
+            weight: see :meth:`prepare`.
             values: activations in the type of :meth:`operand`, ``[R, K]``, or ``[R / top_k, K]`` where all choices of a
                 token read the same: row ``r`` then reads ``values[r // top_k]``.
             row_scale: float32 ``[R, 1]`` whatever the shape of ``values``, multiplied to the output row; None for ones.
@@ -112,7 +113,7 @@ class ExpertBackend(ABC):
         """
 
 
-class ReferenceExperts(ExpertBackend):
+class ReferenceExperts(ExpertBackend[DenseWeight]):
     """Weights decoded to float32 once, one matrix product for each expert that has rows: the reference path, on a CPU."""
 
     name = "experts_reference"
@@ -126,24 +127,21 @@ class ReferenceExperts(ExpertBackend):
         del request
         return torch.float32
 
-    def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> dict[str, torch.Tensor]:
+    def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> DenseWeight:
         """``unit`` float32 ``[E, N, K]`` and ``out_scale`` float32 ``[E, N]``."""
         parts = [prepare_dense(merge_decoded(shards), torch.float32) for shards in experts]
-        return {
-            "unit": torch.stack([unit for unit, _ in parts]),
-            "out_scale": torch.stack([scale for _, scale in parts]),
-        }
+        return DenseWeight(torch.stack([unit for unit, _ in parts]), torch.stack([scale for _, scale in parts]))
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: DenseWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :class:`ExpertBackend`."""
-        unit, out_scale = prepared["unit"], prepared["out_scale"]
+        unit, out_scale = weight.unit, weight.out_scale
         y = torch.zeros(routing.rows, unit.shape[1], dtype=torch.float32, device=values.device)
         shared = routing.top_k if values.shape[0] != routing.rows else 1
         for expert in range(unit.shape[0]):

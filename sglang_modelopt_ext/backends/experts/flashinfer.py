@@ -12,26 +12,53 @@ from __future__ import annotations
 
 import os
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
-from sglang_modelopt_ext.backends.base import ShardWeight, one_scale, round_to_blocks
+from sglang_modelopt_ext.backends.base import ShardWeight, describe_operands, one_scale, round_to_blocks
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
-from sglang_modelopt_ext.backends.linear.flashinfer import PACKAGE
+from sglang_modelopt_ext.backends.linear.flashinfer import PACKAGE, both_sides
 from sglang_modelopt_ext.backends.packages import package_objection
-from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS
+from sglang_modelopt_kernels.formats.base import ActivationFormat
+from sglang_modelopt_kernels.formats.mxfp8 import MXFP8, MXFP8Dynamic
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4DynamicBlock
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 FOUR_OVER_SIX = "FLASHINFER_NVFP4_4OVER6"
 """FlashInfer's variable for another rounding of NVFP4 activations than the recipe's."""
 
 
-class CutlassExperts(FusedExperts):
+@dataclass(frozen=True)
+class CutlassWeights:
+    """Both products of all experts as ``cutlass_fused_moe`` reads them; the rows of gate_up are up above gate.
+
+    Attributes:
+        gate_up, down: codes as stored, ``[E, N, ..]``.
+        gate_up_scale, down_scale: block scales, uint8, swizzled for each expert.
+        gate_up_alpha, down_alpha: the scale of the output, float32 ``[E]``.
+        gate_up_input, down_input: the reciprocal of the input's scale, float32: ``[]`` if the experts have one, else ``[E]``. None
+            for activations without a static scale.
+        input_scale: the scale of what both gate and up read, float32 ``[]``; None unless all experts have that one.
+    """
+
+    gate_up: torch.Tensor
+    down: torch.Tensor
+    gate_up_scale: torch.Tensor
+    down_scale: torch.Tensor
+    gate_up_alpha: torch.Tensor
+    down_alpha: torch.Tensor
+    gate_up_input: torch.Tensor | None = None
+    down_input: torch.Tensor | None = None
+    input_scale: torch.Tensor | None = None
+
+
+class CutlassExperts(FusedExperts[CutlassWeights]):
     """A format of weights and activations that ``flashinfer.fused_moe.cutlass_fused_moe`` takes."""
 
-    weight: str
-    activation: str
+    activation: ActivationFormat
+    """What both products read; the weights are of its number type."""
     capabilities: tuple[int, ...]
     multiples: tuple[int, int]
     """Of the hidden and of the intermediate size."""
@@ -42,9 +69,8 @@ class CutlassExperts(FusedExperts):
         if asked.device != "cuda" or asked.capability not in self.capabilities:
             return f"is for {', '.join(f'SM{capability}' for capability in self.capabilities)}"
         for scheme in (asked.scheme, request.down.scheme):
-            activation = scheme.activation.name if scheme.activation else "unrounded"
-            if (scheme.weight.name, activation) != (self.weight, self.activation):
-                return f"does not multiply {scheme.weight.name} weights by {activation} activations"
+            if not both_sides(scheme, self.activation.number_type):
+                return f"does not multiply {describe_operands(scheme)}"
             if scheme.smoothing:
                 return "does not smooth its input"
         if asked.dtype not in (torch.float16, torch.bfloat16):
@@ -57,7 +83,7 @@ class CutlassExperts(FusedExperts):
         return package_objection(PACKAGE, asked.packages)
 
     def run(
-        self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor
+        self, prepared: CutlassWeights, x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """See :class:`FusedExperts`."""
         read, read_scale = self.read(prepared, x)
@@ -66,20 +92,20 @@ class CutlassExperts(FusedExperts):
             read_scale,
             numbers,
             weights,
-            prepared["gate_up"],
-            prepared["down"],
+            prepared.gate_up,
+            prepared.down,
             self.scales(prepared),
-            self.weight == "mxfp8",
+            self.activation.number_type == MXFP8,
             x.dtype,
         )
         return y
 
     @abstractmethod
-    def read(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, prepared: CutlassWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the first product reads: codes and swizzled block scales, or ``x`` and None where FlashInfer has to round it."""
 
     @abstractmethod
-    def scales(self, prepared: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def scales(self, prepared: CutlassWeights) -> list[torch.Tensor]:
         """``quant_scales``, in FlashInfer's order."""
 
 
@@ -87,7 +113,7 @@ class CutlassNvfp4Experts(CutlassExperts):
     """NVFP4 weights and activations, a whole layer in one call: ``flashinfer.fused_moe.cutlass_fused_moe``."""
 
     name = "flashinfer_cutlass_nvfp4_experts"
-    weight, activation = "nvfp4", "nvfp4_dynamic"
+    activation = NVFP4DynamicBlock()
     capabilities = (100, 103, 110, 120, 121)
     multiples = (64, 64)
 
@@ -97,12 +123,8 @@ class CutlassNvfp4Experts(CutlassExperts):
             return f"rounds activations by another rule while {FOUR_OVER_SIX} is set"
         return super().supports(request)
 
-    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> dict[str, torch.Tensor]:
-        """For ``gate_up``, whose rows are up above gate, and ``down``: codes as stored and four more tensors each.
-
-        ``NAME`` uint8 ``[E, N, K / 2]``; ``NAME_scale`` uint8, swizzled for each expert; ``NAME_alpha`` float32 ``[E]``, the scale
-        of the output; ``NAME_input`` float32, the reciprocal of the input's scale, ``[]`` if the experts have one, else ``[E]``.
-        ``input_scale`` float32 ``[]`` is there where those of gate and up have one.
+    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> CutlassWeights:
+        """Keep codes as stored, with the scales of inputs and outputs.
 
         Raises:
             ValueError: gate and up of an expert have different global scales or input scales.
@@ -117,48 +139,51 @@ class CutlassNvfp4Experts(CutlassExperts):
             prepared[f"{name}_input"] = (1.0 / input_scale)[0].clone() if is_one else 1.0 / input_scale
             if is_one and name == "gate_up":
                 prepared["input_scale"] = input_scale[0].clone()
-        return prepared
+        return CutlassWeights(**prepared)
 
-    def read(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, prepared: CutlassWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rounded here where all experts read the same."""
-        if "input_scale" not in prepared:
+        if prepared.input_scale is None:
             return x, None
-        rounded = round_to_blocks(ACTIVATION_FORMATS[self.activation], x, None, prepared["input_scale"], swizzled=True)
+        rounded = round_to_blocks(self.activation, x, None, prepared.input_scale, swizzled=True)
         return rounded.codes, rounded.scale.view(torch.uint8)
 
-    def scales(self, prepared: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def scales(self, prepared: CutlassWeights) -> list[torch.Tensor]:
         """Input, block scales and output of gate and up, then of down."""
-        return [prepared[name + suffix] for name in ("gate_up", "down") for suffix in ("_input", "_scale", "_alpha")]
+        if prepared.gate_up_input is None or prepared.down_input is None:
+            raise ValueError("expected static input scales, got none")
+        return [
+            *(prepared.gate_up_input, prepared.gate_up_scale, prepared.gate_up_alpha),
+            *(prepared.down_input, prepared.down_scale, prepared.down_alpha),
+        ]
 
 
 class CutlassMxfp8Experts(CutlassExperts):
     """MXFP8 weights and activations, a whole layer in one call: ``flashinfer.fused_moe.cutlass_fused_moe``."""
 
     name = "flashinfer_cutlass_mxfp8_experts"
-    weight, activation = "mxfp8", "mxfp8_dynamic"
+    activation = MXFP8Dynamic()
     capabilities = (100, 103)
     multiples = (128, 128)
 
-    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> dict[str, torch.Tensor]:
-        """For ``gate_up``, whose rows are up above gate, and ``down``: ``NAME`` E4M3 ``[E, N, K]`` as stored, ``NAME_scale`` uint8,
-        swizzled for each expert, and ``NAME_alpha`` float32 ``[E]`` of ones.
-        """
+    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> CutlassWeights:
+        """Keep codes as stored, under output scales of ones."""
         prepared: dict[str, torch.Tensor] = {}
         for name, stored in (("gate_up", gate_up), ("down", down)):
             experts = [list(reversed(shards)) for shards in stored.weights]
             prepared[name], prepared[f"{name}_scale"] = stack(experts)
             prepared[f"{name}_alpha"] = torch.ones(len(experts), dtype=torch.float32, device=prepared[name].device)
-        return prepared
+        return CutlassWeights(**prepared)
 
-    def read(self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def read(self, prepared: CutlassWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rounded here."""
         del prepared
-        rounded = round_to_blocks(ACTIVATION_FORMATS[self.activation], x, None, None, swizzled=True)
+        rounded = round_to_blocks(self.activation, x, None, None, swizzled=True)
         return rounded.codes, rounded.scale.flatten()
 
-    def scales(self, prepared: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    def scales(self, prepared: CutlassWeights) -> list[torch.Tensor]:
         """Block scales and output of gate and up, then of down."""
-        return [prepared[name + suffix] for name in ("gate_up", "down") for suffix in ("_scale", "_alpha")]
+        return [prepared.gate_up_scale, prepared.gate_up_alpha, prepared.down_scale, prepared.down_alpha]
 
 
 def stack(experts: Sequence[Sequence[ShardWeight]]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -5,12 +5,13 @@ and the weighted sum. Kernels of other packages are made so; this package's own 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import torch
 
-from sglang_modelopt_ext.backends.base import ShardWeight
+from sglang_modelopt_ext.backends.base import PreparedT, ShardWeight
 from sglang_modelopt_ext.backends.experts.base import ExpertRequest
 
 
@@ -49,7 +50,7 @@ class StoredExperts:
         return self.input_scale[:, 0].contiguous()
 
 
-class FusedExperts(ABC):
+class FusedExperts(ABC, Generic[PreparedT]):
     """A way to keep the weights of both products of all experts of this rank, and the kernel that reads them."""
 
     name: str
@@ -59,13 +60,11 @@ class FusedExperts(ABC):
         """None, or the reason why not."""
 
     @abstractmethod
-    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> dict[str, torch.Tensor]:
-        """The tensors kept. Raises ValueError when the backend cannot hold the weights or their scales."""
+    def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> PreparedT:
+        """Return what is kept. Raises ValueError when the backend cannot hold the weights or their scales."""
 
     @abstractmethod
-    def run(
-        self, prepared: Mapping[str, torch.Tensor], x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
+    def run(self, prepared: PreparedT, x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """``sum_j weights[t, j] * down(silu(gate(x[t])) * up(x[t]))`` over the experts ``numbers[t, j]``.
 
         Must not copy to the host or allocate by what ``numbers`` says.

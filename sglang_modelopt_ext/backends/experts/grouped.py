@@ -2,47 +2,49 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from sglang_modelopt_ext.backends.base import (
-    FP8_ACTIVATIONS,
     ShardWeight,
+    exact_float,
     fp8_objection,
+    is_fp8,
     merge_blocks,
     merge_decoded,
+    output_scales,
+    type_objection,
 )
 from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
+from sglang_modelopt_kernels.formats.fp8 import FP8, FP8_BLOCKS
+from sglang_modelopt_kernels.formats.int8 import INT8
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
+from sglang_modelopt_kernels.formats.mxfp8 import MXFP8
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight
 from sglang_modelopt_kernels.moe.grouped.launch import TAKEN
-from sglang_modelopt_kernels.moe.grouped.weights import Kind
+from sglang_modelopt_kernels.moe.grouped.weights import KIND_OF, Kind
 from sglang_modelopt_kernels.moe.route import Routed, route
 
 FLOATS = (torch.float16, torch.bfloat16)
 
 
-ACTIVATIONS = (*FP8_ACTIVATIONS, "nvfp4_dynamic", "mxfp4_dynamic", "mxfp8_dynamic", "int8_static")
-KINDS: dict[str, Kind] = {
-    "fp8": "e4m3",
-    "fp8_per_channel": "e4m3",
-    "fp8_block": "e4m3_float",
-    "mxfp8": "e4m3_exponent",
-    "int8_per_channel": "int8",
-}
-"""How weights without 4-bit blocks are kept."""
+ACTIVATIONS = (FP8, NVFP4, MXFP4, MXFP8, INT8)
+"""The number types of activations whose products with decoded weights were tested."""
 
 
-class GroupedExperts(ExpertBackend):
+class GroupedExperts(ExpertBackend[GroupedWeight]):
     """A product of :mod:`sglang_modelopt_kernels.moe.grouped`."""
 
-    def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> dict[str, torch.Tensor]:
-        """``codes`` and, where there is one, ``block_scale``, both ``[E, N, ...]``, and ``out_scale`` float32 ``[E, N]``."""
-        return grouped.to_tensors(grouped.stack([self.keep(shards) for shards in experts]))
+    def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> GroupedWeight:
+        """Stack the weights of all experts; see :meth:`keep`."""
+        return grouped.stack([self.keep(shards) for shards in experts])
 
     @abstractmethod
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
@@ -50,14 +52,13 @@ class GroupedExperts(ExpertBackend):
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: GroupedWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`grouped_linear`."""
-        weight = grouped.from_tensors(prepared)
         block = grouped.tile(weight, values.dtype, routing.rows)
         key = ("grouped", weight.experts, block)
         if key not in routing.derived:
@@ -82,14 +83,14 @@ class GroupedDecoded(GroupedExperts):
             return f"needs K in 16s, not {request.k}"
         if activation is None and request.dtype not in FLOATS:
             return f"does not take unrounded activations in {request.dtype}"
-        if activation is not None and activation.name not in ACTIVATIONS:
-            return f"does not take {activation.name} activations"
+        if activation is not None and activation.number_type not in ACTIVATIONS:
+            return f"does not take {activation} activations"
         kind = _kind(request)
         if kind is None:
-            return f"does not read {weight.name} weights"
+            return f"does not read {weight} weights"
         operand = self.operand(request)
         if operand not in TAKEN[kind]:
-            return f"does not multiply {weight.name} weights by activations in {operand}"
+            return f"does not multiply {weight} weights by activations in {operand}"
         return None
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
@@ -100,31 +101,34 @@ class GroupedDecoded(GroupedExperts):
         activation = request.scheme.activation
         if activation is None:
             return request.dtype
-        if activation.name in FP8_ACTIVATIONS and (request.capability or 0) >= 89 and request.dtype in FLOATS:
+        if is_fp8(activation) and (request.capability or 0) >= 89 and request.dtype in FLOATS:
             return torch.float8_e4m3fn
-        return torch.bfloat16 if activation.name in ("mxfp4_dynamic", "mxfp8_dynamic") else torch.float16
+        return exact_float(activation)
 
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
         """As stored, but for 4-bit codes, which are packed, and MXFP8 scales, which become relative to a row's largest."""
-        number, math = shards[0].format, shards[0].math
-        if number.has_blocks and math == "exact":
+        number, math = shards[0].format.number_type, shards[0].math
+        if number.bits == 4 and math == "exact":
             return grouped.packed(pack(merge_blocks(shards)))
-        if number.name == "mxfp8":
+        if number == MXFP8:
             codes, scale = (torch.cat([shard.tensors[name] for shard in shards]) for name in ("weight", "weight_scale"))
-            return grouped.mxfp8(codes, scale)
-        if number.name == "fp8_block":
+            return _scaled(grouped.mxfp8(codes, scale), shards)
+        if number == FP8_BLOCKS:
             codes = torch.cat([shard.tensors["weight"] for shard in shards])
-            return grouped.float_blocks(codes, torch.cat([_rows_of_blocks(shard) for shard in shards]))
-        dtype = torch.int8 if number.name == "int8_per_channel" else torch.float8_e4m3fn
+            scale = torch.cat([_rows_of_blocks(shard) for shard in shards])
+            return _scaled(grouped.float_blocks(codes, scale), shards)
+        dtype = torch.int8 if number == INT8 else torch.float8_e4m3fn
         return grouped.whole(*prepare_dense(merge_decoded(shards), dtype))
 
 
 def _kind(request: ExpertRequest) -> Kind | None:
-    """How :class:`GroupedDecoded` keeps the weights of ``request``; all kinds of 4-bit blocks take the same activations."""
-    if request.math == "fp8":
-        return "e4m3"
-    weight = request.scheme.weight
-    return "e2m1_e4m3" if weight.has_blocks else KINDS.get(weight.name)
+    """How :class:`GroupedDecoded` keeps the weights of ``request``; None where it does not."""
+    return "e4m3" if request.math == "fp8" else KIND_OF.get(request.scheme.weight.number_type)
+
+
+def _scaled(weight: GroupedWeight, shards: Sequence[ShardWeight]) -> GroupedWeight:
+    """Return the weight of one expert with the stored scales of its outputs in ``out_scale``."""
+    return dataclasses.replace(weight, out_scale=weight.out_scale * output_scales(shards))
 
 
 def _rows_of_blocks(shard: ShardWeight) -> torch.Tensor:
@@ -144,9 +148,7 @@ class GroupedMxfp4(GroupedExperts):
         """MXFP4 weights with FP8 activations on SM100 and SM103."""
         if request.device != "cuda" or not 100 <= (request.capability or 0) < 110:
             return "is for SM100 and SM103"
-        if request.scheme.weight.name != "mxfp4":
-            return f"{request.scheme.weight.name} weights have no UE8M0 block scales over E2M1 codes"
-        return fp8_objection(request)
+        return type_objection(request.scheme, (MXFP4,)) or fp8_objection(request)
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
         """E4M3."""
@@ -156,7 +158,7 @@ class GroupedMxfp4(GroupedExperts):
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
         """As stored."""
         codes, scale = (torch.cat([shard.tensors[name] for shard in shards]) for name in ("weight", "weight_scale"))
-        return grouped.mxfp4_as_stored(codes, scale)
+        return _scaled(grouped.mxfp4_as_stored(codes, scale), shards)
 
 
 class GroupedBf16(GroupedExperts):

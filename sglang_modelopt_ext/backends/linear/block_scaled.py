@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import FP8_ACTIVATIONS, Backend, LinearRequest, ShardWeight, merge_blocks
-from sglang_modelopt_kernels.gemm.w4_decode import (
-    block_scaled_linear,
-    block_scaled_rows,
-    from_tensors,
-    pack,
-    to_tensors,
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    LinearRequest,
+    ShardWeight,
+    exact_float,
+    is_fp8,
+    merge_blocks,
+    type_objection,
 )
+from sglang_modelopt_kernels.formats.fp8 import FP8
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
+from sglang_modelopt_kernels.gemm.w4_decode import PackedWeight, block_scaled_linear, block_scaled_rows, pack
+from sglang_modelopt_kernels.gemm.w4_decode.packing import KIND_OF
+
+ACTIVATIONS = (FP8, NVFP4, MXFP4)
+"""The number types of activations whose products with decoded weights were tested."""
 
 
-class BlockScaled(Backend):
+class BlockScaled(Backend[PackedWeight]):
     """4-bit weights decoded in registers: :mod:`sglang_modelopt_kernels.gemm.w4_decode`."""
 
     name = "triton_block_scaled"
@@ -24,47 +33,49 @@ class BlockScaled(Backend):
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """4-bit formats on GPUs from SM80, with activations that float16 or bf16 holds exactly."""
+        """Refuse all but 4-bit formats on GPUs from SM80, with activations that float16 or bf16 holds exactly."""
         scheme, activation = request.scheme, request.scheme.activation
         if request.device != "cuda" or (request.capability or 0) < 80:
             return "is for GPUs from SM80"
-        if not scheme.weight.has_blocks:
+        if scheme.weight.number_type.bits != 4:
             return f"{scheme.weight.name} weights have no 4-bit blocks"
+        if (reason := type_objection(scheme, KIND_OF)) is not None:
+            return reason
         if request.math != "exact":
             return f"does not round weights as math {request.math} does"
         if activation is None and request.dtype not in (torch.float16, torch.bfloat16):
             return f"does not take unrounded activations in {request.dtype}"
-        if activation is not None and activation.name not in (*FP8_ACTIVATIONS, "nvfp4_dynamic", "mxfp4_dynamic"):
-            return f"does not take {activation.name} activations"
+        if activation is not None and activation.number_type not in ACTIVATIONS:
+            return f"does not take {activation} activations"
         if request.k % 16:
             return f"needs K in 16s, not {request.k}"
         return None
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """The type of the activations' numbers: E4M3 where the GPU has it, float16 for NVFP4, bf16 for MXFP4, or the model's."""
+        """Return the type of the activations: E4M3 where the GPU has it, float16 for NVFP4, bf16 for MXFP4, or the model's."""
         activation = request.scheme.activation
         if activation is None:
             return request.dtype
-        if activation.name in FP8_ACTIVATIONS and (request.capability or 0) >= 89:
+        if is_fp8(activation) and (request.capability or 0) >= 89:
             return torch.float8_e4m3fn
-        return torch.bfloat16 if activation.name == "mxfp4_dynamic" else torch.float16
+        return exact_float(activation)
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` int16 ``[N, K / 4]``, ``block_scale`` ``[N, K / group]`` and ``out_scale`` float32 ``[N]``."""
-        return to_tensors(pack(merge_blocks(shards)))
+    def prepare(self, shards: Sequence[ShardWeight]) -> PackedWeight:
+        """Pack the shards' codes in planes; see :func:`pack`."""
+        return pack(merge_blocks(shards))
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: PackedWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`block_scaled_linear`."""
-        y: torch.Tensor = block_scaled_linear(values, from_tensors(prepared), row_scale, bias, out_dtype)
+        y: torch.Tensor = block_scaled_linear(values, weight, row_scale, bias, out_dtype)
         return y
 
-    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+    def rows(self, weight: PackedWeight, indices: torch.Tensor) -> torch.Tensor:
         """See :func:`block_scaled_rows`."""
-        return block_scaled_rows(from_tensors(prepared), indices)
+        return block_scaled_rows(weight, indices)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,7 +11,20 @@ from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeigh
 from sglang_modelopt_kernels.gemm.reference import dense_linear, prepare_dense
 
 
-class Dense(Backend):
+@dataclass(frozen=True)
+class DenseWeight:
+    """A decoded weight: ``W = unit * out_scale``.
+
+    Attributes:
+        unit: ``[N, K]`` of a float dtype.
+        out_scale: fp32 ``[N]``.
+    """
+
+    unit: torch.Tensor
+    out_scale: torch.Tensor
+
+
+class Dense(Backend[DenseWeight]):
     """The reference path, weights decoded once at load: :mod:`sglang_modelopt_kernels.gemm.reference`."""
 
     takes_vocabulary = True
@@ -21,7 +35,7 @@ class Dense(Backend):
         self.name = f"dense_{str(dtype).removeprefix('torch.')}"
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Any layer on its devices; in bf16 only formats and activations whose products are (nearly always) exact there."""
+        """Refuse other devices, and in bf16 formats and activations whose products are not (nearly always) exact there."""
         if request.device not in self.devices:
             return f"is for {' and '.join(self.devices)}"
         if self.dtype == torch.bfloat16:
@@ -33,27 +47,26 @@ class Dense(Backend):
         return None
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """The type of the decoded weight."""
+        """Return the type of the decoded weight."""
         del request
         return self.dtype
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``unit`` ``[N, K]`` and ``out_scale`` ``[N]``."""
-        unit, out_scale = prepare_dense(merge_decoded(shards), self.dtype)
-        return {"unit": unit, "out_scale": out_scale}
+    def prepare(self, shards: Sequence[ShardWeight]) -> DenseWeight:
+        """Decode the shards to the backend's type. Raises ValueError where that does not hold them exactly."""
+        return DenseWeight(*prepare_dense(merge_decoded(shards), self.dtype))
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: DenseWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`dense_linear`."""
-        y: torch.Tensor = dense_linear(values, row_scale, prepared["unit"], prepared["out_scale"], bias)
+        y: torch.Tensor = dense_linear(values, row_scale, weight.unit, weight.out_scale, bias)
         return y.to(out_dtype)
 
-    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
-        """``unit[indices] * out_scale[indices]``."""
-        return prepared["unit"][indices].to(torch.float32) * prepared["out_scale"][indices].unsqueeze(-1)
+    def rows(self, weight: DenseWeight, indices: torch.Tensor) -> torch.Tensor:
+        """Return ``unit[indices] * out_scale[indices]``."""
+        return weight.unit[indices].to(torch.float32) * weight.out_scale[indices].unsqueeze(-1)

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import FP8_ACTIVATIONS, Backend, LinearRequest, ShardWeight, merge_decoded
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    LinearRequest,
+    ShardWeight,
+    check_type,
+    exact_float,
+    merge_decoded,
+    output_scales,
+)
+from sglang_modelopt_kernels.formats.fp8 import FP8
+from sglang_modelopt_kernels.formats.int8 import INT8
+from sglang_modelopt_kernels.formats.mxfp8 import MXFP8
 from sglang_modelopt_kernels.gemm import w8_decode
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w8_decode import MOST_INPUTS_INT8, ByteWeight
 from sglang_modelopt_kernels.gemm.w8_decode.launch import TAKEN
-from sglang_modelopt_kernels.gemm.w8_decode.packing import Kind
+from sglang_modelopt_kernels.gemm.w8_decode.packing import KIND_OF, Kind
 
-KINDS: dict[str, Kind] = {
-    "fp8": "e4m3",
-    "fp8_per_channel": "e4m3",
-    "fp8_block": "e4m3_float",
-    "mxfp8": "e4m3_exponent",
-    "int8_per_channel": "int8",
-}
-"""How each weight format is kept."""
+ACTIVATIONS = (FP8, MXFP8, INT8)
+"""The number types of activations whose products with decoded weights were tested."""
 
 
-class EightBit(Backend):
+class EightBit(Backend[ByteWeight]):
     """8-bit weights decoded in registers, or INT8 on both sides: :mod:`sglang_modelopt_kernels.gemm.w8_decode`."""
 
     name = "triton_eight_bit"
@@ -31,20 +37,20 @@ class EightBit(Backend):
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """8-bit formats on GPUs from SM80, with activations that a type which the product takes holds exactly."""
+        """Refuse all but 8-bit formats on GPUs from SM80, with activations that a type which the product takes holds exactly."""
         weight, activation = request.scheme.weight, request.scheme.activation
         if request.device != "cuda" or (request.capability or 0) < 80:
             return "is for GPUs from SM80"
         kind = _kind(request)
         if kind is None:
-            return f"does not read {weight.name} weights"
+            return f"does not read {weight} weights"
         if activation is None and request.dtype not in (torch.float16, torch.bfloat16):
             return f"does not take unrounded activations in {request.dtype}"
-        if activation is not None and activation.name not in (*FP8_ACTIVATIONS, "mxfp8_dynamic", "int8_static"):
-            return f"does not take {activation.name} activations"
+        if activation is not None and activation.number_type not in ACTIVATIONS:
+            return f"does not take {activation} activations"
         operand = self.operand(request)
         if operand not in TAKEN[kind]:
-            return f"does not multiply {weight.name} weights by activations in {operand}"
+            return f"does not multiply {weight} weights by activations in {operand}"
         if operand == torch.int8 and request.k > MOST_INPUTS_INT8:
             return f"sums at most {MOST_INPUTS_INT8} products of int8, not {request.k}"
         if request.k % 16:
@@ -52,49 +58,45 @@ class EightBit(Backend):
         return None
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """The type of the activations' numbers: int8 for INT8, float16 for E4M3, bf16 for MXFP8, or the model's."""
+        """Return the type of the activations' values: int8 for INT8, float16 for E4M3, bf16 for MXFP8, or the model's."""
         activation = request.scheme.activation
         if activation is None:
             return request.dtype
-        return {"int8_static": torch.int8, "mxfp8_dynamic": torch.bfloat16}.get(activation.name, torch.float16)
+        return torch.int8 if activation.number_type == INT8 else exact_float(activation)
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` int8 or E4M3 ``[N, K]``, ``block_scale`` where the format has one, and ``out_scale`` float32 ``[N]``."""
-        return w8_decode.to_tensors(_keep(shards))
+    def prepare(self, shards: Sequence[ShardWeight]) -> ByteWeight:
+        """Keep the shards as stored, MXFP8 scales relative to a row's largest. Raises ValueError if these are too far apart."""
+        if shards[0].math == "fp8":
+            return w8_decode.whole(*prepare_dense(merge_decoded(shards), torch.float8_e4m3fn))
+        check_type(shards, KIND_OF)
+        kind = KIND_OF[shards[0].format.number_type]
+        stored = [(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
+        out_scale = output_scales(shards)
+        if kind == "e4m3_float":
+            kept = w8_decode.float_blocks([(codes, scale.squeeze(3).squeeze(1)) for codes, scale in stored])
+            return dataclasses.replace(kept, out_scale=kept.out_scale * out_scale)
+        codes = torch.cat([part for part, _ in stored])
+        if kind == "e4m3_exponent":
+            kept = w8_decode.mxfp8(codes, torch.cat([scale for _, scale in stored]))
+            return dataclasses.replace(kept, out_scale=kept.out_scale * out_scale)
+        return w8_decode.whole(codes, out_scale)
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: ByteWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`eight_bit_linear`."""
-        weight = w8_decode.from_tensors(prepared)
         y: torch.Tensor = w8_decode.eight_bit_linear(values, weight, row_scale, bias, out_dtype)
         return y
 
-    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+    def rows(self, weight: ByteWeight, indices: torch.Tensor) -> torch.Tensor:
         """See :func:`rows_of`."""
-        return w8_decode.rows_of(w8_decode.from_tensors(prepared), indices)
+        return w8_decode.rows_of(weight, indices)
 
 
 def _kind(request: LinearRequest) -> Kind | None:
-    return "e4m3" if request.math == "fp8" else KINDS.get(request.scheme.weight.name)
-
-
-def _keep(shards: Sequence[ShardWeight]) -> ByteWeight:
-    """The shards as stored, but for MXFP8 scales, which become relative to a row's largest. Raises ValueError if too far apart."""
-    if shards[0].math == "fp8":
-        return w8_decode.whole(*prepare_dense(merge_decoded(shards), torch.float8_e4m3fn))
-    kind = KINDS[shards[0].format.name]
-    stored = [(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
-    if kind == "e4m3_float":
-        return w8_decode.float_blocks([(codes, scale.squeeze(3).squeeze(1)) for codes, scale in stored])
-    codes = torch.cat([part for part, _ in stored])
-    if kind == "e4m3_exponent":
-        return w8_decode.mxfp8(codes, torch.cat([scale for _, scale in stored]))
-    # One scale for each row, or for all of a shard.
-    scales = [scale.to(torch.float32).reshape(-1).expand(part.shape[0]) for part, scale in stored]
-    return w8_decode.whole(codes, torch.cat(scales))
+    return "e4m3" if request.math == "fp8" else KIND_OF.get(request.scheme.weight.number_type)

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import BlockBackend, LinearRequest, ShardWeight
+from sglang_modelopt_ext.backends.base import (
+    BlockBackend,
+    BlockScaledWeight,
+    LinearRequest,
+    ShardWeight,
+    check_type,
+    describe_operands,
+    output_scales,
+    type_objection,
+)
 from sglang_modelopt_kernels.formats import e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
 from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens, takes_tiles
 from sglang_modelopt_kernels.gemm.fp4_blackwell import fp4_linear
 from sglang_modelopt_kernels.gemm.fp4_blackwell.linear import TILED_CONFIGS
-from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
+from sglang_modelopt_kernels.quantize.blocks import naive_swizzle, rounds
 
-_ACTIVATION_OF = {"nvfp4": "nvfp4_dynamic", "mxfp4": "mxfp4_dynamic"}
+TYPES = (NVFP4, MXFP4)
+"""The number types that FP4 matrix instructions read, on both sides alike."""
 
 
-class Fp4(BlockBackend):
+class Fp4(BlockBackend[BlockScaledWeight]):
     """Weights as stored times activations of the same format: :mod:`sglang_modelopt_kernels.gemm.fp4_blackwell`."""
 
     architectures: tuple[str, ...]
@@ -26,20 +38,21 @@ class Fp4(BlockBackend):
     """Whether it keeps the weight's block scales in tiles, :func:`naive_swizzle`."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on its architectures."""
+        """Refuse all but NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on its architectures."""
         scheme, activation = request.scheme, request.scheme.activation
         if request.device != "cuda" or f"SM{request.capability}" not in self.architectures:
             return f"is for {' and '.join(self.architectures)}"
-        if scheme.weight.name not in _ACTIVATION_OF:
-            return f"has no matrix instruction for {scheme.weight.name} weights"
-        if activation is None or activation.name != _ACTIVATION_OF[scheme.weight.name]:
-            return f"needs {_ACTIVATION_OF[scheme.weight.name]} activations"
+        if (reason := type_objection(scheme, TYPES)) is not None:
+            return reason
+        if activation is None or activation.number_type != scheme.weight.number_type or not rounds(activation):
+            return f"has no matrix instruction for {describe_operands(scheme)}"
         if request.dtype not in (torch.float16, torch.bfloat16):
             return f"may sum at less than the precision of {request.dtype}"
         return None
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]`` or its tiles, and ``out_scale`` float32 ``[N]``."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
+        """Keep ``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]``, swizzled where ``tiled``, and ``out_scale``."""
+        check_type(shards, TYPES)
         codes = torch.cat([shard.tensors["weight"] for shard in shards])
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
         # The instruction reads E4M3 scales without their sign.
@@ -49,24 +62,19 @@ class Fp4(BlockBackend):
             illegal = e4m3.byte_is_nan(scale) | e4m3.byte_is_negative(scale)
         if bool(illegal.any()):
             raise ValueError("a block scale is NaN or negative")
-        one = torch.ones((), dtype=torch.float32, device=codes.device)
-        out_scale = [
-            shard.tensors.get("weight_scale_2", one).to(torch.float32).expand(shard.tensors["weight"].shape[0])
-            for shard in shards
-        ]
         kept = naive_swizzle(scale) if self.tiled else scale
-        return {"codes": codes, "block_scale": kept, "out_scale": torch.cat(out_scale)}
+        return BlockScaledWeight(codes, kept, output_scales(shards))
 
     def matmul_blocks(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: BlockScaledWeight,
         x: BlockActivation,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`fp4_linear`."""
-        weight = prepared["codes"], prepared["block_scale"], prepared["out_scale"]
-        y: torch.Tensor = fp4_linear(x, *weight, bias, out_dtype, self.tiled)
+        kept = weight.codes, weight.block_scale, weight.out_scale
+        y: torch.Tensor = fp4_linear(x, *kept, bias, out_dtype, self.tiled)
         return y
 
 
@@ -82,11 +90,11 @@ class BlackwellFp4(Fp4):
     tiled = True
 
     def swizzles(self, tokens: int) -> bool:
-        """Where a tile of the product has as many tokens as a tile of scales."""
+        """Return whether a tile of the product has as many tokens as a tile of scales."""
         return takes_tiles(tokens)
 
     def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Those of the persistent kernel."""
+        """Return the numbers of tokens from which the persistent kernel runs."""
         return persistent_tokens(TILED_CONFIGS, device, n)
 
 

@@ -2,56 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection, merge_decoded
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    LinearRequest,
+    ShardWeight,
+    check_type,
+    fp8_objection,
+    merge_decoded,
+)
+from sglang_modelopt_ext.backends.linear.dense import DenseWeight
+from sglang_modelopt_kernels.formats.fp8 import FP8
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w8_decode import rows_of, whole
 
 
-class Fp8(Backend):
+class Fp8(Backend[DenseWeight]):
     """FP8 weights and activations in FP8 matrix instructions: :mod:`sglang_modelopt_kernels.gemm.fp8`."""
 
     name = "fp8_scaled_mm"
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Weights on E4M3's grid under scales of rows, with FP8 activations, on GPUs from SM89."""
+        """Refuse all but weights on E4M3's grid under scales of rows, with FP8 activations, on GPUs from SM89."""
         scheme = request.scheme
         if request.device != "cuda" or (request.capability or 0) < 89:
             return "is for GPUs from SM89"
-        if request.math != "fp8" and scheme.weight.name not in ("fp8", "fp8_per_channel"):
-            return f"{scheme.weight.name} weights are not E4M3 numbers under a scale for each row"
+        if request.math != "fp8" and scheme.weight.number_type != FP8:
+            return f"{scheme.weight} weights are not E4M3 values under a scale for each row"
         if request.k % 16 or request.n % 16:
             return f"needs N and K in 16s, not {request.n} and {request.k}"
         return fp8_objection(request)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """E4M3."""
+        """Return E4M3."""
         del request
         return torch.float8_e4m3fn
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``unit`` E4M3 ``[N, K]`` and ``out_scale`` float32 ``[N]``."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> DenseWeight:
+        """Merge the shards as E4M3. Raises ValueError for other weights, or rows that are not a multiple of 16."""
+        if shards[0].math != "fp8":
+            check_type(shards, (FP8,))
         unit, out_scale = prepare_dense(merge_decoded(shards), torch.float8_e4m3fn)
         if unit.shape[0] % 16:
             raise ValueError(f"{unit.shape[0]} rows of shards that share a product are not a multiple of 16")
-        return {"unit": unit, "out_scale": out_scale}
+        return DenseWeight(unit, out_scale)
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: DenseWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`fp8_linear`."""
-        return fp8_linear(values, row_scale, prepared["unit"], prepared["out_scale"], bias, out_dtype)
+        return fp8_linear(values, row_scale, weight.unit, weight.out_scale, bias, out_dtype)
 
-    def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
+    def rows(self, weight: DenseWeight, indices: torch.Tensor) -> torch.Tensor:
         """See :func:`rows_of`."""
-        return rows_of(whole(prepared["unit"], prepared["out_scale"]), indices)
+        return rows_of(whole(weight.unit, weight.out_scale), indices)

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    LinearRequest,
+    ShardWeight,
+    check_no_output_scale,
+    check_type,
+    fp8_objection,
+    type_objection,
+)
 from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, stored
 from sglang_modelopt_ext.backends.packages import package_objection
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 
 SPAN = 11
-"""What the exponents of a row may differ by: E4M3 then holds every E2M1 code under them, exactly."""
+"""The most that exponents of a row may differ by: E4M3 then holds every E2M1 code under them, exactly."""
 
 LOWEST = 8
 """The least UE8M0 byte a row's exponents may be counted from: its scale is kept in bf16, and halved."""
@@ -21,7 +31,24 @@ LOWEST = 8
 LOCKS = 1024
 
 
-class Humming(Backend):
+@dataclass(frozen=True)
+class HummingWeight:
+    """A weight as ``transform_humming_tensors`` returns it.
+
+    Attributes:
+        weight, weight_scale, weight_scale_2: humming's codes and scales.
+        locks: int32 zeros, which the kernel leaves zero.
+        out_scale: float32 ``[N]``, ones.
+    """
+
+    weight: torch.Tensor
+    weight_scale: torch.Tensor
+    weight_scale_2: torch.Tensor
+    locks: torch.Tensor
+    out_scale: torch.Tensor
+
+
+class Humming(Backend[HummingWeight]):
     """MXFP4 weights as E4M3 in registers, in FP8 matrix instructions: ``humming.forward.humming_forward``.
 
     humming rounds codes of rows whose exponents differ by more than SPAN; such weights are refused here.
@@ -31,12 +58,12 @@ class Humming(Backend):
     repeats = False  # adds up in an order that differs from launch to launch
 
     def objection(self, request: LinearRequest) -> str | None:
-        """MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""
+        """Refuse all but MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""
         scheme = request.scheme
         if request.device != "cuda" or request.capability not in (89, 90):
             return "is for SM89, SM90"
-        if scheme.weight.name != "mxfp4":
-            return f"{scheme.weight.name} weights have no UE8M0 block scales"
+        if (reason := type_objection(scheme, (MXFP4,))) is not None:
+            return reason
         if request.dtype != torch.bfloat16:
             return f"has no {request.dtype} output here"
         if request.k % 128 or request.n % 8:
@@ -44,12 +71,17 @@ class Humming(Backend):
         return fp8_objection(request) or package_objection("humming-kernels", request.packages)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """E4M3."""
+        """Return E4M3."""
         del request
         return torch.float8_e4m3fn
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """What ``transform_humming_tensors`` makes of the weight, ``locks`` of zeros, and ``out_scale`` float32 ``[N]`` of ones."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> HummingWeight:
+        """Transform the shards for humming, and compile its kernel for their size.
+
+        Raises ValueError where humming would round a weight.
+        """
+        check_type(shards, (MXFP4,))
+        check_no_output_scale(shards)
         from humming.transform import transform_humming_tensors
 
         codes, scale = stored(shards, "weight"), stored(shards, "weight_scale")
@@ -58,11 +90,11 @@ class Humming(Backend):
         rows = codes.shape[0]
         tensors = {"weight": codes.view(torch.int32), "weight_scale": scale.view(torch.float8_e8m0fnu)}
         made = transform_humming_tensors(layer_config(rows, 2 * codes.shape[1]), tensors)
-        prepared = {
+        prepared = HummingWeight(
             **{name: made[name] for name in ("weight", "weight_scale", "weight_scale_2")},
-            "locks": torch.zeros(LOCKS, dtype=torch.int32, device=codes.device),
-            "out_scale": torch.ones(rows, dtype=torch.float32, device=codes.device),
-        }
+            locks=torch.zeros(LOCKS, dtype=torch.int32, device=codes.device),
+            out_scale=torch.ones(rows, dtype=torch.float32, device=codes.device),
+        )
         # humming compiles for every size of a layer: now, and not with the first token.
         zeros = torch.zeros(1, 2 * codes.shape[1], dtype=torch.uint8, device=codes.device).view(torch.float8_e4m3fn)
         self.matmul(prepared, zeros, None, None, torch.bfloat16)
@@ -70,22 +102,22 @@ class Humming(Backend):
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: HummingWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Scaled by ``row_scale`` before it is rounded to bf16; the bias is added afterwards."""
-        scale = prepared["out_scale"].new_ones(1) if row_scale is None else row_scale
+        """Multiply; the sum is scaled by ``row_scale`` before it is rounded to bf16; the bias is added afterwards."""
+        scale = weight.out_scale.new_ones(1) if row_scale is None else row_scale
         scale = scale.to(torch.float32).reshape(-1, 1).expand(values.shape[0], 1).contiguous()
-        weight = prepared["weight"], prepared["weight_scale"], prepared["weight_scale_2"], prepared["locks"]
-        y: torch.Tensor = _humming_gemm(values.contiguous(), scale, *weight, prepared["out_scale"].shape[0])
+        kept = weight.weight, weight.weight_scale, weight.weight_scale_2, weight.locks
+        y: torch.Tensor = _humming_gemm(values.contiguous(), scale, *kept, weight.out_scale.shape[0])
         return add_bias(y, bias).to(out_dtype)
 
 
 def check_span(codes: torch.Tensor, scale: torch.Tensor) -> None:
-    """Raises ValueError unless humming reads the weight exactly.
+    """Raise ValueError unless humming reads the weight exactly.
 
     Args:
         codes: uint8 ``[N, K / 2]``.
@@ -103,7 +135,7 @@ def check_span(codes: torch.Tensor, scale: torch.Tensor) -> None:
 
 @functools.cache
 def layer_config(n: int, k: int) -> Any:
-    """humming's description of a layer, for the GPU at hand."""
+    """Return humming's description of a layer, for the GPU at hand."""
     from humming.schema import HummingInputSchema, HummingWeightSchema
     from humming.transform import prepare_layer_config
 

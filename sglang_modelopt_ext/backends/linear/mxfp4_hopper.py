@@ -2,51 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    LinearRequest,
+    ShardWeight,
+    check_type,
+    fp8_objection,
+    output_scales,
+    type_objection,
+)
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear
 
 
-class FoldedMxfp4(Backend):
+class FoldedMxfp4(Backend[FoldedWeight]):
     """MXFP4 weights folded to E4M3 in registers, for FP8 instructions: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper`."""
 
     name = "triton_mxfp4_folded"
     kernels = ("finish_kernel", "folded_kernel", "unfold_kernel")
 
     def objection(self, request: LinearRequest) -> str | None:
-        """MXFP4 weights with FP8 activations on SM89 and SM90."""
+        """Refuse all but MXFP4 weights with FP8 activations on SM89 and SM90."""
         if request.device != "cuda" or request.capability not in (89, 90):
             return "is for SM89 and SM90"
-        if request.scheme.weight.name != "mxfp4":
-            return f"{request.scheme.weight.name} weights have no UE8M0 block scales"
+        if (reason := type_objection(request.scheme, (MXFP4,))) is not None:
+            return reason
         return fp8_objection(request)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """E4M3."""
+        """Return E4M3."""
         del request
         return torch.float8_e4m3fn
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` uint8 ``[N, K / 2]``, ``exponent`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> FoldedWeight:
+        """Fold the shards' exponents; see :func:`fold`."""
+        check_type(shards, (MXFP4,))
         parts = [fold(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
-        return {
-            "codes": torch.cat([part.codes for part in parts]),
-            "exponent": torch.cat([part.exponent for part in parts]),
-            "out_scale": torch.cat([part.out_scale for part in parts]),
-        }
+        return FoldedWeight(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.exponent for part in parts]),
+            torch.cat([part.out_scale for part in parts]) * output_scales(shards),
+        )
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: FoldedWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         """See :func:`folded_linear`."""
-        weight = FoldedWeight(prepared["codes"], prepared["exponent"], prepared["out_scale"])
         y: torch.Tensor = folded_linear(values, weight, row_scale, bias, out_dtype)
         return y

@@ -5,21 +5,33 @@ Both read blocks of 16; a block of 32 is two of them with one scale.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, one_scale
+from sglang_modelopt_ext.backends.base import (
+    Backend,
+    BlockScaledWeight,
+    LinearRequest,
+    ShardWeight,
+    check_type,
+    describe_operands,
+    one_scale,
+)
 from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, flashinfer_objection, stored
 from sglang_modelopt_ext.backends.packages import package_objection
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_WIDE
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
+
+TYPES = (NVFP4, NVFP4_WIDE)
+"""The number types of weights that are whole blocks of 16."""
 
 
 def weight_only_objection(request: LinearRequest) -> str | None:
-    """NVFP4 weights under unrounded activations of a bf16 model, without a low-rank branch."""
+    """Return why neither package serves ``request``, or None: NVFP4 weights, unrounded activations, bf16, no low-rank branch."""
     scheme = request.scheme
-    if not scheme.weight.name.startswith("nvfp4") or scheme.activation is not None:
-        return "multiplies NVFP4 weights by unrounded activations only"
+    if scheme.weight.number_type not in TYPES or scheme.activation is not None:
+        return f"multiplies NVFP4 weights by unrounded activations only, not {describe_operands(scheme)}"
     if request.math != "exact":
         return f"does not round weights as math {request.math} does"
     if request.dtype != torch.bfloat16:
@@ -32,7 +44,11 @@ def weight_only_objection(request: LinearRequest) -> str | None:
 
 
 def blocks_of_16(shards: Sequence[ShardWeight]) -> tuple[torch.Tensor, torch.Tensor]:
-    """The shards' codes uint8 ``[N, K / 2]`` and scales e4m3 ``[N, K / 16]``."""
+    """Return the shards' codes uint8 ``[N, K / 2]`` and scales e4m3 ``[N, K / 16]``.
+
+    Raises ValueError for weights that are not E2M1 in blocks of 16 or 32 under E4M3 scales.
+    """
+    check_type(shards, TYPES)
     codes = stored(shards, "weight")
     check_rows(codes.shape[0], 64)
     scale = stored(shards, "weight_scale").view(torch.uint8)
@@ -40,7 +56,7 @@ def blocks_of_16(shards: Sequence[ShardWeight]) -> tuple[torch.Tensor, torch.Ten
     return codes, repeated.view(torch.float8_e4m3fn).contiguous()
 
 
-class FlashInferWeightOnly(Backend):
+class FlashInferWeightOnly(Backend[BlockScaledWeight]):
     """NVFP4 weights with bf16 activations: ``flashinfer.mm_bf16_fp4``, its CuTe-DSL kernel for SM100 and SM103.
 
     Its kernel for SM120 multiplies in float16, which does not hold every bf16 activation, and is not used.
@@ -54,38 +70,38 @@ class FlashInferWeightOnly(Backend):
         return weight_only_objection(request) or flashinfer_objection(request, (100, 103))
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """bf16."""
+        """Return bf16."""
         del request
         return torch.bfloat16
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` and ``block_scale`` as ``prepare_bf16_fp4_weights`` returns them, and ``out_scale`` float32 ``[N]``."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
+        """Keep ``codes`` and ``block_scale`` as ``prepare_bf16_fp4_weights`` returns them, and ``out_scale`` float32 ``[N]``."""
+        codes, scale = blocks_of_16(shards)
         from flashinfer import prepare_bf16_fp4_weights
 
-        codes, scale = blocks_of_16(shards)
         alpha = one_scale(shards)
         swizzled = naive_swizzle(scale)
         codes, swizzled, kept = prepare_bf16_fp4_weights(codes, swizzled, alpha, backend="cute-dsl", block_size=16)
         if kept is not alpha:
             raise ValueError("prepare_bf16_fp4_weights changed the global scale")
-        return {"codes": codes, "block_scale": swizzled, "out_scale": alpha.expand(codes.shape[0]).contiguous()}
+        return BlockScaledWeight(codes, swizzled, alpha.expand(codes.shape[0]).contiguous())
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: BlockScaledWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Scaled by ``out_scale`` before it is rounded. A ``row_scale``, which only the check at load has, is applied after."""
-        alpha = prepared["out_scale"][:1]
-        y: torch.Tensor = _mm_bf16_fp4(values.contiguous(), prepared["codes"], prepared["block_scale"], alpha)
+        """Multiply; the sum is scaled by ``out_scale`` before it is rounded, by ``row_scale`` (of the self-test alone) after."""
+        alpha = weight.out_scale[:1]
+        y: torch.Tensor = _mm_bf16_fp4(values.contiguous(), weight.codes, weight.block_scale, alpha)
         return add_bias(scale_rows(y, row_scale), bias).to(out_dtype)
 
 
 def scale_rows(y: torch.Tensor, row_scale: torch.Tensor | None) -> torch.Tensor:
-    """``y * row_scale`` in float32, rounded to the type of ``y``."""
+    """Return ``y * row_scale`` in float32, rounded to the type of ``y``."""
     return y if row_scale is None else (y.to(torch.float32) * row_scale).to(y.dtype)
 
 
@@ -104,7 +120,7 @@ def _(x: torch.Tensor, codes: torch.Tensor, block_scale: torch.Tensor, alpha: to
     return x.new_empty((x.shape[0], codes.shape[0]))
 
 
-class QuackWeightOnly(Backend):
+class QuackWeightOnly(Backend[BlockScaledWeight]):
     """NVFP4 weights with bf16 activations on SM90: ``quack.gemm_w4.gemm_w4a16``, format ``nvfp4``."""
 
     name = "quack_w4a16"
@@ -120,31 +136,30 @@ class QuackWeightOnly(Backend):
         return package_objection("quack-kernels", request.packages)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
-        """bf16."""
+        """Return bf16."""
         del request
         return torch.bfloat16
 
-    def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
-        """``codes`` and ``block_scale`` as ``prepare_w4_weight`` returns them, N padded to 128s; ``out_scale`` float32 ``[N]``."""
+    def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
+        """Keep ``codes`` and ``block_scale`` as ``prepare_w4_weight`` returns them, N padded to 128s, and ``out_scale``."""
+        codes, scale = blocks_of_16(shards)
         from quack.gemm_w4 import prepare_w4_weight
 
-        codes, scale = blocks_of_16(shards)
         alpha = one_scale(shards)
         blob, strip = prepare_w4_weight(codes, scale, wformat="nvfp4")
-        return {"codes": blob, "block_scale": strip, "out_scale": alpha.expand(codes.shape[0]).contiguous()}
+        return BlockScaledWeight(blob, strip, alpha.expand(codes.shape[0]).contiguous())
 
     def matmul(
         self,
-        prepared: Mapping[str, torch.Tensor],
+        weight: BlockScaledWeight,
         values: torch.Tensor,
         row_scale: torch.Tensor | None,
         bias: torch.Tensor | None,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """As :meth:`FlashInferWeightOnly.matmul`."""
-        out_scale = prepared["out_scale"]
-        weight = prepared["codes"], prepared["block_scale"]
-        y: torch.Tensor = _gemm_w4a16(values.contiguous(), *weight, out_scale[:1], out_scale.shape[0])
+        """Multiply; the sum is scaled by ``out_scale`` before it is rounded, by ``row_scale`` (of the self-test alone) after."""
+        kept, scale = (weight.codes, weight.block_scale), weight.out_scale
+        y: torch.Tensor = _gemm_w4a16(values.contiguous(), *kept, scale[:1], scale.shape[0])
         return add_bias(scale_rows(y, row_scale), bias).to(out_dtype)
 
 

@@ -17,10 +17,9 @@ import torch
 
 from sglang_modelopt_ext.backends.base import LinearRequest
 from sglang_modelopt_ext.backends.select import candidates, served_scheme
-from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
-from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
+from sglang_modelopt_ext.schemes.table import find_scheme, math_of
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
 from sglang_modelopt_ext.workflow.common.base_model import import_modelopt
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
@@ -181,7 +180,6 @@ def serving(candidate: Candidate, layer: Layer, gpu: str, dtype: torch.dtype) ->
     capability = GPUS[gpu]
     device = "cpu" if capability is None else "cuda"
     scheme = served_scheme(candidate.scheme, device, capability)
-    math_ = w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
-    request = LinearRequest(scheme, device, capability, layer.n, layer.k, math_, dtype)
+    request = LinearRequest(scheme, device, capability, layer.n, layer.k, math_of(scheme), dtype)
     backends = candidates(request, f"--formats: {candidate.name} on {gpu}, {layer.name}")
     return [backend.name for backend in backends], scheme.describe()

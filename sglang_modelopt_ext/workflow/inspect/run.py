@@ -34,10 +34,9 @@ from sglang_modelopt_ext.checkpoint.reader import (
 )
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_json_object
 from sglang_modelopt_ext.checkpoint.unserved import read_for_serving
-from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
-from sglang_modelopt_ext.schemes.table import SCHEMES, UMBRELLA
+from sglang_modelopt_ext.schemes.table import UMBRELLA, math_of
 from sglang_modelopt_ext.workflow.common.models import served_dtype
 from sglang_modelopt_ext.workflow.common.target import Target
 from sglang_modelopt_ext.workflow.inspect.loading import Loading, not_checked, rehearse_loading
@@ -403,9 +402,10 @@ def _layer_groups(
 def _kernel(linear: QuantizedLinear, target: Target, dtype: torch.dtype) -> tuple[str | None, dict[str, str]]:
     """Return the backend that dispatch tries first, and those before it with the reasons for rejecting them."""
     scheme = served_scheme(linear.scheme, target.device, target.capability)
-    math = w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
     vocabulary = linear.name.rpartition(".")[2] in _VOCABULARY
-    request = LinearRequest(scheme, target.device, target.capability, linear.n, linear.k, math, dtype, vocabulary)
+    request = LinearRequest(
+        scheme, target.device, target.capability, linear.n, linear.k, math_of(scheme), dtype, vocabulary
+    )
     rejected: dict[str, str] = {}
     for name, reason in objections(request).items():
         if reason is None:

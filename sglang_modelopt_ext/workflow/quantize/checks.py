@@ -13,6 +13,8 @@ from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_ext.workflow.quantize import quantizers, smoothquant
 from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
 from sglang_modelopt_ext.workflow.quantize.record import Selection
+from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS
+from sglang_modelopt_kernels.formats.base import BlockScale, Element
 
 _QUANTIZERS = ("weight_quantizer", "input_quantizer", "output_quantizer")
 _MLP_PARTS = frozenset({"mlp", "feed_forward", "ffn", "block_sparse_moe"})
@@ -39,15 +41,9 @@ _FP4 = frozenset({"NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4
 _AFTER = {"awq_lite": "NVFP4_AWQ", "awq_full": "NVFP4_AWQ", "svdquant": "NVFP4_SVD"}
 """The exporter's name for any FP4 format after these algorithms, whether or not it is that format."""
 
-# Settings of the input quantizer of each activation format: num_bits, and the type of its block scales.
-_INPUTS: dict[str, tuple[Any, Any]] = {
-    "fp8_static": ((4, 3), None),
-    "fp8_per_token": ((4, 3), None),
-    "int8_static": (8, None),
-    "nvfp4_dynamic": ((2, 1), (4, 3)),
-    "mxfp4_dynamic": ((2, 1), (8, 0)),
-    "mxfp8_dynamic": ((4, 3), (8, 0)),
-}
+# ModelOpt's settings of a quantizer for elements (num_bits) and for block scales (scale_bits).
+_NUM_BITS: dict[Element, Any] = {"e2m1": (2, 1), "e4m3": (4, 3), "int4": 4, "int8": 8}
+_SCALE_BITS: dict[BlockScale | None, Any] = {None: None, "e4m3": (4, 3), "ue8m0": (8, 0), "float32": None}
 
 
 def selection_entries(model: torch.nn.Module, selection: Selection) -> list[dict[str, Any]]:
@@ -135,7 +131,8 @@ def _check_input(module: Any, algo: str) -> None:
         if enabled:
             raise _unserved(f"{algo}, which rounds no activations, with activations of num_bits {quantizer.num_bits}")
         return
-    expected = {_INPUTS[name] for name in scheme.activations}
+    types = [ACTIVATION_FORMATS[name].number_type for name in scheme.activations]
+    expected = {(_NUM_BITS[number.element], _SCALE_BITS[number.block_scale]) for number in types}
     blocks: Any = quantizer.block_sizes or {}
     found = (quantizer.num_bits, blocks.get("scale_bits")) if enabled else None
     if found not in expected:

@@ -24,10 +24,9 @@ from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name, read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_headers, read_tensors
-from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE
-from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.schemes.table import math_of
 from sglang_modelopt_ext.workflow.common.target import Target
 from sglang_modelopt_kernels.formats.kv_cache import KVRecipe, rotate
 
@@ -101,8 +100,8 @@ def other_side(read_back: Callable[[torch.Tensor], torch.Tensor], x: torch.Tenso
 
 
 def decode_weight(linear: QuantizedLinear, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """Return the weight ``[N, K]`` in float32, under the numerics that the environment sets for a server."""
-    math = w4a8_math() if SCHEMES[linear.scheme.algo].rounds_weight_to_fp8 else "exact"
+    """Return the weight ``[N, K]`` in fp32, under the numerics that the environment sets for a server."""
+    math = math_of(linear.scheme)
     try:
         return ShardWeight(linear.scheme.weight, parts, math).decode().dequantize()
     except ValueError as error:

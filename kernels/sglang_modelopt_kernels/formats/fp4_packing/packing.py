@@ -15,22 +15,22 @@ MAGNITUDE_BIT = (9, 6, 3, 0)
 
 
 def split_planes(codes: torch.Tensor) -> torch.Tensor:
-    """Codes ``[..., K]`` as int32 ``[..., K / 4, 4]``, planes last."""
+    """Return codes ``[..., K]`` as int32 ``[..., K / 4, 4]``, planes last."""
     return codes.to(torch.int32).unflatten(-1, (-1, 4, 4)).transpose(-1, -2).flatten(-3, -2)
 
 
 def join_planes(planes: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`split_planes`: ``[..., K / 4, 4]`` to ``[..., K]``."""
+    """Join planes ``[..., K / 4, 4]`` to codes ``[..., K]``: the inverse of :func:`split_planes`."""
     return planes.unflatten(-2, (-1, 4)).transpose(-1, -2).flatten(-3)
 
 
 def as_int16(element: torch.Tensor) -> torch.Tensor:
-    """The low 16 bits of non-negative int32 elements."""
+    """Return the low 16 bits of non-negative int32 elements."""
     return torch.where(element >= 1 << 15, element - (1 << 16), element).to(torch.int16).contiguous()
 
 
 def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    """Codes 0..15, uint8 ``[..., K]`` with K a multiple of 16, as int16 ``[..., K / 4]``."""
+    """Pack codes 0..15, uint8 ``[..., K]`` with K a multiple of 16, as int16 ``[..., K / 4]``."""
     planes = split_planes(codes)
     element = torch.zeros_like(planes[..., 0])
     for plane in range(4):
@@ -40,7 +40,7 @@ def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unpack_e2m1(elements: torch.Tensor) -> torch.Tensor:
-    """The codes :func:`pack_e2m1` packed, uint8 ``[..., K]``."""
+    """Return the codes :func:`pack_e2m1` packed, uint8 ``[..., K]``."""
     wide = elements.to(torch.int32) & 0xFFFF
     planes = [((wide >> SIGN_BIT[plane]) & 1) << 3 | (wide >> MAGNITUDE_BIT[plane]) & 7 for plane in range(4)]
     return join_planes(torch.stack(planes, dim=-1)).to(torch.uint8)

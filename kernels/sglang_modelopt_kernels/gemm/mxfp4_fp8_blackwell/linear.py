@@ -39,9 +39,13 @@ WIDENED_DESCALE = 64.0
 def pair_blocks(codes: torch.Tensor) -> torch.Tensor:
     """Pair the blocks of stored codes ``[N, K / 2]``: every second block moves to the high halves of the bytes of the one before.
 
-    Byte j of 32 holds K elements j and 32 + j of 64, so that the low and the high codes of the bytes are whole blocks in order. K
-    is a multiple of 64.
+    Byte j of 32 holds K elements j and 32 + j of 64, so that the low and the high codes of the bytes are whole blocks in order.
+
+    Raises:
+        ValueError: codes that are not uint8, or K is not a multiple of 64.
     """
+    if codes.dtype != torch.uint8 or codes.dim() != 2 or codes.shape[1] % 32:
+        raise ValueError(f"codes: expected uint8 [N, K / 2] with K in 64s, got {codes.dtype} {list(codes.shape)}")
     even, odd = codes.unflatten(1, (-1, 2, 16)).unbind(2)  # the bytes of a pair's first and second block
     return torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(1)
 

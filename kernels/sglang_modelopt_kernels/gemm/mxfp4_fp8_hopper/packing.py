@@ -1,7 +1,7 @@
 """What the folded kernel reads, exactly the stored weight: E2M1 times 2^(e - 6) is an E4M3 number for exponents e from 1 to 12.
 
 Sixteen bytes hold a block of 32 inputs, in words of four bytes. Word q holds inputs 4 q + i and 16 + 4 q + i for i = 0..3: their
-magnitudes in nibbles i and 4 + i, where ``prmt`` takes them as selectors of a table of eight numbers; their signs at bits 8 i + 3
+magnitudes in nibbles i and 4 + i, where ``prmt`` takes them as selectors of a table of eight values; their signs at bits 8 i + 3
 and 8 i + 7, which are the free bits of the nibbles, one shift from where E4M3 has its sign.
 """
 
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_modelopt_kernels.formats import e2m1, ue8m0
+from sglang_modelopt_kernels.formats.checks import check_mxfp4
 
 BLOCK = 32
 TOP, BOTTOM = 12, 1
@@ -44,13 +45,15 @@ class FoldedWeight:
 
 
 def fold(codes: torch.Tensor, scale: torch.Tensor) -> FoldedWeight:
-    """Packs a stored MXFP4 weight, ``codes`` uint8 ``[N, K / 2]`` and ``scale`` uint8 ``[N, K / 32]``; exact, or refused.
+    """Pack a stored MXFP4 weight, ``codes`` uint8 ``[N, K / 2]`` and ``scale`` uint8 ``[N, K / 32]``, exactly.
 
     A block of zeros has no exponent of its own.
 
     Raises:
-        ValueError: a scale is NaN, or those of a row span more than 2^11.
+        ValueError: codes or scales of another dtype, scales of other blocks, a scale that is NaN, or scales of a row that span
+            more than 2^11.
     """
+    check_mxfp4(codes, scale)
     if bool(ue8m0.byte_is_nan(scale).any()):
         raise ValueError("a UE8M0 block scale is NaN")
     zero = ((codes & 0x77).unflatten(1, (-1, BLOCK // 2)).amax(dim=2)) == 0
@@ -65,7 +68,7 @@ def fold(codes: torch.Tensor, scale: torch.Tensor) -> FoldedWeight:
 
 
 def _pack_words(codes: torch.Tensor) -> torch.Tensor:
-    """Stored codes ``[N, K / 2]`` in the order of the kernel, a block after the other."""
+    """Return stored codes ``[N, K / 2]`` in the order of the kernel, a block after the other."""
     first, second = codes.unflatten(1, (-1, 2, 4, 2)).unbind(
         2
     )  # [N, blocks, word, pair of inputs], inputs 0..15 and 16..31
@@ -76,7 +79,7 @@ def _pack_words(codes: torch.Tensor) -> torch.Tensor:
 
 
 def unfold(weight: FoldedWeight) -> torch.Tensor:
-    """The weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
+    """Return the weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
     word = weight.codes.unflatten(1, (-1, 4, 4)).to(torch.int32)  # [N, blocks, word, byte]
     magnitude = torch.stack((word & 7, word >> 4 & 7), dim=-1).flatten(3)  # [N, blocks, word, nibble]
     sign = torch.cat((word >> 3 & 1, word >> 7), dim=3)

@@ -2,7 +2,7 @@
 
 from sglang_modelopt_kernels.gemm.w4_decode.linear import DENSE_FROM, block_scaled_linear
 from sglang_modelopt_kernels.gemm.w4_decode.naive import naive_block_scaled_linear
-from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight, from_tensors, pack, to_tensors, unpack
+from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight, pack, unpack
 from sglang_modelopt_kernels.gemm.w4_decode.rows import block_scaled_rows
 
 __all__ = [
@@ -10,9 +10,7 @@ __all__ = [
     "PackedWeight",
     "block_scaled_linear",
     "block_scaled_rows",
-    "from_tensors",
     "naive_block_scaled_linear",
     "pack",
-    "to_tensors",
     "unpack",
 ]

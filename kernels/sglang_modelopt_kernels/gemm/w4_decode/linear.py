@@ -9,7 +9,7 @@ import torch
 from sglang_modelopt_kernels.gemm.common import check_epilogue
 
 from .launch import run, run_dense, run_fp8, run_groups
-from .packing import Kind, PackedWeight
+from .packing import PackedWeight, check_kind
 
 DENSE_FROM = 2049
 """Tokens from which an E2M1 weight is decoded once for cuBLAS, instead of in every token tile. Measured on an H100."""
@@ -37,7 +37,7 @@ def _block_scaled_linear(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    weight = PackedWeight(codes, scale, out_scale, _kind(kind), group, fp8)
+    weight = PackedWeight(codes, scale, out_scale, check_kind(kind), group, fp8)
     if x.shape[0] == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
     return _choose(x, weight, out_dtype)(x, weight, row_scale, bias, out_dtype)
@@ -74,12 +74,6 @@ def _(
 ) -> torch.Tensor:
     del scale, out_scale, kind, group, fp8, row_scale, bias
     return x.new_empty((x.shape[0], codes.shape[0]), dtype=out_dtype)
-
-
-def _kind(kind: str) -> Kind:
-    if kind not in ("e2m1_e4m3", "e2m1_exponent", "int4_float"):
-        raise ValueError(f"unknown kind of packed weight: {kind!r}")
-    return kind  # type: ignore[return-value]  # narrowed above
 
 
 def block_scaled_linear(

@@ -1,19 +1,19 @@
-"""What the block-scaled kernel reads: codes in 16-bit elements of four planes, block scales as one byte or one float32.
+"""Packing for the block-scaled kernel: codes in 16-bit elements of four planes, block scales as one byte or one float32.
 
 The planes are those of :mod:`sglang_modelopt_kernels.formats.fp4_packing`; INT4 codes + 8 take four bits in order of the planes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
-from sglang_modelopt_kernels.formats.base import BlockWeight
-from sglang_modelopt_kernels.formats.checks import scale_blocks, split_blocks
+from sglang_modelopt_kernels.formats.base import BlockWeight, NumberType
+from sglang_modelopt_kernels.formats.checks import check_tensor, scale_blocks, split_blocks
 from sglang_modelopt_kernels.formats.fp4_packing.packing import (
     as_int16,
     join_planes,
@@ -21,9 +21,20 @@ from sglang_modelopt_kernels.formats.fp4_packing.packing import (
     split_planes,
     unpack_e2m1,
 )
+from sglang_modelopt_kernels.formats.int4_awq import INT4
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_WIDE
 
 Kind = Literal["e2m1_e4m3", "e2m1_exponent", "int4_float"]
 """How codes and block scales are read."""
+
+KIND_OF: dict[NumberType, Kind] = {
+    NVFP4: "e2m1_e4m3",
+    NVFP4_WIDE: "e2m1_e4m3",
+    MXFP4: "e2m1_exponent",
+    INT4: "int4_float",
+}
+"""The number types that can be packed. Four codes of an element share a scale, so that blocks are at least 16 wide."""
 
 EXPONENT_TOP = 30
 EXPONENT_BOTTOM = 6
@@ -45,7 +56,7 @@ class PackedWeight:
         out_scale: float32 ``[N]``.
         kind: how codes and scales are read.
         group: inputs to a block scale.
-        fp8: whether the weight is E4M3 numbers under a scale for each row: no exponent of a block that is not zero is more than
+        fp8: whether the weight is E4M3 values under a scale for each row: no exponent of a block that is not zero is more than
             14 below its row's largest.
     """
 
@@ -68,54 +79,44 @@ class PackedWeight:
 
 
 def pack(weight: BlockWeight) -> PackedWeight:
-    """Packs a weight for the kernel; exact, or refused.
+    """Pack a weight for the kernel, exactly.
 
     Raises:
-        ValueError: K is not a multiple of 16, an E4M3 scale is NaN or negative or a UE8M0 scale is NaN (the kernel reads their
-            bits), or the exponents of a row's blocks span more than the kernel's range.
+        ValueError: K is not a multiple of 16, the number type is none of :data:`KIND_OF`, the scales have another shape, an E4M3
+            scale is NaN or negative or a UE8M0 scale is NaN (the kernel reads their bits), or the exponents of a row's blocks span
+            more than the kernel's range.
     """
     n, k = weight.codes.shape
     if k % 16:
         raise ValueError(f"K = {k} is not a multiple of 16")
+    kind = KIND_OF.get(weight.number_type)
+    if kind is None:
+        raise ValueError(f"packing: expected {' or '.join(map(str, KIND_OF))}, got {weight.number_type}")
+    check_tensor("block scales", weight.scale, weight.scale.dtype, (n, k // weight.group))
     out_scale = weight.out_scale.to(torch.float32).reshape(-1).expand(n).contiguous()
-    if weight.code == "int4":
+    if kind == "int4_float":
         return PackedWeight(
-            _by_rows(weight.codes, _pack_int4), weight.scale.contiguous(), out_scale, "int4_float", weight.group
+            _by_rows(weight.codes, _pack_int4), weight.scale.contiguous(), out_scale, kind, weight.group
         )
     codes = _by_rows(weight.codes, pack_e2m1)
-    if weight.scale.dtype == torch.float8_e4m3fn:
+    if kind == "e2m1_e4m3":
         if bool((e4m3.byte_is_nan(weight.scale) | e4m3.byte_is_negative(weight.scale)).any()):
             raise ValueError("an E4M3 block scale is NaN or negative")
-        return PackedWeight(codes, weight.scale.view(torch.uint8).contiguous(), out_scale, "e2m1_e4m3", weight.group)
+        return PackedWeight(codes, weight.scale.view(torch.uint8).contiguous(), out_scale, kind, weight.group)
     scale, factor, fp8 = _relative_exponents(weight)
-    return PackedWeight(codes, scale, out_scale * factor, "e2m1_exponent", weight.group, fp8)
+    return PackedWeight(codes, scale, out_scale * factor, kind, weight.group, fp8)
 
 
-_KIND_OF_SCALE: dict[torch.dtype, Kind] = {
-    torch.float8_e4m3fn: "e2m1_e4m3",
-    torch.uint8: "e2m1_exponent",
-    torch.float32: "int4_float",
-}
-
-
-def to_tensors(packed: PackedWeight) -> dict[str, torch.Tensor]:
-    """All of a packed weight: its kind is told by the type of ``block_scale``, ``fp8`` by an empty tensor of that name."""
-    scale = packed.scale.view(torch.float8_e4m3fn) if packed.kind == "e2m1_e4m3" else packed.scale
-    tensors = {"codes": packed.codes, "block_scale": scale, "out_scale": packed.out_scale}
-    return tensors | ({"fp8": scale.new_empty(0)} if packed.fp8 else {})
-
-
-def from_tensors(tensors: Mapping[str, torch.Tensor]) -> PackedWeight:
-    """The inverse of :func:`to_tensors`; copies nothing."""
-    codes, scale = tensors["codes"], tensors["block_scale"]
-    kind = _KIND_OF_SCALE[scale.dtype]
-    group = 4 * codes.shape[1] // scale.shape[1]
-    stored = scale.view(torch.uint8) if kind == "e2m1_e4m3" else scale
-    return PackedWeight(codes, stored, tensors["out_scale"], kind, group, "fp8" in tensors)
+def check_kind(kind: str) -> Kind:
+    """Narrow a kind that came through an operator as a string. Raises ValueError for an unknown one."""
+    known = next((one for one in get_args(Kind) if one == kind), None)
+    if known is None:
+        raise ValueError(f"unknown kind of packed weight: {kind!r}")
+    return cast(Kind, known)
 
 
 def unpack(packed: PackedWeight) -> torch.Tensor:
-    """The weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
+    """Return the weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
     if packed.kind == "int4_float":
         element = packed.codes.to(torch.int32) & 0xFFFF
         values = join_planes(torch.stack([(element >> 4 * plane & 15) - 8 for plane in range(4)], dim=-1)).to(
@@ -133,7 +134,7 @@ def unpack(packed: PackedWeight) -> torch.Tensor:
 
 
 def _by_rows(codes: torch.Tensor, pack_rows: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """``pack_rows`` over parts of the rows: its integers take 30 times the memory of the result."""
+    """Apply ``pack_rows`` to parts of the rows: its integers take 30 times the memory of the result."""
     return torch.cat([pack_rows(part) for part in codes.split(max(PACK_ENTRIES // codes.shape[1], 1))])
 
 
@@ -146,7 +147,7 @@ def _pack_int4(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _relative_exponents(weight: BlockWeight) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Stored exponents uint8 ``[N, K / group]``, the factor of each row, float32 ``[N]``, and :attr:`PackedWeight.fp8`.
+    """Return stored exponents uint8 ``[N, K / group]``, the factor of each row, float32 ``[N]``, and :attr:`PackedWeight.fp8`.
 
     A zero block has no exponent.
     """

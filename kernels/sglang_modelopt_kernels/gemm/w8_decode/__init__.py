@@ -5,10 +5,8 @@ from sglang_modelopt_kernels.gemm.w8_decode.naive import naive_eight_bit_linear
 from sglang_modelopt_kernels.gemm.w8_decode.packing import (
     ByteWeight,
     float_blocks,
-    from_tensors,
     mxfp8,
     rows_of,
-    to_tensors,
     unpack,
     whole,
 )
@@ -18,11 +16,9 @@ __all__ = [
     "ByteWeight",
     "eight_bit_linear",
     "float_blocks",
-    "from_tensors",
     "mxfp8",
     "naive_eight_bit_linear",
     "rows_of",
-    "to_tensors",
     "unpack",
     "whole",
 ]

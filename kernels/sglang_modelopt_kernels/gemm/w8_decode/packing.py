@@ -1,4 +1,4 @@
-"""What the kernel reads: codes of a byte as they are stored, and block scales in little more than they are stored in.
+"""Packing for the 8-bit kernel: codes of a byte as they are stored, and block scales in little more than they are stored in.
 
 =================  ========  ======================================  ==============
 kind               codes     block scale                             for
@@ -13,17 +13,24 @@ kind               codes     block scale                             for
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
 from sglang_modelopt_kernels.formats import e4m3, ue8m0
+from sglang_modelopt_kernels.formats.base import NumberType
+from sglang_modelopt_kernels.formats.checks import check_tensor
+from sglang_modelopt_kernels.formats.fp8 import FP8, FP8_BLOCKS
+from sglang_modelopt_kernels.formats.int8 import INT8
+from sglang_modelopt_kernels.formats.mxfp8 import MXFP8
 
 Kind = Literal["int8", "e4m3", "e4m3_float", "e4m3_exponent"]
 """How codes and block scales are read."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+KIND_OF: dict[NumberType, Kind] = {INT8: "int8", FP8: "e4m3", FP8_BLOCKS: "e4m3_float", MXFP8: "e4m3_exponent"}
+"""The number types that can be kept."""
 
 FLOAT_BLOCK = 128
 """Inputs to a block scale of ``e4m3_float``, and at the most its rows."""
@@ -68,7 +75,10 @@ class ByteWeight:
 
 
 def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> ByteWeight:
-    """Keep int8 or E4M3 numbers ``[N, K]`` under float32 ``[N]``."""
+    """Keep int8 or E4M3 values ``[N, K]`` under float32 ``[N]``. Raises ValueError for other dtypes and shapes."""
+    if codes.dtype not in (torch.int8, torch.float8_e4m3fn) or codes.dim() != 2:
+        raise ValueError(f"codes: expected int8 or e4m3 [N, K], got {codes.dtype} {list(codes.shape)}")
+    check_tensor("scale of outputs", out_scale, torch.float32, (codes.shape[0],))
     return ByteWeight(codes, None, out_scale, "int8" if codes.dtype == torch.int8 else "e4m3")
 
 
@@ -77,7 +87,14 @@ def float_blocks(shards: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> ByteWei
 
     A shard starts its blocks anew. Where that is not at a multiple of 128 rows, scales are repeated for as many rows as there are
     whole ones of in every shard but the last.
+
+    Raises:
+        ValueError: codes or scales of another dtype, or scales of other blocks.
     """
+    for codes, scale in shards:
+        blocks = (-(-codes.shape[0] // FLOAT_BLOCK), -(-codes.shape[-1] // FLOAT_BLOCK))
+        check_tensor("codes", codes, torch.float8_e4m3fn, (codes.shape[0], codes.shape[-1]))
+        check_tensor(f"scales of blocks of {FLOAT_BLOCK} x {FLOAT_BLOCK}", scale, torch.float32, blocks)
     ends = [codes.shape[0] for codes, _ in shards[:-1]]
     rows = math.gcd(FLOAT_BLOCK, *ends)
     scales = []
@@ -92,8 +109,11 @@ def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> ByteWeight:
     """Keep E4M3 codes ``[N, K]`` under UE8M0 ``[N, K / 32]``, which become relative to a row's largest; exact, or refused.
 
     Raises:
-        ValueError: a scale is NaN, or a row's scales span more than the kernel's range.
+        ValueError: codes or scales of another dtype, scales of other blocks, a scale that is NaN, or scales of a row that span
+            more than the kernel's range.
     """
+    check_tensor("codes", codes, torch.float8_e4m3fn, (codes.shape[0], codes.shape[-1]))
+    check_tensor("UE8M0 scales of blocks of 32", scale, torch.uint8, (codes.shape[0], codes.shape[1] // 32))
     if bool(ue8m0.byte_is_nan(scale).any()):
         raise ValueError("a UE8M0 block scale is NaN")
     exponent = scale.to(torch.int32)
@@ -103,27 +123,6 @@ def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> ByteWeight:
     factor = torch.exp2((top - ue8m0.BIAS).to(torch.float64)).to(torch.float32)
     stored = (exponent - top + ue8m0.BIAS).to(torch.uint8)
     return ByteWeight(codes, stored, factor.reshape(-1), "e4m3_exponent")
-
-
-def to_tensors(weight: ByteWeight) -> dict[str, torch.Tensor]:
-    """Return all tensors of a weight: its kind is told by the types of ``codes`` and ``block_scale``."""
-    tensors = {"codes": weight.codes, "out_scale": weight.out_scale}
-    return tensors if weight.scale is None else tensors | {"block_scale": weight.scale}
-
-
-_KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
-    (torch.int8, None): "int8",
-    (torch.float8_e4m3fn, None): "e4m3",
-    (torch.float8_e4m3fn, torch.float32): "e4m3_float",
-    (torch.float8_e4m3fn, torch.uint8): "e4m3_exponent",
-}
-
-
-def from_tensors(tensors: Mapping[str, torch.Tensor]) -> ByteWeight:
-    """Invert :func:`to_tensors`; copies nothing."""
-    codes, scale = tensors["codes"], tensors.get("block_scale")
-    kind = _KIND_OF[codes.dtype, None if scale is None else scale.dtype]
-    return ByteWeight(codes, scale, tensors["out_scale"], kind)
 
 
 def scales_of_rows(weight: ByteWeight) -> torch.Tensor:

@@ -5,12 +5,10 @@ from sglang_modelopt_kernels.moe.grouped.naive import naive_grouped_linear
 from sglang_modelopt_kernels.moe.grouped.weights import (
     GroupedWeight,
     float_blocks,
-    from_tensors,
     mxfp4_as_stored,
     mxfp8,
     packed,
     stack,
-    to_tensors,
     unpack,
     whole,
 )
@@ -18,7 +16,6 @@ from sglang_modelopt_kernels.moe.grouped.weights import (
 __all__ = [
     "GroupedWeight",
     "float_blocks",
-    "from_tensors",
     "grouped_linear",
     "mxfp4_as_stored",
     "mxfp8",
@@ -26,7 +23,6 @@ __all__ = [
     "packed",
     "stack",
     "tile",
-    "to_tensors",
     "unpack",
     "whole",
 ]

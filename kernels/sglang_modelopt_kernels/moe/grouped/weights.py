@@ -20,23 +20,27 @@ The first three are those of :mod:`sglang_modelopt_kernels.gemm.w4_decode.packin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
-from sglang_modelopt_kernels.formats.checks import scale_blocks
+from sglang_modelopt_kernels.formats.base import NumberType
+from sglang_modelopt_kernels.formats.checks import check_mxfp4, check_tensor, scale_blocks
 from sglang_modelopt_kernels.gemm import w8_decode
 from sglang_modelopt_kernels.gemm.w4_decode import packing
 from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
+from sglang_modelopt_kernels.gemm.w8_decode import packing as w8_packing
 
 Kind = Literal[
     "e2m1_e4m3", "e2m1_exponent", "int4_float", "mxfp4", "e4m3", "e4m3_float", "e4m3_exponent", "int8", "bf16"
 ]
 """How codes and block scales are read."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+KIND_OF: dict[NumberType, Kind] = {**packing.KIND_OF, **w8_packing.KIND_OF}
+"""The number types that are kept at their stored width, apart from ``mxfp4``."""
 
 
 @dataclass(frozen=True)
@@ -86,18 +90,28 @@ def packed(weight: PackedWeight) -> GroupedWeight:
 
 
 def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
-    """Wrap an MXFP4 weight of one expert as stored, uint8 ``[N, K / 2]`` and ``[N, K / 32]``. Raises ValueError for a NaN scale."""
+    """Wrap an MXFP4 weight of one expert as stored, uint8 ``[N, K / 2]`` and ``[N, K / 32]``.
+
+    Raises:
+        ValueError: codes or scales of another dtype, scales of other blocks, or a scale that is NaN.
+    """
+    check_mxfp4(codes, scale)
     _no_nan(scale)
     return GroupedWeight(codes, scale, torch.ones(codes.shape[0], device=codes.device), "mxfp4")
 
 
 def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> GroupedWeight:
-    """Wrap E4M3, int8 or bf16 values ``[N, K]`` of one expert under fp32 ``[N]``."""
-    return GroupedWeight(codes, None, out_scale, _KIND_OF[codes.dtype, None])
+    """Wrap E4M3, int8 or bf16 values ``[N, K]`` of one expert under fp32 ``[N]``. Raises ValueError for other dtypes."""
+    kinds: dict[torch.dtype, Kind] = {torch.float8_e4m3fn: "e4m3", torch.int8: "int8", torch.bfloat16: "bf16"}
+    if codes.dtype not in kinds:
+        raise ValueError(f"codes: expected e4m3, int8 or bf16, got {codes.dtype}")
+    return GroupedWeight(codes, None, out_scale, kinds[codes.dtype])
 
 
 def float_blocks(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
-    """Wrap E4M3 codes ``[N, K]`` of one expert under fp32 ``[N, ceil(K / 128)]``."""
+    """Wrap E4M3 codes ``[N, K]`` of one expert under fp32 ``[N, ceil(K / 128)]``. Raises ValueError for other dtypes and shapes."""
+    check_tensor("codes", codes, torch.float8_e4m3fn, (codes.shape[0], codes.shape[-1]))
+    check_tensor("scales of blocks of 128", scale, torch.float32, (codes.shape[0], -(-codes.shape[1] // 128)))
     return GroupedWeight(codes, scale, torch.ones_like(scale[:, 0]), "e4m3_float")
 
 
@@ -124,39 +138,6 @@ def stack(experts: Sequence[GroupedWeight]) -> GroupedWeight:
     scale = None if experts[0].scale is None else torch.stack([one.scale for one in experts if one.scale is not None])
     codes, out_scale = (torch.stack([getattr(one, name) for one in experts]) for name in ("codes", "out_scale"))
     return GroupedWeight(codes, scale, out_scale, experts[0].kind, all(one.fp8 for one in experts))
-
-
-_KIND_OF: dict[tuple[torch.dtype, torch.dtype | None], Kind] = {
-    (torch.int16, torch.float8_e4m3fn): "e2m1_e4m3",
-    (torch.int16, torch.uint8): "e2m1_exponent",
-    (torch.int16, torch.float32): "int4_float",
-    (torch.uint8, torch.uint8): "mxfp4",
-    (torch.float8_e4m3fn, None): "e4m3",
-    (torch.float8_e4m3fn, torch.float32): "e4m3_float",
-    (torch.float8_e4m3fn, torch.uint8): "e4m3_exponent",
-    (torch.int8, None): "int8",
-    (torch.bfloat16, None): "bf16",
-}
-
-
-def to_tensors(weight: GroupedWeight) -> dict[str, torch.Tensor]:
-    """Return the tensors of a weight: dtypes of ``codes`` and ``block_scale`` tell its kind, an empty tensor ``fp8`` that flag."""
-    tensors = {"codes": weight.codes, "out_scale": weight.out_scale}
-    if weight.scale is not None:
-        is_e4m3 = weight.kind == "e2m1_e4m3"
-        tensors["block_scale"] = weight.scale.view(torch.float8_e4m3fn) if is_e4m3 else weight.scale
-    if weight.fp8:
-        tensors["fp8"] = weight.codes.new_empty((weight.experts, 0))
-    return tensors
-
-
-def from_tensors(tensors: Mapping[str, torch.Tensor]) -> GroupedWeight:
-    """Return the weight whose :func:`to_tensors` are ``tensors``, without a copy."""
-    codes, scale = tensors["codes"], tensors.get("block_scale")
-    kind = _KIND_OF[codes.dtype, None if scale is None else scale.dtype]
-    if scale is not None and kind == "e2m1_e4m3":
-        scale = scale.view(torch.uint8)
-    return GroupedWeight(codes, scale, tensors["out_scale"], kind, "fp8" in tensors)
 
 
 def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import triton
 
-from sglang_modelopt_kernels.formats.base import BlockActivation
+from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS
+from sglang_modelopt_kernels.formats.base import ActivationFormat, BlockActivation, Element
+from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
+from sglang_modelopt_kernels.formats.mxfp8 import MXFP8
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
 
 from .kernel import quantize_blocks_kernel
 
 PROGRAM_VALUES = 2048
 """Values of one token that a program rounds."""
 
-NUMERICS: dict[str, tuple[int, Literal["e2m1", "e4m3"]]] = {
-    "nvfp4_dynamic": (16, "e2m1"),
-    "mxfp4_dynamic": (32, "e2m1"),
-    "mxfp8_dynamic": (32, "e4m3"),
-}
-"""Values under a block scale, and the element, by activation format."""
-BLOCK_ACTIVATIONS = tuple(NUMERICS)
-"""Activation formats that this kernel supports."""
+ROW_SCALE_OF = {NVFP4: "static", MXFP4: None, MXFP8: None}
+"""The number types that the kernel rounds to, and the scale of rows that it takes with each."""
 VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def rounds(activation: ActivationFormat | None) -> bool:
+    """Whether the kernel rounds to ``activation``: its number type, under its scale of rows."""
+    if activation is None or activation.number_type not in ROW_SCALE_OF:
+        return False
+    return ROW_SCALE_OF[activation.number_type] == activation.row_scale
+
+
+BLOCK_ACTIVATIONS = tuple(name for name, activation in ACTIVATION_FORMATS.items() if rounds(activation))
+"""Names of the registered activation formats that are rounded here."""
+
+
+def numerics(activation: str) -> tuple[int, Element]:
+    """K elements to a block scale, and the element. Raises ValueError for a format that the kernel does not round to."""
+    known = ACTIVATION_FORMATS.get(activation)
+    if known is None or not rounds(known) or known.number_type.block is None:
+        raise ValueError(
+            f"activation: expected {' or '.join(map(str, ROW_SCALE_OF))}, got {activation if known is None else known}"
+        )
+    return known.number_type.block[1], known.number_type.element
 
 
 def _launch(
@@ -34,7 +51,7 @@ def _launch(
     scale: torch.Tensor | None,
     swizzled: bool,
 ) -> None:
-    (m, k), (group, element) = x.shape, NUMERICS[activation]
+    (m, k), (group, element) = x.shape, numerics(activation)
     if m == 0 or k == 0:
         return
     x = x if x.stride(1) == 1 else x.contiguous()
@@ -86,7 +103,7 @@ def _(
 
 
 def _empty(x: torch.Tensor, activation: str, swizzled: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    (m, k), (group, element) = x.shape, NUMERICS[activation]
+    (m, k), (group, element) = x.shape, numerics(activation)
     rows, columns = (-(-m // 128) * 128, -(-k // group // 4) * 4) if swizzled else (m, k // group)
     codes = x.new_empty((m, k // 2 if element == "e2m1" else k), dtype=torch.uint8)
     return codes, x.new_empty((rows, columns), dtype=torch.uint8)
@@ -118,15 +135,14 @@ def _(
 
 
 def _check(x: torch.Tensor, activation: str, smoothing: torch.Tensor | None, input_scale: torch.Tensor | None) -> None:
-    if activation not in NUMERICS:
-        raise ValueError(f"activation must be one of {', '.join(NUMERICS)}, got {activation}")
-    group = NUMERICS[activation][0]
+    group, _ = numerics(activation)
+    static = ACTIVATION_FORMATS[activation].row_scale == "static"
     if x.dim() != 2 or not x.is_floating_point() or x.shape[1] % group:
         raise ValueError(f"x must be [M, K] floats with K in {group}s, got {tuple(x.shape)} {x.dtype}")
     if smoothing is not None and smoothing.shape != x.shape[1:]:
         raise ValueError(f"smoothing must be [{x.shape[1]}], got {tuple(smoothing.shape)}")
-    if (input_scale is not None) != (group == 16):
-        raise ValueError(f"input_scale must be {'given' if group == 16 else 'left out'} for {activation}")
+    if (input_scale is not None) != static:
+        raise ValueError(f"input_scale must be {'given' if static else 'left out'} for {activation}")
     if input_scale is not None and (input_scale.numel() != 1 or input_scale.dtype != torch.float32):
         raise ValueError(f"input_scale must be one float32, got {tuple(input_scale.shape)} {input_scale.dtype}")
 
@@ -142,7 +158,7 @@ def quantize_blocks(
 
     Args:
         x: ``[M, K]`` of a float dtype, K a multiple of the block; copied unless rows are contiguous.
-        activation: one of BLOCK_ACTIVATIONS; the formulas are in ``formats/``.
+        activation: the name of a registered format for which :func:`rounds` is true; the formulas are in ``formats/``.
         smoothing: ``[K]`` of a float dtype, multiplied in fp32 before rounding; None for 1.
         input_scale: NVFP4's static scale, float32, one value.
         swizzled: whether block scales get the 128x4 swizzled layout, padded with zeros (:func:`naive_swizzle`).
@@ -152,10 +168,11 @@ def quantize_blocks(
     """
     _check(x, activation, smoothing, input_scale)
     codes, scale = _quantize_blocks(x, activation, smoothing, input_scale, swizzled)
-    group, element = NUMERICS[activation]
+    _, element = numerics(activation)
     codes = codes if element == "e2m1" else codes.view(torch.float8_e4m3fn)
     row_scale = None if input_scale is None else input_scale.reshape(())
-    return BlockActivation(codes, scale.view(torch.float8_e4m3fn) if group == 16 else scale, row_scale)
+    is_e4m3 = ACTIVATION_FORMATS[activation].number_type.block_scale == "e4m3"
+    return BlockActivation(codes, scale.view(torch.float8_e4m3fn) if is_e4m3 else scale, row_scale)
 
 
 def round_blocks(

@@ -5,10 +5,18 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_modelopt_kernels.formats.base import ActivationFormat
+from sglang_modelopt_kernels.formats.fp8 import FP8
+
 from .kernel import quantize_static_kernel, quantize_token_kernel
 
 BLOCK = 2048
 OUT_DTYPES = (torch.float8_e4m3fn, torch.float16)
+
+
+def rounds(activation: ActivationFormat | None) -> bool:
+    """Whether the kernel rounds to ``activation``: E4M3 without blocks, under a static scale or one for each token."""
+    return activation is not None and activation.number_type == FP8 and activation.row_scale is not None
 
 
 @torch.library.custom_op("modelopt_ext::quantize_fp8", mutates_args=())

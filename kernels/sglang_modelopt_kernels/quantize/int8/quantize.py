@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_modelopt_kernels.formats.base import ActivationFormat
+from sglang_modelopt_kernels.formats.int8 import INT8
+
 from .kernel import quantize_int8_kernel
 
 BLOCK = 2048
+
+
+def rounds(activation: ActivationFormat | None) -> bool:
+    """Whether the kernel rounds to ``activation``: INT8 without blocks, under a static scale."""
+    return activation is not None and activation.number_type == INT8 and activation.row_scale == "static"
 
 
 @torch.library.custom_op("modelopt_ext::quantize_int8", mutates_args=())
