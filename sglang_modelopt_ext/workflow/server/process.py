@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -54,6 +54,7 @@ class ServerProcess(ServerClient):
         log: the file that receives everything the server prints; replaced.
         quantization: the ``--quantization`` flag, None to leave it out.
         arguments: further command-line arguments of the server.
+        environment: variables to set; None as a value removes one.
         max_total_tokens: size of the KV cache on a CPU, where SGLang would otherwise take most of the memory.
         timeout: seconds the server may take to start.
         progress: whether to show a progress line while waiting.
@@ -66,6 +67,7 @@ class ServerProcess(ServerClient):
         log: Path,
         quantization: str | None = None,
         arguments: Sequence[str] = (),
+        environment: Mapping[str, str | None] | None = None,
         max_total_tokens: int = 8192,
         timeout: float = 600.0,
         progress: bool = True,
@@ -83,6 +85,7 @@ class ServerProcess(ServerClient):
             for name, value in cpu_arguments(max_total_tokens).items():
                 self.command += [name, value]
         self.command += arguments
+        self.environment = dict(environment or {})
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: str | None = None
 
@@ -112,10 +115,12 @@ class ServerProcess(ServerClient):
         # compiles is kept elsewhere, for the next server.
         self._scratch = tempfile.mkdtemp(prefix="modelopt-server-")
         compiled = Path(tempfile.gettempdir()) / f"torchinductor_{os.getuid()}"
-        environment = {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ, "TMPDIR": self._scratch}
-        environment["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
+        variables = {"TORCHINDUCTOR_CACHE_DIR": str(compiled), **os.environ, "TMPDIR": self._scratch}
+        variables["SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION"] = "0"
         if self.on_cpu:
-            environment.update(cpu_environment())
+            variables.update(cpu_environment())
+        given = {**variables, **self.environment}
+        environment = {name: value for name, value in given.items() if value is not None}
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
