@@ -25,6 +25,9 @@ from benchmarks.serving.options import RECIPES, VARIANTS, Option, parse_option
 from benchmarks.serving.server import Result, Settings, measure
 from sglang_modelopt_ext.errors import ModelOptExtError
 
+FOLDER = Path(".serving")
+"""Where files go by default."""
+
 
 def parse_long(text: str) -> tuple[int, int]:
     """Read ``NxTOKENS``."""
@@ -46,12 +49,12 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
         help=f"{', '.join(RECIPES)} or a folder, and variants: {', '.join('+' + name for name in VARIANTS)}",
     )
     parser.add_argument("--shape", choices=SHAPES, default="8b", help="sizes of the models (default: 8b)")
-    parser.add_argument("--models", type=Path, default=Path("models"), help="where models are kept (default: models)")
+    parser.add_argument("--models", type=Path, default=FOLDER / "models", help="where models are kept")
     parser.add_argument("--baseline", help="the option that ratios refer to (default: the first)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="end after this time with what is known then")
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a page in Markdown")
-    parser.add_argument("--json", type=Path, default=Path("serving.json"), help="default: serving.json")
-    parser.add_argument("--logs", type=Path, default=Path("serving-logs"), help="servers' logs and traces")
+    parser.add_argument("--json", type=Path, default=FOLDER / "serving.json", help="where results are written")
+    parser.add_argument("--logs", type=Path, default=FOLDER / "logs", help="servers' logs and traces")
     parser.add_argument(
         "--profile", type=int, nargs="?", const=1, metavar="N", help="profile a decode step of N requests (default: 1)"
     )
