@@ -137,7 +137,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return run(arguments, extra)
-    except (ModelOptExtError, BrokenProcessPool) as error:
+    except (ModelOptExtError, OSError, BrokenProcessPool) as error:
         print(error, file=sys.stderr)
         return 1
 

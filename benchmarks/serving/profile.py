@@ -43,8 +43,6 @@ OTHER_GROUPS = (
 )
 """Kernels of others by parts of their names, the first that matches; the rest is ``other``."""
 _KERNELS = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
-_RUNTIME = frozenset({"cuda_runtime", "cuda_driver"})
-_GRAPH_LAUNCH = re.compile(r"cu(da)?GraphLaunch")
 
 
 @dataclass(frozen=True)
@@ -135,9 +133,9 @@ def read_trace(file: Path, model: Path, requests: int) -> Profile:
     """Read a Chrome trace, gzipped JSON. Raises ModelOptExtError when it has fewer than two launches of a CUDA graph."""
     with gzip.open(file, "rt", encoding="utf-8") as opened:
         events = json.load(opened)["traceEvents"]
-    events = [event for event in events if event.get("ph") == "X"]
-    kernels = sorted((event for event in events if event.get("cat") in _KERNELS), key=lambda event: event["ts"])
-    starts = _step_starts(events, kernels)
+    kernels = [event for event in events if event.get("ph") == "X" and event.get("cat") in _KERNELS]
+    kernels.sort(key=lambda event: event["ts"])
+    starts = _step_starts(kernels)
     if len(starts) < 2:
         raise ModelOptExtError.at(file, "decode steps", "two or more launches of a CUDA graph", len(starts))
     inside = [kernel for kernel in kernels if starts[0] <= kernel["ts"] < starts[-1]]
@@ -150,20 +148,17 @@ def read_trace(file: Path, model: Path, requests: int) -> Profile:
     return Profile(requests, layers, steps, length, idle, rows, product_bytes(model, own))
 
 
-def _step_starts(events: Sequence[Mapping[str, Any]], kernels: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The times of the first kernels of the model's graphs, which have at least half as many kernels as the largest."""
-    launches = {
-        event["args"]["correlation"]
-        for event in events
-        if event.get("cat") in _RUNTIME and _GRAPH_LAUNCH.match(event["name"])
-    }
+def _step_starts(kernels: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Return the times of the first kernels of the model's graphs.
+
+    Kernels of one correlation were launched by one call: several of them are a graph. A graph with less than half the kernels of
+    the largest is not the model's.
+    """
     by_launch: dict[int, list[float]] = {}
     for kernel in kernels:
-        correlation = kernel["args"].get("correlation")
-        if correlation in launches:
-            by_launch.setdefault(correlation, []).append(kernel["ts"])
-    most = max((len(times) for times in by_launch.values()), default=0)
-    return sorted(min(times) for times in by_launch.values() if 2 * len(times) >= most)
+        by_launch.setdefault(kernel["args"]["correlation"], []).append(kernel["ts"])
+    least = max(2, max((len(times) for times in by_launch.values()), default=0) / 2)
+    return sorted(min(times) for times in by_launch.values() if len(times) >= least)
 
 
 def _rows(kernels: Iterable[Mapping[str, Any]], steps: int) -> list[KernelTime]:

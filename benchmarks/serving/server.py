@@ -104,7 +104,7 @@ def _server(option: Option, model: Path, settings: Settings, deadline: Deadline)
     most = str(max(settings.plan.most_requests, settings.profile or 1))
     arguments = ["--skip-tokenizer-init", "--random-seed", "0", "--max-running-requests", most]
     arguments += ["--cuda-graph-max-bs-decode", most, *option.arguments, *settings.arguments]
-    environment = dict(option.environment)
+    environment = {"HF_HUB_OFFLINE": "1", **option.environment}
     if settings.profile:
         # Decode is profiled from the first step on that has all requests.
         environment["SGLANG_PROFILE_BY_STAGE_DECODE_MIN_BS"] = str(settings.profile)
