@@ -71,7 +71,7 @@ def parse_arguments(words: Sequence[str]) -> tuple[argparse.Namespace, list[str]
 
 
 def plan_of(arguments: argparse.Namespace) -> Plan:
-    """Return the load that the arguments ask for. Raises ModelOptExtError for answers too short to have a rate."""
+    """Return the load of the arguments. Raises ModelOptExtError for answers too short to have a rate."""
     for name in ("output", "long_output"):
         if getattr(arguments, name) < 2:
             raise ModelOptExtError.at(
@@ -82,7 +82,7 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def describe_load(plan: Plan) -> str:
-    """Return what was measured, in sentences."""
+    """Return sentences that define the figures."""
     return (
         f"Prompts are random token ids (seed {plan.seed}); decode N x P: N requests of P tokens whose prefixes are cached, "
         f"{plan.output} tokens out ({plan.long_output} for long prompts), the time of the first token taken off; "

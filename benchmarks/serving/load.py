@@ -141,7 +141,7 @@ class Load:
         self._post("/abort_request", b'{"abort_all": true}', FLUSH_SECONDS)
 
     def post(self, path: str, payload: dict[str, Any], timeout: float) -> bytes:
-        """Send JSON and return the answer. Raises like :meth:`ask`."""
+        """Send JSON and return the answer. Raises ModelOptExtError and TimeoutError."""
         return self._post(path, json.dumps(payload).encode(), timeout)
 
     def _post(self, path: str, body: bytes, timeout: float) -> bytes:
@@ -205,7 +205,7 @@ def warm_up(load: Load, plan: Plan, deadline: Deadline) -> None:
 
 
 def _first_token(load: Load, plan: Plan, length: int, deadline: Deadline) -> dict[str, float]:
-    """The time of one request for one token, each time with another prompt."""
+    """Return the time of one request for one token: the median over different prompts."""
     prompts = load.prompts(f"first token {length}", plan.repeats + 2, length)
     seconds = [load.ask([prompt], 1, deadline).seconds for prompt in prompts]
     load.flush()
@@ -213,7 +213,7 @@ def _first_token(load: Load, plan: Plan, length: int, deadline: Deadline) -> dic
 
 
 def _decode(load: Load, plan: Plan, count: int, deadline: Deadline) -> dict[str, float]:
-    """The rate of requests that decode together."""
+    """Return the rate of requests that decode together."""
     prompts = load.prompts(f"decode {count}", count, plan.prompt)
     load.ask(prompts, 1, deadline)
     rate = _decode_rate(load, prompts, plan.output, plan.repeats, deadline)
@@ -222,7 +222,7 @@ def _decode(load: Load, plan: Plan, count: int, deadline: Deadline) -> dict[str,
 
 
 def _long(load: Load, plan: Plan, count: int, length: int, deadline: Deadline) -> dict[str, float]:
-    """The rates of prefill, measured once, and of decode after it."""
+    """Return the rates of prefill, measured once, and of decode after it."""
     prompts = load.prompts(f"long {count} {length}", count, length)
     prefill = load.ask(prompts, 1, deadline)
     rate = _decode_rate(load, prompts, plan.long_output, plan.repeats, deadline)
@@ -231,7 +231,7 @@ def _long(load: Load, plan: Plan, count: int, length: int, deadline: Deadline) -
 
 
 def _decode_rate(load: Load, prompts: list[list[int]], output: int, repeats: int, deadline: Deadline) -> float:
-    """Tokens a second behind prompts whose prefixes are cached: the time of ``output`` tokens less that of one token.
+    """Return the tokens a second behind cached prompts, from the time of ``output`` tokens less that of one token.
 
     Raises:
         ModelOptExtError: the server's cache does not hold the prompts, so that prefill would be in the time; or the answers

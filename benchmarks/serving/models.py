@@ -164,12 +164,12 @@ class _Draw:
             self.inputs = scheme.activation_format(("input_scale",) if recipe.calibrated else ())
 
     def normal(self, rows: int, columns: int) -> torch.Tensor:
-        """A bf16 weight ``[N, K]``."""
+        """Return a bf16 weight ``[N, K]``."""
         values = torch.randn(rows, columns, generator=self.generator, device=self.device)
         return (values * WEIGHT_STD).to(torch.bfloat16)
 
     def linear(self, kind: str, rows: int, columns: int) -> dict[str, torch.Tensor]:
-        """The tensors of a linear layer by their last names; ``kind`` is the layer's."""
+        """Return the tensors of a linear layer by their last names; ``kind`` is the last name of the layer."""
         weight = self.normal(rows, columns)
         if self.weights is None:
             return {"weight": weight}
@@ -181,7 +181,7 @@ class _Draw:
         return stored
 
     def layer(self, prefix: str) -> dict[str, torch.Tensor]:
-        """The tensors of a decoder layer by their full names."""
+        """Return the tensors of a decoder layer by their full names."""
         tensors = {
             f"{prefix}{name}.weight": torch.ones(size, dtype=torch.bfloat16)
             for name, size in norm_sizes(self.shape).items()
@@ -241,7 +241,7 @@ def _named(module: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
 
 
 def _quantization(shape: Shape, recipe: Recipe) -> dict[str, Any] | None:
-    """The section ``quantization`` of hf_quant_config.json, None for bf16."""
+    """Return the section ``quantization`` of hf_quant_config.json, None for bf16."""
     if recipe.algo is None:
         return None
     routers = [f"model.layers.{layer}.mlp.gate" for layer in range(shape.layers)] if shape.experts else []

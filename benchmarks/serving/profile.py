@@ -28,7 +28,7 @@ OWN_GROUPS = {
     "attention": "attention, this package",
     "quantize": "rounding, this package",
 }
-"""What kernels in a folder of ``sglang_modelopt_kernels`` do."""
+"""Groups of this package's kernels, by their folder in ``sglang_modelopt_kernels``."""
 OTHER_PRODUCTS = "products, others"
 OTHER_GROUPS = (
     ("copies", r"memcpy|memset"),
@@ -41,7 +41,7 @@ OTHER_GROUPS = (
     (OTHER_PRODUCTS, r"gemm|gemv|nvjet|cutlass|matmul|splitk|xmma|marlin|mm_"),
     ("activation", r"silu|gelu|act_and_mul|swiglu"),
 )
-"""Kernels of others by parts of their names, the first that matches; the rest is ``other``."""
+"""Groups of other kernels, by patterns of their names: the first that matches counts, and the rest is ``other``."""
 _KERNELS = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 
 
@@ -51,7 +51,7 @@ class KernelTime:
 
     Attributes:
         name: as the trace has it.
-        group: what it does.
+        group: of kernels with one purpose.
         launches: in a step.
         microseconds: in a step, of all launches.
         bytes: read or written in a step where known, else None.
@@ -66,12 +66,12 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class Profile:
-    """A decode step.
+    """A profiled decode step.
 
     Attributes:
-        requests: that decode together.
+        requests: their number, decoded together.
         layers: of the model.
-        steps: that the figures are means of.
+        steps: whole steps in the trace; launches and microseconds of kernels are their means.
         microseconds: from one step's first kernel to the next one's, the median.
         idle: microseconds of a step in which no kernel runs.
         kernels: the longest first.
@@ -109,7 +109,7 @@ def capture(load: Load, model: Path, requests: int, folder: Path, deadline: Dead
     Args:
         load: requests to the server.
         model: the folder of the model it serves.
-        requests: that decode together.
+        requests: their number, decoded together.
         folder: for traces; made.
         deadline: for all of it.
 
@@ -175,7 +175,7 @@ def _rows(kernels: Iterable[Mapping[str, Any]], steps: int) -> list[KernelTime]:
 
 
 def _busy(kernels: Sequence[Mapping[str, Any]], end: float) -> float:
-    """Microseconds in which at least one kernel runs, up to ``end``; kernels are in order of their start."""
+    """Return the microseconds in which at least one of ``kernels``, ordered by start, runs before ``end``."""
     busy, until = 0.0, float("-inf")
     for kernel in kernels:
         left, right = max(kernel["ts"], until), min(kernel["ts"] + kernel["dur"], end)
@@ -185,7 +185,7 @@ def _busy(kernels: Sequence[Mapping[str, Any]], end: float) -> float:
 
 
 def group_of(name: str) -> str:
-    """Return what a kernel does, by its name."""
+    """Return the group of a kernel, by its name."""
     own = own_kernels().get(name)
     if own is not None:
         return OWN_GROUPS[own]

@@ -25,15 +25,15 @@ _SERVED = re.compile(r"modelopt_ext: (.*(?: kernel |left to SGLang).*)")
 
 @dataclass
 class Result:
-    """What became known of an option.
+    """The figures and problems of an option.
 
     Attributes:
         name: of the option.
-        command: that started the server.
-        environment: variables that were set for it.
+        command: of the server.
+        environment: variables that the option sets.
         figures: by name, with their units in it.
         served: lines of its log that say who computes which layers.
-        problems: what was not measured, and why.
+        problems: figures that were not measured, with the reason.
         profile: of a decode step, None where none was taken.
     """
 
@@ -52,7 +52,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Settings:
-    """How every option is measured.
+    """Settings that all options share.
 
     Attributes:
         plan: the load.
@@ -96,7 +96,7 @@ def memory(info: dict[str, Any]) -> dict[str, float]:
 
 
 def served_by(log: str) -> list[str]:
-    """Return what this package says in a server's log of who computes which layers; empty where it has nothing to say."""
+    """Return the lines of this package in a server's log that say who computes which layers."""
     return list(dict.fromkeys(match.group(1).strip() for match in _SERVED.finditer(log)))
 
 

@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 
 from benchmarks.serving import report
+from benchmarks.serving.load import Deadline, Load
 from benchmarks.serving.models import make_models, model_folder
-from benchmarks.serving.profile import group_of, own_kernels, product_bytes, read_trace
+from benchmarks.serving.profile import capture, group_of, own_kernels, product_bytes, read_trace
 from benchmarks.serving.server import Result
 from sglang_modelopt_ext.checkpoint.tensors import read_headers
 from sglang_modelopt_ext.errors import ModelOptExtError
+from tests.support.stub_server import running_stub
 
 STEP = 100.0
 ARGMAX = "void at::native::reduce_kernel<512, ArgMaxOps>"
@@ -100,6 +102,29 @@ def test_a_mixture_reads_what_its_routing_decides(tmp_path: Path) -> None:
 def test_a_trace_without_graphs_is_an_error(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelOptExtError, match="CUDA graph"):
         read_trace(write_trace(tmp_path / "t.gz", 1), model, 1)
+
+
+def test_a_server_is_asked_for_the_trace_of_its_decode_steps(model: Path, tmp_path: Path) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def profiled(body: dict[str, Any]) -> None:
+        asked.append(body)
+        write_trace(Path(body["output_dir"]) / "1-TP-0-DECODE.trace.json.gz", 3)
+        (Path(body["output_dir"]) / "1-TP-0-EXTEND.trace.json.gz").touch()
+
+    with running_stub() as stub:
+        load = Load(stub.port, 512, seed=0, threads=3)
+        with pytest.raises(ModelOptExtError, match="decode steps, got none"):
+            capture(load, model, 3, tmp_path, Deadline(30))
+        stub.profiled = profiled
+        profile = capture(load, model, 3, tmp_path, Deadline(30))
+        load.close()
+    assert (profile.requests, profile.microseconds) == (3, STEP)
+    assert asked[0]["profile_by_stage"] is True
+    assert asked[0]["activities"] == ["GPU"]
+    # Requests outlive the profiled steps.
+    assert stub.most == 3
+    assert all(body["sampling_params"]["max_new_tokens"] > 2 * asked[0]["num_steps"] for body in stub.bodies)
 
 
 def test_tables(model: Path, tmp_path: Path) -> None:
