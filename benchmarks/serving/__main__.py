@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.serving import report
 from benchmarks.serving.load import Deadline, Plan
-from benchmarks.serving.machine import apart, hardware, versions
+from benchmarks.serving.machine import apart, hardware, has_gpu, versions
 from benchmarks.serving.models import SHAPES, make_models, model_folder
 from benchmarks.serving.options import RECIPES, VARIANTS, Option, parse_option
 from benchmarks.serving.server import Result, Settings, measure
@@ -107,6 +107,8 @@ def run(arguments: argparse.Namespace, extra: Sequence[str]) -> int:
     baseline = arguments.baseline or options[0].name
     if baseline not in {option.name for option in options}:
         raise ModelOptExtError.at("command line", "--baseline", f"one of {', '.join(arguments.options)}", baseline)
+    if arguments.profile and not has_gpu():
+        raise ModelOptExtError.at("command line", "--profile", "a GPU, whose kernels are recorded", "none")
     plan = plan_of(arguments)
     date = datetime.date.today().isoformat()
     device, folders = prepare(options, arguments.shape, arguments.models)

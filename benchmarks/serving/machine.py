@@ -17,9 +17,14 @@ PACKAGES = ("sglang", "torch", "triton", "sglang-kernel", "flashinfer-python")
 Returned = TypeVar("Returned")
 
 
+def has_gpu() -> bool:
+    """Return whether there is a GPU, and leave it alone."""
+    return torch.cuda.is_available()
+
+
 def hardware() -> str:
     """Return the name of the GPU, or of the CPU where there is none."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
+    return torch.cuda.get_device_name() if has_gpu() else f"CPU ({platform.machine()})"
 
 
 def versions() -> dict[str, str]:

@@ -38,9 +38,3 @@ def test_a_server_is_measured(tmp_path: Path) -> None:
     page = (tmp_path / "r.md").read_text()
     assert all(name in page for name in rates)
     assert "--kv-cache-dtype modelopt_nvfp4" in page
-
-
-def test_an_unknown_recipe_is_one_line(tmp_path: Path) -> None:
-    done = run(tmp_path, "int3")
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from benchmarks.serving import report
 from benchmarks.serving import server as measuring
-from benchmarks.serving.__main__ import parse_arguments, parse_long, plan_of
+from benchmarks.serving.__main__ import main, parse_arguments, parse_long, plan_of
 from benchmarks.serving.load import Deadline, Load, Plan, steps, warm_up
 from benchmarks.serving.models import SHAPES, make_models, model_folder, parameter_count
 from benchmarks.serving.options import RECIPES, parse_option
@@ -121,6 +121,26 @@ def test_arguments_and_those_of_the_servers() -> None:
     assert parse_long("32x8000") == (32, 8000)
     with pytest.raises(ModelOptExtError, match="--long-output"):
         plan_of(parse_arguments(["bf16", "--long-output", "1"])[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["int3"], "command line: option: expected one of bf16, fp8"),
+        (["bf16", "--baseline", "fp8"], "command line: --baseline: expected one of bf16, got fp8"),
+        (["bf16", "--profile"], "command line: --profile: expected a GPU"),
+        (["bf16", "--output", "1"], "command line: --output: expected 2 or more, got 1"),
+    ],
+)
+def test_a_wrong_command_line_is_one_line(
+    words: list[str], error: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["serving", *words])
+    monkeypatch.setattr("signal.signal", lambda *args: None)
+    monkeypatch.setattr("benchmarks.serving.__main__.has_gpu", lambda: False)
+    assert main() == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(error)
 
 
 def test_requests_are_sent_together_and_are_the_same_for_a_seed(stub: Stub, load: Load) -> None:
