@@ -126,6 +126,9 @@ def run(arguments: argparse.Namespace, extra: Sequence[str]) -> int:
             results.append(Result(option.name, environment=option.environment))
             try:
                 measure(option, folders[option.name], settings, deadline, results[-1])
+            except BaseException:
+                results[-1].problems.append("ended by a signal or an error")
+                raise
             finally:
                 report.write(about, results, arguments.json, arguments.report)
     finally:

@@ -132,7 +132,7 @@ def as_markdown(run: Run, results: Sequence[Result]) -> str:
     parts = [
         f"# Served speed: {run.shape}",
         f"{run.date}, {run.hardware}. {versions}.\n\nCommand: `{run.command}`",
-        f"{run.load} Weights are random. {RATIO.format(run.baseline)}",
+        f"{run.load} Weights of recipes are random. {RATIO.format(run.baseline)}",
         markdown_table(cells(results, run.baseline)),
     ]
     problems = [f"- {result.name}: {problem}" for result in results for problem in result.problems]

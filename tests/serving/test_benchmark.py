@@ -34,7 +34,7 @@ def test_a_server_is_measured(tmp_path: Path) -> None:
     assert all(
         result["figures"][name] > 0 for name in ["start (s)", "KV cache (tokens)", "TTFT, 64 tokens (ms)", *rates]
     )
-    assert any("14 linear layers" in line for line in result["served"])
+    assert any("8 linear layers W4A8_NVFP4_FP8" in line for line in result["served"])
     page = (tmp_path / "r.md").read_text()
     assert all(name in page for name in rates)
     assert "--kv-cache-dtype modelopt_nvfp4" in page
