@@ -20,7 +20,7 @@ from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, fo
 
 
 class FoldedMxfp4(Backend[FoldedWeight]):
-    """MXFP4 weights made E4M3 in registers: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper`."""
+    """MXFP4 weights made E4M3 numbers in registers: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper`."""
 
     name = "triton_mxfp4_folded"
     kernels = ("finish_kernel", "folded_kernel", "unfold_kernel")
