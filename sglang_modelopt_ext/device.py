@@ -92,7 +92,7 @@ class Device:
             return cls.cpu()
         found = re.fullmatch(r"(?:sm_?)?(\d+)a?", name.lower())
         if found is None or int(found.group(1)) not in CAPABILITIES:
-            known = ", ".join(cls.cuda(capability).flag for capability in CAPABILITIES)
+            known = ", ".join(device.flag for device in NAMED[:-1])
             raise ModelOptExtError.at("command line", flag, f"cpu or one of {known}", name)
         return cls.cuda(int(found.group(1)))
 
@@ -119,3 +119,7 @@ class Device:
     def is_one_of(self, *capabilities: int) -> bool:
         """Return whether it is an NVIDIA GPU of one of these compute capabilities (times ten)."""
         return self.capability in capabilities
+
+
+NAMED = (*(Device.cuda(capability) for capability in CAPABILITIES), Device.cpu())
+"""The devices that users may name."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sglang_modelopt_ext.backends.packages import installed
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_kernels.formats.base import (
@@ -36,8 +37,7 @@ class LinearRequest:
 
     Attributes:
         scheme: how the layer is quantized, as :func:`served_scheme` has it.
-        device: ``cpu`` or ``cuda``.
-        capability: the GPU's compute capability times ten (90 for 9.0), None on a CPU.
+        target: the device that is to serve it.
         n, k: output and input features of this rank's part.
         math: the numerics of its weights.
         dtype: the model's type.
@@ -47,8 +47,7 @@ class LinearRequest:
     """
 
     scheme: LayerScheme
-    device: str
-    capability: int | None
+    target: Device
     n: int
     k: int
     math: W4A8Math = "exact"
@@ -56,6 +55,16 @@ class LinearRequest:
     vocabulary: bool = False
     gpu: str = ""
     packages: Mapping[str, str] = field(default_factory=installed, compare=False)
+
+    @property
+    def device(self) -> str:
+        """The kind of device: ``cuda`` for an NVIDIA GPU, ``cpu`` or ``other``."""
+        return self.target.kind
+
+    @property
+    def capability(self) -> int | None:
+        """The compute capability of an NVIDIA GPU, times ten (90 for 9.0), None on any other device."""
+        return self.target.capability
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from sglang_modelopt_ext.backends.linear.mxfp4_blackwell import BlackwellMxfp4, 
 from sglang_modelopt_ext.backends.linear.mxfp4_hopper import FoldedMxfp4
 from sglang_modelopt_ext.backends.linear.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.backends.timings import ranking
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import EXPERTS, FP4_ACTIVATIONS, GEMM, Setting
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme, is_fp4
@@ -37,16 +38,15 @@ BLACKWELL = 100
 """Compute capability times ten from which matrix instructions take FP4 activations."""
 
 
-def rounds_fp4(device: str, capability: int | None) -> bool:
+def rounds_fp4(device: Device) -> bool:
     """Whether recipes with FP4 activations are served with them, as ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` says."""
     setting = FP4_ACTIVATIONS.read()
-    older_gpu = device == "cuda" and capability is not None and capability < BLACKWELL
-    return setting == "round" or (setting == "auto" and not older_gpu)
+    return setting == "round" or (setting == "auto" and not device.before(BLACKWELL))
 
 
-def served_scheme(scheme: LayerScheme, device: str, capability: int | None) -> LayerScheme:
+def served_scheme(scheme: LayerScheme, device: Device) -> LayerScheme:
     """``scheme`` without its activation rounding where ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` leaves that out."""
-    if not is_fp4(scheme.activation) or rounds_fp4(device, capability):
+    if not is_fp4(scheme.activation) or rounds_fp4(device):
         return scheme
     return dataclasses.replace(scheme, activation=None)
 

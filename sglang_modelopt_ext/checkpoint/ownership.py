@@ -11,8 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
     QUANT_CONFIG_NAME,
@@ -23,6 +21,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 )
 from sglang_modelopt_ext.checkpoint.stock import MIX_ALGOS, NVFP4_ALGOS, stock_fault, stores_stock_scales
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
 
@@ -43,6 +42,10 @@ REQUANTIZING_FLAGS = frozenset({"nvfp4_online", "quark_mxfp4", STOCK_W4AFP8_FLAG
 """SGLang's flags that ask for something else than the checkpoint says. It corrects every other one to what it finds."""
 
 
+SERVED_DEVICES = "cuda (NVIDIA) or cpu"
+"""The values of ``--device`` that this package has kernels for."""
+
+
 @dataclass(frozen=True)
 class Ownership:
     """Who serves a checkpoint, and why.
@@ -60,30 +63,22 @@ class Ownership:
     in_doubt: bool = False
 
 
-def gpu_capability() -> int | None:
-    """Return the compute capability times ten of the visible GPU, None without one."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return major * 10 + minor
-
-
-def owned_family(folder: Path, flag: str | None, capability: int | None) -> tuple[str, QuantConfig] | None:
+def owned_family(folder: Path, flag: str | None, device: Device) -> tuple[str, QuantConfig] | None:
     """Return the family and configuration under which this plugin serves a checkpoint, None when it is left to SGLang.
 
     Arguments and errors are those of :func:`decide`.
     """
-    found = decide(folder, flag, capability)
+    found = decide(folder, flag, device)
     return None if found.family is None or found.config is None else (found.family, found.config)
 
 
-def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
+def decide(folder: Path, flag: str | None, device: Device) -> Ownership:
     """Decide who serves the checkpoint in ``folder``.
 
     Args:
         folder: where ``config.json`` and ``hf_quant_config.json`` are.
         flag: the value of ``--quantization``, None when it was not given.
-        capability: the GPU's compute capability times ten, None on a CPU.
+        device: the device that is to serve it.
 
     Raises:
         ModelOptExtError: a flag of ours and a checkpoint that do not fit, or an algorithm that SGLang serves nowhere in a
@@ -92,11 +87,15 @@ def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
     if flag in REQUANTIZING_FLAGS:
         return Ownership(None)
     flag = None if flag in NO_FLAGS else flag
+    other = device.kind == "other"
+    if other and flag in FAMILIES:
+        expected = f"{SERVED_DEVICES} with --quantization {flag}"
+        raise ModelOptExtError.at("command line", "--device", expected, device.name)
     try:
         config = read_quant_config(folder)
         _check_algorithms(config)
     except ModelOptExtError as error:
-        if flag in FAMILIES or _is_only_ours(folder):
+        if flag in FAMILIES or (not other and _is_only_ours(folder)):
             raise
         return Ownership(None, why=str(error), in_doubt=True)
     if config is None or (config.algo is None and config.kv_cache_algo is None):
@@ -105,6 +104,8 @@ def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
                 folder, f"--quantization {flag}", "a checkpoint quantized by ModelOpt", "an unquantized one"
             )
         return Ownership(None)
+    if other:
+        return Ownership(None, config, f"this package has no kernels for {device.name}")
     if config.algo is None:
         return _kv_cache_only(config, flag)
     if flag in FAMILIES:
@@ -113,26 +114,26 @@ def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
         corrected = any(layer.algo in NVFP4_ALGOS for layer in config.quantized_layers.values())
         if not corrected and flag not in (None, GENERIC_FLAG, STOCK_MIXED_FLAG):
             raise _misfit(config, str(flag))
-        return _judged(UMBRELLA, config, folder, capability)
+        return _judged(UMBRELLA, config, folder, device)
     scheme = find_scheme(config.algo, config.file)
     if scheme.stock_flag is not None:
-        return _judged(scheme.flag, config, folder, capability)
+        return _judged(scheme.flag, config, folder, device)
     if scheme.algo == MXFP8:
         if stores_stock_scales(folder):
             return Ownership(None, config, "its block scales have SGLang's own name")
         if flag == STOCK_MXFP8_FLAG:
-            return _judged(scheme.flag, config, folder, capability)
+            return _judged(scheme.flag, config, folder, device)
     if flag not in (None, GENERIC_FLAG):
         raise _misfit(config, str(flag))
-    return _judged(scheme.flag, config, folder, capability)
+    return _judged(scheme.flag, config, folder, device)
 
 
-def _judged(family: str, config: QuantConfig, folder: Path, capability: int | None) -> Ownership:
+def _judged(family: str, config: QuantConfig, folder: Path, device: Device) -> Ownership:
     """Return that it is ours, unless SGLang itself serves the checkpoint rightly or has an algorithm in it that is none of ours."""
     unknown = sorted({layer.algo for layer in config.quantized_layers.values()} - SCHEMES.keys())
     if unknown:
         return Ownership(None, config, f"{', '.join(unknown)} in a mix is SGLang's own")
-    fault = stock_fault(config, folder, capability)
+    fault = stock_fault(config, folder, device)
     if fault is None:
         return Ownership(None, config, f"SGLang 0.5.23 serves {config.algo} there")
     if config.algo == MIXED_PRECISION and stores_stock_scales(folder):

@@ -17,12 +17,12 @@ from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertReque
 from sglang_modelopt_ext.backends.select import expert_candidates, served_scheme
 from sglang_modelopt_ext.backends.self_test import check_expert_backend
 from sglang_modelopt_ext.backends.timings import gpu_of
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.linear import (
     INPUT_SCALE,
     Shard,
-    capability_of,
     check_blocks,
     group_shards,
     round_input,
@@ -130,9 +130,8 @@ class ExpertProduct:
 
     def request(self, device: torch.device, n: int, k: int, experts: int, top_k: int) -> ExpertRequest:
         """What the dispatch is asked for ``experts`` experts on ``device``; the rest as :meth:`prepare` has it."""
-        capability = capability_of(device)
-        scheme = served_scheme(self.scheme, device.type, capability)
-        sizes = (scheme, device.type, capability, n, k, self.math, self.dtype)
+        target = Device.of(device)
+        sizes = (served_scheme(self.scheme, target), target, n, k, self.math, self.dtype)
         return ExpertRequest(*sizes, gpu=gpu_of(device), experts=experts, top_k=top_k)
 
     def _weights(self, experts: Sequence[ExpertShards], indices: Sequence[int]) -> list[list[ShardWeight]]:

@@ -26,6 +26,7 @@ from sglang_modelopt_ext.backends.select import candidates, served_scheme
 from sglang_modelopt_ext.backends.self_test import check_backend
 from sglang_modelopt_ext.backends.timings import gpu_of
 from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
@@ -152,10 +153,9 @@ class LinearProduct:
 
     def request(self, device: torch.device, n: int, k: int, vocabulary: bool = False) -> LinearRequest:
         """What the dispatch is asked for the layer on ``device``; sizes as :meth:`prepare` has them."""
-        capability = capability_of(device)
-        scheme = served_scheme(self.scheme, device.type, capability)
-        gpu = gpu_of(device)
-        return LinearRequest(scheme, device.type, capability, n, k, self.math, self.dtype, vocabulary, gpu)
+        target = Device.of(device)
+        scheme = served_scheme(self.scheme, target)
+        return LinearRequest(scheme, target, n, k, self.math, self.dtype, vocabulary, gpu_of(device))
 
     def _register(
         self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, prepared: dict[str, torch.Tensor]
@@ -227,14 +227,6 @@ class LinearProduct:
         """Rows of a quantized embedding, ``[..., K]`` in the model's type, for token ids ``[...]``."""
         prepared = {name: getattr(layer, attribute) for name, attribute in self.groups[0].prepared.items()}
         return self.backend.rows(prepared, indices).to(self.dtype)
-
-
-def capability_of(device: torch.device) -> int | None:
-    """The compute capability times ten of a GPU, None of anything else."""
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequence[Shard]) -> None:

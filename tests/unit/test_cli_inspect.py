@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from sglang_modelopt_ext.backends.select import BACKENDS
 from sglang_modelopt_ext.cli.main import main
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
-from sglang_modelopt_ext.workflow.common.target import find_target
 from sglang_modelopt_ext.workflow.inspect.loading import rehearse_loading
 from sglang_modelopt_ext.workflow.inspect.run import _joined_name
 from tests.layers.test_recipes import mixed_checkpoint
@@ -342,7 +342,7 @@ def test_it_never_says_loads_unchecked(capsys: pytest.CaptureFixture[str], folde
 
 def test_a_missing_sglang_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    found = rehearse_loading(folder, find_target("cpu"), stock_kv_cache=False)
+    found = rehearse_loading(folder, Device.cpu(), stock_kv_cache=False)
     assert (found.checked, found.loads, found.why_not) == (False, False, "SGLang is not installed")
 
 

@@ -17,6 +17,7 @@ from sglang_modelopt_ext.backends.base import ShardWeight
 from sglang_modelopt_ext.backends.experts.base import ExpertRequest, Routing
 from sglang_modelopt_ext.backends.experts.grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
 from sglang_modelopt_ext.backends.select import EXPERT_BACKENDS, expert_candidates, served_scheme
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -29,9 +30,9 @@ ROWS = [(scheme.algo, weight) for scheme in SCHEMES.values() for weight in schem
 def request(algo: str, capability: int | None = 90, weight: str | None = None, **fields: object) -> ExpertRequest:
     scheme = SCHEMES[algo]
     layer = LayerScheme(algo, WEIGHT_FORMATS[weight or scheme.weights[0]], scheme.activation_format())
-    device = "cpu" if capability is None else "cuda"
+    device = Device.cpu() if capability is None else Device.cuda(capability)
     arguments = {"n": 1536, "k": 2048, "experts": 128, "top_k": 8} | fields
-    return ExpertRequest(served_scheme(layer, device, capability), device, capability, **arguments)  # type: ignore[arg-type]
+    return ExpertRequest(served_scheme(layer, device), device, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])

@@ -19,6 +19,7 @@ from sglang_modelopt_ext.backends.experts.base import ExpertRequest, ReferenceEx
 from sglang_modelopt_ext.backends.linear.dense import Dense
 from sglang_modelopt_ext.backends.linear.eight_bit import EightBit
 from sglang_modelopt_ext.backends.linear.fp4 import MmaFp4
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.experts import ExpertProduct
 from sglang_modelopt_ext.layers.linear import LinearProduct
@@ -52,7 +53,7 @@ class Blocks(MmaFp4):
         self.wrong = wrong
 
     def objection(self, request: LinearRequest) -> str | None:
-        return super().objection(dataclasses.replace(request, device="cuda", capability=120))
+        return super().objection(dataclasses.replace(request, target=Device.cuda(120)))
 
     def matmul_blocks(self, prepared, x, bias, out_dtype):  # type: ignore[no-untyped-def, override]
         scale = prepared["block_scale"].roll(1, dims=1) if self.wrong else prepared["block_scale"]
@@ -96,7 +97,7 @@ def forget() -> Iterator[None]:
 
 def request(algo: str, weight: str) -> LinearRequest:
     layer = LayerScheme(algo, WEIGHT_FORMATS[weight], SCHEMES[algo].activation_format())
-    return LinearRequest(layer, "cpu", None, 64, 256, dtype=torch.float32)
+    return LinearRequest(layer, Device.cpu(), 64, 256, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("algo", "weight"), [(row.algo, weight) for row in SCHEMES.values() for weight in row.weights])
@@ -124,9 +125,7 @@ def check_bytes(wrong: bool) -> list[str]:
     self_test.TOKENS = (1, 24)
     for algo in BYTES:
         for dtype in (torch.bfloat16, torch.float16):
-            asked = dataclasses.replace(
-                request(algo, SCHEMES[algo].weights[0]), device="cuda", capability=80, dtype=dtype
-            )
+            asked = dataclasses.replace(request(algo, SCHEMES[algo].weights[0]), target=Device.cuda(80), dtype=dtype)
             assert backend.supports(asked) is None
             try:
                 self_test.check_backend(backend, asked, torch.device("cpu"))
@@ -271,7 +270,7 @@ def test_a_lack_of_memory_is_no_fault_of_a_backend(monkeypatch: pytest.MonkeyPat
 
 def expert_request(algo: str, weight: str) -> ExpertRequest:
     layer = LayerScheme(algo, WEIGHT_FORMATS[weight], SCHEMES[algo].activation_format())
-    return ExpertRequest(layer, "cpu", None, 64, 256, dtype=torch.float32, experts=2, top_k=1)
+    return ExpertRequest(layer, Device.cpu(), 64, 256, dtype=torch.float32, experts=2, top_k=1)
 
 
 @pytest.mark.parametrize(("algo", "weight"), [(row.algo, weight) for row in SCHEMES.values() for weight in row.weights])
@@ -333,7 +332,7 @@ def test_a_racing_kernel_does_not_get_a_layer(sizes: tuple[int, int], monkeypatc
     tile = importlib.import_module("sglang_modelopt_kernels.gemm.common.launch")
 
     layer = LayerScheme("W4A8_NVFP4_FP8", WEIGHT_FORMATS["nvfp4_w4a8"], SCHEMES["W4A8_NVFP4_FP8"].activation_format())
-    asked, device = LinearRequest(layer, "cuda", 90, *sizes), torch.device("cuda", 0)
+    asked, device = LinearRequest(layer, Device.cuda(90), *sizes), torch.device("cuda", 0)
     self_test.check_backend(BlockScaled(), asked, device)
     self_test._passed.clear()
     monkeypatch.setattr(launch, "needs_drain", lambda x: False)

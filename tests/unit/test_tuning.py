@@ -19,6 +19,7 @@ from sglang_modelopt_ext.backends.base import LinearRequest
 from sglang_modelopt_ext.backends.linear.dense import Dense
 from sglang_modelopt_ext.backends.timings import FORMAT, LayerKey, Result, TuningFile, key_of
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, read_checkpoint
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import GEMM, TUNING
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.linear import LinearProduct
@@ -166,7 +167,7 @@ def test_a_wrong_backend_is_not_timed(checkpoint: Checkpoint) -> None:
 def asked(**fields: object) -> LinearRequest:
     scheme = SCHEMES["FP8"]
     layer = LayerScheme("FP8", WEIGHT_FORMATS["fp8"], scheme.activation_format())
-    return LinearRequest(layer, "cpu", None, **({"n": 64, "k": 256, "gpu": "cpu"} | fields))  # type: ignore[arg-type]
+    return LinearRequest(layer, Device.cpu(), **({"n": 64, "k": 256, "gpu": "cpu"} | fields))  # type: ignore[arg-type]
 
 
 def a_file(us: dict[str, list[float]], **fields: object) -> TuningFile:

@@ -20,23 +20,13 @@ import torch
 
 from sglang_modelopt_ext.backends.base import LinearRequest
 from sglang_modelopt_ext.backends.select import candidates, served_scheme
+from sglang_modelopt_ext.device import NAMED, Device
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
 from sglang_modelopt_ext.workflow.common.source import import_modelopt
-
-GPUS: dict[str, int | None] = {
-    "sm80": 80,
-    "sm89": 89,
-    "sm90": 90,
-    "sm100": 100,
-    "sm103": 103,
-    "sm120": 120,
-    "cpu": None,
-}
-"""Targets and their compute capability times ten."""
 
 _SUFFIXES = ("", "_CFG", "_CONFIG", "_DEFAULT_CFG", "_LITE_CFG", "_BETA_CFG")
 _PROBE_SIZE = 256
@@ -69,15 +59,13 @@ class Candidate:
         return sum(8 * kind.itemsize * entries for kind, (_, entries) in zip(types, shapes, strict=True))
 
 
-def this_gpu() -> str:
-    """The target that this machine is: ``cpu`` without a GPU. Raises ModelOptExtError for a GPU that is none of :data:`GPUS`."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    major, minor = torch.cuda.get_device_capability()
-    name = f"sm{major}{minor}"
-    if name not in GPUS:
-        raise ModelOptExtError.at("--gpu", "default", f"this machine's GPU to be one of {', '.join(GPUS)}", name)
-    return name
+def this_gpu() -> Device:
+    """Return this machine's device. Raises ModelOptExtError for one that users may not name (:data:`NAMED`)."""
+    device = Device.here()
+    if device not in NAMED:
+        known = ", ".join(named.flag for named in NAMED)
+        raise ModelOptExtError.at("--gpu", "default", f"this machine's GPU to be one of {known}", device.flag)
+    return device
 
 
 def find_formats(names: Sequence[str], device: str) -> list[Candidate]:
@@ -182,16 +170,14 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def serving(candidate: Candidate, layer: Layer, gpu: str, dtype: torch.dtype) -> tuple[list[str], str]:
+def serving(candidate: Candidate, layer: Layer, gpu: Device, dtype: torch.dtype) -> tuple[list[str], str]:
     """The kernels that serve ``layer`` in that format on ``gpu``, best first, and what they compute.
 
     Raises:
         ModelOptExtError: none does; with the reason of each.
     """
-    capability = GPUS[gpu]
-    device = "cpu" if capability is None else "cuda"
-    scheme = served_scheme(candidate.scheme, device, capability)
+    scheme = served_scheme(candidate.scheme, gpu)
     math_ = w4a8_math() if SCHEMES[scheme.algo].rounds_weight_to_fp8 else "exact"
-    request = LinearRequest(scheme, device, capability, layer.n, layer.k, math_, dtype)
-    backends = candidates(request, f"--formats: {candidate.name} on {gpu}, {layer.name}")
+    request = LinearRequest(scheme, gpu, layer.n, layer.k, math_, dtype)
+    backends = candidates(request, f"--formats: {candidate.name} on {gpu.flag}, {layer.name}")
     return [backend.name for backend in backends], scheme.describe()
