@@ -22,7 +22,7 @@ from sglang_modelopt_ext.backends.base import (
     ShardWeight,
     round_to_blocks,
 )
-from sglang_modelopt_ext.backends.select import candidates, served_scheme
+from sglang_modelopt_ext.backends.select import candidates, prepare_first, served_scheme
 from sglang_modelopt_ext.backends.self_test import check_backend
 from sglang_modelopt_ext.backends.timings import gpu_of
 from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
@@ -124,7 +124,7 @@ class LinearProduct:
         """
         check_blocks(self.where, self.prefix, self.scheme, shards)
         request = self.request(shards[0]["weight"].device, n, k, vocabulary)
-        taking = candidates(request, self.prefix) if backends is None else backends
+        chosen = candidates(request, self.prefix) if backends is None else backends
         self.scheme = request.scheme
         self._input_names = (
             [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
@@ -133,23 +133,23 @@ class LinearProduct:
         weights = [
             [ShardWeight(self.scheme.weight, shards[index], self.math) for index in indices] for indices in members
         ]
-        reasons = []
-        for backend in taking:
-            try:
-                check_backend(backend, request, shards[0]["weight"].device)
-                prepared = [backend.prepare(group) for group in weights]
-            except ValueError as error:
-                reasons.append(f"{backend.name}: {error}")
-                say_once(f"modelopt_ext: {request.scheme.describe()}: passed over {reasons[-1]}")
-                continue
-            self._backend, self._operand = backend, backend.operand(request)
-            self.groups = tuple(
-                self._register(layer, [shards[index] for index in indices], indices[0], tensors)
-                for indices, tensors in zip(members, prepared, strict=True)
-            )
-            return
-        expected = f"weights that a kernel with math {self.math} can hold"
-        raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
+
+        def prepare(backend: Backend) -> list[dict[str, torch.Tensor]]:
+            check_backend(backend, request, shards[0]["weight"].device)
+            return [backend.prepare(group) for group in weights]
+
+        found, rejected = prepare_first(chosen, prepare)
+        for reason in rejected:
+            warn_once(f"modelopt_ext: {request.scheme.describe()}: rejected {reason}")
+        if found is None:
+            expected = f"weights that a kernel with math {self.math} can hold"
+            raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(rejected))
+        self._backend, prepared = found
+        self._operand = self._backend.operand(request)
+        self.groups = tuple(
+            self._register(layer, [shards[index] for index in indices], indices[0], tensors)
+            for indices, tensors in zip(members, prepared, strict=True)
+        )
 
     def request(self, device: torch.device, n: int, k: int, vocabulary: bool = False) -> LinearRequest:
         """What the dispatch is asked for the layer on ``device``; sizes as :meth:`prepare` has them."""
@@ -238,8 +238,8 @@ def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequen
 
 
 @functools.cache
-def say_once(message: str) -> None:
-    """A warning in the log, once in this process."""
+def warn_once(message: str) -> None:
+    """Log a warning, once in this process."""
     logger.warning(message)
 
 
