@@ -93,6 +93,16 @@ def test_targets(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     assert {group["kernel"] for group in mxfp4["layers"]} == {"triton_mxfp4_tcgen05"}
 
 
+def test_another_accelerator(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of this package serves there, and no flag makes it."""
+    monkeypatch.setattr(Device, "here", lambda: Device.other("rocm"))
+    found = inspect(capsys, folder)
+    why = "this package has no kernels for rocm"
+    serving = {name: found["serving"][name] for name in ("target", "owner", "flags", "why")}
+    assert serving == {"target": "rocm", "owner": "SGLang", "flags": [], "why": why}
+    assert (found["problems"], {group["kernel"] for group in found["layers"]}) == ([], {None})
+
+
 def test_what_is_left_to_sglang(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     fp8 = export(model_dir(TinyModel("llama")), "FP8_DEFAULT_CFG")
     found = inspect(capsys, fp8, "--gpu", "sm90")
