@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from sglang_modelopt_ext.backends.packages import installed
+from sglang_modelopt_ext.backends.tokens import SPREAD
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.schemes.base import LayerScheme
@@ -123,10 +124,10 @@ class Backend(ABC):
     ) -> torch.Tensor:
         """The layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
 
-    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Return numbers of tokens with which a product of ``n`` outputs takes a way that :mod:`.self_test` does not."""
-        del device, n
-        return ()
+    def check_tokens(self, prepared: Mapping[str, torch.Tensor], request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens that together take every path by which :meth:`matmul` chooses for the weight ``prepared``."""
+        del prepared, request
+        return SPREAD
 
     def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
         """Rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""

@@ -15,6 +15,7 @@ from sglang_modelopt_ext.backends.base import (
     merge_decoded,
 )
 from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
 from sglang_modelopt_kernels.moe import grouped
@@ -44,6 +45,11 @@ class GroupedExperts(ExpertBackend):
         """``codes`` and, where there is one, ``block_scale``, both ``[E, N, ...]``, and ``out_scale`` float32 ``[E, N]``."""
         return grouped.to_tensors(grouped.stack([self.keep(shards) for shards in experts]))
 
+    def check_tokens(self, prepared: Mapping[str, torch.Tensor], request: ExpertRequest, top_k: int) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and block size of :func:`grouped_linear`."""
+        weight, operand = grouped.from_tensors(prepared), self.operand(request)
+        return covering(lambda m: grouped.path_of(weight, m * top_k, operand))
+
     @abstractmethod
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
         """The weight of one expert. Raises ValueError when the backend cannot hold it."""
@@ -56,7 +62,7 @@ class GroupedExperts(ExpertBackend):
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """See :func:`grouped_linear`."""
+        """Multiply with :func:`grouped_linear`, with the rows sorted by expert once for all products of a pass."""
         weight = grouped.from_tensors(prepared)
         block = grouped.tile(weight, values.dtype, routing.rows)
         key = ("grouped", weight.experts, block)
@@ -149,7 +155,7 @@ class GroupedMxfp4(GroupedExperts):
         return fp8_objection(request)
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
-        """E4M3."""
+        """Return E4M3."""
         del request
         return torch.float8_e4m3fn
 
@@ -177,7 +183,7 @@ class GroupedBf16(GroupedExperts):
         return None
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
-        """bf16."""
+        """Return bf16."""
         del request
         return torch.bfloat16
 

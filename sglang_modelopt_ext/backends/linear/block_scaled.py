@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang_modelopt_ext.backends.base import FP8_ACTIVATIONS, Backend, LinearRequest, ShardWeight, merge_blocks
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.gemm.w4_decode import (
     block_scaled_linear,
     block_scaled_rows,
     from_tensors,
     pack,
+    path_of,
     to_tensors,
 )
 
@@ -64,6 +66,11 @@ class BlockScaled(Backend):
         """See :func:`block_scaled_linear`."""
         y: torch.Tensor = block_scaled_linear(values, from_tensors(prepared), row_scale, bias, out_dtype)
         return y
+
+    def check_tokens(self, prepared: Mapping[str, torch.Tensor], request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`block_scaled_linear`."""
+        weight, operand, device = from_tensors(prepared), self.operand(request), prepared["codes"].device
+        return covering(lambda m: path_of(weight, m, operand, request.dtype, device))
 
     def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
         """See :func:`block_scaled_rows`."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang_modelopt_ext.backends.base import FP8_ACTIVATIONS, Backend, LinearRequest, ShardWeight, merge_decoded
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.gemm import w8_decode
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w8_decode import MOST_INPUTS_INT8, ByteWeight
@@ -74,6 +75,11 @@ class EightBit(Backend):
         weight = w8_decode.from_tensors(prepared)
         y: torch.Tensor = w8_decode.eight_bit_linear(values, weight, row_scale, bias, out_dtype)
         return y
+
+    def check_tokens(self, prepared: Mapping[str, torch.Tensor], request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`eight_bit_linear`."""
+        weight, operand = w8_decode.from_tensors(prepared), self.operand(request)
+        return covering(lambda m: w8_decode.path_of(weight, m, operand, weight.codes.device))
 
     def rows(self, prepared: Mapping[str, torch.Tensor], indices: torch.Tensor) -> torch.Tensor:
         """See :func:`rows_of`."""

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang_modelopt_ext.backends.base import BlockBackend, LinearRequest, ShardWeight
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats import e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
-from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens, takes_tiles
-from sglang_modelopt_kernels.gemm.fp4_blackwell import fp4_linear
-from sglang_modelopt_kernels.gemm.fp4_blackwell.linear import TILED_CONFIGS
+from sglang_modelopt_kernels.gemm.blackwell_common import takes_tiles
+from sglang_modelopt_kernels.gemm.fp4_blackwell import fp4_linear, path_of
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 _ACTIVATION_OF = {"nvfp4": "nvfp4_dynamic", "mxfp4": "mxfp4_dynamic"}
@@ -69,6 +69,12 @@ class Fp4(BlockBackend):
         y: torch.Tensor = fp4_linear(x, *weight, bias, out_dtype, self.tiled)
         return y
 
+    def check_tokens(self, prepared: Mapping[str, torch.Tensor], request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`fp4_linear`."""
+        del request
+        (n, half), device = prepared["codes"].shape, prepared["codes"].device
+        return covering(lambda m: path_of(self.tiled, m, n, 2 * half, device))
+
 
 class BlackwellFp4(Fp4):
     """Scales in tiles, which tcgen05 copies to tensor memory; those of the activations too, from 65 tokens on."""
@@ -81,10 +87,6 @@ class BlackwellFp4(Fp4):
     def swizzles(self, tokens: int) -> bool:
         """Where a tile of the product has as many tokens as a tile of scales."""
         return takes_tiles(tokens)
-
-    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Those of the persistent kernel."""
-        return persistent_tokens(TILED_CONFIGS, device, n)
 
 
 class MmaFp4(Fp4):

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats import ue8m0
-from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens
-from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import mxfp4_linear, pair_blocks
-from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.linear import CONFIGS
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import mxfp4_linear, pair_blocks, path_of
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 
@@ -65,6 +64,12 @@ class Mxfp4(Backend):
         y: torch.Tensor = mxfp4_linear(values, *weight, row_scale, bias, out_dtype, self.paired)
         return y
 
+    def check_tokens(self, prepared: Mapping[str, torch.Tensor], request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`mxfp4_linear`."""
+        del request
+        (n, half), device = prepared["codes"].shape, prepared["codes"].device
+        return covering(lambda m: path_of(self.paired, m, n, 2 * half, device))
+
 
 class BlackwellMxfp4(Mxfp4):
     """The codes as stored."""
@@ -73,10 +78,6 @@ class BlackwellMxfp4(Mxfp4):
     kernels = ("finish_kernel", "tcgen05_kernel")
     architectures = ("SM100", "SM103")
     paired = False
-
-    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Those of the persistent kernel."""
-        return persistent_tokens(CONFIGS, device, n)
 
 
 class WidenedMxfp4(Mxfp4):

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang_modelopt_ext.backends.base import Backend, LinearRequest, ShardWeight, fp8_objection
-from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear
+from sglang_modelopt_ext.backends.tokens import covering
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear, path_of
 
 
 class FoldedMxfp4(Backend):
@@ -50,3 +51,9 @@ class FoldedMxfp4(Backend):
         weight = FoldedWeight(prepared["codes"], prepared["exponent"], prepared["out_scale"])
         y: torch.Tensor = folded_linear(values, weight, row_scale, bias, out_dtype)
         return y
+
+    def check_tokens(self, prepared: Mapping[str, torch.Tensor], request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`folded_linear`."""
+        del request
+        weight = FoldedWeight(prepared["codes"], prepared["exponent"], prepared["out_scale"])
+        return covering(lambda m: path_of(weight, m, weight.codes.device))

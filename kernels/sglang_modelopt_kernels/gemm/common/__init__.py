@@ -8,6 +8,7 @@ from sglang_modelopt_kernels.gemm.common.launch import (
     machine,
     matrix_instruction,
     needs_drain,
+    path,
 )
 from sglang_modelopt_kernels.gemm.common.wgmma import checked
 
@@ -21,4 +22,5 @@ __all__ = [
     "machine",
     "matrix_instruction",
     "needs_drain",
+    "path",
 ]

@@ -123,6 +123,12 @@ def order(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return y
 
 
+def plan_of(weight: PackedWeight, m: int, device: torch.device) -> Plan:
+    """Return the plan of :func:`run` for ``m`` tokens on ``device``."""
+    capability, processors = machine(device)
+    return choose(configs(weight.kind, capability, weight.k), m, weight.n, weight.k, processors)
+
+
 def run(
     x: torch.Tensor,
     weight: PackedWeight,
@@ -132,9 +138,9 @@ def run(
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """Launches the kernel; arguments as :func:`block_scaled_linear`, ``plan`` instead of the one chosen by size."""
-    capability, processors = machine(x.device)
+    capability = machine(x.device)[0]
     f16 = x.dtype != torch.bfloat16
-    plan = plan or choose(configs(weight.kind, capability, weight.k), x.shape[0], weight.n, weight.k, processors)
+    plan = plan or plan_of(weight, x.shape[0], x.device)
     ordered = in_order(plan[0]) and weight.k % 64 == 0
     if ordered:
         x = order(x, torch.float16 if f16 else torch.bfloat16)

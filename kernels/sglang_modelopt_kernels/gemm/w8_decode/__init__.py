@@ -1,6 +1,6 @@
 """Product with 8-bit weights that stay so: INT8, FP8 under any scales, and MXFP8 (Triton)."""
 
-from sglang_modelopt_kernels.gemm.w8_decode.linear import MOST_INPUTS_INT8, eight_bit_linear
+from sglang_modelopt_kernels.gemm.w8_decode.linear import MOST_INPUTS_INT8, eight_bit_linear, path_of
 from sglang_modelopt_kernels.gemm.w8_decode.naive import naive_eight_bit_linear
 from sglang_modelopt_kernels.gemm.w8_decode.packing import (
     ByteWeight,
@@ -21,6 +21,7 @@ __all__ = [
     "from_tensors",
     "mxfp8",
     "naive_eight_bit_linear",
+    "path_of",
     "rows_of",
     "to_tensors",
     "unpack",
