@@ -15,6 +15,7 @@ from typing import Any
 from sglang_modelopt_ext.checkpoint.ownership import MXFP8, STOCK_MIXED_FLAG, STOCK_MXFP8_FLAG, decide
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QUANT_CONFIG_NAME
 from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.schemes.stock import LEFT_AND_RUN
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES, UMBRELLA
 
@@ -50,7 +51,7 @@ class Kind:
             if self.tensors:
                 index = {"weight_map": dict.fromkeys(self.tensors, "model.safetensors")}
                 (folder / INDEX_NAME).write_text(json.dumps(index))
-            return "SGLang" if decide(folder, None, capability).family is None else "ours"
+            return "SGLang" if decide(folder, None, Device.cuda(capability)).family is None else "ours"
 
 
 def mix(label: str, tensors: tuple[str, ...] = (), architecture: str | None = None, **layers: str) -> Kind:

@@ -30,6 +30,7 @@ from sglang_modelopt_ext.backends.select import (
     served_scheme,
 )
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.kv.hooks import ATTENTION_BACKENDS, is_stock
 from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
@@ -157,15 +158,15 @@ def choices(
     for weight in scheme.weights:
         low_rank = 32 if scheme.low_rank else 0  # ModelOpt's default
         layer = LayerScheme(scheme.algo, WEIGHT_FORMATS[weight], scheme.activation_format(), low_rank=low_rank)
-        device = "cpu" if capability is None else "cuda"
-        served = served_scheme(layer, device, capability)
+        device = Device.cpu() if capability is None else Device.cuda(capability)
+        served = served_scheme(layer, device)
         try:
             if experts:
-                mixture = ExpertRequest(served, device, capability, 1536, 2048, experts=128, top_k=8)
+                mixture = ExpertRequest(served, device, 1536, 2048, experts=128, top_k=8)
                 of_experts = expert_candidates(mixture, "matrix")[0]
                 found.setdefault(of_experts.name, (of_experts, mixture))
             else:
-                request = LinearRequest(served, device, capability, 4096, 4096, packages=VERSIONS)
+                request = LinearRequest(served, device, 4096, 4096, packages=VERSIONS)
                 backend = candidates(request, "matrix")[0]
                 found.setdefault(backend.name, (backend, request))
         except ModelOptExtError:
@@ -222,12 +223,11 @@ def _other_backends(runs: Sequence[Run], how: str) -> list[str]:
 
 def attention(recipe: KVRecipe, capability: int | None, evidence: Evidence) -> str:
     """Return the cell for one recipe of the KV cache on one target."""
-    device = "cpu" if capability is None else "cuda"
     if capability is None:
-        return f"`{ATTENTION_BACKENDS[device]}`: tested"
+        return f"`{ATTENTION_BACKENDS['cpu']}`: tested"
     runs = evidence.of_cache(recipe.name, capability)
-    stock = is_stock(KVCachePlan(recipe, ""), device)
-    owner = "*SGLang*" if stock else f"`{ATTENTION_BACKENDS[device]}`"
+    stock = is_stock(KVCachePlan(recipe, ""), Device.cuda(capability))
+    owner = "*SGLang*" if stock else f"`{ATTENTION_BACKENDS['cuda']}`"
     if runs:
         return f"{owner}: {run_status(runs)}"
     if stock:

@@ -12,6 +12,8 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 
 from sglang_modelopt_ext.backends.packages import installed
+from sglang_modelopt_ext.backends.tokens import SPREAD
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_kernels.formats.base import (
@@ -33,8 +35,7 @@ class LinearRequest:
 
     Attributes:
         scheme: how the layer is quantized, as :func:`served_scheme` has it.
-        device: ``cpu`` or ``cuda``.
-        capability: the GPU's compute capability times ten (90 for 9.0), None on a CPU.
+        target: the device that is to serve it.
         n, k: output and input features of this rank's part.
         math: the numerics of its weights.
         dtype: the model's type.
@@ -44,8 +45,7 @@ class LinearRequest:
     """
 
     scheme: LayerScheme
-    device: str
-    capability: int | None
+    target: Device
     n: int
     k: int
     math: W4A8Math = "exact"
@@ -53,6 +53,16 @@ class LinearRequest:
     vocabulary: bool = False
     gpu: str = ""
     packages: Mapping[str, str] = field(default_factory=installed, compare=False)
+
+    @property
+    def device(self) -> str:
+        """The kind of device: ``cuda`` for an NVIDIA GPU, ``cpu`` or ``other``."""
+        return self.target.kind
+
+    @property
+    def capability(self) -> int | None:
+        """The compute capability of an NVIDIA GPU, times ten (90 for 9.0), None on any other device."""
+        return self.target.capability
 
 
 @dataclass(frozen=True)
@@ -165,10 +175,10 @@ class Backend(ABC, Generic[WeightT]):
     ) -> torch.Tensor:
         """Return the layer's output ``[M, N]``, rounded once, for activations ``values * row_scale``; see :func:`dense_linear`."""
 
-    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Return numbers of tokens with which a product of ``n`` outputs takes a way that :mod:`.self_test` does not."""
-        del device, n
-        return ()
+    def check_tokens(self, weight: WeightT, request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens that together take every path by which :meth:`matmul` chooses for ``weight``."""
+        del weight, request
+        return SPREAD
 
     def rows(self, weight: WeightT, indices: torch.Tensor) -> torch.Tensor:
         """Return rows of the decoded weight, float32 ``[..., K]``, for indices ``[...]``: a quantized embedding."""

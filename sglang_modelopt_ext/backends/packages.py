@@ -1,4 +1,4 @@
-"""Kernels of other packages: which versions the calls are written for, and where these are installed."""
+"""The versions of the other packages whose kernels are called, and which of them are installed."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ VERSIONS: Mapping[str, str] = {
     "humming-kernels": "0.1.12",
     "quack-kernels": "0.6.5",
 }
-"""As SGLang 0.5.23 pins them. ``tests/unit/test_contracts.py`` holds every call against the sources of these versions."""
+"""The versions that SGLang 0.5.23 pins. ``tests/unit/test_contracts.py`` checks every call against their sources."""
 
 
 @functools.cache
 def installed() -> Mapping[str, str]:
-    """The versions of these packages in this environment, without importing any of them."""
+    """Return the installed versions of the packages in :data:`VERSIONS`, by name, without importing any of them."""
     found = {}
     for name in VERSIONS:
         try:
@@ -27,7 +27,12 @@ def installed() -> Mapping[str, str]:
 
 
 def package_objection(name: str, packages: Mapping[str, str]) -> str | None:
-    """Why ``name`` cannot be called where ``packages`` are installed; None when it can."""
+    """Return why the kernels of a package cannot be called, or None.
+
+    Args:
+        name: the package.
+        packages: the installed versions, by name.
+    """
     version = packages.get(name)
     if version is None:
         return f"needs {name} {VERSIONS[name]}, which is not installed"

@@ -1,9 +1,10 @@
-"""A backend proves itself on the machine at hand before it serves a layer there.
+"""The check of a backend on the machine at hand, before it serves a layer there.
 
 Kernels are tested on the hardware their authors had. A compiler that miscompiles for another architecture, a driver, or a library
-that reads its arguments differently would otherwise show as wrong logits only. On a GPU the layer of the check has about the sizes
-of the layer that is served and fills the GPU, and every product is launched several times and compared bit for bit: a race shows
-under load, and not in each launch.
+that reads its arguments differently would otherwise show only as wrong logits. A backend is compared with float64 on a random
+layer, with numbers of tokens that take every path of its product (:meth:`.Backend.check_tokens`). On a GPU that layer is large
+enough to fill the GPU, and every product is launched several times and compared bit for bit: a race shows under load, and not in
+every launch.
 """
 
 from __future__ import annotations
@@ -26,34 +27,31 @@ from sglang_modelopt_ext.backends.base import (
 )
 from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, ExpertBackend, ExpertRequest, Routing
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
+from sglang_modelopt_ext.backends.tokens import SPREAD
 from sglang_modelopt_ext.schemes.base import LORA_B
 
 N, K = 128, 512
-"""Outputs and inputs of the layer on a CPU."""
+"""Outputs (N) and inputs (K) of the check's layer on a CPU."""
 LARGE = 4096
-"""About N and K of the layer on a GPU: fewer outputs leave SMs without work, and a race that needs a busy GPU is then not seen."""
+"""The smallest N and K of the check's layer on a GPU: a smaller N leaves SMs idle, and hides a race that needs a busy GPU."""
 ROW_TILE, TILE = 128, 256
-"""Outputs and inputs to a tile at the most: kernels are compiled apart for inputs that are not whole tiles."""
+"""The largest tiles along N and K: kernels are compiled separately for a K that is not a multiple of the tile."""
 REPEATS = 16
-"""Further launches of each product on a GPU."""
+"""Launches of each product on a GPU after the first."""
 COLUMN_TOKENS = 16
-"""Tokens from which an output is held to its own norm: with fewer it may be small because its products cancel."""
-TOKENS = (1, 24, 40, 80, 300, 900, 2049)
-"""One number of tokens, or more, for each way the backends of ``backends/select.py`` choose by it."""
-EXPERT_TOKENS = (1, 40, 80, 640, 1280, 2560)
-"""Likewise for the backends of experts."""
+"""Tokens from which errors are also relative to an output's norm over the tokens, which cancellation may make small for fewer."""
 SIZES = 16
-"""Powers of two that the rows of the layer differ by."""
+"""The number of powers of two that scale the rows of the check's weight, in turn."""
 TOLERANCE = 2.0**-7
-"""Relative, over a token's outputs and over an output's tokens: twice the rounding of a bf16 result. A misread scale or code
-errs by a tenth and more."""
+"""The largest relative error, over a token's outputs and over an output's tokens: twice the rounding of a bf16 result. A misread
+scale or code errs by a tenth and more."""
 
 EXPERTS, TOP_K = 5, 2
-"""Experts of the check; one of them gets no token."""
+"""Experts of the check, of which one gets no token, and experts that each token goes to."""
 
 FUSED_HIDDEN, FUSED_INNER = 256, 128
 FUSED_TOLERANCE = 2.0**-5
-"""Likewise for a whole layer: of the numbers in its middle, those that lie between two codes may get the other."""
+"""The largest relative error of a whole layer of experts: an intermediate value between two codes may be rounded to either."""
 
 _passed: set[tuple[object, ...]] = set()
 
@@ -63,7 +61,12 @@ _Result = TypeVar("_Result")
 def check_backend(backend: Backend, request: LinearRequest, device: torch.device) -> None:
     """Compare ``backend`` with float64 on a random layer of the request's formats, once for each kind of layer in this process.
 
-    The layer of the check ends within a tile of inputs, and of outputs, where the request's does.
+    The check's N and K are multiples of the tiles, or not, as the request's are.
+
+    Args:
+        backend: one that supports the request.
+        request: the layer that is to be served.
+        device: where.
 
     Raises:
         ValueError: the outputs differ, from float64 or from launch to launch, or the kernel does not run.
@@ -77,8 +80,8 @@ def check_backend(backend: Backend, request: LinearRequest, device: torch.device
     low_rank = request.scheme.low_rank if isinstance(backend, BlockBackend) and backend.takes_low_rank else 0
     shard, weight, factor = _random_weight(random, request, n, k, low_rank)
     prepared = _run(partial(backend.prepare, [shard]), device)
-    for m in (*TOKENS, *backend.check_tokens(device, n)):
-        # E4M3 numbers are numbers of every type that activations come in.
+    for m in backend.check_tokens(prepared, request):
+        # E4M3 values are exact in every type of activations.
         x = random(m, k).to(torch.float8_e4m3fn).to(torch.float32)
         row_scale = random(m, 1).abs() + 0.5
         if backend.operand(request) == torch.int8:
@@ -103,10 +106,19 @@ def _product(
     row_scale: torch.Tensor,
     down: torch.Tensor | None,
 ) -> tuple[Callable[[], torch.Tensor], torch.Tensor]:
-    """The backend's product for E4M3 numbers ``x`` times ``row_scale``, and the activations it stands for, float64.
+    """Return the launch of the backend's product for ``x * row_scale``, and the activations that it multiplies.
 
-    A backend that reads codes gets ``x`` as the format rounds it, under the first of ``row_scale`` where that has a static scale,
-    and ``down`` for its low-rank branch, where it has one.
+    Args:
+        backend: the backend.
+        request: its layer.
+        prepared: the prepared weight.
+        x: E4M3 values ``[M, K]`` in float32.
+        row_scale: float32 ``[M, 1]``.
+        down: float32 ``[M, rank]``, the input of the second low-rank factor; None without a low-rank branch.
+
+    Returns:
+        A function that launches the product, and its activations in float64 ``[M, K]``. A :class:`BlockBackend` reads ``x`` rounded
+        to the format of the request, by the first of ``row_scale`` where the format has a static scale.
     """
     if not isinstance(backend, BlockBackend):
         values = x.to(backend.operand(request))
@@ -129,7 +141,12 @@ def _product(
 def check_expert_backend(backend: ExpertBackend, request: ExpertRequest, device: torch.device) -> None:
     """Compare a backend of experts with float64 on a few random ones, once for each kind of layer in this process.
 
-    One expert gets no token, some rows have no expert, and activations come in both shapes.
+    One expert gets no token, some rows have no expert, and activations come both one row a token and one row a choice.
+
+    Args:
+        backend: one that supports the request.
+        request: the product that is to be served.
+        device: where.
 
     Raises:
         ValueError: the outputs differ, from float64 or from launch to launch, or the kernel does not run.
@@ -142,7 +159,7 @@ def check_expert_backend(backend: ExpertBackend, request: ExpertRequest, device:
     n, k = _sizes(request, device)
     shards, weights, _ = zip(*(_random_weight(random, request, n, k) for _ in range(EXPERTS)), strict=True)
     prepared = _run(partial(backend.prepare, [[shard] for shard in shards]), device)
-    for m in EXPERT_TOKENS:
+    for m in backend.check_tokens(prepared, request, TOP_K):
         experts = (random(m * TOP_K) * 1e6).long() % (EXPERTS - 1)
         experts[:: max(m // 3, 2)] = NO_EXPERT
         routing = Routing(experts.to(torch.int32), TOP_K)
@@ -164,7 +181,14 @@ def check_expert_backend(backend: ExpertBackend, request: ExpertRequest, device:
 
 
 def check_fused_backend(backend: FusedExperts, request: FusedRequest, device: torch.device) -> None:
-    """Compare a whole layer of experts, which rounds its middle as the recipe says, by a scale for each expert, with float64.
+    """Compare a backend of a whole layer of experts with float64, once for each kind of layer in this process.
+
+    The reference rounds what enters both products as the recipe says, where that stores scales with one for each expert.
+
+    Args:
+        backend: one that supports the request.
+        request: the layer that is to be served.
+        device: where.
 
     Raises:
         ValueError: the outputs differ, or the kernel does not run.
@@ -176,11 +200,11 @@ def check_fused_backend(backend: FusedExperts, request: FusedRequest, device: to
     random = _generator(torch.device("cpu"))
     scales = 0.002 + 0.0005 * torch.arange(EXPERTS, dtype=torch.float32, device="cpu")
     second = _random_experts(random, asked, FUSED_HIDDEN, FUSED_INNER, 1, scales)
-    # What enters the layer is rounded once where all experts have one scale for it, and for each of them where they do not.
+    # Experts with one input scale share a rounded input; those with different ones get one each. Both are checked.
     for of_input in (scales[:1].expand(EXPERTS), scales) if second.scale is not None else (scales,):
         first = _random_experts(random, asked, FUSED_INNER, FUSED_HIDDEN, 2, of_input)
         prepared = _run(partial(backend.prepare, first.stored(device), second.stored(device)), device)
-        for m in TOKENS:
+        for m in SPREAD:
             numbers = (random(m, TOP_K) * 1e6).long() % (EXPERTS - 1)
             numbers[:: max(m // 3, 2), 0] = NO_EXPERT
             x, weights = random(m, FUSED_HIDDEN).to(asked.dtype), random(m, TOP_K).abs() + 0.5
@@ -205,14 +229,20 @@ def _expect_fused(
 
 @dataclass(frozen=True)
 class _Experts:
-    """Random experts, and how their input is rounded: float32 ``[E]``, None where no scale is stored."""
+    """Random experts of one product, on a CPU.
+
+    Attributes:
+        request: the product.
+        weights: the shards of each expert.
+        scale: the static input scale of each expert, float32 ``[E]``; None where no scale is stored.
+    """
 
     request: ExpertRequest
     weights: list[list[ShardWeight]]
     scale: torch.Tensor | None
 
     def stored(self, device: torch.device) -> StoredExperts:
-        """On ``device``."""
+        """Return the experts on ``device``."""
         weights = [
             [
                 replace(shard, tensors={name: tensor.to(device) for name, tensor in shard.tensors.items()})
@@ -225,7 +255,7 @@ class _Experts:
         return StoredExperts(weights, self.scale.unsqueeze(1).expand(-1, len(weights[0])).to(device))
 
     def multiply(self, expert: int, x: torch.Tensor) -> torch.Tensor:
-        """The product of rounded ``x`` in float64."""
+        """Return the product of ``x`` ``[M, K]``, rounded to the recipe's activations, with one expert: float64 ``[M, N]``."""
         activation = self.request.scheme.activation
         values = x.double()
         if activation is not None and len(x):
@@ -238,7 +268,7 @@ class _Experts:
 def _random_experts(
     random: Callable[..., torch.Tensor], request: ExpertRequest, n: int, k: int, shards: int, scale: torch.Tensor
 ) -> _Experts:
-    """Experts of ``shards`` shards of ``n`` rows; ``scale`` where the recipe stores one. Shards share a global scale."""
+    """Return random experts of ``shards`` shards ``[n, k]`` with one global scale; with ``scale`` if the recipe stores one."""
     number, weights = request.scheme.weight, []
     for _ in range(EXPERTS):
         whole = number.quantize((random(n * shards, k) / k**0.5).to(torch.bfloat16))
@@ -255,33 +285,33 @@ def _run_fused(
     numbers: torch.Tensor,
     weights: torch.Tensor,
 ) -> torch.Tensor:
-    # Copied here, where an error of a kernel that was launched shows.
+    # The copy waits for the kernel, so that its error is raised here.
     return backend.run(prepared, x, numbers, weights).double().cpu()
 
 
 def _sizes(request: LinearRequest, device: torch.device) -> tuple[int, int]:
-    """Outputs and inputs of the layer of the check."""
+    """Return N and K of the check's layer."""
     if device.type != "cuda":
         return N, K + request.k % TILE
     return _within(request.n, ROW_TILE), _within(request.k, TILE)
 
 
 def _within(size: int, tile: int) -> int:
-    """The size that differs from ``size`` by whole tiles and is the first from LARGE on."""
+    """Return the smallest size from :data:`LARGE` on that differs from ``size`` by a multiple of ``tile``."""
     return LARGE + (size - LARGE) % tile
 
 
 def _generator(device: torch.device) -> Callable[..., torch.Tensor]:
-    # SGLang prepares layers under a default type and device of its own: neither is left to the default here.
+    # SGLang sets a default dtype and device while it prepares layers: both are explicit here.
     return partial(torch.randn, generator=torch.Generator(device).manual_seed(0), dtype=torch.float32, device=device)
 
 
 def _random_weight(
     random: Callable[..., torch.Tensor], request: LinearRequest, n: int, k: int, low_rank: int = 0
 ) -> tuple[ShardWeight, torch.Tensor, torch.Tensor | None]:
-    """A stored weight; what it stands for in float64; and the second low-rank factor in float64, where it has one.
+    """Return a random stored weight, its values in float64 ``[n, k]``, and the second low-rank factor in float64, or None.
 
-    Its rows have every size that block scales have, subnormal ones included, and outputs that float16 holds.
+    The rows differ by powers of two, so that block scales take all magnitudes, subnormal ones included, and outputs fit float16.
     """
     weight = random(n, k)
     sizes = torch.exp2(6.0 - torch.arange(n, device=weight.device) % SIZES).to(torch.float32).unsqueeze(1)
@@ -311,10 +341,10 @@ def _run(step: Callable[[], _Result], device: torch.device) -> _Result:
     try:
         result = step()
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # an error of a kernel that was launched shows here
+            torch.cuda.synchronize(device)  # raises the error of a launched kernel
         return result
     except (ValueError, torch.OutOfMemoryError):
-        raise  # a lack of memory is no fault of the backend: the next one needs as much, or more
+        raise  # out of memory rejects no backend: the next one needs as much, or more
     except Exception as error:
         # Kernels of other packages are compiled on first use, and fail in as many ways as there are packages.
         reason = str(error).strip() or type(error).__name__
@@ -332,6 +362,6 @@ def _compare(
 
 
 def _relative_error(y: torch.Tensor, expected: torch.Tensor, dim: int) -> torch.Tensor:
-    """The largest error of a row or column of outputs, NaN where one is; relative to its norm. A row of zeros must be one."""
+    """Return the largest error of a row or column of outputs relative to its norm; NaN where an output is. Zeros must be exact."""
     size = expected.norm(dim=dim)
     return ((y - expected).norm(dim=dim) / torch.where(size == 0, torch.finfo(torch.float64).tiny, size)).max()

@@ -1,8 +1,8 @@
-"""Tuning files: which backends were measured for which layers, on one GPU with one set of versions.
+"""Tuning files: the measured times of the backends for the layers of a model, on one GPU with one set of versions.
 
-A file is made by ``python -m sglang_modelopt_ext.tuning`` (:mod:`sglang_modelopt_ext.tuning.run`) and read by the dispatch. It only
-orders the backends that take a layer anyway: a layer that no file knows keeps the built-in order, and so does every layer when
-the file is another GPU's or other versions'.
+A file is made by ``python -m sglang_modelopt_ext.tuning`` (:mod:`sglang_modelopt_ext.tuning.run`) and read by
+:mod:`sglang_modelopt_ext.backends.select`. It only orders the backends that support a layer: a layer that is in no file keeps the
+built-in order, and so does every layer where the file is of another GPU or of other versions.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Raised when a file of an older version can no longer be read."""
+"""The version of the file format; it is raised when older files can no longer be read."""
 
-SHIPPED = Path(__file__).parents[1] / "tuning_results"
-"""Files that come with the package, for GPUs that were measured."""
+SHIPPED = Path(__file__).parents[1] / "tuning" / "results"
+"""The folder of the files that come with the package."""
 
 
 class LayerKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What of a layer decides how fast a backend serves it.
+    """The properties of a layer on which the times of the backends depend.
 
     Attributes:
-        weight, activation: names of the formats, None for activations that are not rounded.
-        smoothing, low_rank: as the scheme has them.
+        weight, activation: names of the formats; None for activations that are not rounded.
+        smoothing, low_rank: those of the scheme.
         math: the numerics of its weights.
         dtype: the model's type, such as ``bfloat16``.
-        n, k: output and input features of a rank's part, of experts those of one.
-        experts, top_k: how many experts a rank holds and a token goes to; 0 for a linear layer.
+        n, k: output and input features of one rank's part of the layer, or of one expert.
+        experts, top_k: the experts that a rank holds and that a token goes to; 0 for a linear layer.
     """
 
     weight: str
@@ -58,12 +58,12 @@ class LayerKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What was measured for one layer.
+    """The measurements of one layer.
 
     Attributes:
         layer: the layer.
-        us: microseconds of the whole layer, rounding of activations included, by backend and then by ``TuningFile.tokens``.
-        refused: the backends that did not pass their check, with the reason.
+        us: microseconds of the whole layer, rounding of activations included, by backend, one for each of ``TuningFile.tokens``.
+        refused: the reasons why backends were rejected, by backend.
     """
 
     layer: LayerKey
@@ -72,7 +72,15 @@ class Result(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TuningFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The content of a file: one GPU, one set of versions, one list of numbers of tokens."""
+    """The content of a tuning file.
+
+    Attributes:
+        format: :data:`FORMAT`.
+        gpu: the GPU's name.
+        versions: the versions of the packages that kernels come from, by name.
+        tokens: the numbers of tokens that were measured.
+        results: one for each layer.
+    """
 
     format: int
     gpu: str
@@ -82,7 +90,7 @@ class TuningFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def key_of(request: LinearRequest) -> LayerKey:
-    """The layer of a request."""
+    """Return the key of a request's layer."""
     scheme = request.scheme
     return LayerKey(
         weight=scheme.weight.name,
@@ -99,25 +107,25 @@ def key_of(request: LinearRequest) -> LayerKey:
 
 
 def gpu_of(device: torch.device) -> str:
-    """The name that files know ``device`` by: the GPU's, or ``cpu``."""
+    """Return the name of ``device`` in tuning files: the GPU's, or its type without one."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Everything here whose version may change how fast a backend is."""
+    """Return the versions of the installed packages that times depend on, by name."""
     own = {"sglang-modelopt-ext": __version__, "torch": str(torch.__version__), "triton": triton.__version__}
     return {**own, **installed()}
 
 
 def file_name(gpu: str) -> str:
-    """The name of the file for ``gpu`` and the versions here."""
+    """Return the default name of a tuning file for ``gpu`` and the installed versions."""
     parts = [gpu, "torch", versions()["torch"], "triton", versions()["triton"]]
     return re.sub(r"[^a-z0-9.]+", "-", "-".join(parts).lower()) + ".json"
 
 
 def read(path: Path) -> TuningFile:
-    """The content of ``path``. Raises ModelOptExtError naming it when it is not a tuning file, or not a sensible one."""
+    """Read a tuning file. Raises ModelOptExtError, with the field, where ``path`` is none or its content is not legal."""
     try:
         content = msgspec.json.decode(path.read_bytes(), type=TuningFile)
     except OSError as error:
@@ -141,14 +149,14 @@ def read(path: Path) -> TuningFile:
 
 
 def write(path: Path, content: TuningFile) -> None:
-    """Writes ``content`` to ``path``, in one step."""
+    """Write ``content`` to ``path``, atomically."""
     scratch = path.with_name(path.name + ".part")
     scratch.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
     scratch.replace(path)
 
 
 def objection(content: TuningFile, gpu: str) -> str | None:
-    """Why ``content`` says nothing about ``gpu`` with the versions here; None when it does."""
+    """Return why the times of ``content`` do not apply to ``gpu`` and the installed versions, or None."""
     if content.gpu != gpu:
         return f"was measured on {content.gpu}, this is {gpu}"
     for name in sorted(content.versions.keys() | versions().keys()):
@@ -159,14 +167,15 @@ def objection(content: TuningFile, gpu: str) -> str | None:
 
 
 def score(times: list[float]) -> float:
-    """What backends are ranked by, smallest first: the geometric mean over the numbers of tokens, each counting alike."""
+    """Return the logarithm of the geometric mean of ``times``, over numbers of tokens that count alike: backends rank by it."""
     return sum(math.log(time) for time in times) / len(times)
 
 
 def ranking(request: LinearRequest) -> list[str]:
-    """The backends measured for the layer of ``request``, best first, ties by name; none where no file applies.
+    """Return the backends measured for the layer of ``request``, fastest first, ties by name; none where no file applies.
 
-    Raises ModelOptExtError when the file that ``SGLANG_MODELOPT_EXT_TUNING`` names is not one.
+    Raises:
+        ModelOptExtError: the file that ``SGLANG_MODELOPT_EXT_TUNING`` names is not a tuning file.
     """
     table = _table(TUNING.read(), request.gpu)
     times = table.get(key_of(request), {})
@@ -175,7 +184,7 @@ def ranking(request: LinearRequest) -> list[str]:
 
 @functools.cache
 def _table(named: str, gpu: str) -> dict[LayerKey, dict[str, list[float]]]:
-    """Times by layer: of the file that is named, before those that were shipped."""
+    """Return the times by layer and backend: of the file ``named`` first, then of those that come with the package."""
     table: dict[LayerKey, dict[str, list[float]]] = {}
     for path in [*([Path(named)] if named else []), *sorted(SHIPPED.glob("*.json"))]:
         content = read(path)

@@ -1,8 +1,8 @@
-"""Whose checkpoint is it: ours, SGLang's, or nobody's. No SGLang is imported here.
+"""The decision who serves a checkpoint: this package, SGLang, or nobody. No SGLang is imported here.
 
-Tolerant on purpose: what may be SGLang's is never an error of ours. Anything about a checkpoint that is not wholly understood
-leaves it to SGLang, with the reason; strictness begins once it is ours, by a flag of ours or because nobody else serves its
-algorithm.
+It is tolerant on purpose: a checkpoint that SGLang may serve is never an error of this package. One that is not wholly understood
+is left to SGLang, with the reason. Strictness begins once this package serves it: by a flag of its own, or because nobody else
+serves its algorithm.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
@@ -23,35 +21,40 @@ from sglang_modelopt_ext.checkpoint.quant_config import (
 )
 from sglang_modelopt_ext.checkpoint.stock import MIX_ALGOS, NVFP4_ALGOS, stock_fault, stores_stock_scales
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme
 from sglang_modelopt_ext.schemes.versions import described_sglang
 
 GENERIC_FLAG = "modelopt"
-"""SGLang's flag for "whatever ModelOpt wrote"."""
+"""SGLang's flag for any checkpoint of ModelOpt."""
 
 STOCK_MIXED_FLAG = "modelopt_mixed"
 STOCK_W4AFP8_FLAG = "w4afp8"
-"""What SGLang calls mixtures of experts with INT4 weights and FP8 activations; their MIXED_PRECISION is not ours."""
+"""SGLang's flag for mixtures of experts with INT4 weights and FP8 activations, whose MIXED_PRECISION is not this package's."""
 
 MXFP8, STOCK_MXFP8_FLAG = "MXFP8", "mxfp8"
-"""The algorithm that SGLang reads under a name of its own, and that name."""
+"""An algorithm that SGLang reads under another name, and that name."""
 
 NO_FLAGS = (None, "unquant")
-"""No ``--quantization``: SGLang resolves ``unquant`` to it, and reads what the checkpoint says all the same."""
+"""The values that stand for no ``--quantization``: SGLang resolves ``unquant`` to None, and still reads the checkpoint's."""
 
 REQUANTIZING_FLAGS = frozenset({"nvfp4_online", "quark_mxfp4", STOCK_W4AFP8_FLAG})
-"""SGLang's flags that ask for something else than the checkpoint says. It corrects every other one to what it finds."""
+"""SGLang's flags that ask for another format than the checkpoint's. It corrects every other flag to the checkpoint's."""
+
+
+SERVED_DEVICES = "cuda (NVIDIA) or cpu"
+"""The values of ``--device`` that this package has kernels for."""
 
 
 @dataclass(frozen=True)
 class Ownership:
-    """Who serves a checkpoint, and why.
+    """The decision who serves a checkpoint, with the reason.
 
     Attributes:
-        family: the ``--quantization`` family of this package, None when it is left to SGLang.
-        config: what the checkpoint declares, None when that is not ModelOpt's or was not understood.
-        why: one clause; empty when there is nothing to say of it, as of a model that ModelOpt did not quantize.
+        family: the ``--quantization`` family of this package, None where the checkpoint is left to SGLang.
+        config: the checkpoint's declaration, None where it is not ModelOpt's or was not understood.
+        why: the reason, one clause; empty for a model that ModelOpt did not quantize.
         in_doubt: whether it is left to SGLang because it was not wholly understood.
     """
 
@@ -61,43 +64,39 @@ class Ownership:
     in_doubt: bool = False
 
 
-def gpu_capability() -> int | None:
-    """Return the compute capability times ten of the visible GPU, None without one."""
-    if not torch.cuda.is_available():
-        return None
-    major, minor = torch.cuda.get_device_capability()
-    return major * 10 + minor
-
-
-def owned_family(folder: Path, flag: str | None, capability: int | None) -> tuple[str, QuantConfig] | None:
-    """Return the family and configuration under which this plugin serves a checkpoint, None when it is left to SGLang.
+def owned_family(folder: Path, flag: str | None, device: Device) -> tuple[str, QuantConfig] | None:
+    """Return the family and configuration under which this package serves a checkpoint, None where it is left to SGLang.
 
     Arguments and errors are those of :func:`decide`.
     """
-    found = decide(folder, flag, capability)
+    found = decide(folder, flag, device)
     return None if found.family is None or found.config is None else (found.family, found.config)
 
 
-def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
+def decide(folder: Path, flag: str | None, device: Device) -> Ownership:
     """Decide who serves the checkpoint in ``folder``.
 
     Args:
         folder: where ``config.json`` and ``hf_quant_config.json`` are.
         flag: the value of ``--quantization``, None when it was not given.
-        capability: the GPU's compute capability times ten, None on a CPU.
+        device: the device that is to serve it.
 
     Raises:
-        ModelOptExtError: a flag of ours and a checkpoint that do not fit, or an algorithm that SGLang serves nowhere in a
-            checkpoint that is malformed or does not fit the flag.
+        ModelOptExtError: a flag of this package does not fit the checkpoint or the device; or the checkpoint's algorithm is one
+            that SGLang serves nowhere, and the checkpoint is malformed or does not fit the flag.
     """
     if flag in REQUANTIZING_FLAGS:
         return Ownership(None)
     flag = None if flag in NO_FLAGS else flag
+    other = device.kind == "other"
+    if other and flag in FAMILIES:
+        expected = f"{SERVED_DEVICES} with --quantization {flag}"
+        raise ModelOptExtError.at("command line", "--device", expected, device.name)
     try:
         config = read_quant_config(folder)
         _check_algorithms(config)
     except ModelOptExtError as error:
-        if flag in FAMILIES or _is_only_ours(folder):
+        if flag in FAMILIES or (not other and _is_only_ours(folder)):
             raise
         return Ownership(None, why=str(error), in_doubt=True)
     if config is None or (config.algo is None and config.kv_cache_algo is None):
@@ -106,6 +105,8 @@ def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
                 folder, f"--quantization {flag}", "a checkpoint quantized by ModelOpt", "an unquantized one"
             )
         return Ownership(None)
+    if other:
+        return Ownership(None, config, f"this package has no kernels for {device.name}")
     if config.algo is None:
         return _kv_cache_only(config, flag)
     if flag in FAMILIES:
@@ -114,26 +115,26 @@ def decide(folder: Path, flag: str | None, capability: int | None) -> Ownership:
         corrected = any(layer.algo in NVFP4_ALGOS for layer in config.quantized_layers.values())
         if not corrected and flag not in (None, GENERIC_FLAG, STOCK_MIXED_FLAG):
             raise _misfit(config, str(flag))
-        return _judged(UMBRELLA, config, folder, capability)
+        return _judged(UMBRELLA, config, folder, device)
     scheme = find_scheme(config.algo, config.file)
     if scheme.stock_flag is not None:
-        return _judged(scheme.flag, config, folder, capability)
+        return _judged(scheme.flag, config, folder, device)
     if scheme.algo == MXFP8:
         if stores_stock_scales(folder):
             return Ownership(None, config, "its block scales have SGLang's own name")
         if flag == STOCK_MXFP8_FLAG:
-            return _judged(scheme.flag, config, folder, capability)
+            return _judged(scheme.flag, config, folder, device)
     if flag not in (None, GENERIC_FLAG):
         raise _misfit(config, str(flag))
-    return _judged(scheme.flag, config, folder, capability)
+    return _judged(scheme.flag, config, folder, device)
 
 
-def _judged(family: str, config: QuantConfig, folder: Path, capability: int | None) -> Ownership:
-    """Return that it is ours, unless SGLang itself serves the checkpoint rightly or has an algorithm in it that is none of ours."""
+def _judged(family: str, config: QuantConfig, folder: Path, device: Device) -> Ownership:
+    """Return ``family``, unless SGLang serves the checkpoint correctly or it has an algorithm that only SGLang knows."""
     unknown = sorted({layer.algo for layer in config.quantized_layers.values()} - SCHEMES.keys())
     if unknown:
         return Ownership(None, config, f"{', '.join(unknown)} in a mix is SGLang's own")
-    fault = stock_fault(config, folder, capability)
+    fault = stock_fault(config, folder, device)
     if fault is None:
         return Ownership(None, config, f"SGLang {described_sglang()} serves {config.algo} there")
     if config.algo == MIXED_PRECISION and stores_stock_scales(folder):
@@ -142,7 +143,7 @@ def _judged(family: str, config: QuantConfig, folder: Path, capability: int | No
 
 
 def _asked_for(config: QuantConfig, flag: str | None) -> Ownership:
-    """A checkpoint under a flag of ours. Raises ModelOptExtError when it does not fit or has an algorithm nobody knows."""
+    """Return ``flag`` as the family. Raises ModelOptExtError where it does not fit or the checkpoint has an unknown algorithm."""
     for name, layer in config.quantized_layers.items():
         find_scheme(layer.algo, f"{config.file}: quantized_layers.{name}")
     family = UMBRELLA if config.algo == MIXED_PRECISION else find_scheme(config.algo or "", config.file).flag
@@ -152,7 +153,7 @@ def _asked_for(config: QuantConfig, flag: str | None) -> Ownership:
 
 
 def _kv_cache_only(config: QuantConfig, flag: str | None) -> Ownership:
-    """A checkpoint that quantizes nothing but its KV cache, which SGLang refuses or serves without that."""
+    """Return the owner of a checkpoint that quantizes only its KV cache. SGLang rejects it, or serves it with a plain cache."""
     if flag in (None, GENERIC_FLAG, UMBRELLA):
         why = f"it quantizes its KV cache only, for which SGLang {described_sglang()} has no quant_algo"
         return Ownership(UMBRELLA, config, why)
@@ -167,7 +168,7 @@ def _kv_cache_only(config: QuantConfig, flag: str | None) -> Ownership:
 
 
 def _misfit(config: QuantConfig, flag: str) -> ModelOptExtError:
-    """The error that names the flags which serve a checkpoint."""
+    """Return the error for a flag that does not fit; it names those that do."""
     if config.algo == MIXED_PRECISION:
         names: tuple[str | None, ...] = (UMBRELLA, STOCK_MIXED_FLAG)
     else:
@@ -183,7 +184,7 @@ def _misfit(config: QuantConfig, flag: str) -> ModelOptExtError:
 
 
 def _check_algorithms(config: QuantConfig | None) -> None:
-    """Raise ModelOptExtError for an algorithm that neither the scheme table nor SGLang's mixes have, or a mix without layers."""
+    """Raise ModelOptExtError for an algorithm unknown to the scheme table and to SGLang's mixes, and for a mix without layers."""
     if config is None or config.algo is None:
         return
     if config.algo != MIXED_PRECISION:
@@ -197,7 +198,7 @@ def _check_algorithms(config: QuantConfig | None) -> None:
 
 
 def _is_only_ours(folder: Path) -> bool:
-    """Whether every algorithm that a checkpoint names, however malformed the rest, is one that SGLang serves nowhere."""
+    """Return whether SGLang serves none of the algorithms that a checkpoint names, however malformed the rest is."""
     stated = list(_stated_algorithms(folder))
     return bool(stated) and all(
         isinstance(algo, str)
@@ -209,7 +210,7 @@ def _is_only_ours(folder: Path) -> bool:
 
 
 def _stated_algorithms(folder: Path) -> Iterator[object]:
-    """Yield what both files have as ``quant_algo``, and None for a method that is not ModelOpt's."""
+    """Yield the ``quant_algo`` of both files, and None for a section that is not ModelOpt's."""
     for name in (QUANT_CONFIG_NAME, CONFIG_NAME):
         try:
             content = read_json_object(folder / name)

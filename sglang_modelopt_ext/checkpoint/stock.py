@@ -17,6 +17,7 @@ from sglang_modelopt_ext.checkpoint.names import EXPERT, FUSED_SHARDS
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QuantConfig
 from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, unmapped_in
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object, tensor_names
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION, SCHEMES
@@ -54,12 +55,12 @@ class Subject:
     Attributes:
         config: the checkpoint's declared quantization.
         folder: the checkpoint's folder.
-        capability: the GPU's compute capability times ten.
+        gpu: the NVIDIA GPU of the server.
     """
 
     config: QuantConfig
     folder: Path
-    capability: int
+    gpu: Device
 
     @property
     def is_mix(self) -> bool:
@@ -96,17 +97,17 @@ class Subject:
         return first if isinstance(first, str) else None
 
 
-def stock_fault(config: QuantConfig, folder: Path, capability: int | None) -> str | None:
+def stock_fault(config: QuantConfig, folder: Path, device: Device) -> str | None:
     """Return why SGLang does not serve the checkpoint correctly, None when it does.
 
     Args:
         config: its declared quantization; every algorithm is one of the scheme table or of :data:`MIX_ALGOS`.
         folder: the checkpoint's folder.
-        capability: the GPU's compute capability times ten, None on a CPU.
+        device: a CPU, or an NVIDIA GPU.
     """
-    if capability is None:
+    if device.kind == "cpu":
         return "it has no CPU kernels for ModelOpt's formats"
-    subject = Subject(config, folder, capability)
+    subject = Subject(config, folder, device)
     return next((fault for rule in RULES if (fault := rule(subject)) is not None), None)
 
 
@@ -129,11 +130,11 @@ def _algorithm(subject: Subject) -> str | None:
     capability = SCHEMES[algo].stock_capability
     if capability is None:
         return f"it does not serve {algo} as ModelOpt exports it"
-    return f"it serves {algo} rightly from SM{capability} on" if subject.capability < capability else None
+    return f"it serves {algo} rightly from SM{capability} on" if subject.gpu.before(capability) else None
 
 
 def _fp8_experts(subject: Subject) -> str | None:
-    if not subject.is_mix or subject.capability >= FP8_EXPERTS_CAPABILITY:
+    if not subject.is_mix or subject.gpu.at_least(FP8_EXPERTS_CAPABILITY):
         return None
     layers = subject.config.quantized_layers.items()
     found = any(layer.algo == "FP8" and ".experts" in f".{name}" for name, layer in layers)

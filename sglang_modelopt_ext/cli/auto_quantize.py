@@ -6,12 +6,13 @@ import argparse
 from pathlib import Path
 
 from sglang_modelopt_ext.cli.command import Command, Result
+from sglang_modelopt_ext.device import NAMED, Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.solve import METHODS
 from sglang_modelopt_ext.workflow.autoquant.state import FILE_NAME, UNQUANTIZED, Report
 from sglang_modelopt_ext.workflow.autoquant.state import Result as Solved
 
-GPUS = ("sm80", "sm89", "sm90", "sm100", "sm103", "sm120", "cpu")
+GPUS = [device.flag for device in NAMED]
 _FIXED = (
     "formats",
     "method",
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace) -> AutoQuantized:
             **{name: value for name, value in texts.items() if value is not None},
         ),
         method=args.method or "gradient",
-        gpu=args.gpu,
+        gpu=None if args.gpu is None else Device.parse(args.gpu),
         lm_head=args.lm_head or "excluded",
         excluded=tuple(args.exclude or ()),
         loss_scale=args.loss_scale,

@@ -6,9 +6,9 @@ import argparse
 import json
 
 from sglang_modelopt_ext.cli.command import Command, Result
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.workflow.common.formatting import format_bytes, format_columns
 from sglang_modelopt_ext.workflow.common.models import find_folder
-from sglang_modelopt_ext.workflow.common.target import find_target
 from sglang_modelopt_ext.workflow.inspect.run import Contents, LayerGroup, inspect_checkpoint
 
 
@@ -159,7 +159,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> InspectResult:
     """Inspect the checkpoint."""
-    target = find_target(args.gpu)
+    target = Device.here() if args.gpu is None else Device.parse(args.gpu)
     folder = find_folder(args.checkpoint, "CHECKPOINT")
     contents = inspect_checkpoint(
         folder, target, each_layer=args.layers, scales=args.scales, rehearse=not args.headers_only

@@ -13,9 +13,9 @@ from sglang_modelopt_ext.cli.serving import (
     server_arguments,
     text_windows,
 )
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.workflow.common.formatting import format_columns
 from sglang_modelopt_ext.workflow.common.models import find_folder, served_dtype
-from sglang_modelopt_ext.workflow.common.target import find_target
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.server.client import ServerClient
 from sglang_modelopt_ext.workflow.server.process import ServerProcess
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> VerifyResult:
     """Query a server and compare its answers."""
-    target = find_target(args.gpu)
+    target = Device.here() if args.gpu is None else Device.parse(args.gpu)
     folder = find_folder(args.checkpoint, "CHECKPOINT")
     base = find_folder(args.base, "--base") if args.base else None
     # Report bad input before a server is started.

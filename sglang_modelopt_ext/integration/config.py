@@ -15,7 +15,7 @@ from sglang_modelopt_ext.backends.select import rounds_fp4
 from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, ExpertLayer
 from sglang_modelopt_ext.checkpoint.kv_cache import STOCK_FLAGS
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
-from sglang_modelopt_ext.checkpoint.ownership import gpu_capability, owned_family
+from sglang_modelopt_ext.checkpoint.ownership import owned_family
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
     QUANT_CONFIG_NAME,
@@ -33,6 +33,7 @@ from sglang_modelopt_ext.checkpoint.reader import (
 from sglang_modelopt_ext.checkpoint.unserved import read_for_serving
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.devices import server_device
 from sglang_modelopt_ext.integration.folders import config_folder, weights_folder
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
@@ -241,7 +242,7 @@ def expert_names(prefix: str) -> list[str]:
 def _verify_quantization(original: Callable[..., None], self: ModelConfig) -> None:
     folder = config_folder(self.model_path, self.revision)
     flag = self.quantization.lower() if self.quantization else None
-    owned = owned_family(folder, flag, gpu_capability()) if folder is not None else None
+    owned = owned_family(folder, flag, server_device()) if folder is not None else None
     if owned is None:
         return original(self)
     self.quantization = owned[0]
@@ -275,7 +276,7 @@ def _get_quant_config(
             "a format that bypasses the strict reader",
         )
     folder = config_folder(model_config.model_path, model_config.revision)
-    owned = owned_family(folder, model_config.quantization, gpu_capability()) if folder is not None else None
+    owned = owned_family(folder, model_config.quantization, server_device()) if folder is not None else None
     if owned is None:
         raise ModelOptExtError.at(
             model_config.model_path, "quant_algo", f"a checkpoint of {model_config.quantization}", "none"
@@ -297,9 +298,7 @@ def read_served(folder: Path, config: QuantConfig) -> Checkpoint:
     Raises:
         ModelOptExtError: the checkpoint is wrong or not supported.
     """
-    capability = gpu_capability()
-    device = "cpu" if capability is None else "cuda"
-    checkpoint, problems = read_for_serving(folder, config, rounds_fp4=rounds_fp4(device, capability))
+    checkpoint, problems = read_for_serving(folder, config, rounds_fp4=rounds_fp4(server_device()))
     if problems:
         raise problems[0]
     check_scalar_values(checkpoint)

@@ -20,10 +20,11 @@ from types import TracebackType
 from typing import Any
 
 from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS
-from sglang_modelopt_ext.checkpoint.ownership import Ownership, decide, gpu_capability
+from sglang_modelopt_ext.checkpoint.ownership import Ownership, decide
 from sglang_modelopt_ext.env import ERROR_FILE, SETTINGS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS, read_served
+from sglang_modelopt_ext.integration.devices import settle
 from sglang_modelopt_ext.integration.folders import config_folder
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
@@ -44,7 +45,8 @@ def preflight(server_args: Any) -> None:
     args = resolving_view(server_args)
     folder = config_folder(args.model_path, args.revision)
     flag = args.quantization.lower() if args.quantization else None
-    owner = decide(folder, flag, gpu_capability()) if folder is not None else Ownership(None)
+    device = settle(args)
+    owner = decide(folder, flag, device) if folder is not None else Ownership(None)
     report(owner)
     if owner.in_doubt and args.kv_cache_dtype not in KV_FLAGS:
         return  # all of it is left to SGLang; a KV cache of ours would still be checked

@@ -1,8 +1,8 @@
-"""What a product of a layer's experts computes, from the stored tensors of each to its rows. Needs no SGLang.
+"""One product of a layer's experts, from the stored tensors of each expert to the output rows. It needs no SGLang.
 
-Every expert keeps its own scales. Experts whose inputs are rounded alike (as ModelOpt exports gate and up) let a token be rounded
-once; else each pair of a token and an expert is rounded with that expert's scale. Gate and up share a product unless, in some
-expert, they round their input differently.
+Every expert keeps its own scales. Where all experts round their input with one scale (as ModelOpt exports gate and up), a token is
+rounded once; otherwise each pair of a token and an expert is rounded with that expert's scale. Gate and up share a product unless
+some expert rounds their inputs differently.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import torch
 
 from sglang_modelopt_ext.backends.base import PreparedWeight, ShardWeight, tensors_of, without_tensors
 from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
-from sglang_modelopt_ext.backends.select import expert_candidates, served_scheme
+from sglang_modelopt_ext.backends.select import expert_candidates, prepare_first, served_scheme
 from sglang_modelopt_ext.backends.self_test import check_expert_backend
 from sglang_modelopt_ext.backends.timings import gpu_of
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.linear import (
     INPUT_SCALE,
     Shard,
-    capability_of,
     check_blocks,
     group_shards,
     round_input,
-    say_once,
+    warn_once,
 )
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 
@@ -41,8 +41,8 @@ class ExpertGroup:
     Attributes:
         build: builds the prepared weight from its tensors, by field; see :class:`ShardGroup`.
         prepared: the layer's name of each tensor of the prepared weight, by field.
-        inputs: the layer's name of what is applied to the input, as present: ``input_scale`` and ``pre_quant_scale``.
-        each: the names among ``inputs`` whose tensor has a first dimension of experts, because they differ.
+        inputs: the layer's names of ``input_scale`` and ``pre_quant_scale``, those that are stored.
+        each: the names among ``inputs`` whose tensor has a first dimension of experts, because the experts differ in it.
     """
 
     build: Callable[..., PreparedWeight]
@@ -52,7 +52,7 @@ class ExpertGroup:
 
 
 class ExpertProduct:
-    """One of the products of a layer's experts, prepared; its tensors are parameters of the module it is prepared on.
+    """One product of a layer's experts; its prepared tensors are parameters of the module it is prepared on.
 
     Args:
         scheme: how its weights are quantized.
@@ -76,7 +76,7 @@ class ExpertProduct:
         self.math = math
         self.dtype = dtype
         self.rank_amax: Callable[[torch.Tensor], torch.Tensor] | None = None
-        """Where ranks hold slices of the same rows: the maximum over them."""
+        """The maximum over the ranks that hold slices of the same rows; None where a rank holds whole rows."""
         self.groups: tuple[ExpertGroup, ...] = ()
         self.backend: ExpertBackend | None = None
         self._operand = torch.float32
@@ -91,50 +91,56 @@ class ExpertProduct:
         top_k: int,
         backends: Sequence[ExpertBackend] | None = None,
     ) -> None:
-        """Prepares the stored experts with the first backend that can hold them, as parameters of ``layer``.
+        """Prepare the stored experts with the first backend that can serve them, as parameters of ``layer``.
 
         Args:
             layer: the module that will hold the tensors.
-            name: what their names start with.
-            experts: what is stored for each of this rank's experts.
+            name: the prefix of their names.
+            experts: the stored tensors of each of this rank's experts.
             n, k: output and input features of one expert, all shards together.
-            top_k: how many experts a token goes to.
-            backends: the backends to try, in order; None for those of the dispatch.
+            top_k: the number of experts that a token goes to.
+            backends: the backends to try, in order; None for :func:`expert_candidates`.
 
         Raises:
-            ModelOptExtError: a value is illegal, or no kernel takes the experts, with the reason of each.
+            ModelOptExtError: a value is illegal, or no backend serves the experts, with the reason of each.
         """
         for shards in experts:
             check_blocks(self.where, self.prefix, self.scheme, shards)
         device = experts[0][0]["weight"].device
         request = self.request(device, n, k, len(experts), top_k)
-        taking = expert_candidates(request, self.prefix) if backends is None else backends
+        chosen = expert_candidates(request, self.prefix) if backends is None else backends
         self.scheme = request.scheme
         names = [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
         members = _group_experts(experts, names)
-        reasons = []
-        for backend in taking:
-            try:
-                check_expert_backend(backend, request, device)
-                prepared = [backend.prepare(self._weights(experts, indices)) for indices in members]
-            except ValueError as error:
-                reasons.append(f"{backend.name}: {error}")
-                say_once(f"modelopt_ext: experts {request.scheme.describe()}: passed over {reasons[-1]}")
-                continue
-            self.backend, self._operand = backend, backend.operand(request)
-            self.groups = tuple(
-                self._register(layer, f"{name}_{backend.name}_{indices[0]}_", tensors, experts, indices[0], names)
-                for indices, tensors in zip(members, prepared, strict=True)
-            )
-            return
-        expected = f"weights that a kernel with math {self.math} can hold"
-        raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
+
+        def prepare(backend: ExpertBackend) -> list[PreparedWeight]:
+            check_expert_backend(backend, request, device)
+            return [backend.prepare(self._weights(experts, indices)) for indices in members]
+
+        found, rejected = prepare_first(chosen, prepare)
+        for reason in rejected:
+            warn_once(f"modelopt_ext: experts {request.scheme.describe()}: rejected {reason}")
+        if found is None:
+            expected = f"weights that a kernel with math {self.math} can hold"
+            raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(rejected))
+        self.backend, prepared = found
+        self._operand = self.backend.operand(request)
+        self.groups = tuple(
+            self._register(layer, f"{name}_{self.backend.name}_{indices[0]}_", weight, experts, indices[0], names)
+            for indices, weight in zip(members, prepared, strict=True)
+        )
 
     def request(self, device: torch.device, n: int, k: int, experts: int, top_k: int) -> ExpertRequest:
-        """What the dispatch is asked for ``experts`` experts on ``device``; the rest as :meth:`prepare` has it."""
-        capability = capability_of(device)
-        scheme = served_scheme(self.scheme, device.type, capability)
-        sizes = (scheme, device.type, capability, n, k, self.math, self.dtype)
+        """Return the request that backends are selected for.
+
+        Args:
+            device: where the experts are.
+            n, k: output and input features of one expert, all shards together.
+            experts: the number of experts that this rank holds.
+            top_k: the number of experts that a token goes to.
+        """
+        target = Device.of(device)
+        sizes = (served_scheme(self.scheme, target), target, n, k, self.math, self.dtype)
         return ExpertRequest(*sizes, gpu=gpu_of(device), experts=experts, top_k=top_k)
 
     def _weights(self, experts: Sequence[ExpertShards], indices: Sequence[int]) -> list[list[ShardWeight]]:
@@ -168,7 +174,7 @@ class ExpertProduct:
         )
 
     def release(self, layer: torch.nn.Module) -> None:
-        """Takes the prepared tensors off ``layer`` again."""
+        """Remove the prepared tensors from ``layer``."""
         for group in self.groups:
             for name in (*group.prepared.values(), *group.inputs.values()):
                 delattr(layer, name)
@@ -182,14 +188,14 @@ class ExpertProduct:
         out_dtype: torch.dtype,
         weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Every row times the weights of its expert.
+        """Multiply every row by the weights of its expert.
 
         Args:
             layer: the module the product was prepared on.
             x: ``[T, K]``, one input for all choices of a token, or ``[R, K]``, one for each.
             routing: which expert serves which of the ``R = T * top_k`` rows.
             out_dtype: the type of the result, rounded to once.
-            weights: float32 ``[R, 1]``, multiplied to the rows of the result.
+            weights: float32 ``[R, 1]`` that the rows of the result are multiplied by; None for ones.
 
         Returns:
             ``[R, N]``; zero where no expert of this rank serves the row.
@@ -212,7 +218,7 @@ class ExpertProduct:
         inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
         if group.each:
             x = _for_rows(x, routing)
-            # Rows without an expert of this rank borrow the first one's numbers; their outputs are zero.
+            # Rows with an invalid expert use the first expert's scales; their outputs are zero.
             chosen = routing.experts.clamp(min=0).long()
             for name in group.each:
                 rows = inputs[name][chosen]
@@ -228,12 +234,12 @@ class ExpertProduct:
 
 
 def _for_rows(tensor: torch.Tensor, routing: Routing) -> torch.Tensor:
-    """``[T, ...]`` repeated to ``[R, ...]``; what has a row for each already stays as it is."""
+    """Repeat ``[T, ...]`` to ``[R, ...]``, a token's row for each of its choices; return a tensor of R rows as it is."""
     return tensor if tensor.shape[0] == routing.rows else tensor.repeat_interleave(routing.top_k, dim=0)
 
 
 def _group_experts(experts: Sequence[ExpertShards], names: Sequence[str]) -> list[list[int]]:
-    """Indices of the shards that share a product: as :func:`group_shards` has it, if it has it alike for every expert."""
+    """Return the indices of the shards that share a product: :func:`group_shards` where all experts agree, else each alone."""
     first = group_shards(experts[0], names)
     if all(group_shards(shards, names) == first for shards in experts):
         return first

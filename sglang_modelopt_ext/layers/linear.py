@@ -24,10 +24,11 @@ from sglang_modelopt_ext.backends.base import (
     tensors_of,
     without_tensors,
 )
-from sglang_modelopt_ext.backends.select import candidates, served_scheme
+from sglang_modelopt_ext.backends.select import candidates, prepare_first, served_scheme
 from sglang_modelopt_ext.backends.self_test import check_backend
 from sglang_modelopt_ext.backends.timings import gpu_of
 from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
@@ -131,7 +132,7 @@ class LinearProduct:
         """
         check_blocks(self.where, self.prefix, self.scheme, shards)
         request = self.request(shards[0]["weight"].device, n, k, vocabulary)
-        taking = candidates(request, self.prefix) if backends is None else backends
+        chosen = candidates(request, self.prefix) if backends is None else backends
         self.scheme = request.scheme
         self._input_names = (
             [PRE_QUANT_SCALE.name] if self.scheme.activation is None else [INPUT_SCALE, PRE_QUANT_SCALE.name]
@@ -140,30 +141,29 @@ class LinearProduct:
         weights = [
             [ShardWeight(self.scheme.weight, shards[index], self.math) for index in indices] for indices in members
         ]
-        reasons = []
-        for backend in taking:
-            try:
-                check_backend(backend, request, shards[0]["weight"].device)
-                prepared = [backend.prepare(group) for group in weights]
-            except ValueError as error:
-                reasons.append(f"{backend.name}: {error}")
-                say_once(f"modelopt_ext: {request.scheme.describe()}: passed over {reasons[-1]}")
-                continue
-            self._backend, self._operand = backend, backend.operand(request)
-            self.groups = tuple(
-                self._register(layer, [shards[index] for index in indices], indices[0], tensors)
-                for indices, tensors in zip(members, prepared, strict=True)
-            )
-            return
-        expected = f"weights that a kernel with math {self.math} can hold"
-        raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(reasons))
+
+        def prepare(backend: Backend) -> list[PreparedWeight]:
+            check_backend(backend, request, shards[0]["weight"].device)
+            return [backend.prepare(group) for group in weights]
+
+        found, rejected = prepare_first(chosen, prepare)
+        for reason in rejected:
+            warn_once(f"modelopt_ext: {request.scheme.describe()}: rejected {reason}")
+        if found is None:
+            expected = f"weights that a kernel with math {self.math} can hold"
+            raise ModelOptExtError.at(self.where, f"{self.prefix}.weight", expected, "; ".join(rejected))
+        self._backend, prepared = found
+        self._operand = self._backend.operand(request)
+        self.groups = tuple(
+            self._register(layer, [shards[index] for index in indices], indices[0], weight)
+            for indices, weight in zip(members, prepared, strict=True)
+        )
 
     def request(self, device: torch.device, n: int, k: int, vocabulary: bool = False) -> LinearRequest:
         """Return the request to the dispatch for the layer on ``device``, of ``n`` outputs and ``k`` inputs."""
-        capability = capability_of(device)
-        scheme = served_scheme(self.scheme, device.type, capability)
-        gpu = gpu_of(device)
-        return LinearRequest(scheme, device.type, capability, n, k, self.math, self.dtype, vocabulary, gpu)
+        target = Device.of(device)
+        scheme = served_scheme(self.scheme, target)
+        return LinearRequest(scheme, target, n, k, self.math, self.dtype, vocabulary, gpu_of(device))
 
     def _register(
         self, layer: torch.nn.Module, shards: Sequence[Shard], first: int, weight: PreparedWeight
@@ -238,14 +238,6 @@ class LinearProduct:
         return self.backend.rows(self.groups[0].weight(layer), indices).to(self.dtype)
 
 
-def capability_of(device: torch.device) -> int | None:
-    """The compute capability times ten of a GPU, None of anything else."""
-    if device.type != "cuda":
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequence[Shard]) -> None:
     """Raise ModelOptExtError where a shard has a zero block scale over codes that are not."""
     for spec in scheme.tensors:
@@ -255,7 +247,7 @@ def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequen
 
 
 @functools.cache
-def say_once(message: str) -> None:
+def warn_once(message: str) -> None:
     """Log a warning, once in this process."""
     logger.warning(message)
 

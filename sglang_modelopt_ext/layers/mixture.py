@@ -1,4 +1,4 @@
-"""What a layer of experts computes from its input and its routing, once both of its products are prepared. Needs no SGLang."""
+"""The computation of a layer of experts from its input and routing, with both products prepared. It needs no SGLang."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Choices:
     """The experts of each token.
 
     Attributes:
-        numbers: integers ``[T, top_k]``: this rank's number of the expert, or :data:`NO_EXPERT`.
-        weights: floats ``[T, top_k]``.
-        weights_input: whether they are multiplied to what an expert reads (Llama 4) instead of to what it returns.
-        factor: what the sum over a token's experts is multiplied by, None for 1.
+        numbers: integers ``[T, top_k]``: this rank's index of the expert, or :data:`NO_EXPERT`.
+        weights: the router's weights, floats ``[T, top_k]``.
+        weights_input: whether the input of an expert is multiplied by its weight (Llama 4), instead of its output.
+        factor: the factor of the sum over a token's experts, None for 1.
     """
 
     numbers: torch.Tensor
@@ -32,14 +32,14 @@ class Choices:
 def mix(
     layer: torch.nn.Module, gate_up: ExpertProduct, down: ExpertProduct, x: torch.Tensor, choices: Choices
 ) -> torch.Tensor:
-    """``factor * sum_e w_e * down_e(silu(gate_e(x)) * up_e(x))`` ``[T, N]`` for ``x`` ``[T, K]``, in its type.
+    """Return ``factor * sum_e w_e * down_e(silu(gate_e(x)) * up_e(x))`` ``[T, N]`` for ``x`` ``[T, K]``, in its type.
 
-    Rounded to that type after gate and up, after their product, and at the end.
+    It is rounded to that type after gate and up, after their product, and at the end.
 
     Args:
         layer: the module both products were prepared on.
-        gate_up: gate above up.
-        down: what follows them.
+        gate_up: the first product, gate above up.
+        down: the second product.
         x: the input, float32, float16 or bf16.
         choices: its experts.
     """
@@ -54,7 +54,7 @@ def mix(
 
 
 def activate(h: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) * up`` for ``h = [gate, up]`` ``[R, 2 * I]``: ``[R, I]`` of its type, computed in float32, rounded once."""
+    """Return ``silu(gate) * up`` for ``h = [gate, up]`` ``[R, 2 * I]``: ``[R, I]`` of its type, in float32, rounded once."""
     if h.is_cuda:
         return swiglu(h)
     gate, up = h.chunk(2, dim=-1)
@@ -62,7 +62,7 @@ def activate(h: torch.Tensor) -> torch.Tensor:
 
 
 def add_choices(y: torch.Tensor, top_k: int, factor: float | None, out_dtype: torch.dtype) -> torch.Tensor:
-    """``factor`` times the sum of each token's ``top_k`` rows of float32 ``y`` ``[T * top_k, N]``, rounded once."""
+    """Return ``factor`` times the sum of each token's ``top_k`` rows of float32 ``y`` ``[T * top_k, N]``, rounded once."""
     if y.is_cuda:
         y = combine(y, top_k, None, out_dtype if factor is None else torch.float32)
     else:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from sglang_modelopt_ext.backends.timings import FORMAT, TuningFile, file_name, gpu_of, versions, write
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import TUNING
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.tuning.run import TOKENS, merge, tune
@@ -45,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
-        if not torch.cuda.is_available():
-            raise ModelOptExtError.at("tune", "device", "a CUDA GPU to measure on", "none")
+        device = Device.here()
+        if device.kind != "cuda":
+            raise ModelOptExtError.at("tune", "device", "an NVIDIA GPU to measure on", device.name)
         gpu = gpu_of(torch.device("cuda"))
         path = arguments.output or Path(file_name(gpu))
         if not path.parent.is_dir():

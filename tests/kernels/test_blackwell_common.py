@@ -9,8 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from sglang_modelopt_ext.backends.self_test import LEAST, MOST, TOKENS
-from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens, takes_tiles, tcgen05_product, tiles_of
+from sglang_modelopt_kernels.gemm.blackwell_common import takes_tiles, tcgen05_product, tiles_of
 from sglang_modelopt_kernels.gemm.blackwell_common.launch import describe_tiles, tma_objection
 from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, choose
 from sglang_modelopt_kernels.gemm.fp4_blackwell.linear import TILED_CONFIGS
@@ -97,15 +96,3 @@ def test_many_tokens_are_for_the_persistent_kernel(configs: tuple[KernelConfig, 
     config, split = choose(configs, 300, 1024, 8192, PROCESSORS)
     assert config is largest
     assert split > 1
-
-
-@EVERY
-def test_the_check_at_load_sees_every_configuration(configs: tuple[KernelConfig, ...]) -> None:
-    """A layer's proof on the device at hand: on a GPU also with so many tokens that a program takes a second tile."""
-    with mock.patch.object(LAUNCH, "machine", return_value=(100, PROCESSORS)):
-        for n in (LEAST, LEAST + 128, MOST):
-            more = persistent_tokens(configs, torch.device("cuda"), n)
-            assert {choose(configs, m, n, MOST, PROCESSORS)[0] for m in (*TOKENS, *more)} == set(configs)
-            rows = configs[-1].tiles(1, n)
-            assert PROCESSORS < configs[-1].tiles(more[0], n) <= PROCESSORS + rows
-    assert persistent_tokens(configs, torch.device("cpu"), LEAST) == ()

@@ -24,6 +24,7 @@ from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM, MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.layers.linear import LinearProduct, round_input
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B
@@ -163,7 +164,7 @@ def interpreted_errors(folder: Path) -> float:
     """Return the worst error of the block-scaled backend on an export's first fused layer, in Triton's interpreter."""
     _, linears, stored = next(layers_of(folder))
     backend, scheme = BlockScaled(), linears[0].scheme
-    request = LinearRequest(scheme, "cuda", 90, sum(linear.n for linear in linears), linears[0].k)
+    request = LinearRequest(scheme, Device.cuda(90), sum(linear.n for linear in linears), linears[0].k)
     assert backend.supports(request) is None
     prepared = backend.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
     x = torch.randn(3, linears[0].k, generator=torch.Generator().manual_seed(0)).to(torch.float8_e4m3fn)
@@ -179,7 +180,7 @@ def interpreted_fp4_errors(folder: Path) -> float:
     scheme, worst = linears[0].scheme, 0.0
     scale, smoothing = stored[0].get("input_scale"), stored[0].get("pre_quant_scale")
     for backend, capability, tokens in ((BlackwellFp4(), 100, 3), (BlackwellFp4(), 100, 70), (MmaFp4(), 120, 3)):
-        request = LinearRequest(scheme, "cuda", capability, sum(linear.n for linear in linears), linears[0].k)
+        request = LinearRequest(scheme, Device.cuda(capability), sum(linear.n for linear in linears), linears[0].k)
         assert backend.supports(request) is None
         prepared = backend.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
         x = torch.randn(tokens, linears[0].k, generator=torch.Generator().manual_seed(0))
@@ -196,7 +197,7 @@ def interpreted_byte_errors(folder: Path) -> float:
     """Return the worst errors of the 8-bit backend in the interpreter, on rounded activations, against float64."""
     _, linears, stored = next(layers_of(folder))
     backend, scheme = EightBit(), linears[0].scheme
-    request = LinearRequest(scheme, "cuda", 80, sum(linear.n for linear in linears), linears[0].k)
+    request = LinearRequest(scheme, Device.cuda(80), sum(linear.n for linear in linears), linears[0].k)
     assert backend.supports(request) is None
     prepared = backend.prepare([ShardWeight(scheme.weight, shard) for shard in stored])
     x = torch.randn(3, linears[0].k, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)

@@ -17,6 +17,7 @@ from sglang.srt.model_loader import weight_utils
 from transformers import PretrainedConfig
 
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.integration import config
 from sglang_modelopt_ext.schemes.table import FAMILIES
 
@@ -45,13 +46,13 @@ class Decision:
 
 
 @contextmanager
-def gpu(capability: int) -> Iterator[None]:
-    """Make detection see a GPU of that capability while the block runs."""
-    pair = divmod(capability, 10)
+def gpu(device: Device) -> Iterator[None]:
+    """Make detection see that GPU while the block runs."""
+    pair = divmod(device.capability or 0, 10)
     with (
         patch.object(quantization, "cpu_has_amx_support", lambda: False),
         patch("sglang.srt.layers.quantization.moe_wna16.get_device_capability", lambda: pair),
-        patch.object(config, "gpu_capability", lambda: capability),
+        patch.object(config, "server_device", lambda: device),
     ):
         yield
 
@@ -64,7 +65,7 @@ def _model_config(folder: Path, flag: str | None) -> Any:
     return found
 
 
-def _decide(folder: Path, flag: str | None, capability: int, verify: Any, read: Any) -> Decision:
+def _decide(folder: Path, flag: str | None, device: Device, verify: Any, read: Any) -> Decision:
     model_config = _model_config(folder, flag)
     try:
         verify(model_config)
@@ -75,18 +76,18 @@ def _decide(folder: Path, flag: str | None, capability: int, verify: Any, read: 
         return Decision(REFUSED, f"{type(error).__name__}: {error}")
     if found is None:
         return Decision(UNQUANTIZED)
-    if found.get_min_capability() > capability:
+    if device.before(found.get_min_capability()):
         return Decision(REFUSED, f"{found.get_name()} from SM{found.get_min_capability()} on")
     return Decision(model_config.quantization, type(found).__name__)
 
 
-def without_plugin(folder: Path, flag: str | None, capability: int) -> Decision:
+def without_plugin(folder: Path, flag: str | None, device: Device) -> Decision:
     """Return SGLang's own decision about the checkpoint."""
-    with gpu(capability):
-        return _decide(folder, flag, capability, ModelConfig._verify_quantization, weight_utils.get_quant_config)
+    with gpu(device):
+        return _decide(folder, flag, device, ModelConfig._verify_quantization, weight_utils.get_quant_config)
 
 
-def with_plugin(folder: Path, flag: str | None, capability: int) -> Decision:
+def with_plugin(folder: Path, flag: str | None, device: Device) -> Decision:
     """Return SGLang's decision under the hooks of this package."""
     stock_verify, stock_read = ModelConfig._verify_quantization, weight_utils.get_quant_config
     methods = {**quantization.QUANTIZATION_METHODS, **dict.fromkeys(FAMILIES, config.ModelOptExtConfig)}
@@ -97,5 +98,5 @@ def with_plugin(folder: Path, flag: str | None, capability: int) -> Decision:
     def read(*args: Any) -> Any:
         return config._get_quant_config(stock_read, *args)
 
-    with gpu(capability), patch.dict(quantization.QUANTIZATION_METHODS, methods):
-        return _decide(folder, flag, capability, verify, read)
+    with gpu(device), patch.dict(quantization.QUANTIZATION_METHODS, methods):
+        return _decide(folder, flag, device, verify, read)

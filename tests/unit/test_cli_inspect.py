@@ -18,8 +18,8 @@ from safetensors import safe_open
 
 from sglang_modelopt_ext.backends.select import BACKENDS
 from sglang_modelopt_ext.cli.main import main
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
-from sglang_modelopt_ext.workflow.common.target import find_target
 from sglang_modelopt_ext.workflow.inspect.loading import rehearse_loading
 from sglang_modelopt_ext.workflow.inspect.run import _joined_name
 from tests.layers.test_recipes import mixed_checkpoint
@@ -91,6 +91,16 @@ def test_targets(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
         assert list(reasons) == asked[: asked.index("triton_block_scaled")], "what dispatch asks first"
     mxfp4 = inspect(capsys, export(model_dir(TinyModel("llama")), "W4A8_MXFP4_FP8_CFG"), "--gpu", "sm100")
     assert {group["kernel"] for group in mxfp4["layers"]} == {"triton_mxfp4_tcgen05"}
+
+
+def test_another_accelerator(capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of this package serves there, and no flag makes it."""
+    monkeypatch.setattr(Device, "here", lambda: Device.other("rocm"))
+    found = inspect(capsys, folder)
+    why = "this package has no kernels for rocm"
+    serving = {name: found["serving"][name] for name in ("target", "owner", "flags", "why")}
+    assert serving == {"target": "rocm", "owner": "SGLang", "flags": [], "why": why}
+    assert (found["problems"], {group["kernel"] for group in found["layers"]}) == ([], {None})
 
 
 def test_what_is_left_to_sglang(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -342,7 +352,7 @@ def test_it_never_says_loads_unchecked(capsys: pytest.CaptureFixture[str], folde
 
 def test_a_missing_sglang_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    found = rehearse_loading(folder, find_target("cpu"), stock_kv_cache=False)
+    found = rehearse_loading(folder, Device.cpu(), stock_kv_cache=False)
     assert (found.checked, found.loads, found.why_not) == (False, False, "SGLang is not installed")
 
 

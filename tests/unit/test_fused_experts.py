@@ -27,6 +27,7 @@ from sglang_modelopt_ext.backends.experts.flashinfer import (
 )
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
 from sglang_modelopt_ext.backends.select import EXPERT_BACKENDS, FUSED_BACKENDS, expert_candidates, fused_candidates
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import EXPERTS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.experts import ExpertProduct
@@ -66,7 +67,7 @@ def asked_for(
     weights_input = fields.pop("weights_input", False)
     arguments = {"packages": packages.VERSIONS, "experts": COUNT, "top_k": TOP_K} | fields
     scheme = arguments.pop("scheme", scheme_of(algo))
-    gate_up = ExpertRequest(scheme, "cuda", capability, 2 * inner, hidden, **arguments)
+    gate_up = ExpertRequest(scheme, Device.cuda(capability), 2 * inner, hidden, **arguments)
     return FusedRequest(gate_up, dataclasses.replace(gate_up, n=hidden, k=inner), weights_input)
 
 

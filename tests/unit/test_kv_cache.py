@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
 from sglang_modelopt_ext.integration.kv.layers import check_sinks, local_heads, rank_layers
@@ -194,6 +194,7 @@ def test_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.server_args import ServerArgs
 
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
     args = ServerArgs(model_path=str(kv_export(recipe)), device="cuda")
     kv_hooks.declare(args)
     view = resolving_view(args)
@@ -204,29 +205,35 @@ def test_on_a_gpu(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert (view.kv_cache_dtype, view.attention_backend) == (f"modelopt_{exported}", "triton")
 
 
-def test_sglangs_nvfp4_cache_is_its_own_on_a_gpu() -> None:
+def test_sglangs_nvfp4_cache_is_its_own_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """``--kv-cache-dtype nvfp4`` stays as it is; SGLang says which GPUs it is for. On a CPU it is ours."""
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.server_args import ServerArgs
 
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
     for device, expected in (("cuda", "nvfp4"), ("cpu", "modelopt_nvfp4")):
         args = ServerArgs(model_path=str(kv_export("nvfp4")), device=device, kv_cache_dtype="nvfp4")
         kv_hooks.declare(args)
         assert resolving_view(args).kv_cache_dtype == expected
 
 
-def test_our_name_of_sglangs_cache_on_a_gpu() -> None:
+def test_our_name_of_sglangs_cache_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.server_args import ServerArgs
 
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
     args = ServerArgs(model_path=str(model_dir(TinyModel())), device="cuda", kv_cache_dtype="modelopt_fp8")
     kv_hooks.declare(args)
     assert resolving_view(args).kv_cache_dtype == "fp8_e4m3"
 
 
-def test_other_devices_are_refused(tmp_path: Path) -> None:
+def test_on_other_accelerators_a_cache_of_ours_is_refused_and_any_other_is_sglangs() -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.server_args import ServerArgs
 
-    args = ServerArgs(model_path=str(kv_export("nvfp4")), device="xpu")
-    with pytest.raises(ModelOptExtError, match="--device: expected cuda or cpu for a quantized KV cache, got xpu"):
-        kv_hooks.declare(args)
+    fields = {"model_path": str(kv_export("nvfp4")), "device": "xpu"}
+    args = ServerArgs(**fields)
+    kv_hooks.declare(args)
+    assert (resolving_view(args).kv_cache_dtype, resolving_view(args).attention_backend) == ("auto", None)
+    with pytest.raises(ModelOptExtError, match=r"--device: expected cuda \(NVIDIA\) or cpu with .*_nvfp4, got xpu"):
+        kv_hooks.declare(ServerArgs(**fields, kv_cache_dtype="modelopt_nvfp4"))

@@ -17,6 +17,7 @@ pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
 from sglang_modelopt_ext.integration.kv import scales as kv_scales
@@ -193,6 +194,7 @@ class Runtime:
         for module in (context, loader):
             monkeypatch.setattr(module, "get_model", lambda: self.model)
             monkeypatch.setattr(module, "get_server_args", lambda: self.args)
+        monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
 
     def start(self, model_path: Path | str, flag: str = "auto", **fields: Any) -> None:
         """Resolve the arguments of a server on a GPU, like the launching process."""
@@ -317,10 +319,10 @@ def test_files_that_are_not_read_here(runtime: Runtime, tmp_path: Path) -> None:
 def test_an_algorithm_nobody_knows(runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang handles it in its own checkpoints; in one of ours it is rejected."""
     folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="INT8")
-    monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: 90)
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
     runtime.start(folder)
     assert runtime.model.kv_cache_dtype == "auto"
-    monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: None)
+    monkeypatch.setattr(Device, "here", lambda: Device.cpu())
     with pytest.raises(ModelOptExtError, match="kv_cache_quant_algo: expected null or one of FP8"):
         runtime.start(folder)
 
@@ -330,7 +332,7 @@ def test_an_obstacle_to_a_cache_of_ours_leaves_sglangs_checkpoints_to_it(
 ) -> None:
     """It serves NVFP4 caches unrounded under ``auto``, with features that a cache of ours has none of."""
     folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="NVFP4")
-    monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: 90)
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
     runtime.start(folder, enable_hierarchical_cache=True)
     assert runtime.model.kv_cache_dtype == "auto"
     assert runtime.load(text_model(), folder, weights(folder)) == plain_names(folder)
@@ -358,7 +360,7 @@ def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
     """Under ``auto``, where SGLang serves the weights; and refused, before any process starts, where the cache was asked for."""
     tensors = layers("model.layers.{}.self_attn", (0, 1))
     folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", **HYBRID[kind])
-    monkeypatch.setattr(kv_hooks, "gpu_capability", lambda: 90)
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
     runtime.start(folder)
     assert runtime.model.kv_cache_dtype == "auto"
     # Plain attention has one.

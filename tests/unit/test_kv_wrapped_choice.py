@@ -14,6 +14,7 @@ pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
 from sglang_modelopt_ext.integration.kv import wrapped
@@ -26,10 +27,11 @@ TRT, FLASH = "trtllm_mha", "flashinfer"
 
 
 @pytest.fixture(autouse=True)
-def _blackwell() -> Iterator[None]:
-    """Make SGLang see a Blackwell GPU; there is none here."""
+def _blackwell(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Make SGLang and this package see a Blackwell GPU; there is none here."""
     from sglang.srt.runtime_context import override_platform
 
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(100))
     with override_platform(is_sm100=True):
         yield
 

@@ -36,6 +36,7 @@ from sglang_modelopt_ext.backends.linear.weight_only import blocks_of_16
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.layers.linear import LinearProduct
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, UMBRELLA
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
@@ -151,7 +152,7 @@ def asked(scheme: Scheme, capability: int, activation: str | None = None, **fiel
     chosen = ACTIVATION_FORMATS[activation] if activation else scheme.activation_format()
     layer = LayerScheme(scheme.algo, WEIGHT_FORMATS[scheme.weights[0]], chosen)
     arguments = {"n": 4096, "k": 4096, "packages": packages.VERSIONS} | fields
-    return LinearRequest(layer, "cuda", capability, **arguments)
+    return LinearRequest(layer, Device.cuda(capability), **arguments)
 
 
 @pytest.mark.parametrize("activation", [None, *ACTIVATION_FORMATS])

@@ -17,6 +17,7 @@ from sglang_modelopt_ext.backends.base import Backend, BlockBackend, LinearReque
 from sglang_modelopt_ext.backends.linear.flashinfer import FlashInferFp4, FlashInferMxfp8, FlashInferSvdquant
 from sglang_modelopt_ext.backends.linear.humming import Humming
 from sglang_modelopt_ext.backends.linear.weight_only import FlashInferWeightOnly, QuackWeightOnly
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.linear import LinearProduct
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, LayerScheme
@@ -48,7 +49,7 @@ def asked_for(algo: str, weight: str | None = None, capability: int = 100, **fie
         low_rank=fields.pop("low_rank", 0),
     )
     arguments = {"n": 128, "k": 512, "packages": packages.VERSIONS} | fields
-    return LinearRequest(layer, "cuda", capability, **arguments)
+    return LinearRequest(layer, Device.cuda(capability), **arguments)
 
 
 CASES = [

@@ -13,6 +13,7 @@ from sglang_modelopt_ext.backends.linear.mxfp4_blackwell import BlackwellMxfp4, 
 from sglang_modelopt_ext.backends.linear.mxfp4_hopper import FoldedMxfp4
 from sglang_modelopt_ext.backends.packages import VERSIONS
 from sglang_modelopt_ext.backends.select import BACKENDS, candidates, served_scheme
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, GEMM
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
@@ -50,9 +51,9 @@ def request(algo: str, capability: int | None = 90, weight: str | None = None, *
     layer = LayerScheme(
         algo, WEIGHT_FORMATS[weight or scheme.weights[0]], scheme.activation_format(), low_rank=low_rank
     )
-    device = "cpu" if capability is None else "cuda"
+    device = Device.cpu() if capability is None else Device.cuda(capability)
     arguments = {"n": 4096, "k": 4096, "packages": {}} | fields
-    return LinearRequest(served_scheme(layer, device, capability), device, capability, **arguments)  # type: ignore[arg-type]
+    return LinearRequest(served_scheme(layer, device), device, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("capability", [None, 80, 89, 90, 100, 103, 120])
@@ -314,8 +315,7 @@ def test_fp4_keeps_the_scales_of_its_shards() -> None:
 
 
 def test_every_reason_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    impossible = request("FP8", None)
-    object.__setattr__(impossible, "device", "xpu")
+    impossible = dataclasses.replace(request("FP8", None), target=Device.other("xpu"))
     with pytest.raises(ModelOptExtError) as caught:
         candidates(impossible, "layer")
     assert all(backend.name in str(caught.value) for backend in BACKENDS)

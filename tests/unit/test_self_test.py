@@ -19,6 +19,7 @@ from sglang_modelopt_ext.backends.experts.base import ExpertRequest, ReferenceEx
 from sglang_modelopt_ext.backends.linear.dense import Dense, DenseWeight
 from sglang_modelopt_ext.backends.linear.eight_bit import EightBit
 from sglang_modelopt_ext.backends.linear.fp4 import MmaFp4
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.experts import ExpertProduct
 from sglang_modelopt_ext.layers.linear import LinearProduct
@@ -53,7 +54,7 @@ class Blocks(MmaFp4):
         self.wrong = wrong
 
     def objection(self, request: LinearRequest) -> str | None:
-        return super().objection(dataclasses.replace(request, device="cuda", capability=120))
+        return super().objection(dataclasses.replace(request, target=Device.cuda(120)))
 
     def matmul_blocks(self, prepared, x, bias, out_dtype):  # type: ignore[no-untyped-def, override]
         scale = prepared.block_scale.roll(1, dims=1) if self.wrong else prepared.block_scale
@@ -97,7 +98,7 @@ def forget() -> Iterator[None]:
 
 def request(algo: str, weight: str) -> LinearRequest:
     layer = LayerScheme(algo, WEIGHT_FORMATS[weight], SCHEMES[algo].activation_format())
-    return LinearRequest(layer, "cpu", None, 64, 256, dtype=torch.float32)
+    return LinearRequest(layer, Device.cpu(), 64, 256, dtype=torch.float32)
 
 
 @pytest.mark.parametrize(("algo", "weight"), [(row.algo, weight) for row in SCHEMES.values() for weight in row.weights])
@@ -122,12 +123,10 @@ def check_bytes(wrong: bool) -> list[str]:
             return prepared
 
         backend.prepare = negated  # type: ignore[method-assign]
-    self_test.TOKENS = (1, 24)
+    backend.check_tokens = lambda prepared, request: (1, 24)  # type: ignore[method-assign]
     for algo in BYTES:
         for dtype in (torch.bfloat16, torch.float16):
-            asked = dataclasses.replace(
-                request(algo, SCHEMES[algo].weights[0]), device="cuda", capability=80, dtype=dtype
-            )
+            asked = dataclasses.replace(request(algo, SCHEMES[algo].weights[0]), target=Device.cuda(80), dtype=dtype)
             assert backend.supports(asked) is None
             try:
                 self_test.check_backend(backend, asked, torch.device("cpu"))
@@ -236,7 +235,7 @@ def test_block_scales_of_every_size() -> None:
     seen: list[torch.Tensor] = []
 
     class Looking(Dense):
-        def prepare(self, shards: Sequence[ShardWeight]) -> dict[str, torch.Tensor]:
+        def prepare(self, shards: Sequence[ShardWeight]) -> DenseWeight:
             seen.append(shards[0].tensors["weight_scale"].float())
             return super().prepare(shards)
 
@@ -252,7 +251,7 @@ def test_the_next_backend_serves(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     monkeypatch.setattr(select, "BACKENDS", (Wrong(2.0), right))
     product.prepare(torch.nn.Module(), [stored], 64, 256)
     assert product.backend is right
-    assert ["passed over wrong: is wrong on cpu" in message for message in caplog.messages] == [True]
+    assert ["rejected wrong: is wrong on cpu" in message for message in caplog.messages] == [True]
     monkeypatch.setattr(select, "BACKENDS", (Wrong(2.0), Broken(torch.float32, ("cpu",))))
     other = LinearProduct(request("FP8", "fp8").scheme, "folder", "layer", dtype=torch.float32)
     with pytest.raises(
@@ -272,7 +271,7 @@ def test_a_lack_of_memory_is_no_fault_of_a_backend(monkeypatch: pytest.MonkeyPat
 
 def expert_request(algo: str, weight: str) -> ExpertRequest:
     layer = LayerScheme(algo, WEIGHT_FORMATS[weight], SCHEMES[algo].activation_format())
-    return ExpertRequest(layer, "cpu", None, 64, 256, dtype=torch.float32, experts=2, top_k=1)
+    return ExpertRequest(layer, Device.cpu(), 64, 256, dtype=torch.float32, experts=2, top_k=1)
 
 
 @pytest.mark.parametrize(("algo", "weight"), [(row.algo, weight) for row in SCHEMES.values() for weight in row.weights])
@@ -334,7 +333,7 @@ def test_a_racing_kernel_does_not_get_a_layer(sizes: tuple[int, int], monkeypatc
     tile = importlib.import_module("sglang_modelopt_kernels.gemm.common.launch")
 
     layer = LayerScheme("W4A8_NVFP4_FP8", WEIGHT_FORMATS["nvfp4_w4a8"], SCHEMES["W4A8_NVFP4_FP8"].activation_format())
-    asked, device = LinearRequest(layer, "cuda", 90, *sizes), torch.device("cuda", 0)
+    asked, device = LinearRequest(layer, Device.cuda(90), *sizes), torch.device("cuda", 0)
     self_test.check_backend(BlockScaled(), asked, device)
     self_test._passed.clear()
     monkeypatch.setattr(launch, "needs_drain", lambda x: False)

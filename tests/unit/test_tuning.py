@@ -19,6 +19,7 @@ from sglang_modelopt_ext.backends.base import LinearRequest
 from sglang_modelopt_ext.backends.linear.dense import Dense
 from sglang_modelopt_ext.backends.timings import FORMAT, LayerKey, Result, TuningFile, key_of
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, read_checkpoint
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import GEMM, TUNING
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.linear import LinearProduct
@@ -166,7 +167,7 @@ def test_a_wrong_backend_is_not_timed(checkpoint: Checkpoint) -> None:
 def asked(**fields: object) -> LinearRequest:
     scheme = SCHEMES["FP8"]
     layer = LayerScheme("FP8", WEIGHT_FORMATS["fp8"], scheme.activation_format())
-    return LinearRequest(layer, "cpu", None, **({"n": 64, "k": 256, "gpu": "cpu"} | fields))  # type: ignore[arg-type]
+    return LinearRequest(layer, Device.cpu(), **({"n": 64, "k": 256, "gpu": "cpu"} | fields))  # type: ignore[arg-type]
 
 
 def a_file(us: dict[str, list[float]], **fields: object) -> TuningFile:
@@ -249,7 +250,9 @@ def test_shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_shipped_is_readable() -> None:
-    for path in timings.SHIPPED.glob("*.json"):
+    paths = list(timings.SHIPPED.glob("*.json"))
+    assert paths
+    for path in paths:
         assert timings.read(path).results
 
 
@@ -310,9 +313,8 @@ def test_keys_tell_layers_apart() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], checkpoint: Checkpoint) -> None:
     if not torch.cuda.is_available():
         assert tune.main(["--model", str(checkpoint.folder)]) == 1
-        assert (
-            capsys.readouterr().err == "ModelOptExtError: tune: device: expected a CUDA GPU to measure on, got none\n"
-        )
+        expected = "ModelOptExtError: tune: device: expected an NVIDIA GPU to measure on, got CPU\n"
+        assert capsys.readouterr().err == expected
     for tokens in ("0", "1,1", "x"):
         with pytest.raises(SystemExit):
             tune.main(["--model", "x", "--tokens", tokens])

@@ -9,9 +9,9 @@ import torch
 
 from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS, MXFP4_ACTIVATIONS, W4A8_MATH
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.target import Target
 from sglang_modelopt_ext.workflow.verify.reference import ReferenceModel
 from tests.layers.test_recipes import RECIPES, mixed_checkpoint
 from tests.serving.checks import FP32_MEDIAN, SHORT_PROMPTS
@@ -122,10 +122,10 @@ def test_math_fp8(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fp4_activations_are_those_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = export(model_dir(TinyModel("llama")), "NVFP4_DEFAULT_CFG")
-    found = apart(ReferenceModel(folder, target=Target(90)), Reference(folder, activation="none"))
+    found = apart(ReferenceModel(folder, target=Device.cuda(90)), Reference(folder, activation="none"))
     assert found.median < FP32_MEDIAN, str(found)
     monkeypatch.setenv(FP4_ACTIVATIONS.variable, "round")
-    found = apart(ReferenceModel(folder, target=Target(90)), Reference(folder))
+    found = apart(ReferenceModel(folder, target=Device.cuda(90)), Reference(folder))
     assert found.median < FP32_MEDIAN, str(found)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_modelopt_ext.workflow.common.target import Target
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.workflow.quantize.recipes import Changes
 from sglang_modelopt_ext.workflow.quantize.record import read_record
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
@@ -42,7 +42,7 @@ def compared(folder: Path, simulate: bool = True) -> Verification:
     model = Reference(folder)
     rows = [model.logprobs(window)[:-1].numpy() for window in WINDOWS]
     served = Served("http://test", str(folder), torch.float32, "auto", rows, rows[0])
-    return verify(folder, served, WINDOWS, Target(None), base=model_dir(MODEL), simulate=simulate, progress=False)
+    return verify(folder, served, WINDOWS, Device.cpu(), base=model_dir(MODEL), simulate=simulate, progress=False)
 
 
 @pytest.mark.parametrize("recipe", ["FP8_DEFAULT", "FP8_PER_CHANNEL_PER_TOKEN", "INT8_DEFAULT"])

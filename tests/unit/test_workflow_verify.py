@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from sglang_modelopt_ext.cli.verify import VerifyResult
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
-from sglang_modelopt_ext.workflow.common.target import Target
 from sglang_modelopt_ext.workflow.evaluate.measure import assumptions
 from sglang_modelopt_ext.workflow.verify.reference import TIE, DecodedLinear, ReferenceModel
 from sglang_modelopt_ext.workflow.verify.run import FACTOR, RESOLUTION, Served, Verification, verify
@@ -43,7 +43,7 @@ def served(
 
 
 def check(folder: Path, answers: Served) -> Verification:
-    return verify(folder, answers, WINDOWS, Target(None), progress=False)
+    return verify(folder, answers, WINDOWS, Device.cpu(), progress=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -150,7 +150,7 @@ def test_the_other_side_of_a_tie_passes() -> None:
         if torch.equal(inputs[other], inputs[name]):
             layer.register_forward_hook(flip)
     answers.rows[0] = model.logprobs(window)[:-1].numpy()
-    found = verify(folder, answers, windows, Target(None), progress=False)
+    found = verify(folder, answers, windows, Device.cpu(), progress=False)
     assert found.served.mean_abs_logprob > FACTOR * max(found.rounding.mean_abs_logprob, RESOLUTION)
     assert found.served.median_abs_logprob < RESOLUTION
     assert found.failures == []

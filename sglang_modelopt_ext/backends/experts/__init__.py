@@ -1,1 +1,1 @@
-"""Backends of the experts of a mixture."""
+"""Backends of the experts of a mixture: one product each, or a whole layer."""

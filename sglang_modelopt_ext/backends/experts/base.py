@@ -1,8 +1,8 @@
-"""Ways to keep the weights of a layer's experts, each with the product that reads them.
+"""Backends of one product of a layer's experts: how the weights are kept, and the product that reads them.
 
-A mixture of experts multiplies every token by the weights of the few experts it was routed to. One expert product has the same
-number of outputs and inputs for every expert: gate and up together (or each, where their activations are rounded differently),
-then down.
+A mixture of experts multiplies every token by the weights of the few experts it was routed to. All experts of a product have the
+same N and K. A layer has two products: gate and up together (or one each, where their activations are rounded differently), and
+down.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 
 from sglang_modelopt_ext.backends.base import LinearRequest, ShardWeight, WeightT, merge_decoded
 from sglang_modelopt_ext.backends.linear.dense import DenseWeight
+from sglang_modelopt_ext.backends.tokens import SPREAD
 from sglang_modelopt_kernels.gemm.reference import dense_linear, prepare_dense
 
 NO_EXPERT = -1
@@ -24,11 +25,13 @@ NO_EXPERT = -1
 
 @dataclass(frozen=True, kw_only=True)
 class ExpertRequest(LinearRequest):
-    """What an expert backend may base its answer on: as for a linear layer, whose ``n`` and ``k`` are those of one expert.
+    """One product of a layer's experts, as backends are asked whether they support it.
+
+    ``n`` and ``k`` of :class:`LinearRequest` are those of one expert.
 
     Attributes:
-        experts: how many experts this rank holds.
-        top_k: how many experts a token goes to, on all ranks.
+        experts: the number of experts that this rank holds.
+        top_k: the number of experts that a token goes to, on all ranks.
     """
 
     experts: int
@@ -37,15 +40,15 @@ class ExpertRequest(LinearRequest):
 
 @dataclass(frozen=True)
 class Routing:
-    """Which expert serves which row, of a size that depends on the number of tokens alone, so that CUDA graphs can hold it.
+    """The expert of each row. Its size depends on the number of tokens alone, so that CUDA graphs can hold it.
 
     Rows are the pairs of a token and one of its ``top_k`` choices: row ``r`` is choice ``r % top_k`` of token ``r // top_k``.
 
     Attributes:
-        experts: int32 ``[R]``, ``R = tokens * top_k``: this rank's number of the expert, or :data:`NO_EXPERT`.
+        experts: int32 ``[R]``, ``R = tokens * top_k``: this rank's index of the expert, or :data:`NO_EXPERT`.
         top_k: rows for each token.
-        derived: what a backend works out of it (sorted rows, offsets) and wants to find again: the object is made once for
-            each pass through a layer and given to all of its products.
+        derived: a cache of what a backend computes from it (sorted rows, offsets), by keys of its own: one object is made for each
+            pass through a layer and given to all of its products.
     """
 
     experts: torch.Tensor
@@ -54,26 +57,26 @@ class Routing:
 
     @property
     def rows(self) -> int:
-        """``R``."""
+        """The number of rows, ``R``."""
         return self.experts.shape[0]
 
 
 class ExpertBackend(ABC, Generic[WeightT]):
-    """A way to keep the weights of all experts of this rank, and the product that reads them."""
+    """A backend of one product: it keeps the weights of all experts of this rank, and multiplies by them."""
 
     name: str
     repeats = True
-    """Whether its product repeats bit for bit: the check before serving holds it to that."""
+    """Whether repeated launches give the same bits, which the check before serving then requires."""
     kernels: tuple[str, ...] = ()
-    """Names of the Triton functions of this package its product launches; none where PyTorch or another package multiplies."""
+    """The Triton functions of this package that its product launches; none where PyTorch or another package multiplies."""
 
     @abstractmethod
     def supports(self, request: ExpertRequest) -> str | None:
-        """None, or the reason why not."""
+        """Return why this backend cannot serve ``request``, or None."""
 
     @abstractmethod
     def operand(self, request: ExpertRequest) -> torch.dtype:
-        """The type :meth:`matmul` reads activations in; it holds the rounded ones exactly."""
+        """Return the type in which :meth:`matmul` reads activations; it holds the rounded values exactly."""
 
     @abstractmethod
     def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> WeightT:
@@ -86,6 +89,11 @@ class ExpertBackend(ABC, Generic[WeightT]):
             ValueError: the backend cannot hold them.
         """
 
+    def check_tokens(self, weight: WeightT, request: ExpertRequest, top_k: int) -> tuple[int, ...]:
+        """Return numbers of tokens, of ``top_k`` choices each, that take every path of :meth:`matmul` for ``weight``."""
+        del weight, request, top_k
+        return SPREAD
+
     @abstractmethod
     def matmul(
         self,
@@ -95,40 +103,40 @@ class ExpertBackend(ABC, Generic[WeightT]):
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """``[R, N]``: every row times the transposed weight of its expert, summed in float32 and rounded once.
+        """Multiply every row by the transposed weight of its expert, with float32 sums that are rounded once.
 
-        Must not copy to the host or allocate by what ``routing`` says, except on a CPU.
+        On a GPU, neither the host nor the sizes of allocations may depend on the values of ``routing``.
 
         Args:
             weight: see :meth:`prepare`.
             values: activations in the type of :meth:`operand`, ``[R, K]``, or ``[R / top_k, K]`` where all choices of a
                 token read the same: row ``r`` then reads ``values[r // top_k]``.
-            row_scale: float32 ``[R, 1]`` whatever the shape of ``values``, multiplied to the output row; None for ones.
+            row_scale: float32 ``[R, 1]``, also for shared ``values``, that output rows are multiplied by; None for ones.
             routing: the expert of each row.
             out_dtype: the type of the result.
 
         Returns:
-            Row ``r`` is ``row_scale[r] * out_scale[e] * (values[..] @ unit[e].T)`` with ``e = routing.experts[r]``, zero
-            where that is :data:`NO_EXPERT`.
+            ``[R, N]``: row ``r`` is ``row_scale[r] * out_scale[e] * (values[..] @ unit[e].T)`` for ``e = routing.experts[r]``,
+            and zero where that is :data:`NO_EXPERT`.
         """
 
 
 class ReferenceExperts(ExpertBackend[DenseWeight]):
-    """Weights decoded to float32 once, one matrix product for each expert that has rows: the reference path, on a CPU."""
+    """The reference path on a CPU: weights decoded to float32 once, and one matrix product for each expert that has rows."""
 
     name = "experts_reference"
 
     def supports(self, request: ExpertRequest) -> str | None:
-        """Any layer on a CPU: the rows of an expert are found by looking at the routing, which a CUDA graph cannot hold."""
+        """Support any layer on a CPU. It reads the routing on the host, which a CUDA graph cannot record."""
         return None if request.device == "cpu" else "is for cpu"
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
-        """float32."""
+        """Return float32."""
         del request
         return torch.float32
 
     def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> DenseWeight:
-        """``unit`` float32 ``[E, N, K]`` and ``out_scale`` float32 ``[E, N]``."""
+        """Return ``unit`` float32 ``[E, N, K]`` and ``out_scale`` float32 ``[E, N]``."""
         parts = [prepare_dense(merge_decoded(shards), torch.float32) for shards in experts]
         return DenseWeight(torch.stack([unit for unit, _ in parts]), torch.stack([scale for _, scale in parts]))
 
@@ -140,7 +148,7 @@ class ReferenceExperts(ExpertBackend[DenseWeight]):
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """See :class:`ExpertBackend`."""
+        """Implement :meth:`ExpertBackend.matmul`."""
         unit, out_scale = weight.unit, weight.out_scale
         y = torch.zeros(routing.rows, unit.shape[1], dtype=torch.float32, device=values.device)
         shared = routing.top_k if values.shape[0] != routing.rows else 1

@@ -1,10 +1,10 @@
 """FlashInfer's CUTLASS kernels for a layer of experts on Blackwell, for recipes with block scales on both sides.
 
-What enters the layer is rounded here, bit for bit as the recipe says, where all experts have one scale for it. Else, and always
-before the down projection, it is rounded by FlashInfer, by the recipe's formula but with reciprocals instead of quotients
-(approximate ones, unless FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH is 1): a number within some 2^-22 of the middle between two codes
-may get the other. FlashInfer rounds to the model's type after the first product, after the gated activation, and after each
-expert's second product, whose weighted sum is float32 (``doActivationKernel`` and ``finalizeMoeRoutingKernel`` of its
+The input of the layer is rounded here, bit for bit as the recipe says, where all experts share its scale. Where they do not, and
+always before the down projection, FlashInfer rounds: by the recipe's formula, but with reciprocals instead of quotients
+(approximate ones, unless FLASHINFER_DISABLE_FP4_QUANT_FAST_MATH is 1), so that a value within some 2^-22 of the middle between two
+codes may get the other one. FlashInfer rounds to the model's type after the first product, after the gated activation, and after
+each expert's second product, whose weighted sum is float32 (``doActivationKernel`` and ``finalizeMoeRoutingKernel`` of its
 ``cutlass_fused_moe_kernels.cuh``).
 """
 
@@ -21,13 +21,14 @@ from sglang_modelopt_ext.backends.base import ShardWeight, describe_operands, on
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest, StoredExperts
 from sglang_modelopt_ext.backends.linear.flashinfer import PACKAGE, both_sides
 from sglang_modelopt_ext.backends.packages import package_objection
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_kernels.formats.base import ActivationFormat
 from sglang_modelopt_kernels.formats.mxfp8 import MXFP8, MXFP8Dynamic
 from sglang_modelopt_kernels.formats.nvfp4 import NVFP4DynamicBlock
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 FOUR_OVER_SIX = "FLASHINFER_NVFP4_4OVER6"
-"""FlashInfer's variable for another rounding of NVFP4 activations than the recipe's."""
+"""FlashInfer's environment variable that changes how NVFP4 activations are rounded."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,19 @@ class CutlassWeights:
 
 
 class CutlassExperts(FusedExperts[CutlassWeights]):
-    """A format of weights and activations that ``flashinfer.fused_moe.cutlass_fused_moe`` takes."""
+    """A layer of experts in ``flashinfer.fused_moe.cutlass_fused_moe``, for one format of weights and activations."""
 
     activation: ActivationFormat
     """What both products read; the weights are of its number type."""
     capabilities: tuple[int, ...]
     multiples: tuple[int, int]
-    """Of the hidden and of the intermediate size."""
+    """The numbers that the hidden and the intermediate size must be multiples of."""
 
     def supports(self, request: FusedRequest) -> str | None:
-        """Its formats, GPUs and sizes in bf16 and float16 models, without smoothing or weighted inputs."""
+        """Support its formats, GPUs and sizes in bf16 and float16 models, without smoothing or weighted inputs."""
         asked = request.gate_up
-        if asked.device != "cuda" or asked.capability not in self.capabilities:
-            return f"is for {', '.join(f'SM{capability}' for capability in self.capabilities)}"
+        if not asked.target.is_one_of(*self.capabilities):
+            return f"is for {', '.join(Device.cuda(capability).name for capability in self.capabilities)}"
         for scheme in (asked.scheme, request.down.scheme):
             if not both_sides(scheme, self.activation.number_type):
                 return f"does not multiply {describe_operands(scheme)}"
@@ -85,7 +86,7 @@ class CutlassExperts(FusedExperts[CutlassWeights]):
     def run(
         self, prepared: CutlassWeights, x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """See :class:`FusedExperts`."""
+        """Implement :meth:`FusedExperts.run`."""
         read, read_scale = self.read(prepared, x)
         y: torch.Tensor = _cutlass_fused_moe(
             read,
@@ -102,11 +103,11 @@ class CutlassExperts(FusedExperts[CutlassWeights]):
 
     @abstractmethod
     def read(self, prepared: CutlassWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What the first product reads: codes and swizzled block scales, or ``x`` and None where FlashInfer has to round it."""
+        """Return the input of the first product: codes and swizzled block scales, or ``x`` and None where FlashInfer rounds it."""
 
     @abstractmethod
     def scales(self, prepared: CutlassWeights) -> list[torch.Tensor]:
-        """``quant_scales``, in FlashInfer's order."""
+        """Return FlashInfer's argument ``quant_scales``, in its order."""
 
 
 class CutlassNvfp4Experts(CutlassExperts):
@@ -118,7 +119,7 @@ class CutlassNvfp4Experts(CutlassExperts):
     multiples = (64, 64)
 
     def supports(self, request: FusedRequest) -> str | None:
-        """Likewise, and FlashInfer must round as NVFP4 says."""
+        """Support what :class:`CutlassExperts` does, unless :data:`FOUR_OVER_SIX` is set."""
         if os.environ.get(FOUR_OVER_SIX, "0") not in ("", "0"):
             return f"rounds activations by another rule while {FOUR_OVER_SIX} is set"
         return super().supports(request)
@@ -142,14 +143,14 @@ class CutlassNvfp4Experts(CutlassExperts):
         return CutlassWeights(**prepared)
 
     def read(self, prepared: CutlassWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rounded here where all experts read the same."""
+        """Round ``x`` to NVFP4 where all experts share its scale; leave it to FlashInfer where they do not."""
         if prepared.input_scale is None:
             return x, None
         rounded = round_to_blocks(self.activation, x, None, prepared.input_scale, swizzled=True)
         return rounded.codes, rounded.scale.view(torch.uint8)
 
     def scales(self, prepared: CutlassWeights) -> list[torch.Tensor]:
-        """Input, block scales and output of gate and up, then of down."""
+        """Return the input scale, block scales and output scale of gate and up, then of down."""
         if prepared.gate_up_input is None or prepared.down_input is None:
             raise ValueError("expected static input scales, got none")
         return [
@@ -176,18 +177,18 @@ class CutlassMxfp8Experts(CutlassExperts):
         return CutlassWeights(**prepared)
 
     def read(self, prepared: CutlassWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rounded here."""
+        """Round ``x`` to MXFP8."""
         del prepared
         rounded = round_to_blocks(self.activation, x, None, None, swizzled=True)
         return rounded.codes, rounded.scale.flatten()
 
     def scales(self, prepared: CutlassWeights) -> list[torch.Tensor]:
-        """Block scales and output of gate and up, then of down."""
+        """Return the block scales and output scale of gate and up, then of down."""
         return [prepared.gate_up_scale, prepared.gate_up_alpha, prepared.down_scale, prepared.down_alpha]
 
 
 def stack(experts: Sequence[Sequence[ShardWeight]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes ``[E, N, ..]`` as stored, shards one below the other, and the block scales of each expert, uint8, swizzled."""
+    """Return codes ``[E, N, ..]`` as stored, shards one below the other, and uint8 block scales, swizzled for each expert."""
     codes = torch.stack([torch.cat([shard.tensors["weight"] for shard in shards]) for shards in experts])
     scales = [torch.cat([shard.tensors["weight_scale"].view(torch.uint8) for shard in shards]) for shards in experts]
     return codes, torch.stack([naive_swizzle(scale) for scale in scales])

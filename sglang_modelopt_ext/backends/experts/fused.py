@@ -1,5 +1,6 @@
-"""Ways to keep the weights of a layer's experts for a kernel that computes the whole layer: both products, what lies between them,
-and the weighted sum. Kernels of other packages are made so; this package's own multiply once (``moe.py``).
+"""Backends of a whole layer of experts: both products, the activation between them, and the weighted sum, in one call.
+
+Such kernels are those of other packages. This package's own compute one product each (:mod:`.grouped`).
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from sglang_modelopt_ext.backends.experts.base import ExpertRequest
 
 @dataclass(frozen=True)
 class FusedRequest:
-    """What such a backend may base its answer on.
+    """A whole layer of experts, as backends are asked whether they support it.
 
     Attributes:
         gate_up, down: the two products.
-        weights_input: whether the router's weights are multiplied to what an expert reads.
+        weights_input: whether the input of an expert is multiplied by the router's weight, instead of its output.
     """
 
     gate_up: ExpertRequest
@@ -31,18 +32,18 @@ class FusedRequest:
 
 @dataclass(frozen=True)
 class StoredExperts:
-    """What is stored for one product of all experts of this rank.
+    """The stored tensors of one product, for all experts of this rank.
 
     Attributes:
         weights: for each expert its shards (gate and up, or down).
-        input_scale: float32 ``[E, shards]``: how the shards round their input; None where no scale is stored.
+        input_scale: the static scales of the input, float32 ``[E, shards]``; None where no scale is stored.
     """
 
     weights: Sequence[Sequence[ShardWeight]]
     input_scale: torch.Tensor | None
 
     def one_input_scale(self) -> torch.Tensor:
-        """Float32 ``[E]``. Raises ValueError when none is stored, or where the shards of an expert have several."""
+        """Return the input scale of each expert, float32 ``[E]``. Raises ValueError where none is stored or its shards' differ."""
         if self.input_scale is None:
             raise ValueError("needs an input_scale")
         if not bool((self.input_scale == self.input_scale[:, :1]).all()):
@@ -51,28 +52,28 @@ class StoredExperts:
 
 
 class FusedExperts(ABC, Generic[PreparedT]):
-    """A way to keep the weights of both products of all experts of this rank, and the kernel that reads them."""
+    """A backend of a whole layer: it keeps the weights of both products of all experts of this rank, and computes the layer."""
 
     name: str
 
     @abstractmethod
     def supports(self, request: FusedRequest) -> str | None:
-        """None, or the reason why not."""
+        """Return why this backend cannot serve ``request``, or None."""
 
     @abstractmethod
     def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> PreparedT:
-        """Return what is kept. Raises ValueError when the backend cannot hold the weights or their scales."""
+        """Return what is kept. Raises ValueError where the backend cannot hold the weights or their scales."""
 
     @abstractmethod
     def run(self, prepared: PreparedT, x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """``sum_j weights[t, j] * down(silu(gate(x[t])) * up(x[t]))`` over the experts ``numbers[t, j]``.
+        """Compute ``sum_j weights[t, j] * down(silu(gate(x[t])) * up(x[t]))`` over the experts ``numbers[t, j]``.
 
-        Must not copy to the host or allocate by what ``numbers`` says.
+        Neither the host nor the sizes of allocations may depend on the values of ``numbers``.
 
         Args:
-            prepared: see :meth:`prepare`.
-            x: float16 or bf16 ``[T, K]``, not rounded yet.
-            numbers: int32 ``[T, top_k]``; nothing is added for :data:`NO_EXPERT`.
+            prepared: the result of :meth:`prepare`.
+            x: float16 or bf16 ``[T, K]``, not quantized.
+            numbers: int32 ``[T, top_k]``, the index of each expert; :data:`NO_EXPERT` adds nothing.
             weights: float32 ``[T, top_k]``.
 
         Returns:

@@ -19,6 +19,7 @@ from sglang_modelopt_ext.backends.base import (
     type_objection,
 )
 from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats.fp8 import FP8, FP8_BLOCKS
 from sglang_modelopt_kernels.formats.int8 import INT8
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
@@ -46,6 +47,11 @@ class GroupedExperts(ExpertBackend[GroupedWeight]):
         """Stack the weights of all experts; see :meth:`keep`."""
         return grouped.stack([self.keep(shards) for shards in experts])
 
+    def check_tokens(self, weight: GroupedWeight, request: ExpertRequest, top_k: int) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and block size of :func:`grouped_linear`."""
+        operand = self.operand(request)
+        return covering(lambda m: grouped.path_of(weight, m * top_k, operand))
+
     @abstractmethod
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
         """The weight of one expert. Raises ValueError when the backend cannot hold it."""
@@ -58,7 +64,7 @@ class GroupedExperts(ExpertBackend[GroupedWeight]):
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """See :func:`grouped_linear`."""
+        """Multiply with :func:`grouped_linear`, with the rows sorted by expert once for all products of a pass."""
         block = grouped.tile(weight, values.dtype, routing.rows)
         key = ("grouped", weight.experts, block)
         if key not in routing.derived:
@@ -151,7 +157,7 @@ class GroupedMxfp4(GroupedExperts):
         return type_objection(request.scheme, (MXFP4,)) or fp8_objection(request)
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
-        """E4M3."""
+        """Return E4M3."""
         del request
         return torch.float8_e4m3fn
 
@@ -179,7 +185,7 @@ class GroupedBf16(GroupedExperts):
         return None
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
-        """bf16."""
+        """Return bf16."""
         del request
         return torch.bfloat16
 

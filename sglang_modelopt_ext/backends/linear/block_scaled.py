@@ -15,10 +15,11 @@ from sglang_modelopt_ext.backends.base import (
     merge_blocks,
     type_objection,
 )
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats.fp8 import FP8
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
-from sglang_modelopt_kernels.gemm.w4_decode import PackedWeight, block_scaled_linear, block_scaled_rows, pack
+from sglang_modelopt_kernels.gemm.w4_decode import PackedWeight, block_scaled_linear, block_scaled_rows, pack, path_of
 from sglang_modelopt_kernels.gemm.w4_decode.packing import KIND_OF
 
 ACTIVATIONS = (FP8, NVFP4, MXFP4)
@@ -75,6 +76,11 @@ class BlockScaled(Backend[PackedWeight]):
         """See :func:`block_scaled_linear`."""
         y: torch.Tensor = block_scaled_linear(values, weight, row_scale, bias, out_dtype)
         return y
+
+    def check_tokens(self, weight: PackedWeight, request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`block_scaled_linear`."""
+        operand, device = self.operand(request), weight.codes.device
+        return covering(lambda m: path_of(weight, m, operand, request.dtype, device))
 
     def rows(self, weight: PackedWeight, indices: torch.Tensor) -> torch.Tensor:
         """See :func:`block_scaled_rows`."""

@@ -16,6 +16,7 @@ from sglang_modelopt_ext.backends.base import (
     merge_decoded,
     output_scales,
 )
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats.fp8 import FP8
 from sglang_modelopt_kernels.formats.int8 import INT8
 from sglang_modelopt_kernels.formats.mxfp8 import MXFP8
@@ -92,6 +93,11 @@ class EightBit(Backend[ByteWeight]):
         """See :func:`eight_bit_linear`."""
         y: torch.Tensor = w8_decode.eight_bit_linear(values, weight, row_scale, bias, out_dtype)
         return y
+
+    def check_tokens(self, weight: ByteWeight, request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`eight_bit_linear`."""
+        operand = self.operand(request)
+        return covering(lambda m: w8_decode.path_of(weight, m, operand, weight.codes.device))
 
     def rows(self, weight: ByteWeight, indices: torch.Tensor) -> torch.Tensor:
         """See :func:`rows_of`."""

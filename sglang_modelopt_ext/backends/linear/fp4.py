@@ -16,13 +16,13 @@ from sglang_modelopt_ext.backends.base import (
     output_scales,
     type_objection,
 )
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats import e4m3, ue8m0
 from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
-from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens, takes_tiles
-from sglang_modelopt_kernels.gemm.fp4_blackwell import fp4_linear
-from sglang_modelopt_kernels.gemm.fp4_blackwell.linear import TILED_CONFIGS
+from sglang_modelopt_kernels.gemm.blackwell_common import takes_tiles
+from sglang_modelopt_kernels.gemm.fp4_blackwell import fp4_linear, path_of
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle, rounds
 
 TYPES = (NVFP4, MXFP4)
@@ -77,6 +77,12 @@ class Fp4(BlockBackend[BlockScaledWeight]):
         y: torch.Tensor = fp4_linear(x, *kept, bias, out_dtype, self.tiled)
         return y
 
+    def check_tokens(self, weight: BlockScaledWeight, request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`fp4_linear`."""
+        del request
+        (n, half), device = weight.codes.shape, weight.codes.device
+        return covering(lambda m: path_of(self.tiled, m, n, 2 * half, device))
+
 
 class BlackwellFp4(Fp4):
     """NVFP4 or MXFP4 on both sides in FP4 matrix instructions of SM100 and SM103, with swizzled block scales.
@@ -92,10 +98,6 @@ class BlackwellFp4(Fp4):
     def swizzles(self, tokens: int) -> bool:
         """Return whether a tile of the product has as many tokens as a tile of scales."""
         return takes_tiles(tokens)
-
-    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Return the numbers of tokens from which the persistent kernel runs."""
-        return persistent_tokens(TILED_CONFIGS, device, n)
 
 
 class MmaFp4(Fp4):

@@ -16,11 +16,10 @@ from sglang_modelopt_ext.backends.base import (
     output_scales,
     type_objection,
 )
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats import ue8m0
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
-from sglang_modelopt_kernels.gemm.blackwell_common import persistent_tokens
-from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import mxfp4_linear, pair_blocks
-from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.linear import CONFIGS
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import mxfp4_linear, pair_blocks, path_of
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 
@@ -75,6 +74,12 @@ class Mxfp4(Backend[BlockScaledWeight]):
         y: torch.Tensor = mxfp4_linear(values, *kept, row_scale, bias, out_dtype, self.paired)
         return y
 
+    def check_tokens(self, weight: BlockScaledWeight, request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`mxfp4_linear`."""
+        del request
+        (n, half), device = weight.codes.shape, weight.codes.device
+        return covering(lambda m: path_of(self.paired, m, n, 2 * half, device))
+
 
 class BlackwellMxfp4(Mxfp4):
     """MXFP4 weights with FP8 activations in block-scaled matrix instructions of SM100 and SM103, codes as stored."""
@@ -83,10 +88,6 @@ class BlackwellMxfp4(Mxfp4):
     kernels = ("finish_kernel", "tcgen05_kernel")
     architectures = ("SM100", "SM103")
     paired = False
-
-    def check_tokens(self, device: torch.device, n: int) -> tuple[int, ...]:
-        """Return the numbers of tokens from which the persistent kernel runs."""
-        return persistent_tokens(CONFIGS, device, n)
 
 
 class WidenedMxfp4(Mxfp4):

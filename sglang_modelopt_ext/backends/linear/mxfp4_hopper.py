@@ -15,8 +15,9 @@ from sglang_modelopt_ext.backends.base import (
     output_scales,
     type_objection,
 )
+from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
-from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear, path_of
 
 
 class FoldedMxfp4(Backend[FoldedWeight]):
@@ -59,3 +60,8 @@ class FoldedMxfp4(Backend[FoldedWeight]):
         """See :func:`folded_linear`."""
         y: torch.Tensor = folded_linear(values, weight, row_scale, bias, out_dtype)
         return y
+
+    def check_tokens(self, weight: FoldedWeight, request: LinearRequest) -> tuple[int, ...]:
+        """Return numbers of tokens for every launch and configuration of :func:`folded_linear`."""
+        del request
+        return covering(lambda m: path_of(weight, m, weight.codes.device))

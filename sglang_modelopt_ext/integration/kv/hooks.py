@@ -29,8 +29,10 @@ from sglang_modelopt_ext.checkpoint.kv_cache import (
     KVCachePlan,
     check_head_dim,
 )
-from sglang_modelopt_ext.checkpoint.ownership import gpu_capability, owned_family
+from sglang_modelopt_ext.checkpoint.ownership import SERVED_DEVICES, owned_family
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.devices import device_of, server_device
 from sglang_modelopt_ext.integration.folders import config_folder, downloaded_folder
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.kv.scales import plan_for, scales_for_sglang, served_plan, wrapped_plan
@@ -75,22 +77,22 @@ UNSUPPORTED: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
 """Arguments that a KV cache of this package does not support: the flag, a test whether it is set, and the reason."""
 
 
-def is_stock(plan: KVCachePlan, device: str) -> bool:
+def is_stock(plan: KVCachePlan, device: Device) -> bool:
     """Return whether SGLang's own pool and attention serve the cache unchanged: plain FP8 on every device but a CPU."""
-    return device != "cpu" and plan.recipe.name == "fp8"
+    return device.kind != "cpu" and plan.recipe.name == "fp8"
 
 
 def _is_sglangs(args: Any) -> bool:
     """Return whether SGLang serves the weights itself. Raises ModelOptExtError for a checkpoint that neither can serve."""
     folder = config_folder(args.model_path, args.revision)
     flag = args.quantization.lower() if args.quantization else None
-    return folder is None or owned_family(folder, flag, gpu_capability()) is None
+    return folder is None or owned_family(folder, flag, device_of(args)) is None
 
 
 def asks_for_wrapped(args: Any) -> bool:
     """Return whether the user names an attention backend that is wrapped (:data:`WRAPPED_BACKENDS`), on a GPU."""
     named = {args.attention_backend, args.prefill_attention_backend, args.decode_attention_backend}
-    return _device(args) == "cuda" and bool(named & WRAPPED_BACKENDS)
+    return device_of(args).kind == "cuda" and bool(named & WRAPPED_BACKENDS)
 
 
 def declare(server_args: Any) -> None:
@@ -107,8 +109,13 @@ def declare(server_args: Any) -> None:
     if wrapped_plan(server_args) is not None:
         return  # an earlier call replaced the flag by SGLang's
     args = resolving_view(server_args)
-    asked = args.kv_cache_dtype in KV_FLAGS
-    if _device(args) == "cuda" and not asked and args.kv_cache_dtype != "auto":
+    asked, device = args.kv_cache_dtype in KV_FLAGS, device_of(args)
+    if device.kind == "other":
+        if asked:
+            expected = f"{SERVED_DEVICES} with --kv-cache-dtype {args.kv_cache_dtype}"
+            raise ModelOptExtError.at("command line", "--device", expected, device.name)
+        return
+    if device.kind == "cuda" and not asked and args.kv_cache_dtype != "auto":
         return  # SGLang's own flag on SGLang's own device
     plan = None
     try:
@@ -119,7 +126,7 @@ def declare(server_args: Any) -> None:
             _declare_plan(server_args, args, plan)
     except ModelOptExtError as error:
         # SGLang's cache has no biases, so that one calibrated with biases cannot be left to it.
-        needs_ours = asked or _device(args) != "cuda" or (plan is not None and plan.recipe.affine)
+        needs_ours = asked or device.kind == "cpu" or (plan is not None and plan.recipe.affine)
         if needs_ours or not _is_sglangs(args):
             raise
         logger.warning("modelopt_ext: the KV cache is left to SGLang: %s", error)
@@ -129,7 +136,7 @@ def _check_pool(server_args: Any, plan: KVCachePlan) -> None:
     """Raise ModelOptExtError for a model whose pool cannot hold the plan's cache."""
     from sglang.srt.configs.model_config import ModelConfig
 
-    if is_stock(plan, _device(server_args)):
+    if is_stock(plan, device_of(server_args)):
         return
     try:
         config = ModelConfig.from_server_args(server_args)
@@ -148,14 +155,11 @@ def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
     """
     from sglang.srt.arg_groups.overrides import declare_resolution
 
-    device = _device(args)
+    device = device_of(args)
     if is_stock(plan, device):
         if args.kv_cache_dtype in KV_FLAGS:
             declare_resolution(server_args, __name__, kv_cache_dtype=STOCK_FP8_KV)
         return
-    backend = ATTENTION_BACKENDS.get(device)
-    if backend is None:
-        raise ModelOptExtError.at("command line", "--device", "cuda or cpu for a quantized KV cache", device)
     wrapped = asks_for_wrapped(args)
     for flag, is_set, reason in UNSUPPORTED:
         if is_set(args):
@@ -170,7 +174,7 @@ def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
         return
     declare_resolution(server_args, __name__, kv_cache_dtype=FLAG_PREFIX + plan.recipe.name)
     if args.attention_backend is None:
-        declare_resolution(server_args, __name__, attention_backend=backend)
+        declare_resolution(server_args, __name__, attention_backend=ATTENTION_BACKENDS[device.kind])
 
 
 def _check_blackwell(plan: KVCachePlan) -> None:
@@ -209,10 +213,6 @@ def check_backends(server_args: Any) -> None:
         raise ModelOptExtError.at(
             "command line", "--kv-cache-dtype", "auto for a model with latent attention (MLA)", flag
         )
-
-
-def _device(args: Any) -> str:
-    return str(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _configure_kv_cache_dtype(original: Callable[..., Any], **kwargs: Any) -> tuple[str | None, torch.dtype]:
@@ -289,7 +289,7 @@ def _set_scales_of_sglangs_cache(configurator: Any, method: Any) -> None:
     is_wrapped = wrapped_plan(args) is not None
     if is_wrapped:
         plan: KVCachePlan | None = served_plan(args, args.kv_cache_dtype)
-    elif configurator.kv_cache_dtype_str == "nvfp4":
+    elif configurator.kv_cache_dtype_str == "nvfp4" and server_device().kind != "other":
         plan = scales_for_sglang(args, downloaded_folder(args.model_path, args.revision, args.download_dir), "nvfp4")
     else:
         return

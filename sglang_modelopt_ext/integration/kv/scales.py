@@ -26,6 +26,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QUANT_CONFI
 from sglang_modelopt_ext.checkpoint.reader import is_kv_cache_tensor
 from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME, tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.devices import server_device
 from sglang_modelopt_ext.integration.folders import config_folder, downloaded_folder, weights_folder
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.schemes.table import FAMILIES
@@ -138,7 +139,7 @@ def _get_all_weights(
         config = None  # the checkpoint is SGLang's, else the preflight would have raised this error
     if folder is None or config is None or config.kv_cache_algo is None or is_latent(folder):
         config = None
-    if config is None or getattr(model_config, "is_draft_model", False):
+    if config is None or server_device().kind == "other" or getattr(model_config, "is_draft_model", False):
         yield from original(self, model_config, model)
         return
     is_set = _set_scales(model, model_config, self.load_config, config)

@@ -17,23 +17,13 @@ import torch
 
 from sglang_modelopt_ext.backends.base import LinearRequest
 from sglang_modelopt_ext.backends.select import candidates, served_scheme
+from sglang_modelopt_ext.device import NAMED, Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.schemes.table import find_scheme, math_of
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
 from sglang_modelopt_ext.workflow.common.base_model import import_modelopt
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
-
-GPUS: dict[str, int | None] = {
-    "sm80": 80,
-    "sm89": 89,
-    "sm90": 90,
-    "sm100": 100,
-    "sm103": 103,
-    "sm120": 120,
-    "cpu": None,
-}
-"""Compute capabilities times ten by the name of the target."""
 
 _SUFFIXES = ("", "_CFG", "_CONFIG", "_DEFAULT_CFG", "_LITE_CFG", "_BETA_CFG")
 _PROBE_SIZE = 256
@@ -66,15 +56,13 @@ class Candidate:
         return sum(8 * kind.itemsize * entries for kind, (_, entries) in zip(types, shapes, strict=True))
 
 
-def this_gpu() -> str:
-    """Return this machine's target, ``cpu`` without a GPU. Raises ModelOptExtError for a GPU outside ``GPUS``."""
-    if not torch.cuda.is_available():
-        return "cpu"
-    major, minor = torch.cuda.get_device_capability()
-    name = f"sm{major}{minor}"
-    if name not in GPUS:
-        raise ModelOptExtError.at("--gpu", "default", f"this machine's GPU to be one of {', '.join(GPUS)}", name)
-    return name
+def this_gpu() -> Device:
+    """Return this machine's device. Raises ModelOptExtError for one that users may not name (:data:`NAMED`)."""
+    device = Device.here()
+    if device not in NAMED:
+        known = ", ".join(named.flag for named in NAMED)
+        raise ModelOptExtError.at("--gpu", "default", f"this machine's GPU to be one of {known}", device.flag)
+    return device
 
 
 def find_formats(names: Sequence[str], device: str) -> list[Candidate]:
@@ -171,15 +159,13 @@ def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, froz
     return described["quant_algo"] if kind is not None else None, block, stored
 
 
-def serving(candidate: Candidate, layer: Layer, gpu: str, dtype: torch.dtype) -> tuple[list[str], str]:
+def serving(candidate: Candidate, layer: Layer, gpu: Device, dtype: torch.dtype) -> tuple[list[str], str]:
     """Return the kernels that serve ``layer`` in that format on ``gpu``, best first, and the numerics they compute.
 
     Raises:
         ModelOptExtError: no kernel does; the message has each one's reason.
     """
-    capability = GPUS[gpu]
-    device = "cpu" if capability is None else "cuda"
-    scheme = served_scheme(candidate.scheme, device, capability)
-    request = LinearRequest(scheme, device, capability, layer.n, layer.k, math_of(scheme), dtype)
-    backends = candidates(request, f"--formats: {candidate.name} on {gpu}, {layer.name}")
+    scheme = served_scheme(candidate.scheme, gpu)
+    request = LinearRequest(scheme, gpu, layer.n, layer.k, math_of(scheme), dtype)
+    backends = candidates(request, f"--formats: {candidate.name} on {gpu.flag}, {layer.name}")
     return [backend.name for backend in backends], scheme.describe()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS, matches
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate as FormatCandidate
 from sglang_modelopt_ext.workflow.autoquant.formats import serving
@@ -91,7 +92,7 @@ def _check_fused(folder: Path, groups: dict[str, list[Layer]]) -> None:
 
 
 def plan_groups(
-    linears: Linears, formats: Sequence[FormatCandidate], gpu: str, excluded: Sequence[str], lm_head: LmHead
+    linears: Linears, formats: Sequence[FormatCandidate], gpu: Device, excluded: Sequence[str], lm_head: LmHead
 ) -> tuple[tuple[Format, ...], tuple[Group, ...]]:
     """Return the plan of a search: every group with the formats that fit its layers and are served on ``gpu``.
 

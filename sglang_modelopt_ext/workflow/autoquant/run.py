@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant import formats as candidate_formats
 from sglang_modelopt_ext.workflow.autoquant.layers import model_digest, plan_groups, read_linears
@@ -96,7 +97,7 @@ class Request:
     formats: tuple[str, ...]
     texts: Texts
     method: Method = "gradient"
-    gpu: str | None = None
+    gpu: Device | None = None
     lm_head: LmHead = "excluded"
     excluded: tuple[str, ...] = ()
     loss_scale: float | None = None
@@ -142,7 +143,7 @@ def search(request: Request) -> Report:
         loss_scale=request.loss_scale or 0.0,
         calibration=calibration.record,
         scored=scored.record,
-        gpu=gpu,
+        gpu=gpu.flag,
         lm_head=request.lm_head,
         excluded=request.excluded,
         unquantized_bits=linears.dtype.itemsize * 8,

@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 
 from sglang_modelopt_ext.backends.select import rounds_fp4
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS
-from sglang_modelopt_ext.workflow.common.target import Target
 
 MODULE = "sglang_modelopt_ext.integration.rehearsal"
 RESULT = "REHEARSAL "
@@ -53,7 +53,7 @@ def not_checked(why: str) -> Loading:
     return Loading(checked=False, why_not=why)
 
 
-def rehearse_loading(folder: Path, target: Target, stock_kv_cache: bool) -> Loading:
+def rehearse_loading(folder: Path, target: Device, stock_kv_cache: bool) -> Loading:
     """Rehearse the start of a server of this package for ``folder`` on one rank of ``target``.
 
     The model is built on this machine's CPU, wherever it is to be served: its modules, names and shapes are the same.
@@ -66,7 +66,7 @@ def rehearse_loading(folder: Path, target: Target, stock_kv_cache: bool) -> Load
     if importlib.util.find_spec("sglang") is None:
         return not_checked("SGLang is not installed")
     # The target decides which scales are needed, not the CPU that the model is built on.
-    rounded = "round" if rounds_fp4(target.device, target.capability) else "keep"
+    rounded = "round" if rounds_fp4(target) else "keep"
     own = {"SGLANG_USE_CPU_ENGINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment = {**os.environ, **own, FP4_ACTIVATIONS.variable: rounded}
     # -P imports nothing from the working directory, where a checkpoint may bring code of its own.

@@ -34,11 +34,11 @@ from sglang_modelopt_ext.checkpoint.reader import (
 )
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_json_object
 from sglang_modelopt_ext.checkpoint.unserved import read_for_serving
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
 from sglang_modelopt_ext.schemes.table import UMBRELLA, math_of
 from sglang_modelopt_ext.workflow.common.models import served_dtype
-from sglang_modelopt_ext.workflow.common.target import Target
 from sglang_modelopt_ext.workflow.inspect.loading import Loading, not_checked, rehearse_loading
 from sglang_modelopt_kernels.formats.base import ValueRule
 
@@ -176,7 +176,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def inspect_checkpoint(
-    folder: Path, target: Target, *, each_layer: bool = False, scales: bool = False, rehearse: bool = False
+    folder: Path, target: Device, *, each_layer: bool = False, scales: bool = False, rehearse: bool = False
 ) -> Contents:
     """Read headers and configuration, and with ``scales`` every scale too.
 
@@ -195,7 +195,7 @@ def inspect_checkpoint(
     tensors = read_headers(folder)
     checkpoint = None
     if config is not None:
-        rounded = rounds_fp4(target.device, target.capability)
+        rounded = rounds_fp4(target)
         checkpoint, found = read_for_serving(folder, config, rounds_fp4=rounded)
         problems += found or _left_unquantized(checkpoint)
     refusals: list[ModelOptExtError] = []
@@ -208,7 +208,7 @@ def inspect_checkpoint(
     kv_problems: list[ModelOptExtError] = []
     kv_cache = _kv_cache(folder, config, kv_problems)
     # SGLang's own KV cache on a GPU handles a missing or wrong scale itself.
-    stock_kv_cache = target.device == "cuda" and config is not None and config.kv_cache_algo == "FP8"
+    stock_kv_cache = target.kind == "cuda" and config is not None and config.kv_cache_algo == "FP8"
     if kv_cache is not None and kv_cache.recipe != "fp8":
         stock_kv_cache = False
     layers = _layer_groups(linears, target, serving.owner, served_dtype(folder, "auto"), ranges, each_layer, problems)
@@ -249,7 +249,7 @@ def inspect_checkpoint(
 
 
 def _loading(
-    folder: Path, target: Target, serving: Serving, stock_kv_cache: bool, problems: Sequence[str] | None
+    folder: Path, target: Device, serving: Serving, stock_kv_cache: bool, problems: Sequence[str] | None
 ) -> Loading:
     """Rehearse loading unless that is pointless.
 
@@ -257,7 +257,7 @@ def _loading(
         problems: the known problems; None to skip the rehearsal.
     """
     if serving.owner == STOCK:
-        return not_checked(f"SGLang serves it by itself on {target.name}")
+        return not_checked(f"SGLang serves it by itself on {target.flag}")
     if problems is None:
         return not_checked("headers only")
     if problems:
@@ -294,24 +294,25 @@ def _record(folder: Path) -> dict[str, Any]:
     return dict(own) if isinstance(own, Mapping) else {}
 
 
-def _serving(folder: Path, config: QuantConfig | None, target: Target, problems: list[ModelOptExtError]) -> Serving:
+def _serving(folder: Path, config: QuantConfig | None, target: Device, problems: list[ModelOptExtError]) -> Serving:
     def serving(owner: str | None, flags: Sequence[str], why: str) -> Serving:
         algorithms = config.algorithms if config else ()
         stock = {algo: STOCK_BEHAVIOUR.get(algo, "unknown to this package") for algo in algorithms}
         if config and config.algo is None and config.kv_cache_algo:
             stock["KV cache only"] = "rejected: it has no quant_algo"
-        return Serving(target=target.name, owner=owner, flags=list(flags), why=why, stock=stock)
+        return Serving(target=target.flag, owner=owner, flags=list(flags), why=why, stock=stock)
 
     if config is None:
         return serving(STOCK, (), "it was not quantized by ModelOpt")
     try:
-        found = decide(folder, None, target.capability)
+        found = decide(folder, None, target)
     except ModelOptExtError as error:
         problems.append(error)
         return serving(None, (), "no --quantization serves it (see the problems)")
     if found.family is None:
         doubt = "it is not understood here: " if found.in_doubt else ""
-        return serving(STOCK, () if found.in_doubt else (UMBRELLA,), doubt + found.why)
+        flags = () if found.in_doubt or target.kind == "other" else (UMBRELLA,)
+        return serving(STOCK, flags, doubt + found.why)
     return serving(OURS, [found.family, *({UMBRELLA} - {found.family})], found.why)
 
 
@@ -353,7 +354,7 @@ def _scale_ranges(linear: QuantizedLinear, problems: list[ModelOptExtError]) -> 
 
 def _layer_groups(
     linears: Iterable[QuantizedLinear],
-    target: Target,
+    target: Device,
     owner: str | None,
     dtype: torch.dtype,
     ranges: Mapping[str, Mapping[str, Range]],
@@ -375,7 +376,7 @@ def _layer_groups(
             if kernel is None:
                 why = "; ".join(f"{name} {reason}" for name, reason in rejected.items())
                 problems.append(
-                    ModelOptExtError.at(first.name, first.scheme.algo, f"a kernel that serves it on {target.name}", why)
+                    ModelOptExtError.at(first.name, first.scheme.algo, f"a kernel that serves it on {target.flag}", why)
                 )
         described.append(
             LayerGroup(
@@ -399,13 +400,11 @@ def _layer_groups(
     return described
 
 
-def _kernel(linear: QuantizedLinear, target: Target, dtype: torch.dtype) -> tuple[str | None, dict[str, str]]:
+def _kernel(linear: QuantizedLinear, target: Device, dtype: torch.dtype) -> tuple[str | None, dict[str, str]]:
     """Return the backend that dispatch tries first, and those before it with the reasons for rejecting them."""
-    scheme = served_scheme(linear.scheme, target.device, target.capability)
+    scheme = served_scheme(linear.scheme, target)
     vocabulary = linear.name.rpartition(".")[2] in _VOCABULARY
-    request = LinearRequest(
-        scheme, target.device, target.capability, linear.n, linear.k, math_of(scheme), dtype, vocabulary
-    )
+    request = LinearRequest(scheme, target, linear.n, linear.k, math_of(scheme), dtype, vocabulary)
     rejected: dict[str, str] = {}
     for name, reason in objections(request).items():
         if reason is None:

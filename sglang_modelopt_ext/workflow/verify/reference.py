@@ -24,10 +24,10 @@ from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name, read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_headers, read_tensors
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE
 from sglang_modelopt_ext.schemes.table import math_of
-from sglang_modelopt_ext.workflow.common.target import Target
 from sglang_modelopt_kernels.formats.kv_cache import KVRecipe, rotate
 
 _ATTENTION = "sglang_modelopt_ext_reference"
@@ -52,12 +52,12 @@ class DecodedLinear(nn.Module):
         ties: round like :func:`other_side`.
     """
 
-    def __init__(self, linear: QuantizedLinear, target: Target, dtype: torch.dtype, ties: bool = False) -> None:
+    def __init__(self, linear: QuantizedLinear, target: Device, dtype: torch.dtype, ties: bool = False) -> None:
         super().__init__()
         self.ties = ties
         tensors = {stored.name: tensor for stored, tensor in read_tensors(list(linear.stored.values()))}
         parts = {name: tensors[stored.name] for name, stored in linear.stored.items()}
-        self.scheme = served_scheme(linear.scheme, target.device, target.capability)
+        self.scheme = served_scheme(linear.scheme, target)
         self.inner = torch.promote_types(dtype, torch.float32)
         # Plain attributes, so that converting the model does not convert them.
         self.matrix = decode_weight(linear, parts).to(self.inner)
@@ -129,7 +129,7 @@ class ReferenceModel:
         self,
         folder: Path,
         dtype: torch.dtype = torch.float32,
-        target: Target | None = None,
+        target: Device | None = None,
         kv_cache: KVCachePlan | None = None,
         ties: bool = False,
     ) -> None:
@@ -147,13 +147,13 @@ class ReferenceModel:
         checkpoint = None
         if quantization is not None and quantization.algo is not None:
             checkpoint = read_checkpoint(folder, quantization)
-        tensors = self._load_quantized(checkpoint, target or Target(None), dtype, ties) if checkpoint else {}
+        tensors = self._load_quantized(checkpoint, target or Device.cpu(), dtype, ties) if checkpoint else {}
         self._load_others(checkpoint, tensors, config.tie_word_embeddings)
         if kv_cache is not None:
             round_cached_vectors(self.model, kv_cache, ties)
 
     def _load_quantized(
-        self, checkpoint: Checkpoint, target: Target, dtype: torch.dtype, ties: bool
+        self, checkpoint: Checkpoint, target: Device, dtype: torch.dtype, ties: bool
     ) -> dict[str, torch.Tensor]:
         """Replace the quantized linear layers. Returns the decoded weights of layers of another kind, the embedding."""
         modules = {canonical_name(name): name for name, _ in self.model.named_modules()}

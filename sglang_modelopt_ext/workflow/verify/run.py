@@ -29,10 +29,10 @@ from tqdm import tqdm
 
 from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.models import served_dtype
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
-from sglang_modelopt_ext.workflow.common.target import Target
 from sglang_modelopt_ext.workflow.evaluate.measure import (
     Logprobs,
     assumptions,
@@ -200,7 +200,7 @@ def verify(
     folder: Path,
     served: Served,
     windows: Sequence[Sequence[int]],
-    target: Target,
+    target: Device,
     *,
     base: Path | None = None,
     simulate: bool = True,
@@ -266,7 +266,7 @@ def verify(
         server=served.url,
         served_model=served.model,
         dtype=dtype_name,
-        target=target.name,
+        target=target.flag,
         kv_cache=kv_cache.recipe.name if kv_cache else None,
         windows=len(windows),
         tokens=sum(map(len, targets)),
@@ -284,10 +284,10 @@ def verify(
     )
 
 
-def _kv_cache(folder: Path, served: Served, target: Target) -> tuple[KVCachePlan | None, list[str]]:
+def _kv_cache(folder: Path, served: Served, target: Device) -> tuple[KVCachePlan | None, list[str]]:
     """Return the rounding of keys and values in the reference, and a note where it differs from the server's."""
     plan = read_plan(folder, read_quant_config(folder), served.kv_cache_dtype)
-    if plan is not None and target.device == "cuda":
+    if plan is not None and target.kind == "cuda":
         chunk = "on a GPU, attention within a prefill chunk uses unquantized keys and values"
         note = f"KV cache {plan.recipe.name}: not compared: {chunk}"
         return None, [note]
@@ -297,7 +297,7 @@ def _kv_cache(folder: Path, served: Served, target: Target) -> tuple[KVCachePlan
 def _reference(
     folder: Path,
     dtype: torch.dtype,
-    target: Target,
+    target: Device,
     kv_cache: KVCachePlan | None,
     windows: Sequence[Sequence[int]],
     like: Sequence[Logprobs],
@@ -353,7 +353,7 @@ def _against_base(
     targets: Sequence[NDArray[np.int64]],
     progress: bool,
 ) -> AgainstBase:
-    rows = _reference(base, torch.float32, Target(None), None, windows, served, "the base model", progress)
+    rows = _reference(base, torch.float32, Device.cpu(), None, windows, served, "the base model", progress)
 
     def of(model: Sequence[Logprobs]) -> float:
         return perplexity(row[np.arange(len(tokens)), tokens] for row, tokens in zip(model, targets, strict=True))

@@ -5,10 +5,9 @@ Naive twins: :func:`gemm.fp4_blackwell.naive_fp4_linear` for E2M1 activations an
 """
 
 from sglang_modelopt_kernels.gemm.blackwell_common.launch import (
-    persistent_tokens,
     takes_tiles,
     tcgen05_product,
     tiles_of,
 )
 
-__all__ = ["persistent_tokens", "takes_tiles", "tcgen05_product", "tiles_of"]
+__all__ = ["takes_tiles", "tcgen05_product", "tiles_of"]

@@ -7,14 +7,13 @@ beside its pointers, valid as long as those are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 import triton
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, launch, machine
+from sglang_modelopt_kernels.gemm.common import Epilogue, launch
 from sglang_modelopt_kernels.gemm.common.launch import Plan
 
 from .kernel import tcgen05_kernel
@@ -115,10 +114,3 @@ def tcgen05_product(
 def tiles_of(rows: int, blocks: int) -> tuple[int, int]:
     """Return the shape of ``[rows, blocks]`` block scales, swizzled in whole tiles."""
     return triton.cdiv(rows, TILE) * TILE, triton.cdiv(blocks, 4) * 4
-
-
-def persistent_tokens(configs: Sequence[KernelConfig], device: torch.device, n: int) -> tuple[int, ...]:
-    """Return the fewest tokens for which the last of ``configs`` has a second tile for a program of ``n`` outputs; () on a CPU."""
-    if device.type != "cuda":
-        return ()
-    return (configs[-1].bm * (machine(device)[1] // triton.cdiv(n, configs[-1].bn)) + 1,)

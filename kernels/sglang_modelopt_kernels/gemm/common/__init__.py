@@ -8,6 +8,7 @@ from sglang_modelopt_kernels.gemm.common.launch import (
     machine,
     matrix_instruction,
     needs_drain,
+    path,
 )
 from sglang_modelopt_kernels.gemm.common.naive import naive_epilogue, naive_finish
 from sglang_modelopt_kernels.gemm.common.wgmma import checked
@@ -24,4 +25,5 @@ __all__ = [
     "naive_epilogue",
     "naive_finish",
     "needs_drain",
+    "path",
 ]

@@ -77,6 +77,15 @@ def choose(configs: Sequence[KernelConfig], m: int, n: int, k: int, sms: int) ->
     return config, split
 
 
+def path(plan: Plan, m: int, n: int, sms: int) -> tuple[object, ...]:
+    """Return what of a launch with ``plan`` depends on M: equal for all M that run the same instructions.
+
+    That is the configuration, whether K is split, and of a persistent kernel whether a program takes several tiles.
+    """
+    config, split = plan
+    return config, split > 1, config.persistent and config.tiles(m, n) > sms
+
+
 def launch(
     kernel: Any,
     x: torch.Tensor,

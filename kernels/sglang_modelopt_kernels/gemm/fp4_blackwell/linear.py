@@ -6,7 +6,7 @@ import torch
 
 from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.gemm.blackwell_common import takes_tiles, tcgen05_product, tiles_of
-from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine
+from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine, path
 from sglang_modelopt_kernels.gemm.common.launch import Plan
 
 from .kernel import fp4_kernel
@@ -28,6 +28,16 @@ CONFIGS = (
 compile to the block-scaled instruction without spilling (``benchmarks.aot``)."""
 
 
+def plan_of(swizzled: bool, m: int, n: int, k: int, device: torch.device) -> Plan:
+    """Return the plan of :func:`run` for a product of M, N and K on ``device``."""
+    return choose(TILED_CONFIGS if swizzled else CONFIGS, m, n, k, machine(device)[1])
+
+
+def path_of(swizzled: bool, m: int, n: int, k: int, device: torch.device) -> tuple[object, ...]:
+    """Return what :func:`fp4_linear` runs for a product of M, N and K on ``device``: equal for all M with one launch."""
+    return *path(plan_of(swizzled, m, n, k, device), m, n, machine(device)[1]), swizzled and takes_tiles(m)
+
+
 def run(
     x: BlockActivation,
     codes: torch.Tensor,
@@ -42,7 +52,7 @@ def run(
     """Launch the kernel; arguments of :func:`fp4_linear`, and ``plan`` instead of the choice by size."""
     m, (n, half) = x.codes.shape[0], codes.shape
     group = 16 if scale.dtype == torch.float8_e4m3fn else 32
-    plan = plan or choose(TILED_CONFIGS if swizzled else CONFIGS, m, n, 2 * half, machine(x.codes.device)[1])
+    plan = plan or plan_of(swizzled, m, n, 2 * half, x.codes.device)
     epilogue = Epilogue(out_scale, x.row_scale, bias)
     if swizzled:
         return tcgen05_product(x.codes, codes, scale, x.scale, group, epilogue, out_dtype, plan, describe)

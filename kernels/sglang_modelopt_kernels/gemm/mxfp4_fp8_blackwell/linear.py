@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglang_modelopt_kernels.gemm.blackwell_common import tcgen05_product, tiles_of
-from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine
+from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine, path
 from sglang_modelopt_kernels.gemm.common.launch import Plan
 
 from .kernel import mxfp4_widened_kernel
@@ -50,6 +50,16 @@ def pair_blocks(codes: torch.Tensor) -> torch.Tensor:
     return torch.stack(((even & 15) | (odd << 4), (even >> 4) | (odd & 0xF0)), dim=-1).flatten(1)
 
 
+def plan_of(paired: bool, m: int, n: int, k: int, device: torch.device) -> Plan:
+    """Return the plan of :func:`run` for a product of M, N and K on ``device``."""
+    return choose(PAIRED_CONFIGS if paired else CONFIGS, m, n, k, machine(device)[1])
+
+
+def path_of(paired: bool, m: int, n: int, k: int, device: torch.device) -> tuple[object, ...]:
+    """Return what :func:`mxfp4_linear` runs for a product of M, N and K on ``device``: equal for all M with one launch."""
+    return path(plan_of(paired, m, n, k, device), m, n, machine(device)[1])
+
+
 def run(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -64,7 +74,7 @@ def run(
 ) -> torch.Tensor:
     """Launch the kernel; arguments of :func:`mxfp4_linear`, and ``plan`` instead of the choice by size."""
     (m, k), n = x.shape, codes.shape[0]
-    plan = plan or choose(PAIRED_CONFIGS if paired else CONFIGS, m, n, k, machine(x.device)[1])
+    plan = plan or plan_of(paired, m, n, k, x.device)
     epilogue = Epilogue(out_scale, row_scale, bias, WIDENED_DESCALE if paired else 1.0)
     if not paired:
         return tcgen05_product(x, codes, scale, None, 32, epilogue, out_dtype, plan, describe)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 
-from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine
+from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine, path
 from sglang_modelopt_kernels.gemm.common.launch import Plan
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 from sglang_modelopt_kernels.gemm.w4_decode.launch import SCRATCH_BYTES
@@ -53,6 +53,12 @@ def configs(capability: int, k: int = 256) -> tuple[KernelConfig, ...]:
     return _MMA_HALF if k % 256 else _MMA
 
 
+def plan_of(weight: FoldedWeight, m: int, device: torch.device) -> Plan:
+    """Return the plan of :func:`run` for ``m`` tokens on ``device``."""
+    capability, sms = machine(device)
+    return choose(configs(capability, weight.k), m, weight.n, weight.k, sms)
+
+
 def run(
     x: torch.Tensor,
     weight: FoldedWeight,
@@ -62,8 +68,7 @@ def run(
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """Launch the kernel; arguments of :func:`folded_linear`, and ``plan`` instead of the choice by size."""
-    capability, sms = machine(x.device)
-    plan = plan or choose(configs(capability, weight.k), x.shape[0], weight.n, weight.k, sms)
+    plan = plan or plan_of(weight, x.shape[0], x.device)
     epilogue = Epilogue(weight.out_scale, row_scale, bias)
     return launch(
         folded_kernel, x.contiguous(), weight.codes, weight.exponent, epilogue, out_dtype, plan, ASM=x.is_cuda
@@ -112,9 +117,19 @@ def _folded_linear(
     weight = FoldedWeight(codes, exponent, out_scale)
     if x.shape[0] == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
-    if x.is_cuda and x.shape[0] >= DENSE_FROM and weight.n % 16 == 0:
-        return run_dense(x, weight, row_scale, bias, out_dtype)
-    return run(x, weight, row_scale, bias, out_dtype)
+    launched = run_dense if _takes_dense(weight, x.shape[0], x.device) else run
+    return launched(x, weight, row_scale, bias, out_dtype)
+
+
+def _takes_dense(weight: FoldedWeight, m: int, device: torch.device) -> bool:
+    return device.type == "cuda" and m >= DENSE_FROM and weight.n % 16 == 0
+
+
+def path_of(weight: FoldedWeight, m: int, device: torch.device) -> tuple[object, ...]:
+    """Return what :func:`folded_linear` runs for ``m`` tokens on ``device``: equal for all M with one launch."""
+    if _takes_dense(weight, m, device):
+        return ("run_dense",)
+    return "run", *path(plan_of(weight, m, device), m, weight.n, machine(device)[1])
 
 
 @_folded_linear.register_fake

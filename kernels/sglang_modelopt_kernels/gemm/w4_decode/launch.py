@@ -124,6 +124,12 @@ def order(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return y
 
 
+def plan_of(weight: PackedWeight, m: int, device: torch.device) -> Plan:
+    """Return the plan of :func:`run` for ``m`` tokens on ``device``."""
+    capability, sms = machine(device)
+    return choose(configs(weight.kind, capability, weight.k), m, weight.n, weight.k, sms)
+
+
 def run(
     x: torch.Tensor,
     weight: PackedWeight,
@@ -133,9 +139,9 @@ def run(
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """Launch the decoding kernel; arguments of :func:`block_scaled_linear`, and ``plan`` instead of the choice by size."""
-    capability, sms = machine(x.device)
+    capability = machine(x.device)[0]
     f16 = x.dtype != torch.bfloat16
-    plan = plan or choose(configs(weight.kind, capability, weight.k), x.shape[0], weight.n, weight.k, sms)
+    plan = plan or plan_of(weight, x.shape[0], x.device)
     ordered = in_order(plan[0]) and weight.k % 64 == 0
     if ordered:
         x = order(x, torch.float16 if f16 else torch.bfloat16)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from sglang_modelopt_kernels.gemm.common import check_epilogue
+from sglang_modelopt_kernels.gemm.common import check_epilogue, machine, path
 
-from .launch import run, run_dense, run_fp8, run_groups
+from .launch import plan_of, run, run_dense, run_fp8, run_groups
 from .packing import PackedWeight, check_kind
 
 DENSE_FROM = 2049
@@ -40,21 +40,31 @@ def _block_scaled_linear(
     weight = PackedWeight(codes, scale, out_scale, check_kind(kind), group, fp8)
     if x.shape[0] == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
-    return _choose(x, weight, out_dtype)(x, weight, row_scale, bias, out_dtype)
+    return _choose(weight, x.shape[0], x.dtype, out_dtype, x.device)(x, weight, row_scale, bias, out_dtype)
 
 
-def _choose(x: torch.Tensor, weight: PackedWeight, out_dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    """Return the launch for the number of tokens. All form the same exact products; the rounding of the sum differs.
+def path_of(
+    weight: PackedWeight, m: int, dtype: torch.dtype, out_dtype: torch.dtype, device: torch.device
+) -> tuple[object, ...]:
+    """Return what :func:`block_scaled_linear` runs for ``m`` tokens of ``dtype`` on ``device``: equal for all M with one launch."""
+    chosen = _choose(weight, m, dtype, out_dtype, device)
+    plan = path(plan_of(weight, m, device), m, weight.n, machine(device)[1]) if chosen is run else ()
+    return chosen.__name__, *plan
+
+
+def _choose(
+    weight: PackedWeight, m: int, dtype: torch.dtype, out_dtype: torch.dtype, device: torch.device
+) -> Callable[..., torch.Tensor]:
+    """Return the launch for ``m`` tokens. All form the same exact products; the rounding of the sum differs.
 
     FP8 matrix instructions keep about 13 bits of it on Hopper, more than bf16 and fp16 results show and less than fp32.
     """
-    m = x.shape[0]
-    if not x.is_cuda:
+    if device.type != "cuda":
         return run
     if weight.kind == "int4_float":
         return run_groups if m >= GROUPS_FROM else run
-    in_fp8 = weight.fp8 and x.dtype == torch.float8_e4m3fn and weight.n % 16 == 0 and out_dtype != torch.float32
-    if in_fp8 and m >= FP8_FROM and torch.cuda.get_device_capability(x.device) >= (8, 9):
+    in_fp8 = weight.fp8 and dtype == torch.float8_e4m3fn and weight.n % 16 == 0 and out_dtype != torch.float32
+    if in_fp8 and m >= FP8_FROM and machine(device)[0] >= 89:
         return run_fp8
     return run_dense if m >= DENSE_FROM else run
 

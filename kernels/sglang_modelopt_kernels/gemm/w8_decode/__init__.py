@@ -1,6 +1,6 @@
 """Product with 8-bit weights (Triton): INT8, FP8 under scales of tensors, channels or blocks, and MXFP8."""
 
-from sglang_modelopt_kernels.gemm.w8_decode.linear import MOST_INPUTS_INT8, eight_bit_linear
+from sglang_modelopt_kernels.gemm.w8_decode.linear import MOST_INPUTS_INT8, eight_bit_linear, path_of
 from sglang_modelopt_kernels.gemm.w8_decode.naive import naive_eight_bit_linear
 from sglang_modelopt_kernels.gemm.w8_decode.packing import (
     ByteWeight,
@@ -18,6 +18,7 @@ __all__ = [
     "float_blocks",
     "mxfp8",
     "naive_eight_bit_linear",
+    "path_of",
     "rows_of",
     "unpack",
     "whole",

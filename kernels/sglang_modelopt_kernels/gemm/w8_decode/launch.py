@@ -119,6 +119,13 @@ def _scale(weight: ByteWeight) -> torch.Tensor:
     return weight.out_scale if weight.scale is None else weight.scale
 
 
+def plan_of(weight: ByteWeight, m: int, dtype: torch.dtype, device: torch.device) -> Plan:
+    """Return the plan of :func:`run` for ``m`` tokens of ``dtype`` on ``device``."""
+    capability, sms = machine(device)
+    known = configs(weight.kind, math_of(weight.kind, dtype), capability)
+    return choose(known, m, weight.n, weight.k, sms)
+
+
 def run(
     x: torch.Tensor,
     weight: ByteWeight,
@@ -128,9 +135,9 @@ def run(
     plan: Plan | None = None,
 ) -> torch.Tensor:
     """Launch the kernel; arguments of :func:`eight_bit_linear`, and ``plan`` instead of the choice by size."""
-    capability, sms = machine(x.device)
+    capability = machine(x.device)[0]
     math = math_of(weight.kind, x.dtype)
-    plan = plan or choose(configs(weight.kind, math, capability), x.shape[0], weight.n, weight.k, sms)
+    plan = plan or plan_of(weight, x.shape[0], x.dtype, x.device)
     return launch(
         eight_bit_kernel,
         x.contiguous(),

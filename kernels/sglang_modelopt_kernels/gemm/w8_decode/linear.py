@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from sglang_modelopt_kernels.gemm.common import check_epilogue, machine
+from sglang_modelopt_kernels.gemm.common import check_epilogue, machine, path
 
-from .launch import math_of, run, run_dense, run_int8, takes_dense, takes_int_mm
+from .launch import math_of, plan_of, run, run_dense, run_int8, takes_dense, takes_int_mm
 from .packing import KINDS, ByteWeight
 
 DENSE_FROM = 1024
@@ -33,16 +33,22 @@ def _eight_bit_linear(
     weight = ByteWeight(codes, scale, out_scale, kind)
     if x.shape[0] == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
-    return _choose(x, weight)(x, weight, row_scale, bias, out_dtype)
+    return _choose(weight, x.shape[0], x.dtype, x.device)(x, weight, row_scale, bias, out_dtype)
 
 
-def _choose(x: torch.Tensor, weight: ByteWeight) -> Callable[..., torch.Tensor]:
-    """Return the launch for the number of tokens. All form the same exact products; the rounding of an fp32 sum differs."""
-    m = x.shape[0]
-    if not x.is_cuda or m < DENSE_FROM:
+def path_of(weight: ByteWeight, m: int, dtype: torch.dtype, device: torch.device) -> tuple[object, ...]:
+    """Return what :func:`eight_bit_linear` runs for ``m`` tokens of ``dtype`` on ``device``: equal for all M with one launch."""
+    chosen = _choose(weight, m, dtype, device)
+    plan = path(plan_of(weight, m, dtype, device), m, weight.n, machine(device)[1]) if chosen is run else ()
+    return chosen.__name__, *plan
+
+
+def _choose(weight: ByteWeight, m: int, dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Return the launch for ``m`` tokens. All form the same exact products; the rounding of an fp32 sum differs."""
+    if device.type != "cuda" or m < DENSE_FROM:
         return run
-    if x.dtype == torch.int8:
-        return run_int8 if takes_int_mm(m, weight.n, weight.k, machine(x.device)[0]) else run
+    if dtype == torch.int8:
+        return run_int8 if takes_int_mm(m, weight.n, weight.k, machine(device)[0]) else run
     return run_dense if takes_dense(weight) else run
 
 

@@ -1,6 +1,6 @@
 """Product of all experts: every row times the weight of its expert, in any of the weight formats."""
 
-from sglang_modelopt_kernels.moe.grouped.grouped import grouped_linear, tile
+from sglang_modelopt_kernels.moe.grouped.grouped import grouped_linear, path_of, tile
 from sglang_modelopt_kernels.moe.grouped.naive import naive_grouped_linear
 from sglang_modelopt_kernels.moe.grouped.weights import (
     GroupedWeight,
@@ -21,6 +21,7 @@ __all__ = [
     "mxfp8",
     "naive_grouped_linear",
     "packed",
+    "path_of",
     "stack",
     "tile",
     "unpack",

@@ -23,6 +23,12 @@ def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int, dense: bool | No
     return choose_block(weight.kind, dtype, pairs, weight.experts, capability)
 
 
+def path_of(weight: GroupedWeight, pairs: int, dtype: torch.dtype) -> tuple[bool, int]:
+    """Return what :func:`grouped_linear` runs for ``pairs`` pairs: whether dense tiles, and the pairs to a block."""
+    dense = takes_dense(weight, dtype, pairs, machine(weight.codes.device)[0])
+    return dense, tile(weight, dtype, pairs)
+
+
 @torch.library.custom_op("modelopt_ext::grouped_linear", mutates_args=())
 def _grouped_linear(
     x: torch.Tensor,
