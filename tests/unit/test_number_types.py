@@ -35,8 +35,8 @@ from sglang_modelopt_ext.backends.linear.humming import Humming
 from sglang_modelopt_ext.backends.linear.weight_only import blocks_of_16
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
-from sglang_modelopt_ext.layers.linear import LinearProduct
 from sglang_modelopt_ext.device import Device
+from sglang_modelopt_ext.layers.linear import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 from sglang_modelopt_ext.schemes.table import SCHEMES, UMBRELLA
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS

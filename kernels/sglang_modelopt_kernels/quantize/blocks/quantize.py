@@ -37,7 +37,7 @@ def numerics(activation: str) -> tuple[int, Element]:
     known = ACTIVATION_FORMATS.get(activation)
     if known is None or not rounds(known) or known.number_type.block is None:
         raise ValueError(
-            f"activation: expected {' or '.join(map(str, ROW_SCALE_OF))}, got {activation if known is None else known}"
+            f"activation must be {' or '.join(map(str, ROW_SCALE_OF))}, got {activation if known is None else known}"
         )
     return known.number_type.block[1], known.number_type.element
 
