@@ -1,4 +1,4 @@
-"""Imports of ``tests.support`` and ``benchmarks`` without the repository root on sys.path.
+"""Imports of ``tests.support`` and ``benchmarks`` without the repository root on sys.path, and failures named at once.
 
 The root (and tests/) would make their folders named ``kernels`` importable as a package of that name, which is a Hugging Face
 package that SGLang and transformers look for.
@@ -10,8 +10,16 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import pytest
+
 for name in ("tests", "benchmarks"):
     if name not in sys.modules:
         package = ModuleType(name)
         package.__path__ = [str(Path(__file__).parent / name)]
         sys.modules[name] = package
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print the name of a failed test as it fails: a run that is stopped prints no summary."""
+    if report.failed:
+        print(f"\nFAILED {report.nodeid} ({report.when})", file=sys.stderr, flush=True)

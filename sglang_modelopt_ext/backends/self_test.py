@@ -36,8 +36,8 @@ LARGE = 4096
 """The smallest N and K of the check's layer on a GPU: a smaller N leaves SMs idle, and hides a race that needs a busy GPU."""
 ROW_TILE, TILE = 128, 256
 """The largest tiles along N and K: kernels are compiled separately for a K that is not a multiple of the tile."""
-REPEATS = 16
-"""Launches of each product on a GPU after the first."""
+REPEATS = 64
+"""Launches of each product on a GPU after the first: a race may spare most launches on a GPU that other processes use too."""
 COLUMN_TOKENS = 16
 """Tokens from which errors are also relative to an output's norm over the tokens, which cancellation may make small for fewer."""
 SIZES = 16

@@ -25,6 +25,13 @@ STOCK_BEHAVIOUR: dict[str, str] = {
 }
 """SGLang's behaviour by algorithm; a test requires a row for each algorithm of the scheme table."""
 
-LEFT_AND_RUN: dict[str, str] = {"FP8": "NVIDIA H200, 2026-11-29"}
+_H200 = "NVIDIA H200, 2026-11-29"
+LEFT_AND_RUN: dict[str, str] = {
+    "NVFP4": _H200,
+    "W4A16_NVFP4, groups of 16": _H200,
+    "FP8": _H200,
+    "NVFP4, FP8 experts": _H200,
+    "with an unknown algorithm": _H200,
+}
 """The GPU and date of a run of SGLang's side of a row of docs/flags.md (by its first cell), with this plugin installed and the
 results compared. ``make docs`` puts them into the table."""

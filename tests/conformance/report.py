@@ -171,6 +171,7 @@ def as_markdown(content: Mapping[str, Any]) -> str:
     verdicts = [row["verdict"] for row in rows if row["expected"] == "right"]
     count = {verdict: verdicts.count(verdict) for verdict in ("right", "wrong", "failed", "not run")}
     apart = [row["case"] for row in rows if row["agrees"] is False]
+    restless = [row["case"] for row in rows if row["agrees"] is False and row["repeats"] < 1]
     lines = [
         f"# Served models on {content['gpu']}",
         "",
@@ -190,6 +191,7 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         + ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
         + ".",
         *(["Not the same as the case they must agree with: " + ", ".join(apart) + "."] if apart else []),
+        *(["Of these, kernels do not repeat bit for bit in " + ", ".join(restless) + "."] if restless else []),
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),

@@ -22,6 +22,7 @@ from benchmarks.serving.server import Result, Settings, measure, memory, served_
 from sglang_modelopt_ext.checkpoint.ownership import decide
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_headers
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from tests.support.stub_server import EACH, FIRST, Stub, running_stub
 
@@ -56,7 +57,7 @@ def test_models_are_valid_and_have_the_owner_that_their_recipe_should_have(
 ) -> None:
     make_models(tmp_path, shape, [recipe])
     folder = model_folder(tmp_path, shape, recipe)
-    found = decide(folder, None, 90)
+    found = decide(folder, None, Device.cuda(90))
     assert not found.in_doubt
     assert (found.family is None) == (recipe in ("bf16", "fp8", "nvfp4-w4a4"))
     headers = read_headers(folder)
