@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from sglang_modelopt_ext.checkpoint.hub import hub_model, hub_tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -107,7 +108,10 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def tensor_names(folder: Path) -> Collection[str]:
-    """Return the names of a checkpoint's tensors, from its index where it has one; empty where no weights are there (yet).
+    """Return the names of a checkpoint's tensors, from its index where it has one.
+
+    Of a hub model without an index that is not downloaded yet, the hub is asked for the header of its file. Empty where the
+    weights are not there and the hub does not answer.
 
     Raises:
         ModelOptExtError: the index or a file cannot be read.
@@ -116,7 +120,10 @@ def tensor_names(folder: Path) -> Collection[str]:
     if index.exists():
         found = read_json_object(index).get("weight_map")
         return found.keys() if isinstance(found, dict) else ()
-    return read_headers(folder).keys() if any(folder.glob("*.safetensors")) else ()
+    if any(folder.glob("*.safetensors")):
+        return read_headers(folder).keys()
+    model = hub_model(folder)
+    return hub_tensor_names(*model) if model is not None else ()
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:

@@ -78,3 +78,11 @@ def kv_folder(
     (folder / "config.json").write_text(json.dumps({"num_hidden_layers": 2, **config}), encoding="utf-8")
     save_file(dict(tensors), folder / "model.safetensors")
     return folder
+
+
+def layers(pattern: str, numbers: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Return scales that identify their layer: 0.5 + n and 0.25 + n."""
+    found: dict[str, torch.Tensor] = {}
+    for number in numbers:
+        found |= stored_attention(pattern.format(number), 0.5 + number, 0.25 + number)
+    return found

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -19,15 +16,13 @@ from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
 from sglang_modelopt_ext.integration.kv import scales as kv_scales
 from sglang_modelopt_ext.integration.kv.layers import rank_layers, served_attention
-from tests.support import edits
 from tests.support.kv_exports import kv_export
-from tests.support.kv_trees import attention_model, attention_tree, kv_folder, scales_of, stored_attention
+from tests.support.kv_runtime import Runtime, plain_names, weights
+from tests.support.kv_trees import attention_model, attention_tree, kv_folder, layers, scales_of, stored_attention
 
 UNSET = (-1.0, -1.0)
-Weights = list[tuple[str, torch.Tensor]]
 
 
 def plan_of(folder: Path, flag: str = "auto") -> KVCachePlan:
@@ -52,14 +47,6 @@ def hybrid() -> torch.nn.Module:
 
 def mamba() -> torch.nn.Module:
     return attention_tree([(f"model.layers.{i}.mixer.attn", i) for i in (2, 5)], scales=True)
-
-
-def layers(pattern: str, numbers: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """Return scales that identify their layer: 0.5 + n and 0.25 + n."""
-    found: dict[str, torch.Tensor] = {}
-    for number in numbers:
-        found |= stored_attention(pattern.format(number), 0.5 + number, 0.25 + number)
-    return found
 
 
 PLACES: dict[str, tuple[Callable[[], torch.nn.Module], dict[str, torch.Tensor]]] = {
@@ -182,53 +169,9 @@ def test_nothing_is_fatal_for_a_cache_of_sglangs_own(
 # From the loader
 
 
-class Runtime:
-    """SGLang's state in a scheduler: the resolved flag, and the arguments."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        import sglang.srt.runtime_context as context
-        from sglang.srt.model_loader import loader
-
-        self.model = SimpleNamespace(kv_cache_dtype="auto", model_checksum=None)
-        self.args: Any = None
-        for module in (context, loader):
-            monkeypatch.setattr(module, "get_model", lambda: self.model)
-            monkeypatch.setattr(module, "get_server_args", lambda: self.args)
-        monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
-
-    def start(self, model_path: Path | str, flag: str = "auto", **fields: Any) -> None:
-        """Resolve the arguments of a server on a GPU, like the launching process."""
-        from sglang.srt.arg_groups.overrides import resolved_view
-        from sglang.srt.server_args import ServerArgs
-
-        self.args = ServerArgs(model_path=str(model_path), kv_cache_dtype=flag, **{"device": "cuda", **fields})
-        kv_hooks.declare(self.args)
-        self.model.kv_cache_dtype = resolved_view(self.args).kv_cache_dtype
-
-    def load(self, model: torch.nn.Module, model_path: Path | str, stored: Weights, **config: Any) -> list[str]:
-        """Return the names of the tensors that ``model`` gets in a scheduler."""
-        from sglang.srt.configs.load_config import LoadConfig
-
-        def original(loader: Any, model_config: Any, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-            yield from stored
-
-        fields = {"model_path": str(model_path), "revision": None, "quantization": None, **config}
-        model_config = SimpleNamespace(**fields)
-        loader = SimpleNamespace(load_config=LoadConfig())
-        return [name for name, _ in kv_scales._get_all_weights(original, loader, model_config, model)]
-
-
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     return Runtime(monkeypatch)
-
-
-def weights(folder: Path) -> Weights:
-    return sorted(edits.read_tensors(folder).items())
-
-
-def plain_names(folder: Path) -> list[str]:
-    return [name for name, _ in weights(folder) if not name.endswith(("k_scale", "v_scale", "_bias"))]
 
 
 @pytest.mark.parametrize("fault", [*BROKEN, "missing"])
@@ -367,101 +310,3 @@ def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
     plain = kv_folder(tmp_path / "plain", tensors, algo="NVFP4", architectures=["LlamaForCausalLM"], model_type="llama")
     runtime.start(plain)
     assert runtime.model.kv_cache_dtype == "modelopt_nvfp4"
-
-
-# A model on the hub
-
-
-class Hub:
-    """The cache of a hub that cannot be reached, and a model in it that comes file by file."""
-
-    NAME, REVISION = "someone/model", "0" * 40
-
-    def __init__(self, root: Path, source: Path) -> None:
-        self.source = source
-        self.snapshot = root / "models--someone--model" / "snapshots" / self.REVISION
-        self.snapshot.mkdir(parents=True)
-        refs = root / "models--someone--model" / "refs"
-        refs.mkdir()
-        (refs / "main").write_text(self.REVISION)
-
-    def fetch(self, *patterns: str) -> None:
-        for pattern in patterns:
-            for file in self.source.glob(pattern):
-                shutil.copyfile(file, self.snapshot / file.name)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], Hub]:
-    import huggingface_hub.constants as constants
-
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setitem(os.environ, "HF_HUB_OFFLINE", "1")
-    return lambda source: Hub(tmp_path / "hub", source)
-
-
-def test_the_first_start_of_a_hub_model_has_the_scales_of_the_second(
-    runtime: Runtime, hub: Callable[[Path], Hub], tmp_path: Path
-) -> None:
-    """Nothing but the configuration is there when the arguments are settled; the weights come with the scheduler."""
-    folder = kv_folder(tmp_path / "source", layers("model.layers.{}.self_attn", (0, 1)))
-    cache = hub(folder)
-    cache.fetch("*.json")
-    found = []
-    for _ in range(2):
-        runtime.start(Hub.NAME)
-        cache.fetch("*.safetensors")
-        model = text_model()
-        assert runtime.load(model, Hub.NAME, weights(folder)) == plain_names(folder)
-        found.append(scales_of(model)["model.layers.1.self_attn"])
-    assert found == [(1.5, 1.25)] * 2
-
-
-def test_a_pool_of_ours_likewise(runtime: Runtime, hub: Callable[[Path], Hub], tmp_path: Path) -> None:
-    folder = kv_folder(tmp_path / "source", layers("model.layers.{}.self_attn", (0, 1)))
-    cache = hub(folder)
-    cache.fetch("*.json")
-    runtime.start(Hub.NAME, device="cpu")
-    assert runtime.model.kv_cache_dtype == "modelopt_fp8"
-    cache.fetch("*.safetensors")
-    runtime.load(text_model(), Hub.NAME, weights(folder))
-    plan = kv_scales.served_plan(runtime.args, "modelopt_fp8")
-    assert plan.resolve(served_attention(text_model())).layers[1].k_scale == 1.5
-
-
-def test_weights_that_are_not_found_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their scales are not replaced by those of an uncalibrated cache, except for dummy weights, which have none."""
-    monkeypatch.setattr(kv_scales, "downloaded_folder", lambda *_: None)
-    fields = {"model_path": str(kv_export("nvfp4")), "revision": None, "download_dir": None}
-    with pytest.raises(ModelOptExtError, match="k_scale, v_scale: expected the weights that were loaded, got no such"):
-        kv_scales.served_plan(SimpleNamespace(load_format="auto", **fields), "modelopt_nvfp4")
-    assert kv_scales.served_plan(SimpleNamespace(load_format="dummy", **fields), "modelopt_nvfp4").stored is None
-    assert kv_scales.scales_for_sglang(SimpleNamespace(**fields), None, "nvfp4") is None
-
-
-def test_biases_are_known_from_the_index_of_a_hub_model(
-    runtime: Runtime, hub: Callable[[Path], Hub], tmp_path: Path
-) -> None:
-    cache = hub(edits.copy_with(kv_export("fp8_affine"), tmp_path / "source", [edits.shard()]))
-    cache.fetch("*.json")
-    runtime.start(Hub.NAME)
-    assert runtime.model.kv_cache_dtype == "modelopt_fp8_affine"
-
-
-def test_biases_that_nobody_knew_of_before_the_download(
-    runtime: Runtime, hub: Callable[[Path], Hub], tmp_path: Path
-) -> None:
-    """Without an index FP8 was taken for plain: one line, and the second start knows. Never FP8 without the bias."""
-    folder = kv_export("fp8_affine")
-    cache = hub(folder)
-    cache.fetch("*.json")
-    runtime.start(Hub.NAME)
-    assert runtime.model.kv_cache_dtype == "auto"
-    cache.fetch("*.safetensors")
-    with pytest.raises(
-        ModelOptExtError, match=r"k_bias, v_bias: expected no biases, as the recipe was chosen before the download"
-    ):
-        runtime.load(text_model(), Hub.NAME, weights(folder))
-    runtime.start(Hub.NAME)
-    assert runtime.model.kv_cache_dtype == "modelopt_fp8_affine"
