@@ -62,9 +62,8 @@ class Device:
             return cls.cpu()
         if kind != "cuda":
             return cls.other(kind)
-        if (
-            torch.version.hip is not None
-        ):  # PyTorch calls AMD's GPUs cuda, too, and gives them capabilities such as (9, 4)
+        # PyTorch calls AMD's GPUs cuda, too, and gives them capabilities such as (9, 4).
+        if torch.version.hip is not None:
             return cls.other("rocm")
         major, minor = torch.cuda.get_device_capability(int(index) if index else None)
         return cls.cuda(10 * major + minor)
