@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Installs the CPU runtime's import shims into the site-packages of the interpreter that runs this file.
+"""Install the CPU runtime's import shims into the site-packages of the interpreter that runs this file.
 
     python cpu_runtime/install_shims.py [--uninstall]
 
-Refuses where they do not belong: next to SGLang's own kernels, or to a CUDA build of torch. Installing twice is
-harmless.
+Nothing is installed where they do not belong: next to SGLang's own kernels, or to a CUDA build of torch.
+Installing twice is harmless.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ KERNEL_DISTRIBUTIONS = ("sgl-kernel", "sglang-kernel")
 def main(
     argv: Sequence[str] | None = None, *, site_packages: Path | None = None, search_path: Sequence[str] | None = None
 ) -> int:
-    """Runs the command line and returns its exit code.
+    """Run the command line and return its exit code.
 
     Args:
         argv: the arguments, ``sys.argv[1:]`` by default.
@@ -45,7 +45,7 @@ def main(
     if args.uninstall:
         uninstall(target)
         return 0
-    reason = refusal(sys.path if search_path is None else search_path)
+    reason = objection(sys.path if search_path is None else search_path)
     if reason is not None:
         print(f"install_shims: refused: {reason}", file=sys.stderr)
         return 1
@@ -53,8 +53,8 @@ def main(
     return 0
 
 
-def refusal(search_path: Sequence[str]) -> str | None:
-    """Why the shims must not be installed next to what ``search_path`` holds, or None."""
+def objection(search_path: Sequence[str]) -> str | None:
+    """Return why the shims must not be installed next to what ``search_path`` holds, or None."""
     for distribution in metadata.distributions(path=list(search_path)):
         name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
         if name in KERNEL_DISTRIBUTIONS:
@@ -75,7 +75,7 @@ def torch_cuda_version(search_path: Sequence[str]) -> str | None:
 
 
 def install(site_packages: Path) -> None:
-    """Copies the shims into ``site_packages``."""
+    """Copy the shims into ``site_packages``."""
     for name in FILES:
         shutil.copyfile(SHIMS / name, site_packages / name)
     # Compiled here, because every interpreter start pays for the module otherwise where bytecode is not written.
@@ -83,7 +83,7 @@ def install(site_packages: Path) -> None:
 
 
 def uninstall(site_packages: Path) -> None:
-    """Removes the shims from ``site_packages``. Files that are missing do not matter."""
+    """Remove the shims from ``site_packages``. Files that are missing do not matter."""
     for name in reversed(FILES):
         (site_packages / name).unlink(missing_ok=True)
     for compiled in (site_packages / "__pycache__").glob("sglang_cpu_runtime.*.pyc"):

@@ -53,7 +53,7 @@ def _tcgen05_cases(arch: int) -> Iterator[Case]:
     del arch
     yield from _tcgen05_of("mxfp4 fp8e4nv", "e4m3", 32, mxfp4.CONFIGS, "kind::mxf8f6f4.block_scale")
     for group, kind in ((16, "mxf4nvf4"), (32, "mxf4")):
-        yield from _tcgen05_of(f"fp4 e2m1/{group}", "e2m1", group, fp4.TILED_CONFIGS, f"kind::{kind}.block_scale")
+        yield from _tcgen05_of(f"fp4 e2m1/{group}", "e2m1", group, fp4.SWIZZLED_CONFIGS, f"kind::{kind}.block_scale")
 
 
 def _mxfp4_cases(arch: int) -> Iterator[Case]:

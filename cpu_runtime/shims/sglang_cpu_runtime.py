@@ -30,7 +30,7 @@ KERNELS = "sgl_kernel"
 
 
 def activate() -> None:
-    """Adds the two finders to ``sys.meta_path``, once."""
+    """Add the two finders to ``sys.meta_path``, once."""
     if any(isinstance(finder, BeforeImport) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, BeforeImport())
@@ -61,11 +61,11 @@ class KernelStandIn:
         return ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]  # a loader without the base class
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """Makes the module. Part of the loader protocol."""
+        """Make the module. Part of the loader protocol."""
         return StandInModule(spec.name, "Import-only stand-in for SGLang's CUDA kernels.")
 
     def exec_module(self, module: ModuleType) -> None:
-        """Has nothing to run. Part of the loader protocol."""
+        """Do nothing. Part of the loader protocol."""
 
 
 class StandInModule(ModuleType):
@@ -88,7 +88,7 @@ class StandInModule(ModuleType):
 
 
 def find_real_kernels() -> ModuleSpec | None:
-    """The spec of an installed ``sgl_kernel``, wherever its finder stands in ``sys.meta_path``, or None."""
+    """Return the spec of an installed ``sgl_kernel``, wherever its finder stands in ``sys.meta_path``, or None."""
     for finder in sys.meta_path:
         if not isinstance(finder, (BeforeImport, KernelStandIn)):
             spec = finder.find_spec(KERNELS, None)
@@ -107,7 +107,7 @@ _library: Any = None  # torch drops the declarations with the object that made t
 
 
 def _declare_torchvision_ops() -> None:
-    """Runs after torchvision has tried to load its operators and before it registers fake kernels for them."""
+    """Declare torchvision's operators, after it has tried to load them and before it registers fake kernels for them."""
     global _library
     extension = sys.modules.get("torchvision.extension")
     if _library is not None or extension is None or extension._has_ops():

@@ -1,1 +1,1 @@
-"""What can serve a layer: one backend for each way to keep a weight, and the choice among them."""
+"""Backends of layers, one for each way to keep a weight, and the choice among them."""

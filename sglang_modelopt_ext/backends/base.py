@@ -194,7 +194,7 @@ class BlockBackend(Backend[WeightT]):
     """Whether it has :meth:`matmul_low_rank`; its :meth:`prepare` then keeps the shards' ``svdquant_lora_b``."""
 
     def swizzles(self, tokens: int) -> bool:
-        """Whether activation scales must use the swizzled layout for ``tokens`` tokens."""
+        """Return whether activation scales must use the swizzled layout for ``tokens`` tokens."""
         del tokens
         return self.swizzled
 
@@ -261,7 +261,7 @@ def round_to_blocks(
 
 
 def is_fp8(activation: ActivationFormat | None) -> bool:
-    """Whether activations are E4M3 values without block scales."""
+    """Return whether activations are E4M3 values without block scales."""
     return activation is not None and activation.number_type == FP8
 
 

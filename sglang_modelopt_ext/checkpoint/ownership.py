@@ -1,7 +1,7 @@
-"""The decision who serves a checkpoint: this package, SGLang, or nobody. No SGLang is imported here.
+"""The decision who serves a checkpoint: this package, SGLang, or neither. No SGLang is imported here.
 
 It is tolerant on purpose: a checkpoint that SGLang may serve is never an error of this package. One that is not wholly understood
-is left to SGLang, with the reason. Strictness begins once this package serves it: by a flag of its own, or because nobody else
+is left to SGLang, with the reason. Strictness begins once this package serves it: by a flag of its own, or because nothing else
 serves its algorithm.
 """
 

@@ -225,8 +225,8 @@ class ExpertProduct:
                 inputs[name] = rows.unsqueeze(1) if rows.dim() == 1 else rows
         values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
         if row_scale is not None:
-            wide = row_scale.reshape(-1, 1)
-            row_scale = wide.expand(routing.rows, 1) if wide.shape[0] == 1 else _for_rows(wide, routing)
+            column = row_scale.reshape(-1, 1)
+            row_scale = column.expand(routing.rows, 1) if column.shape[0] == 1 else _for_rows(column, routing)
             row_scale = row_scale * weights if weights is not None else row_scale.contiguous()
         else:
             row_scale = weights

@@ -254,8 +254,8 @@ def warn_once(message: str) -> None:
 
 def smooth(x: torch.Tensor, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return ``x`` in float32, times its ``pre_quant_scale`` where there is one."""
-    wide = x.to(torch.float32)
-    return wide * inputs[PRE_QUANT_SCALE.name] if PRE_QUANT_SCALE.name in inputs else wide
+    fp32 = x.to(torch.float32)
+    return fp32 * inputs[PRE_QUANT_SCALE.name] if PRE_QUANT_SCALE.name in inputs else fp32
 
 
 def round_input(

@@ -20,7 +20,7 @@ PRE_QUANT_SCALE = TensorSpec("pre_quant_scale", _MODEL_DTYPES, (Dim("K"),), Valu
 
 
 def is_fp4(activation: ActivationFormat | None) -> TypeGuard[ActivationFormat]:
-    """Whether activations are E2M1, which ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` may leave out."""
+    """Return whether activations are E2M1, which ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` may leave out."""
     return activation is not None and activation.number_type.element == "e2m1"
 
 

@@ -18,7 +18,7 @@ from tests.support.moe import mixed_checkpoint, tiny
 POSITIONS = 4096
 """Room for the long prompts of the run."""
 
-WIDE = {"hidden": 512, "intermediate": 1536, "heads": 8, "layers": 1, "tied": True}
+LARGER = {"hidden": 512, "intermediate": 1536, "heads": 8, "layers": 1, "tied": True}
 """A model whose products use other kernel configurations than those of the tiny one."""
 
 WRONG_SCALE = 1.25
@@ -163,8 +163,8 @@ EXPORTS: dict[str, Export] = {
     "int8-smoothquant": dense("W8A8_SQ_PER_CHANNEL", "qwen3", "INT8_SMOOTHQUANT_CFG", layers=1),
     "int8-weight-only": dense("W8A16", "mistral", "INT8_WEIGHT_ONLY_CFG", layers=1),
     # Wider layers.
-    "w4a8-nvfp4-wide": dense("W4A8_NVFP4_FP8", "llama", NVFP4, **WIDE),
-    "w4a8-mxfp4-wide": dense("W4A8_MXFP4_FP8", "llama", MXFP4, **WIDE),
+    "w4a8-nvfp4-wide": dense("W4A8_NVFP4_FP8", "llama", NVFP4, **LARGER),
+    "w4a8-mxfp4-wide": dense("W4A8_MXFP4_FP8", "llama", MXFP4, **LARGER),
     # Layers of an 8B model's sizes.
     **{
         f"large-{algo.lower().replace('_', '-')}": Export(algo, "llama", _elsewhere, large=True)

@@ -56,13 +56,13 @@ def test_every_configuration_is_listed(arch: int) -> None:
     dtypes = {"fp16": 2, "bf16": 2} | ({"fp8e4nv": 1} if arch >= 89 else {})
     for dtype, itemsize in dtypes.items():
         assert f"group_scaled {dtype} {config_for(arch, itemsize)}" in names
-    tiled = arch in (100, 103)
+    swizzled = arch in (100, 103)
     for product, types, every in (
-        ("fp4", ("e2m1/16", "e2m1/32"), fp4.TILED_CONFIGS if tiled else fp4.CONFIGS),
-        ("mxfp4", ("fp8e4nv",), mxfp4.CONFIGS if tiled else mxfp4.PAIRED_CONFIGS),
+        ("fp4", ("e2m1/16", "e2m1/32"), fp4.SWIZZLED_CONFIGS if swizzled else fp4.CONFIGS),
+        ("mxfp4", ("fp8e4nv",), mxfp4.CONFIGS if swizzled else mxfp4.PAIRED_CONFIGS),
     ):
         listed = [case.name for case in aot.cases(arch) if case.name.startswith(f"{product} ")]
-        ways = ("", ",pointers") if tiled else ("",)
+        ways = ("", ",pointers") if swizzled else ("",)
         expected = [f"{product} {type_}{way} {config}" for type_ in types for way in ways for config in every]
         assert listed == (expected if arch >= 100 else [])
     for kind, dtypes in grouped.TAKEN.items():

@@ -12,11 +12,11 @@ import torch
 from sglang_modelopt_kernels.gemm.blackwell_common import takes_tiles, tcgen05_product, tiles_of
 from sglang_modelopt_kernels.gemm.blackwell_common.launch import describe_tiles, tma_objection
 from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, choose
-from sglang_modelopt_kernels.gemm.fp4_blackwell.linear import TILED_CONFIGS
+from sglang_modelopt_kernels.gemm.fp4_blackwell.linear import SWIZZLED_CONFIGS
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell.linear import CONFIGS
 
 LAUNCH = importlib.import_module("sglang_modelopt_kernels.gemm.blackwell_common.launch")
-EVERY = pytest.mark.parametrize("configs", [CONFIGS, TILED_CONFIGS], ids=["mxfp4", "fp4"])
+EVERY = pytest.mark.parametrize("configs", [CONFIGS, SWIZZLED_CONFIGS], ids=["mxfp4", "fp4"])
 PROCESSORS = 148
 """A B200's."""
 

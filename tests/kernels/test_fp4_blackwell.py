@@ -18,7 +18,7 @@ from sglang_modelopt_kernels.formats.base import BlockActivation
 from sglang_modelopt_kernels.gemm.blackwell_common import takes_tiles
 from sglang_modelopt_kernels.gemm.common import KernelConfig, choose
 from sglang_modelopt_kernels.gemm.fp4_blackwell import fp4_linear, naive_fp4_linear
-from sglang_modelopt_kernels.gemm.fp4_blackwell.linear import CONFIGS, TILED_CONFIGS, run
+from sglang_modelopt_kernels.gemm.fp4_blackwell.linear import CONFIGS, SWIZZLED_CONFIGS, run
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
 LAUNCH = importlib.import_module("sglang_modelopt_kernels.gemm.common.launch")  # a function of the package has its name
@@ -128,7 +128,7 @@ def test_on_a_gpu(case: tuple[int, int, int, int, dict[str, Any]]) -> None:
     assert error(*case[:4], "cuda", **case[4]) < 2**-12
 
 
-@pytest.mark.parametrize("every", [TILED_CONFIGS, CONFIGS], ids=["swizzled", "rows"])
+@pytest.mark.parametrize("every", [SWIZZLED_CONFIGS, CONFIGS], ids=["swizzled", "rows"])
 @pytest.mark.parametrize("m", [1, 16, 17, 64, 65, 5000])
 def test_choice(m: int, every: tuple[KernelConfig, ...]) -> None:
     config, split = choose(every, m, 4096, 4096, 148)

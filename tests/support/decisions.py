@@ -24,12 +24,12 @@ from sglang_modelopt_ext.schemes.table import FAMILIES
 FLAGS: tuple[str | None, ...] = (None, *(flag for flag in QUANTIZATION_CHOICES if flag not in FAMILIES))
 """Every value of ``--quantization`` that SGLang has of its own, and none."""
 
-REFUSED, UNQUANTIZED = "refused", "unquantized"
+REJECTED, UNQUANTIZED = "rejected", "unquantized"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A decision: ``method`` is the quantization's name, :data:`REFUSED` or :data:`UNQUANTIZED`.
+    """A decision: ``method`` is the quantization's name, :data:`REJECTED` or :data:`UNQUANTIZED`.
 
     ``detail``: the class that SGLang reads it with, or the reason of a rejection; not compared for a rejection.
     """
@@ -40,7 +40,7 @@ class Decision:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Decision):
             return NotImplemented
-        return self.method == other.method and (self.method == REFUSED or self.detail == other.detail)
+        return self.method == other.method and (self.method == REJECTED or self.detail == other.detail)
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -73,11 +73,11 @@ def _decide(folder: Path, flag: str | None, device: Device, verify: Any, read: A
             return Decision(UNQUANTIZED)
         found = read(model_config, LoadConfig(load_format="dummy"), {})
     except Exception as error:  # any error would keep the server from starting
-        return Decision(REFUSED, f"{type(error).__name__}: {error}")
+        return Decision(REJECTED, f"{type(error).__name__}: {error}")
     if found is None:
         return Decision(UNQUANTIZED)
     if device.before(found.get_min_capability()):
-        return Decision(REFUSED, f"{found.get_name()} from SM{found.get_min_capability()} on")
+        return Decision(REJECTED, f"{found.get_name()} from SM{found.get_min_capability()} on")
     return Decision(model_config.quantization, type(found).__name__)
 
 

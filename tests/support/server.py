@@ -26,13 +26,13 @@ from sglang_modelopt_ext.workflow.server.process import ServerProcess, cpu_envir
 Entrypoint = Literal["launch_server", "serve"]
 
 START_TIMEOUT = 240.0
-REFUSE_TIMEOUT = 180.0
+FAILED_START_TIMEOUT = 180.0
 POLL_SECONDS = 0.3
 TAIL_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
-class Refusal:
+class FailedStart:
     """The end of a server that did not start.
 
     Attributes:
@@ -141,7 +141,7 @@ class Server(ServerProcess):
             return list(pool.map(lambda ids: self.request("/generate", {"input_ids": list(ids), **options}), prompts))
 
 
-def failing_start(model: Path, *, timeout: float = REFUSE_TIMEOUT, **options: Any) -> Refusal:
+def failing_start(model: Path, *, timeout: float = FAILED_START_TIMEOUT, **options: Any) -> FailedStart:
     """Start a server that must not come up, and wait until it is gone.
 
     Args:
@@ -164,7 +164,7 @@ def failing_start(model: Path, *, timeout: float = REFUSE_TIMEOUT, **options: An
         deadline = time.monotonic() + 5
         while (left := server.processes.describe()) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        return Refusal(code, server.output(), seconds, left)
+        return FailedStart(code, server.output(), seconds, left)
     finally:
         server.stop()
 

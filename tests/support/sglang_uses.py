@@ -1,4 +1,4 @@
-"""What this package's own sources use of SGLang, found in their syntax."""
+"""Uses of SGLang in this package's own sources, found in their syntax."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DOTTED = re.compile(r"sglang(\.\w+)+")
 
 @functools.cache
 def trees() -> dict[Path, ast.Module]:
-    """Every module of the package but those that the contract is made of."""
+    """Return every module of the package but those that the contract is made of."""
     files = (file for file in sorted(PACKAGE.rglob("*.py")) if file.name not in ITSELF)
     return {file: ast.parse(file.read_text(encoding="utf-8")) for file in files}
 
@@ -28,7 +28,7 @@ def is_sglang(name: str | None) -> bool:
 
 
 def scopes(tree: ast.Module) -> Iterator[ast.AST]:
-    """The module, and every function in it."""
+    """Yield the module, and every function in it."""
     yield tree
     yield from (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
 
@@ -52,7 +52,7 @@ def imports(scope: ast.AST) -> Iterator[tuple[str, str]]:
 
 
 def attributes(tree: ast.AST, receiver: str) -> Iterator[str]:
-    """The attributes that are read of what ``receiver`` names, by ``getattr`` and ``hasattr`` too."""
+    """Yield the attributes that are read of what ``receiver`` names, by ``getattr`` and ``hasattr`` too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) == receiver:
             yield node.attr
@@ -79,7 +79,7 @@ def symbols(sources: Sources) -> Iterator[tuple[str, str]]:
 
 @functools.cache
 def words() -> frozenset[str]:
-    """Every name and every string that the package's sources have."""
+    """Return every name and every string that the package's sources have."""
     found: set[str] = set()
     for tree in trees().values():
         for node in ast.walk(tree):

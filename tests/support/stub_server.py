@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def running_stub() -> Iterator[Stub]:
-    """A stub that answers until the block ends."""
+    """Yield a stub that answers until the block ends."""
     server = Stub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -100,7 +100,7 @@ class TestInstaller:
     def test_accepts_a_cpu_build_of_torch_or_none(
         self, installer: ModuleType, tmp_path: Path, files: dict[str, str]
     ) -> None:
-        assert installer.refusal([str(write(tmp_path, files))]) is None
+        assert installer.objection([str(write(tmp_path, files))]) is None
 
     def test_installs_twice_and_uninstalls_without_a_trace(self, installer: ModuleType, tmp_path: Path) -> None:
         for _ in range(2):

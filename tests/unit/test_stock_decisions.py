@@ -24,7 +24,7 @@ from sglang_modelopt_ext.integration import devices, processes
 from sglang_modelopt_ext.schemes.table import FAMILIES
 from sglang_modelopt_ext.schemes.versions import described_sglang
 from tests.support import decisions
-from tests.support.decisions import FLAGS, REFUSED, UNQUANTIZED, with_plugin, without_plugin
+from tests.support.decisions import FLAGS, REJECTED, UNQUANTIZED, with_plugin, without_plugin
 from tests.support.pairs import EDITED, EXPORTS, PUBLISHED, Pair
 
 GPUS = tuple(map(Device.cuda, (80, 90, 100)))
@@ -103,7 +103,7 @@ def test_decisions(tmp_path: Path, pair: Pair, device: Device) -> None:
         if ours == stock:
             continue
         assert exception is not None, where
-        if ours.method == REFUSED:
+        if ours.method == REJECTED:
             assert exception.alone, where
             assert "ModelOptExtError" in ours.detail, where
             continue
@@ -120,7 +120,7 @@ def test_on_other_accelerators_everything_is_sglangs(tmp_path: Path, pair: Pair)
     for flag in FAMILIES:
         ours = with_plugin(folder, flag, device)
         assert (ours.method, ours.detail) == (
-            REFUSED,
+            REJECTED,
             "ModelOptExtError: command line: --device: expected cuda (NVIDIA) or cpu with --quantization "
             f"{flag}, got {device.name}",
         )
@@ -243,7 +243,7 @@ def test_the_suite_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     folder = pair.write(tmp_path)
     stock = without_plugin(folder, None, HOPPER)
     assert stock == with_plugin(folder, None, HOPPER)
-    assert stock.method not in (REFUSED, UNQUANTIZED)
+    assert stock.method not in (REJECTED, UNQUANTIZED)
 
     def refuse(*args: object) -> None:
         raise ModelOptExtError.at("a", "b", "c", "d")

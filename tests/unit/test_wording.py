@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DONE = (
+FOLDERS = (
     "benchmarks",
     "cpu_runtime",
     "examples",
@@ -26,10 +26,7 @@ DONE = (
     "tests/support",
     "tools",
 )
-"""Folders and files that the rules are applied to."""
-
-OPEN: tuple[str, ...] = ()
-"""Files in these folders that are still to be reworded."""
+"""Folders that the rules are applied to."""
 
 LEANING = re.compile(r"(Likewise|The same|As|What)\b")
 """Beginnings of a docstring that only a neighbour explains, or that are no name for a thing."""
@@ -56,17 +53,19 @@ RETIRED = {
     "rising": "m_new",
     "say once": "warn once",
     "taking": "candidates",
-    "tiled": "swizzled",
     "turned": "rotated, or transposed",
     "wide": "fp32",
 }
 """Words of docs/glossary.md that are not used, and the word for each.
 
-Its other words (numbers, inputs, outputs, takes, following, layout) have uses of their own that no pattern tells apart.
+Its other words (numbers, inputs, outputs, takes, following, layout, and tiled, which is right of a product in tiles) have uses of
+their own that no pattern tells apart.
 """
 RETIRED_PATTERN = re.compile(rf"\b({'|'.join(RETIRED)})\b", re.IGNORECASE)
 
 EXCEPTIONS: dict[tuple[str, str], str] = {
+    ("examples/stdlib_lm/train.py", "decay"): "weight decay, the optimizer's",
+    ("examples/stdlib_lm/train.py", "weight_decay"): "torch's argument",
     ("sglang_modelopt_ext/backends/timings.py", "refused"): "a field of tuning files",
 }
 """By file and identifier or word: why it stays."""
@@ -82,8 +81,7 @@ class Docstring(NamedTuple):
 
 def files() -> list[str]:
     """Return the paths of the Python files that the rules are applied to, relative to the repository."""
-    found = {path for name in DONE for path in ([ROOT / name] if name.endswith(".py") else (ROOT / name).rglob("*.py"))}
-    return sorted({str(path.relative_to(ROOT)) for path in found} - set(OPEN))
+    return sorted(str(path.relative_to(ROOT)) for name in FOLDERS for path in (ROOT / name).rglob("*.py"))
 
 
 def docstrings(tree: ast.Module, name: str) -> Iterator[Docstring]:
@@ -141,10 +139,6 @@ def faults(source: str, name: str) -> list[str]:
 @pytest.mark.parametrize("path", files())
 def test_wording(path: str) -> None:
     assert not faults((ROOT / path).read_text(encoding="utf-8"), path)
-
-
-def test_every_open_file_has_a_fault() -> None:
-    assert all(faults((ROOT / path).read_text(encoding="utf-8"), path) for path in OPEN)
 
 
 @pytest.mark.parametrize(

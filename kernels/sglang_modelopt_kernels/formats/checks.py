@@ -30,14 +30,14 @@ def static_scale(scale: torch.Tensor | None, rows: int) -> torch.Tensor:
     """
     if scale is None:
         raise ValueError("a static activation format needs the input_scale of the checkpoint")
-    wide = scale.to(torch.float32)
+    fp32 = scale.to(torch.float32)
     if scale.numel() == 1:
-        return wide.reshape(())
+        return fp32.reshape(())
     if scale.shape != (rows, 1):
         raise ValueError(
             f"a static activation format takes one input_scale or one for each row, not {list(scale.shape)}"
         )
-    return wide
+    return fp32
 
 
 def check_tensor(name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

@@ -32,7 +32,7 @@ FP8_RANGE = e4m3.MAX
 
 NVFP4 = NumberType("e2m1", (1, 16), "e4m3")
 """NVIDIA's NVFP4, the one of FP4 matrix instructions."""
-NVFP4_WIDE = NumberType("e2m1", (1, 32), "e4m3")
+NVFP4_BLOCK32 = NumberType("e2m1", (1, 32), "e4m3")
 """ModelOpt's NVFP4 in blocks of 32: two blocks of 16 with one scale."""
 
 

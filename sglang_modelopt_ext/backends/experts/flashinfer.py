@@ -59,7 +59,7 @@ class CutlassExperts(FusedExperts[CutlassWeights]):
     """A layer of experts in ``flashinfer.fused_moe.cutlass_fused_moe``, for one format of weights and activations."""
 
     activation: ActivationFormat
-    """What both products read; the weights are of its number type."""
+    """Format of the activations of both products; the weights are of its number type."""
     capabilities: tuple[int, ...]
     multiples: tuple[int, int]
     """The numbers that the hidden and the intermediate size must be multiples of."""

@@ -54,7 +54,7 @@ class GroupedExperts(ExpertBackend[GroupedWeight]):
 
     @abstractmethod
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
-        """The weight of one expert. Raises ValueError when the backend cannot hold it."""
+        """Return the prepared weight of one expert. Raises ValueError when the backend cannot hold it."""
 
     def matmul(
         self,
@@ -100,9 +100,9 @@ class GroupedDecoded(GroupedExperts):
         return None
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
-        """The type of the activations' numbers: E4M3 where the GPU has it, float16 for NVFP4 and INT8, bf16 for MX formats.
+        """Return the type of the activations' values: E4M3 where the GPU has it, float16 for NVFP4 and INT8, bf16 for MX formats.
 
-        A float32 model gets float16 for E4M3 numbers: FP8 matrix instructions may sum at less than its precision.
+        A float32 model gets float16 for E4M3 values: FP8 matrix instructions may sum at less than its precision.
         """
         activation = request.scheme.activation
         if activation is None:
@@ -112,7 +112,7 @@ class GroupedDecoded(GroupedExperts):
         return exact_float(activation)
 
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
-        """As stored, but for 4-bit codes, which are packed, and MXFP8 scales, which become relative to a row's largest."""
+        """Keep the stored tensors; 4-bit codes are packed, and MXFP8 scales become relative to a row's largest."""
         number, math = shards[0].format.number_type, shards[0].math
         if number.bits == 4 and math == "exact":
             return grouped.packed(pack(merge_blocks(shards)))
@@ -128,7 +128,7 @@ class GroupedDecoded(GroupedExperts):
 
 
 def _kind(request: ExpertRequest) -> Kind | None:
-    """How :class:`GroupedDecoded` keeps the weights of ``request``; None where it does not."""
+    """Return the kind of weight that :class:`GroupedDecoded` keeps for ``request``, or None where it keeps none."""
     return "e4m3" if request.math == "fp8" else KIND_OF.get(request.scheme.weight.number_type)
 
 
@@ -138,7 +138,7 @@ def _scaled(weight: GroupedWeight, shards: Sequence[ShardWeight]) -> GroupedWeig
 
 
 def _rows_of_blocks(shard: ShardWeight) -> torch.Tensor:
-    """The scales of 128 x 128 blocks for each row, float32 ``[N, ceil(K / 128)]``."""
+    """Return the scales of 128 x 128 blocks for each row, float32 ``[N, ceil(K / 128)]``."""
     scale = shard.tensors["weight_scale"].to(torch.float32)
     rows = scale.reshape(scale.shape[0], -1).repeat_interleave(128, dim=0)
     return rows[: shard.tensors["weight"].shape[0]].contiguous()
@@ -162,7 +162,7 @@ class GroupedMxfp4(GroupedExperts):
         return torch.float8_e4m3fn
 
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
-        """As stored."""
+        """Keep the codes and block scales as they are stored."""
         codes, scale = (torch.cat([shard.tensors[name] for shard in shards]) for name in ("weight", "weight_scale"))
         return _scaled(grouped.mxfp4_as_stored(codes, scale), shards)
 

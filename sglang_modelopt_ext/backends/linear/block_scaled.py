@@ -34,7 +34,7 @@ class BlockScaled(Backend[PackedWeight]):
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse all but 4-bit formats on GPUs from SM80, with activations that float16 or bf16 holds exactly."""
+        """Reject all but 4-bit formats on GPUs from SM80, with activations that float16 or bf16 holds exactly."""
         scheme, activation = request.scheme, request.scheme.activation
         if request.device != "cuda" or (request.capability or 0) < 80:
             return "is for GPUs from SM80"

@@ -35,7 +35,7 @@ class Dense(Backend[DenseWeight]):
         self.name = f"dense_{str(dtype).removeprefix('torch.')}"
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse other devices, and in bf16 formats and activations whose products are not (nearly always) exact there."""
+        """Reject other devices, and in bf16 formats and activations whose products are not (nearly always) exact there."""
         if request.device not in self.devices:
             return f"is for {' and '.join(self.devices)}"
         if self.dtype == torch.bfloat16:

@@ -38,7 +38,7 @@ class EightBit(Backend[ByteWeight]):
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse all but 8-bit formats on GPUs from SM80, with activations that a type which the product takes holds exactly."""
+        """Reject all but 8-bit formats on GPUs from SM80, with activations that a type which the product takes holds exactly."""
         weight, activation = request.scheme.weight, request.scheme.activation
         if request.device != "cuda" or (request.capability or 0) < 80:
             return "is for GPUs from SM80"

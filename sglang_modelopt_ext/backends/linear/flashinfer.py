@@ -45,7 +45,7 @@ def flashinfer_objection(request: LinearRequest, capabilities: Sequence[int]) ->
 
 
 def both_sides(scheme: LayerScheme, wanted: NumberType) -> bool:
-    """Whether weights and activations have the number type ``wanted``, and a kernel of ours rounds the activations to it."""
+    """Return whether weights and activations have the number type ``wanted``, and a kernel of ours rounds the activations to it."""
     activation = scheme.activation
     if activation is None or not rounds(activation):
         return False
@@ -93,7 +93,7 @@ class FlashInferFp4(BlockBackend[FlashInferWeight]):
     """The number types that it reads, on both sides alike, and the GPUs for each."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse all but NVFP4 and MXFP4 with rounded activations, N and K in 32s."""
+        """Reject all but NVFP4 and MXFP4 with rounded activations, N and K in 32s."""
         scheme = request.scheme
         if scheme.weight.number_type not in self.capabilities or not both_sides(scheme, scheme.weight.number_type):
             return f"does not multiply {describe_operands(scheme)}"
@@ -181,7 +181,7 @@ class FlashInferSvdquant(FlashInferFp4):
     """Of the rank."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse all but NVFP4 layers of bf16 models with a rank in 32s, N and K in 32s."""
+        """Reject all but NVFP4 layers of bf16 models with a rank in 32s, N and K in 32s."""
         scheme = request.scheme
         if not both_sides(scheme, NVFP4):
             return f"multiplies NVFP4 weights by NVFP4 activations only, not {describe_operands(scheme)}"
@@ -262,7 +262,7 @@ class FlashInferMxfp8(BlockBackend[FlashInferWeight]):
     swizzled = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse all but MXFP8, N and K in 32s and from 128."""
+        """Reject all but MXFP8, N and K in 32s and from 128."""
         scheme = request.scheme
         if not both_sides(scheme, MXFP8):
             return f"multiplies MXFP8 weights by MXFP8 activations only, not {describe_operands(scheme)}"

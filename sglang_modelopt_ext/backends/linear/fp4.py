@@ -34,11 +34,11 @@ class Fp4(BlockBackend[BlockScaledWeight]):
 
     architectures: tuple[str, ...]
     """The GPUs it is for."""
-    tiled: bool
-    """Whether it keeps the weight's block scales in tiles, :func:`naive_swizzle`."""
+    weight_swizzled: bool
+    """Whether it keeps the weight's block scales swizzled (:func:`naive_swizzle`)."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse all but NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on its architectures."""
+        """Reject all but NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on its architectures."""
         scheme, activation = request.scheme, request.scheme.activation
         if request.device != "cuda" or f"SM{request.capability}" not in self.architectures:
             return f"is for {' and '.join(self.architectures)}"
@@ -51,7 +51,10 @@ class Fp4(BlockBackend[BlockScaledWeight]):
         return None
 
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
-        """Keep ``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]``, swizzled where ``tiled``, and ``out_scale``."""
+        """Keep ``codes`` uint8 ``[N, K / 2]``, ``block_scale`` ``[N, K / group]`` and ``out_scale`` float32 ``[N]``.
+
+        ``block_scale`` is swizzled where :attr:`weight_swizzled` is True.
+        """
         check_type(shards, TYPES)
         codes = torch.cat([shard.tensors["weight"] for shard in shards])
         scale = torch.cat([shard.tensors["weight_scale"] for shard in shards])
@@ -62,7 +65,7 @@ class Fp4(BlockBackend[BlockScaledWeight]):
             illegal = e4m3.byte_is_nan(scale) | e4m3.byte_is_negative(scale)
         if bool(illegal.any()):
             raise ValueError("a block scale is NaN or negative")
-        kept = naive_swizzle(scale) if self.tiled else scale
+        kept = naive_swizzle(scale) if self.weight_swizzled else scale
         return BlockScaledWeight(codes, kept, output_scales(shards))
 
     def matmul_blocks(
@@ -74,14 +77,14 @@ class Fp4(BlockBackend[BlockScaledWeight]):
     ) -> torch.Tensor:
         """See :func:`fp4_linear`."""
         kept = weight.codes, weight.block_scale, weight.out_scale
-        y: torch.Tensor = fp4_linear(x, *kept, bias, out_dtype, self.tiled)
+        y: torch.Tensor = fp4_linear(x, *kept, bias, out_dtype, self.weight_swizzled)
         return y
 
     def check_tokens(self, weight: BlockScaledWeight, request: LinearRequest) -> tuple[int, ...]:
         """Return numbers of tokens for every launch and configuration of :func:`fp4_linear`."""
         del request
         (n, half), device = weight.codes.shape, weight.codes.device
-        return covering(lambda m: path_of(self.tiled, m, n, 2 * half, device))
+        return covering(lambda m: path_of(self.weight_swizzled, m, n, 2 * half, device))
 
 
 class BlackwellFp4(Fp4):
@@ -93,7 +96,7 @@ class BlackwellFp4(Fp4):
     name = "triton_fp4_tcgen05"
     kernels = ("finish_kernel", "tcgen05_kernel")
     architectures = ("SM100", "SM103")
-    tiled = True
+    weight_swizzled = True
 
     def swizzles(self, tokens: int) -> bool:
         """Return whether a tile of the product has as many tokens as a tile of scales."""
@@ -109,4 +112,4 @@ class MmaFp4(Fp4):
     name = "triton_fp4_mma"
     kernels = ("finish_kernel", "fp4_kernel")
     architectures = ("SM120", "SM121")
-    tiled = False
+    weight_swizzled = False

@@ -28,7 +28,7 @@ class Fp8(Backend[DenseWeight]):
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse all but weights on E4M3's grid under scales of rows, with FP8 activations, on GPUs from SM89."""
+        """Reject all but weights on E4M3's grid under scales of rows, with FP8 activations, on GPUs from SM89."""
         scheme = request.scheme
         if request.device != "cuda" or (request.capability or 0) < 89:
             return "is for GPUs from SM89"

@@ -51,14 +51,14 @@ class HummingWeight:
 class Humming(Backend[HummingWeight]):
     """MXFP4 weights as E4M3 in registers, in FP8 matrix instructions: ``humming.forward.humming_forward``.
 
-    humming rounds codes of rows whose exponents differ by more than SPAN; such weights are refused here.
+    humming rounds codes of rows whose exponents differ by more than SPAN; such weights are rejected here.
     """
 
     name = "humming_mxfp4_fp8"
     repeats = False  # adds up in an order that differs from launch to launch
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse all but MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""
+        """Reject all but MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""
         scheme = request.scheme
         if request.device != "cuda" or request.capability not in (89, 90):
             return "is for SM89, SM90"

@@ -32,7 +32,7 @@ class Mxfp4(Backend[BlockScaledWeight]):
     """Whether it keeps the codes as :func:`pair_blocks` has them."""
 
     def objection(self, request: LinearRequest) -> str | None:
-        """Refuse all but MXFP4 weights with FP8 activations on its architectures, under pairs of blocks where it pairs them."""
+        """Reject all but MXFP4 weights with FP8 activations on its architectures, under pairs of blocks where it pairs them."""
         scheme, capability = request.scheme, request.capability or 0
         if request.device != "cuda" or f"SM{capability}" not in self.architectures:
             return f"is for {' and '.join(self.architectures)}"
@@ -50,7 +50,7 @@ class Mxfp4(Backend[BlockScaledWeight]):
     def prepare(self, shards: Sequence[ShardWeight]) -> BlockScaledWeight:
         """Keep ``codes`` uint8 ``[N, K / 2]``, ``block_scale`` uint8 ``[N, K / 32]`` and ``out_scale`` float32 ``[N]``.
 
-        The scales are in tiles, :func:`naive_swizzle`, where the codes are not in pairs.
+        The scales are swizzled (:func:`naive_swizzle`) where the codes are not in pairs.
         """
         check_type(shards, (MXFP4,))
         stored = [shard.tensors["weight"] for shard in shards]

@@ -20,10 +20,10 @@ from sglang_modelopt_ext.backends.base import (
 )
 from sglang_modelopt_ext.backends.linear.flashinfer import add_bias, check_rows, flashinfer_objection, stored
 from sglang_modelopt_ext.backends.packages import package_objection
-from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_WIDE
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_BLOCK32
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
 
-TYPES = (NVFP4, NVFP4_WIDE)
+TYPES = (NVFP4, NVFP4_BLOCK32)
 """The number types of weights that are whole blocks of 16."""
 
 

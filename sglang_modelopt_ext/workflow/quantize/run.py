@@ -218,7 +218,7 @@ def check_config(recipe: str, config: dict[str, Any]) -> dict[str, str]:
 
 
 def stand_in() -> Any:
-    """Return a Llama of one layer, small enough to quantize in a moment, wide enough for blocks of 128."""
+    """Return a Llama of one layer, small enough to quantize in a moment, large enough for blocks of 128."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(

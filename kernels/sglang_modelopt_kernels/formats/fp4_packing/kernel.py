@@ -47,7 +47,7 @@ E2M1_FLOAT16: tl.constexpr = tl.constexpr(planes_of(_FLOAT16, _REGISTERS, 4))
 
 @triton.jit
 def plane(w, s, SOURCES: tl.constexpr, PLANE: tl.constexpr):
-    """One plane of elements and their scales by assembly, two to a register; it has the type of the scales.
+    """Decode one plane of elements and multiply by their scales, in assembly, two to a register, in the type of the scales.
 
     A plane at a time, because the compiler moves assembly in front of a change of layout only where it has one result: it is then
     codes that go through shared memory, once, and not the four planes.
@@ -74,6 +74,6 @@ def planes_float16(w, s, ASM: tl.constexpr):
 
 @triton.jit
 def e4m3_scale_float16(b):
-    """Bytes of E4M3 scales, none negative, as float16. Of E4M3's two NaN, 0xFF is NaN in float16 too, and 0x7F is not."""
+    """Decode bytes of E4M3 scales, none negative, to float16. Of E4M3's two NaN, 0xFF is NaN in float16 too, and 0x7F is not."""
     # e4m3's exponent and mantissa in float16's place are the value times 2^-8.
     return ((b.to(tl.uint16) << 7).to(tl.float16, bitcast=True) * 256.0).to(tl.float16)

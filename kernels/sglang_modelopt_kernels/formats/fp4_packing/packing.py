@@ -2,7 +2,7 @@
 
 Element ``i`` holds the codes of entries ``16 * (i // 4) + 4 * q + i % 4`` for the planes ``q`` = 0..3. Two elements fill a 32-bit
 register, which is what one matrix instruction takes of each plane, so that decoding moves nothing between lanes; and the
-four codes of an element belong to one block scale, because blocks are at least 16 wide.
+four codes of an element belong to one block scale, because blocks have at least 16 entries.
 """
 
 from __future__ import annotations
@@ -41,6 +41,6 @@ def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
 
 def unpack_e2m1(elements: torch.Tensor) -> torch.Tensor:
     """Return the codes :func:`pack_e2m1` packed, uint8 ``[..., K]``."""
-    wide = elements.to(torch.int32) & 0xFFFF
-    planes = [((wide >> SIGN_BIT[plane]) & 1) << 3 | (wide >> MAGNITUDE_BIT[plane]) & 7 for plane in range(4)]
+    bits = elements.to(torch.int32) & 0xFFFF
+    planes = [((bits >> SIGN_BIT[plane]) & 1) << 3 | (bits >> MAGNITUDE_BIT[plane]) & 7 for plane in range(4)]
     return join_planes(torch.stack(planes, dim=-1)).to(torch.uint8)

@@ -1,4 +1,4 @@
-"""Refuse a compiled kernel whose ``wgmma`` may read registers that the next iteration has already overwritten.
+"""Rejection of compiled kernels whose ``wgmma`` may read registers that the next iteration has already overwritten.
 
 On Hopper ``wgmma.mma_async`` reads its left operand after it was issued. Where that operand was computed into registers (a 4-bit
 weight decoded by the kernel), the registers may be written again only after a ``wgmma.wait_group`` that covers the instruction.

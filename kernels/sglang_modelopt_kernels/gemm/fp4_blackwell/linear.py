@@ -11,7 +11,7 @@ from sglang_modelopt_kernels.gemm.common.launch import Plan
 
 from .kernel import fp4_kernel
 
-TILED_CONFIGS = (
+SWIZZLED_CONFIGS = (
     KernelConfig(128, 16, 256, 4, 4),
     KernelConfig(128, 32, 256, 4, 4),
     KernelConfig(128, 64, 256, 4, 4),
@@ -30,7 +30,7 @@ compile to the block-scaled instruction without spilling (``benchmarks.aot``).""
 
 def plan_of(swizzled: bool, m: int, n: int, k: int, device: torch.device) -> Plan:
     """Return the plan of :func:`run` for a product of M, N and K on ``device``."""
-    return choose(TILED_CONFIGS if swizzled else CONFIGS, m, n, k, machine(device)[1])
+    return choose(SWIZZLED_CONFIGS if swizzled else CONFIGS, m, n, k, machine(device)[1])
 
 
 def path_of(swizzled: bool, m: int, n: int, k: int, device: torch.device) -> tuple[object, ...]:

@@ -1,4 +1,4 @@
-"""What the folded kernel reads, exactly the stored weight: E2M1 times 2^(e - 6) is an E4M3 number for exponents e from 1 to 12.
+"""Packing for the folded kernel, exactly the stored weight: E2M1 times 2^(e - 6) is an E4M3 number for exponents e from 1 to 12.
 
 Sixteen bytes hold a block of 32 inputs, in words of four bytes. Word q holds inputs 4 q + i and 16 + 4 q + i for i = 0..3: their
 magnitudes in nibbles i and 4 + i, where ``prmt`` takes them as selectors of a table of eight values; their signs at bits 8 i + 3

@@ -23,18 +23,18 @@ from sglang_modelopt_kernels.formats.fp4_packing.packing import (
 )
 from sglang_modelopt_kernels.formats.int4_awq import INT4
 from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
-from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_WIDE
+from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_BLOCK32
 
 Kind = Literal["e2m1_e4m3", "e2m1_exponent", "int4_float"]
 """How codes and block scales are read."""
 
 KIND_OF: dict[NumberType, Kind] = {
     NVFP4: "e2m1_e4m3",
-    NVFP4_WIDE: "e2m1_e4m3",
+    NVFP4_BLOCK32: "e2m1_e4m3",
     MXFP4: "e2m1_exponent",
     INT4: "int4_float",
 }
-"""The number types that can be packed. Four codes of an element share a scale, so that blocks are at least 16 wide."""
+"""The number types that can be packed. Four codes of an element share a scale, so that blocks have at least 16 entries."""
 
 EXPONENT_TOP = 30
 EXPONENT_BOTTOM = 6

@@ -106,7 +106,7 @@ def float_blocks(shards: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> ByteWei
 
 
 def mxfp8(codes: torch.Tensor, scale: torch.Tensor) -> ByteWeight:
-    """Keep E4M3 codes ``[N, K]`` under UE8M0 ``[N, K / 32]``, which become relative to a row's largest; exact, or refused.
+    """Keep E4M3 codes ``[N, K]`` under UE8M0 ``[N, K / 32]``, which become relative to a row's largest; exact, or rejected.
 
     Raises:
         ValueError: codes or scales of another dtype, scales of other blocks, a scale that is NaN, or scales of a row that span

@@ -22,7 +22,7 @@ VALUE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def rounds(activation: ActivationFormat | None) -> bool:
-    """Whether the kernel rounds to ``activation``: its number type, under its scale of rows."""
+    """Return whether the kernel rounds to ``activation``: its number type, under its scale of rows."""
     if activation is None or activation.number_type not in ROW_SCALE_OF:
         return False
     return ROW_SCALE_OF[activation.number_type] == activation.row_scale

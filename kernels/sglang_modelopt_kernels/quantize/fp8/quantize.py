@@ -15,7 +15,7 @@ OUT_DTYPES = (torch.float8_e4m3fn, torch.float16)
 
 
 def rounds(activation: ActivationFormat | None) -> bool:
-    """Whether the kernel rounds to ``activation``: E4M3 without blocks, under a static scale or one for each token."""
+    """Return whether the kernel rounds to ``activation``: E4M3 without blocks, under a static scale or one for each token."""
     return activation is not None and activation.number_type == FP8 and activation.row_scale is not None
 
 

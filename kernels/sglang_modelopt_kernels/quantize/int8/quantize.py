@@ -14,7 +14,7 @@ BLOCK = 2048
 
 
 def rounds(activation: ActivationFormat | None) -> bool:
-    """Whether the kernel rounds to ``activation``: INT8 without blocks, under a static scale."""
+    """Return whether the kernel rounds to ``activation``: INT8 without blocks, under a static scale."""
     return activation is not None and activation.number_type == INT8 and activation.row_scale == "static"
 
 

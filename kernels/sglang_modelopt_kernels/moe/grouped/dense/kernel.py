@@ -1,4 +1,4 @@
-"""``Y = X W^T`` for sorted pairs, in tiles of many pairs of one expert, both operands from shared memory."""
+"""``Y = X W^T`` for sorted pairs, a tile for many pairs of one expert, both operands from shared memory."""
 
 from __future__ import annotations
 
