@@ -36,6 +36,7 @@ TESTS = (
     "tests/unit/test_stock_models.py",
     "tests/unit/test_kv_cache.py",
     "tests/unit/test_kv_scales.py",
+    "tests/unit/test_kv_scales_hub.py",
     "tests/layers/test_moe.py",
     "tests/serving/test_recipes.py::test_mixed_precision",
     "tests/serving/test_moe.py::test_mixed_precision",
