@@ -41,8 +41,8 @@ W4A8_MATH = Setting(
     "W4A8_MATH",
     ("exact", "fp8"),
     "exact",
-    "How NVFP4 weights are multiplied with FP8 activations: `exact` multiplies fp4 * block scale as bf16 (every product exact), "
-    "`fp8` first rounds it to e4m3 as TensorRT-LLM does.",
+    "How W4A8_NVFP4_FP8 multiplies NVFP4 weights with FP8 activations: `exact` multiplies code * block scale as it is (every "
+    "product exact), `fp8` first rounds it to e4m3 as TensorRT-LLM does.",
 )
 MXFP4_ACTIVATIONS = Setting(
     "MXFP4_ACTIVATIONS",

@@ -29,6 +29,7 @@ class ServedRow(msgspec.Struct, frozen=True, kw_only=True):
         agrees: whether it matches the case it must agree with.
         median, mean, noise: of the differences of log probabilities.
         note: anything else.
+        commit: of this repository when the case was run; empty for the file's.
     """
 
     algo: str
@@ -45,6 +46,7 @@ class ServedRow(msgspec.Struct, frozen=True, kw_only=True):
     mean: float | None = None
     noise: float | None = None
     note: str = ""
+    commit: str = ""
 
 
 class ServedFile(msgspec.Struct, frozen=True, kw_only=True):

@@ -298,7 +298,7 @@ def render_runs(evidence: Evidence) -> str:
             run.said,
             *numbers,
             versions,
-            file.commit[:12],
+            (row.commit or file.commit)[:12],
             _cell(row.note) or "-",
         ]
         lines.append("| " + " | ".join(cells) + " |")

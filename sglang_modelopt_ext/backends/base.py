@@ -34,7 +34,7 @@ class LinearRequest:
     """A layer, its device and the packages at hand: the facts that a backend answers by.
 
     Attributes:
-        scheme: how the layer is quantized, as :func:`served_scheme` has it.
+        scheme: how the layer is quantized, as :func:`.select.served_scheme` has it.
         target: the device that is to serve it.
         n, k: output and input features of this rank's part.
         math: the numerics of its weights.

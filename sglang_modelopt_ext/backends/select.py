@@ -66,8 +66,8 @@ BACKENDS: tuple[Backend, ...] = (
     FoldedMxfp4(),
     BlockScaled(),
     Fp8(),
-    # Selected by name, or where a tuning file says that they are faster. humming is, from 32 tokens on (H100), but the order of
-    # its sums differs between launches, so that results do not repeat bit for bit. quack was not run.
+    # Selected by name, or where a tuning file says that they are faster. humming is for some layers, from 128 tokens on (H100,
+    # benchmarks/results), but the order of its sums differs between launches, so that results do not repeat bit for bit.
     QuackWeightOnly(),
     Humming(),
     EightBit(),

@@ -91,7 +91,7 @@ class FusedProduct:
         return {name: layer.get_parameter(PREFIX + name) for name in self._names}
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, choices: Choices) -> torch.Tensor:
-        """Return the layer's output ``[T, N]`` for ``x`` ``[T, K]``, as :func:`.mix` defines it.
+        """Return the layer's output ``[T, N]`` for ``x`` ``[T, K]``, as :func:`.mixture.mix` defines it.
 
         Raises:
             RuntimeError: it is not prepared, or the router's weights multiply the input.

@@ -1,7 +1,7 @@
 """The behaviour of SGLang 0.5.22 and 0.5.23 themselves with each algorithm, for the support matrix and for messages.
 
 Read from the sources of their wheels (``configs/model_config.py``, ``layers/quantization/modelopt_quant.py``,
-``model_loader/weight_utils.py``); nothing in this table was run on a GPU.
+``model_loader/weight_utils.py``); :data:`LEFT_AND_RUN` names what was run on a GPU too.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         device = Device.here()
         if device.kind != "cuda":
-            raise ModelOptExtError.at("tune", "device", "an NVIDIA GPU to measure on", device.name)
+            raise ModelOptExtError.at("command line", "device", "an NVIDIA GPU to measure on", device.name)
         gpu = gpu_of(torch.device("cuda"))
         path = arguments.output or Path(file_name(gpu))
         if not path.parent.is_dir():

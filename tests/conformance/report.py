@@ -176,7 +176,7 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         f"# Served models on {content['gpu']}",
         "",
         f"{content['date']}, {max((row['tp'] for row in rows), default=1)} x {content['gpu']}, {versions};",
-        f"commit {content['commit'][:12]}. Command: `make test-gpu-served`.",
+        f"commits {', '.join(dict.fromkeys(row['commit'][:7] for row in rows))}. Command: `make test-gpu-served`.",
         "",
         "Real ModelOpt exports of small models (`large-`: random weights in an 8B model's sizes) through `sglang.Engine`, judged",
         "by the log probabilities of prompts of 3 to 2100 tokens, alone and 16 at a time, in chunks and behind cached prefixes,",

@@ -313,7 +313,7 @@ def test_keys_tell_layers_apart() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str], checkpoint: Checkpoint) -> None:
     if not torch.cuda.is_available():
         assert tune.main(["--model", str(checkpoint.folder)]) == 1
-        expected = "ModelOptExtError: tune: device: expected an NVIDIA GPU to measure on, got CPU\n"
+        expected = "ModelOptExtError: command line: device: expected an NVIDIA GPU to measure on, got CPU\n"
         assert capsys.readouterr().err == expected
     for tokens in ("0", "1,1", "x"):
         with pytest.raises(SystemExit):

@@ -15,7 +15,7 @@ kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]
 ======================  =============================  ==================================  ================
 
 The first three are those of :mod:`sglang_modelopt_kernels.gemm.w4_decode.packing`, the fourth that of
-:mod:`..gemm.mxfp4_fp8_blackwell`.
+:mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell`.
 """
 
 from __future__ import annotations
