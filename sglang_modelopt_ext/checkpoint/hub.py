@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import json
 import logging
 from collections.abc import Collection
 from pathlib import Path
+from urllib.parse import quote
+
+from sglang_modelopt_ext.env import ERROR_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +28,23 @@ def hub_model(folder: Path) -> tuple[str, str] | None:
 
 @functools.lru_cache(maxsize=8)
 def hub_tensor_names(name: str, revision: str) -> Collection[str]:
+    """Return the tensors of a hub model of one file, by its header.
+
+    The processes of a server find the answer that its launching process got, good or bad: else one could decide otherwise than
+    another, by a request that failed. Arguments and result are those of :func:`ask_hub`.
+    """
+    channel = ERROR_FILE.read()
+    if not channel:
+        return ask_hub(name, revision)
+    file = Path(channel).with_name(f"hub-{quote(name, safe='')}-{revision}.json")
+    with contextlib.suppress(FileNotFoundError):
+        return frozenset(json.loads(file.read_text(encoding="utf-8")))
+    names = ask_hub(name, revision)
+    file.write_text(json.dumps(sorted(names)), encoding="utf-8")
+    return names
+
+
+def ask_hub(name: str, revision: str) -> Collection[str]:
     """Ask the hub for the header of a model's only file: one request of 100 kB.
 
     Args:
@@ -39,6 +61,6 @@ def hub_tensor_names(name: str, revision: str) -> Collection[str]:
     try:
         header = HfApi().parse_safetensors_file_metadata(name, SINGLE_FILE, revision=revision)
     except Exception as error:  # of any of its libraries: without an answer only the configuration is known, as offline
-        logger.info("modelopt_ext: the tensors of %s are not known before its download: %s", name, error)
+        logger.warning("modelopt_ext: the tensors of %s are not known before its download: %s", name, error)
         return ()
     return header.tensors.keys()

@@ -342,7 +342,18 @@ ATTENTION: tuple[Use, ...] = (
     Object(
         "model_executor.model_runner.ModelRunner",
         "what a backend and an update are made of",
-        ("model", "device", "server_args", "token_to_kv_pool", "req_to_token_pool", "weight_updater"),
+        (
+            *(
+                "model",
+                "device",
+                "server_args",
+                "token_to_kv_pool",
+                "req_to_token_pool",
+                "weight_updater",
+                "eager_runner",
+            ),
+            *("decode_cuda_graph_runner", "prefill_cuda_graph_runner"),
+        ),
     ),
     Object("mem_cache.memory_pool.ReqToTokenPool", "how many requests run at once", ("size",)),
     Base(
@@ -402,7 +413,7 @@ UPDATES: tuple[Use, ...] = (
     Object(
         "model_executor.model_runner_components.weight_updater.WeightUpdater",
         "the model whose weights change",
-        ("get_model",),
+        ("get_model", "get_model_runner"),
     ),
 )
 

@@ -77,6 +77,14 @@ def _check_kv_cache(served: Checkpoint, new: Checkpoint) -> None:
             )
 
 
+def _check_graphs(model_runner: Any) -> None:
+    """Raise ModelOptExtError where CUDA graphs are captured: they would go on reading the weights that an update replaces."""
+    graphs = {model_runner.decode_cuda_graph_runner, model_runner.prefill_cuda_graph_runner}
+    if str(model_runner.device).startswith("cuda") and graphs - {None, model_runner.eager_runner}:
+        expected = "a server without CUDA graphs (--disable-cuda-graph): they hold the addresses of the weights"
+        raise ModelOptExtError.at("update_weights_from_disk", "CUDA graphs", expected, "captured ones")
+
+
 def _update_from_disk(
     original: Callable[..., tuple[bool, str]],
     self: Any,
@@ -89,6 +97,7 @@ def _update_from_disk(
     if config is None:
         return original(self, model_path, load_format, weight_name_filter, recapture_cuda_graph)
     try:
+        _check_graphs(self.get_model_runner())
         if weight_name_filter is not None:
             raise ModelOptExtError.at("update_weights_from_disk", "weight_name_filter", "whole checkpoints", "a filter")
         if load_format not in ("auto", "safetensors"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_modelopt_ext.device import Device
 from tests.layers import test_recipes
 from tests.layers.test_recipes import RECIPES, check_layers
 from tests.support.exports import calibration_tokens, export
@@ -91,7 +92,7 @@ def test_every_format_in_one_mix(tmp_path: Path) -> None:
     source = model_dir(TinyModel(layers=5))
     model, simulation = load_model(source, "cpu", progress=False)
     formats = find_formats(SEARCHED, "cpu")
-    _, groups = plan_groups(read_linears(source), formats, "cpu", (), "excluded")
+    _, groups = plan_groups(read_linears(source), formats, Device.cpu(), (), "excluded")
     chosen = {group.name: formats[index % len(formats)] for index, group in enumerate(groups)}
     assert len(groups) >= len(formats)
     Search(

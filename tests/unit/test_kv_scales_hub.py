@@ -185,6 +185,19 @@ def test_biases_that_nobody_knew_of_before_the_download(
     assert runtime.model.kv_cache_dtype == "modelopt_fp8_affine"
 
 
+def test_a_servers_processes_have_the_answer_of_the_launching_one(
+    hub: Callable[[Path], Hub], online: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = kv_export("fp8_affine")
+    cache = hub(folder)
+    cache.fetch("*.json")
+    monkeypatch.setenv("SGLANG_MODELOPT_EXT_ERROR_FILE", str(tmp_path / "error"))
+    assert list(tensor_names(cache.snapshot)) == []  # offline
+    online(folder)
+    hub_tensor_names.cache_clear()  # another process, which could ask
+    assert list(tensor_names(cache.snapshot)) == []
+
+
 @pytest.mark.parametrize(
     ("folder", "model"),
     [
