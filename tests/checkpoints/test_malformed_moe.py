@@ -1,4 +1,4 @@
-"""Mixtures whose experts do not fit together are refused by name; what ModelOpt writes is described whole."""
+"""Mixtures whose experts do not fit together are an error that names them; ModelOpt's own exports are described whole."""
 
 from __future__ import annotations
 

@@ -157,7 +157,7 @@ def test_another_method_beside_a_left_over_file(tmp_path: Path, place: str, sect
 
 
 def test_names_that_a_model_renames(tmp_path: Path) -> None:
-    """As SGLang's classes for models of Nemotron do, by ``hf_to_sglang_mapper``."""
+    """SGLang's classes for models of Nemotron rename modules by ``hf_to_sglang_mapper``."""
     section = {
         "quant_algo": "MIXED_PRECISION",
         "exclude_modules": ["backbone.layers.0.mixer.conv1d", "mtp*"],

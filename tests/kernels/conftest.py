@@ -32,7 +32,7 @@ class Export:
     input_amax: dict[str, float]
 
     def tensors_of(self, linear: str) -> dict[str, torch.Tensor]:
-        """What is stored for one linear layer, by the last part of the name."""
+        """Return the tensors stored for one linear layer, by the last part of their names."""
         prefix = linear + "."
         return {name.removeprefix(prefix): t for name, t in self.stored.items() if name.startswith(prefix)}
 

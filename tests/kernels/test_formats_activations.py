@@ -183,7 +183,7 @@ def test_only_a_format_that_scales_tokens_has_a_token_amax() -> None:
 
 
 def test_slices_of_a_token_round_like_the_whole() -> None:
-    """What tensor parallelism needs: each rank holds some of the inputs and is told the amax of all."""
+    """Tensor parallelism needs it: each rank holds some of the values along K and is told the amax of all."""
     number_format = ACTIVATION_FORMATS["fp8_per_token"]
     x = activation()
     whole, whole_scale = number_format.quantize(x, None)
@@ -276,7 +276,7 @@ def test_fp8_per_token_number_by_number() -> None:
 
 @pytest.mark.parametrize("name", ["fp8_static", "fp8_per_token", "int8_static"])
 def test_the_reciprocal_of_the_scale_is_multiplied(name: str) -> None:
-    """As kernels do it. At the ties of the grid, dividing would now and then give the other neighbour."""
+    """Kernels multiply by it. At the ties of the grid, dividing would now and then give the other neighbour."""
     number_format = ACTIVATION_FORMATS[name]
     grid = tuple(map(float, range(128))) if name == "int8_static" else E4M3
     ties = torch.tensor([(a + b) / 2 for a, b in pairwise(grid)])

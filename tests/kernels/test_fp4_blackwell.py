@@ -49,7 +49,7 @@ def error(
     """The largest error of any output, relative to the sum of the magnitudes of its products.
 
     ``plan`` is a configuration and the splits, ``swizzled`` whether scales are swizzled, ``describe`` whether TMA may be used,
-    ``processors`` how many a persistent kernel finds, 0 for those of the machine.
+    ``processors`` the SMs that a persistent kernel finds, 0 for those of the machine.
     """
     generator = torch.Generator().manual_seed(m + n + k)
     codes, scale = random_blocks(n, k, group, generator)

@@ -95,7 +95,7 @@ def poisoned() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """A product: ``spread`` says where pairs go: everywhere, to one expert, or to nobody too."""
+    """A product: ``spread`` says where pairs go: everywhere, to one expert, or to an invalid expert too."""
 
     kind: str
     dtype: str
@@ -112,7 +112,7 @@ class Case:
 
 
 def tolerance(k: int) -> float:
-    """As for one weight: relative to the sum of magnitudes, whose float32 sum of exact products errs by k * 2^-24."""
+    """Return the limit relative to the sum of magnitudes: a float32 sum of k exact products errs by k * 2^-24."""
     return (2 * k + 16) * 2.0**-24
 
 
@@ -258,7 +258,7 @@ def everything(device: str) -> list[list[Any]]:
 
 
 def older() -> list[float]:
-    """Likewise as on sm_80, in the interpreter."""
+    """Run the cases for SM80, in the interpreter."""
     machines = (grouped_launch, grouped_op, dense_launch)
     for module in machines:
         module.machine = lambda device: (80, 108)  # type: ignore[attr-defined]
@@ -292,7 +292,7 @@ def test_every_kind_is_covered() -> None:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_weight_survives(kind: str) -> None:
-    """What is kept is what the format decodes."""
+    """The kept weight decodes to that of the format."""
     generator = torch.Generator().manual_seed(1)
     experts = [one_expert(kind, 130, 384, generator) for _ in range(2)]
     again = grouped.stack(experts)

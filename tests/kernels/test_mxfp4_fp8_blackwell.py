@@ -36,8 +36,8 @@ def error(
 ) -> float:
     """The largest error of any output, relative to the sum of the magnitudes of its products.
 
-    ``plan`` is a configuration and the splits, ``describe`` whether TMA may be used, ``processors`` how many a persistent kernel
-    finds, 0 for those of the machine.
+    ``plan`` is a configuration and the splits, ``describe`` whether TMA may be used, ``processors`` the SMs that a
+    persistent kernel finds, 0 for those of the machine.
     """
     generator = torch.Generator().manual_seed(m + n + k)
     codes = torch.randint(0, 256, (n, k // 2), generator=generator, dtype=torch.uint8)

@@ -101,7 +101,7 @@ def test_on_a_gpu(case: tuple[str, int, int, str, bool, str]) -> None:
 
 @pytest.mark.parametrize("activation", BLOCK_ACTIVATIONS)
 def test_the_codes_are_the_values(activation: str) -> None:
-    """What the formats give as codes decodes to what they give as values."""
+    """The codes of a format decode to its values."""
     x = activations(6, 2080, "fp32")
     input_scale = torch.tensor(0.0123) if activation == "nvfp4_dynamic" else None
     rounded = naive_quantize_blocks(x, activation, None, input_scale)
@@ -180,7 +180,7 @@ def test_what_would_be_misread_is_refused(change: dict[str, object], message: st
 @pytest.mark.parametrize("activation", BLOCK_ACTIVATIONS)
 @pytest.mark.parametrize("swizzled", [False, True])
 def test_fake(activation: str, swizzled: bool) -> None:
-    """What compilers see: shapes and types without a GPU."""
+    """Compilers see shapes and types without a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

@@ -117,7 +117,7 @@ def test_what_would_be_misread_is_refused(arguments: tuple[torch.Tensor, ...], m
 
 
 def test_fake() -> None:
-    """What compilers see: shapes and types without a GPU."""
+    """Compilers see shapes and types without a GPU."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():

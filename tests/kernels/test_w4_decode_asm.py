@@ -183,7 +183,7 @@ def test_every_word_of_a_fragment(case: str) -> None:
 
 @pytest.mark.parametrize(("text", "read"), [(INT4_FLOAT16, as_float16), (INT4_BFLOAT16, as_bfloat16)])
 def test_every_integer_of_a_fragment(text: Any, read: Callable[[Halves], NDArray[np.float64]]) -> None:
-    """The same of INT4: nibbles of a word in the order of planes, less 8."""
+    """INT4: nibbles of a word in the order of planes, less 8."""
     words = four_words()
     results = emulate(text.value, *words, *words * 3, outputs=16)
     for plane, j in itertools.product(range(4), range(4)):

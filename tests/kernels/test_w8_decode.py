@@ -195,7 +195,7 @@ def test_the_weight_is_kept(kind: str) -> None:
     ("sizes", "rows"), [((200,), 128), ((128, 3), 128), ((96, 96), 32), ((5, 7, 2), 1), ((2,), 128)]
 )
 def test_rows_that_share_scales(sizes: tuple[int, ...], rows: int) -> None:
-    """As many as every shard but the last has whole ones of; where there are fewer, the first number that says the same."""
+    """A scale has as many rows as every shard but the last has whole ones of; where there are fewer, the first such number."""
     shards = [stored_weight("e4m3_float", n, 256, n) for n in sizes]
     weight = kept("e4m3_float", *(stored for stored, _ in shards))
     assert weight.scale_rows == rows

@@ -68,7 +68,7 @@ def test_over_ranks(family: Family, recipe: str, tp: int, ep: int) -> None:
 
 @pytest.mark.full
 def test_an_expert_that_was_never_calibrated(tmp_path: Path) -> None:
-    """Without an ``input_scale`` where activations are not rounded: served, and refused where they are."""
+    """An expert without an ``input_scale`` is served where activations are not rounded, and an error where they are."""
     whole = export(model_dir(tiny("qwen3_moe")), "NVFP4_DEFAULT_CFG")
     folder = edits.copy_with(whole, tmp_path / "model", [edits.drop_tensors("*.1.mlp.experts.2.*.input_scale")])
     with Server(folder, dtype="float32", env={"SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS": "keep"}) as server:

@@ -1,4 +1,4 @@
-"""The check before serving meets every launch and configuration that a number of tokens chooses, on every architecture."""
+"""The check before serving reaches every launch and configuration that M chooses, on every architecture."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def asked_for(kind: type, algo: str, weight: str, capability: int, **fields: Any
 
 @dataclass(frozen=True)
 class Check:
-    """What one kind of layer is checked with: what each M runs, from 1 on, and the numbers of tokens of the check."""
+    """The check of one kind of layer: the path that each M runs, from 1 on, and the check's numbers of tokens."""
 
     where: str
     paths: list[Hashable]
@@ -72,7 +72,7 @@ class Check:
 
 @pytest.fixture(scope="module", name="every_check")
 def fixture_every_check() -> Iterator[dict[bool, list[Check]]]:
-    """Those of linear layers, and those of experts under True."""
+    """Every check of linear layers, and of experts under True."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         yield {experts: list(checks(monkeypatch, experts)) for experts in (False, True)}
     machine.cache_clear()

@@ -161,7 +161,7 @@ def test_tokens_in_doubt() -> None:
 
 
 def test_where_most_tokens_are_in_doubt_all_are_compared() -> None:
-    """As many ties in the noise bound the engine's mean; one expert that is wrong is beyond it, though not by the median."""
+    """The ties in the noise bound the engine's mean; one expert that is wrong is beyond it, though not by the median."""
     exact, tied = torch.zeros(9), torch.tensor([5.0, *[0.1] * 8])
     doubt = torch.arange(9) < 5
     served = torch.tensor([0.15, 5.0, *[0.15] * 7])
@@ -188,7 +188,7 @@ def test_a_reading_of_another_checkpoint_is_a_fault() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("export", ["kv-nvfp4-affine", "kv-nvfp4-rotate"])
 def test_a_cache_is_judged_by_what_meets_it_rounded(export: str) -> None:
-    """Right where a chunk meets itself unrounded and the rest rounded; wrong where a chunk is rounded too, or nothing is."""
+    """Right where a chunk attends to itself unrounded, the rest rounded; wrong where a chunk is rounded too, or nothing is."""
     one = next(case for case in CASES if case.name == export)
     reading = Reading.of(one, GPU)
     assert not reading.own_chunk

@@ -116,7 +116,7 @@ def test_what_the_calls_say() -> None:
 
 
 def test_architectures() -> None:
-    """Those our backends name are those the packages' own checks let through."""
+    """The architectures that our backends name are those that the packages' own checks let through."""
     ours = set(flashinfer.CAPABILITIES)
     fp4, mxfp8, weight = requirements("mm_fp4"), requirements("mm_mxfp8"), requirements("mm_bf16_fp4")
     assert ours <= capabilities(fp4["cutlass"])

@@ -1,6 +1,6 @@
-"""The CPU runtime's import shims: where they refuse to go, and that the real thing always wins over them.
+"""The CPU runtime's import shims: where they are not installed, and that the real thing always wins over them.
 
-What they do to imports is tried in processes of their own, started without site-packages, on packages made for the
+Their effect on imports is tried in processes of their own, started without site-packages, on packages made for the
 test.
 """
 

@@ -294,7 +294,7 @@ def test_the_call_fits_its_function() -> None:
 
 
 def test_architectures_and_sizes() -> None:
-    """Those our backends name are those the package's own runners let through."""
+    """The architectures that our backends name are those that the package's own runners let through."""
     assert set(CutlassNvfp4Experts.capabilities) <= set(assigned(API, "_CUTLASS_NVFP4_ARCHS"))
     assert set(CutlassMxfp8Experts.capabilities) <= set(assigned(API, "_CUTLASS_MXFP8_ARCHS"))
     assert CutlassNvfp4Experts.multiples[0] % assigned(PREPARE, "_CUTLASS_NVFP4_HIDDEN_ALIGNMENT") == 0

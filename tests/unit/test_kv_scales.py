@@ -213,7 +213,7 @@ def test_a_loaded_nvfp4_cache_of_sglangs(runtime: Runtime, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("flag", ["bf16", "fp8_e5m2", "mxfp8"])
 def test_sglangs_own_flags_are_its_affair(flag: str, runtime: Runtime, tmp_path: Path) -> None:
-    """None is refused on a GPU. Without quantization no scale may reach a layer, whose attention would multiply by it."""
+    """No flag of SGLang's is an error on a GPU. Without quantization no scale reaches a layer: attention would multiply by it."""
     folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)))
     runtime.start(folder, flag)
     assert runtime.model.kv_cache_dtype == flag
@@ -273,7 +273,7 @@ def test_an_algorithm_nobody_knows(runtime: Runtime, tmp_path: Path, monkeypatch
 def test_an_obstacle_to_a_cache_of_ours_leaves_sglangs_checkpoints_to_it(
     runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It serves NVFP4 caches unrounded under ``auto``, with features that a cache of ours has none of."""
+    """SGLang serves NVFP4 caches unrounded under ``auto``, with features that a cache of ours does not support."""
     folder = kv_folder(tmp_path / "model", layers("model.layers.{}.self_attn", (0, 1)), algo="NVFP4")
     monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
     runtime.start(folder, enable_hierarchical_cache=True)
@@ -300,7 +300,7 @@ HYBRID = {
 def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
     kind: str, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under ``auto``, where SGLang serves the weights; and refused, before any process starts, where the cache was asked for."""
+    """Under ``auto``, where SGLang serves the weights; plain attention gets a cache of ours."""
     tensors = layers("model.layers.{}.self_attn", (0, 1))
     folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", **HYBRID[kind])
     monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))

@@ -46,7 +46,7 @@ def test_what_may_be_missing(name: str, fields: dict[str, int]) -> None:
 
 
 def test_a_model_loads_without_them(tmp_path: Path) -> None:
-    """Neither handed to the model, whose loader may fail on them, nor an error; a stray layer nobody declared still is one."""
+    """Neither handed to the model, whose loader may fail on them, nor an error; a stray layer that is not declared still is one."""
     pytest.importorskip("sglang")
     from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
     from sglang_modelopt_ext.errors import ModelOptExtError

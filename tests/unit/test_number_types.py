@@ -183,7 +183,7 @@ def test_backends_of_experts_refuse_it_by_its_properties(narrow: NVFP4Narrow) ->
     "backend", [one for one in select.BACKENDS if not isinstance(one, Dense)], ids=lambda one: one.name
 )
 def test_no_backend_packs_it(backend: Backend, narrow: NVFP4Narrow) -> None:
-    """Asked past its refusal, it raises before it reads a code."""
+    """Asked in spite of its objection, a backend raises before it reads a code."""
     with pytest.raises(ValueError, match=r"expected .* got .*E2M1 in blocks of 8 under E4M3 scales"):
         backend.prepare([ShardWeight(narrow, narrow.quantize(random_weight()))])
 
@@ -309,7 +309,7 @@ class ScaledBlocks(_Scaled, FP8BlockWeight):
 
 @pytest.mark.parametrize("number", [ScaledMXFP4(), ScaledMXFP8(), ScaledBlocks()], ids=lambda one: one.name)
 def test_a_scale_of_outputs_is_never_lost(number: Any) -> None:
-    """A known number type under a scale of all outputs: every backend that reads the type keeps the scale, or refuses it."""
+    """A known number type under a scale of all outputs: every backend that reads the type keeps the scale, or rejects it."""
     stored = number.quantize(random_weight())
     plain = WEIGHT_FORMATS[number.name]
     kept = refused = 0

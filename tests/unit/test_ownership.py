@@ -136,7 +136,7 @@ def test_flags_that_sglang_corrects_are_none_and_those_that_requantize_are_its_o
 
 @pytest.mark.parametrize("flag", ["modelopt_fp4", "awq"])
 def test_flags_on_a_mix(tmp_path: Path, flag: str) -> None:
-    """SGLang corrects them where one layer is NVFP4; elsewhere it refuses them, as it is refused here."""
+    """SGLang corrects flags where one layer is NVFP4; elsewhere it rejects them, and so does this package."""
     folder = checkpoint(tmp_path, {"quant_algo": "MIXED_PRECISION", "quantized_layers": MIXED_LAYERS})
     assert owned_family(folder, flag, Device.cuda(100)) is None
     assert owned_family(folder, flag, CPU) is not None

@@ -74,7 +74,7 @@ def test_backends_serve_what_they_say(backend: Backend, asked: LinearRequest) ->
 
 @pytest.mark.parametrize(("backend", "asked"), CASES)
 def test_without_the_package(backend: Backend, asked: LinearRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is a reason at dispatch, and where the package is there but does not load, one at the check."""
+    """A missing package is a reason at the choice, one that does not load a reason at the check."""
     fields = {name: getattr(asked, name) for name in asked.__dataclass_fields__}
     assert "is not installed" in str(backend.supports(LinearRequest(**fields | {"packages": {}})))
     other = dict.fromkeys(packages.VERSIONS, "9.9")
@@ -145,7 +145,7 @@ def shards(weight: str, rows: Sequence[int], k: int, one_scale: bool) -> list[Sh
 
 @pytest.mark.parametrize(("backend", "asked"), CASES)
 def test_fused_shards(backend: Backend, asked: LinearRequest) -> None:
-    """Merged where they have one global scale, and refused where they do not."""
+    """Fused shards are merged where they have one global scale, and rejected where they do not."""
     parts = shards(asked.scheme.weight.name, (128, 64), 256, one_scale=True)
     prepared = backend.prepare(parts)
     decoded = [part.decode() for part in parts]
@@ -189,7 +189,7 @@ def test_shards_apart_may_be_too_uneven(backend: Backend) -> None:
     ],
 )
 def test_what_humming_holds(lowest: int, highest: int, reason: str | None) -> None:
-    """Every code under every exponent of a row, exactly, or a refusal; an empty block may have any exponent."""
+    """Every code under every exponent of a row, exactly, or an error; an empty block may have any exponent."""
     codes = torch.arange(256, dtype=torch.uint8).view(1, 256).repeat(8, 1)
     exponents = torch.linspace(lowest, highest, 16).round().to(torch.uint8).repeat(8, 1)
     codes[:, 16:32], exponents[:, 1] = 0x80, 0

@@ -16,7 +16,7 @@ from sglang_modelopt_ext.schemes.versions import TESTED_SGLANG, described_sglang
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a fresh interpreter, since SGLang's hooks are process-wide."""
+    """Run ``code`` in a fresh interpreter, since SGLang's hooks hold for a whole process."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -69,7 +69,7 @@ def test_the_installed_version_is_tested() -> None:
 
 
 def test_another_version_in_which_everything_is_as_expected_starts_with_one_warning() -> None:
-    """And with no more of SGLang than a tested one: attention for a GPU, of which the contract has rows, is not imported."""
+    """No more of SGLang is imported than with a tested version: not its attention for a GPU, of which the contract has rows."""
     loaded = "import sys; assert 'sglang.srt.layers.attention.triton_backend' not in sys.modules"
     result = run(f"{UNTESTED}\n{LOAD}\n{loaded}")
     assert result.returncode == 0, result.stderr[-3000:]

@@ -130,7 +130,7 @@ def test_progress_of_another_run_is_not_used(tmp_path: Path) -> None:
 
 
 def test_progress_others_could_have_written_is_not_read(tmp_path: Path) -> None:
-    """It is pickled."""
+    """Progress is pickled."""
     folder = work_folder(tmp_path / "out", {})
     folder.chmod(0o777)
     with pytest.raises(ModelOptExtError, match="expected a folder only its owner can read"):

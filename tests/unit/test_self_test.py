@@ -187,7 +187,7 @@ def test_the_check_ends_within_a_tile_where_the_layer_does() -> None:
 
 @pytest.mark.parametrize(("algo", "weight"), [("NVFP4", "nvfp4"), ("MXFP4", "mxfp4")])
 def test_what_reads_codes(algo: str, weight: str) -> None:
-    """It gets activations in its own format, and what it makes of them is held to that format's numbers."""
+    """A backend that reads codes gets activations in its own format, and its result is held to that format's values."""
     asked = dataclasses.replace(request(algo, weight), dtype=torch.bfloat16)
     assert Blocks(False).supports(asked) is None
     self_test.check_backend(Blocks(False), asked, torch.device("cpu"))

@@ -109,7 +109,7 @@ def test_rows_say_why_and_are_there_once() -> None:
 
 
 def test_every_row_is_there_when_it_is_imported() -> None:
-    """What was read in the sources is what Python finds."""
+    """The symbols that were read in the sources are those that Python finds."""
     for use in ALL:
         assert pkgutil.resolve_name(use.target) is not None
 
@@ -191,7 +191,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Sources:
 
 
 def differences(use: Use, sources: Sources, target: str) -> list[str]:
-    """What is wrong with a row, of a package that is not SGLang."""
+    """Return the differences of a row, in a package that is not SGLang."""
     found = sources.find(target)
     return ["missing"] if found is None else list(use._differences(sources, found))
 

@@ -40,7 +40,7 @@ class Ours:
     Attributes:
         why: part of the reason that is given.
         gpus: on which of them.
-        alone: whether SGLang has no flag for the algorithm. Under other flags of its own it refuses the checkpoint too, or starts
+        alone: whether SGLang has no flag for the algorithm. Under other flags of its own it rejects the checkpoint too, or starts
             and takes the packed weights for plain ones.
     """
 
@@ -238,7 +238,7 @@ def test_what_is_left_without_doubt_has_a_reason_too(tmp_path: Path) -> None:
 
 
 def test_the_suite_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plugin that took over what SGLang serves, or refused it, would be seen."""
+    """A plugin that took over what SGLang serves, or stopped it, would be seen."""
     (pair,) = (pair for pair in PAIRS if pair.name == "llama_fp8_file_only")
     folder = pair.write(tmp_path)
     stock = without_plugin(folder, None, HOPPER)

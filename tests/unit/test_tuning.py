@@ -235,7 +235,7 @@ def test_another_gpu_is_ignored(
 
 
 def test_shipped_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the package are read without a word, and the user's own comes before them."""
+    """The package's own files are read without being named, and the user's comes before them."""
     monkeypatch.setattr(timings, "SHIPPED", tmp_path)
     timings.write(tmp_path / "other.json", a_file({"second": [1.0, 1.0]}, gpu="another"))
     assert select.candidates(asked(), "layer")[0] is FIRST
