@@ -6,6 +6,7 @@ import contextlib
 import functools
 import json
 import logging
+import os
 from collections.abc import Collection
 from pathlib import Path
 from urllib.parse import quote
@@ -28,20 +29,22 @@ def hub_model(folder: Path) -> tuple[str, str] | None:
 
 @functools.lru_cache(maxsize=8)
 def hub_tensor_names(name: str, revision: str) -> Collection[str]:
-    """Return the tensors of a hub model of one file, by its header.
+    """Return the names of the tensors of a hub model of one file, by its header.
 
-    The processes of a server find the answer that its launching process got, good or bad: else one could decide otherwise than
-    another, by a request that failed. Arguments and result are those of :func:`ask_hub`.
+    All processes of a server have one answer, the first that any of them got, good or bad: a request that fails in one process
+    must not make it decide otherwise than another. Arguments and result are those of :func:`ask_hub`.
     """
     channel = ERROR_FILE.read()
     if not channel:
         return ask_hub(name, revision)
     file = Path(channel).with_name(f"hub-{quote(name, safe='')}-{revision}.json")
-    with contextlib.suppress(FileNotFoundError):
-        return frozenset(json.loads(file.read_text(encoding="utf-8")))
-    names = ask_hub(name, revision)
-    file.write_text(json.dumps(sorted(names)), encoding="utf-8")
-    return names
+    if not file.exists():
+        own = file.with_suffix(f".{os.getpid()}")
+        own.write_text(json.dumps(sorted(ask_hub(name, revision))), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):  # another process was faster: its answer counts
+            os.link(own, file)
+        own.unlink()
+    return frozenset(json.loads(file.read_text(encoding="utf-8")))
 
 
 def ask_hub(name: str, revision: str) -> Collection[str]:
@@ -61,6 +64,7 @@ def ask_hub(name: str, revision: str) -> Collection[str]:
     try:
         header = HfApi().parse_safetensors_file_metadata(name, SINGLE_FILE, revision=revision)
     except Exception as error:  # of any of its libraries: without an answer only the configuration is known, as offline
-        logger.warning("modelopt_ext: the tensors of %s are not known before its download: %s", name, error)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("modelopt_ext: the tensors of %s are not known before its download: %s", name, reason)
         return ()
     return header.tensors.keys()

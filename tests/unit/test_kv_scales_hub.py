@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from sglang_modelopt_ext.checkpoint import hub as hub_module
 from sglang_modelopt_ext.checkpoint.hub import hub_model, hub_tensor_names
 from sglang_modelopt_ext.checkpoint.tensors import read_headers, tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -196,6 +197,22 @@ def test_a_servers_processes_have_the_answer_of_the_launching_one(
     online(folder)
     hub_tensor_names.cache_clear()  # another process, which could ask
     assert list(tensor_names(cache.snapshot)) == []
+
+
+def test_the_first_answer_counts_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks may ask at once where the launching process had no reason to."""
+    monkeypatch.setenv("SGLANG_MODELOPT_EXT_ERROR_FILE", str(tmp_path / "error"))
+    hub_tensor_names.cache_clear()
+
+    def slower(name: str, revision: str) -> list[str]:
+        monkeypatch.setattr(hub_module, "ask_hub", lambda *_: ["of the faster"])
+        assert set(hub_tensor_names.__wrapped__(name, revision)) == {"of the faster"}
+        return ["of the slower"]
+
+    monkeypatch.setattr(hub_module, "ask_hub", slower)
+    assert set(hub_tensor_names(Hub.NAME, Hub.REVISION)) == {"of the faster"}
+    assert [file.suffix for file in tmp_path.iterdir()] == [".json"]
+    hub_tensor_names.cache_clear()
 
 
 @pytest.mark.parametrize(
