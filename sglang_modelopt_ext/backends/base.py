@@ -54,16 +54,6 @@ class LinearRequest:
     gpu: str = ""
     packages: Mapping[str, str] = field(default_factory=installed, compare=False)
 
-    @property
-    def device(self) -> str:
-        """The kind of device: ``cuda`` for an NVIDIA GPU, ``cpu`` or ``other``."""
-        return self.target.kind
-
-    @property
-    def capability(self) -> int | None:
-        """The compute capability of an NVIDIA GPU, times ten (90 for 9.0), None on any other device."""
-        return self.target.capability
-
 
 @dataclass(frozen=True)
 class ShardWeight:

@@ -128,7 +128,7 @@ class ReferenceExperts(ExpertBackend[DenseWeight]):
 
     def supports(self, request: ExpertRequest) -> str | None:
         """Support any layer on a CPU. It reads the routing on the host, which a CUDA graph cannot record."""
-        return None if request.device == "cpu" else "is for cpu"
+        return None if request.target.kind == "cpu" else "is for cpu"
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
         """Return float32."""

@@ -83,7 +83,7 @@ class GroupedDecoded(GroupedExperts):
     def supports(self, request: ExpertRequest) -> str | None:
         """GPUs from SM80, with activations that a type which the product takes holds exactly."""
         weight, activation = request.scheme.weight, request.scheme.activation
-        if request.device != "cuda" or (request.capability or 0) < 80:
+        if not request.target.at_least(80):
             return "is for GPUs from SM80"
         if request.k % 16:
             return f"needs K in 16s, not {request.k}"
@@ -107,7 +107,7 @@ class GroupedDecoded(GroupedExperts):
         activation = request.scheme.activation
         if activation is None:
             return request.dtype
-        if is_fp8(activation) and (request.capability or 0) >= 89 and request.dtype in FLOATS:
+        if is_fp8(activation) and request.target.at_least(89) and request.dtype in FLOATS:
             return torch.float8_e4m3fn
         return exact_float(activation)
 
@@ -152,7 +152,7 @@ class GroupedMxfp4(GroupedExperts):
 
     def supports(self, request: ExpertRequest) -> str | None:
         """MXFP4 weights with FP8 activations on SM100 and SM103."""
-        if request.device != "cuda" or not 100 <= (request.capability or 0) < 110:
+        if not (request.target.at_least(100) and request.target.before(110)):
             return "is for SM100 and SM103"
         return type_objection(request.scheme, (MXFP4,)) or fp8_objection(request)
 
@@ -176,7 +176,7 @@ class GroupedBf16(GroupedExperts):
     def supports(self, request: ExpertRequest) -> str | None:
         """GPUs from SM80, for formats and activations whose products are (nearly always) exact in bf16."""
         weight = request.scheme.weight
-        if request.device != "cuda" or (request.capability or 0) < 80:
+        if not request.target.at_least(80):
             return "is for GPUs from SM80"
         if not (weight.exact_in_bf16 or weight.often_exact_in_bf16):
             return f"{weight.name} weights are not exact in bf16"

@@ -36,7 +36,7 @@ class BlockScaled(Backend[PackedWeight]):
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but 4-bit formats on GPUs from SM80, with activations that float16 or bf16 holds exactly."""
         scheme, activation = request.scheme, request.scheme.activation
-        if request.device != "cuda" or (request.capability or 0) < 80:
+        if not request.target.at_least(80):
             return "is for GPUs from SM80"
         if scheme.weight.number_type.bits != 4:
             return f"{scheme.weight.name} weights have no 4-bit blocks"
@@ -57,7 +57,7 @@ class BlockScaled(Backend[PackedWeight]):
         activation = request.scheme.activation
         if activation is None:
             return request.dtype
-        if is_fp8(activation) and (request.capability or 0) >= 89:
+        if is_fp8(activation) and request.target.at_least(89):
             return torch.float8_e4m3fn
         return exact_float(activation)
 

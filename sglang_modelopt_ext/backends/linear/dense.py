@@ -36,7 +36,7 @@ class Dense(Backend[DenseWeight]):
 
     def objection(self, request: LinearRequest) -> str | None:
         """Reject other devices, and in bf16 formats and activations whose products are not (nearly always) exact there."""
-        if request.device not in self.devices:
+        if request.target.kind not in self.devices:
             return f"is for {' and '.join(self.devices)}"
         if self.dtype == torch.bfloat16:
             weight = request.scheme.weight

@@ -40,7 +40,7 @@ class EightBit(Backend[ByteWeight]):
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but 8-bit formats on GPUs from SM80, with activations that a type which the product takes holds exactly."""
         weight, activation = request.scheme.weight, request.scheme.activation
-        if request.device != "cuda" or (request.capability or 0) < 80:
+        if not request.target.at_least(80):
             return "is for GPUs from SM80"
         kind = _kind(request)
         if kind is None:

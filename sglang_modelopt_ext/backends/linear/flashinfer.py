@@ -37,7 +37,7 @@ CAPABILITIES = (100, 103, 110, 120, 121)
 
 def flashinfer_objection(request: LinearRequest, capabilities: Sequence[int]) -> str | None:
     """Return why FlashInfer's products do not serve ``request`` (GPU, model's type, package), or None."""
-    if request.device != "cuda" or request.capability not in capabilities:
+    if not request.target.is_one_of(*capabilities):
         return f"is for {', '.join(f'SM{capability}' for capability in capabilities)}"
     if request.dtype not in (torch.float16, torch.bfloat16):
         return f"has no {request.dtype} output"

@@ -40,7 +40,7 @@ class Fp4(BlockBackend[BlockScaledWeight]):
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but NVFP4 in blocks of 16 on both sides, or MXFP4 on both sides, on its architectures."""
         scheme, activation = request.scheme, request.scheme.activation
-        if request.device != "cuda" or f"SM{request.capability}" not in self.architectures:
+        if request.target.name not in self.architectures:
             return f"is for {' and '.join(self.architectures)}"
         if (reason := type_objection(scheme, TYPES)) is not None:
             return reason

@@ -30,7 +30,7 @@ class Fp8(Backend[DenseWeight]):
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but weights on E4M3's grid under scales of rows, with FP8 activations, on GPUs from SM89."""
         scheme = request.scheme
-        if request.device != "cuda" or (request.capability or 0) < 89:
+        if not request.target.at_least(89):
             return "is for GPUs from SM89"
         if request.math != "fp8" and scheme.weight.number_type != FP8:
             return f"{scheme.weight} weights are not E4M3 values under a scale for each row"

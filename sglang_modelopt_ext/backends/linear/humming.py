@@ -60,7 +60,7 @@ class Humming(Backend[HummingWeight]):
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""
         scheme = request.scheme
-        if request.device != "cuda" or request.capability not in (89, 90):
+        if not request.target.is_one_of(89, 90):
             return "is for SM89, SM90"
         if (reason := type_objection(scheme, (MXFP4,))) is not None:
             return reason

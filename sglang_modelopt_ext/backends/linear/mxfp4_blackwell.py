@@ -33,10 +33,9 @@ class Mxfp4(Backend[BlockScaledWeight]):
 
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but MXFP4 weights with FP8 activations on its architectures, under pairs of blocks where it pairs them."""
-        scheme, capability = request.scheme, request.capability or 0
-        if request.device != "cuda" or f"SM{capability}" not in self.architectures:
+        if request.target.name not in self.architectures:
             return f"is for {' and '.join(self.architectures)}"
-        if (reason := type_objection(scheme, (MXFP4,))) is not None:
+        if (reason := type_objection(request.scheme, (MXFP4,))) is not None:
             return reason
         if self.paired and request.k % 64:
             return f"needs K in 64s, not {request.k}"

@@ -28,7 +28,7 @@ class FoldedMxfp4(Backend[FoldedWeight]):
 
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but MXFP4 weights with FP8 activations on SM89 and SM90."""
-        if request.device != "cuda" or request.capability not in (89, 90):
+        if not request.target.is_one_of(89, 90):
             return "is for SM89 and SM90"
         if (reason := type_objection(request.scheme, (MXFP4,))) is not None:
             return reason

@@ -131,7 +131,7 @@ class QuackWeightOnly(Backend[BlockScaledWeight]):
         reason = weight_only_objection(request)
         if reason is not None:
             return reason
-        if request.device != "cuda" or request.capability != 90:
+        if not request.target.is_one_of(90):
             return "is for SM90"
         return package_objection("quack-kernels", request.packages)
 
