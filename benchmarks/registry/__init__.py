@@ -18,7 +18,14 @@ from benchmarks.registry.common import FINISH, FP8, PLANES
 from benchmarks.registry.experts import GROUPED, GROUPED_DENSE
 from benchmarks.registry.moe import COMBINE, ROUTE, SWIGLU
 from benchmarks.registry.mxfp4_fp8_hopper import MXFP4_FP8_HOPPER
-from benchmarks.registry.quantize import QUANTIZE_BLOCKS, QUANTIZE_FP8, QUANTIZE_INT8, ROUNDING
+from benchmarks.registry.quantize import (
+    QUANTIZE_BLOCKS,
+    QUANTIZE_FP8,
+    QUANTIZE_INT8,
+    RMS_NORM_FP8,
+    ROUNDING,
+    SWIGLU_FP8,
+)
 from benchmarks.registry.w4_decode import GROUP_SCALED, W4_DECODE
 from benchmarks.registry.w8_decode import W8_DECODE
 
@@ -42,6 +49,8 @@ KERNELS: tuple[Kernel, ...] = (
     EXTEND,
     STORE,
     QUANTIZE_FP8,
+    RMS_NORM_FP8,
+    SWIGLU_FP8,
     QUANTIZE_BLOCKS,
     QUANTIZE_INT8,
     FINISH,

@@ -36,7 +36,7 @@ def _compile(arch: int) -> Iterator[Case]:
     operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
     for config in (*linear.configs(arch), *linear.configs(arch, 128)):
         for name, even in (("fp8e4nv", True), ("fp8e4nv,tail", False)):
-            numerics = {"ASM": True, "EVEN_K": even}
+            numerics = {"ASM": True, "EVEN_K": even, "PDL": arch >= 90}
             case = product_case(f"folded {name}", folded_kernel, config, operands, numerics, "e4m3")
             yield dataclasses.replace(case, fragments=True)
     types = {"w_ptr": "*i32", "s_ptr": "*u8", "y_ptr": "*i32"} | dict.fromkeys(("first", "n", "k"), "i32")

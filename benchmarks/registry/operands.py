@@ -56,13 +56,15 @@ def product_case(
     """Make the compilation of a tiled product: one configuration, every scale and the bias, K a multiple of BK, no split."""
     types = operands | dict.fromkeys(("row_scale_ptr", "out_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("bias_ptr", "y_ptr"), "*bf16") | dict.fromkeys(("m", "n", "k", "row_step"), "i32")
+    types |= {"partial_ptr": "*fp32", "arrivals_ptr": "*i32"}
+    tile = {"BN": config.bn, "BM": config.bm, "BK": config.bk}
+    every = {"DESCALE": 1.0, "HAS_ROW_SCALE": True, "HAS_BIAS": True, "EVEN_M": False, "EVEN_K": True, "SPLIT_K": 1}
+    constexprs = every | tile | numerics
     return Case(
         f"{name} {config}",
         kernel,
-        types,
-        {"DESCALE": 1.0, "HAS_ROW_SCALE": True, "HAS_BIAS": True, "EVEN_K": True, "SPLIT_K": 1}
-        | {"BN": config.bn, "BM": config.bm, "BK": config.bk}
-        | numerics,
+        {key: value for key, value in types.items() if key in kernel.arg_names},
+        {key: value for key, value in constexprs.items() if key in kernel.arg_names},
         {"num_warps": config.warps, "num_stages": config.stages},
         aligned=("n", "k"),
         matrix=matrix,

@@ -20,8 +20,13 @@ from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kerne
 from sglang_modelopt_kernels.quantize.blocks.quantize import PROGRAM_VALUES, numerics
 from sglang_modelopt_kernels.quantize.fp8 import naive_quantize_fp8, quantize_fp8
 from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
+from sglang_modelopt_kernels.quantize.fp8.quantize import BLOCK, WHOLE, token_block
+from sglang_modelopt_kernels.quantize.gated import naive_swiglu_fp8, swiglu_fp8
+from sglang_modelopt_kernels.quantize.gated.kernel import swiglu_fp8_kernel
 from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8
 from sglang_modelopt_kernels.quantize.int8.kernel import quantize_int8_kernel
+from sglang_modelopt_kernels.quantize.rms_norm import naive_rms_norm_fp8, rms_norm_fp8
+from sglang_modelopt_kernels.quantize.rms_norm.kernel import rms_norm_fp8_kernel
 
 
 def _blocks_cases(arch: int) -> Iterator[Case]:
@@ -46,10 +51,60 @@ def _types(out: str) -> dict[str, str]:
 
 
 def _fp8_cases(arch: int) -> Iterator[Case]:
-    types, constexprs = _types("fp16" if arch < 89 else "fp8e4nv"), {"SMOOTH": True, "BLOCK": 2048}
-    yield Case("quantize_fp8 static", quantize_static_kernel, types, constexprs, {}, ("k", "stride"))
-    types, constexprs = types | {"amax_ptr": "*fp32"}, constexprs | {"HAS_AMAX": True}
-    yield Case("quantize_fp8 token", quantize_token_kernel, types, constexprs, {}, ("k", "stride"))
+    types = _types("fp16" if arch < 89 else "fp8e4nv")
+    constexprs: dict[str, Any] = {"SMOOTH": True, "PDL": arch >= 90}
+    static = constexprs | {"BLOCK": BLOCK}
+    yield Case("quantize_fp8 static", quantize_static_kernel, types, static, {}, ("k", "stride"))
+    for k in (4096, WHOLE, 2 * WHOLE):
+        own, options = _of_token(k)
+        own |= constexprs | {"HAS_AMAX": True, "WHOLE": k <= WHOLE}
+        yield Case(
+            f"quantize_fp8 token {k}",
+            quantize_token_kernel,
+            types | {"amax_ptr": "*fp32"},
+            own,
+            options,
+            ("k", "stride"),
+        )
+
+
+def _of_token(k: int) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the block of a token of ``k`` values, and its warps."""
+    block = token_block(k)
+    return {"BLOCK": block["BLOCK"]}, {"num_warps": block["num_warps"]}
+
+
+def _fused_types(arch: int, inputs: tuple[str, ...]) -> dict[str, str]:
+    types = dict.fromkeys((*inputs, "smoothing_ptr"), "*bf16") | dict.fromkeys(("static_ptr", "scale_ptr"), "*fp32")
+    return types | {"y_ptr": "*fp16" if arch < 89 else "*fp8e4nv", "k": "i32", "stride": "i32"}
+
+
+def _rms_norm_cases(arch: int) -> Iterator[Case]:
+    types = _fused_types(arch, ("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr"))
+    types |= {"residual_stride": "i32", "eps": "fp32"}
+    for k in (4096, WHOLE):
+        for static in (False, True):
+            own, options = _of_token(k)
+            own |= {"HAS_RESIDUAL": True, "SMOOTH": True, "STATIC": static, "PDL": arch >= 90}
+            aligned = ("k", "stride", "residual_stride")
+            name = f"rms_norm_fp8 {'static' if static else 'token'} {k}"
+            yield Case(name, rms_norm_fp8_kernel, types, own, options, aligned)
+
+
+def _gated_cases(arch: int) -> Iterator[Case]:
+    types = _fused_types(arch, ("h_ptr", "gated_ptr"))
+    for k in (4096, WHOLE):
+        for static in (False, True):
+            own, options = _of_token(k)
+            own |= {"SMOOTH": True, "STATIC": static, "PDL": arch >= 90}
+            yield Case(
+                f"swiglu_fp8 {'static' if static else 'token'} {k}",
+                swiglu_fp8_kernel,
+                types,
+                own,
+                options,
+                ("k", "stride"),
+            )
 
 
 def _int8_cases(arch: int) -> Iterator[Case]:
@@ -64,6 +119,36 @@ def _fp8_stress(capability: int) -> Iterator[StressCase]:
         for way in ("static", "token"):
             name = f"quantize_fp8 {way}{' smoothed' if smoothing else ''}"
             yield StressCase(name, partial(_launch_fp8, way, smoothing))
+
+
+def _rms_norm_stress(capability: int) -> Iterator[StressCase]:
+    del capability
+    for way in ("static", "token"):
+        yield StressCase(f"rms_norm_fp8 {way}", partial(_launch_rms_norm, way))
+
+
+def _gated_stress(capability: int) -> Iterator[StressCase]:
+    del capability
+    for way in ("static", "token"):
+        yield StressCase(f"swiglu_fp8 {way}", partial(_launch_gated, way))
+
+
+def _bytes(first: torch.Tensor, values: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
+    """Return all outputs of a fused rounding as bytes, a row for each token."""
+    scale_bytes = row_scale.expand(first.shape[0], 1).contiguous().view(torch.uint8)
+    return torch.cat([first.view(torch.uint8), values.view(torch.uint8), scale_bytes], dim=1)
+
+
+def _launch_rms_norm(way: str) -> Launch:
+    x, residual, weight = _random(2048, 4096), _random(2049, 4096)[1:], _random(1, 4096)[0]
+    scale = torch.tensor(0.01, device="cuda") if way == "static" else None
+    # The kernel replaces both inputs.
+    return Launch(lambda: _bytes(*rms_norm_fp8(x.clone(), weight, 1e-5, residual.clone(), None, scale)), None)
+
+
+def _launch_gated(way: str) -> Launch:
+    h, scale = _random(2048, 8192), torch.tensor(0.01, device="cuda") if way == "static" else None
+    return Launch(lambda: _bytes(*swiglu_fp8(h, None, scale)), None)
 
 
 def _blocks_stress(capability: int) -> Iterator[StressCase]:
@@ -129,6 +214,20 @@ QUANTIZE_FP8 = Kernel(
             lambda m, k: m * k,
         )
     },
+)
+RMS_NORM_FP8 = Kernel(
+    "rms_norm_fp8",
+    "quantize/rms_norm",
+    naive_rms_norm_fp8,
+    compile=_rms_norm_cases,
+    stress=_rms_norm_stress,
+)
+SWIGLU_FP8 = Kernel(
+    "swiglu_fp8",
+    "quantize/gated",
+    naive_swiglu_fp8,
+    compile=_gated_cases,
+    stress=_gated_stress,
 )
 QUANTIZE_BLOCKS = Kernel(
     "quantize_blocks",

@@ -64,7 +64,7 @@ def _product_cases(arch: int) -> Iterator[Case]:
             for config in dict.fromkeys((*launch.configs(kind, arch), *launch.configs(kind, arch, 128))):
                 own: dict[str, Any] = {"ORDERED": launch.in_order(config)}
                 own["FRAGMENTS"] = launch.makes_operands(kind, group, 4096, config, arch)
-                own["WGMMA"] = matrix_instruction(arch) == "wgmma"
+                own |= {"WGMMA": matrix_instruction(arch) == "wgmma", "PDL": arch >= 90}
                 of_x = {"x_ptr": "*fp16"} if own["ORDERED"] and f16 else {}
                 name = f"block_scaled {kind}/{group} {dtype}"
                 case = product_case(name, block_scaled_kernel, config, operands | of_x, numerics | own, "any")

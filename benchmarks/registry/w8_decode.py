@@ -64,7 +64,7 @@ def _compile(arch: int) -> Iterator[Case]:
             name, math = TRITON_TYPES[dtype], launch.math_of(kind, dtype)
             operands = {"x_ptr": f"*{name}", "w_ptr": f"*{codes}", "s_ptr": f"*{scale}"}
             own: dict[str, Any] = {"MATH": math, "SCALE_ROWS": 128 if kind == "e4m3_float" else 1}
-            own["WGMMA"] = matrix_instruction(arch) == "wgmma"
+            own |= {"WGMMA": matrix_instruction(arch) == "wgmma", "PDL": arch >= 90}
             for config in launch.configs(kind, math, arch):
                 # Blackwell's tcgen05 has no int8 instruction in Triton: mma.sync multiplies.
                 wanted = "small" if math == "i8" else "any"

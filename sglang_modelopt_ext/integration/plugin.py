@@ -70,11 +70,19 @@ def register() -> None:
 
 def all_hooks() -> tuple[Hook, ...]:
     """Return every hook of this package, which imports SGLang's modules and takes seconds."""
-    from sglang_modelopt_ext.integration import config, loading, processes, updates
+    from sglang_modelopt_ext.integration import config, loading, processes, rounding, updates
     from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
     from sglang_modelopt_ext.integration.kv import scales as kv_scales
 
-    return (*config.HOOKS, *loading.HOOKS, *kv_hooks.HOOKS, *kv_scales.HOOKS, *updates.HOOKS, *processes.HOOKS)
+    return (
+        *config.HOOKS,
+        *loading.HOOKS,
+        *kv_hooks.HOOKS,
+        *kv_scales.HOOKS,
+        *updates.HOOKS,
+        *processes.HOOKS,
+        *rounding.HOOKS,
+    )
 
 
 def _install() -> None:

@@ -31,6 +31,7 @@ from sglang_modelopt_ext.checkpoint.values import check_zero_blocks
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layers.handover import Rounding, announce_product, take
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_kernels.formats.base import ActivationFormat, BlockActivation, ValueRule
 from sglang_modelopt_kernels.quantize import blocks, fp8, int8
@@ -176,6 +177,8 @@ class LinearProduct:
             if not (isinstance(self.backend, BlockBackend) and self.backend.takes_low_rank):
                 inputs[LORA_B] = torch.block_diag(*(shard[LORA_B].to(torch.float32) for shard in shards))
         prefix = f"{self.backend.name}_{first}_"
+        if self._takes_handover(inputs):
+            announce_product()
         for name, tensor in (prepared | inputs).items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
         return ShardGroup(
@@ -183,6 +186,16 @@ class LinearProduct:
             prepared={name: prefix + name for name in prepared},
             inputs={name: prefix + name for name in inputs},
             rows=weight.out_scale.shape[0],
+        )
+
+    def _takes_handover(self, inputs: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether the input may have been rounded by the module before: as :func:`round_input` does for all rows in E4M3."""
+        return (
+            fp8.rounds(self.scheme.activation)
+            and not self.scheme.low_rank
+            and not isinstance(self.backend, BlockBackend)
+            and self.rank_amax is None
+            and is_for_all_rows(inputs)
         )
 
     def release(self, layer: torch.nn.Module) -> None:
@@ -194,6 +207,9 @@ class LinearProduct:
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return ``y = Q(x) @ W^T + bias`` for ``x`` ``[..., K]`` in fp32, bf16 or fp16; the result has its type."""
+        if len(self.groups) == 1 and (rounded := self._handed_over(layer, x)) is not None:
+            y: torch.Tensor = self.backend.matmul(self.groups[0].weight(layer), *rounded, bias, x.dtype)
+            return y
         flat = x.reshape(-1, x.shape[-1])
         outputs, row = [], 0
         for group in self.groups:
@@ -202,6 +218,15 @@ class LinearProduct:
             row += group.rows
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _handed_over(self, layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return the input as the module before has rounded it, and its scale; None where it did not."""
+        inputs = {name: getattr(layer, attribute) for name, attribute in self.groups[0].inputs.items()}
+        if not x.is_cuda or not self._takes_handover(inputs):
+            return None
+        smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+        rounded = take(x, Rounding(smoothing, scale, exact_fp8(self._operand)))
+        return None if rounded is None else (rounded[0].to(self._operand), rounded[1])
 
     def _apply_group(
         self, layer: torch.nn.Module, group: ShardGroup, x: torch.Tensor, bias: torch.Tensor | None
@@ -285,10 +310,9 @@ def round_input(
     amax = None
     if rank_amax is not None and (own := activation.token_amax(smooth(x, inputs))) is not None:
         amax = rank_amax(own)
-    for_all_rows = (scale is None or scale.numel() == 1) and (smoothing is None or smoothing.dim() == 1)
+    for_all_rows = is_for_all_rows(inputs)
     if x.is_cuda and fp8.rounds(activation) and for_all_rows:
-        exact = operand if operand == torch.float8_e4m3fn else torch.float16
-        values, row_scale = fp8.quantize_fp8(x, smoothing, scale, amax, exact)
+        values, row_scale = fp8.quantize_fp8(x, smoothing, scale, amax, exact_fp8(operand))
     elif x.is_cuda and blocks.rounds(activation) and for_all_rows:
         values, row_scale = blocks.round_blocks(x, activation.name, smoothing, scale, operand)
     elif operand == torch.int8 and int8.rounds(activation) and scale is not None and for_all_rows:
@@ -297,6 +321,17 @@ def round_input(
     else:
         values, row_scale = activation.quantize(smooth(x, inputs), scale if amax is None else amax)
     return values.to(operand), row_scale
+
+
+def is_for_all_rows(inputs: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether ``input_scale`` and ``pre_quant_scale``, as present, are those of all rows."""
+    smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+    return (scale is None or scale.numel() == 1) and (smoothing is None or smoothing.dim() == 1)
+
+
+def exact_fp8(operand: torch.dtype) -> torch.dtype:
+    """Return the type in which kernels write E4M3 values for a backend that reads ``operand``: E4M3, or float16."""
+    return operand if operand == torch.float8_e4m3fn else torch.float16
 
 
 def group_shards(shards: Sequence[Shard], names: Sequence[str]) -> list[list[int]]:

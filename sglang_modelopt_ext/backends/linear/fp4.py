@@ -94,7 +94,7 @@ class BlackwellFp4(Fp4):
     """
 
     name = "triton_fp4_tcgen05"
-    kernels = ("finish_kernel", "tcgen05_kernel")
+    kernels = ("tcgen05_kernel",)
     architectures = ("SM100", "SM103")
     weight_swizzled = True
 
@@ -110,6 +110,6 @@ class MmaFp4(Fp4):
     """
 
     name = "triton_fp4_mma"
-    kernels = ("finish_kernel", "fp4_kernel")
+    kernels = ("fp4_kernel",)
     architectures = ("SM120", "SM121")
     weight_swizzled = False

@@ -84,7 +84,7 @@ class BlackwellMxfp4(Mxfp4):
     """MXFP4 weights with FP8 activations in block-scaled matrix instructions of SM100 and SM103, codes as stored."""
 
     name = "triton_mxfp4_tcgen05"
-    kernels = ("finish_kernel", "tcgen05_kernel")
+    kernels = ("tcgen05_kernel",)
     architectures = ("SM100", "SM103")
     paired = False
 
@@ -96,6 +96,6 @@ class WidenedMxfp4(Mxfp4):
     """
 
     name = "triton_mxfp4_mma"
-    kernels = ("finish_kernel", "mxfp4_widened_kernel")
+    kernels = ("mxfp4_widened_kernel",)
     architectures = ("SM120", "SM121")
     paired = True

@@ -24,7 +24,7 @@ class FoldedMxfp4(Backend[FoldedWeight]):
     """MXFP4 weights folded to E4M3 in registers, for FP8 instructions: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper`."""
 
     name = "triton_mxfp4_folded"
-    kernels = ("finish_kernel", "folded_kernel", "unfold_kernel")
+    kernels = ("folded_kernel", "unfold_kernel")
 
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but MXFP4 weights with FP8 activations on SM89 and SM90."""

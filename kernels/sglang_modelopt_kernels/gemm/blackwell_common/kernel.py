@@ -153,6 +153,8 @@ def tcgen05_kernel(
     out_scale_ptr,
     bias_ptr,
     y_ptr,
+    partial_ptr,
+    arrivals_ptr,
     m,
     n,
     k,
@@ -173,7 +175,7 @@ def tcgen05_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``.
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a part of its sum; see :func:`store_tile`.
 
     With PERSISTENT a program computes every ``num_programs``-th of all tiles, without splits; HEIGHT row tiles pass through all
     tokens before the next ones. ``w`` and, for ``X`` "e2m1", ``x`` are packed codes; ``s`` has the weight's block scales
@@ -198,9 +200,12 @@ def tcgen05_kernel(
                 store_tile(
                     q0 if part == 0 else q1 if part == 1 else q2 if part == 2 else q3,
                     y_ptr,
+                    partial_ptr,
+                    arrivals_ptr,
                     row + tl.arange(0, BN),
                     token + part * (BM // 4) + tl.arange(0, BM // 4),
-                    tl.program_id(2),
+                    0,
+                    0,
                     m,
                     n,
                     row_scale_ptr,
@@ -223,8 +228,11 @@ def tcgen05_kernel(
         store_tile(
             acc,
             y_ptr,
+            partial_ptr,
+            arrivals_ptr,
             row + tl.arange(0, BN),
             token + tl.arange(0, BM),
+            tl.program_id(0) * tl.num_programs(1) + tl.program_id(1),
             split,
             m,
             n,

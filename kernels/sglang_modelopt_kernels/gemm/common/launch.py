@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 
+from .arrivals import COUNTERS, arrivals
 from .epilogue import Epilogue
 from .wgmma import checked
 
@@ -119,15 +120,20 @@ def launch(
     """
     m, k, n = x.shape[0], x.shape[1] * per_entry, codes.shape[0]
     config, split = plan
+    if split > 1 and config.tiles(m, n) > COUNTERS:
+        raise ValueError(f"a product of more than {COUNTERS} tiles is not split along K, got {config.tiles(m, n)}")
     y = torch.empty((m, n), dtype=out_dtype, device=x.device)
-    partials = torch.empty((split, m, n), dtype=sum_dtype, device=x.device) if split > 1 else None
+    partials = torch.empty((split, m, n), dtype=sum_dtype, device=x.device) if split > 1 else y
     grid = (triton.cdiv(n, config.bn), triton.cdiv(m, config.bm), split)
     if config.persistent:
         grid = (min(config.tiles(m, n), machine(x.device)[1]), 1, 1)
     checked(
         kernel[grid](
             *((x, codes, scale) if operands is None else operands),
-            y_ptr=y if partials is None else partials,
+            y_ptr=y,
+            partial_ptr=partials,
+            # A pointer stands for counters that the kernel does not read.
+            arrivals_ptr=arrivals(x.device) if split > 1 else y,
             m=m,
             n=n,
             k=k,
@@ -142,6 +148,19 @@ def launch(
             **arguments,
         )
     )
-    if partials is not None:
-        epilogue.finish(partials, y)
     return y
+
+
+def few(x: torch.Tensor, config: KernelConfig) -> dict[str, Any]:
+    """Return the arguments of a kernel that masks tokens out of range, for activations ``x``, beside those of :func:`early`."""
+    return {"EVEN_M": x.shape[0] % config.bm == 0} | early(x.device)
+
+
+def early(device: torch.device) -> dict[str, Any]:
+    """Return the arguments of a kernel that may begin before the kernels before it on ``device`` have ended.
+
+    Triton's ``launch_pdl`` is CUDA's programmatic dependent launch, of SM90 and later.
+    """
+    if device.type == "cuda" and machine(device)[0] >= 90:
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}

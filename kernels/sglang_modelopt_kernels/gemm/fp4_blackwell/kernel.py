@@ -24,6 +24,8 @@ def fp4_kernel(
     out_scale_ptr,
     bias_ptr,
     y_ptr,
+    partial_ptr,
+    arrivals_ptr,
     m,
     n,
     k,
@@ -39,7 +41,7 @@ def fp4_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``.
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a part of its sum; see :func:`store_tile`.
 
     Codes ``x`` and ``w`` have the block scales ``t`` and ``s``.
     """
@@ -79,8 +81,11 @@ def fp4_kernel(
     store_tile(
         acc,
         y_ptr,
+        partial_ptr,
+        arrivals_ptr,
         rows,
         tokens,
+        tl.program_id(0) * tl.num_programs(1) + tl.program_id(1),
         split,
         m,
         n,

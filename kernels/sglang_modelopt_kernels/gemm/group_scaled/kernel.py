@@ -66,9 +66,12 @@ def group_scaled_kernel(
     store_tile(
         acc,
         y_ptr,
+        y_ptr,
+        y_ptr,
         first + rows,
         tokens,
-        tl.program_id(1),
+        0,
+        0,
         m,
         n,
         row_scale_ptr,

@@ -88,6 +88,8 @@ def mxfp4_widened_kernel(
     out_scale_ptr,
     bias_ptr,
     y_ptr,
+    partial_ptr,
+    arrivals_ptr,
     m,
     n,
     k,
@@ -102,7 +104,7 @@ def mxfp4_widened_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``.
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a part of its sum; see :func:`store_tile`.
 
     Codes are paired (:func:`pair_blocks`): there is one product for the low and one for the high codes of the bytes.
     """
@@ -144,8 +146,11 @@ def mxfp4_widened_kernel(
     store_tile(
         acc,
         y_ptr,
+        partial_ptr,
+        arrivals_ptr,
         rows,
         tokens,
+        tl.program_id(0) * tl.num_programs(1) + tl.program_id(1),
         split,
         m,
         n,

@@ -10,7 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.gemm.common.kernel import store_tile, tokens_first
+from sglang_modelopt_kernels.gemm.common.kernel import (
+    after_previous,
+    rotated,
+    steps_of,
+    store_tile,
+    tokens_first,
+)
 
 FOLD: tl.constexpr = tl.constexpr(
     """{ .reg .b32 e, a, b, c;
@@ -101,6 +107,8 @@ def folded_kernel(
     out_scale_ptr,
     bias_ptr,
     y_ptr,
+    partial_ptr,
+    arrivals_ptr,
     m,
     n,
     k,
@@ -109,18 +117,20 @@ def folded_kernel(
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``."""
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a part of its sum; see :func:`store_tile`."""
     tile, part = tokens_first()
     rows = tile * BN + tl.arange(0, BN)
     tokens = part * BM + tl.arange(0, BM)
     split = tl.program_id(2)
-    # Rows and tokens out of range read the last one: no mask in the loop, and their results are not stored.
+    # Rows out of range read the last one: no mask in the loop, and their results are not stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
     byte = tl.arange(0, BK // 2)
@@ -132,23 +142,26 @@ def folded_kernel(
         # A hint for the compiler, which pipelines no loads of less than four bytes for a thread.
         row_bytes = tl.multiple_of(row_bytes, BK // 2)
         blocks = tl.multiple_of(blocks, BK // 32)
-    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
-    start = split * steps * BK
-    end = tl.minimum(start + steps * BK, k)
+    first, steps = steps_of(k, split, BK, SPLIT_K)
+    after_previous(PDL)
+    begin = tile % tl.maximum(steps, 1)
+    known = (tokens < m)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
-    for offset in range(start, end, BK):
+    for step in range(steps):
+        offset = (first + rotated(step, begin, steps)) * BK
         w_at = w_ptr + row[:, None] * row_bytes + (offset // 2 + byte)[None, :]
         s_at = s_ptr + row[:, None] * blocks + (offset // 32 + block)[None, :]
         x_at = x_ptr + token[None, :] * k + (offset + offs_k)[:, None]
         if EVEN_K:
             w = tl.load(w_at)
             s = tl.load(s_at)
-            x = tl.load(x_at)
+            # Tokens out of range are not read: those of all programs would be the same few lines of L2.
+            x = tl.load(x_at) if EVEN_M else tl.load(x_at, mask=known, other=0.0)
         else:
             # K is a multiple of the block.
             w = tl.load(w_at, mask=(offset + 2 * byte < k)[None, :], other=0)
             s = tl.load(s_at, mask=(offset + 32 * block < k)[None, :], other=1)
-            x = tl.load(x_at, mask=(offset + offs_k < k)[:, None], other=0.0)
+            x = tl.load(x_at, mask=(offset + offs_k < k)[:, None] & known, other=0.0)
         unit = folded_e4m3(w, s, ASM, BN, BK // 32)
         if not ASM:
             # Triton's interpreter multiplies the raw bits of E4M3 operands: give it the same values in fp32.
@@ -157,8 +170,11 @@ def folded_kernel(
     store_tile(
         acc,
         y_ptr,
+        partial_ptr,
+        arrivals_ptr,
         rows,
         tokens,
+        tile * tl.num_programs(1) + part,
         split,
         m,
         n,

@@ -6,7 +6,7 @@ import torch
 import triton
 
 from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine, path
-from sglang_modelopt_kernels.gemm.common.launch import Plan
+from sglang_modelopt_kernels.gemm.common.launch import Plan, few
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 from sglang_modelopt_kernels.gemm.w4_decode.launch import SCRATCH_BYTES
 
@@ -71,7 +71,15 @@ def run(
     plan = plan or plan_of(weight, x.shape[0], x.device)
     epilogue = Epilogue(weight.out_scale, row_scale, bias)
     return launch(
-        folded_kernel, x.contiguous(), weight.codes, weight.exponent, epilogue, out_dtype, plan, ASM=x.is_cuda
+        folded_kernel,
+        x.contiguous(),
+        weight.codes,
+        weight.exponent,
+        epilogue,
+        out_dtype,
+        plan,
+        ASM=x.is_cuda,
+        **few(x, plan[0]),
     )
 
 

@@ -21,7 +21,14 @@ from sglang_modelopt_kernels.formats.fp4_packing.kernel import (
     planes_float16,
     planes_of,
 )
-from sglang_modelopt_kernels.gemm.common.kernel import drain_wgmma, store_tile, tokens_first
+from sglang_modelopt_kernels.gemm.common.kernel import (
+    after_previous,
+    drain_wgmma,
+    rotated,
+    steps_of,
+    store_tile,
+    tokens_first,
+)
 
 _BFLOAT16 = (
     """shr.u32 a, {w}, 3;
@@ -254,9 +261,11 @@ def block_scaled_sum(
     s_ptr,
     row,
     token,
+    known,
     k,
-    start,
-    end,
+    first,
+    steps,
+    begin,
     KIND: tl.constexpr,
     GROUP: tl.constexpr,
     F16: tl.constexpr,
@@ -264,13 +273,16 @@ def block_scaled_sum(
     FRAGMENTS: tl.constexpr,
     ORDERED: tl.constexpr,
     WGMMA: tl.constexpr,
+    EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Multiply rows ``row`` of the weight by rows ``token`` of ``x`` over K ``start .. end``: ``[BN, BM]`` times 1 / DESCALE.
+    """Multiply rows ``row`` of the weight by rows ``token`` of ``x``: ``[BN, BM]`` times 1 / DESCALE.
 
+    K is read in ``steps`` steps of BK from step ``first`` on, that of ``begin`` first (:func:`rotated`). Tokens that are not
+    ``known`` count as zeros, which EVEN_M rules out: reads of theirs would be the same few lines of L2 in all programs.
     With ORDERED the K elements of ``x`` are in plane order already; see :func:`_operand` for FRAGMENTS and :func:`drain_wgmma` for
     WGMMA.
     """
@@ -294,21 +306,23 @@ def block_scaled_sum(
     acc = tl.zeros((BN, BM), tl.float32)
     # Prefetch the next scale: Triton only pipelines loads that feed `tl.dot`.
     if KIND == "int4_float":
-        prefetched = tl.load(s_row + tl.minimum(start, k - BK) // GROUP + block[None, :])
-    for offset in range(start, end, BK):
+        prefetched = tl.load(s_row + tl.minimum((first + begin) * BK, k - BK) // GROUP + block[None, :])
+    for step in range(steps):
+        offset = (first + rotated(step, begin, steps)) * BK
         drain_wgmma(offset, WGMMA)
         w_at = w_row + (offset // 4 + element)[None, :]
         s_at = s_row + (offset // GROUP + block)[None, :]
         x_at = x_ptr + token[None, :] * k + (offset + offs_k)[:, None]
         if EVEN_K:
             w = tl.load(w_at)
-            x = tl.load(x_at)
+            x = tl.load(x_at) if EVEN_M else tl.load(x_at, mask=known[None, :], other=0.0)
         else:
             w = tl.load(w_at, mask=(offset + 4 * element < k)[None, :], other=0)
-            x = tl.load(x_at, mask=(offset + offs_k < k)[:, None], other=0.0)
+            x = tl.load(x_at, mask=(offset + offs_k < k)[:, None] & known[None, :], other=0.0)
         if KIND == "int4_float":
             b = prefetched
-            prefetched = tl.load(s_row + tl.minimum(offset + BK, k - BK) // GROUP + block[None, :])
+            following = (first + rotated(step + 1, begin, steps)) * BK
+            prefetched = tl.load(s_row + tl.minimum(following, k - BK) // GROUP + block[None, :])
         elif EVEN_K:
             b = tl.load(s_at)
         else:
@@ -335,6 +349,8 @@ def block_scaled_kernel(
     out_scale_ptr,
     bias_ptr,
     y_ptr,
+    partial_ptr,
+    arrivals_ptr,
     m,
     n,
     k,
@@ -349,32 +365,35 @@ def block_scaled_kernel(
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled fp32 partial of it in ``y[split, m, n]``."""
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a part of its sum; see :func:`store_tile`."""
     tile, part = tokens_first()
     rows = tile * BN + tl.arange(0, BN)
     tokens = part * BM + tl.arange(0, BM)
     split = tl.program_id(2)
-    # Rows and tokens out of range read the last one: no mask in the loop, and their results are not stored.
+    # Rows out of range read the last one: no mask in the loop, and their results are not stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
-    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
-    start = split * steps * BK
-    end = tl.minimum(start + steps * BK, k)
+    first, steps = steps_of(k, split, BK, SPLIT_K)
+    after_previous(PDL)
     acc = block_scaled_sum(
         x_ptr,
         w_ptr,
         s_ptr,
         row,
         token,
+        tokens < m,
         k,
-        start,
-        end,
+        first,
+        steps,
+        tile % tl.maximum(steps, 1),
         KIND,
         GROUP,
         F16,
@@ -382,6 +401,7 @@ def block_scaled_kernel(
         FRAGMENTS,
         ORDERED,
         WGMMA,
+        EVEN_M,
         EVEN_K,
         BN,
         BM,
@@ -390,8 +410,11 @@ def block_scaled_kernel(
     store_tile(
         acc,
         y_ptr,
+        partial_ptr,
+        arrivals_ptr,
         rows,
         tokens,
+        tile * tl.num_programs(1) + part,
         split,
         m,
         n,

@@ -17,7 +17,7 @@ from sglang_modelopt_kernels.gemm.common import (
     matrix_instruction,
     needs_drain,
 )
-from sglang_modelopt_kernels.gemm.common.launch import Plan
+from sglang_modelopt_kernels.gemm.common.launch import Plan, few
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
 
 from .kernel import block_scaled_kernel, decode_kernel
@@ -162,6 +162,7 @@ def run(
         FRAGMENTS=makes_operands(weight.kind, weight.group, weight.k, plan[0], capability),
         ORDERED=ordered,
         WGMMA=needs_drain(x),
+        **few(x, plan[0]),
     )
 
 

@@ -12,7 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.gemm.common.kernel import drain_wgmma, store_tile, tokens_first
+from sglang_modelopt_kernels.gemm.common.kernel import (
+    after_previous,
+    drain_wgmma,
+    rotated,
+    steps_of,
+    store_tile,
+    tokens_first,
+)
 
 from .decode import e4m3_bfloat16, e4m3_float16, int8_bfloat16, int8_float16
 
@@ -25,21 +32,26 @@ def whole_sum(
     row,
     s_row,
     token,
+    known,
     k,
-    start,
-    end,
+    first,
+    steps,
+    begin,
     KIND: tl.constexpr,
     MATH: tl.constexpr,
     NATIVE: tl.constexpr,
     ASM: tl.constexpr,
     WGMMA: tl.constexpr,
+    EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Multiply rows ``row`` of the weight by rows ``token`` of ``x`` (int64) over K ``start .. end``: ``[BN, BM]``.
+    """Multiply rows ``row`` of the weight by rows ``token`` of ``x`` (int64): ``[BN, BM]``.
 
+    K is read in ``steps`` steps of BK from step ``first`` on, that of ``begin`` first (:func:`rotated`). Tokens that are not
+    ``known`` count as zeros, which EVEN_M rules out: reads of theirs would be the same few lines of L2 in all programs.
     Weights are bf16 or int8 by KIND, else E4M3, or its bytes where NATIVE is off; ``s_row`` are the rows of their block scales. The
     sum is fp32, or int32 for MATH ``i8``.
     """
@@ -53,23 +65,25 @@ def whole_sum(
     # Prefetch the next scale: Triton only pipelines loads that feed `tl.dot`.
     if KIND == "e4m3_float":
         s_row_at = s_ptr + s_row[:, None] * blocks + block[None, :]
-        prefetched = tl.load(s_row_at + tl.minimum(start, k - 1) // GROUP)
-    for offset in range(start, end, BK):
+        prefetched = tl.load(s_row_at + tl.minimum((first + begin) * BK, k - 1) // GROUP)
+    for step in range(steps):
+        offset = (first + rotated(step, begin, steps)) * BK
         drain_wgmma(offset, WGMMA)
         w_at = w_ptr + row[:, None] * k + (offset + offs_k)[None, :]
         x_at = x_ptr + token[None, :] * k + (offset + offs_k)[:, None]
         s_at = s_ptr + s_row[:, None] * blocks + (offset // GROUP + block)[None, :]
         if EVEN_K:
             w = tl.load(w_at)
-            x = tl.load(x_at)
+            x = tl.load(x_at) if EVEN_M else tl.load(x_at, mask=known[None, :], other=0 if MATH == "i8" else 0.0)
         else:
             w_inside = (offset + offs_k < k)[None, :]
-            x_inside = (offset + offs_k < k)[:, None]
+            x_inside = (offset + offs_k < k)[:, None] & known[None, :]
             w = tl.load(w_at, mask=w_inside, other=0 if KIND == "int8" or not NATIVE else 0.0)
             x = tl.load(x_at, mask=x_inside, other=0 if MATH == "i8" else 0.0)
         if KIND == "e4m3_float":
             sum_scale = prefetched
-            prefetched = tl.load(s_row_at + tl.minimum(offset + BK, k - 1) // GROUP)
+            following = (first + rotated(step + 1, begin, steps)) * BK
+            prefetched = tl.load(s_row_at + tl.minimum(following, k - 1) // GROUP)
         if MATH == "fp8":
             if ASM:
                 # On Hopper the instruction keeps about 14 bits of a sum: promote to fp32 after every step.
@@ -114,6 +128,8 @@ def eight_bit_kernel(
     out_scale_ptr,
     bias_ptr,
     y_ptr,
+    partial_ptr,
+    arrivals_ptr,
     m,
     n,
     k,
@@ -127,23 +143,24 @@ def eight_bit_kernel(
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    EVEN_M: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
+    PDL: tl.constexpr,
     BN: tl.constexpr,
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 an unscaled partial of it in ``y[split, m, n]``."""
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a part of its sum; see :func:`store_tile`."""
     tile, part = tokens_first()
     rows = tile * BN + tl.arange(0, BN)
     tokens = part * BM + tl.arange(0, BM)
     split = tl.program_id(2)
-    # Rows and tokens out of range read the last one: no mask in the loop, and their results are not stored.
+    # Rows out of range read the last one: no mask in the loop, and their results are not stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     token = tl.minimum(tokens, m - 1).to(tl.int64)
-    steps = tl.cdiv(tl.cdiv(k, BK), SPLIT_K)
-    start = split * steps * BK
-    end = tl.minimum(start + steps * BK, k)
+    first, steps = steps_of(k, split, BK, SPLIT_K)
+    after_previous(PDL)
     acc = whole_sum(
         x_ptr,
         w_ptr,
@@ -151,14 +168,17 @@ def eight_bit_kernel(
         row,
         row // SCALE_ROWS,
         token,
+        tokens < m,
         k,
-        start,
-        end,
+        first,
+        steps,
+        tile % tl.maximum(steps, 1),
         KIND,
         MATH,
         NATIVE,
         ASM,
         WGMMA,
+        EVEN_M,
         EVEN_K,
         BN,
         BM,
@@ -167,8 +187,11 @@ def eight_bit_kernel(
     store_tile(
         acc,
         y_ptr,
+        partial_ptr,
+        arrivals_ptr,
         rows,
         tokens,
+        tile * tl.num_programs(1) + part,
         split,
         m,
         n,

@@ -18,7 +18,7 @@ from sglang_modelopt_kernels.gemm.common import (
     matrix_instruction,
     needs_drain,
 )
-from sglang_modelopt_kernels.gemm.common.launch import Plan
+from sglang_modelopt_kernels.gemm.common.launch import Plan, few
 from sglang_modelopt_kernels.gemm.w4_decode.launch import SCRATCH_BYTES
 
 from .kernel import byte_decode_kernel, eight_bit_kernel
@@ -153,6 +153,7 @@ def run(
         ASM=x.is_cuda,
         WGMMA=needs_drain(x),
         SCALE_ROWS=weight.scale_rows,
+        **few(x, plan[0]),
     )
 
 

@@ -54,7 +54,7 @@ def grouped_kernel(
         return
     rows = tl.program_id(1) * BN + tl.arange(0, BN)
     pair = tl.load(pairs_ptr + block.to(tl.int64) * BM + tl.arange(0, BM))
-    # Rows and pairs out of range read the last one: no mask in the loop, and their results are not stored.
+    # Rows out of range read the last one: no mask in the loop, and their results are not stored.
     row = tl.minimum(rows, n - 1).to(tl.int64)
     last = tl.minimum(pair, pairs - 1).to(tl.int64)
     if owner == experts:
@@ -73,9 +73,11 @@ def grouped_kernel(
             s_ptr,
             first + row,
             token,
+            pair < pairs,
             k,
             0,
-            k,
+            tl.cdiv(k, BK),
+            (block + tl.program_id(1)) % tl.cdiv(k, BK),
             KIND,
             GROUP,
             MATH == "f16",
@@ -83,6 +85,7 @@ def grouped_kernel(
             FRAGMENTS,
             False,
             WGMMA,
+            False,
             EVEN_K,
             BN,
             BM,
@@ -90,15 +93,21 @@ def grouped_kernel(
         )
     else:
         row = first + row
+        steps = tl.cdiv(k, BK)
+        begin = (block + tl.program_id(1)) % steps
         acc = whole_sum(
-            x_ptr, w_ptr, s_ptr, row, row, token, k, 0, k, KIND, MATH, NATIVE, ASM, WGMMA, EVEN_K, BN, BM, BK
-        )
+            x_ptr, w_ptr, s_ptr, row, row, token, pair < pairs, k, 0, steps, begin,
+            KIND, MATH, NATIVE, ASM, WGMMA, False, EVEN_K, BN, BM, BK,
+        )  # fmt: skip
     store_tile(
         acc,
         y_ptr,
+        y_ptr,
+        owner_ptr,
         rows,
         pair,
-        tl.program_id(2),
+        0,
+        0,
         pairs,
         n,
         row_scale_ptr,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 
 from sglang_modelopt_kernels.formats.base import ActivationFormat
 from sglang_modelopt_kernels.formats.fp8 import FP8
+from sglang_modelopt_kernels.gemm.common.launch import early
 
 from .kernel import quantize_static_kernel, quantize_token_kernel
 
 BLOCK = 2048
+WHOLE = 16384
+"""K up to which a token stays in registers between its maximum and its rounding."""
 OUT_DTYPES = (torch.float8_e4m3fn, torch.float16)
 
 
@@ -35,15 +40,36 @@ def _quantize_fp8(
         return y, row_scale
     # A pointer stands for an absent tensor; the kernels never read through it.
     smooth = y if smoothing is None else smoothing.contiguous()
-    block = min(BLOCK, triton.next_power_of_2(k))
-    shared = {"SMOOTH": smoothing is not None, "BLOCK": block}
+    shared = {"SMOOTH": smoothing is not None} | early(x.device)
     if static_scale is not None:
-        quantize_static_kernel[(m, triton.cdiv(k, block))](x, smooth, static_scale, y, k, x.stride(0), **shared)
+        block = min(BLOCK, triton.next_power_of_2(k))
+        grid = (m, triton.cdiv(k, block))
+        quantize_static_kernel[grid](x, smooth, static_scale, y, k, x.stride(0), BLOCK=block, **shared)
     else:
         amax = row_scale if token_amax is None else token_amax.contiguous()
-        has_amax = token_amax is not None
-        quantize_token_kernel[(m,)](x, smooth, amax, y, row_scale, k, x.stride(0), HAS_AMAX=has_amax, **shared)
+        shared |= {"HAS_AMAX": token_amax is not None} | token_block(k)
+        quantize_token_kernel[(m,)](x, smooth, amax, y, row_scale, k, x.stride(0), **shared)
     return y, row_scale
+
+
+def check_given(
+    x: torch.Tensor, smoothing: torch.Tensor | None, static_scale: torch.Tensor | None, out_dtype: torch.dtype
+) -> None:
+    """Raise ValueError unless tokens ``x`` ``[M, K]`` can be rounded to ``out_dtype`` with what is given."""
+    if smoothing is not None and smoothing.shape != x.shape[1:]:
+        raise ValueError(f"smoothing must be [{x.shape[1]}], got {tuple(smoothing.shape)}")
+    if static_scale is not None and (static_scale.numel() != 1 or static_scale.dtype != torch.float32):
+        raise ValueError(f"static_scale must be one float32, got {tuple(static_scale.shape)} {static_scale.dtype}")
+    if out_dtype not in OUT_DTYPES:
+        raise ValueError(f"out_dtype must be E4M3 or float16, got {out_dtype}")
+
+
+def token_block(k: int) -> dict[str, Any]:
+    """Return the block and the warps of a program that computes a token of ``k`` values."""
+    block = triton.next_power_of_2(k)
+    if block > WHOLE:
+        return {"BLOCK": BLOCK, "WHOLE": False, "num_warps": 4}
+    return {"BLOCK": block, "WHOLE": True, "num_warps": min(max(block // 512, 1), 16)}
 
 
 @_quantize_fp8.register_fake
@@ -86,16 +112,11 @@ def quantize_fp8(
     """
     if x.dim() != 2 or not x.is_floating_point():
         raise ValueError(f"x must be [M, K] floats, got {tuple(x.shape)} {x.dtype}")
-    if smoothing is not None and smoothing.shape != x.shape[1:]:
-        raise ValueError(f"smoothing must be [{x.shape[1]}], got {tuple(smoothing.shape)}")
-    if static_scale is not None and (static_scale.numel() != 1 or static_scale.dtype != torch.float32):
-        raise ValueError(f"static_scale must be one float32, got {tuple(static_scale.shape)} {static_scale.dtype}")
+    check_given(x, smoothing, static_scale, out_dtype)
     if token_amax is not None and (
         static_scale is not None or token_amax.shape != (x.shape[0], 1) or token_amax.dtype != torch.float32
     ):
         raise ValueError(f"token_amax must be float32 [{x.shape[0]}, 1] and alone, got {tuple(token_amax.shape)}")
-    if out_dtype not in OUT_DTYPES:
-        raise ValueError(f"out_dtype must be E4M3 or float16, got {out_dtype}")
     if out_dtype == torch.float8_e4m3fn and x.is_cuda and torch.cuda.get_device_capability(x.device) < (8, 9):
         values, row_scale = _quantize_fp8(x, smoothing, static_scale, token_amax, torch.float16)
         values = values.to(out_dtype)

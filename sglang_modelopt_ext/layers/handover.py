@@ -1,0 +1,123 @@
+"""Activations that the module before a product has rounded already, handed over beside the tensor. It needs no SGLang.
+
+Which module's output is which product's input is observed in the first forward passes, and verified there: the product must get
+the same tensor object with the same values. From then on the module rounds in its own kernel (:class:`Producer`), and the product
+takes what it finds on the tensor, once. Whatever differs (another tensor, another scale) is rounded by the product itself, so that
+a missed handover costs time and never a value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+_ATTRIBUTE = "_modelopt_ext_handover"
+OBSERVED_PASSES = 8
+"""Outputs of a module that are observed before it counts as one whose output no product of ours takes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rounding:
+    """How a product wants its input rounded to E4M3.
+
+    Attributes:
+        smoothing: ``pre_quant_scale`` ``[K]``, None for 1.
+        static_scale: float32, one value, None for a scale for each token.
+        dtype: of the values: E4M3, or float16.
+    """
+
+    smoothing: torch.Tensor | None
+    static_scale: torch.Tensor | None
+    dtype: torch.dtype
+
+    def is_as(self, other: Rounding | None) -> bool:
+        """Return whether it rounds under the same tensors to the same type."""
+        return (
+            other is not None
+            and self.smoothing is other.smoothing
+            and self.static_scale is other.static_scale
+            and self.dtype == other.dtype
+        )
+
+
+@dataclass
+class Producer:
+    """A module whose output may be the input of a product.
+
+    Attributes:
+        wanted: the rounding that its consumer wants, None as long as none is known.
+        left: outputs that will still be observed.
+    """
+
+    wanted: Rounding | None = None
+    left: int = OBSERVED_PASSES
+
+
+@dataclass(frozen=True)
+class _Handed:
+    producer: Producer
+    rounding: Rounding | None
+    values: torch.Tensor | None = None
+    row_scale: torch.Tensor | None = None
+    copy: torch.Tensor | None = field(default=None, repr=False)
+
+
+class _Products:
+    """Whether any product of this process takes handovers: where none does, modules are not observed."""
+
+    present = False
+
+
+def announce_product() -> None:
+    """Say that this process has a product that takes rounded inputs."""
+    _Products.present = True
+
+
+def wants_handover() -> bool:
+    """Return whether modules are to observe and round: in a process with a product of ours, outside of compilers."""
+    return _Products.present and not torch.compiler.is_compiling()
+
+
+def observe(output: torch.Tensor, producer: Producer) -> None:
+    """Mark the output of a module, for the product that gets it to find out; nothing in the capture of a CUDA graph."""
+    forget(output)
+    if producer.left <= 0 or (output.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return
+    producer.left -= 1
+    setattr(output, _ATTRIBUTE, _Handed(producer, None, copy=output.clone()))
+
+
+def hand_over(
+    output: torch.Tensor, producer: Producer, rounding: Rounding, values: torch.Tensor, row_scale: torch.Tensor
+) -> None:
+    """Put the rounded values of a module's output beside it."""
+    setattr(output, _ATTRIBUTE, _Handed(producer, rounding, values, row_scale))
+
+
+def forget(tensor: torch.Tensor) -> None:
+    """Remove what lies beside a tensor that gets other values."""
+    if hasattr(tensor, _ATTRIBUTE):
+        delattr(tensor, _ATTRIBUTE)
+
+
+def take(x: torch.Tensor, wanted: Rounding) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return the rounded values and scale that lie beside ``x`` ``[M, K]``, if they are as wanted; None otherwise.
+
+    A module that does not round yet, or rounds differently, learns what is wanted. What lies beside a tensor is taken once.
+    """
+    if torch.compiler.is_compiling():
+        return None
+    handed: Any = getattr(x, _ATTRIBUTE, None)
+    if handed is None:
+        return None
+    forget(x)
+    if handed.values is not None and wanted.is_as(handed.rounding) and handed.values.shape == x.shape:
+        return handed.values, handed.row_scale
+    if handed.copy is not None and torch.equal(handed.copy, x):
+        handed.producer.wanted = wanted
+    elif handed.copy is None:
+        # The tensors of the consumer were replaced, by an update of its weights: observe again.
+        handed.producer.wanted, handed.producer.left = None, OBSERVED_PASSES
+    return None
