@@ -14,7 +14,7 @@ from typing import TypeVar
 from benchmarks.registry.attention import DECODE, EXTEND, STORE, VECTORS
 from benchmarks.registry.base import ARCHITECTURES, Case, Kernel, StressCase, Tiled
 from benchmarks.registry.blackwell import FP4_BLACKWELL, MXFP4_FP8_BLACKWELL, TCGEN05
-from benchmarks.registry.common import FINISH, FP8, PLANES
+from benchmarks.registry.common import FINISH, FP8, ORDER, PLANES
 from benchmarks.registry.experts import GROUPED, GROUPED_DENSE
 from benchmarks.registry.moe import COMBINE, ROUTE, SWIGLU
 from benchmarks.registry.mxfp4_fp8_hopper import MXFP4_FP8_HOPPER
@@ -54,6 +54,7 @@ KERNELS: tuple[Kernel, ...] = (
     QUANTIZE_BLOCKS,
     QUANTIZE_INT8,
     FINISH,
+    ORDER,
     PLANES,
     ROUNDING,
     VECTORS,

@@ -8,11 +8,14 @@ from functools import partial
 import torch
 
 from benchmarks.registry.base import Case, Kernel, Launch, StressCase
-from benchmarks.registry.operands import N, stress_activations
+from benchmarks.registry.operands import N, activation_types, stress_activations
 from sglang_modelopt_kernels.formats.fp4_packing.naive import naive_planes
 from sglang_modelopt_kernels.gemm.common import naive_finish
 from sglang_modelopt_kernels.gemm.common.kernel import finish_kernel
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear, naive_fp8_linear
+from sglang_modelopt_kernels.gemm.plane_order import naive_order, order
+from sglang_modelopt_kernels.gemm.plane_order.kernel import order_kernel
+from sglang_modelopt_kernels.gemm.plane_order.order import BLOCK
 
 
 def _finish_cases(arch: int) -> Iterator[Case]:
@@ -23,6 +26,22 @@ def _finish_cases(arch: int) -> Iterator[Case]:
     for splits in (1, 16):
         constexprs = {"DESCALE": 1.0, "HAS_ROW_SCALE": True, "HAS_BIAS": True, "SPLITS": splits, "BN": 1024}
         yield Case(f"finish {splits} splits", finish_kernel, types, constexprs, {}, ("n", "y_stride"))
+
+
+def _order_cases(arch: int) -> Iterator[Case]:
+    for dtype in activation_types(arch):
+        types = {"x_ptr": f"*{dtype}", "y_ptr": "*bf16" if dtype == "bf16" else "*fp16", "k": "i32"}
+        yield Case(f"order {dtype}", order_kernel, types, {"PDL": arch >= 90, "BLOCK": BLOCK}, {}, ("k",))
+
+
+def _order_stress(capability: int) -> Iterator[StressCase]:
+    if capability >= 89:
+        yield StressCase("order fp8", _order)
+
+
+def _order() -> Launch:
+    x, _ = stress_activations(2048, 4096, "fp8")
+    return Launch(lambda: order(x, torch.float16), naive_order(x, torch.float64), 0.0)
 
 
 def _fp8_stress(capability: int) -> Iterator[StressCase]:
@@ -47,6 +66,7 @@ FINISH = Kernel(
     compile=_finish_cases,
     without={"stress": "the dense products of gemm/w4_decode and gemm/w8_decode launch it"},
 )
+ORDER = Kernel("order", "gemm/plane_order", naive_order, compile=_order_cases, stress=_order_stress)
 PLANES = Kernel(
     "fp4_planes",
     "formats/fp4_packing",

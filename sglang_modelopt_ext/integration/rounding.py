@@ -8,10 +8,8 @@ from typing import Any
 import torch
 
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.layers.handover import Producer, Rounding, forget, hand_over, observe, wants_handover
-from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE
-from sglang_modelopt_kernels.quantize.gated import swiglu_fp8
-from sglang_modelopt_kernels.quantize.rms_norm import rms_norm_fp8
+from sglang_modelopt_ext.layers import handover
+from sglang_modelopt_ext.layers.handover import LONGEST, Producer, observe, wants_handover
 
 _PRODUCER = "_modelopt_ext_producer"
 _TYPES = (torch.bfloat16, torch.float16)
@@ -41,7 +39,7 @@ def _is_plain_norm(
         and not (module.cast_x_before_out_mul or module.fp32_residual)
         and module.override_orig_dtype is None
         and module.weight.shape == x.shape[1:]
-        and _is_plain(x, WHOLE)
+        and _is_plain(x, LONGEST)
         and (residual is None or (residual.shape == x.shape and residual.dtype == x.dtype and residual.is_contiguous()))
         and not is_batch_invariant_mode_enabled()
     )
@@ -59,40 +57,26 @@ def rms_norm(
     if not wants_handover() or not _is_plain_norm(self, x, residual, post_residual_addition, quant_linear):
         return original(self, x, residual, post_residual_addition, quant_linear)
     producer = _producer_of(self)
-    wanted: Rounding | None = producer.wanted
-    if wanted is None:
+    if producer.wanted is None:
         result = original(self, x, residual, post_residual_addition, quant_linear)
         output = result[0] if isinstance(result, tuple) else result
         if isinstance(output, torch.Tensor):
             observe(output, producer)
         return result
-    forget(x)
-    normed, values, row_scale = rms_norm_fp8(
-        x,
-        self.weight.data,
-        self.variance_epsilon,
-        residual,
-        wanted.smoothing,
-        wanted.static_scale,
-        wanted.dtype,
-    )
-    hand_over(normed, producer, wanted, values, row_scale)
+    normed = handover.rms_norm(x, self.weight.data, self.variance_epsilon, residual, producer)
     return normed if residual is None else (normed, residual)
 
 
 def silu_and_mul(original: Callable[..., Any], self: Any, x: torch.Tensor) -> Any:
     """Compute SwiGLU as SGLang's SiluAndMul does, and round the result where a product takes it."""
-    if not wants_handover() or not _is_plain(x, 2 * WHOLE):
+    if not wants_handover() or not _is_plain(x, 2 * LONGEST):
         return original(self, x)
     producer = _producer_of(self)
-    wanted = producer.wanted
-    if wanted is None:
+    if producer.wanted is None:
         output = original(self, x)
         observe(output, producer)
         return output
-    gated, values, row_scale = swiglu_fp8(x, wanted.smoothing, wanted.static_scale, wanted.dtype)
-    hand_over(gated, producer, wanted, values, row_scale)
-    return gated
+    return handover.swiglu(x, producer)
 
 
 HOOKS = (

@@ -13,6 +13,12 @@ from typing import Any
 
 import torch
 
+from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE
+from sglang_modelopt_kernels.quantize.gated import swiglu_fp8
+from sglang_modelopt_kernels.quantize.rms_norm import rms_norm_fp8
+
+LONGEST = WHOLE
+"""Values of a token, at most, that a module can round in its own kernel."""
 _ATTRIBUTE = "_modelopt_ext_handover"
 OBSERVED_PASSES = 8
 """Outputs of a module that are observed before it counts as one whose output no product of ours takes."""
@@ -94,6 +100,33 @@ def hand_over(
 ) -> None:
     """Put the rounded values of a module's output beside it."""
     setattr(output, _ATTRIBUTE, _Handed(producer, rounding, values, row_scale))
+
+
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor | None, producer: Producer
+) -> torch.Tensor:
+    """Return :func:`rms_norm_fp8`'s ``normed`` for a producer whose consumer is known, with its rounded values beside it."""
+    wanted = _known(producer)
+    forget(x)
+    normed, values, row_scale = rms_norm_fp8(
+        x, weight, eps, residual, wanted.smoothing, wanted.static_scale, wanted.dtype
+    )
+    hand_over(normed, producer, wanted, values, row_scale)
+    return normed
+
+
+def swiglu(h: torch.Tensor, producer: Producer) -> torch.Tensor:
+    """Return :func:`swiglu_fp8`'s ``gated`` for a producer whose consumer is known, with its rounded values beside it."""
+    wanted = _known(producer)
+    gated, values, row_scale = swiglu_fp8(h, wanted.smoothing, wanted.static_scale, wanted.dtype)
+    hand_over(gated, producer, wanted, values, row_scale)
+    return gated
+
+
+def _known(producer: Producer) -> Rounding:
+    if producer.wanted is None:
+        raise RuntimeError("a module rounds for a product before it knows any")
+    return producer.wanted
 
 
 def forget(tensor: torch.Tensor) -> None:

@@ -27,8 +27,8 @@ CASES = [
 STEPS = 1.01
 """The largest difference of the first output from float64, in units of the last place of its type.
 
-Both are rounded to that type from within 1e-6 of the same number, so that they are equal or neighbours; in fp32, whose last place is
-1.2e-7, the sum of squares itself differs.
+Both are rounded to that type from within 1e-6 of the same number, so that they are equal or neighbours; in fp32, whose last
+place is 1.2e-7, the sum of squares itself differs.
 """
 
 

@@ -15,11 +15,19 @@ from sglang_modelopt_kernels.quantize.fp8 import naive_quantize_fp8, quantize_fp
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OUT = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16}
-# (tokens, inputs, type of x, smoothed, scale, type of the values); K below, at and above a block and what registers hold, odd ones too
+# (tokens, inputs, type of x, smoothed, scale, type of the values); K around a block and what registers hold
 CASES = [
     (m, k, dtype, smoothed, scale, out)
     for index, (m, k, dtype) in enumerate(
-        [(1, 64, "bf16"), (3, 77, "fp16"), (2, 2048, "fp32"), (5, 2049, "bf16"), (2, 4160, "fp32"), (2, 16390, "bf16"), (0, 64, "bf16")]
+        [
+            (1, 64, "bf16"),
+            (3, 77, "fp16"),
+            (2, 2048, "fp32"),
+            (5, 2049, "bf16"),
+            (2, 4160, "fp32"),
+            (2, 16390, "bf16"),
+            (0, 64, "bf16"),
+        ]
     )
     for scale in ("static", "token", "ranks")
     for smoothed, out in [(bool(index % 2), "fp8"), (not index % 2, "fp16")]

@@ -1,11 +1,10 @@
-"""Rounded activations handed over from a module to the product after it: learned by observation, taken once, never of another tensor."""
+"""Rounded activations handed over from a module to the product after it: observed, taken once, never of another tensor."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,9 +17,8 @@ WANTED = Rounding(None, None, torch.float8_e4m3fn)
 
 
 @pytest.fixture(autouse=True)
-def no_product(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_product(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(handover._Products, "present", False)
-    yield
 
 
 def test_a_module_learns_from_the_product_that_gets_its_output() -> None:
@@ -52,7 +50,9 @@ def test_values_are_taken_once_and_only_as_wanted() -> None:
     same = Rounding(None, None, torch.float8_e4m3fn)
     hand_over(x, producer, WANTED, values, row_scale)
     found = take(x, same)
-    assert found is not None and found[0] is values and found[1] is row_scale
+    assert found is not None
+    assert found[0] is values
+    assert found[1] is row_scale
     assert take(x, same) is None
     for other in (
         Rounding(torch.ones(4), None, torch.float8_e4m3fn),
@@ -150,4 +150,5 @@ def test_sglangs_modules_round_what_a_product_takes() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=300, cwd=Path.cwd()
     )
-    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "done", done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == "done"

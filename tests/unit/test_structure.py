@@ -17,8 +17,9 @@ BASE = {EXT, f"{EXT}._version", f"{EXT}.device", f"{EXT}.env", f"{EXT}.errors"}
 """Modules that every folder of the plugin may import, and that import nothing but each other."""
 DIRECTIONS = {
     "kernels/formats": "",
-    "kernels/quantize": "kernels/formats",
-    "kernels/gemm": "kernels/formats",
+    "kernels/early": "",
+    "kernels/quantize": "kernels/early kernels/formats",
+    "kernels/gemm": "kernels/early kernels/formats",
     "kernels/moe": "kernels/formats kernels/gemm",
     "kernels/attention": "kernels/formats kernels/gemm kernels/quantize",
     "kernels/timing": "",

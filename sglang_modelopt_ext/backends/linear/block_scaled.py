@@ -30,7 +30,7 @@ class BlockScaled(Backend[PackedWeight]):
     """4-bit weights decoded in registers: :mod:`sglang_modelopt_kernels.gemm.w4_decode`."""
 
     name = "triton_block_scaled"
-    kernels = ("block_scaled_kernel", "decode_kernel", "finish_kernel", "group_scaled_kernel")
+    kernels = ("block_scaled_kernel", "decode_kernel", "finish_kernel", "group_scaled_kernel", "order_kernel")
     takes_vocabulary = True
 
     def objection(self, request: LinearRequest) -> str | None:

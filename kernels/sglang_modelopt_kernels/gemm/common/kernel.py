@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -31,14 +30,6 @@ def rotated(step, first, steps):
     """
     at = step + first
     return tl.where(at >= steps, at - steps, at)
-
-
-@triton.jit
-def after_previous(PDL: tl.constexpr):
-    """Wait for the kernels before this one, and let the next one begin: with PDL, this one may have begun before they ended."""
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
 
 
 @triton.jit

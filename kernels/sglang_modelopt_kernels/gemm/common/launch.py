@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import triton
 
+from sglang_modelopt_kernels.early import early
+
 from .arrivals import COUNTERS, arrivals
 from .epilogue import Epilogue
 from .wgmma import checked
@@ -34,6 +36,8 @@ class KernelConfig:
         return triton.cdiv(n, self.bn) * triton.cdiv(m, self.bm)
 
 
+MANY, MANY_K = 64, 3584
+"""BM from which a split has so many K elements: with fewer, parts of the sum cost more than idle SMs (measured on an H200)."""
 Plan = tuple[KernelConfig, int]
 """A configuration and the number of splits along K."""
 
@@ -60,22 +64,30 @@ def needs_drain(x: torch.Tensor) -> bool:
 
 
 def choose(configs: Sequence[KernelConfig], m: int, n: int, k: int, sms: int) -> Plan:
-    """Choose the first of ``configs``, ascending by BM, whose BM holds ``m`` tokens, or the last; and the splits along K.
+    """Choose one of ``configs``, ascending by BM, and the splits along K, as a function of the arguments alone.
 
-    A function of its arguments alone. Only the last configuration may be persistent: it runs products with a tile for each of
-    ``sms`` SMs, without splits.
+    The first BM that holds ``m`` tokens counts, or the last. Of several configurations with this BM, which descend by BN, it is the
+    first that has a program for nine in ten of ``sms`` SMs, or the last. Only the last of all may be persistent: it runs products
+    with a tile for each SM, without splits.
     """
-    config = next((config for config in configs if m <= config.bm), configs[-1])
+    bm = next((config.bm for config in configs if m <= config.bm), configs[-1].bm)
+    *larger, config = [config for config in configs if config.bm == bm]
+    splits = max(k // MANY_K, 1) if bm >= MANY else 1
+    config = next((large for large in larger if 10 * large.tiles(m, n) * splits >= 9 * sms), config)
     if config.persistent:
         if config.tiles(m, n) >= sms:
             return config, 1
         config = configs[-2]
-    warps = config.warps * config.tiles(m, n)
-    steps, split = triton.cdiv(k, config.bk), 1
-    # Split until there are about eight warps for each SM, while each program has a pipeline's worth of steps.
-    while warps * split < 7 * sms and split < 16 and steps >= 4 * 2 * split:
+    warps, split = config.warps * config.tiles(m, n), 1
+    # Split until there are six warps or more for each SM, while each program has a pipeline's worth of K.
+    while warps * split < 6 * sms and split < 16 and k >= 2 * split * _least(config):
         split *= 2
     return config, split
+
+
+def _least(config: KernelConfig) -> int:
+    """Return the K elements that a split has at least: a pipeline's worth, and more where the parts of the sum have many tokens."""
+    return MANY_K if config.bm >= MANY else 4 * config.bk
 
 
 def path(plan: Plan, m: int, n: int, sms: int) -> tuple[object, ...]:
@@ -154,13 +166,3 @@ def launch(
 def few(x: torch.Tensor, config: KernelConfig) -> dict[str, Any]:
     """Return the arguments of a kernel that masks tokens out of range, for activations ``x``, beside those of :func:`early`."""
     return {"EVEN_M": x.shape[0] % config.bm == 0} | early(x.device)
-
-
-def early(device: torch.device) -> dict[str, Any]:
-    """Return the arguments of a kernel that may begin before the kernels before it on ``device`` have ended.
-
-    Triton's ``launch_pdl`` is CUDA's programmatic dependent launch, of SM90 and later.
-    """
-    if device.type == "cuda" and machine(device)[0] >= 90:
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}

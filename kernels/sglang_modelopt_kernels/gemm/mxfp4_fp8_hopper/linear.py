@@ -20,7 +20,7 @@ DENSE_FROM = 897
 # One warpgroup, so that several programs share an SM and one decodes while another multiplies: the fastest on an H100
 # (benchmarks.tiles). Each thread loads at least four exponents (BN * BK / 32), or Triton does not pipeline the loads.
 _WARP_GROUP = (
-    KernelConfig(64, 16, 256, 4, 3),
+    KernelConfig(64, 16, 256, 4, 4),
     KernelConfig(64, 32, 256, 4, 3),
     KernelConfig(64, 64, 256, 4, 4),
     KernelConfig(64, 128, 256, 4, 3),

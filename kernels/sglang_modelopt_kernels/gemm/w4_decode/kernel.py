@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_modelopt_kernels.early import after_previous
 from sglang_modelopt_kernels.formats.fp4_packing.kernel import (
     E2M1_FLOAT16,
     e4m3_scale_float16,
@@ -22,7 +23,6 @@ from sglang_modelopt_kernels.formats.fp4_packing.kernel import (
     planes_of,
 )
 from sglang_modelopt_kernels.gemm.common.kernel import (
-    after_previous,
     drain_wgmma,
     rotated,
     steps_of,

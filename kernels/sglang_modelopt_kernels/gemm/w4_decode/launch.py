@@ -19,6 +19,7 @@ from sglang_modelopt_kernels.gemm.common import (
 )
 from sglang_modelopt_kernels.gemm.common.launch import Plan, few
 from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
+from sglang_modelopt_kernels.gemm.plane_order import order
 
 from .kernel import block_scaled_kernel, decode_kernel
 from .packing import Kind, PackedWeight
@@ -49,7 +50,15 @@ _WARP_GROUP_MANY = (
 )
 _E2M1: dict[str, tuple[KernelConfig, ...]] = {
     "mma.sync": _MMA,
-    "wgmma": (KernelConfig(64, 16, 256, 4, 3), KernelConfig(128, 32, 256, 8, 3), *_WARP_GROUP_MANY),
+    "wgmma": (
+        KernelConfig(128, 16, 256, 4, 3),
+        KernelConfig(128, 32, 256, 4, 3),
+        KernelConfig(64, 32, 256, 4, 3),
+        KernelConfig(128, 64, 256, 8, 3),
+        KernelConfig(64, 64, 256, 4, 4),
+        KernelConfig(64, 128, 128, 4, 3),
+        KernelConfig(128, 256, 128, 8, 3),
+    ),
     "tcgen05": _TCGEN05,
 }
 # For K that is no multiple of 256.
@@ -113,15 +122,8 @@ def makes_operands(kind: Kind, group: int, k: int, config: KernelConfig, capabil
 
 
 def in_order(config: KernelConfig) -> bool:
-    """Return whether :func:`order` permutes and casts activations before the launch: where many programs would each do so again."""
+    """Return whether activations are permuted and cast before the launch: where many programs would each do so again."""
     return config.bm >= 32
-
-
-def order(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Permute each 64 K elements of ``x`` ``[M, K]`` into the order of planes, cast to ``dtype``; K is a multiple of 64."""
-    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    y.unflatten(1, (-1, 4, 4, 4)).copy_(x.unflatten(1, (-1, 4, 4, 4)).transpose(2, 3))
-    return y
 
 
 def plan_of(weight: PackedWeight, m: int, device: torch.device) -> Plan:

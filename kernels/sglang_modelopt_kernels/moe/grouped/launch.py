@@ -30,6 +30,7 @@ _FLOAT = (KernelConfig(64, 16, 128, 4, 3), KernelConfig(64, 64, 128, 8, 3))
 _E4M3 = (KernelConfig(64, 16, 256, 4, 3),)
 _BF16 = (KernelConfig(64, 16, 128, 4, 3),)
 """Configurations that compile without spilling (``benchmarks.aot``)."""
+_E2M1_16 = KernelConfig(64, 16, 256, 4, 3)
 _E2M1_64 = KernelConfig(128, 64, 128, 8, 3)
 """For gathered rows on wgmma: the fastest of seven for 32 to 128 pairs on an H100."""
 
@@ -85,8 +86,10 @@ def configs(kind: Kind, math: Math, capability: int, k: int = 256) -> tuple[Kern
     """
     if kind in ("mxfp4", "e2m1_e4m3", "e2m1_exponent"):
         known = MXFP4 if kind == "mxfp4" else block_scaled_configs(kind, capability, k)
-        few, many = (config for config in known if config.bm in BLOCKS)
-        return few, _E2M1_64 if kind != "mxfp4" and matrix_instruction(capability) == "wgmma" else many
+        few, many = (next(config for config in known if config.bm == block) for block in BLOCKS)
+        if kind == "mxfp4" or matrix_instruction(capability) != "wgmma":
+            return few, many
+        return few if kind != "e2m1_e4m3" or k % 256 else _E2M1_16, _E2M1_64
     if math == "fp8":
         return _E4M3
     return {"int4_float": _INT4, "e4m3": _HALF, "e4m3_float": _FLOAT, "bf16": _BF16}.get(kind, _DECODED)

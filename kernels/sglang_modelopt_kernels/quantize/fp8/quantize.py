@@ -7,9 +7,9 @@ from typing import Any
 import torch
 import triton
 
+from sglang_modelopt_kernels.early import early
 from sglang_modelopt_kernels.formats.base import ActivationFormat
 from sglang_modelopt_kernels.formats.fp8 import FP8
-from sglang_modelopt_kernels.gemm.common.launch import early
 
 from .kernel import quantize_static_kernel, quantize_token_kernel
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_modelopt_kernels.gemm.common.launch import early
+from sglang_modelopt_kernels.early import early
 from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE, check_given, token_block
 
 from .kernel import swiglu_fp8_kernel

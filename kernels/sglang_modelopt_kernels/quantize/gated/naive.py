@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from sglang_modelopt_kernels.moe.swiglu.naive import naive_swiglu
 from sglang_modelopt_kernels.quantize.fp8.naive import naive_quantize_fp8
 
 
@@ -12,5 +11,6 @@ def naive_swiglu_fp8(
     h: torch.Tensor, smoothing: torch.Tensor | None = None, static_scale: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Compute :func:`swiglu_fp8`: ``gated`` of the type of ``h``, values in fp32 and their scale."""
-    gated = naive_swiglu(h).to(h.dtype)
+    gate, up = h.to(torch.float64).chunk(2, dim=-1)
+    gated = (gate / (1 + torch.exp(-gate)) * up).to(h.dtype)
     return gated, *naive_quantize_fp8(gated, smoothing, static_scale, None)

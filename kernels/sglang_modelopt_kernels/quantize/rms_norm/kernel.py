@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sglang_modelopt_kernels.gemm.common.kernel import after_previous
+from sglang_modelopt_kernels.early import after_previous
 from sglang_modelopt_kernels.quantize.fp8.kernel import round_token
 
 

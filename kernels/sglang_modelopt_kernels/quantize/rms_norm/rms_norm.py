@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sglang_modelopt_kernels.gemm.common.launch import early
+from sglang_modelopt_kernels.early import early
 from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE, check_given, token_block
 
 from .kernel import rms_norm_fp8_kernel
@@ -85,8 +85,8 @@ def rms_norm_fp8(
         x: ``[M, K]`` in fp16, bf16 or fp32, rows contiguous, K at most 16384.
         weight: ``[K]`` of a float type.
         eps: added to the mean of the squares.
-        residual: ``[M, K]`` of the type of ``x``, replaced by ``t``; ``normed`` then takes the place of ``x``, both contiguous. None
-            for zeros, and ``normed`` is a new tensor.
+        residual: ``[M, K]`` of the type of ``x``, both contiguous, replaced by ``t``; ``normed`` takes the place of ``x``. None for
+            zeros, and ``normed`` is a new tensor.
         smoothing: ``[K]`` of a float type, multiplied before rounding to E4M3; None for 1.
         static_scale: float32, one value; None for a scale for each token.
         out_dtype: E4M3, or float16, which holds the same values.
