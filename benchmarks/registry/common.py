@@ -41,7 +41,7 @@ def _order_stress(capability: int) -> Iterator[StressCase]:
 
 def _order() -> Launch:
     x, _ = stress_activations(2048, 4096, "fp8")
-    return Launch(lambda: order(x, torch.float16), naive_order(x, torch.float64), 0.0)
+    return Launch(lambda: order(x, torch.float16), naive_order(x, torch.float64))
 
 
 def _fp8_stress(capability: int) -> Iterator[StressCase]:
