@@ -210,6 +210,17 @@ LAYERS: tuple[Use, ...] = (
     ),
     Object("lora.layers.BaseLayerWithLoRA", "the layer inside is listed for itself", ("base_layer",)),
     Object("layers.linear.RowParallelLinear", "where a rank's maximum becomes all ranks'", ("tp_group",)),
+    Object(
+        "layers.layernorm.RMSNorm",
+        "the plain case of a norm",
+        (
+            *("variance_size_override", "cast_x_before_out_mul", "fp32_residual", "override_orig_dtype"),
+            *("weight", "variance_epsilon"),
+        ),
+    ),
+    Called(
+        "batch_invariant_ops.batch_invariant_ops.is_batch_invariant_mode_enabled", "whether a norm is the plain one", ()
+    ),
     Object("layers.linear.MergedColumnParallelLinear", "the shards of a fused layer", ("output_sizes",)),
     Object(
         "layers.linear.QKVParallelLinear",
