@@ -179,12 +179,12 @@ def check_shared(layer: ExpertLayer, linears: Mapping[str, QuantizedLinear]) -> 
     """Raise ModelOptExtError unless the shared expert beside a layer's experts can be served as one of them.
 
     Args:
-        layer: the experts, with a gate and stored one by one.
+        layer: the experts.
         linears: the checkpoint's quantized linear layers, by canonical name.
     """
-    if layer.packed is not None:
-        expected = "experts stored one by one, as the shared expert is"
-        raise ModelOptExtError.at("checkpoint", layer.name, expected, "packed ones")
+    if layer.packed is not None or not layer.gated:
+        expected = "experts with a gate, stored one by one, beside a fused shared expert"
+        raise ModelOptExtError.at("checkpoint", layer.name, expected, "others")
     block = layer.name.removesuffix("experts")
     for names in SHARED_EXPERTS:
         for projection, own in zip(EXPERT_PROJECTIONS[0], layer.projections, strict=True):

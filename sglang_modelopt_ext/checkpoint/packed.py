@@ -190,6 +190,12 @@ def read_packed(
             expected = f"3 dimensions, the first of {gate_up.shape[0]} experts"
             raise ModelOptExtError.at(weight.file, weight.name, expected, list(weight.shape))
     specs = [_weight_specs(quantization, config) for quantization in quantizations]
+    for quantization, weight in zip(quantizations, (gate_up, down), strict=True):
+        if any(len(spec.dims) > 2 for spec in _weight_specs(quantization, config).values()):
+            expected = (
+                "a recipe without blocks of several rows, whose scales ModelOpt does not export in the weights' order"
+            )
+            raise ModelOptExtError.at(weight.file, weight.name, expected, quantization.algo)
     transposed = _is_transposed(gate_up, down, *(spec["weight"] for spec in specs))
     found = []
     for projection, quantization, weight_specs in zip((GATE_UP, DOWN), quantizations, specs, strict=True):

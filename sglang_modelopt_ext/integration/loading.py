@@ -419,7 +419,8 @@ def log_schemes(model: torch.nn.Module) -> None:
                 ] += 1
             continue
         for name, kernel in method.kernels.items():
-            product, projections = method.products[name], "gate and up" if name == GATE_UP else "down"
+            first = "gate and up" if method.activation.gated else "up"
+            product, projections = method.products[name], first if name == GATE_UP else "down"
             kind = f"layers of {method.experts} experts, {projections}:"
             counts[kind, f"{product.scheme.describe()}, math {product.math}, kernel {kernel}"] += 1
     for (kind, served), count in sorted(counts.items()):

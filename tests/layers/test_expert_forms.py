@@ -179,6 +179,32 @@ def test_blocks_along_n_are_an_error(kind: Kind, recipe: str) -> None:
         read_checkpoint(export(model_dir(kind), recipe))
 
 
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4"])
+def test_blocks_of_several_rows_are_an_error(kind: Kind) -> None:
+    """Real exports of packed experts in 128 x 128 blocks decode to other weights than those that were quantized."""
+    line = r"experts\.gate_up_proj: expected a recipe without blocks of several rows, .*, got FP8_PB_WO"
+    with pytest.raises(ModelOptExtError, match=line):
+        read_checkpoint(export(model_dir(kind), "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"))
+
+
+@pytest.mark.parametrize(("kind", "recipe"), [case for case in EXPORTS if MODELS[case[0]].packed])
+def test_packed_weights_are_those_of_the_model(kind: Kind, recipe: str) -> None:
+    """Decoded experts are as far from the weights that ModelOpt quantized as their formats round: no layout is misread."""
+    folder = export(model_dir(kind), recipe)
+    before, tensors = edits.read_tensors(model_dir(kind)), edits.read_tensors(folder)
+    for layer in read_checkpoint(folder).experts.values():
+        assert layer.packed is not None
+        for projection in layer.packed.projections:
+            for expert in range(EXPERTS):
+                stored = {
+                    name: projection.of_expert(name, tensors[header.name], expert).contiguous()
+                    for name, header in projection.one.stored.items()
+                }
+                weight = projection.one.scheme.weight.decode(stored).dequantize()
+                expected = before[projection.stored["weight"].name][expert].T.float()
+                assert relative_error(weight, expected) < 0.12
+
+
 @pytest.mark.parametrize(
     ("kind", "recipe", "tp", "ep"),
     [
