@@ -1,4 +1,4 @@
-"""Checkpoints whose storage is not supported: fused shards, latent or linear attention, packed experts, a quantized tied head.
+"""Checkpoints whose storage is not supported: fused shards, latent or linear attention, a quantized tied head.
 
 Each kind has an error of its own. Without it a server would stop at a consequence, such as a shard that was never stored, sizes
 that do not match or an unused tensor.
@@ -23,10 +23,8 @@ _LATENT = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "kv_b_proj"})
 _LINEAR_ATTENTION = frozenset({"in_proj_qkvz", "in_proj_qkv", "in_proj_z", "in_proj_ba", "in_proj_b", "in_proj_a"})
 """Input projections of gated delta nets, which SGLang splits or fuses by head."""
 
-_PACKED_EXPERTS = re.compile(
-    r"(?P<experts>.+\.experts)\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj|w13|w2)(_\w+)?"
-)
-"""The pattern of one tensor with all experts of a layer, which is no module's ``weight``."""
+_PACKED_EXPERTS = re.compile(r"(?P<experts>.+\.experts)\.(?P<projection>gate_proj|up_proj|w13|w2)(_\w+)?")
+"""The pattern of one tensor with all experts of a layer, under names that ModelOpt does not export."""
 
 
 def read_for_serving(

@@ -260,7 +260,7 @@ EXPERTS: tuple[Use, ...] = (
         "a layer of experts",
         (
             *("hidden_size", "intermediate_size_per_partition", "moe_tp_size", "moe_tp_rank", "num_experts"),
-            *("num_local_experts", "quant_method", "use_presharded_weights", "moe_runner_config"),
+            *("num_local_experts", "quant_method", "quant_config", "use_presharded_weights", "moe_runner_config"),
             "_map_global_expert_id_to_local_expert_id",
         ),
     ),
@@ -279,6 +279,7 @@ EXPERTS: tuple[Use, ...] = (
         "what a layer of experts computes",
         (
             *("activation", "is_gated", "gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit", "no_combine", "top_k"),
+            "gate_up_interleaved",
             *("num_fused_shared_experts", "apply_router_weight_on_input", "routed_scaling_factor"),
         ),
     ),

@@ -23,7 +23,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import COMMON_BLOCK, MIXTRAL_BLOCK, ModelOptExtConfig
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod, full_shard_sizes
-from sglang_modelopt_ext.integration.moe_method import GATE_UP, SHARDS, ExtFusedMoEMethod
+from sglang_modelopt_ext.integration.moe_method import GATE_UP, ExtFusedMoEMethod, shards_of
 from sglang_modelopt_ext.integration.parameters import ExpertParameter
 
 logger = logging.getLogger(__name__)
@@ -55,7 +55,9 @@ def ext_config(model: torch.nn.Module) -> ModelOptExtConfig | None:
     return None
 
 
-def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[int, ...] | None:
+def unquantized_shape(
+    module: torch.nn.Module, name: str, shard: Any, all_experts: bool = False
+) -> tuple[int, ...] | None:
     """Return the shape that a stored ``weight`` of an unquantized layer, or ``bias`` of any linear layer, must have.
 
     SGLang's loaders assert shapes on a GPU, but pad short tensors with zeros on a CPU.
@@ -64,6 +66,7 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
         module: the layer.
         name: the parameter's name in the layer.
         shard: SGLang's id of the shard that is loaded (``"q"``, ``0``, ``"w1"``), None for a layer without shards.
+        all_experts: whether it is loaded for all experts at once, gate and up together.
 
     Returns:
         None for parameters that are checked elsewhere.
@@ -75,6 +78,9 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
         if isinstance(module.quant_method, ExtFusedMoEMethod):
             return None
         hidden, intermediate = module.hidden_size, module.intermediate_size_per_partition * module.moe_tp_size
+        if all_experts:
+            of_one = (hidden, intermediate) if name == "w2_weight" else (2 * intermediate, hidden)
+            return (module.num_experts, *of_one)
         return (hidden, intermediate) if name == "w2_weight" else (intermediate, hidden)
     if not isinstance(module, LinearBase) or name not in ("weight", "bias"):
         return None
@@ -131,6 +137,14 @@ class StrictLoad:
         self.has_values = has_values
         self.left_out = left_out(model, checkpoint, is_draft)
         self._names = _expert_names(model, checkpoint)
+        self._packed = {
+            name: (module, method)
+            for module, method in quantized_modules(model)
+            if isinstance(method, ExtFusedMoEMethod) and method.stored is not None and method.stored.packed is not None
+            for name, projection, spec in method.stored.packed.tensors()
+            if spec in projection.specs
+        }
+        """The layers that packed tensors of experts belong to: SGLang's models know none of a quantized layer but its weights."""
 
     def read(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield ``(name, tensor)`` of ``weights``, by the names that the model knows, after checking values of quantized layers.
@@ -153,6 +167,10 @@ class StrictLoad:
                 check_values(stored.file, name, tensor, spec.values)
             self.current = name
             self._by_memory[_memory(tensor)] = name
+            if name in self._packed:
+                module, method = self._packed[name]
+                method.load_packed(module, name, tensor)
+                continue
             yield self._names(standard_name(name)), tensor
 
     @contextmanager
@@ -178,10 +196,10 @@ class StrictLoad:
 
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             source = self._by_memory.get(_memory(tensor), self.current)
-            shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
-            if "expert_id" in kwargs:  # the experts' loader has the parameter's name as its first further argument
+            shard = args[0] if args else kwargs.get("loaded_shard_id")
+            if "shard_id" in kwargs:  # the experts' loaders have the parameter's name as their first further argument
                 shard = kwargs["shard_id"]
-            expected = unquantized_shape(module, name, shard)
+            expected = unquantized_shape(module, name, shard, "shard_id" in kwargs and "expert_id" not in kwargs)
             if expected is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
             result = loader(target, tensor, *args, **kwargs)
@@ -313,9 +331,13 @@ def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> 
 
     if isinstance(module, FusedMoE):
         # SGLang's own loader is called for every expert and drops those of other ranks.
-        own = isinstance(module.quant_method, ExtFusedMoEMethod)
+        method = module.quant_method
+        own = isinstance(method, ExtFusedMoEMethod)
         count = module.num_local_experts if own else module.num_experts
-        shards = next((shards for product, shards in SHARDS.items() if parameter.startswith(f"{product}_")), ())
+        if not any(isinstance(entry, tuple) for entry in found):
+            return found  # all experts at once
+        product = parameter.partition("_")[0]
+        shards = shards_of(module.moe_runner_config.is_gated).get(product, ())
         return {(expert, shard) for expert in range(count) for shard in shards}
     if found & {"q", "k", "v"}:
         return {"q", "k", "v"}
@@ -397,7 +419,8 @@ def log_schemes(model: torch.nn.Module) -> None:
                 ] += 1
             continue
         for name, kernel in method.kernels.items():
-            product, projections = method.products[name], "gate and up" if name == GATE_UP else "down"
+            first = "gate and up" if method.activation.gated else "up"
+            product, projections = method.products[name], first if name == GATE_UP else "down"
             kind = f"layers of {method.experts} experts, {projections}:"
             counts[kind, f"{product.scheme.describe()}, math {product.math}, kernel {kernel}"] += 1
     for (kind, served), count in sorted(counts.items()):

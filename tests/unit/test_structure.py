@@ -27,7 +27,7 @@ DIRECTIONS = {
     "checkpoint": "kernels/formats schemes",
     "backends": "kernels/formats kernels/gemm kernels/moe kernels/quantize schemes",
     "layers": "backends checkpoint kernels/formats kernels/moe kernels/quantize schemes",
-    "integration": "backends checkpoint kernels/attention kernels/formats layers schemes",
+    "integration": "backends checkpoint kernels/attention kernels/formats kernels/moe layers schemes",
     "tuning": "backends checkpoint kernels/formats kernels/gemm kernels/timing layers schemes",
     "workflow/common": "checkpoint kernels/formats",
     "workflow/server": "checkpoint workflow/common",

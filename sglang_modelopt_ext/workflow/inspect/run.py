@@ -201,7 +201,7 @@ def inspect_checkpoint(
     refusals: list[ModelOptExtError] = []
     serving = _serving(folder, config, target, refusals)
     problems = [*refusals, *problems]
-    linears = list(checkpoint.linears.values()) if checkpoint else []
+    linears = checkpoint.layers if checkpoint else []
     ranges: dict[str, dict[str, Range]] = {}
     for linear in linears if scales else ():
         ranges[linear.name] = _scale_ranges(linear, problems)

@@ -140,7 +140,7 @@ def export_checkpoint(
                 version=__version__,
                 kv_cache=kv_cache,
                 formats=layer_formats(checkpoint),
-                bits_per_weight=bits_per_weight(checkpoint) if checkpoint.linears else None,
+                bits_per_weight=bits_per_weight(checkpoint) if checkpoint.layers else None,
                 versions=package_versions(),
                 quality=quality or {},
                 **{field: getattr(origin, field) for field in Origin.__struct_fields__},
@@ -173,7 +173,7 @@ def check_folder(folder: Path) -> Checkpoint:
 
 def _check_complete(output: Path, model_has: str | None, checkpoint: Checkpoint) -> None:
     """Raise for an export without quantized layers: the recipe's patterns match nothing in this model."""
-    if not checkpoint.linears and model_has is None:
+    if not checkpoint.layers and model_has is None:
         raise ModelOptExtError.at(
             output, "export", "a quantized layer or KV cache", "none: the recipe matches no layer"
         )
