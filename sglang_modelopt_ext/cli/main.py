@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sglang_modelopt_ext import __version__
-from sglang_modelopt_ext.cli import auto_quantize, evaluate, inspect, quantize, serve, verify
+from sglang_modelopt_ext.cli import auto_quantize, bench, evaluate, inspect, quantize, serve, verify
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.interrupts import signals_as_interrupts
@@ -20,6 +20,7 @@ COMMANDS: tuple[Command, ...] = (
     inspect.COMMAND,
     verify.COMMAND,
     evaluate.COMMAND,
+    bench.COMMAND,
     serve.COMMAND,
 )
 """All subcommands, in the order of a typical workflow."""
