@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import msgspec
 
 from sglang_modelopt_ext import __version__
-from sglang_modelopt_ext.cli import auto_quantize, bench, evaluate, inspect, quantize, serve, verify
+from sglang_modelopt_ext.cli import auto_quantize, bench, evaluate, inspect, quantize, repair, serve, verify
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.interrupts import signals_as_interrupts
@@ -18,6 +18,7 @@ COMMANDS: tuple[Command, ...] = (
     quantize.COMMAND,
     auto_quantize.COMMAND,
     inspect.COMMAND,
+    repair.COMMAND,
     verify.COMMAND,
     evaluate.COMMAND,
     bench.COMMAND,
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="sglang-modelopt",
-        description="Quantize a model with NVIDIA ModelOpt; inspect, verify, evaluate and serve the result with SGLang.",
+        description="Quantize a model with NVIDIA ModelOpt; check, repair, measure and serve the result with SGLang.",
     )
     parser.add_argument("--version", action="version", version=f"sglang-modelopt-ext {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")

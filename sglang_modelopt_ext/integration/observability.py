@@ -1,4 +1,4 @@
-"""The kernels, recipe and cache that serve a model, for operators: in ``internal_states`` of ``/server_info``, and as gauges of ``/metrics``.
+"""The kernels, recipe and cache that serve a model, for operators: in ``/server_info``, and as gauges of ``/metrics``.
 
 Both are made of the model and the cache of a scheduler as they are, not of what was asked for.
 """

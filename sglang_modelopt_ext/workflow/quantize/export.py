@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,7 +152,7 @@ def export_checkpoint(
             (scratch / CARD_NAME).write_text(render_card(output, record, size), encoding="utf-8")
             checkpoint = check_folder(scratch)
         _check_complete(output, model_has=kv_recipe, checkpoint=checkpoint)
-        _make_readable(scratch)
+        make_readable(scratch)
         move_into_place(scratch, output)
     return Exported(output, checkpoint, record, size)
 
@@ -255,12 +255,17 @@ def copy_tokenizer(source: Path, target: Path) -> None:
                 shutil.copy(file, target / file.name)
 
 
-def _make_readable(folder: Path) -> None:
-    """Give the folder and its files the permissions of new ones; temporary ones are private."""
+def make_readable(folder: Path, files: Collection[Path] | None = None) -> None:
+    """Give the folder and its files the permissions of new ones; temporary ones are private.
+
+    Args:
+        folder: the folder.
+        files: the files and folders in it to change, by default all. A hard link must not be: it shares them with its source.
+    """
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
-    for file in folder.rglob("*"):
+    for file in folder.rglob("*") if files is None else files:
         file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
 
 
