@@ -11,7 +11,7 @@ import msgspec
 from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.cli import auto_quantize, bench, evaluate, inspect, quantize, repair, serve, verify
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
-from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.errors import ModelOptExtError, printable
 from sglang_modelopt_ext.workflow.common.interrupts import signals_as_interrupts
 
 COMMANDS: tuple[Command, ...] = (
@@ -59,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    print(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() if args.json else result.text())
+    print(
+        msgspec.json.format(msgspec.json.encode(result), indent=2).decode() if args.json else printable(result.text())
+    )
     return OK if result.passed() else CHECK_FAILED
 
 

@@ -6,6 +6,7 @@ At any end of a run ``output`` is a whole, valid checkpoint or unchanged.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -270,10 +271,17 @@ def make_readable(folder: Path, files: Collection[Path] | None = None) -> None:
 
 
 def move_into_place(scratch: Path, output: Path) -> None:
-    """Rename ``scratch`` to ``output``; remove the old ``output`` only after it is replaced."""
+    """Rename ``scratch`` to ``output``, and remove an old ``output``.
+
+    Where the file system can exchange two names, there is a whole ``output`` at any moment; elsewhere a kill between two renames
+    leaves the old one under a hidden name beside it.
+    """
     with signals_ignored():
         if not os.path.lexists(output):
             scratch.rename(output)
+            return
+        if _exchange(scratch, output):
+            shutil.rmtree(scratch, ignore_errors=True)
             return
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent)) / output.name
         output.rename(old)
@@ -284,3 +292,10 @@ def move_into_place(scratch: Path, output: Path) -> None:
             raise
         finally:
             shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step (``renameat2``); return False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

@@ -39,30 +39,41 @@ def strip_sentinels(copy: WorkingCopy) -> Iterator[Step]:
     """Take the left-over marker off every name of both files. Raises ModelOptExtError where two entries become one."""
     for file, section in copy.sections().items():
         names: dict[str, str] = {}
-
-        def clean(value: Any, names: dict[str, str] = names, file: str = file) -> Any:
-            if isinstance(value, str) and "\x00" in value:
-                return names.setdefault(value, SENTINEL.sub(r"\1", value))
-            if isinstance(value, list):
-                cleaned = [clean(entry) for entry in value]
-                return list(dict.fromkeys(cleaned)) if all(isinstance(entry, str) for entry in cleaned) else cleaned
-            if isinstance(value, dict):
-                entries: dict[str, Any] = {}
-                for key, entry in value.items():
-                    name = clean(key)
-                    if name in entries and entries[name] != clean(entry):
-                        expected = "one entry for a layer, without the marker behind its name"
-                        raise ModelOptExtError.at(copy.source / file, name, expected, "two that differ")
-                    entries[name] = clean(entry)
-                return entries
-            return value
-
-        cleaned = clean(section)
-        if not names:
-            continue
-        copy.set_section(file, cleaned)
+        cleaned = dict(section)
+        for key in _EXCLUSIONS:
+            if isinstance(section.get(key), list):
+                cleaned[key] = _clean_list(section[key], names)
+        if isinstance(section.get(_LISTED), dict):
+            layers: dict[str, Any] = {}
+            for name, entry in section[_LISTED].items():
+                if layers.setdefault(_clean(name, names), entry) != entry:
+                    expected = "one entry for a layer, without the marker behind its name"
+                    raise ModelOptExtError.at(copy.source / file, name, expected, "two that differ")
+            cleaned[_LISTED] = layers
+        groups = section.get("config_groups")
+        if isinstance(groups, dict):
+            cleaned["config_groups"] = {
+                name: {**group, "targets": _clean_list(group["targets"], names)}
+                if isinstance(group, dict) and isinstance(group.get("targets"), list)
+                else group
+                for name, group in groups.items()
+            }
+        if names:
+            copy.set_section(file, cleaned)
         for old, new in names.items():
             yield Step(rule="sentinel", file=file, subject=new, change=f"was {old!r}: ModelOpt's marker is taken off")
+
+
+def _clean(name: Any, names: dict[str, str]) -> Any:
+    """Return a name without the marker, and note it in ``names`` where it had one."""
+    if not isinstance(name, str) or "\x00" not in name:
+        return name
+    return names.setdefault(name, SENTINEL.sub(r"\1", name))
+
+
+def _clean_list(entries: list[Any], names: dict[str, str]) -> list[Any]:
+    cleaned = [_clean(entry, names) for entry in entries]
+    return list(dict.fromkeys(cleaned)) if names and all(isinstance(entry, str) for entry in cleaned) else cleaned
 
 
 def reconcile(copy: WorkingCopy, trust: str | None) -> Iterator[Step]:
@@ -236,6 +247,7 @@ def _missing(
 ) -> tuple[list[str], dict[str, str]]:
     """Return the patterns of layers that are stored unquantized and declared as quantized, and the reason of each."""
     leaves = {module.rpartition(".")[2] for module in quantized}
+    partly = {_block(module) for module in quantized if served.leaves_out(module)}
     names: dict[str, str] = {}
     for name, tensor in tensors.items():
         module, _, last = name.rpartition(".")
@@ -244,7 +256,7 @@ def _missing(
             continue
         if served.leaves_out(name):
             block = _block(module)
-            if any(other.startswith(f"{block}.") for other in quantized):
+            if block in partly:
                 names[module] = "a layer of a multi-token prediction block, stored in 16 bits"
             else:
                 names[f"{block}*"] = "a multi-token prediction block, stored in 16 bits"
