@@ -178,6 +178,27 @@ class TestScales:
         assert found["problems"]
         assert not (tmp_path / "out").exists()
 
+    def test_values_are_checked_before_anything_is_written(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """Of a dry run too, all but block scales, which take reading them."""
+
+        def spoil(tensor: torch.Tensor) -> torch.Tensor:
+            raw = tensor.view(torch.uint8).clone()
+            raw[0, 0] = 0x7F
+            return raw.view(tensor.dtype)
+
+        changes = (
+            edits.drop_tensors(f"{EXPERTS}.3.up_proj.input_scale"),
+            edits.map_tensors(f"{EXPERTS}.0.up_proj.weight_scale", spoil),
+        )
+        folder = moe(tmp_path, *changes)
+        (problem,) = run(capsys, folder, "--output", tmp_path / "out", code=1)["problems"]
+        assert f"{folder}/model.safetensors: {EXPERTS}.0.up_proj.weight_scale: expected finite e4m3" in problem.replace(
+            "model-00001-of-00002", "model"
+        )
+        assert {file.name for file in tmp_path.iterdir()} == {"source"}
+
 
 class TestConfigs:
     def test_the_tensors_decide_the_group_size(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -77,10 +77,10 @@ def repair(
             return Repair(steps, problems, False)
         copy.store_added()
         try:
-            _write(copy, output, steps, link)
+            problem = _write(copy, output, steps, link)
         except OSError as error:
             raise ModelOptExtError.at(output, "output", "a folder that can be written", error) from error
-    return Repair(steps, (), True)
+    return Repair(steps, [problem] if problem else (), problem is None)
 
 
 def _plan(copy: WorkingCopy, trust: str | None) -> tuple[list[Step], list[str]]:
@@ -128,11 +128,14 @@ def _remaining(copy: WorkingCopy) -> list[ModelOptExtError]:
         ]
 
 
-def _write(copy: WorkingCopy, output: Path, steps: Sequence[Step], link: bool) -> None:
-    """Write the repaired checkpoint, read it back strictly, and rename it to its place.
+def _write(copy: WorkingCopy, output: Path, steps: Sequence[Step], link: bool) -> str | None:
+    """Write the repaired checkpoint, read it back strictly with every value, and rename it to its place.
+
+    Returns:
+        None, or the fault that was found in its values: nothing is written then.
 
     Raises:
-        ModelOptExtError: no space on disk, or the result does not pass the checks of an export.
+        ModelOptExtError: no space on disk.
     """
     weights = {file.name: file.resolve() for file in copy.folder.iterdir() if file.is_symlink()}
     patched = {name for name, file in weights.items() if _replaced_in(file, copy.replaced)}
@@ -162,9 +165,13 @@ def _write(copy: WorkingCopy, output: Path, steps: Sequence[Step], link: bool) -
             "steps": [{name: getattr(step, name) for name in Step.__struct_fields__} for step in steps],
         }
         (scratch / RECORD_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        check_folder(scratch)
+        try:
+            check_folder(scratch)
+        except ModelOptExtError as error:
+            return str(error).replace(f"{scratch}{os.sep}", f"{copy.source}{os.sep}")
         make_readable(scratch, {*own, scratch / RECORD_NAME})
         move_into_place(scratch, output)
+    return None
 
 
 def _place(file: Path, target: Path, link: bool) -> set[Path]:
