@@ -1,6 +1,7 @@
 """The kernels, recipe and cache that serve a model, for operators: in ``/server_info``, and as gauges of ``/metrics``.
 
-Both are made of the model and the cache of a scheduler as they are, not of what was asked for.
+Both are made of the model and the cache of a scheduler as they are when it starts, not of what was asked for. They do not change
+afterwards: an update of the weights keeps the recipe. Nothing is read when a server is asked: an error in a scheduler ends it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ STATE_KEY = "modelopt_ext"
 
 OURS, SGLANGS = "modelopt_ext", "sglang"
 """Who serves weights or holds a cache."""
+
+_SERVED = "modelopt_ext_served"
+"""The attribute of a scheduler that keeps its :class:`Served`."""
 
 INFO, LAYERS = "modelopt_ext:info", "modelopt_ext:layers"
 """The gauges: 1 with everything that holds for the whole server as labels, and the number of layers of each product."""
@@ -123,16 +127,20 @@ def _gauge(name: str, labels: tuple[str, ...]) -> Any:
 
 def _get_internal_state(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     answer = original(self, recv_req)
-    answer.internal_state[STATE_KEY] = served_by(self.scheduler.tp_worker.model_runner).as_state()
+    served = getattr(self.scheduler, _SERVED, None)
+    if served is not None:
+        answer.internal_state[STATE_KEY] = served.as_state()
     return answer
 
 
 def _emit_metrics_constants(original: Callable[..., None], self: Any) -> None:
-    original(self)
+    original(self)  # called once the model and its cache are there, without --enable-metrics too
+    served = served_by(self.tp_worker.model_runner)
+    setattr(self, _SERVED, served)
     collector = self.metrics_collector
     if collector is None:
         return
-    for name, labels, value in gauges(served_by(self.tp_worker.model_runner)):
+    for name, labels, value in gauges(served):
         # SGLang's own labels come first in all of its time series: the model's name and this process's ranks.
         every = {**collector.labels, **labels}
         _gauge(name, tuple(every)).labels(**every).set(value)

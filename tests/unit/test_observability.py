@@ -74,8 +74,11 @@ def test_gauges_have_labels_of_strings_and_the_same_ones_for_every_product() -> 
 
 def test_the_answer_of_a_scheduler_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(observability, "wrapped_plan", lambda args: None)
-    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner("auto")))
+    scheduler = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner("auto")), metrics_collector=None)
     answer = SimpleNamespace(internal_state={"world_size": 1})
+    observability._emit_metrics_constants(lambda self: None, scheduler)
+    # Nothing is read any more: an error here would end the server, after its folder was moved away for instance.
+    monkeypatch.setattr(observability, "served_by", lambda runner: pytest.fail("read again"))
     got = observability._get_internal_state(lambda *args: answer, SimpleNamespace(scheduler=scheduler), None)
     assert got is answer
     assert got.internal_state["world_size"] == 1

@@ -258,8 +258,22 @@ class TestConfigs:
 
     def test_files_that_both_do_not_fit_are_a_problem(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         wrong = (edits.set_file_config({"quant_algo": "FP8"}), edits.set_embedded_config({"quant_algo": "MXFP8"}))
-        (problem,) = run(capsys, dense(tmp_path, *wrong), code=1)["problems"]
-        assert "quant_algo: expected tensors that fit hf_quant_config.json or config.json" in problem
+        found = run(capsys, dense(tmp_path, *wrong), "--output", tmp_path / "out", code=1)
+        assert found["problems"]
+        assert not (tmp_path / "out").exists()
+
+    def test_files_that_disagree_and_scales_that_are_missing(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        changes = (
+            edits.set_file_config({"quant_algo": "FP8"}),
+            edits.drop_tensors(f"{EXPERTS}.3.*_proj.input_scale"),
+        )
+        output, rules = repaired(capsys, moe(tmp_path, *changes))
+        assert set(rules) == {"disagreement", "other-experts"}
+        config = read_quant_config(output)
+        assert config is not None
+        assert config.algo == "NVFP4"
 
     def test_exclusions_become_equal(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         """Of two patterns that one file has, the one over a quantized layer goes and the other stays."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import fcntl
 import os
 import shutil
@@ -27,6 +26,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import KV_CACHE_RECIPE, OWN_KEY
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.disk import full_disk
 from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress, polled_progress
 from sglang_modelopt_ext.workflow.quantize import quantizers
@@ -198,9 +198,12 @@ def partial_folder(output: Path) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield scratch
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ModelOptExtError.at(output.parent, "space on disk", "room for the checkpoint", error) from error
+    except ModelOptExtError:
+        raise
+    except Exception as error:
+        full = full_disk(output.parent, error)
+        if full is not None:
+            raise full from error
         raise
     finally:
         with signals_ignored():
@@ -235,9 +238,7 @@ def _run_export(model: Any, scratch: Path, progress: bool) -> None:
 
 
 def _failure(source: Path, output: Path, origin: Origin, error: Exception) -> Exception:
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        return ModelOptExtError.at(output.parent, "space on disk", "room for the checkpoint", error)
-    return ModelOptExtError.at(
+    return full_disk(output.parent, error) or ModelOptExtError.at(
         source, origin.recipe, "a recipe ModelOpt can export", f"{type(error).__name__}: {error}"
     )
 

@@ -136,28 +136,27 @@ def _decide(
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return, for each field, the file that is right, and why.
 
-    Every combination is tried: those under which the reader finds no fault in the tensors are possible.
+    Every combination is tried. Those under which the reader finds fewest faults in the tensors are possible: none but faults
+    of another kind, such as scales that are missing, which other rules mend.
 
     Raises:
-        ModelOptExtError: none is possible, or several are and no file is trusted.
+        ModelOptExtError: several are possible, and no file is trusted or none of them is free of faults.
     """
     files = list(next(iter(differ.values())))
     originals = copy.sections()
-    possible, faults = [], []
+    tried: list[tuple[dict[str, str], list[ModelOptExtError]]] = []
     for choice in itertools.product(files, repeat=len(differ)):
         chosen = dict(zip(differ, choice, strict=True))
         for name, file in chosen.items():
             for target in files:
                 _set_field(copy, target, name, differ[name][file])
-        problems = survey_checkpoint(copy.folder, copy.config())[1]
+        tried.append((chosen, survey_checkpoint(copy.folder, copy.config())[1]))
         for target, section in originals.items():
             copy.set_section(target, section)
-        if problems:
-            faults.append((len(problems), problems[0]))
-        else:
-            possible.append(chosen)
-    if not possible:
-        _, fault = min(faults, key=lambda entry: entry[0])
+    least = min(len(problems) for _, problems in tried)
+    possible = [chosen for chosen, problems in tried if len(problems) == least]
+    if least and len(possible) > 1:
+        fault = next(problems[0] for _, problems in tried if len(problems) == least)
         expected = f"tensors that fit {' or '.join(files)} in {', '.join(differ)}"
         raise ModelOptExtError.at(copy.source, ", ".join(differ), expected, fault)
     right, why = {}, {}
@@ -165,7 +164,7 @@ def _decide(
         fitting = {chosen[name] for chosen in possible}
         if len(fitting) == 1:
             (right[name],) = fitting
-            why[name] = "the tensors fit it only"
+            why[name] = "the tensors fit it" + (" best" if least else " only")
         elif trust is not None:
             right[name], why[name] = trust, "by --trust; the tensors fit both"
         else:
