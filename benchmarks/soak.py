@@ -3,8 +3,8 @@
 OPTION is that of ``sglang-modelopt bench``: a recipe, served from a small model with random weights, or a checkpoint's folder, and
 variants behind ``+``. Requests of mixed lengths are sent by several clients; some share a prefix, some are aborted by name or by
 closing the connection, some are too long, and the cache is flushed now and then. The KV cache is small and SGLang optimistic about
-it, so that requests are retracted. Checked are every answer, greedy answers before and after, and the memory of all of the server's
-processes. Arguments behind ``--`` go to the server.
+it, so that requests may be retracted. Checked are every answer, greedy answers before and after, and the memory of all of the
+server's processes. Arguments behind ``--`` go to the server.
 """
 
 from __future__ import annotations
