@@ -363,6 +363,7 @@ ATTENTION: tuple[Use, ...] = (
                 "req_to_token_pool",
                 "weight_updater",
                 "eager_runner",
+                "kv_cache_dtype_str",
             ),
             *("decode_cuda_graph_runner", "prefill_cuda_graph_runner"),
         ),
@@ -429,7 +430,19 @@ UPDATES: tuple[Use, ...] = (
     ),
 )
 
-USES: tuple[Use, ...] = (*PLUGIN, *ARGUMENTS, *MODELS, *LAYERS, *EXPERTS, *ATTENTION, *UPDATES)
+OBSERVABILITY: tuple[Use, ...] = (
+    Object("managers.scheduler.Scheduler", "a rank", ("tp_worker", "metrics_collector")),
+    Object("managers.tp_worker.TpModelWorker", "the model of a rank", ("model_runner",)),
+    Object(
+        "managers.scheduler_components.internal_state.SchedulerInternalStateController",
+        "what /server_info says of a rank",
+        ("scheduler",),
+    ),
+    Object("managers.io_struct.GetInternalStateReqOutput", "the answer", ("internal_state",)),
+    Object("observability.metrics_collector.SchedulerMetricsCollector", "labels of a rank's metrics", ("labels",)),
+)
+
+USES: tuple[Use, ...] = (*PLUGIN, *ARGUMENTS, *MODELS, *LAYERS, *EXPERTS, *ATTENTION, *UPDATES, *OBSERVABILITY)
 """The table, without the functions that hooks wrap: those are in the ``HOOKS`` of the files of ``integration/``."""
 
 

@@ -70,7 +70,7 @@ def register() -> None:
 
 def all_hooks() -> tuple[Hook, ...]:
     """Return every hook of this package, which imports SGLang's modules and takes seconds."""
-    from sglang_modelopt_ext.integration import config, loading, processes, rounding, updates
+    from sglang_modelopt_ext.integration import config, loading, observability, processes, rounding, updates
     from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
     from sglang_modelopt_ext.integration.kv import scales as kv_scales
 
@@ -80,6 +80,7 @@ def all_hooks() -> tuple[Hook, ...]:
         *kv_hooks.HOOKS,
         *kv_scales.HOOKS,
         *updates.HOOKS,
+        *observability.HOOKS,
         *processes.HOOKS,
         *rounding.HOOKS,
     )

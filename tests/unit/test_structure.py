@@ -37,9 +37,11 @@ DIRECTIONS = {
     "workflow/inspect": "backends checkpoint kernels/formats schemes workflow/common",
     "workflow/verify": "backends checkpoint kernels/formats schemes"
     " workflow/common workflow/evaluate workflow/quantize workflow/server",
+    "workflow/repair": "checkpoint kernels/formats schemes workflow/quantize",
+    "workflow/bench": "checkpoint kernels kernels/formats schemes workflow/server",
     "workflow/serve": "workflow/common workflow/quantize workflow/server",
-    "cli": "checkpoint workflow/autoquant workflow/common workflow/evaluate workflow/inspect workflow/quantize"
-    " workflow/serve workflow/server workflow/verify",
+    "cli": "checkpoint workflow/autoquant workflow/bench workflow/common workflow/evaluate workflow/inspect workflow/quantize"
+    " workflow/repair workflow/serve workflow/server workflow/verify",
 }
 """By folder: the others it imports. A folder that is not named here may import none, and none may import it."""
 LINES = 500
