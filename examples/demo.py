@@ -122,7 +122,7 @@ def serve(
     model: Path, quantization: str | None, plan: Plan, reference: list[Logprobs] | None, log: Path
 ) -> tuple[Row, list[str], list[Logprobs]]:
     """Start a server, measure it, and stop it."""
-    with ServerProcess(model, quantization=quantization, log=log) as server:
+    with ServerProcess(model, quantization=quantization, log=log, record=True) as server:
         answers = [completion.text for completion in server.generate(PROMPTS, ANSWER_TOKENS)]
         row, logprobs = measure(server, plan, reference)
     return row, answers, logprobs

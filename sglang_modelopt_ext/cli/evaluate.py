@@ -65,6 +65,7 @@ class EvaluateResult(Result, frozen=True, kw_only=True):
 
     Attributes:
         tokens, windows: size of the text that perplexity is measured on.
+        compared: number of these tokens, at the ends of the windows, whose distributions over the vocabulary enter the KL.
         checkpoints: in the order of the command line.
         plot: path of the plot; None without one.
         notes: assumptions where a checkpoint does not say.
@@ -72,6 +73,7 @@ class EvaluateResult(Result, frozen=True, kw_only=True):
 
     tokens: int
     windows: int
+    compared: int
     checkpoints: list[Evaluation]
     plot: str | None
     notes: list[str]
@@ -100,8 +102,9 @@ class EvaluateResult(Result, frozen=True, kw_only=True):
         if tasks:
             parts.append(format_columns(("checkpoint", "task", "metric", "value", "stderr"), tasks, left=3))
         parts.append(
-            f"over {self.tokens} tokens in {self.windows} windows; in brackets 95 % intervals from a bootstrap over windows,\n"
-            "paired for the comparison with the first checkpoint (perplexity / its perplexity)"
+            f"over {self.tokens} tokens in {self.windows} windows, KL over the whole vocabulary at {self.compared} of them;\n"
+            "in brackets 95 % intervals from a bootstrap over windows, paired for the comparison with the first checkpoint\n"
+            "(perplexity / its perplexity)"
         )
         if self.plot:
             parts.append(f"plot: {self.plot}")
@@ -152,7 +155,7 @@ def run(args: argparse.Namespace) -> EvaluateResult:
     rows: list[Evaluation] = []
     first: Scores | None = None
     for name, folder, (algo, bits) in zip(args.checkpoints, folders, described, strict=True):
-        scores, tasks = _measure(args, folder, windows)
+        scores, tasks = _measure(args, folder, windows, first)
         rows.append(
             Evaluation(
                 checkpoint=name,
@@ -161,7 +164,7 @@ def run(args: argparse.Namespace) -> EvaluateResult:
                 bytes=folder_size(folder),
                 perplexity=perplexity_interval(scores),
                 ratio=ratio_interval(scores, first) if first else None,
-                divergence=divergence_interval(scores, first) if first else None,
+                divergence=divergence_interval(scores) if first else None,
                 tasks=tasks,
             )
         )
@@ -171,6 +174,7 @@ def run(args: argparse.Namespace) -> EvaluateResult:
     return EvaluateResult(
         tokens=sum(len(window) - 1 for window in windows),
         windows=len(windows),
+        compared=sum(len(kept) for kept in first.rows) if first else 0,
         checkpoints=rows,
         plot=str(args.plot) if args.plot else None,
         notes=[note for folder in folders for note in assumptions(folder)],
@@ -178,13 +182,15 @@ def run(args: argparse.Namespace) -> EvaluateResult:
 
 
 def _measure(
-    args: argparse.Namespace, folder: Path, windows: Sequence[Sequence[int]]
+    args: argparse.Namespace, folder: Path, windows: Sequence[Sequence[int]], first: Scores | None
 ) -> tuple[Scores, list[TaskScore]]:
     with (
         log_files(args.log) as log,
-        ServerProcess(folder, log=log, quantization=args.quantization, arguments=server_arguments(args)) as server,
+        ServerProcess(
+            folder, log=log, quantization=args.quantization, arguments=server_arguments(args), record=True
+        ) as server,
     ):
-        scores = score(server, windows)
+        scores = score(server, windows, first)
         tasks = run_tasks(server, args.tasks, folder=args.task_folder, limit=args.limit) if args.tasks else []
     return scores, tasks
 

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sglang_modelopt_ext.cli.main import main
+from sglang_modelopt_ext.workflow.server.client import ServerClient
 from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
 from tests.support import edits
 from tests.support.cache import REPOSITORY
@@ -80,6 +82,18 @@ def test_the_whole_tutorial(tmp_path: Path) -> None:
     assert '"text":"' in output.replace(" ", ""), "the server's answer"
 
 
+def check_recorded(server: Server) -> None:
+    """Check that the log probabilities which a server records are those that it sends over HTTP.
+
+    In fp32 the two differ by the order of additions in the head, for which SGLang chooses other shapes.
+    """
+    ids = np.random.default_rng(0).integers(3, 2000, 300).tolist()
+    over_http = ServerClient(server.url, server.model).window_logprobs(ids, 40)
+    for recorded, expected in zip(server.window_logprobs(ids, 40), over_http, strict=True):
+        np.testing.assert_allclose(recorded, expected, atol=1e-3)
+    assert server.records, "they were recorded"
+
+
 @pytest.mark.server
 def test_short_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Quantize and inspect as written, verify against one server; and a checkpoint that this server does not serve."""
@@ -92,7 +106,8 @@ def test_short_form(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypa
 
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "tutorial" / "w4a8-kv"
-    with Server(folder, dtype="float32") as server:
+    with Server(folder, dtype="float32", record=True) as server:
+        check_recorded(server)
 
         def verify(*changes: str) -> tuple[int, dict[str, Any]]:
             _, name, checkpoint, *options = shlex.split(command("verify"))

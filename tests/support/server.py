@@ -59,6 +59,7 @@ class Server(ServerProcess):
         env: environment variables to set; None as a value removes one.
         entrypoint: ``python -m sglang.launch_server`` or ``sglang serve``.
         timeout: seconds until it must be ready.
+        record: whether it records the log probabilities of windows.
     """
 
     stop_seconds = 0.0
@@ -73,6 +74,7 @@ class Server(ServerProcess):
         env: Mapping[str, str | None] | None = None,
         entrypoint: Entrypoint = "launch_server",
         timeout: float = START_TIMEOUT,
+        record: bool = False,
     ) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="test-server-"))
         # --sleep-on-idle: a server that waits for its next test would keep a core busy.
@@ -84,6 +86,7 @@ class Server(ServerProcess):
             environment={**server_variables(tp), **(env or {})},
             on_cpu=True,
             timeout=timeout,
+            record=record,
         )
         if entrypoint == "serve":
             # The console script beside the interpreter: ``python -m sglang.cli.main`` has no main guard and does nothing.

@@ -124,6 +124,10 @@ class FakeServer:
         """Stand for :meth:`ServerClient.input_logprobs`."""
         return self.full_vocab_logprobs(ids, len(ids) - 1)[np.arange(len(ids) - 1), ids[1:]]
 
+    def window_logprobs(self, ids: list[int], last: int) -> tuple[Logprobs, Logprobs]:
+        """Stand for :meth:`ServerClient.window_logprobs`."""
+        return self.input_logprobs(ids), self.full_vocab_logprobs(ids, last)
+
     def generate(self, prompts: list[str], max_new_tokens: int, *, ignore_eos: bool) -> list[Completion]:
         """Stand for :meth:`ServerClient.generate`."""
         assert ignore_eos

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from sglang_modelopt_ext.workflow.evaluate.score import (
     divergence_interval,
     perplexity_interval,
     ratio_interval,
+    score,
 )
 from sglang_modelopt_ext.workflow.evaluate.tasks import task_scores
+from sglang_modelopt_ext.workflow.server.client import ServerClient
 from tests.support import edits
 from tests.support.models import TinyModel, model_dir
-from tests.unit.test_workflow_evaluate import VOCABULARY, random_logprobs
+from tests.unit.test_workflow_evaluate import VOCABULARY, FakeServer
 
 WINDOWS = 24
 LENGTHS = np.random.default_rng(3).integers(5, 40, WINDOWS)
@@ -35,8 +38,7 @@ def scores(seed: int, noise: float = 0.0) -> Scores:
     rng = np.random.default_rng(0)
     level = rng.normal(3.0, 0.7, WINDOWS)
     other = np.random.default_rng(seed).normal(0.0, noise, WINDOWS) if noise else 0.0
-    rows = [random_logprobs(seed + index, int(length)) for index, length in enumerate(LENGTHS)]
-    return Scores((level + other) * LENGTHS, LENGTHS, rows)
+    return Scores((level + other) * LENGTHS, LENGTHS, [])
 
 
 def test_the_value_is_the_perplexity_over_all_tokens() -> None:
@@ -69,12 +71,28 @@ def test_paired_windows_tell_apart_what_separate_ones_do_not() -> None:
     assert (same.low, same.value, same.high) == (1, 1, 1)
 
 
-def test_divergence_is_the_mean_over_all_positions() -> None:
-    first, second = scores(1), scores(50)
-    found = divergence_interval(second, first)
-    assert first.rows[0].shape[1] == VOCABULARY
-    assert found.value == pytest.approx(mean_divergence(first.rows, second.rows), rel=1e-6)
-    assert found.low < found.value < found.high
+@pytest.mark.parametrize("budget", [1 << 20, 2 * VOCABULARY * 3])
+def test_scores_of_a_server_and_of_another_against_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    """Distributions of the first are kept, as many as the budget allows; those of the other are compared and dropped."""
+    monkeypatch.setattr("sglang_modelopt_ext.workflow.evaluate.score.BUDGET", budget)
+    (tmp_path / "config.json").write_text(f'{{"vocab_size": {VOCABULARY}}}')
+    windows = [[0, 5, 6, 7, 1], [0, 8, 9]]
+    servers = [FakeServer(tmp_path, seed) for seed in (0, 1)]
+    first = score(cast(ServerClient, servers[0]), windows, progress=False)
+    other = score(cast(ServerClient, servers[1]), windows, first, progress=False)
+    lengths = [min(3, len(window) - 1) if budget < 1 << 20 else len(window) - 1 for window in windows]
+    assert [len(rows) for rows in first.rows] == lengths
+    assert (other.rows, other.tokens.tolist()) == ([], [4, 2])
+    direct = [servers[1].input_logprobs(window) for window in windows]
+    assert perplexity_interval(other).value == pytest.approx(perplexity(direct), rel=1e-6)
+    rows = [servers[1].full_vocab_logprobs(window, last) for window, last in zip(windows, lengths, strict=True)]
+    found = divergence_interval(other)
+    assert found.value == pytest.approx(mean_divergence(first.rows, rows), rel=1e-6)
+    assert found.low <= found.value <= found.high
+    with pytest.raises(ValueError, match="compared with a reference"):
+        divergence_interval(first)
 
 
 def evaluation(name: str, value: float) -> Evaluation:
@@ -93,14 +111,19 @@ def evaluation(name: str, value: float) -> Evaluation:
 
 def test_text() -> None:
     result = EvaluateResult(
-        tokens=7, windows=2, checkpoints=[evaluation("a", 2.0), evaluation("b", 3.0)], plot=None, notes=["assumed"]
+        tokens=7,
+        windows=2,
+        compared=5,
+        checkpoints=[evaluation("a", 2.0), evaluation("b", 3.0)],
+        plot=None,
+        notes=["assumed"],
     )
     lines = result.text().splitlines()
     numbers = "2.000 [1.000, 3.000] - 2.00000 [1.00000, 3.00000]"
     assert " ".join(lines[2].split()) == f"a FP8 8.00 1.00 MB {numbers}"
     assert [line.split() for line in lines if "acc" in line] == [[name, "words", "acc", "0.5000", "-"] for name in "ab"]
     assert "f1 (strict)" in result.text()
-    assert "over 7 tokens in 2 windows" in result.text()
+    assert "over 7 tokens in 2 windows, KL over the whole vocabulary at 5 of them" in result.text()
     assert lines[-1] == "note: assumed"
 
 

@@ -23,6 +23,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, Struct
+from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 
 SAVE_SECONDS = 5.0
@@ -137,7 +138,7 @@ class Search:
             if 0 < len(self._offered(group)) < len(names)
         ]
         steps = len(self.scoring.batches) if self.scoring else 0
-        with modelopt_messages(), _standing_in(self):
+        with modelopt_messages(), _standing_in(self), FastProducts():
             mtq.auto_quantize(
                 self.model,
                 constraints={"effective_bits": 16.0},

@@ -1,7 +1,7 @@
 """The cost and gain of quantization, measured on running servers: perplexity, divergence, speed and size.
 
-Every figure comes from the measured server: log probabilities are the ones its ``/generate`` returns, tokens per
-second are wall time of a request, sizes are those of the files it serves.
+Every figure comes from the measured server: log probabilities are computed from its logits, by itself, tokens per second are
+wall time of a request, sizes are those of the files it serves.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sglang_modelopt_ext.workflow.server.process import ServerProcess
 Logprobs = NDArray[np.float32]
 
 _UNQUANTIZED_BITS = {"bfloat16": 16.0, "float16": 16.0, "float32": 32.0}
+_ROWS = 4
 _SHORT_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -99,12 +100,9 @@ def measure(
     scored: list[Logprobs] = []
     full: list[Logprobs] = []
     for window in tqdm(plan.windows, desc="scoring", unit="window", dynamic_ncols=True, disable=not progress):
-        targets = np.asarray(window[1:])
-        rows = server.full_vocab_logprobs(window, min(plan.divergence_positions, len(targets)))
+        own, rows = server.window_logprobs(window, min(plan.divergence_positions, len(window) - 1))
+        scored.append(own)
         full.append(rows)
-        # Where all positions are requested over the whole vocabulary, each token's own log probability is among them.
-        whole = len(rows) == len(targets)
-        scored.append(rows[np.arange(len(targets)), targets] if whole else server.input_logprobs(window))
     with elapsed_progress("tokens per second", progress):
         speed = tokens_per_second(server, plan.speed_prompts, plan.speed_tokens)
     name, bits = describe(server.model)
@@ -122,11 +120,16 @@ def divergences(reference: Logprobs, other: Logprobs) -> NDArray[np.float64]:
     """Return KL(reference || other) in nats for every row of two ``[T, V]`` arrays of log probabilities."""
     if reference.shape != other.shape:
         raise ValueError(f"expected two arrays of one shape, got {reference.shape} and {other.shape}")
-    log_p, log_q = reference.astype(np.float64), other.astype(np.float64)
-    p = np.exp(log_p)
-    # A token of probability zero under the reference contributes zero, whatever its probability under the other.
-    ratio = np.subtract(log_p, log_q, where=p > 0, out=np.zeros_like(p))
-    return np.asarray((p * ratio).sum(axis=-1))
+    found = np.empty(len(reference))
+    # A few rows at a time stay in the processor's cache.
+    for start in range(0, len(found), _ROWS):
+        rows = slice(start, start + _ROWS)
+        log_p, log_q = reference[rows].astype(np.float64), other[rows].astype(np.float64)
+        p = np.exp(log_p)
+        # A token of probability zero under the reference contributes zero, whatever its probability under the other.
+        ratio = np.subtract(log_p, log_q, where=p > 0, out=np.zeros_like(p))
+        found[rows] = (p * ratio).sum(axis=-1)
+    return found
 
 
 def mean_divergence(reference: Sequence[Logprobs], other: Sequence[Logprobs]) -> float:

@@ -6,6 +6,7 @@ much narrower than that of either. Intervals are percentiles of a bootstrap over
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +22,8 @@ from sglang_modelopt_ext.workflow.server.client import ServerClient, vocabulary_
 
 CONFIDENCE = 0.95
 DRAWS, SEED = 10_000, 0
-BUDGET = 1 << 26
-"""Budget for kept log probabilities of the first checkpoint: 256 MB."""
+BUDGET = 1 << 27
+"""Budget for kept log probabilities of the first checkpoint: 512 MB."""
 
 
 class Interval(msgspec.Struct, frozen=True, kw_only=True):
@@ -40,26 +41,45 @@ class Scores:
     Attributes:
         losses: for each window the sum of -log p of its tokens, in nats.
         tokens: for each window the number of tokens in its sum.
-        rows: for each window the log probabilities over the vocabulary ``[T, V]`` of its last T tokens.
+        rows: for each window the log probabilities over the vocabulary ``[T, V]`` of its last T tokens; none where they
+            were compared with those of a reference at once.
+        divergences: for each window the sum of KL(reference || this) over its last T tokens, in nats; None without one.
+        compared: for each window T.
     """
 
     losses: NDArray[np.float64]
     tokens: NDArray[np.int64]
     rows: list[Logprobs]
+    divergences: NDArray[np.float64] | None = None
+    compared: NDArray[np.int64] | None = None
 
 
-def score(server: ServerClient, windows: Sequence[Sequence[int]], *, progress: bool = True) -> Scores:
-    """Score every window on a running server: the log probability of each of its tokens."""
+def score(
+    server: ServerClient, windows: Sequence[Sequence[int]], reference: Scores | None = None, *, progress: bool = True
+) -> Scores:
+    """Score every window on a running server: the log probability of each of its tokens.
+
+    Args:
+        server: the server.
+        windows: tokens; the first one of each is only context.
+        reference: scores of the same windows to compare distributions with; None keeps the distributions instead.
+        progress: show progress on standard error.
+    """
     positions = positions_within(BUDGET, vocabulary_size(server.model), len(windows))
-    losses, rows = [], []
-    for window in tqdm(windows, desc="scoring", unit="window", dynamic_ncols=True, disable=not progress):
-        targets = np.asarray(window[1:])
-        full = server.full_vocab_logprobs(window, min(positions, len(targets)))
-        whole = len(full) == len(targets)
-        own = full[np.arange(len(targets)), targets] if whole else server.input_logprobs(window)
+    losses, rows, sums = [], [], []
+    shown = tqdm(windows, desc="scoring", unit="window", dynamic_ncols=True, disable=not progress)
+    for index, window in enumerate(shown):
+        own, full = server.window_logprobs(window, min(positions, len(window) - 1))
         losses.append(-own.astype(np.float64).sum())
-        rows.append(full)
-    return Scores(np.asarray(losses), np.asarray([len(window) - 1 for window in windows]), rows)
+        if reference is None:
+            rows.append(full)
+        else:
+            sums.append(divergences(reference.rows[index], full).sum())
+    scores = Scores(np.asarray(losses), np.asarray([len(window) - 1 for window in windows]), rows)
+    if reference is None:
+        return scores
+    compared = np.asarray([len(full) for full in reference.rows])
+    return dataclasses.replace(scores, divergences=np.asarray(sums), compared=compared)
 
 
 def check_same_tokens(windows: Sequence[Sequence[int]], reference: Sequence[Sequence[int]], folder: Path) -> None:
@@ -88,11 +108,11 @@ def ratio_interval(scores: Scores, reference: Scores) -> Interval:
     return _interval(scores.losses - reference.losses, scores.tokens)
 
 
-def divergence_interval(scores: Scores, reference: Scores) -> Interval:
-    """Return the mean KL(reference || this) over the whole vocabulary, in nats."""
-    sums = [divergences(p, q).sum() for p, q in zip(reference.rows, scores.rows, strict=True)]
-    counts = [len(rows) for rows in scores.rows]
-    return _interval(np.asarray(sums), np.asarray(counts), exponential=False)
+def divergence_interval(scores: Scores) -> Interval:
+    """Return the mean KL(reference || this) over the whole vocabulary in nats, of scores with a reference."""
+    if scores.divergences is None or scores.compared is None:
+        raise ValueError("expected scores that were compared with a reference")
+    return _interval(scores.divergences, scores.compared, exponential=False)
 
 
 def _interval(sums: NDArray[np.float64], counts: NDArray[np.int64], *, exponential: bool = True) -> Interval:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,6 +45,19 @@ def is_on(quantizer: Any) -> bool:
     if isinstance(quantizer, torch.nn.Sequential | torch.nn.ModuleList):
         return any(is_on(part) for part in quantizer)
     return bool(getattr(quantizer, "is_enabled", False))
+
+
+def can_skip_logits(model: Any) -> bool:
+    """Return whether a forward pass without the logits reaches every quantizer, and the model has one.
+
+    transformers' models compute the logits of the last ``logits_to_keep`` tokens only.
+    """
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return False
+    head = model.get_output_embeddings()
+    return head is not None and not any(
+        is_on(module) for name, module in head.named_modules() if name.endswith("_quantizer")
+    )
 
 
 def rounds_activations(model: torch.nn.Module) -> bool:

@@ -78,6 +78,19 @@ class ServerClient:
         info = self.score(ids, len(ids) - 1 - last, {**FULL_VOCABULARY, "top_logprobs_num": vocabulary})
         return self.vocabulary_rows(info, "input", (last, vocabulary))
 
+    def window_logprobs(self, ids: Sequence[int], last: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return :meth:`input_logprobs` of all tokens, and :meth:`full_vocab_logprobs` of those at the end.
+
+        Args:
+            ids: the tokens; the first one is never scored.
+            last: how many tokens at the end have their distribution over the whole vocabulary returned.
+        """
+        rows = self.full_vocab_logprobs(ids, last)
+        targets = np.asarray(ids[1:])
+        # Where all positions are asked for, each token's own log probability is among them.
+        whole = last == len(targets)
+        return rows[np.arange(last), targets] if whole else self.input_logprobs(ids), rows
+
     def vocabulary_rows(self, info: Mapping[str, Any], side: str, shape: tuple[int, int]) -> NDArray[np.float32]:
         """Decode log probabilities over the whole vocabulary, in the order of the tokens.
 

@@ -16,12 +16,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
-from sglang_modelopt_ext.workflow.server.client import ServerClient, open_url
+from sglang_modelopt_ext.workflow.server.client import ServerClient, open_url, vocabulary_size
 from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
+from sglang_modelopt_ext.workflow.server.recorder import Recorder, can_record
 
 TAIL_LINES = 20
 _POLL_SECONDS = 0.5
@@ -59,6 +63,7 @@ class ServerProcess(ServerClient):
         max_total_tokens: size of the KV cache on a CPU, where SGLang would otherwise take most of the memory.
         timeout: seconds the server may take to start, and later to answer.
         progress: whether to show a progress line while waiting.
+        record: whether :meth:`window_logprobs` is to come from inside the server, without HTTP, where the arguments allow it.
     """
 
     stop_seconds = 10.0
@@ -76,6 +81,7 @@ class ServerProcess(ServerClient):
         max_total_tokens: int = 8192,
         timeout: float = 600.0,
         progress: bool = True,
+        record: bool = False,
     ) -> None:
         self.port = _free_port()
         super().__init__(f"http://127.0.0.1:{self.port}", model, timeout)
@@ -94,6 +100,8 @@ class ServerProcess(ServerClient):
         self.processes = ProcessTree()
         self._process: subprocess.Popen[bytes] | None = None
         self._scratch: str | None = None
+        self._records = record and can_record(arguments)
+        self._recorder: Recorder | None = None
 
     def __enter__(self) -> Self:
         try:
@@ -122,7 +130,32 @@ class ServerProcess(ServerClient):
         given = {**variables, **self.environment}
         environment = {name: value for name, value in given.items() if value is not None}
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        self._process = self.processes.start(self.command, environment, self.log)
+        command = self.command
+        if self._records:
+            folder = Path(self._scratch) / "recorder"
+            folder.mkdir()
+            self._recorder = Recorder(folder)
+            command = [*command, *self._recorder.arguments()]
+        self._process = self.processes.start(command, environment, self.log)
+
+    @property
+    def records(self) -> bool:
+        """Whether the server records log probabilities, as far as is known."""
+        return self._recorder is not None
+
+    def window_logprobs(self, ids: Sequence[int], last: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the log probabilities of a window as :meth:`ServerClient.window_logprobs` does, recorded where possible."""
+        if self._recorder is not None:
+            self.flush_cache()  # a cached prefix would not be computed again
+            payload = {"input_ids": list(ids), "sampling_params": {"temperature": 0.0, "max_new_tokens": 1}}
+            found = self._recorder.record(
+                ids, last, vocabulary_size(self.model), lambda: self.request("/generate", payload)
+            )
+            if found is not None:
+                return found
+            self._recorder = None
+            tqdm.write("this server records no log probabilities: they travel over HTTP, slowly", file=sys.stderr)
+        return super().window_logprobs(ids, last)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.timeout
@@ -196,6 +229,7 @@ class ServerProcess(ServerClient):
                 left = self.processes.kill()
                 if not left:
                     process.wait()
+            self._recorder = None
             if self._scratch is not None:
                 shutil.rmtree(self._scratch, ignore_errors=True)
                 self._scratch = None
