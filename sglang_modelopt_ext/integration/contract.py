@@ -219,6 +219,11 @@ LAYERS: tuple[Use, ...] = (
         ),
     ),
     Called(
+        "layers.logits_processor.LogitsProcessor._get_logits",
+        "log probabilities of a whole window in one pass",
+        ("hidden_states", "lm_head", "logits_metadata", "use_logits_buffer"),
+    ),
+    Called(
         "batch_invariant_ops.batch_invariant_ops.is_batch_invariant_mode_enabled", "whether a norm is the plain one", ()
     ),
     Object("layers.linear.MergedColumnParallelLinear", "the shards of a fused layer", ("output_sizes",)),

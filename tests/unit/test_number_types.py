@@ -398,6 +398,8 @@ OF_A_FORMAT = ("weight", "activation", "format", "number", "number_format")
 """Names that a weight or activation format goes by."""
 OTHER_NAMES: dict[str, tuple[int, str]] = {
     "sglang_modelopt_ext/integration/kv/hooks.py": (1, "KV formats go by the names of --kv-cache-dtype"),
+    "sglang_modelopt_ext/workflow/bench/models.py": (3, "a benchmark makes one model for each of its recipes, by name"),
+    "sglang_modelopt_ext/workflow/bench/options.py": (1, "a benchmark's own names of its recipes"),
     "sglang_modelopt_ext/workflow/quantize/checks.py": (1, "names of ModelOpt's exporter, some of which are ours too"),
 }
 """Files with comparisons of names that are not those of weight or activation formats: how many, and whose names they are."""
