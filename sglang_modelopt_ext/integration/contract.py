@@ -221,7 +221,8 @@ LAYERS: tuple[Use, ...] = (
     Called(
         "layers.logits_processor.LogitsProcessor._get_logits",
         "log probabilities of a whole window in one pass",
-        ("hidden_states", "lm_head", "logits_metadata", "use_logits_buffer"),
+        ("self", "hidden_states", "lm_head", "logits_metadata"),
+        ("use_logits_buffer",),
     ),
     Called(
         "batch_invariant_ops.batch_invariant_ops.is_batch_invariant_mode_enabled", "whether a norm is the plain one", ()
