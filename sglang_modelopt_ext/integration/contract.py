@@ -221,7 +221,7 @@ LAYERS: tuple[Use, ...] = (
     Called(
         "layers.logits_processor.LogitsProcessor._get_logits",
         "log probabilities of a whole window in one pass",
-        ("self", "hidden_states", "lm_head", "logits_metadata"),
+        ("hidden_states", "lm_head", "logits_metadata"),
         ("use_logits_buffer",),
     ),
     Called(
