@@ -7,14 +7,14 @@ pass through :class:`StrictLoad`, which sees each tensor when it is read and eac
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS
+from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, is_expert
 from sglang_modelopt_ext.checkpoint.leftovers import BUFFERS, LAYER_COUNT, MTP_COUNTS, ServedLayers
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, standard_name
@@ -22,9 +22,12 @@ from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import COMMON_BLOCK, MIXTRAL_BLOCK, ModelOptExtConfig
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod, full_shard_sizes
+from sglang_modelopt_ext.integration.layout import full_sizes, partition_numbers
+from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
+from sglang_modelopt_ext.integration.mapping import Loader, own_heads, replaced_loaders
 from sglang_modelopt_ext.integration.moe_method import GATE_UP, SHARDS, ExtFusedMoEMethod
-from sglang_modelopt_ext.integration.parameters import ExpertParameter
+from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter
+from sglang_modelopt_ext.integration.provenance import Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +66,7 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
     Args:
         module: the layer.
         name: the parameter's name in the layer.
-        shard: SGLang's id of the shard that is loaded (``"q"``, ``0``, ``"w1"``), None for a layer without shards.
+        shard: SGLang's id of the shard that is loaded (``"q"``, ``0``, ``(0, 1)``, ``"w1"``), None for all of them.
 
     Returns:
         None for parameters that are checked elsewhere.
@@ -80,11 +83,18 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
         return None
     if name == "weight" and isinstance(module.quant_method, ModelOptExtLinearMethod):
         return None
-    sizes = full_shard_sizes(module, [0])
-    index = {"q": 0, "k": 1, "v": 2}.get(shard, shard) if sizes and len(sizes) > 1 else 0
-    if sizes is None or not isinstance(index, int) or getattr(module, "use_presharded_weights", False):
+    sizes = full_sizes(module, [0])
+    if sizes is None or getattr(module, "use_presharded_weights", False):
         return None
-    return (sizes[index], module.input_size) if name == "weight" else (sizes[index],)
+    try:
+        numbers = partition_numbers(shard, len(sizes)) if len(sizes) > 1 else (0,)
+    except ValueError:  # a shard that a class loads in a way of its own
+        return None
+    rows = sum(sizes[number] for number in numbers)
+    if name == "bias":
+        return (rows,)
+    # Convolutions are built as linear layers with a dimension more, and load themselves.
+    return (rows, module.input_size) if module.weight.dim() == 2 else None
 
 
 def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False) -> set[str]:
@@ -109,8 +119,8 @@ def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = Fa
 class StrictLoad:
     """One pass of a checkpoint's tensors into a model.
 
-    A tensor counts as used when a parameter's loader is called with it, which its memory tells. Where a model transforms tensors
-    first, the call counts for the tensor that was read last.
+    A tensor counts as used when a parameter's loader is called with it, or with what the model's class made of it
+    (:class:`Provenance`). Where that is not known, the call counts for the tensor that was read last.
 
     Args:
         model: the model whose parameters are loaded.
@@ -127,10 +137,19 @@ class StrictLoad:
         self.current: str | None = None
         self.used: set[str] = set()
         self.loads: dict[str, set[Any]] = {}
-        self._by_memory: dict[int, str] = {}
+        self._provenance = Provenance()
+        self._writers: dict[tuple[str, Any], str] = {}
+        self._decoded: set[str] = set()
+        self._lock = threading.Lock()
         self.has_values = has_values
         self.left_out = left_out(model, checkpoint, is_draft)
         self._names = _expert_names(model, checkpoint)
+        self._own_head = {
+            stored.name: getattr(head, spec)
+            for head, linear in own_heads(model)
+            for spec, stored in linear.stored.items()
+            if spec != "bias"
+        }
 
     def read(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield ``(name, tensor)`` of ``weights``, by the names that the model knows, after checking values of quantized layers.
@@ -152,51 +171,64 @@ class StrictLoad:
             if spec is not None and self.has_values:
                 check_values(stored.file, name, tensor, spec.values)
             self.current = name
-            self._by_memory[_memory(tensor)] = name
+            self._provenance.add(tensor, name)
+            if spec is not None and spec.is_scalar and not is_expert(name.rpartition(".")[0]):
+                # Where a model's class concatenates such scales, they stay one for each stored layer.
+                tensor = tensor.reshape(1)
+            if name in self._own_head:  # a class whose embeddings are tied skips the head
+                parameter = self._own_head[name]
+                parameter.weight_loader(parameter, tensor)
+                continue
             yield self._names(standard_name(name)), tensor
 
-    @contextmanager
-    def watch_parameters(self) -> Iterator[None]:
-        """Replace the weight loader of every parameter by one that records the call, as a context manager."""
-        from sglang.srt.model_loader.weight_utils import default_weight_loader
-
-        undo: list[Callable[[], None]] = []
-        for name, parameter in self.model.named_parameters():
-            attribute = "_weight_loader" if hasattr(parameter, "_weight_loader") else "weight_loader"
-            original = getattr(parameter, attribute, None)
-            setattr(parameter, attribute, self._recording(name, original or default_weight_loader))
-            undo.append(_restorer(parameter, attribute, original))
-        try:
-            yield
-        finally:
-            for restore in undo:
-                restore()
-
-    def _recording(self, parameter: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+    def _recording(self, parameter: str, loader: Loader) -> Loader:
         module_name, _, name = parameter.rpartition(".")
         module = self.model.get_submodule(module_name)
 
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            source = self._by_memory.get(_memory(tensor), self.current)
+            sources = self._provenance.of(tensor) or ((self.current,) if self.current is not None else ())
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
             if "expert_id" in kwargs:  # the experts' loader has the parameter's name as its first further argument
                 shard = kwargs["shard_id"]
             expected = unquantized_shape(module, name, shard)
             if expected is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
+            if not self.has_values and tensor.is_meta and not target.is_meta:  # built on a device that its class names
+                tensor = torch.empty_like(tensor, device=target.device)
             result = loader(target, tensor, *args, **kwargs)
             written: set[Any]
             if isinstance(target, ExpertParameter):
                 # The result lists no expert where another rank holds it: nothing was written here.
                 written = {(expert, shard) for expert in result}
+            elif "expert_id" in kwargs:
+                written = {(kwargs["expert_id"], shard)}
             else:
-                written = {(kwargs["expert_id"], shard) if "expert_id" in kwargs else shard}
-            if source is not None and written:
-                self.used.add(source)
+                written = set(shard) if isinstance(shard, tuple) else {shard}
+            if written:
+                self.used.update(sources)
+            if isinstance(target, StoredParameter):
+                self._check_once(parameter, written, ", ".join(sources))
             self.loads.setdefault(parameter, set()).update(written)
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, ModelOptExtLinearMethod) and method.is_absorbed:
+                self._decode(module_name, module, method)
             return result
 
         return load
+
+    def _decode(self, name: str, layer: torch.nn.Module, method: ModelOptExtLinearMethod) -> None:
+        """Decode an absorbed layer once all of its tensors are there: the model's class reads the weight when it has them all."""
+        with self._lock:  # some classes load in several threads
+            if all(f"{name}.{spec.name}" in self.loads for spec in method.scheme.tensors) and name not in self._decoded:
+                self._decoded.add(name)
+                method.decode(layer)
+
+    def _check_once(self, parameter: str, written: set[Any], source: str) -> None:
+        """Raise ValueError where another stored tensor was written to one of the shards ``written`` of a parameter of ours."""
+        for shard in written:
+            earlier = self._writers.setdefault((parameter, shard), source)
+            if earlier != source:
+                raise ValueError(f"one stored tensor for {parameter} expected, {earlier} was loaded before it")
 
     def run(
         self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], weights: Iterable[tuple[str, torch.Tensor]]
@@ -218,7 +250,7 @@ class StrictLoad:
         Raises:
             ModelOptExtError: a value is illegal, or ``load`` fails; the error names the tensor that was read last.
         """
-        with self.watch_parameters():
+        with replaced_loaders(self.model, self._recording), self._provenance:
             try:
                 load(self.read(weights))
             except ModelOptExtError:
@@ -301,12 +333,6 @@ class StrictLoad:
         )
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    """Return an id of the memory that a tensor is a view of: its address, or the storage object on the meta device."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() or int(storage._cdata)
-
-
 def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> set[Any]:
     """Return the shards that must have been loaded into a fused parameter; ``found``, those that were, tell its kind."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -345,12 +371,6 @@ def _is_stock_kv_scale(modules: dict[str, torch.nn.Module], parameter: str) -> b
 
     module, _, name = parameter.rpartition(".")
     return name in ("k_scale", "v_scale") and isinstance(modules[module], RadixAttention)
-
-
-def _restorer(parameter: torch.nn.Parameter, attribute: str, original: Callable[..., Any] | None) -> Callable[[], None]:
-    if original is None:
-        return lambda: delattr(parameter, attribute)
-    return lambda: setattr(parameter, attribute, original)
 
 
 def _load_weights_only(
