@@ -82,10 +82,8 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         Raises:
             ModelOptExtError: the model's sizes are not the checkpoint's, or this rank's cut through a block.
         """
-        del (
-            output_size,
-            extra_weight_attrs,
-        )  # N is taken from output_partition_sizes, and our parameters load themselves
+        # N is taken from output_partition_sizes, and our parameters load themselves.
+        del output_size, extra_weight_attrs
         self.product.dtype = params_dtype
         layout = self._read_layout(layer, input_size, input_size_per_partition, output_partition_sizes)
         self.product.rank_amax = _rank_maximum(layer) if input_size_per_partition != input_size else None
@@ -151,6 +149,8 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         self._check_rows(layer)
         shards, held = self._shards(layer), sum(shard.held for shard in layout.shards)
         self.product.prepare(layer, shards, held, layout.k_rank, self._is_vocabulary(layer))
+        for spec in self.scheme.tensors:
+            self._loaders[spec.name] = layer.get_parameter(spec.name)._weight_loader  # type: ignore[attr-defined]
         self._remove_stored(layer)
         if self._is_vocabulary(layer):
             # SGLang calls the method of an lm_head only if the layer has a `weight`.
@@ -189,7 +189,6 @@ class ModelOptExtLinearMethod(LinearMethodBase):
 
     def _remove_stored(self, layer: torch.nn.Module) -> None:
         for spec in self.scheme.tensors:
-            self._loaders[spec.name] = layer.get_parameter(spec.name)._weight_loader  # type: ignore[attr-defined]
             delattr(layer, spec.name)
 
     def decode(self, layer: torch.nn.Module) -> None:
@@ -241,6 +240,8 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         for spec in self.scheme.tensors:
             parameter = layer.get_parameter(spec.name)
             fill_dummy(parameter.data, spec)
+        if self.is_absorbed:
+            self.decode(layer)
         self.verified = True
 
 

@@ -52,11 +52,17 @@ def store(scheme: LayerScheme, rows: int, seed: int) -> Stored:
 
 
 def build(
-    kind: Any, sizes: Any, scheme: LayerScheme, stored: Sequence[int], rank: int = 0, ranks: int = 1
+    kind: Any,
+    sizes: Any,
+    scheme: LayerScheme,
+    stored: Sequence[int],
+    rank: int = 0,
+    ranks: int = 1,
+    name: str = "layer",
 ) -> LinearBase:
     """Return a layer of SGLang's on one rank, made of stored layers of ``stored`` rows."""
     linears = [QuantizedLinear(f"stored.{i}", scheme, rows, K, {}) for i, rows in enumerate(stored)]
-    method = ModelOptExtLinearMethod(scheme, "folder", "layer", "exact", linears)
+    method = ModelOptExtLinearMethod(scheme, "folder", name, "exact", linears)
     config: Any = SimpleNamespace(get_quant_method=lambda layer, prefix: method)
     with parallel_rank(rank, ranks):
         layer: LinearBase = kind(*sizes, bias=False, quant_config=config, prefix="layer")
@@ -157,6 +163,30 @@ def test_input_features_of_a_rank(name: str, rank: int, ranks: int) -> None:
     layer = build(RowParallelLinear, (K, 128), scheme, [128], rank, ranks)
     load(layer, stored)
     assert torch.equal(weight_of(layer), dense_weight(scheme, stored).chunk(ranks, dim=1)[rank])
+
+
+@pytest.mark.parametrize(("rank", "ranks"), RANKS)
+def test_an_absorbed_layer_is_dense_and_can_be_loaded_again(rank: int, ranks: int) -> None:
+    """``kv_b_proj`` is the weight that its tensors stand for, in the model's type, before and after an update from disk."""
+    scheme = scheme_of("nvfp4_w4a8", rank=4)
+    layer = build(ColumnParallelLinear, (K, 256), scheme, [256], rank, ranks, name="attention.kv_b_proj")
+    method: Any = layer.quant_method
+    assert method.is_absorbed
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(8))
+    for seed in (1, 2):
+        method.restore_weights_before_loading(layer)
+        stored = store(scheme, 256, seed)
+        load(layer, stored)
+        method.decode(layer)
+        method.verified = True
+        method.process_weights_after_loading(layer)
+        expected = dense_weight(scheme, stored).chunk(ranks)[rank]
+        assert [name for name, _ in layer.named_parameters()] == ["weight"]
+        assert torch.equal(layer.get_parameter("weight"), expected)
+        assert torch.equal(method.apply(layer, x), x @ expected.T)
+    method.restore_weights_before_loading(layer)
+    method.fill_dummy(layer)
+    assert bool(torch.isfinite(layer.get_parameter("weight")).all())
 
 
 class TestErrors:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from tests.serving.checks import check_logprobs
 from tests.support import edits
 from tests.support.exports import export
@@ -40,40 +37,19 @@ def test_stored_fused(family: Family, recipe: str, tp: int) -> None:
         check_logprobs(server, folder, "float32")
 
 
-def quantized_head(tensors: edits.Tensors) -> None:
-    """Quantize ``lm_head`` as ModelOpt's W4A8_NVFP4_FP8 does."""
-    stored = WEIGHT_FORMATS["nvfp4_w4a8"].quantize(tensors.pop("lm_head.weight").to(torch.float32))
-    stored["input_scale"] = torch.tensor(0.05)
-    tensors.update({f"lm_head.{name}": tensor for name, tensor in stored.items()})
+@pytest.mark.parametrize(
+    "model", [tiny("mixtral", layers=1), pytest.param(TinyModel("llama", tied=True), marks=pytest.mark.full)]
+)
+def test_quantized_vocabulary(model: TinyModel, tmp_path: Path) -> None:
+    """NVFP4_FP8_MHA's weights, on a class that builds head and embedding without a config (Mixtral), and on one without a head.
 
-
-def include_head(content: dict[str, Any]) -> None:
-    """Declare the head as quantized."""
-    excluded = content["quantization"]["exclude_modules"]
-    content["quantization"]["exclude_modules"] = [pattern for pattern in excluded if "lm_head" not in pattern]
-
-
-def test_a_head_that_its_class_builds_without_a_config(tmp_path: Path) -> None:
-    """Mixtral's head is quantized; ModelOpt fails to export that, so that it is written as ModelOpt writes others."""
-    changes = [
-        edits.edit_tensors(quantized_head),
-        edits.drop_embedded_config,
-        edits.edit_json(edits.QUANT_CONFIG, include_head),
-    ]
-    folder = edits.copy_with(export(model_dir(tiny("mixtral", layers=1)), NVFP4), tmp_path / "checkpoint", changes)
-    with Server(folder, dtype="float32") as server:
-        check_logprobs(server, folder, "float32")
-
-
-@pytest.mark.full
-def test_a_quantized_head_of_tied_embeddings(tmp_path: Path) -> None:
-    """NVFP4_FP8_MHA's real export of a tied model: a bf16 embedding and an NVFP4 head, without its FP8 KV cache."""
-    source = export(model_dir(TinyModel("llama", tied=True)), "NVFP4_FP8_MHA_CONFIG")
+    The FP8 KV cache is taken out of the checkpoint.
+    """
     changes = [
         edits.drop_embedded_config,
         edits.set_file_config({"kv_cache_quant_algo": None}),
         edits.drop_tensors("*.[kv]_scale"),
     ]
-    folder = edits.copy_with(source, tmp_path / "checkpoint", changes)
+    folder = edits.copy_with(export(model_dir(model), "NVFP4_FP8_MHA_CONFIG"), tmp_path / "checkpoint", changes)
     with Server(folder, dtype="float32") as server:
         check_logprobs(server, folder, "float32")

@@ -174,7 +174,7 @@ class _Weights:
             return self._target(kind[0] + "_proj", layer) * (1.0 + 0.2 * self._normal(name, shape))
         if kind in ("post_self_attn_layernorm", "post_mlp_layernorm"):  # GLM-4's, behind a block
             return 1.0 + 0.1 * self._normal(name, shape)
-        if kind in FUSED:
+        if kind in FUSED and parts[-1] == "weight":  # the experts' is a parameter of that name
             return self._fused(name, kind, shape, layer)
         if kind in ("input_layernorm", "post_attention_layernorm"):
             return self._gain(name, shape[0], layer)
