@@ -23,10 +23,10 @@ from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
 from sglang_modelopt_kernels.moe import grouped
+from sglang_modelopt_kernels.moe.activation import activate, naive_activate
 from sglang_modelopt_kernels.moe.combine import combine, naive_combine
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear
 from sglang_modelopt_kernels.moe.route import route
-from sglang_modelopt_kernels.moe.swiglu import naive_swiglu, swiglu
 from sglang_modelopt_kernels.timing import median_us
 
 
@@ -72,7 +72,7 @@ def layer(
     """Compute the experts of one layer in bf16, for rounded activations; the hidden activations are cast, not scaled."""
     pairs = chosen.shape[0]
     routed = route(chosen, gate_up.experts, grouped.tile(gate_up, x.dtype, pairs))
-    hidden = swiglu(grouped_linear(x, gate_up, routed, pairs))
+    hidden = activate(grouped_linear(x, gate_up, routed, pairs))
     y = grouped_linear(hidden.to(x.dtype), down, routed, pairs)
     return combine(y, weights.shape[1], weights, torch.bfloat16)
 
@@ -92,13 +92,13 @@ def check(name: str, tokens: int) -> float:
     routed = route(chosen, model.experts, grouped.tile(gate_up, dtype, chosen.shape[0]))
     x = torch.randn(tokens, model.hidden, device="cuda").to(dtype)
     h = grouped_linear(x, gate_up, routed, chosen.shape[0])
-    hidden = swiglu(h)
+    hidden = activate(h)
     rounded = hidden.to(dtype)
     y = grouped_linear(rounded, down, routed, chosen.shape[0])
     out = combine(y, model.top_k, weights, torch.bfloat16)
     expected = {
         "gate and up": (h, naive_grouped_linear(x, gate_up, chosen)),
-        "SwiGLU": (hidden, naive_swiglu(h)),
+        "SwiGLU": (hidden, naive_activate(h)),
         "down": (y, naive_grouped_linear(rounded, down, chosen)),
         "sum": (out, naive_combine(y, model.top_k, weights)),
     }

@@ -16,7 +16,7 @@ from benchmarks.registry.base import ARCHITECTURES, Case, Kernel, StressCase, Ti
 from benchmarks.registry.blackwell import FP4_BLACKWELL, MXFP4_FP8_BLACKWELL, TCGEN05
 from benchmarks.registry.common import FINISH, FP8, ORDER, PLANES
 from benchmarks.registry.experts import GROUPED, GROUPED_DENSE
-from benchmarks.registry.moe import COMBINE, ROUTE, SWIGLU
+from benchmarks.registry.moe import ACTIVATION, COMBINE, ROUTE
 from benchmarks.registry.mxfp4_fp8_hopper import MXFP4_FP8_HOPPER
 from benchmarks.registry.quantize import (
     QUANTIZE_BLOCKS,
@@ -43,7 +43,7 @@ KERNELS: tuple[Kernel, ...] = (
     GROUPED,
     GROUPED_DENSE,
     ROUTE,
-    SWIGLU,
+    ACTIVATION,
     COMBINE,
     DECODE,
     EXTEND,

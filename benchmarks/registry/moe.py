@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.registry.base import Case, Kernel, Launch, StressCase
+from sglang_modelopt_kernels.moe.activation import SWIGLU, Activation, activate, naive_activate
+from sglang_modelopt_kernels.moe.activation.kernel import activation_kernel
 from sglang_modelopt_kernels.moe.combine import combine, naive_combine
 from sglang_modelopt_kernels.moe.combine.kernel import combine_kernel
 from sglang_modelopt_kernels.moe.route import naive_route, route
 from sglang_modelopt_kernels.moe.route.kernel import route_kernel
-from sglang_modelopt_kernels.moe.swiglu import naive_swiglu, swiglu
-from sglang_modelopt_kernels.moe.swiglu.kernel import swiglu_kernel
 
 
 def _route_cases(arch: int) -> Iterator[Case]:
@@ -24,10 +24,36 @@ def _route_cases(arch: int) -> Iterator[Case]:
         yield Case(f"route {chunk} pairs", route_kernel, types, constexprs, {"num_warps": warps})
 
 
-def _swiglu_cases(arch: int) -> Iterator[Case]:
+ACTIVATIONS = {
+    "silu": SWIGLU,
+    "gpt-oss": Activation(alpha=1.702, offset=1.0, limit=7.0, bias=True),
+    "silu limited": Activation(limit=10.0, limits_function=True),
+    "relu2": Activation("relu2", gated=False),
+    "gelu": Activation("gelu"),
+    "gelu_tanh": Activation("gelu_tanh"),
+}
+"""The forms that models have, one for each path through the kernel."""
+
+
+def _activation_cases(arch: int) -> Iterator[Case]:
     del arch
-    types = {"h_ptr": "*bf16", "y_ptr": "*bf16", "inner": "i32"}
-    yield Case("swiglu", swiglu_kernel, types, {"BLOCK": 1024}, {}, ("inner",))
+    for name, activation in ACTIVATIONS.items():
+        # With a bias the sum is fp32 until the bias is added.
+        h = "*fp32" if activation.bias else "*bf16"
+        types = {"h_ptr": h, "bias_ptr": "*fp32" if activation.bias else h, "y_ptr": "*bf16", "inner": "i32"}
+        types["expert_ptr"] = "*i32" if activation.bias else h
+        constexprs = {
+            "FUNCTION": activation.function,
+            "GATED": activation.gated,
+            "ALPHA": activation.alpha,
+            "OFFSET": activation.offset,
+            "LIMIT": activation.limit or 0.0,
+            "HAS_LIMIT": activation.limit is not None,
+            "LIMITS_FUNCTION": activation.limits_function,
+            "HAS_BIAS": activation.bias,
+            "BLOCK": 1024,
+        }
+        yield Case(f"activation {name}", activation_kernel, types, constexprs, {}, ("inner",))
 
 
 def _combine_cases(arch: int) -> Iterator[Case]:
@@ -41,9 +67,20 @@ def _random(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, generator=generator, device="cuda").bfloat16()
 
 
-def _launch_swiglu() -> Launch:
-    x = _random(4096, 4096)
-    return Launch(lambda: swiglu(x), None)
+def _launch_activation(activation: Activation) -> Launch:
+    h = _random(4096, 4096)
+    if not activation.bias:
+        return Launch(lambda: activate(h, activation), None)
+    bias, experts = _random(32, 4096).float(), torch.arange(-1, 4095, device="cuda", dtype=torch.int32) % 32
+    return Launch(lambda: activate(h.float(), activation, torch.bfloat16, bias, experts), None)
+
+
+def _activation_stress(arch: int) -> tuple[StressCase, ...]:
+    del arch
+    return tuple(
+        StressCase(f"activation {name}", lambda activation=activation: _launch_activation(activation))  # type: ignore[misc]
+        for name, activation in ACTIVATIONS.items()
+    )
 
 
 def _launch_combine() -> Launch:
@@ -63,12 +100,12 @@ def _launch_route() -> Launch:
     return Launch(call, None)
 
 
-SWIGLU = Kernel(
-    "swiglu",
-    "moe/swiglu",
-    naive_swiglu,
-    compile=_swiglu_cases,
-    stress=lambda _: (StressCase("swiglu", _launch_swiglu),),
+ACTIVATION = Kernel(
+    "activation",
+    "moe/activation",
+    naive_activate,
+    compile=_activation_cases,
+    stress=_activation_stress,
 )
 COMBINE = Kernel(
     "combine",

@@ -9,6 +9,7 @@ import torch
 from benchmarks.registry.base import Case
 from sglang_modelopt_kernels.formats.base import DecodedWeight
 from sglang_modelopt_kernels.gemm.common import KernelConfig, machine
+from sglang_modelopt_kernels.gemm.common.launch import masks
 from sglang_modelopt_kernels.gemm.w4_decode.packing import Kind
 
 KINDS: tuple[tuple[Kind, int], ...] = (
@@ -58,7 +59,14 @@ def product_case(
     types |= dict.fromkeys(("bias_ptr", "y_ptr"), "*bf16") | dict.fromkeys(("m", "n", "k", "row_step"), "i32")
     types |= {"partial_ptr": "*fp32", "arrivals_ptr": "*i32"}
     tile = {"BN": config.bn, "BM": config.bm, "BK": config.bk}
-    every = {"DESCALE": 1.0, "HAS_ROW_SCALE": True, "HAS_BIAS": True, "EVEN_M": False, "EVEN_K": True, "SPLIT_K": 1}
+    every = {
+        "DESCALE": 1.0,
+        "HAS_ROW_SCALE": True,
+        "HAS_BIAS": True,
+        "EVEN_M": not masks(config),
+        "EVEN_K": True,
+        "SPLIT_K": 1,
+    }
     constexprs = every | tile | numerics
     return Case(
         f"{name} {config}",

@@ -137,7 +137,7 @@ def fused_candidates(request: FusedRequest) -> tuple[list[FusedExperts], dict[st
         reasons of the others it names, by name.
     """
     known = {backend.name: backend for backend in FUSED_BACKENDS}
-    reasons = {name: known[name].supports(request) for name in _named_experts() if name in known}
+    reasons = {name: known[name].objection(request) for name in _named_experts() if name in known}
     supporting = [known[name] for name, reason in reasons.items() if reason is None]
     return supporting, {name: reason for name, reason in reasons.items() if reason is not None}
 

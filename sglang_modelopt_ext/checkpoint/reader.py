@@ -7,23 +7,25 @@ for any model. Block scales are checked where they are loaded (:mod:`sglang_mode
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, is_expert, read_experts
+from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, is_expert, packed_layer, read_experts
 from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS as FUSED_SHARDS
 from sglang_modelopt_ext.checkpoint.names import canonical_name
+from sglang_modelopt_ext.checkpoint.packed import PackedExperts, PackedProjection, declared, packed_tensors, read_packed
 from sglang_modelopt_ext.checkpoint.quant_config import LayerQuantization, QuantConfig, read_quant_config, text_config
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
 from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_blocks
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme, is_fp4
+from sglang_modelopt_ext.schemes.base import BIAS, LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme, is_fp4
 from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, ValueRule
@@ -63,7 +65,7 @@ class Checkpoint:
         folder: the checkpoint's folder.
         config: its declared quantization.
         tensors: the header of every tensor, by name.
-        linears: every quantized linear layer, by :func:`canonical_name`; each projection of an expert is one.
+        linears: every quantized linear layer, by :func:`canonical_name`; each projection of an expert is one, unless packed.
         experts: the quantized experts of each layer, by :func:`canonical_name` of the module around them.
     """
 
@@ -73,8 +75,24 @@ class Checkpoint:
     linears: Mapping[str, QuantizedLinear]
     experts: Mapping[str, ExpertLayer] = field(default_factory=dict)
 
+    @functools.cached_property
+    def packed(self) -> Mapping[str, tuple[PackedProjection, str]]:
+        """The projection and the spec name of each tensor of packed experts, by the tensor's name."""
+        return {tensor: (part, name) for experts in _packed(self) for tensor, part, name in experts.tensors()}
+
+    @property
+    def layers(self) -> list[QuantizedLinear]:
+        """Every quantized linear layer, and each projection of packed experts: N and K of one expert, the headers of all."""
+        packed = [part for experts in _packed(self) for part in experts.projections]
+        headers = [{name: part.stored[name] for name in part.one.stored} for part in packed]
+        of_packed = [dataclasses.replace(part.one, stored=of) for part, of in zip(packed, headers, strict=True)]
+        return [*self.linears.values(), *of_packed]
+
     def spec_of(self, tensor: str) -> TensorSpec | None:
         """Return the spec of a stored tensor by its name, None when it belongs to no quantized layer."""
+        if tensor in self.packed:
+            projection, name = self.packed[tensor]
+            return projection.specs.get(name)
         module, _, name = standard_name(tensor).rpartition(".")
         linear = self.linears.get(canonical_name(module))
         if linear is None:
@@ -83,9 +101,16 @@ class Checkpoint:
 
     def leaves_out(self, tensor: str) -> bool:
         """Return whether ``tensor`` is a scale that a quantized layer does not use, since its activations are not rounded here."""
+        if tensor in self.packed:
+            projection, name = self.packed[tensor]
+            return name not in projection.one.stored
         module, _, name = standard_name(tensor).rpartition(".")
         linear = self.linears.get(canonical_name(module))
         return linear is not None and name in _SCALE_NAMES and name not in linear.stored
+
+
+def _packed(checkpoint: Checkpoint) -> list[PackedExperts]:
+    return [layer.packed for layer in checkpoint.experts.values() if layer.packed is not None]
 
 
 def layer_scheme(
@@ -184,22 +209,33 @@ def survey_checkpoint(
     tensors = read_headers(folder)
     served = ServedLayers.of(text_config(folder))
     linears, problems, incomplete = {}, [], set()
-    modules = _quantized_modules(tensors)
-    keeps = not rounds_fp4 and any(_lacks_fp4_scale(config.layer(module), stored) for module, stored in modules.items())
+    modules, packed = _quantized_modules(tensors), packed_tensors(tensors)
+    asked = [(config.layer(module), stored) for module, stored in modules.items()] if not rounds_fp4 else []
+    asked += [(declared(config, layer, part), packed[layer][part]) for layer in packed for part in packed[layer]]
+    keeps = not rounds_fp4 and any(_lacks_fp4_scale(quantization, stored) for quantization, stored in asked)
     for module, stored in modules.items():
         try:
-            linears[canonical_name(module)] = _describe(module, stored, config, keeps)
+            linears[canonical_name(module)] = _describe(
+                module, stored, config.layer(module, stored=True), config=config, keeps_fp4=keeps
+            )
         except ModelOptExtError as error:
             if not served.leaves_out(module):
                 problems.append(error)
             incomplete.add(canonical_name(module))
-    experts: Mapping[str, ExpertLayer] = {}
+    experts: dict[str, ExpertLayer] = {}
     try:
         wanted = {name: linear for name, linear in linears.items() if not served.leaves_out(linear.name)}
         faulty = any(is_expert(name) and not served.leaves_out(name) for name in incomplete)
         experts = {} if faulty else read_experts(wanted, tensors)
     except ModelOptExtError as error:
         problems.append(error)
+    for layer, parts in packed.items():
+        try:
+            if not served.leaves_out(layer):
+                found = read_packed(layer, parts, config, functools.partial(_describe, config=config, keeps_fp4=keeps))
+                experts[canonical_name(layer)] = packed_layer(found)
+        except ModelOptExtError as error:
+            problems.append(error)
     checkpoint = Checkpoint(folder, config, tensors, linears, experts)
     problems += _fused_problems(checkpoint, incomplete, served)
     kv_cache = next((name for name in sorted(tensors) if is_kv_cache_tensor(name)), None)
@@ -238,19 +274,24 @@ def _lacks_fp4_scale(quantization: LayerQuantization | None, stored: Mapping[str
 
 
 def _describe(
-    module: str, stored: Mapping[str, StoredTensor], config: QuantConfig, keeps_fp4: bool = False
+    module: str,
+    stored: Mapping[str, StoredTensor],
+    quantization: LayerQuantization | None,
+    *,
+    config: QuantConfig,
+    keeps_fp4: bool,
 ) -> QuantizedLinear:
     """Return the description of one layer. Raises ModelOptExtError where it is not as its scheme declares.
 
     Args:
         module: the layer's name in the checkpoint.
         stored: its headers, by last part of the name.
+        quantization: its entry in the configuration, None where it is declared as not quantized.
         config: the checkpoint's configuration.
         keeps_fp4: whether FP4 activations are kept in the model's type: the scheme then has no activation format, and their
             scales are dropped.
     """
     some = next(iter(stored.values()))
-    quantization = config.layer(module, stored=True)
     if quantization is None:
         extra = next(tensor for name, tensor in sorted(stored.items()) if name in _SCALE_NAMES or name == "weight")
         raise ModelOptExtError.at(
@@ -263,7 +304,7 @@ def _describe(
         scheme = dataclasses.replace(scheme, activation=None)
     specs = {spec.name: spec for spec in scheme.tensors}
     for name, tensor in stored.items():
-        if name not in specs and name != "bias":
+        if name not in specs and name != BIAS.name:
             raise ModelOptExtError.at(
                 tensor.file, tensor.name, f"only the tensors of {scheme.describe()}", "an unknown one"
             )
@@ -318,15 +359,23 @@ def _check_shape(tensor: StoredTensor, spec: TensorSpec, n: int, k: int) -> None
 def _fused_problems(checkpoint: Checkpoint, incomplete: Set[str], served: ServedLayers) -> list[ModelOptExtError]:
     """Return an error for each served layer that SGLang fuses and whose shards differ.
 
-    Layers with a shard in ``incomplete`` are skipped: that shard has an error already.
+    Layers with a shard in ``incomplete`` are skipped: that shard has an error already. Experts are :func:`read_experts`'s, and a
+    model without any gate (Nemotron-H) has an up projection alone.
     """
     problems = []
+    ungated = not any(name.endswith(".gate_proj.weight") for name in checkpoint.tensors)
     for shards in FUSED_SHARDS.values():
+        if ungated and "gate_proj" in shards:
+            continue
         owners = {
             name.removesuffix(shard) for name in checkpoint.linears for shard in shards if name.endswith("." + shard)
         }
         for owner in sorted(owners):
-            if served.leaves_out(owner) or any(owner + shard in incomplete for shard in shards):
+            if (
+                served.leaves_out(owner)
+                or is_expert(owner + shards[0])
+                or any(owner + shard in incomplete for shard in shards)
+            ):
                 continue
             try:
                 _check_fused(checkpoint, owner, shards)
@@ -371,7 +420,7 @@ def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
 def check_scalar_values(checkpoint: Checkpoint) -> None:
     """Raise ModelOptExtError, naming the tensor, unless every per-tensor scale is finite, positive and normal."""
     scalars = []
-    for linear in checkpoint.linears.values():
+    for linear in checkpoint.layers:
         for spec in linear.scheme.tensors:
             if spec.is_scalar and spec.name in linear.stored:
                 scalars.append(linear.stored[spec.name])
@@ -381,8 +430,11 @@ def check_scalar_values(checkpoint: Checkpoint) -> None:
 
 def bits_per_weight(checkpoint: Checkpoint) -> float:
     """Return the stored bits per weight of the quantized linear layers, scales included and biases not; 16 without such layers."""
-    stored = sum(t.num_bytes for linear in checkpoint.linears.values() for n, t in linear.stored.items() if n != "bias")
+    stored = sum(t.num_bytes for layer in checkpoint.layers for n, t in layer.stored.items() if n != BIAS.name)
     weights = sum(linear.n * linear.k for linear in checkpoint.linears.values())
+    weights += sum(
+        part.count * part.one.n * part.one.k for packed in _packed(checkpoint) for part in packed.projections
+    )
     return 8 * stored / weights if weights else float(torch.bfloat16.itemsize * 8)
 
 
@@ -393,14 +445,19 @@ def check_stored_values(linear: QuantizedLinear, spec: TensorSpec) -> torch.Tens
     check_values(stored.file, stored.name, tensor, spec.values)
     if spec.values is ValueRule.BLOCK_SCALE_E4M3:
         _, codes = next(read_tensors([linear.stored["weight"]]))
-        check_zero_blocks(stored.file, stored.name, codes, tensor)
+        as_linear = linear.scheme.weight.tensors[0].shape(linear.n, linear.k)
+        if codes.dim() > len(as_linear) and codes.shape[1:] != as_linear:  # packed experts as [E, K, N]
+            codes, scale = codes.transpose(1, 2).contiguous(), tensor.view(torch.uint8).transpose(1, 2).contiguous()
+            check_zero_blocks(stored.file, stored.name, codes, scale)
+        else:
+            check_zero_blocks(stored.file, stored.name, codes, tensor)
     return tensor
 
 
 def check_all_values(checkpoint: Checkpoint) -> None:
     """Raise ModelOptExtError for an illegal scale or zero block of the checkpoint, with one layer in memory at a time."""
     check_scalar_values(checkpoint)
-    for linear in checkpoint.linears.values():
+    for linear in checkpoint.layers:
         for spec in linear.scheme.tensors:
             if not spec.is_scalar and spec.values is not ValueRule.CODES and spec.name in linear.stored:
                 check_stored_values(linear, spec)

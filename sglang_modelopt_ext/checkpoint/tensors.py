@@ -7,6 +7,7 @@ outside the folder, tensors stored twice.
 from __future__ import annotations
 
 import json
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,12 @@ from sglang_modelopt_ext.checkpoint.hub import hub_model, hub_tensor_names
 from sglang_modelopt_ext.errors import ModelOptExtError
 
 INDEX_NAME = "model.safetensors.index.json"
+
+MOST_JSON_BYTES = 512 << 20
+"""Size of a configuration or an index; that of a model with a hundred thousand tensors has 10 MB."""
+
+DEEPEST_JSON = 64
+"""Levels of nesting in a configuration; real ones have five."""
 
 _DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -59,19 +66,54 @@ class StoredTensor:
 def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in ``path``. Raises ModelOptExtError when the file cannot be read or holds anything else."""
     try:
+        _check_regular(path, f"a JSON object of at most {MOST_JSON_BYTES >> 20} MB", MOST_JSON_BYTES)
         text = path.read_text(encoding="utf-8")
         value = json.loads(text)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except ModelOptExtError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: no JSON, no UTF-8, or a number of too many digits
         raise ModelOptExtError.at(path, "file", "a JSON object", error) from error
     if not isinstance(value, dict):
         raise ModelOptExtError.at(path, "file", "a JSON object", type(value).__name__)
+    _check_depth(path, value)
     return value
+
+
+def _check_depth(path: Path, value: object) -> None:
+    """Raise ModelOptExtError for nesting that would exhaust the recursion of a function that walks or prints the value."""
+    level: list[object] = [value]
+    for _ in range(DEEPEST_JSON):
+        level = [
+            entry
+            for holder in level
+            for entry in (holder.values() if isinstance(holder, dict) else holder if isinstance(holder, list) else ())
+            if isinstance(entry, (dict, list))
+        ]
+    if level:
+        raise ModelOptExtError.at(path, "file", f"JSON nested at most {DEEPEST_JSON} levels deep", "more")
+
+
+def _check_regular(path: Path, expected: str, most: int | None = None) -> None:
+    """Raise ModelOptExtError for a pipe or a device, which could be read for ever, and for a file of more than ``most`` bytes.
+
+    Raises OSError where there is no such file.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelOptExtError.at(path, "file", expected, "no regular file")
+    if most is not None and status.st_size > most:
+        raise ModelOptExtError.at(path, "file", expected, f"{status.st_size >> 20} MB")
 
 
 @contextmanager
 def open_safetensors(path: Path) -> Iterator[Any]:
     """Open a safetensors file on the CPU, as a context manager; the library's errors become a ModelOptExtError."""
     try:
+        _check_regular(path, "a readable safetensors file")
         with safe_open(path, framework="pt", device="cpu") as handle:
             yield handle
     except (SafetensorError, OSError) as error:
@@ -102,9 +144,16 @@ def _weight_map(index: Path) -> dict[str, str]:
         # A symbolic link in the folder is fine (hub caches are made of them); a path that leaves it is not.
         if not isinstance(name, str) or Path(name).name != name or name in ("", ".", ".."):
             raise ModelOptExtError.at(index, tensor, "the name of a file in the same folder", repr(name))
-        if not (index.parent / name).is_file():
+        if not _is_file(index.parent / name):
             raise ModelOptExtError.at(index, tensor, f"the file {name} beside it", "no such file")
     return weight_map
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False
 
 
 def tensor_names(folder: Path) -> Collection[str]:

@@ -1,4 +1,4 @@
-"""Checkpoints whose storage is not supported: packed experts.
+"""Checkpoints whose storage is not supported: experts packed under names that ModelOpt does not export.
 
 Each kind has an error of its own. Without it a server would stop at a consequence, such as a shard that was never stored, sizes
 that do not match or an unused tensor.
@@ -15,10 +15,8 @@ from sglang_modelopt_ext.checkpoint.reader import Checkpoint, survey_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor
 from sglang_modelopt_ext.errors import ModelOptExtError
 
-_PACKED_EXPERTS = re.compile(
-    r"(?P<experts>.+\.experts)\.(?P<projection>gate_up_proj|gate_proj|up_proj|down_proj|w13|w2)(_\w+)?"
-)
-"""The pattern of one tensor with all experts of a layer, which is no module's ``weight``."""
+_PACKED_EXPERTS = re.compile(r"(?P<experts>.+\.experts)\.(?P<projection>gate_proj|up_proj|w13|w2)(_\w+)?")
+"""The pattern of one tensor with all experts of a layer, under names that ModelOpt does not export."""
 
 
 def read_for_serving(

@@ -9,17 +9,19 @@ from collections.abc import Sequence
 import msgspec
 
 from sglang_modelopt_ext import __version__
-from sglang_modelopt_ext.cli import auto_quantize, evaluate, inspect, quantize, serve, verify
+from sglang_modelopt_ext.cli import auto_quantize, bench, evaluate, inspect, quantize, repair, serve, verify
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
-from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.errors import ModelOptExtError, printable
 from sglang_modelopt_ext.workflow.common.interrupts import signals_as_interrupts
 
 COMMANDS: tuple[Command, ...] = (
     quantize.COMMAND,
     auto_quantize.COMMAND,
     inspect.COMMAND,
+    repair.COMMAND,
     verify.COMMAND,
     evaluate.COMMAND,
+    bench.COMMAND,
     serve.COMMAND,
 )
 """All subcommands, in the order of a typical workflow."""
@@ -29,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="sglang-modelopt",
-        description="Quantize a model with NVIDIA ModelOpt; inspect, verify, evaluate and serve the result with SGLang.",
+        description="Quantize a model with NVIDIA ModelOpt; check, repair, measure and serve the result with SGLang.",
     )
     parser.add_argument("--version", action="version", version=f"sglang-modelopt-ext {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -57,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    print(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() if args.json else result.text())
+    print(
+        msgspec.json.format(msgspec.json.encode(result), indent=2).decode() if args.json else printable(result.text())
+    )
     return OK if result.passed() else CHECK_FAILED
 
 

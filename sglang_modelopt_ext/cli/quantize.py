@@ -176,7 +176,7 @@ def _run(args: argparse.Namespace) -> Result:
     return QuantizeResult(
         folder=str(exported.folder),
         quant_algo=exported.checkpoint.config.algo,
-        linears=len(exported.checkpoint.linears),
+        linears=len(exported.checkpoint.layers),
         bits_per_weight=exported.record.bits_per_weight,
         size=exported.size,
         layerwise=done.outcome.layerwise,

@@ -12,7 +12,7 @@ import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from sglang_modelopt_ext.backends.select import rounds_fp4
-from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, ExpertLayer
+from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, check_shared, projections_of
 from sglang_modelopt_ext.checkpoint.kv_cache import STOCK_FLAGS
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.ownership import owned_family
@@ -44,6 +44,7 @@ from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES
 if TYPE_CHECKING:
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,11 @@ class ModelOptExtConfig(QuantizationConfig):
         if isinstance(layer, LinearBase):
             return self._linear_method(layer, prefix) or UnquantizedLinearMethod()
         if isinstance(layer, FusedMoE):
-            return self._experts_method(prefix)
+            method = self._experts_method(layer, prefix)
+            if method is None:
+                # Under a configuration with "modelopt" in its name SGLang does not load unquantized experts that are packed.
+                layer.quant_config = None
+            return method
         if isinstance(layer, VocabParallelEmbedding):  # lm_head too
             linear = self.linears.get(canonical_name(prefix))
             return self.method_of(prefix, [linear]) if linear else None
@@ -200,17 +205,28 @@ class ModelOptExtConfig(QuantizationConfig):
             return None
         return ModelOptExtLinearMethod(scheme, self.config.file, prefix, math_of(scheme, self.math), None)
 
-    def _experts_method(self, prefix: str) -> ExtFusedMoEMethod | None:
+    def can_fuse_shared_expert(self) -> bool:
+        """Return whether every shared expert is quantized like the routed ones; SGLang's DeepSeek classes fuse it only then."""
+        try:
+            for experts in self.experts.values():
+                check_shared(experts, self.linears)
+        except ModelOptExtError:
+            return False
+        return True
+
+    def _experts_method(self, layer: FusedMoE, prefix: str) -> ExtFusedMoEMethod | None:
         names = expert_names(prefix)
         stored = next((self.experts[name] for name in names if name in self.experts), None)
         where = self.checkpoint.folder if self.checkpoint else self.config.file
         if stored is not None:
+            if layer.moe_runner_config.num_fused_shared_experts:
+                check_shared(stored, self.linears)
             return ExtFusedMoEMethod(stored.gate_up, stored.down, where, prefix, self.math, stored)
         # A mix lists layers under one of their names. An exclusion under any of the names excludes the layer.
         declared = [
             tuple(self.config.layer(f"{name}.0.{projection}") for projection in projections)
             for name in names
-            for projections in EXPERT_PROJECTIONS
+            for projections in projections_of(layer.moe_runner_config.is_gated)
         ]
         mixed = self.config.algo == MIXED_PRECISION
         quantized = next((layers for layers in declared if any(layers)), None)
@@ -219,8 +235,8 @@ class ModelOptExtConfig(QuantizationConfig):
         if self.checkpoint is not None:
             expected = f"experts of {self.config.algo}, or them in exclude_modules"
             raise ModelOptExtError.at(where, prefix, expected, "neither")
-        gate, up, down = (layer_scheme(self.config, layer) if layer else None for layer in quantized)
-        gate_up = self._same(prefix, {gate, up})
+        *first, down = (layer_scheme(self.config, entry) if entry else None for entry in quantized)
+        gate_up = self._same(prefix, set(first))
         if gate_up is None or down is None:
             raise ModelOptExtError.at(
                 where, prefix, "gate, up and down of the experts all quantized", "only some of them"

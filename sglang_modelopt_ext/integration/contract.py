@@ -224,6 +224,17 @@ LAYERS: tuple[Use, ...] = (
         ("output_sizes", "output_partition_sizes"),
     ),
     Object(
+        "layers.layernorm.RMSNorm",
+        "the plain case of a norm",
+        (
+            *("variance_size_override", "cast_x_before_out_mul", "fp32_residual", "override_orig_dtype"),
+            *("weight", "variance_epsilon"),
+        ),
+    ),
+    Called(
+        "batch_invariant_ops.batch_invariant_ops.is_batch_invariant_mode_enabled", "whether a norm is the plain one", ()
+    ),
+    Object(
         "layers.linear.QKVParallelLinear",
         "the shards of q, k and v",
         (
@@ -271,7 +282,7 @@ EXPERTS: tuple[Use, ...] = (
         "a layer of experts",
         (
             *("hidden_size", "intermediate_size_per_partition", "moe_tp_size", "moe_tp_rank", "num_experts"),
-            *("num_local_experts", "quant_method", "use_presharded_weights", "moe_runner_config"),
+            *("num_local_experts", "quant_method", "quant_config", "use_presharded_weights", "moe_runner_config"),
             "_map_global_expert_id_to_local_expert_id",
         ),
     ),
@@ -290,6 +301,7 @@ EXPERTS: tuple[Use, ...] = (
         "what a layer of experts computes",
         (
             *("activation", "is_gated", "gemm1_alpha", "gemm1_clamp_limit", "swiglu_limit", "no_combine", "top_k"),
+            "gate_up_interleaved",
             *("num_fused_shared_experts", "apply_router_weight_on_input", "routed_scaling_factor"),
         ),
     ),
@@ -373,6 +385,7 @@ ATTENTION: tuple[Use, ...] = (
                 "req_to_token_pool",
                 "weight_updater",
                 "eager_runner",
+                "kv_cache_dtype_str",
             ),
             *("decode_cuda_graph_runner", "prefill_cuda_graph_runner"),
         ),
@@ -439,7 +452,19 @@ UPDATES: tuple[Use, ...] = (
     ),
 )
 
-USES: tuple[Use, ...] = (*PLUGIN, *ARGUMENTS, *MODELS, *LAYERS, *EXPERTS, *ATTENTION, *UPDATES)
+OBSERVABILITY: tuple[Use, ...] = (
+    Object("managers.scheduler.Scheduler", "a rank", ("tp_worker", "metrics_collector")),
+    Object("managers.tp_worker.TpModelWorker", "the model of a rank", ("model_runner",)),
+    Object(
+        "managers.scheduler_components.internal_state.SchedulerInternalStateController",
+        "what /server_info says of a rank",
+        ("scheduler",),
+    ),
+    Object("managers.io_struct.GetInternalStateReqOutput", "the answer", ("internal_state",)),
+    Object("observability.metrics_collector.SchedulerMetricsCollector", "labels of a rank's metrics", ("labels",)),
+)
+
+USES: tuple[Use, ...] = (*PLUGIN, *ARGUMENTS, *MODELS, *LAYERS, *EXPERTS, *ATTENTION, *UPDATES, *OBSERVABILITY)
 """The table, without the functions that hooks wrap: those are in the ``HOOKS`` of the files of ``integration/``."""
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -25,7 +24,7 @@ from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.layout import full_sizes, partition_numbers
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
 from sglang_modelopt_ext.integration.mapping import Loader, own_heads, replaced_loaders
-from sglang_modelopt_ext.integration.moe_method import GATE_UP, SHARDS, ExtFusedMoEMethod
+from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards_of
 from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter
 from sglang_modelopt_ext.integration.provenance import Provenance
 
@@ -58,7 +57,9 @@ def ext_config(model: torch.nn.Module) -> ModelOptExtConfig | None:
     return None
 
 
-def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[int, ...] | None:
+def unquantized_shape(
+    module: torch.nn.Module, name: str, shard: Any, all_experts: bool = False
+) -> tuple[int, ...] | None:
     """Return the shape that a stored ``weight`` of an unquantized layer, or ``bias`` of any linear layer, must have.
 
     SGLang's loaders assert shapes on a GPU, but pad short tensors with zeros on a CPU.
@@ -67,6 +68,7 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
         module: the layer.
         name: the parameter's name in the layer.
         shard: SGLang's id of the shard that is loaded (``"q"``, ``0``, ``(0, 1)``, ``"w1"``), None for all of them.
+        all_experts: whether it is loaded for all experts at once, gate and up together.
 
     Returns:
         None for parameters that are checked elsewhere.
@@ -78,6 +80,9 @@ def unquantized_shape(module: torch.nn.Module, name: str, shard: Any) -> tuple[i
         if isinstance(module.quant_method, ExtFusedMoEMethod):
             return None
         hidden, intermediate = module.hidden_size, module.intermediate_size_per_partition * module.moe_tp_size
+        if all_experts:
+            of_one = (hidden, intermediate) if name == "w2_weight" else (2 * intermediate, hidden)
+            return (module.num_experts, *of_one)
         return (hidden, intermediate) if name == "w2_weight" else (intermediate, hidden)
     if not isinstance(module, LinearBase) or name not in ("weight", "bias"):
         return None
@@ -150,6 +155,14 @@ class StrictLoad:
             for spec, stored in linear.stored.items()
             if spec != "bias"
         }
+        self._packed = {
+            name: (module, method)
+            for module, method in quantized_modules(model)
+            if isinstance(method, ExtFusedMoEMethod) and method.stored is not None and method.stored.packed is not None
+            for name, projection, spec in method.stored.packed.tensors()
+            if spec in projection.specs
+        }
+        """The layers that packed tensors of experts belong to: SGLang's models know none of a quantized layer but its weights."""
 
     def read(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield ``(name, tensor)`` of ``weights``, by the names that the model knows, after checking values of quantized layers.
@@ -172,6 +185,10 @@ class StrictLoad:
                 check_values(stored.file, name, tensor, spec.values)
             self.current = name
             self._provenance.add(tensor, name)
+            if name in self._packed:
+                module, method = self._packed[name]
+                method.load_packed(module, name, tensor)
+                continue
             if spec is not None and spec.is_scalar and not is_expert(name.rpartition(".")[0]):
                 # Where a model's class concatenates such scales, they stay one for each stored layer.
                 tensor = tensor.reshape(1)
@@ -187,10 +204,10 @@ class StrictLoad:
 
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             sources = self._provenance.of(tensor) or ((self.current,) if self.current is not None else ())
-            shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
-            if "expert_id" in kwargs:  # the experts' loader has the parameter's name as its first further argument
+            shard = args[0] if args else kwargs.get("loaded_shard_id")
+            if "shard_id" in kwargs:  # the experts' loaders have the parameter's name as their first further argument
                 shard = kwargs["shard_id"]
-            expected = unquantized_shape(module, name, shard)
+            expected = unquantized_shape(module, name, shard, "shard_id" in kwargs and "expert_id" not in kwargs)
             if expected is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
             if not self.has_values and tensor.is_meta and not target.is_meta:  # built on a device that its class names
@@ -339,9 +356,13 @@ def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> 
 
     if isinstance(module, FusedMoE):
         # SGLang's own loader is called for every expert and drops those of other ranks.
-        own = isinstance(module.quant_method, ExtFusedMoEMethod)
+        method = module.quant_method
+        own = isinstance(method, ExtFusedMoEMethod)
         count = module.num_local_experts if own else module.num_experts
-        shards = next((shards for product, shards in SHARDS.items() if parameter.startswith(f"{product}_")), ())
+        if not any(isinstance(entry, tuple) for entry in found):
+            return found  # all experts at once
+        product = parameter.partition("_")[0]
+        shards = shards_of(module.moe_runner_config.is_gated).get(product, ())
         return {(expert, shard) for expert in range(count) for shard in shards}
     if found & {"q", "k", "v"}:
         return {"q", "k", "v"}
@@ -399,31 +420,6 @@ def _load_weights_only(
     return None
 
 
-def _postprocess_weights(original: Callable[..., None], model: torch.nn.Module, target_device: torch.device) -> None:
-    original(model, target_device)
-    log_schemes(model)
-
-
-def log_schemes(model: torch.nn.Module) -> None:
-    """Log one line per scheme and kernel: the number of layers (and of experts on this rank), and the kernel that serves them."""
-    from sglang.srt.utils import log_info_on_rank0
-
-    counts: Counter[tuple[str, str]] = Counter()
-    for _, method in quantized_modules(model):
-        if isinstance(method, ModelOptExtLinearMethod):
-            if method.backend:
-                counts[
-                    "linear layers", f"{method.scheme.describe()}, math {method.math}, kernel {method.backend.name}"
-                ] += 1
-            continue
-        for name, kernel in method.kernels.items():
-            product, projections = method.products[name], "gate and up" if name == GATE_UP else "down"
-            kind = f"layers of {method.experts} experts, {projections}:"
-            counts[kind, f"{product.scheme.describe()}, math {product.math}, kernel {kernel}"] += 1
-    for (kind, served), count in sorted(counts.items()):
-        log_info_on_rank0(logger, f"modelopt_ext: {count} {kind} {served}")
-
-
 def _initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     original(model, *args, **kwargs)
     for module, method in quantized_modules(model):
@@ -436,12 +432,6 @@ HOOKS = (
         ("model", "weights", "target_device"),
         "tensors a model does not know would be dropped",
         _load_weights_only,
-    ),
-    Hook(
-        "sglang.srt.model_loader.loader.DefaultModelLoader.postprocess_weights",
-        ("model", "target_device"),
-        "the log would not say which kernel serves which layers",
-        _postprocess_weights,
     ),
     Hook(
         "sglang.srt.model_loader.weight_utils.initialize_dummy_weights",

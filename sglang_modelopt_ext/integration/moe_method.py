@@ -8,26 +8,63 @@ therefore has another name, and its parameters have their own loader.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
 from sglang_modelopt_ext.backends.experts.fused import FusedRequest
 from sglang_modelopt_ext.checkpoint.experts import ExpertLayer
+from sglang_modelopt_ext.checkpoint.packed import part_along_n
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.linear_method import fill_dummy
 from sglang_modelopt_ext.integration.parameters import ExpertParameter
 from sglang_modelopt_ext.layers.experts import ExpertProduct
 from sglang_modelopt_ext.layers.fused import FusedProduct
-from sglang_modelopt_ext.layers.mixture import Choices, mix
-from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.layers.mixture import Biases, Choices, mix
+from sglang_modelopt_ext.schemes.base import BIAS, LayerScheme
 from sglang_modelopt_ext.schemes.table import math_of
+from sglang_modelopt_kernels.formats.base import TensorSpec
+from sglang_modelopt_kernels.moe.activation import SWIGLU, Activation, Function
 
 GATE_UP, DOWN = "w13", "w2"
-SHARDS: dict[str, tuple[str, ...]] = {GATE_UP: ("w1", "w3"), DOWN: ("w2",)}
-"""SGLang's prefixes of expert parameters, and the shard ids of each in order: gate and up (``w13``), down (``w2``)."""
+"""SGLang's prefixes of expert parameters: those of gate and up, or of up without a gate, and those of down."""
+
+
+def shards_of(gated: bool) -> dict[str, tuple[str, ...]]:
+    """Return SGLang's ids of the shards of each product in order; up of experts without a gate has the gate's."""
+    return {GATE_UP: ("w1", "w3") if gated else ("w1",), DOWN: ("w2",)}
+
+
+def activation_of(config: Any, bias: bool, subject: str) -> Activation:
+    """Return the activation that SGLang's configuration of a layer of experts asks for.
+
+    Args:
+        config: SGLang's ``MoeRunnerConfig``.
+        bias: whether the layer has biases.
+        subject: the layer's name, for errors.
+
+    Raises:
+        ModelOptExtError: it is none of :class:`Activation`.
+    """
+    function, gated = config.activation, bool(config.is_gated)
+    known = get_args(Function)
+    if function not in known:
+        raise ModelOptExtError.at(subject, "activation", f"one of {', '.join(known)}", function)
+    bounded: dict[str, Any] = {}
+    if gated and function == "silu":
+        # As SGLang's Triton runner reads the three fields.
+        if config.gemm1_alpha is not None:
+            bounded = {"alpha": config.gemm1_alpha, "offset": 1.0, "limit": config.gemm1_clamp_limit}
+        elif config.gemm1_clamp_limit is not None:
+            bounded = {"limit": config.gemm1_clamp_limit, "limits_function": True}
+        elif config.swiglu_limit is not None:
+            bounded = {"limit": config.swiglu_limit}
+    elif any(value is not None for value in (config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit)):
+        expected = "none for an activation other than a gated silu"
+        raise ModelOptExtError.at(subject, "gemm1_alpha, gemm1_clamp_limit, swiglu_limit", expected, "one")
+    return Activation(function, gated, bias=bias, **bounded)
 
 
 class ExtFusedMoEMethod(FusedMoEMethodBase):
@@ -65,6 +102,8 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         self.verified = False
         """Whether every tensor of the layer was loaded and checked; set by the strict loader."""
         self.experts = 0
+        self.activation = SWIGLU
+        self._alternates = False
         self._config: Any = None
         self._create: Callable[[], None] | None = None
         self._sizes: dict[str, tuple[int, int]] = {}
@@ -84,7 +123,12 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             ModelOptExtError: the layer or an option is not supported, the model's sizes are not the checkpoint's, or this rank's
                 cut through a block.
         """
-        self._check_layer(layer, bool(extra_weight_attrs.get("with_bias")))
+        self._check_layer(layer)
+        config = _of(layer, "moe_runner_config")
+        self.activation = activation_of(config, bool(extra_weight_attrs.get("with_bias")), self.prefix)
+        # Of packed weights, the rows of gate and up alternate where SGLang's kernels read them so.
+        self._alternates = config.gemm1_alpha is not None and config.gate_up_interleaved
+        self._check_kind()
         self._check_sizes(layer, hidden_size, extra_weight_attrs["moe_intermediate_size"])
         self.experts = num_experts
         # (N, K) of one shard on this rank.
@@ -99,9 +143,9 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
 
         def create() -> None:
             for name, scheme in self.schemes.items():
-                for spec in scheme.tensors:
+                for spec in self._specs(name):
                     try:
-                        parameter = ExpertParameter(spec, num_experts, len(SHARDS[name]), *self._sizes[name])
+                        parameter = ExpertParameter(spec, num_experts, len(self.shards[name]), *self._sizes[name])
                     except ValueError as error:
                         raise ModelOptExtError.at(
                             self.where,
@@ -109,13 +153,22 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                             f"sizes per rank that hold whole blocks of {scheme.weight.name}",
                             error,
                         ) from error
-                    parameter.weight_loader = _loader(layer, name)  # type: ignore[attr-defined]
+                    parameter.weight_loader = _loader(layer, name, self.shards[name])  # type: ignore[attr-defined]
                     layer.register_parameter(f"{name}_{spec.name}", parameter)
 
         create()
         self._create = create
 
-    def _check_layer(self, layer: torch.nn.Module, bias: bool) -> None:
+    @property
+    def shards(self) -> dict[str, tuple[str, ...]]:
+        """SGLang's ids of the shards of each product."""
+        return shards_of(self.activation.gated)
+
+    def _specs(self, name: str) -> tuple[TensorSpec, ...]:
+        """Return the specs of a product's stored tensors, its bias included."""
+        return (*self.schemes[name].tensors, BIAS) if self.activation.bias else self.schemes[name].tensors
+
+    def _check_layer(self, layer: torch.nn.Module) -> None:
         """Raise an error that names the option or field for a layer of experts that is not supported here."""
         from sglang.srt.layers.moe import get_moe_a2a_backend
 
@@ -127,24 +180,31 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                 "every expert once, in the model's order",
                 _moves_experts(),
             ),
-            "activation": ("silu", config.activation != "silu"),
-            "is_gated": ("gated experts", not config.is_gated),
-            "gemm1_alpha, gemm1_clamp_limit, swiglu_limit": (
-                "a plain SwiGLU",
-                any(v is not None for v in (config.gemm1_alpha, config.gemm1_clamp_limit, config.swiglu_limit)),
-            ),
-            "with_bias": ("experts without a bias", bias),
             "no_combine": ("the sum over a token's experts", config.no_combine),
             "use_presharded_weights": ("whole weights", _of(layer, "use_presharded_weights")),
             "--disable-shared-experts-fusion": (
-                "shared experts as linear layers of their own",
-                bool(config.num_fused_shared_experts),
+                "at most one shared expert among the routed ones",
+                (config.num_fused_shared_experts or 0) > 1,
             ),
             "svdquant_lora_a": ("experts without a low-rank branch", scheme.low_rank or self.schemes[DOWN].low_rank),
         }
         for subject, (expected, is_so) in unserved.items():
             if is_so:
                 raise ModelOptExtError.at(self.prefix, subject, expected, "a layer of experts with something else")
+
+    def _check_kind(self) -> None:
+        """Raise ModelOptExtError unless the checkpoint's experts have a gate and biases where the model has them."""
+        if self.stored is None:
+            return
+        for subject, stored, wanted in (
+            ("a gate", self.stored.gated, self.activation.gated),
+            ("a bias", self.stored.bias, self.activation.bias),
+        ):
+            if stored != wanted:
+                expected = f"experts {'with' if wanted else 'without'} {subject}, as the model has them"
+                raise ModelOptExtError.at(
+                    self.where, self.stored.name, expected, "with one" if stored else "without one"
+                )
 
     def _check_sizes(self, layer: torch.nn.Module, hidden: int, intermediate: int) -> None:
         """Raise ModelOptExtError unless the model's number and sizes of experts are the checkpoint's."""
@@ -154,7 +214,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             )
         if self.stored is None:
             return
-        experts = _of(layer, "num_experts")
+        experts = _of(layer, "num_experts") - (_of(layer, "moe_runner_config").num_fused_shared_experts or 0)
         for subject, stored, wanted in (
             ("experts", self.stored.count, experts),
             ("hidden size", self.stored.hidden, hidden),
@@ -184,13 +244,13 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                 "a loader that bypasses it (see --load-format)",
             )
         stored = {name: self._stored(layer, name) for name in self.schemes}
-        sizes = {name: (n * len(SHARDS[name]), k) for name, (n, k) in self._sizes.items()}
+        sizes = {name: (n * len(self.shards[name]), k) for name, (n, k) in self._sizes.items()}
         top_k = self._config.top_k or 1
         device = stored[DOWN][0][0]["weight"].device
         gate_up, down = (
             self.products[name].request(device, *sizes[name], self.experts, top_k) for name in (GATE_UP, DOWN)
         )
-        request = FusedRequest(gate_up, down, self._config.apply_router_weight_on_input)
+        request = FusedRequest(gate_up, down, self._config.apply_router_weight_on_input, self.activation)
         is_fused = self.fused.prepare(layer, request, stored[GATE_UP], stored[DOWN])
         for name, scheme in self.schemes.items():
             if not is_fused:
@@ -203,7 +263,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         """Return the stored tensors of one product as ``[expert][shard][spec name]``."""
         parameters = {spec.name: layer.get_parameter(f"{name}_{spec.name}").data for spec in self.schemes[name].tensors}
         return [
-            [{key: data[expert, shard] for key, data in parameters.items()} for shard in range(len(SHARDS[name]))]
+            [{key: data[expert, shard] for key, data in parameters.items()} for shard in range(len(self.shards[name]))]
             for expert in range(self.experts)
         ]
 
@@ -250,13 +310,45 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         )
         if self.fused.backend:
             return StandardCombineInput(hidden_states=self.fused.apply(layer, x, choices))
-        y = mix(layer, self.products[GATE_UP], self.products[DOWN], x, choices)
+        products = self.products[GATE_UP], self.products[DOWN]
+        y = mix(layer, *products, x, choices, self.activation, self._biases(layer))
         return StandardCombineInput(hidden_states=y)
+
+    def _biases(self, layer: torch.nn.Module) -> Biases | None:
+        if not self.activation.bias:
+            return None
+        first, down = (layer.get_parameter(f"{name}_{BIAS.name}").flatten(1) for name in (GATE_UP, DOWN))
+        # Of the ranks that hold slices of an expert, the first adds the bias of their sum.
+        return Biases(first, down if _of(layer, "moe_tp_rank") == 0 else None)
+
+    def load_packed(self, layer: torch.nn.Module, stored: str, tensor: torch.Tensor) -> None:
+        """Load a tensor of packed experts into the parameters of this rank's experts.
+
+        Args:
+            layer: SGLang's layer.
+            stored: the tensor's name in the checkpoint.
+            tensor: its values.
+
+        Raises:
+            ValueError: a block holds rows of gate and of up, or this rank's slice cuts through one.
+        """
+        assert self.stored is not None
+        assert self.stored.packed is not None
+        packed = self.stored.packed
+        projection, name = next(found[1:] for found in packed.tensors() if found[0] == stored)
+        product = GATE_UP if projection is packed.gate_up else DOWN
+        spec, shards = projection.specs[name], self.shards[product]
+        parameter: Any = layer.get_parameter(f"{product}_{name}")
+        for expert in range(projection.count):
+            one = projection.of_expert(name, tensor, expert)
+            for index, shard in enumerate(shards):
+                part = part_along_n(spec, one, index, len(shards), self._alternates)
+                parameter.weight_loader(parameter, part, name, shard_id=shard, expert_id=expert)
 
     def fill_dummy(self, layer: torch.nn.Module) -> None:
         """Fill the layer's parameters with legal values for ``--load-format dummy``."""
-        for name, scheme in self.schemes.items():
-            for spec in scheme.tensors:
+        for name in self.schemes:
+            for spec in self._specs(name):
                 fill_dummy(layer.get_parameter(f"{name}_{spec.name}").data, spec)
         self.verified = True
 
@@ -266,7 +358,7 @@ def _of(layer: torch.nn.Module, name: str) -> Any:
     return getattr(layer, name)
 
 
-def _loader(layer: Any, name: str) -> Callable[..., list[int]]:
+def _loader(layer: Any, name: str, shards: tuple[str, ...]) -> Callable[..., list[int]]:
     """Return a weight loader for the parameters of one product, called with the arguments of ``FusedMoE.weight_loader``."""
 
     def load(
@@ -278,7 +370,7 @@ def _loader(layer: Any, name: str) -> Callable[..., list[int]]:
         if expert < 0:
             return []
         n_rank, k_rank = (layer.moe_tp_rank, 0) if name == GATE_UP else (0, layer.moe_tp_rank)
-        parameter.load(loaded_weight, expert, SHARDS[name].index(shard_id), n_rank, k_rank)
+        parameter.load(loaded_weight, expert, shards.index(shard_id), n_rank, k_rank)
         return [expert]
 
     return load

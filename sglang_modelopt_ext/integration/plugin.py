@@ -70,11 +70,20 @@ def register() -> None:
 
 def all_hooks() -> tuple[Hook, ...]:
     """Return every hook of this package, which imports SGLang's modules and takes seconds."""
-    from sglang_modelopt_ext.integration import config, loading, mapping, processes, rounding, updates
+    from sglang_modelopt_ext.integration import (
+        config,
+        loading,
+        mapping,
+        observability,
+        processes,
+        products,
+        rounding,
+        updates,
+    )
     from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
     from sglang_modelopt_ext.integration.kv import scales as kv_scales
 
-    own = (config, mapping, loading, kv_hooks, kv_scales, updates, processes, rounding)
+    own = (config, mapping, loading, products, kv_hooks, kv_scales, updates, observability, processes, rounding)
     return tuple(hook for file in own for hook in file.HOOKS)
 
 

@@ -30,7 +30,7 @@ def _is_plain_norm(
     module: Any, x: torch.Tensor, residual: torch.Tensor | None, addition: torch.Tensor | None, quant_linear: Any
 ) -> bool:
     """Return whether the fused kernel computes what SGLang's RMSNorm would: its plain case."""
-    from sglang.srt.batch_invariant_ops import is_batch_invariant_mode_enabled
+    from sglang.srt.batch_invariant_ops.batch_invariant_ops import is_batch_invariant_mode_enabled
 
     return (
         addition is None

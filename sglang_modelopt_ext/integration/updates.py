@@ -38,8 +38,9 @@ def check_replacement(config: ModelOptExtConfig, folder: Path) -> Checkpoint:
         raise ModelOptExtError.at(folder, "quantization_config", "a checkpoint exported by ModelOpt", "none")
     checkpoint = read_served(folder, new_config)
     served = config.checkpoint
-    for name in sorted(served.linears.keys() | checkpoint.linears.keys()):
-        old, new = served.linears.get(name), checkpoint.linears.get(name)
+    old_layers, new_layers = ({linear.name: linear for linear in source.layers} for source in (served, checkpoint))
+    for name in sorted(old_layers.keys() | new_layers.keys()):
+        old, new = old_layers.get(name), new_layers.get(name)
         if old is None or new is None or (old.scheme, old.n, old.k) != (new.scheme, new.n, new.k):
             raise ModelOptExtError.at(
                 folder,

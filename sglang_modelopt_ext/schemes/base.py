@@ -18,6 +18,9 @@ _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PRE_QUANT_SCALE = TensorSpec("pre_quant_scale", _MODEL_DTYPES, (Dim("K"),), ValueRule.POSITIVE)
 """AWQ's and SmoothQuant's smoothing: ``y = Q(x * pre_quant_scale) @ Q(W)^T``, W already divided by it."""
 
+BIAS = TensorSpec("bias", _MODEL_DTYPES, (Dim("N"),), ValueRule.FINITE)
+"""The bias of a layer, which is no part of its scheme."""
+
 
 def is_fp4(activation: ActivationFormat | None) -> TypeGuard[ActivationFormat]:
     """Return whether activations are E2M1, which ``SGLANG_MODELOPT_EXT_FP4_ACTIVATIONS`` may leave out."""

@@ -42,7 +42,7 @@ class ExpertKind:
     Attributes:
         scheme: the quantization of the weights.
         n, k: output and input features of a rank's part of one expert, its shards together.
-        shards: 2 for gate and up, 1 for down.
+        shards: 2 for gate and up, 1 for down, and for up without a gate.
         experts, top_k: the number of experts, and of experts for each token.
         name: the name of the first such layer, with ``gate_up`` or ``down``.
         count: the number of layers with this kind of product.
@@ -84,8 +84,9 @@ def experts_of(checkpoint: Checkpoint, tp_size: int = 1) -> list[ExpertKind]:
         if not isinstance(top_k, int) or not 0 < top_k <= layer.count:
             where = checkpoint.folder / CONFIG_NAME
             raise ModelOptExtError.at(where, "num_experts_per_tok", f"a number from 1 to {layer.count}", top_k)
+        parts, first = (2, "gate_up") if layer.gated else (1, "up")
         for kind in (
-            ExpertKind(layer.gate_up, 2 * inner, layer.hidden, 2, layer.count, top_k, f"{layer.name}.gate_up"),
+            ExpertKind(layer.gate_up, parts * inner, layer.hidden, parts, layer.count, top_k, f"{layer.name}.{first}"),
             ExpertKind(layer.down, layer.hidden, inner, 1, layer.count, top_k, f"{layer.name}.down"),
         ):
             alike = dataclasses.replace(kind, name="")

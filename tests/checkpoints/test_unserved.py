@@ -25,20 +25,20 @@ def problems(folder: Path) -> list[str]:
 
 
 def pack(tensors: edits.Tensors) -> None:
-    """Store the experts of each layer in one tensor, like exports of gpt-oss and Llama 4."""
+    """Store the experts of each layer in one tensor, under a name that ModelOpt does not export."""
     for layer in (0, 1):
         base = f"model.layers.{layer}.mlp"
         for name in edits.matching(tensors, f"{base}.*_proj.*"):
             del tensors[name]
-        tensors[f"{base}.experts.down_proj"] = torch.zeros(4, 128, 256, dtype=torch.uint8)
-        tensors[f"{base}.experts.down_proj_weight_scale"] = torch.zeros(4, 16, 256).to(torch.float8_e4m3fn)
-        tensors[f"{base}.experts.down_proj_weight_scale_2"] = torch.ones(())
+        tensors[f"{base}.experts.w2"] = torch.zeros(4, 128, 256, dtype=torch.uint8)
+        tensors[f"{base}.experts.w2_weight_scale"] = torch.zeros(4, 16, 256).to(torch.float8_e4m3fn)
+        tensors[f"{base}.experts.w2_weight_scale_2"] = torch.ones(())
 
 
 CASES: dict[str, tuple[list[edits.Edit], str]] = {
     "packed experts": (
         [edits.edit_tensors(pack)],
-        "model.layers.0.mlp.experts.down_proj: expected a quantized tensor for each expert, got all experts of "
+        "model.layers.0.mlp.experts.w2: expected a quantized tensor for each expert, got all experts of "
         "model.layers.0.mlp.experts packed in one",
     ),
 }

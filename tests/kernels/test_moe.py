@@ -30,7 +30,6 @@ from sglang_modelopt_kernels.moe.grouped.dense import decode as dense_decode
 from sglang_modelopt_kernels.moe.grouped.dense import launch as dense_launch
 from sglang_modelopt_kernels.moe.grouped.weights import KINDS
 from sglang_modelopt_kernels.moe.route import Routed, most_blocks, naive_route, route
-from sglang_modelopt_kernels.moe.swiglu import naive_swiglu, swiglu
 
 DTYPES = {"fp8": torch.float8_e4m3fn, "fp16": torch.float16, "bf16": torch.bfloat16}
 FORMATS = {
@@ -225,19 +224,14 @@ ROUTED = [
 
 
 def rowwise(device: str) -> list[float]:
-    """Largest relative errors of SwiGLU and of the weighted sum, in float32, in units of what is tolerated."""
+    """Largest relative errors of the weighted sum, in float32, in units of what is tolerated."""
     generator = torch.Generator().manual_seed(0)
-    h = torch.randn(7, 2 * 1030, generator=generator) * 5
-    h[0, :4] = torch.tensor([0.0, -200.0, 200.0, -1e30])
     y = torch.randn(5 * 3, 1030, generator=generator)
     weights = torch.rand(5, 3, generator=generator)
     with poisoned():
-        activated = swiglu(h.to(device)).double().cpu()
         summed = combine(y.to(device), 3, weights.to(device), torch.float32).double().cpu()
         plain = combine(y.to(device), 3, None, torch.float32).double().cpu()
-    expected = naive_swiglu(h)
-    # exp, a sum, a quotient and a product of float32; below its normal numbers, their distance.
-    errors = [((activated - expected).abs() / (expected.abs() * 2.0**-20 + 2.0**-126)).max()]
+    errors = []
     for found, factor in ((summed, weights), (plain, None)):
         bound = naive_combine(y.abs(), 3, factor) * 4 * 2.0**-24
         errors.append(((found - naive_combine(y, 3, factor)).abs() / bound).max())
@@ -396,9 +390,6 @@ def test_what_would_be_misread_is_refused() -> None:
     for arguments in ((owner.float(), 1, 16), (owner, 0, 16), (owner, 1, 24), (owner.reshape(1, 2), 1, 16)):
         with pytest.raises(ValueError, match=r"experts must|needs an expert"):
             route(*arguments)
-    for h in (torch.zeros(2, 3), torch.zeros(4), torch.zeros(2, 4, dtype=torch.float64)):
-        with pytest.raises(ValueError, match="h must"):
-            swiglu(h)
     with pytest.raises(ValueError, match="y must"):
         combine(torch.zeros(3, 4), 2, None, torch.float32)
     with pytest.raises(ValueError, match="weights must"):
@@ -478,5 +469,4 @@ def test_operators_are_well_formed() -> None:
         sorted_pairs = (routed.pairs, routed.owner, routed.first)
         arguments = (x, *weights, *sorted_pairs, block, 4, None, torch.bfloat16, dense)
         torch.library.opcheck(operators.grouped_linear.default, arguments)
-    torch.library.opcheck(operators.swiglu.default, (x,))
     torch.library.opcheck(operators.combine_experts.default, (x, 2, None, torch.bfloat16))

@@ -17,15 +17,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_modelopt_ext.backends.experts.base import NO_EXPERT
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS
 from sglang_modelopt_ext.layers.experts import ExpertProduct
-from sglang_modelopt_ext.layers.mixture import Choices, activate, add_choices, mix
+from sglang_modelopt_ext.layers.mixture import Biases, Choices, activate, add_choices, mix, weighted_bias
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+from sglang_modelopt_kernels.moe import activation as kernel
+from sglang_modelopt_kernels.moe.activation import SWIGLU, Activation, naive_activate
 from sglang_modelopt_kernels.moe.combine import combine, naive_combine
-from sglang_modelopt_kernels.moe.swiglu import naive_swiglu, swiglu
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-KERNELS = {"modelopt_ext.swiglu.default", "modelopt_ext.combine_experts.default"}
+KERNELS = {"modelopt_ext.activate.default", "modelopt_ext.combine_experts.default"}
+FORMS = {
+    "swiglu": SWIGLU,
+    "gpt-oss": Activation(alpha=1.702, offset=1.0, limit=7.0, bias=True),
+    "limit of the gate": Activation(limit=3.0),
+    "limit of silu": Activation(limit=3.0, limits_function=True),
+    "relu2": Activation("relu2", gated=False),
+    "relu2 and bias": Activation("relu2", gated=False, bias=True),
+    "gelu": Activation("gelu"),
+    "gelu_tanh": Activation("gelu_tanh", bias=True),
+}
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 256, 192, 5, 2
 
 
@@ -68,6 +79,15 @@ def samples() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(12, 74, generator=generator) * 4, torch.randn(12, 37, generator=generator)
 
 
+def biases(form: Activation) -> dict[str, torch.Tensor]:
+    """Return the bias of five experts and the expert of each of 12 rows, of which some have none; nothing without a bias."""
+    generator = torch.Generator().manual_seed(1)
+    if not form.bias:
+        return {}
+    experts = torch.arange(12, dtype=torch.int32) % 6 - 1
+    return {"bias": torch.randn(5, 74, generator=generator), "experts": experts}
+
+
 def both_ways() -> dict[str, list[float]]:
     """Return the largest differences of the kernels from PyTorch by type, in units in the last place, and those of sums."""
     h, y = samples()
@@ -75,12 +95,19 @@ def both_ways() -> dict[str, list[float]]:
     for name, dtype in TYPES.items():
         narrow = h.to(dtype)
         ulp = torch.finfo(dtype).eps
-        by_torch, by_kernel = activate(narrow).double(), swiglu(narrow).double()
+        apart = []
+        for form in FORMS.values():
+            given = (form, dtype, *biases(form).values())
+            by_torch, by_kernel = activate(narrow, *given).double(), kernel.activate(narrow, *given).double()
+            size = by_torch.abs().clamp(min=2.0**-6)
+            if dtype == torch.float32:  # where a factor cancels, its own error remains
+                size = size + naive_activate(narrow.abs(), form, **biases(form)).abs()
+            apart.append(((by_torch - by_kernel).abs() / size / ulp).max())
         summed, by_combine = add_choices(y, 3, None, dtype).double(), combine(y, 3, None, dtype).double()
         # A sum may cancel: relative to the magnitudes.
         size = naive_combine(y.abs(), 3)
         found[name] = [
-            float(((by_torch - by_kernel).abs() / by_torch.abs().clamp(min=2.0**-14) / ulp).max()),
+            float(max(apart)),
             float(((summed - by_combine).abs() / size / ulp).max()),
         ]
     return found
@@ -110,15 +137,67 @@ def test_on_a_cpu(dtype: torch.dtype) -> None:
     """Against float64."""
     h, y = samples()
     narrow, eps = h.to(dtype), torch.finfo(dtype).eps
-    expected = naive_swiglu(narrow)
-    assert bool(((activate(narrow).double() - expected).abs() <= expected.abs() * (eps / 2 + 2**-21) + 2**-24).all())
+    for name, form in FORMS.items():
+        given = biases(form)
+        expected = naive_activate(narrow, form, **given)
+        error = (activate(narrow, form, **given).double() - expected).abs()
+        assert bool((error <= expected.abs() * (eps / 2 + 2**-20) + 2**-18).all()), name
     for factor in (None, 2.5):
         wide = naive_combine(y, 3) * (factor or 1.0)
         bound = naive_combine(y.abs(), 3) * (factor or 1.0) * (eps / 2 + 4 * 2.0**-24)
         assert bool(((add_choices(y, 3, factor, dtype).double() - wide).abs() <= bound).all())
 
 
-def products(algo: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Module, ExpertProduct, ExpertProduct]:
+@pytest.mark.parametrize("weights_input", [False, True])
+def test_the_bias_of_a_sum(weights_input: bool) -> None:
+    """The bias of every expert that this rank has, by the router's weight unless that multiplies the input."""
+    bias = torch.randn(EXPERTS, 37, generator=torch.Generator().manual_seed(0))
+    choices = Choices(**choose(9, "cpu"), weights_input=weights_input)
+    expected = torch.zeros(9, 37, dtype=torch.float64)
+    for token, (numbers, weights) in enumerate(zip(choices.numbers.tolist(), choices.weights.tolist(), strict=True)):
+        for number, weight in zip(numbers, weights, strict=True):
+            if number != NO_EXPERT:
+                expected[token] += bias[number].double() * (1.0 if weights_input else weight)
+    assert torch.allclose(weighted_bias(bias, choices).double(), expected, atol=1e-6)
+    assert NO_EXPERT in choices.numbers
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_a_layer_of_every_form(name: str) -> None:
+    """Both products, the activation, both biases, and a second rank that adds none of the sum's."""
+    form = FORMS[name]
+    layer, first, down = products("FP8_PB_WO", "cpu", torch.float32, form)
+    generator = torch.Generator().manual_seed(3)
+    own = Biases(
+        torch.randn(EXPERTS, form.parts * INTERMEDIATE, generator=generator),
+        torch.randn(EXPERTS, HIDDEN, generator=generator),
+    )
+    x, choices = torch.randn(7, HIDDEN, generator=generator), Choices(**choose(7, "cpu"))
+    y = mix(layer, first, down, x, choices, form, own if form.bias else None)
+    units = [
+        product.groups[0].build(**{field: getattr(layer, at) for field, at in product.groups[0].prepared.items()})
+        for product in (first, down)
+    ]
+    weight1, weight2 = (unit.unit.double() * unit.out_scale.double().unsqueeze(2) for unit in units)
+    expected = torch.zeros(7, HIDDEN, dtype=torch.float64)
+    for token in range(7):
+        for number, weight in zip(choices.numbers[token].tolist(), choices.weights[token].tolist(), strict=True):
+            if number == NO_EXPERT:
+                continue
+            h = (weight1[number] @ x[token].double()).unsqueeze(0)
+            of_expert = {"bias": own.first, "experts": torch.tensor([number])} if form.bias else {}
+            out = weight2[number] @ naive_activate(h, form, **of_expert)[0]
+            expected[token] += weight * (out + own.down[number].double() if form.bias and own.down is not None else out)
+    assert float((y.double() - expected).norm() / expected.norm()) < 1e-5
+    if form.bias:
+        without = mix(layer, first, down, x, choices, form, Biases(own.first, None))
+        assert own.down is not None
+        assert torch.allclose(y - without, weighted_bias(own.down, choices), atol=1e-4)
+
+
+def products(
+    algo: str, device: str, dtype: torch.dtype, activation: Activation = SWIGLU
+) -> tuple[torch.nn.Module, ExpertProduct, ExpertProduct]:
     """Return both products of a layer of random experts, the same on every device."""
     row = SCHEMES[algo]
     scheme = LayerScheme(algo, WEIGHT_FORMATS[row.weights[0]], row.activation_format())
@@ -132,7 +211,7 @@ def products(algo: str, device: str, dtype: torch.dtype) -> tuple[torch.nn.Modul
         return {key: tensor.to(device) for key, tensor in tensors.items()}
 
     layer, made = torch.nn.Module(), []
-    for name, n, k, shards in (("w13", INTERMEDIATE, HIDDEN, 2), ("w2", HIDDEN, INTERMEDIATE, 1)):
+    for name, n, k, shards in (("w13", INTERMEDIATE, HIDDEN, activation.parts), ("w2", HIDDEN, INTERMEDIATE, 1)):
         product = ExpertProduct(scheme, "folder", f"experts.{name}", dtype=dtype)
         experts = [[stored(n, k) for _ in range(shards)] for _ in range(EXPERTS)]
         product.prepare(layer, name, experts, n * shards, k, TOP_K)
@@ -162,6 +241,29 @@ def test_a_layer_on_a_gpu(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
             y = mix(*on_gpu, x.cuda(), Choices(**choose(tokens, "cuda"), **options))
             assert y.dtype == torch.bfloat16
             assert float((y.double().cpu() - expected).norm() / expected.norm()) < 2**-6, (tokens, options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form_on_a_gpu(name: str) -> None:
+    """As on a CPU, and captured: a replay follows the routing that is written afterwards."""
+    form = FORMS[name]
+    given = (torch.randn(EXPERTS, form.parts * INTERMEDIATE), torch.randn(EXPERTS, HIDDEN)) if form.bias else None
+    x = torch.randn(8, HIDDEN, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    on_cpu, on_gpu = (products("W4A8_NVFP4_FP8", device, torch.bfloat16, form) for device in ("cpu", "cuda"))
+    own = None if given is None else Biases(*(bias.cuda() for bias in given))
+    chosen = choose(8, "cuda")
+    choices = Choices(**chosen)
+    mix(*on_gpu, x.cuda(), choices, form, own)
+    graph, moved = torch.cuda.CUDAGraph(), x.cuda()
+    with torch.cuda.graph(graph):
+        y = mix(*on_gpu, moved, choices, form, own)
+    for numbers in (choose(8, "cpu")["numbers"], choose(8, "cpu")["numbers"].flip(0)):
+        chosen["numbers"].copy_(numbers)
+        graph.replay()
+        on_host = Choices(numbers, choose(8, "cpu")["weights"])
+        expected = mix(*on_cpu, x, on_host, form, None if given is None else Biases(*given)).double()
+        assert float((y.double().cpu() - expected).norm() / expected.norm()) < 2**-6
 
 
 @pytest.mark.gpu

@@ -99,14 +99,20 @@ def fused_layer(config: ModelOptExtConfig, block: str = "mlp", **options: object
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"activation": "gelu"}, "activation: expected silu"),
-        ({"is_gated": False}, "is_gated: expected gated experts"),
-        ({"swiglu_limit": 7.0}, "expected a plain SwiGLU"),
-        ({"with_bias": True}, "with_bias: expected experts without a bias"),
+        ({"activation": "situ"}, "activation: expected one of silu, gelu, gelu_tanh, relu2, got situ"),
+        (
+            {"activation": "gelu", "swiglu_limit": 7.0},
+            "swiglu_limit: expected none for an activation other than a gated silu",
+        ),
+        (
+            {"activation": "relu2", "is_gated": False},
+            "experts: expected experts without a gate, as the model has them, got with one",
+        ),
+        ({"with_bias": True}, "experts: expected experts with a bias, as the model has them, got without one"),
         ({"no_combine": True, "inplace": False}, "no_combine: expected the sum"),
         (
             {"num_fused_shared_experts": 1, "num_experts": EXPERTS + 1},
-            "--disable-shared-experts-fusion: expected shared experts as linear layers of their own",
+            "mlp.shared_experts: expected W4A8_NVFP4_FP8 projections, .* or --disable-shared-experts-fusion, got unquantized ones",
         ),
     ],
 )

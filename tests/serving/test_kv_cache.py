@@ -52,7 +52,7 @@ def folder() -> Path:
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[Server]:
     """Yield one float32 server for every test of the class below, prompts cut into small chunks."""
-    args = ("--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK))
+    args = ("--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK), "--enable-metrics")
     with Server(folder, dtype="float32", args=args) as running:
         yield running
 
@@ -64,6 +64,20 @@ class TestFromTheCheckpoint:
         check_logprobs(server, folder, "float32", kv_cache="nvfp4_affine")
         check_against_unrounded(server, folder, kv_cache="unquantized")
         assert "modelopt_ext: KV cache nvfp4_affine, hf_quant_config.json, scales read as amax / 448" in server.output()
+
+    def test_the_server_says_what_serves_it(self, server: Server) -> None:
+        state = server.server_info()["internal_states"][0]["modelopt_ext"]
+        assert (state["weights"], state["quant_algo"]) == ("modelopt_ext", "W4A8_NVFP4_FP8")
+        assert state["kv_cache"] == {"recipe": "nvfp4_affine", "pool": "modelopt_ext"}
+        (layers,) = state["layers"]
+        assert (layers["count"], layers["kind"], layers["kernel"]) == (8, "linear", "dense_float32")
+        lines = requests.get(f"{server.url}/metrics", timeout=60).text.splitlines()
+        (info,) = (line for line in lines if line.startswith("modelopt_ext:info{"))
+        assert info.endswith("} 1.0")
+        assert 'kv_recipe="nvfp4_affine"' in info
+        (counted,) = (line for line in lines if line.startswith("modelopt_ext:layers{"))
+        assert counted.endswith("} 8.0")
+        assert 'kernel="dense_float32"' in counted
 
     def test_chunks_and_cache_hits_change_nothing(self, server: Server, folder: Path) -> None:
         """A prompt of several chunks, alone and after a cached prefix, is scored like the whole prompt."""

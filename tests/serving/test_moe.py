@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from sglang_modelopt_ext.cli.main import main
 from tests.serving.checks import check_batch_against_single, check_logprobs, check_prefill_against_decode
 from tests.support import edits
 from tests.support.exports import Variant, export
@@ -41,6 +42,21 @@ def test_mixed_precision(tmp_path: Path) -> None:
         assert not refused["success"]
         answer = server.request("/update_weights_from_disk", {"model_path": str(folder), "flush_cache": True})
         assert answer["success"], answer
+        check_logprobs(server, folder, "float32")
+
+
+@pytest.mark.full
+def test_a_repaired_mixture(tmp_path: Path) -> None:
+    """An expert that calibration never reached has no input scale: rejected as it is, served like its reading once repaired."""
+    drop = edits.drop_tensors("model.layers.0.mlp.experts.3.*_proj.input_scale")
+    broken = edits.copy_with(export(model_dir(tiny("qwen3_moe")), NVFP4), tmp_path / "broken", [drop])
+    failed = failing_start(broken, dtype="float32")
+    assert "experts.3" in failed.output
+    assert "input_scale: expected a tensor" in failed.output
+    folder = tmp_path / "repaired"
+    assert main(["repair", str(broken), "--output", str(folder)]) == 0
+    assert main(["inspect", str(folder), "--gpu", "cpu"]) == 0
+    with Server(folder, dtype="float32") as server:
         check_logprobs(server, folder, "float32")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
     write_json,
 )
 from sglang_modelopt_ext.workflow.quantize.record import Calibration
+from tests.support import fuzz
 
 TEXT = Calibration(data=("a.txt",), sha256="0", samples=1, tokens=100, sequence_length=100, batch_size=1, seed=0)
 FORMATS = {"W4A8_NVFP4_FP8_CFG": 4.25, "FP8_DEFAULT_CFG": 8.0}
@@ -187,3 +189,23 @@ def test_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_field_is_documented(part: type[msgspec.Struct]) -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "auto-quantize.md").read_text(encoding="utf-8")
     assert not [field for field in part.__struct_fields__ if f"`{field}`" not in page]
+
+
+def test_damaged_files_end_in_one_line(tmp_path: Path) -> None:
+    """Those that are read nevertheless can be solved, or say why not."""
+    whole = tmp_path / "whole.json"
+    write_json(whole, report(state(group("a", 1.0), group("b", 2.0, excluded=True), group("c", 0.5)), 10.0))
+    read = 0
+    for seed in range(400):
+        file = tmp_path / "damaged.json"
+        file.write_bytes(whole.read_bytes())
+        fuzz.damage_json(file, random.Random(seed))
+        try:
+            choose(read_report(file).state, 10.0)
+            read += 1
+        except ModelOptExtError:
+            continue
+        except Exception as error:
+            error.add_note(f"seed {seed}")
+            raise
+    assert 10 < read < 390

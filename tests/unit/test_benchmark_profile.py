@@ -1,4 +1,4 @@
-"""``benchmarks.serving.profile``: a decode step out of a small trace written by hand."""
+"""``sglang_modelopt_ext.workflow.bench.profile``: a decode step out of a small trace written by hand."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks.serving import report
-from benchmarks.serving.load import Deadline, Load
-from benchmarks.serving.models import make_models, model_folder
-from benchmarks.serving.profile import capture, group_of, own_kernels, product_bytes, read_trace
-from benchmarks.serving.server import Result
 from sglang_modelopt_ext.checkpoint.tensors import read_headers
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.bench import report
+from sglang_modelopt_ext.workflow.bench.load import Deadline, Load
+from sglang_modelopt_ext.workflow.bench.models import make_models, model_folder
+from sglang_modelopt_ext.workflow.bench.profile import capture, group_of, own_kernels, product_bytes, read_trace
+from sglang_modelopt_ext.workflow.bench.server import Result
 from tests.support.stub_server import running_stub
 
 STEP = 100.0

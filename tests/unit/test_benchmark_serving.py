@@ -1,4 +1,4 @@
-"""``benchmarks.serving`` without SGLang: its models, its load against a server of a few lines, its report."""
+"""``sglang-modelopt bench`` without SGLang: its models, its load against a server of a few lines, its report."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.serving import report
-from benchmarks.serving import server as measuring
-from benchmarks.serving.__main__ import main, parse_arguments, parse_long, plan_of
-from benchmarks.serving.load import Deadline, Load, Plan, steps, warm_up
-from benchmarks.serving.models import SHAPES, make_models, model_folder, parameter_count
-from benchmarks.serving.options import RECIPES, parse_option
-from benchmarks.serving.server import Result, Settings, measure, memory, served_by
 from sglang_modelopt_ext.checkpoint.ownership import decide
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_headers
+from sglang_modelopt_ext.cli import bench
+from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.bench import report
+from sglang_modelopt_ext.workflow.bench import server as measuring
+from sglang_modelopt_ext.workflow.bench.load import Deadline, Load, Plan, steps, warm_up
+from sglang_modelopt_ext.workflow.bench.models import SHAPES, make_models, model_folder, parameter_count
+from sglang_modelopt_ext.workflow.bench.options import RECIPES, parse_option
+from sglang_modelopt_ext.workflow.bench.run import Request
+from sglang_modelopt_ext.workflow.bench.server import Result, Settings, measure, memory, served_by
 from tests.support.stub_server import EACH, FIRST, Stub, running_stub
 
 VOCABULARY = 1000
@@ -76,10 +78,10 @@ def test_models_are_valid_and_have_the_owner_that_their_recipe_should_have(
 def test_a_model_is_written_once_and_in_files_of_limited_size(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("benchmarks.serving.models.SHARD_BYTES", 300_000)
+    monkeypatch.setattr("sglang_modelopt_ext.workflow.bench.models.SHARD_BYTES", 300_000)
     make_models(tmp_path, "tiny", ["nvfp4"])
     make_models(tmp_path, "tiny", ["nvfp4"])
-    assert capsys.readouterr().out.count("written") == 1
+    assert capsys.readouterr().err.count("written") == 1
     (folder,) = tmp_path.iterdir()
     assert len(list(folder.glob("*.safetensors"))) == 3
     check_all_values(read_checkpoint(folder))
@@ -113,15 +115,24 @@ def test_an_unknown_option_is_an_error(text: str) -> None:
         parse_option(text)
 
 
-def test_arguments_and_those_of_the_servers() -> None:
-    words = ["bf16", "fp8", "--long", "4x100", "--concurrency", "2", "--profile", "--", "--tp", "2"]
-    arguments, extra = parse_arguments(words)
-    plan = plan_of(arguments)
-    assert (arguments.options, arguments.profile, extra) == (["bf16", "fp8"], 1, ["--tp", "2"])
-    assert (plan.long, plan.concurrency, plan.first_token) == ([(4, 100)], [2], Plan().first_token)
-    assert parse_long("32x8000") == (32, 8000)
-    with pytest.raises(ModelOptExtError, match="--long-output"):
-        plan_of(parse_arguments(["bf16", "--long-output", "1"])[0])
+def test_arguments_and_those_of_the_servers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Request] = []
+
+    def record(request: Request) -> tuple[report.Run, list[Result]]:
+        asked.append(request)
+        return RUN, [Result("bf16"), Result("fp8", problems=["no GPU"])]
+
+    monkeypatch.setattr(bench, "run", record)
+    words = ["bf16", "fp8", "--long", "4x100", "--concurrency", "2", "--profile", "--json", "--", "--tp", "2"]
+    assert main(["bench", *words]) == 1, "one figure is missing"
+    settings = asked[0].settings
+    assert (asked[0].options, settings.profile, settings.arguments) == (["bf16", "fp8"], 1, ["--tp", "2"])
+    assert (settings.plan.long, settings.plan.concurrency) == ([(4, 100)], [2])
+    assert settings.plan.first_token == Plan().first_token
+    assert json.loads(capsys.readouterr().out)["results"][1]["problems"] == ["no GPU"]
+    assert bench.parse_long("32x8000") == (32, 8000)
 
 
 @pytest.mark.parametrize(
@@ -131,17 +142,16 @@ def test_arguments_and_those_of_the_servers() -> None:
         (["bf16", "--baseline", "fp8"], "command line: --baseline: expected one of bf16, got fp8"),
         (["bf16", "--profile"], "command line: --profile: expected a GPU"),
         (["bf16", "--output", "1"], "command line: --output: expected 2 or more, got 1"),
+        (["bf16", "--long-output", "1"], "command line: --long-output: expected 2 or more, got 1"),
     ],
 )
 def test_a_wrong_command_line_is_one_line(
     words: list[str], error: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.argv", ["serving", *words])
-    monkeypatch.setattr("signal.signal", lambda *args: None)
-    monkeypatch.setattr("benchmarks.serving.__main__.has_gpu", lambda: False)
-    assert main() == 1
+    monkeypatch.setattr("sglang_modelopt_ext.workflow.bench.run.has_gpu", lambda: False)
+    assert main(["bench", *words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(error)
+    assert line.startswith(f"ModelOptExtError: {error}")
 
 
 def test_requests_are_sent_together_and_are_the_same_for_a_seed(stub: Stub, load: Load) -> None:
@@ -275,7 +285,7 @@ RESULTS = [
     Result("fp8", figures={TTFT: 20.0, RATE: 2500.0, CACHE: 60.0}),
     Result("nvfp4", figures={RATE: 100.0}, problems=["profile: none"], environment={"MATH": "fp8"}),
 ]
-RUN = report.Run("2026-11-29", "GPU", {"torch": "2.14"}, "8b", "python -m benchmarks.serving bf16", "fp8", "Load.")
+RUN = report.Run("2026-11-29", "GPU", {"torch": "2.14"}, "8b", "sglang-modelopt bench bf16", "fp8", "Load.")
 
 
 def test_ratios_are_above_one_for_the_better() -> None:

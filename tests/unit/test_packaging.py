@@ -181,7 +181,7 @@ class TestDependencies:
         assert {requirement_name(line) for line in lines} - {"lm-eval"} <= pins.keys()
 
 
-BROUGHT_BY_SGLANG = {"flashinfer", "humming", "quack", "sgl_kernel", "sglang", "torch", "triton"}
+BROUGHT_BY_SGLANG = {"flashinfer", "humming", "prometheus_client", "quack", "sgl_kernel", "sglang", "torch", "triton"}
 
 
 def imports(path: Path) -> Iterator[tuple[str, bool]]:

@@ -29,8 +29,8 @@ REGISTRATION = """
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 load_plugins()
-from sglang_modelopt_ext.integration import config, loading, mapping, plugin, processes, updates
-hooks = (*config.HOOKS, *mapping.HOOKS, *loading.HOOKS, *updates.HOOKS, *processes.HOOKS)
+from sglang_modelopt_ext.integration import config, loading, mapping, plugin, processes, products, updates
+hooks = (*config.HOOKS, *mapping.HOOKS, *loading.HOOKS, *products.HOOKS, *updates.HOOKS, *processes.HOOKS)
 assert len({hook.target for hook in hooks}) == len(hooks)
 assert all(hook.target in HookRegistry._patched for hook in hooks), HookRegistry._patched
 assert all(hook.why for hook in hooks)

@@ -47,7 +47,7 @@ LAYERS = (
     *("layers.linear.LinearBase", "layers.linear.RowParallelLinear", "layers.linear.MergedColumnParallelLinear"),
     *("layers.linear.QKVParallelLinear", "layers.vocab_parallel_embedding.VocabParallelEmbedding"),
     *("layers.moe.fused_moe_triton.layer.FusedMoE", "layers.radix_attention.RadixAttention"),
-    "lora.layers.BaseLayerWithLoRA",
+    *("lora.layers.BaseLayerWithLoRA", "layers.layernorm.RMSNorm"),
 )
 
 

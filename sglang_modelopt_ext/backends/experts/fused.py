@@ -14,6 +14,7 @@ import torch
 
 from sglang_modelopt_ext.backends.base import PreparedT, ShardWeight
 from sglang_modelopt_ext.backends.experts.base import ExpertRequest
+from sglang_modelopt_kernels.moe.activation import SWIGLU, Activation
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,13 @@ class FusedRequest:
     Attributes:
         gate_up, down: the two products.
         weights_input: whether the input of an expert is multiplied by the router's weight, instead of its output.
+        activation: the function between the products, and whether these add a bias.
     """
 
     gate_up: ExpertRequest
     down: ExpertRequest
     weights_input: bool = False
+    activation: Activation = SWIGLU
 
 
 @dataclass(frozen=True)
@@ -55,10 +58,18 @@ class FusedExperts(ABC, Generic[PreparedT]):
     """A backend of a whole layer: it keeps the weights of both products of all experts of this rank, and computes the layer."""
 
     name: str
+    activations: tuple[Activation, ...] = (SWIGLU,)
+    """The activations that it computes; a request with another one is rejected."""
+
+    def objection(self, request: FusedRequest) -> str | None:
+        """Return why this backend cannot serve ``request``, or None."""
+        if request.activation not in self.activations:
+            return f"computes {' or '.join(map(str, self.activations))}, not {request.activation}"
+        return self.supports(request)
 
     @abstractmethod
     def supports(self, request: FusedRequest) -> str | None:
-        """Return why this backend cannot serve ``request``, or None."""
+        """Return why this backend cannot serve ``request``, whose activation it computes, or None."""
 
     @abstractmethod
     def prepare(self, gate_up: StoredExperts, down: StoredExperts) -> PreparedT:
@@ -66,7 +77,7 @@ class FusedExperts(ABC, Generic[PreparedT]):
 
     @abstractmethod
     def run(self, prepared: PreparedT, x: torch.Tensor, numbers: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Compute ``sum_j weights[t, j] * down(silu(gate(x[t])) * up(x[t]))`` over the experts ``numbers[t, j]``.
+        """Compute ``sum_j weights[t, j] * down(activation(first(x[t])))`` over the experts ``numbers[t, j]``.
 
         Neither the host nor the sizes of allocations may depend on the values of ``numbers``.
 

@@ -78,7 +78,7 @@ class GroupedDecoded(GroupedExperts):
     """Every weight format at its stored width, 4-bit weights decoded in registers."""
 
     name = "triton_grouped"
-    kernels = ("combine_kernel", "decode_kernel", "dense_kernel", "grouped_kernel", "route_kernel", "swiglu_kernel")
+    kernels = ("activation_kernel", "combine_kernel", "decode_kernel", "dense_kernel", "grouped_kernel", "route_kernel")
 
     def supports(self, request: ExpertRequest) -> str | None:
         """GPUs from SM80, with activations that a type which the product takes holds exactly."""
@@ -148,7 +148,7 @@ class GroupedMxfp4(GroupedExperts):
     """MXFP4 weights as stored, in Blackwell's block-scaled matrix instructions."""
 
     name = "triton_grouped_mxfp4_tcgen05"
-    kernels = ("combine_kernel", "grouped_kernel", "route_kernel", "swiglu_kernel")
+    kernels = ("activation_kernel", "combine_kernel", "grouped_kernel", "route_kernel")
 
     def supports(self, request: ExpertRequest) -> str | None:
         """MXFP4 weights with FP8 activations on SM100 and SM103."""
@@ -171,7 +171,7 @@ class GroupedBf16(GroupedExperts):
     """Weights decoded to bf16 once, for values that no other backend of experts on a GPU can hold."""
 
     name = "triton_grouped_bf16"
-    kernels = ("combine_kernel", "dense_kernel", "grouped_kernel", "route_kernel", "swiglu_kernel")
+    kernels = ("activation_kernel", "combine_kernel", "dense_kernel", "grouped_kernel", "route_kernel")
 
     def supports(self, request: ExpertRequest) -> str | None:
         """GPUs from SM80, for formats and activations whose products are (nearly always) exact in bf16."""

@@ -43,9 +43,9 @@ def read_linears(folder: Path) -> Linears:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
-            model: Any = AutoModelForCausalLM.from_config(config)
+            model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelOptExtError.at(folder, "config.json", "a causal language model transformers knows", error) from error
     if getattr(config, "quantization_config", None) is not None:

@@ -43,6 +43,7 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
 from sglang_modelopt_ext.workflow.autoquant.work_folder import Work, work_folder
 from sglang_modelopt_ext.workflow.common import modelopt_cpu
 from sglang_modelopt_ext.workflow.common.base_model import activations_checked, default_device, find_model, load_model
+from sglang_modelopt_ext.workflow.common.disk import full_disk
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
 from sglang_modelopt_ext.workflow.quantize.calibration import SEED, SEQUENCE_LENGTH, CalibrationData
@@ -302,9 +303,9 @@ class _Run:
         except (ModelOptExtError, KeyboardInterrupt):
             raise
         except Exception as error:  # ModelOpt raises assertions and errors of every kind
-            raise ModelOptExtError.at(
-                self.folder, RECIPE, "ModelOpt to search over it", f"{type(error).__name__}: {error}"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            full = full_disk(self.request.output.parent, error)
+            raise full or ModelOptExtError.at(self.folder, RECIPE, "ModelOpt to search over it", reason) from error
         assert choice is not None, "ModelOpt asked for the choice"
         quality = self._perplexity(f"perplexity at {target:g} bits")
         if not self.request.export:

@@ -283,7 +283,7 @@ def read_report(file: Path) -> Report:
         )
     try:
         report = msgspec.json.decode(content, type=Report)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ModelOptExtError.at(file, "--from-state", f"the {FILE_NAME} of an earlier run", error) from error
     _check(file, report.state)
     return report

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.search import Progress
 from sglang_modelopt_ext.workflow.autoquant.state import State, Struct, write_json
+from sglang_modelopt_ext.workflow.common.disk import full_disk
 from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
 
 MANIFEST, SCORES, MODELOPT = "manifest.json", "scores.json", "modelopt.pth"
@@ -84,13 +85,15 @@ def work_folder(output: Path, plan: State, *, resume: bool, overwrite: bool) -> 
         raise ModelOptExtError.at(folder, "output", "a folder that can be made", error) from error
     with _locked(folder):
         progress = _read(folder, plan) if resume else Progress()
-        if not (folder / MANIFEST).exists():
-            write_json(folder / MANIFEST, plan)
         try:
+            if not (folder / MANIFEST).exists():
+                write_json(folder / MANIFEST, plan)
             yield Work(folder, plan, progress)
         except KeyboardInterrupt:
             tqdm.write(f"the search is kept in {folder}: --resume continues it", file=sys.stderr)
             raise
+        except OSError as error:
+            raise full_disk(folder, error) or error from error
         with signals_ignored():
             shutil.rmtree(folder)
 

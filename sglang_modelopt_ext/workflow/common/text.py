@@ -14,12 +14,21 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Return the tokenizer in ``folder``. Raises ModelOptExtError when there is none that transformers can load."""
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the tokenizer in ``folder``.
+
+    Args:
+        folder: the model.
+        trust_remote_code: run the tokenizer's own code.
+
+    Raises:
+        ModelOptExtError: there is none that transformers can load, or it has code of its own that must not run.
+    """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        # Not left out: transformers would ask on the terminal whether to run the code.
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelOptExtError.at(folder, "tokenizer", "one that transformers can load", error) from error
     return tokenizer

@@ -201,7 +201,7 @@ def inspect_checkpoint(
     refusals: list[ModelOptExtError] = []
     serving = _serving(folder, config, target, refusals)
     problems = [*refusals, *problems]
-    linears = list(checkpoint.linears.values()) if checkpoint else []
+    linears = checkpoint.layers if checkpoint else []
     ranges: dict[str, dict[str, Range]] = {}
     for linear in linears if scales else ():
         ranges[linear.name] = _scale_ranges(linear, problems)
@@ -223,13 +223,13 @@ def inspect_checkpoint(
     elif not loading.checked:  # the rehearsal includes this check
         lines += kv_lines
     architectures = (
-        read_json_object(folder / CONFIG_NAME).get("architectures") if (folder / CONFIG_NAME).exists() else ()
+        read_json_object(folder / CONFIG_NAME).get("architectures") if (folder / CONFIG_NAME).exists() else None
     )
     owned = {stored.name for linear in linears for stored in linear.stored.values()}
     files = {tensor.file for tensor in tensors.values()}
     return Contents(
         folder=str(folder),
-        architecture=next(iter(architectures or ()), None),
+        architecture=next(iter(architectures), None) if isinstance(architectures, list) else None,
         algo=config.algo if config else None,
         files=len(files),
         bytes=sum(tensor.num_bytes for tensor in tensors.values()),

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.base_model import activations_checked, import_modelopt
+from sglang_modelopt_ext.workflow.common.disk import full_disk
 from sglang_modelopt_ext.workflow.quantize import checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
 from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
@@ -194,7 +195,8 @@ class Calibrator:
         except ModelOptExtError:
             raise
         except Exception as error:  # ModelOpt raises assertions and errors of every kind
-            raise ModelOptExtError.at(
+            full = full_disk(self.work.parent, error) if self.work is not None else None
+            raise full or ModelOptExtError.at(
                 self.where, step["method"], "ModelOpt to calibrate with it", f"{type(error).__name__}: {error}"[:300]
             ) from error
 

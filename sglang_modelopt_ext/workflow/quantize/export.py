@@ -6,13 +6,13 @@ At any end of a run ``output`` is a whole, valid checkpoint or unchanged.
 from __future__ import annotations
 
 import contextlib
-import errno
+import ctypes
 import fcntl
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import KV_CACHE_RECIPE, OWN_KEY
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.common.disk import full_disk
 from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress, polled_progress
 from sglang_modelopt_ext.workflow.quantize import quantizers
@@ -140,7 +141,7 @@ def export_checkpoint(
                 version=__version__,
                 kv_cache=kv_cache,
                 formats=layer_formats(checkpoint),
-                bits_per_weight=bits_per_weight(checkpoint) if checkpoint.linears else None,
+                bits_per_weight=bits_per_weight(checkpoint) if checkpoint.layers else None,
                 versions=package_versions(),
                 quality=quality or {},
                 **{field: getattr(origin, field) for field in Origin.__struct_fields__},
@@ -152,7 +153,7 @@ def export_checkpoint(
             (scratch / CARD_NAME).write_text(render_card(output, record, size), encoding="utf-8")
             checkpoint = check_folder(scratch)
         _check_complete(output, model_has=kv_recipe, checkpoint=checkpoint)
-        _make_readable(scratch)
+        make_readable(scratch)
         move_into_place(scratch, output)
     return Exported(output, checkpoint, record, size)
 
@@ -173,7 +174,7 @@ def check_folder(folder: Path) -> Checkpoint:
 
 def _check_complete(output: Path, model_has: str | None, checkpoint: Checkpoint) -> None:
     """Raise for an export without quantized layers: the recipe's patterns match nothing in this model."""
-    if not checkpoint.linears and model_has is None:
+    if not checkpoint.layers and model_has is None:
         raise ModelOptExtError.at(
             output, "export", "a quantized layer or KV cache", "none: the recipe matches no layer"
         )
@@ -197,9 +198,12 @@ def partial_folder(output: Path) -> Iterator[Path]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield scratch
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ModelOptExtError.at(output.parent, "space on disk", "room for the checkpoint", error) from error
+    except ModelOptExtError:
+        raise
+    except Exception as error:
+        full = full_disk(output.parent, error)
+        if full is not None:
+            raise full from error
         raise
     finally:
         with signals_ignored():
@@ -234,9 +238,7 @@ def _run_export(model: Any, scratch: Path, progress: bool) -> None:
 
 
 def _failure(source: Path, output: Path, origin: Origin, error: Exception) -> Exception:
-    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-        return ModelOptExtError.at(output.parent, "space on disk", "room for the checkpoint", error)
-    return ModelOptExtError.at(
+    return full_disk(output.parent, error) or ModelOptExtError.at(
         source, origin.recipe, "a recipe ModelOpt can export", f"{type(error).__name__}: {error}"
     )
 
@@ -255,20 +257,32 @@ def copy_tokenizer(source: Path, target: Path) -> None:
                 shutil.copy(file, target / file.name)
 
 
-def _make_readable(folder: Path) -> None:
-    """Give the folder and its files the permissions of new ones; temporary ones are private."""
+def make_readable(folder: Path, files: Collection[Path] | None = None) -> None:
+    """Give the folder and its files the permissions of new ones; temporary ones are private.
+
+    Args:
+        folder: the folder.
+        files: the files and folders in it to change, by default all. A hard link must not be: it shares them with its source.
+    """
     mask = os.umask(0)
     os.umask(mask)
     folder.chmod(0o777 & ~mask)
-    for file in folder.rglob("*"):
+    for file in folder.rglob("*") if files is None else files:
         file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
 
 
 def move_into_place(scratch: Path, output: Path) -> None:
-    """Rename ``scratch`` to ``output``; remove the old ``output`` only after it is replaced."""
+    """Rename ``scratch`` to ``output``, and remove an old ``output``.
+
+    Where the file system can exchange two names, there is a whole ``output`` at any moment; elsewhere a kill between two renames
+    leaves the old one under a hidden name beside it.
+    """
     with signals_ignored():
         if not os.path.lexists(output):
             scratch.rename(output)
+            return
+        if _exchange(scratch, output):
+            shutil.rmtree(scratch, ignore_errors=True)
             return
         old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent)) / output.name
         output.rename(old)
@@ -279,3 +293,10 @@ def move_into_place(scratch: Path, output: Path) -> None:
             raise
         finally:
             shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step (``renameat2``); return False where the system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

@@ -181,7 +181,7 @@ def read_record(folder: Path) -> Record | None:
 def layer_formats(checkpoint: Checkpoint) -> tuple[LayerFormat, ...]:
     """Return the quantized linear layers of a checkpoint, grouped by format, in the order of first occurrence."""
     groups: dict[tuple[str, int, bool, int, str], list[str]] = {}
-    for linear in checkpoint.linears.values():
+    for linear in checkpoint.layers:
         scheme = linear.scheme
         activation = scheme.activation.name if scheme.activation else "none"
         key = (scheme.algo, scheme.weight.group_size, scheme.smoothing, scheme.low_rank, activation)

@@ -162,7 +162,7 @@ def _load_data(source: Path, options: Options, progress: bool) -> CalibrationDat
         return None
     return load_calibration(
         options.data,
-        load_tokenizer(source),
+        load_tokenizer(source, options.trust_remote_code),
         samples=options.samples,
         sequence_length=options.sequence_length,
         batch_size=options.batch_size,

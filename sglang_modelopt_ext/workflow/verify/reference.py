@@ -137,10 +137,11 @@ class ReferenceModel:
 
         self.folder = folder
         try:
-            config = AutoConfig.from_pretrained(folder)
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
-            self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+            options = {"dtype": dtype, "attn_implementation": "eager", "trust_remote_code": False}
+            self.model: Any = AutoModelForCausalLM.from_config(config, **options).eval()
         except (OSError, ValueError, KeyError) as error:
             raise ModelOptExtError.at(folder, "model", "one that transformers knows", error) from error
         quantization = read_quant_config(folder)

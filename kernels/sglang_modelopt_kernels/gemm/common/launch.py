@@ -164,5 +164,13 @@ def launch(
 
 
 def few(x: torch.Tensor, config: KernelConfig) -> dict[str, Any]:
-    """Return the arguments of a kernel that masks tokens out of range, for activations ``x``, beside those of :func:`early`."""
-    return {"EVEN_M": x.shape[0] % config.bm == 0} | early(x.device)
+    """Return the arguments of a kernel that masks tokens out of range, for activations ``x``, beside those of :func:`early`.
+
+    Only small tiles mask: all their programs read the same few lines of L2. Large ones read the last token in place of others.
+    """
+    return {"EVEN_M": not masks(config) or x.shape[0] % config.bm == 0} | early(x.device)
+
+
+def masks(config: KernelConfig) -> bool:
+    """Return whether a configuration masks tokens out of range."""
+    return config.bm < MANY

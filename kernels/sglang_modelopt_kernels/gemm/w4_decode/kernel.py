@@ -282,7 +282,7 @@ def block_scaled_sum(
     """Multiply rows ``row`` of the weight by rows ``token`` of ``x``: ``[BN, BM]`` times 1 / DESCALE.
 
     K is read in ``steps`` steps of BK from step ``first`` on, that of ``begin`` first (:func:`rotated`). Tokens that are not
-    ``known`` count as zeros, which EVEN_M rules out: reads of theirs would be the same few lines of L2 in all programs.
+    ``known`` count as zeros, unless EVEN_M: then ``token`` has a row to read for each, whose result is not stored.
     With ORDERED the K elements of ``x`` are in plane order already; see :func:`_operand` for FRAGMENTS and :func:`drain_wgmma` for
     WGMMA.
     """

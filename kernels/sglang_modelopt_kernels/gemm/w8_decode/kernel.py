@@ -51,7 +51,7 @@ def whole_sum(
     """Multiply rows ``row`` of the weight by rows ``token`` of ``x`` (int64): ``[BN, BM]``.
 
     K is read in ``steps`` steps of BK from step ``first`` on, that of ``begin`` first (:func:`rotated`). Tokens that are not
-    ``known`` count as zeros, which EVEN_M rules out: reads of theirs would be the same few lines of L2 in all programs.
+    ``known`` count as zeros, unless EVEN_M: then ``token`` has a row to read for each, whose result is not stored.
     Weights are bf16 or int8 by KIND, else E4M3, or its bytes where NATIVE is off; ``s_row`` are the rows of their block scales. The
     sum is fp32, or int32 for MATH ``i8``.
     """

@@ -85,7 +85,7 @@ def grouped_kernel(
             FRAGMENTS,
             False,
             WGMMA,
-            False,
+            BM >= 64,
             EVEN_K,
             BN,
             BM,
@@ -97,7 +97,7 @@ def grouped_kernel(
         begin = (block + tl.program_id(1)) % steps
         acc = whole_sum(
             x_ptr, w_ptr, s_ptr, row, row, token, pair < pairs, k, 0, steps, begin,
-            KIND, MATH, NATIVE, ASM, WGMMA, False, EVEN_K, BN, BM, BK,
+            KIND, MATH, NATIVE, ASM, WGMMA, BM >= 64, EVEN_K, BN, BM, BK,
         )  # fmt: skip
     store_tile(
         acc,

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import sglang_modelopt_kernels
-from benchmarks.serving.load import Deadline, Load
 from sglang_modelopt_ext.checkpoint.tensors import read_headers, read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.bench.load import Deadline, Load
 
 STEPS = 10
 """Decode steps in a trace; the interval from the first kernel of one to that of the next is a step."""

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.serving.profile import KernelTime, Profile
-from benchmarks.serving.server import CACHE, Result
+from sglang_modelopt_ext.workflow.bench.profile import KernelTime, Profile
+from sglang_modelopt_ext.workflow.bench.server import CACHE, Result
 
 TOP_KERNELS = 20
 LARGER_IS_BETTER = ("(tok/s)", "(tokens)")
@@ -156,8 +156,8 @@ def _server_line(result: Result) -> str:
     return " ".join([*variables, "python", *map(shlex.quote, result.command[1:])])
 
 
-def write(run: Run, results: Sequence[Result], json_file: Path, page: Path | None) -> None:
-    """Write the JSON, and the page where one is wished."""
+def write(run: Run, results: Sequence[Result], json_file: Path | None, page: Path | None) -> None:
+    """Write the JSON and the page where they are wished."""
     content = {"run": asdict(run), "results": [result.as_json() for result in results]}
     for file, text in ((json_file, json.dumps(content, indent=1) + "\n"), (page, as_markdown(run, results))):
         if file is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
@@ -18,9 +19,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.serving.options import RECIPES, Recipe
 from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME
 from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.workflow.bench.options import RECIPES, Recipe
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS, e4m3, nvfp4
 from sglang_modelopt_kernels.formats.base import ActivationFormat, WeightFormat
 
@@ -125,7 +126,8 @@ def make_models(root: Path, shape: str, recipes: list[str]) -> None:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
         size = sum(file.stat().st_size for file in target.iterdir())
-        print(f"{target.name}: {size / 1e9:.2f} GB written in {time.monotonic() - began:.1f} s", flush=True)
+        seconds = time.monotonic() - began
+        print(f"{target.name}: {size / 1e9:.2f} GB written in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 def write_model(folder: Path, shape: Shape, recipe: Recipe, device: str) -> None:

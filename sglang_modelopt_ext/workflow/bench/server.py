@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.load import Deadline, Load, Plan, Step, steps, warm_up
-from benchmarks.serving.options import Option
-from benchmarks.serving.profile import Profile, capture
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.bench.load import Deadline, Load, Plan, Step, steps, warm_up
+from sglang_modelopt_ext.workflow.bench.options import Option
+from sglang_modelopt_ext.workflow.bench.profile import Profile, capture
 from sglang_modelopt_ext.workflow.server.client import vocabulary_size
 from sglang_modelopt_ext.workflow.server.process import ServerProcess
 
