@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,8 @@ class ModelOptExtConfig(QuantizationConfig):
         self.packed_modules_mapping = {**FUSED_SHARDS, **(packed_modules_mapping or {})}
         self.linears: dict[str, QuantizedLinear] = dict(checkpoint.linears) if checkpoint else {}
         self.experts: dict[str, ExpertLayer] = dict(checkpoint.experts) if checkpoint else {}
+        self.without_tensors: list[tuple[torch.nn.Module, ModelOptExtError]] = []
+        """The linear layers that are declared as quantized and have no quantized tensors by their names, with the error of each."""
         self.math = w4a8_math()
         # SGLang reads this under --kv-cache-dtype auto. A cache of ours was declared before, so that auto means SGLang's FP8.
         self.kv_cache_quant_algo = config.kv_cache_algo
@@ -118,6 +120,10 @@ class ModelOptExtConfig(QuantizationConfig):
             return cls(UMBRELLA, parsed, None)
         return cls(find_scheme(parsed.algo, CONFIG_NAME).flag, parsed, None)
 
+    def update_packed_modules_mapping(self, mapping: dict[str, list[str]]) -> None:
+        """Add the fused layers that a model's class names while it is built."""
+        self.packed_modules_mapping |= mapping
+
     def get_scaled_act_names(self) -> list[str]:
         """Return no names: smoothing scales belong to the linear layers here."""
         return []
@@ -138,7 +144,7 @@ class ModelOptExtConfig(QuantizationConfig):
         """Return the method of ``layer`` by its name in SGLang, ``prefix``; None where SGLang's default applies.
 
         Raises:
-            ModelOptExtError: the shards of a fused layer have different schemes, or the layer is declared as quantized and is not.
+            ModelOptExtError: the shards of a fused layer have different schemes, or experts are declared as quantized and are not.
         """
         from sglang.srt.layers.linear import LinearBase
         from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -148,7 +154,7 @@ class ModelOptExtConfig(QuantizationConfig):
         from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
         if isinstance(layer, LinearBase):
-            return self._linear_method(prefix) or UnquantizedLinearMethod()
+            return self._linear_method(layer, prefix) or UnquantizedLinearMethod()
         if isinstance(layer, FusedMoE):
             method = self._experts_method(layer, prefix)
             if method is None:
@@ -157,7 +163,7 @@ class ModelOptExtConfig(QuantizationConfig):
             return method
         if isinstance(layer, VocabParallelEmbedding):  # lm_head too
             linear = self.linears.get(canonical_name(prefix))
-            return self._method(linear.scheme, prefix, (linear.n,), linear.k) if linear else None
+            return self.method_of(prefix, [linear]) if linear else None
         if isinstance(layer, RadixAttention) and self._has_stock_kv_scales():
             return BaseKVCacheMethod(self)
         return None
@@ -173,28 +179,31 @@ class ModelOptExtConfig(QuantizationConfig):
         shards = self.packed_modules_mapping.get(name, [name])
         return [f"{parent}.{shard}" if parent else shard for shard in shards]
 
-    def _linear_method(self, prefix: str) -> ModelOptExtLinearMethod | None:
-        shards = self._shards(prefix)
-        declared = [self.config.layer(shard) for shard in shards]
-        stored = [self.linears.get(canonical_name(shard)) for shard in shards]
+    def _linear_method(self, layer: torch.nn.Module, prefix: str) -> ModelOptExtLinearMethod | None:
         if self.checkpoint is None:
-            schemes = {layer_scheme(self.config, layer) if layer else None for layer in declared}
-            scheme = self._same(prefix, schemes)
-            return self._method(scheme, prefix, None, None) if scheme else None
-        if not any(stored):
-            quantized = next((shard for shard, layer in zip(shards, declared, strict=True) if layer), None)
-            if quantized:
-                raise ModelOptExtError.at(
-                    self.checkpoint.folder,
-                    f"{quantized}.weight",
-                    f"a {self.config.algo} layer, or it in exclude_modules",
-                    "neither",
-                )
+            return self._dummy_method(prefix)
+        whole = self.linears.get(canonical_name(prefix))
+        if whole is not None:  # stored as SGLang builds it, whatever its name
+            return self.method_of(prefix, [whole])
+        shards = self._shards(prefix)
+        stored = [self.linears.get(canonical_name(shard)) for shard in shards]
+        if any(stored):
+            self._same(prefix, {linear.scheme if linear else None for linear in stored})
+            return self.method_of(prefix, [linear for linear in stored if linear is not None])
+        quantized = next((shard for shard in shards if self.config.layer(shard)), None)
+        if quantized:
+            # The model's own loading code may know the layer under another name, see integration.mapping.
+            expected = f"a {self.config.algo} layer, or it in exclude_modules"
+            error = ModelOptExtError.at(self.checkpoint.folder, f"{quantized}.weight", expected, "neither")
+            self.without_tensors.append((layer, error))
+        return None
+
+    def _dummy_method(self, prefix: str) -> ModelOptExtLinearMethod | None:
+        declared = [self.config.layer(name) for name in self._shards(prefix)]
+        scheme = self._same(prefix, {layer_scheme(self.config, layer) if layer else None for layer in declared})
+        if scheme is None:
             return None
-        scheme = self._same(prefix, {linear.scheme if linear else None for linear in stored})
-        linears = [linear for linear in stored if linear is not None]
-        assert scheme is not None, "a layer with quantized shards has a scheme"
-        return self._method(scheme, prefix, tuple(linear.n for linear in linears), linears[0].k)
+        return ModelOptExtLinearMethod(scheme, self.config.file, prefix, math_of(scheme, self.math), None)
 
     def can_fuse_shared_expert(self) -> bool:
         """Return whether every shared expert is quantized like the routed ones; SGLang's DeepSeek classes fuse it only then."""
@@ -242,11 +251,16 @@ class ModelOptExtConfig(QuantizationConfig):
             )
         return next(iter(schemes))
 
-    def _method(
-        self, scheme: LayerScheme, prefix: str, n: tuple[int, ...] | None, k: int | None
-    ) -> ModelOptExtLinearMethod:
+    def method_of(self, prefix: str, stored: Sequence[QuantizedLinear]) -> ModelOptExtLinearMethod:
+        """Return the method of SGLang's layer ``prefix``, made of the checkpoint's layers ``stored``, in the order of its rows.
+
+        Raises:
+            ModelOptExtError: they differ in their schemes.
+        """
+        scheme = self._same(prefix, {linear.scheme for linear in stored})
+        assert scheme is not None, "a stored layer has a scheme"
         where = self.checkpoint.folder if self.checkpoint else self.config.file
-        return ModelOptExtLinearMethod(scheme, where, prefix, math_of(scheme, self.math), n, k)
+        return ModelOptExtLinearMethod(scheme, where, prefix, math_of(scheme, self.math), stored)
 
 
 def expert_names(prefix: str) -> list[str]:
@@ -374,8 +388,7 @@ HOOKS = (
 
 
 def register_methods() -> None:
-    """Add this package's names to SGLang's registries of quantization methods and weight loaders."""
-    from sglang.srt.layers import linear
+    """Add this package's names to SGLang's registries of quantization methods."""
     from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATION_METHODS
     from sglang.srt.server_args import add_quantization_method_choices
 
@@ -384,5 +397,3 @@ def register_methods() -> None:
             QUANTIZATION_METHODS[family] = ModelOptExtConfig
             CPU_QUANTIZATION_METHODS[family] = ModelOptExtConfig
             add_quantization_method_choices([family])
-    if ModelOptExtLinearMethod.__name__ not in linear.WEIGHT_LOADER_V2_SUPPORTED:
-        linear.WEIGHT_LOADER_V2_SUPPORTED.append(ModelOptExtLinearMethod.__name__)

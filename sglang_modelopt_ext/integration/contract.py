@@ -135,6 +135,11 @@ MODELS: tuple[Use, ...] = (
     ),
     Called("distributed.bootstrap.init_layer_runtime", "what layers ask for", (), ("model_config",)),
     Called("layers.moe.utils.initialize_moe_config", "what layers of experts ask for"),
+    Called(
+        "configs.update_config.adjust_config_with_unaligned_cpu_tp",
+        "fields of a configuration that classes read on a CPU",
+        ("model_config", "load_config", "tp_size"),
+    ),
     Called("runtime_context.SpawnRanks", "a rehearsal's rank", (), ("world_rank", "gpu_id")),
     Called("runtime_context.publish", "makes a rehearsal's arguments known", ("server_args",), ("role", "ranks")),
 )
@@ -142,7 +147,6 @@ MODELS: tuple[Use, ...] = (
 LAYERS: tuple[Use, ...] = (
     Holds("layers.quantization.QUANTIZATION_METHODS", "our names of quantization"),
     Holds("layers.quantization.CPU_QUANTIZATION_METHODS", "our names of quantization on a CPU"),
-    Holds("layers.linear.WEIGHT_LOADER_V2_SUPPORTED", "our parameters load themselves"),
     Base(
         "layers.quantization.base_config.QuantizationConfig",
         "our configuration of a checkpoint",
@@ -206,10 +210,19 @@ LAYERS: tuple[Use, ...] = (
     Object(
         "layers.linear.LinearBase",
         "a linear layer that loads, or is served here",
-        ("quant_method", "quant_config", "input_size", "output_size"),
+        ("quant_method", "quant_config", "input_size", "output_size", "params_dtype"),
     ),
     Object("lora.layers.BaseLayerWithLoRA", "the layer inside is listed for itself", ("base_layer",)),
-    Object("layers.linear.RowParallelLinear", "where a rank's maximum becomes all ranks'", ("tp_group",)),
+    Object(
+        "layers.linear.RowParallelLinear",
+        "a layer whose input is split over the ranks",
+        ("tp_group", "input_size_per_partition"),
+    ),
+    Object(
+        "layers.linear.MergedColumnParallelLinear",
+        "the partitions of a fused layer",
+        ("output_sizes", "output_partition_sizes"),
+    ),
     Object(
         "layers.layernorm.RMSNorm",
         "the plain case of a norm",
@@ -227,34 +240,43 @@ LAYERS: tuple[Use, ...] = (
     Called(
         "batch_invariant_ops.batch_invariant_ops.is_batch_invariant_mode_enabled", "whether a norm is the plain one", ()
     ),
-    Object("layers.linear.MergedColumnParallelLinear", "the shards of a fused layer", ("output_sizes",)),
     Object(
         "layers.linear.QKVParallelLinear",
         "the shards of q, k and v",
-        ("total_num_heads", "total_num_kv_heads", "head_size", "v_head_size"),
+        (
+            *("total_num_heads", "total_num_kv_heads", "head_size", "v_head_size"),
+            *("kv_tp_group", "num_kv_head_replicas"),
+        ),
     ),
-    Object("layers.vocab_parallel_embedding.VocabParallelEmbedding", "lm_head and embeddings", ("org_vocab_size",)),
+    Object(
+        "layers.vocab_parallel_embedding.VocabParallelEmbedding",
+        "lm_head and embeddings",
+        (
+            *("org_vocab_size", "shard_indices", "num_embeddings", "num_embeddings_per_partition", "embedding_dim"),
+            *("use_attn_tp_group", "enable_tp"),
+        ),
+    ),
+    Object(
+        "layers.vocab_parallel_embedding.VocabParallelEmbeddingShardIndices",
+        "a rank's rows of a vocabulary",
+        ("org_vocab_start_index", "org_vocab_end_index"),
+    ),
+    Called(
+        "layers.vocab_parallel_embedding.ParallelLMHead",
+        "a quantized head of a model with tied embeddings",
+        ("num_embeddings", "embedding_dim"),
+        ("quant_config", "prefix", "use_attn_tp_group", "enable_tp"),
+    ),
     Called("layers.quantization.unquant.UnquantizedLinearMethod", "layers that are not quantized"),
     Called(
         "layers.quantization.kv_cache.BaseKVCacheMethod", "attention with scales of SGLang's own", ("quant_config",)
     ),
     Base(
         "layers.parameter.BasevLLMParameter",
-        "our parameters of fused layers",
-        (
-            *("weight_loader", "_weight_loader", "load_column_parallel_weight", "load_row_parallel_weight"),
-            *("load_merged_column_weight", "load_qkv_weight"),
-        ),
+        "our parameters, which a model's class may give another loader",
+        ("weight_loader", "_weight_loader"),
     ),
-    Called("layers.parameter.BasevLLMParameter", "our parameters of fused layers", (), ("data", "weight_loader")),
-    Called(
-        "layers.parameter.ModelWeightParameter",
-        "parameters that SGLang slices",
-        (),
-        ("data", "input_dim", "output_dim", "weight_loader"),
-    ),
-    Called("layers.parameter.PerTensorScaleParameter", "a scale for each shard", (), ("data", "weight_loader")),
-    Holds("layers.linear", "loaders that are told to keep a scale for each shard", ("needs_scalar_to_array",)),
+    Called("layers.parameter.BasevLLMParameter", "our parameters of linear layers", (), ("data", "weight_loader")),
     Called("distributed.utils.get_group_rank_size", "over how many ranks a layer is split", ("group",)),
     Called("distributed.parallel_state.get_world_group", "every rank that loads"),
     Object("distributed.parallel_state.GroupCoordinator", "the group to gather over", ("cpu_group", "all_gather")),

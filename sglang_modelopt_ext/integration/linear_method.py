@@ -5,19 +5,24 @@ It registers, loads and prepares tensors; :class:`~sglang_modelopt_ext.layers.li
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.base_config import LinearMethodBase
 
 from sglang_modelopt_ext.backends.base import Backend
+from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.parameters import make_parameter, shard_tensor
-from sglang_modelopt_ext.layers.linear import LinearProduct, ShardGroup
+from sglang_modelopt_ext.integration.layout import Layout, full_sizes, read_layout
+from sglang_modelopt_ext.integration.parameters import StoredParameter, load_stored
+from sglang_modelopt_ext.layers.linear import LinearProduct, ShardGroup, check_blocks, dense_weight
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_kernels.formats.base import TensorSpec, ValueRule
+
+ABSORBED = ("kv_b_proj",)
+"""Layers whose dense weight SGLang's model classes read while they load, to multiply it into others (latent attention, MLA)."""
 
 
 class ModelOptExtLinearMethod(LinearMethodBase):
@@ -28,8 +33,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         where: the checkpoint's folder, for errors.
         prefix: the layer's name in SGLang's module tree, for errors.
         math: the numerics of the layer's weights.
-        stored_n: N of each shard in the checkpoint, None without a checkpoint (dummy weights).
-        stored_k: K in the checkpoint, None without a checkpoint.
+        stored: the checkpoint's layers that it is made of, in the order of its rows; None without a checkpoint (dummy weights).
     """
 
     def __init__(
@@ -38,21 +42,20 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         where: object,
         prefix: str,
         math: W4A8Math,
-        stored_n: tuple[int, ...] | None,
-        stored_k: int | None,
+        stored: Sequence[QuantizedLinear] | None,
     ) -> None:
         self.scheme = scheme
         self.where = where
         self.prefix = prefix
         self.math = math
-        self.stored_n = stored_n
-        self.stored_k = stored_k
+        self.stored = None if stored is None else tuple(stored)
         self.product = LinearProduct(scheme, where, prefix, self.math, torch.get_default_dtype())
         self.verified = False
         """Whether every tensor of the layer was loaded and checked; set by the strict loader."""
         self._create: Callable[[], None] | None = None
-        self._shard_sizes: list[int] = []
-        self._k = 0
+        self._loaders: dict[str, Callable[..., Any]] = {}
+        self._layout: Layout | None = None
+        self._decoded = False
 
     @property
     def backend(self) -> Backend | None:
@@ -79,17 +82,17 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         Raises:
             ModelOptExtError: the model's sizes are not the checkpoint's, or this rank's cut through a block.
         """
-        del output_size  # N is taken from output_partition_sizes
+        # N is taken from output_partition_sizes, and our parameters load themselves.
+        del output_size, extra_weight_attrs
         self.product.dtype = params_dtype
-        self._check_sizes(layer, input_size, output_partition_sizes)
+        layout = self._read_layout(layer, input_size, input_size_per_partition, output_partition_sizes)
         self.product.rank_amax = _rank_maximum(layer) if input_size_per_partition != input_size else None
-        self._shard_sizes, self._k = list(output_partition_sizes), input_size_per_partition
-        weight_loader = extra_weight_attrs["weight_loader"]
+        self._layout = layout
 
         def create() -> None:
             for spec in self.scheme.tensors:
                 try:
-                    parameter = make_parameter(spec, self._shard_sizes, self._k, weight_loader)
+                    parameter = StoredParameter(spec, layout)
                 except ValueError as error:
                     raise ModelOptExtError.at(
                         self.where,
@@ -97,23 +100,35 @@ class ModelOptExtLinearMethod(LinearMethodBase):
                         f"sizes per rank that hold whole blocks of {self.scheme.weight.name}",
                         error,
                     ) from error
+                # A model's class may have put a loader of its own in the place of ours.
+                parameter._weight_loader = self._loaders.get(spec.name, parameter._weight_loader)
                 layer.register_parameter(spec.name, parameter)
 
         create()
         self._create = create
 
-    def _check_sizes(self, layer: torch.nn.Module, input_size: int, partition_sizes: list[int]) -> None:
-        """Raise ModelOptExtError unless N and K are the checkpoint's: on a CPU SGLang's loaders pad short tensors with zeros."""
+    def _read_layout(self, layer: torch.nn.Module, input_size: int, k_rank: int, partition_sizes: list[int]) -> Layout:
+        """Return the layer's layout.
+
+        Raises:
+            ModelOptExtError: N or K is not the checkpoint's (on a CPU SGLang's loaders pad short tensors with zeros), or the
+                layer's class slices it in a way of its own.
+        """
+        _check_loader(self.prefix, layer)
+        stored = None if self.stored is None else [linear.n for linear in self.stored]
         source = _source_of_sizes(layer)
-        if self.stored_k is not None and self.stored_k != input_size:
+        for linear in self.stored or ():
+            if linear.k != input_size:
+                raise ModelOptExtError.at(
+                    self.where, f"{self.prefix}.weight", f"K = {input_size}, as {source}", linear.k
+                )
+        try:
+            return read_layout(layer, partition_sizes, input_size, k_rank, stored)
+        except ValueError as error:
+            expected = full_sizes(layer, partition_sizes)
             raise ModelOptExtError.at(
-                self.where, f"{self.prefix}.weight", f"K = {input_size}, as {source}", self.stored_k
-            )
-        expected = full_shard_sizes(layer, partition_sizes)
-        if self.stored_n is not None and expected is not None and list(self.stored_n) != expected:
-            raise ModelOptExtError.at(
-                self.where, f"{self.prefix}.weight", f"N = {expected}, as {source}", list(self.stored_n)
-            )
+                self.where, f"{self.prefix}.weight", f"N = {expected}, as {source}", stored
+            ) from error
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Prepare the weights for the first backend that supports them, and delete the stored tensors.
@@ -128,10 +143,15 @@ class ModelOptExtLinearMethod(LinearMethodBase):
                 "a load through the strict reader",
                 "a loader that bypasses it (see --load-format)",
             )
-        shards = [self._shard(layer, index) for index in range(len(self._shard_sizes))]
-        self.product.prepare(layer, shards, sum(self._shard_sizes), self._k, self._is_vocabulary(layer))
+        if self._decoded:
+            return
+        layout = self._placed
+        self._check_rows(layer)
+        shards, held = self._shards(layer), sum(shard.held for shard in layout.shards)
+        self.product.prepare(layer, shards, held, layout.k_rank, self._is_vocabulary(layer))
         for spec in self.scheme.tensors:
-            delattr(layer, spec.name)
+            self._loaders[spec.name] = layer.get_parameter(spec.name)._weight_loader  # type: ignore[attr-defined]
+        self._remove_stored(layer)
         if self._is_vocabulary(layer):
             # SGLang calls the method of an lm_head only if the layer has a `weight`.
             layer.register_parameter("weight", layer.get_parameter(next(iter(self.groups[0].prepared.values()))))
@@ -140,14 +160,61 @@ class ModelOptExtLinearMethod(LinearMethodBase):
     def _is_vocabulary(layer: torch.nn.Module) -> bool:
         return hasattr(layer, "org_vocab_size")
 
-    def _shard(self, layer: torch.nn.Module, index: int) -> dict[str, torch.Tensor]:
-        return {
-            spec.name: shard_tensor(spec, layer.get_parameter(spec.name), index, self._shard_sizes)
-            for spec in self.scheme.tensors
-        }
+    @property
+    def is_absorbed(self) -> bool:
+        """Whether the model's class reads the layer's dense weight while it loads."""
+        return self.prefix.rpartition(".")[2] in ABSORBED
+
+    @property
+    def _placed(self) -> Layout:
+        assert self._layout is not None, "a layer whose weights were created has a layout"
+        return self._layout
+
+    def _shards(self, layer: torch.nn.Module) -> list[dict[str, torch.Tensor]]:
+        """Return this rank's tensors of each stored layer, by the names of their specs."""
+        names = [spec.name for spec in self.scheme.tensors]
+        return [
+            {name: layer.get_parameter(name).shard(index) for name in names}  # type: ignore[attr-defined]
+            for index in range(len(self._placed.shards))
+        ]
+
+    def _check_rows(self, layer: torch.nn.Module) -> None:
+        """Raise ModelOptExtError where ranks hold rows cut by two rules: by a loader of the model's class, and by ours."""
+        names = [spec.name for spec in self.scheme.tensors if spec.dim_of("N") is not None]
+        loaders = [layer.get_parameter(name)._weight_loader for name in names]  # type: ignore[attr-defined]
+        ours = [name for name, loader in zip(names, loaders, strict=True) if loader is load_stored]
+        if 0 < len(ours) < len(names) and not all(shard.is_whole for shard in self._placed.shards):
+            expected = "a tensor that the model's class cuts for its ranks, as it does the weight"
+            raise ModelOptExtError.at(self.where, f"{self.prefix}.{ours[0]}", expected, "one it does not know")
+
+    def _remove_stored(self, layer: torch.nn.Module) -> None:
+        for spec in self.scheme.tensors:
+            delattr(layer, spec.name)
+
+    def decode(self, layer: torch.nn.Module) -> None:
+        """Replace the stored tensors of an absorbed layer by the dense weight that they stand for, in the model's type.
+
+        The layer's input is not rounded then: the absorbed weight is multiplied by other activations than the recipe rounds.
+
+        Raises:
+            ModelOptExtError: a value is illegal.
+        """
+        shards = self._shards(layer)
+        if not shards[0]["weight"].is_meta:
+            check_blocks(self.where, self.prefix, self.scheme, shards)
+        weight = torch.cat([dense_weight(self.scheme, shard) for shard in shards]).to(self.product.dtype)
+        self._remove_stored(layer)
+        layer.register_parameter("weight", torch.nn.Parameter(weight, requires_grad=False))
+        self._decoded = True
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
         """Replace the prepared weights by unset parameters for the stored tensors, before weights are updated from disk."""
+        if self._create is not None and self._decoded:
+            device = layer.get_parameter("weight").device
+            delattr(layer, "weight")
+            self.verified = self._decoded = False
+            with torch.device(device):
+                self._create()
         if self._create is None or not self.product.is_prepared:
             return
         device = layer.get_parameter(next(iter(self.groups[0].prepared.values()))).device
@@ -160,6 +227,8 @@ class ModelOptExtLinearMethod(LinearMethodBase):
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Return the layer's output ``[..., N]`` for ``x`` ``[..., K]``, see :meth:`LinearProduct.apply`."""
+        if self._decoded:
+            return torch.nn.functional.linear(x, layer.get_parameter("weight"), bias)
         return self.product.apply(layer, x, bias)
 
     def embedding(self, layer: torch.nn.Module, input_: torch.Tensor) -> torch.Tensor:
@@ -171,6 +240,8 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         for spec in self.scheme.tensors:
             parameter = layer.get_parameter(spec.name)
             fill_dummy(parameter.data, spec)
+        if self.is_absorbed:
+            self.decode(layer)
         self.verified = True
 
 
@@ -196,16 +267,13 @@ def _source_of_sizes(layer: Any) -> str:
     return f"SGLang pads config.json for --tp-size {ranks} on a CPU" if padded else "config.json has it"
 
 
-def full_shard_sizes(layer: Any, partition_sizes: list[int]) -> list[int] | None:
-    """Return N of each shard of a linear layer over all ranks, by the model's configuration; None for an unknown kind of layer."""
-    if hasattr(layer, "total_num_kv_heads"):  # QKVParallelLinear; its output_sizes count replicated KV heads
-        head, v_head = layer.head_size, layer.v_head_size
-        return [layer.total_num_heads * head, layer.total_num_kv_heads * head, layer.total_num_kv_heads * v_head]
-    if hasattr(layer, "org_vocab_size"):  # embeddings and lm_head, padded by SGLang
-        return [layer.org_vocab_size]
-    if hasattr(layer, "output_sizes"):
-        return list(layer.output_sizes)
-    return [layer.output_size] if len(partition_sizes) == 1 and hasattr(layer, "output_size") else None
+def _check_loader(prefix: str, layer: torch.nn.Module) -> None:
+    """Raise ModelOptExtError for a layer whose class loads its tensors by rules of its own, which are not known here."""
+    known = ("sglang.srt.layers.linear", "sglang.srt.layers.vocab_parallel_embedding")
+    for owner in type(layer).__mro__:
+        if {"weight_loader", "weight_loader_v2"} & vars(owner).keys() and owner.__module__ not in known:
+            expected = "a linear layer that SGLang's own classes slice"
+            raise ModelOptExtError.at(prefix, "weight", expected, f"{owner.__name__}, which slices by itself")
 
 
 def _rank_maximum(layer: Any) -> Callable[[torch.Tensor], torch.Tensor]:

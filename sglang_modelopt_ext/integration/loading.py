@@ -7,15 +7,13 @@ pass through :class:`StrictLoad`, which sees each tensor when it is read and eac
 from __future__ import annotations
 
 import logging
-from collections import Counter
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS
+from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, is_expert
 from sglang_modelopt_ext.checkpoint.leftovers import BUFFERS, LAYER_COUNT, MTP_COUNTS, ServedLayers
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, standard_name
@@ -23,10 +21,12 @@ from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import COMMON_BLOCK, MIXTRAL_BLOCK, ModelOptExtConfig
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod, full_shard_sizes
-from sglang_modelopt_ext.integration.moe_method import GATE_UP, ExtFusedMoEMethod, shards_of
-from sglang_modelopt_ext.integration.parameters import ExpertParameter
-from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.integration.layout import full_sizes, partition_numbers
+from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
+from sglang_modelopt_ext.integration.mapping import Loader, own_heads, replaced_loaders
+from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards_of
+from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter
+from sglang_modelopt_ext.integration.provenance import Provenance
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ def unquantized_shape(
     Args:
         module: the layer.
         name: the parameter's name in the layer.
-        shard: SGLang's id of the shard that is loaded (``"q"``, ``0``, ``"w1"``), None for a layer without shards.
+        shard: SGLang's id of the shard that is loaded (``"q"``, ``0``, ``(0, 1)``, ``"w1"``), None for all of them.
         all_experts: whether it is loaded for all experts at once, gate and up together.
 
     Returns:
@@ -88,11 +88,18 @@ def unquantized_shape(
         return None
     if name == "weight" and isinstance(module.quant_method, ModelOptExtLinearMethod):
         return None
-    sizes = full_shard_sizes(module, [0])
-    index = {"q": 0, "k": 1, "v": 2}.get(shard, shard) if sizes and len(sizes) > 1 else 0
-    if sizes is None or not isinstance(index, int) or getattr(module, "use_presharded_weights", False):
+    sizes = full_sizes(module, [0])
+    if sizes is None or getattr(module, "use_presharded_weights", False):
         return None
-    return (sizes[index], module.input_size) if name == "weight" else (sizes[index],)
+    try:
+        numbers = partition_numbers(shard, len(sizes)) if len(sizes) > 1 else (0,)
+    except ValueError:  # a shard that a class loads in a way of its own
+        return None
+    rows = sum(sizes[number] for number in numbers)
+    if name == "bias":
+        return (rows,)
+    # Convolutions are built as linear layers with a dimension more, and load themselves.
+    return (rows, module.input_size) if module.weight.dim() == 2 else None
 
 
 def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False) -> set[str]:
@@ -117,8 +124,8 @@ def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = Fa
 class StrictLoad:
     """One pass of a checkpoint's tensors into a model.
 
-    A tensor counts as used when a parameter's loader is called with it, which its memory tells. Where a model transforms tensors
-    first, the call counts for the tensor that was read last.
+    A tensor counts as used when a parameter's loader is called with it, or with what the model's class made of it
+    (:class:`Provenance`). Where that is not known, the call counts for the tensor that was read last.
 
     Args:
         model: the model whose parameters are loaded.
@@ -135,10 +142,19 @@ class StrictLoad:
         self.current: str | None = None
         self.used: set[str] = set()
         self.loads: dict[str, set[Any]] = {}
-        self._by_memory: dict[int, str] = {}
+        self._provenance = Provenance()
+        self._writers: dict[tuple[str, Any], str] = {}
+        self._decoded: set[str] = set()
+        self._lock = threading.Lock()
         self.has_values = has_values
         self.left_out = left_out(model, checkpoint, is_draft)
         self._names = _expert_names(model, checkpoint)
+        self._own_head = {
+            stored.name: getattr(head, spec)
+            for head, linear in own_heads(model)
+            for spec, stored in linear.stored.items()
+            if spec != "bias"
+        }
         self._packed = {
             name: (module, method)
             for module, method in quantized_modules(model)
@@ -168,55 +184,68 @@ class StrictLoad:
             if spec is not None and self.has_values:
                 check_values(stored.file, name, tensor, spec.values)
             self.current = name
-            self._by_memory[_memory(tensor)] = name
+            self._provenance.add(tensor, name)
             if name in self._packed:
                 module, method = self._packed[name]
                 method.load_packed(module, name, tensor)
                 continue
+            if spec is not None and spec.is_scalar and not is_expert(name.rpartition(".")[0]):
+                # Where a model's class concatenates such scales, they stay one for each stored layer.
+                tensor = tensor.reshape(1)
+            if name in self._own_head:  # a class whose embeddings are tied skips the head
+                parameter = self._own_head[name]
+                parameter.weight_loader(parameter, tensor)
+                continue
             yield self._names(standard_name(name)), tensor
 
-    @contextmanager
-    def watch_parameters(self) -> Iterator[None]:
-        """Replace the weight loader of every parameter by one that records the call, as a context manager."""
-        from sglang.srt.model_loader.weight_utils import default_weight_loader
-
-        undo: list[Callable[[], None]] = []
-        for name, parameter in self.model.named_parameters():
-            attribute = "_weight_loader" if hasattr(parameter, "_weight_loader") else "weight_loader"
-            original = getattr(parameter, attribute, None)
-            setattr(parameter, attribute, self._recording(name, original or default_weight_loader))
-            undo.append(_restorer(parameter, attribute, original))
-        try:
-            yield
-        finally:
-            for restore in undo:
-                restore()
-
-    def _recording(self, parameter: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+    def _recording(self, parameter: str, loader: Loader) -> Loader:
         module_name, _, name = parameter.rpartition(".")
         module = self.model.get_submodule(module_name)
 
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            source = self._by_memory.get(_memory(tensor), self.current)
+            sources = self._provenance.of(tensor) or ((self.current,) if self.current is not None else ())
             shard = args[0] if args else kwargs.get("loaded_shard_id")
             if "shard_id" in kwargs:  # the experts' loaders have the parameter's name as their first further argument
                 shard = kwargs["shard_id"]
             expected = unquantized_shape(module, name, shard, "shard_id" in kwargs and "expert_id" not in kwargs)
             if expected is not None and tuple(tensor.shape) != expected:
                 raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
+            if not self.has_values and tensor.is_meta and not target.is_meta:  # built on a device that its class names
+                tensor = torch.empty_like(tensor, device=target.device)
             result = loader(target, tensor, *args, **kwargs)
             written: set[Any]
             if isinstance(target, ExpertParameter):
                 # The result lists no expert where another rank holds it: nothing was written here.
                 written = {(expert, shard) for expert in result}
+            elif "expert_id" in kwargs:
+                written = {(kwargs["expert_id"], shard)}
             else:
-                written = {(kwargs["expert_id"], shard) if "expert_id" in kwargs else shard}
-            if source is not None and written:
-                self.used.add(source)
+                written = set(shard) if isinstance(shard, tuple) else {shard}
+            if written:
+                self.used.update(sources)
+            if isinstance(target, StoredParameter):
+                self._check_once(parameter, written, ", ".join(sources))
             self.loads.setdefault(parameter, set()).update(written)
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, ModelOptExtLinearMethod) and method.is_absorbed:
+                self._decode(module_name, module, method)
             return result
 
         return load
+
+    def _decode(self, name: str, layer: torch.nn.Module, method: ModelOptExtLinearMethod) -> None:
+        """Decode an absorbed layer once all of its tensors are there: the model's class reads the weight when it has them all."""
+        with self._lock:  # some classes load in several threads
+            if all(f"{name}.{spec.name}" in self.loads for spec in method.scheme.tensors) and name not in self._decoded:
+                self._decoded.add(name)
+                method.decode(layer)
+
+    def _check_once(self, parameter: str, written: set[Any], source: str) -> None:
+        """Raise ValueError where another stored tensor was written to one of the shards ``written`` of a parameter of ours."""
+        for shard in written:
+            earlier = self._writers.setdefault((parameter, shard), source)
+            if earlier != source:
+                raise ValueError(f"one stored tensor for {parameter} expected, {earlier} was loaded before it")
 
     def run(
         self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], weights: Iterable[tuple[str, torch.Tensor]]
@@ -238,7 +267,7 @@ class StrictLoad:
         Raises:
             ModelOptExtError: a value is illegal, or ``load`` fails; the error names the tensor that was read last.
         """
-        with self.watch_parameters():
+        with replaced_loaders(self.model, self._recording), self._provenance:
             try:
                 load(self.read(weights))
             except ModelOptExtError:
@@ -321,12 +350,6 @@ class StrictLoad:
         )
 
 
-def _memory(tensor: torch.Tensor) -> int:
-    """Return an id of the memory that a tensor is a view of: its address, or the storage object on the meta device."""
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() or int(storage._cdata)
-
-
 def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> set[Any]:
     """Return the shards that must have been loaded into a fused parameter; ``found``, those that were, tell its kind."""
     from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
@@ -371,12 +394,6 @@ def _is_stock_kv_scale(modules: dict[str, torch.nn.Module], parameter: str) -> b
     return name in ("k_scale", "v_scale") and isinstance(modules[module], RadixAttention)
 
 
-def _restorer(parameter: torch.nn.Parameter, attribute: str, original: Callable[..., Any] | None) -> Callable[[], None]:
-    if original is None:
-        return lambda: delattr(parameter, attribute)
-    return lambda: setattr(parameter, attribute, original)
-
-
 def _load_weights_only(
     original: Callable[..., None],
     model: torch.nn.Module,
@@ -403,57 +420,6 @@ def _load_weights_only(
     return None
 
 
-def _postprocess_weights(original: Callable[..., None], model: torch.nn.Module, target_device: torch.device) -> None:
-    original(model, target_device)
-    log_schemes(model)
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product of a model's layers, and the kernel that computes it.
-
-    Attributes:
-        scheme: of the layers.
-        math: see ``SGLANG_MODELOPT_EXT_W4A8_MATH``.
-        kernel: the backend's name.
-        projections: ``gate and up`` or ``down`` of experts, empty for a linear layer.
-        experts: of a layer on this rank, 0 for a linear layer.
-    """
-
-    scheme: LayerScheme
-    math: str
-    kernel: str
-    projections: str = ""
-    experts: int = 0
-
-    def __str__(self) -> str:
-        layers = f"layers of {self.experts} experts, {self.projections}:" if self.experts else "linear layers"
-        return f"{layers} {self.scheme.describe()}, math {self.math}, kernel {self.kernel}"
-
-
-def count_products(model: torch.nn.Module) -> dict[Product, int]:
-    """Return the number of layers by product, of those of ``model`` that this package serves, sorted by what the log prints."""
-    counts: Counter[Product] = Counter()
-    for _, method in quantized_modules(model):
-        if isinstance(method, ModelOptExtLinearMethod):
-            if method.backend:
-                counts[Product(method.scheme, method.math, method.backend.name)] += 1
-            continue
-        for name, kernel in method.kernels.items():
-            first = "gate and up" if method.activation.gated else "up"
-            product, projections = method.products[name], first if name == GATE_UP else "down"
-            counts[Product(product.scheme, product.math, kernel, projections, method.experts)] += 1
-    return dict(sorted(counts.items(), key=lambda entry: str(entry[0])))
-
-
-def log_schemes(model: torch.nn.Module) -> None:
-    """Log one line per scheme and kernel: the number of layers (and of experts on this rank), and the kernel that serves them."""
-    from sglang.srt.utils import log_info_on_rank0
-
-    for product, count in count_products(model).items():
-        log_info_on_rank0(logger, f"modelopt_ext: {count} {product}")
-
-
 def _initialize_dummy_weights(original: Callable[..., None], model: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
     original(model, *args, **kwargs)
     for module, method in quantized_modules(model):
@@ -466,12 +432,6 @@ HOOKS = (
         ("model", "weights", "target_device"),
         "tensors a model does not know would be dropped",
         _load_weights_only,
-    ),
-    Hook(
-        "sglang.srt.model_loader.loader.DefaultModelLoader.postprocess_weights",
-        ("model", "target_device"),
-        "the log would not say which kernel serves which layers",
-        _postprocess_weights,
     ),
     Hook(
         "sglang.srt.model_loader.weight_utils.initialize_dummy_weights",

@@ -16,7 +16,8 @@ from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS, STOCK_FLAGS
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.kv.scales import wrapped_plan
-from sglang_modelopt_ext.integration.loading import Product, count_products, ext_config
+from sglang_modelopt_ext.integration.loading import ext_config
+from sglang_modelopt_ext.integration.products import Product, count_products
 
 STATE_KEY = "modelopt_ext"
 """The key of an entry of ``internal_states`` that has this package's part."""

@@ -2,71 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from sglang.srt.layers.parameter import BasevLLMParameter, ModelWeightParameter, PerTensorScaleParameter
+from sglang.srt.layers.parameter import BasevLLMParameter
 
+from sglang_modelopt_ext.integration.layout import Layout, Partition
 from sglang_modelopt_kernels.formats.base import TensorSpec
 
-_QKV_INDEX = {"q": 0, "k": 1, "v": 2}
 
+class StoredParameter(BasevLLMParameter):
+    """One tensor of every stored layer of a linear layer, those of this rank's rows and columns, concatenated along dimension 0.
 
-class ConcatParameter(BasevLLMParameter):
-    """A parameter with the shards of a fused layer concatenated along dimension 0, each sliced for this rank by its spec.
-
-    It serves the tensors that SGLang's own classes would slice wrongly: a vector along K for each shard (``pre_quant_scale``),
-    low-rank factors, codes packed along N, block scales whose blocks span several output features.
+    It is loaded by the ids of SGLang's partitions, whatever stored tensors the model's class offers: one for several partitions,
+    several that the class concatenated, or a part of one.
     """
 
-    def __new__(
-        cls, spec: TensorSpec, shard_sizes: list[int], k: int, weight_loader: Callable[..., Any]
-    ) -> ConcatParameter:
-        """Return an unset parameter; see :func:`make_parameter` for the arguments."""
-        shapes = [spec.shape(size, k) for size in shard_sizes]
+    def __new__(cls, spec: TensorSpec, layout: Layout) -> StoredParameter:
+        """Return an unset parameter.
+
+        Floating-point parameters start as NaN, so that an entry that is never loaded cannot pass for a scale.
+
+        Raises:
+            ValueError: a block does not fit the layer's sizes on this rank.
+        """
+        shapes = [spec.shape(shard.held, layout.k_rank) or (1,) for shard in layout.shards]
         data = torch.cat([_unset(shape, spec.dtypes[0]) for shape in shapes])
-        parameter: ConcatParameter = super().__new__(cls, data=data, weight_loader=weight_loader)
+        parameter: StoredParameter = super().__new__(cls, data=data)
         return parameter
 
-    def __init__(self, spec: TensorSpec, shard_sizes: list[int], k: int, weight_loader: Callable[..., Any]) -> None:
-        super().__init__(data=self.data, weight_loader=weight_loader)
+    def __init__(self, spec: TensorSpec, layout: Layout) -> None:
+        super().__init__(data=self.data, weight_loader=load_stored)
         self.spec = spec
-        self.shard_sizes = shard_sizes
-        self.k = k
-
-    def shard(self, index: int) -> torch.Tensor:
-        """Return this rank's part of shard ``index``, a view."""
-        lengths = [self.spec.shape(size, self.k)[0] for size in self.shard_sizes]
-        part: torch.Tensor = self.data.narrow(0, sum(lengths[:index]), lengths[index])
-        return part
+        self.layer_layout = layout
 
     @property
     def output_dim(self) -> int | None:
-        """The dimension with one entry per output feature, None without one; read by the loader of embeddings and lm_head."""
-        first = self.spec.dims[0]
-        return 0 if first.axis == "N" and first.per == 1 else None
+        """The dimension with one entry per output feature, None without one; read by loaders of SGLang's model classes."""
+        first = self.spec.dims[0] if self.spec.dims else None
+        return 0 if first is not None and first.axis == "N" and first.per == 1 else None
 
-    def _load(self, loaded: torch.Tensor, index: int, n_rank: int, k_rank: int) -> None:
-        copy_slice(self.spec, loaded, self.shard(index), self.shard_sizes[index], self.k, n_rank, k_rank)
+    def shard(self, index: int) -> torch.Tensor:
+        """Return this rank's part of the tensor of stored layer ``index``, a view; ``[]`` for a scalar."""
+        if self.spec.is_scalar:
+            return self.data[index]
+        lengths = [self.spec.shape(shard.held, self.layer_layout.k_rank)[0] for shard in self.layer_layout.shards]
+        part: torch.Tensor = self.data.narrow(0, sum(lengths[:index]), lengths[index])
+        return part
 
-    def load_column_parallel_weight(self, loaded_weight: torch.Tensor, tp_rank: int = 0, **_: Any) -> None:
-        """Load a layer whose output features are split over the ranks."""
-        self._load(loaded_weight, 0, tp_rank, 0)
+    def load(self, loaded: torch.Tensor, shard_id: Any = None) -> None:
+        """Copy this rank's part of ``loaded``, the stored rows of the partitions ``shard_id`` (:meth:`Layout.rows_of`).
 
-    def load_row_parallel_weight(self, loaded_weight: torch.Tensor, tp_rank: int = 0, **_: Any) -> None:
-        """Load a layer whose input features are split over the ranks."""
-        self._load(loaded_weight, 0, 0, tp_rank)
+        Raises:
+            ValueError: the tensor has another shape, or this rank's part cuts through a block.
+        """
+        first, last = self.layer_layout.rows_of(shard_id)
+        found = [
+            index
+            for index, shard in enumerate(self.layer_layout.shards)
+            if shard.start < last and shard.start + shard.rows > first
+        ]
+        if self.spec.is_scalar:
+            if loaded.numel() != len(found):
+                raise ValueError(f"one value for each of {len(found)} stored layers expected, {loaded.numel()} stored")
+            for index, value in zip(found, loaded.reshape(-1), strict=True):
+                self.data[index].copy_(value)
+        elif self.spec.dim_of("N") is None:
+            self._load_columns(loaded, found)
+        else:
+            self._load_rows(loaded, found, first, last)
 
-    def load_merged_column_weight(self, loaded_weight: torch.Tensor, *, shard_id: int, tp_rank: int, **_: Any) -> None:
-        """Load one shard of a fused layer whose output features are split over the ranks."""
-        self._load(loaded_weight, shard_id, tp_rank, 0)
+    def _load_columns(self, loaded: torch.Tensor, found: Sequence[int]) -> None:
+        """Load a tensor without rows of the weight: one for each stored layer in ``found``, concatenated."""
+        shape = self.spec.shape(0, self.layer_layout.k)
+        _check_shape(loaded, (len(found) * shape[0], *shape[1:]))
+        for index, part in zip(found, loaded.split(shape[0]), strict=True):
+            self.shard(index).copy_(self._columns(part))
 
-    def load_qkv_weight(
-        self, loaded_weight: torch.Tensor, *, shard_id: str, tp_rank: int, num_heads: int = 1, **_: Any
-    ) -> None:
-        """Load q, k or v; ``num_heads`` consecutive ranks hold equal key and value heads."""
-        self._load(loaded_weight, _QKV_INDEX[shard_id], tp_rank if shard_id == "q" else tp_rank // num_heads, 0)
+    def _load_rows(self, loaded: torch.Tensor, found: Sequence[int], first: int, last: int) -> None:
+        """Load rows ``first`` to ``last`` of the layer."""
+        shards = [self.layer_layout.shards[index] for index in found]
+        if all(shard.is_whole and first <= shard.start and shard.start + shard.rows <= last for shard in shards):
+            # Whole tensors need no cut, and may end in a short block.
+            shapes = [self.spec.shape(shard.rows, self.layer_layout.k) for shard in shards]
+            _check_shape(loaded, (sum(shape[0] for shape in shapes), *shapes[0][1:]))
+            parts = loaded.split([shape[0] for shape in shapes])
+            for index, part in zip(found, parts, strict=True):
+                self.shard(index).copy_(self._columns(part))
+            return
+        _check_shape(loaded, self.spec.shape(last - first, self.layer_layout.k))
+        for index in found:
+            shard, row, own = self.layer_layout.shards[index], self.layer_layout.shards[index].start, 0
+            for part in shard.parts:
+                if first <= row and row + part.rows <= last:
+                    self._load_part(loaded, self.shard(index), row - first, own, part)
+                row, own = row + part.rows, own + part.held
+
+    def _load_part(self, loaded: torch.Tensor, target: torch.Tensor, row: int, own: int, part: Partition) -> None:
+        """Copy this rank's rows of a partition that starts at ``row`` of ``loaded``, to row ``own`` of ``target``."""
+        start, count = self._blocks(row + part.start, part.count)
+        dim = self.spec.dims[0]
+        if own % dim.per:
+            raise ValueError(f"N = {own} cuts through blocks of {dim.per}")
+        held = dim.size(part.held, 0)
+        place = target.narrow(0, own // dim.per, held)
+        place[:count].copy_(self._columns(loaded.narrow(0, start, count)))
+        if held > count:
+            place[count:].zero_()
+
+    def _blocks(self, start: int, rows: int) -> tuple[int, int]:
+        """Return the first entry, and the number of entries, of rows ``start`` to ``start + rows`` along dimension 0.
+
+        Raises:
+            ValueError: the rows are neither whole blocks nor inside one block that may be short.
+        """
+        dim = self.spec.dims[0]
+        if dim.partial and start // dim.per == (start + rows - 1) // dim.per:
+            return start // dim.per, 1
+        for extent in (start, rows):
+            if extent % dim.per:
+                raise ValueError(f"N = {extent} cuts through blocks of {dim.per}")
+        return start // dim.per, rows // dim.per
+
+    def _columns(self, loaded: torch.Tensor) -> torch.Tensor:
+        """Return this rank's columns of a stored tensor."""
+        layout, position = self.layer_layout, self.spec.dim_of("K")
+        if position is None or layout.k_rank == layout.k:
+            return loaded
+        dim = self.spec.dims[position]
+        if layout.k_rank % dim.per:
+            raise ValueError(f"a rank's K = {layout.k_rank} cuts through blocks of {dim.per}")
+        return loaded.narrow(position, layout.k_start // dim.per, layout.k_rank // dim.per)
+
+
+def load_stored(parameter: StoredParameter, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
+    """Load ``parameter``: the weight loader that SGLang's model classes call."""
+    parameter.load(loaded_weight, loaded_shard_id)
+
+
+def _check_shape(loaded: torch.Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(loaded.shape) != expected:
+        raise ValueError(f"shape {list(expected)} expected, {list(loaded.shape)} stored")
 
 
 def copy_slice(
@@ -131,49 +208,7 @@ class ExpertParameter(torch.nn.Parameter):
         copy_slice(self.spec, loaded, target, self.n, self.k, n_rank, k_rank)
 
 
-def make_parameter(
-    spec: TensorSpec, shard_sizes: list[int], k: int, weight_loader: Callable[..., Any]
-) -> BasevLLMParameter:
-    """Return an unset parameter for ``spec`` on this rank.
-
-    Floating-point parameters start as NaN, so that an entry that is never loaded cannot pass for a scale.
-
-    Args:
-        spec: the tensor's spec.
-        shard_sizes: output features of each shard of the (fused) layer on this rank.
-        k: input features on this rank.
-        weight_loader: SGLang's loader of the layer.
-
-    Raises:
-        ValueError: a block does not fit ``k`` or a shard.
-    """
-    if spec.is_scalar:
-        data = _unset((len(shard_sizes),), spec.dtypes[0])
-        parameter = PerTensorScaleParameter(data=data, weight_loader=weight_loader)
-        # Without this attribute SGLang's first-generation loaders copy one shard's scale over all.
-        parameter.needs_scalar_to_array = True
-        return parameter
-    n_dim, k_dim = spec.dim_of("N"), spec.dim_of("K")
-    if n_dim == 0 and k_dim == 1 and spec.dims[0].per == 1:
-        return ModelWeightParameter(
-            data=_unset(spec.shape(sum(shard_sizes), k), spec.dtypes[0]),
-            input_dim=k_dim,
-            output_dim=n_dim,
-            weight_loader=weight_loader,
-        )
-    return ConcatParameter(spec, shard_sizes, k, weight_loader)
-
-
 def _unset(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     if dtype.is_floating_point:
         return torch.full(shape, float("nan"), dtype=torch.float32).to(dtype)
     return torch.empty(shape, dtype=dtype)
-
-
-def shard_tensor(spec: TensorSpec, parameter: torch.Tensor, index: int, shard_sizes: list[int]) -> torch.Tensor:
-    """Return shard ``index`` of a loaded parameter: a scalar ``[]``, or this rank's part of the shard's tensor."""
-    if spec.is_scalar:
-        return parameter.data[index]
-    if isinstance(parameter, ConcatParameter):
-        return parameter.shard(index)
-    return parameter.data.narrow(0, sum(shard_sizes[:index]), shard_sizes[index])

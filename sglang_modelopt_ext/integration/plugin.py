@@ -70,20 +70,21 @@ def register() -> None:
 
 def all_hooks() -> tuple[Hook, ...]:
     """Return every hook of this package, which imports SGLang's modules and takes seconds."""
-    from sglang_modelopt_ext.integration import config, loading, observability, processes, rounding, updates
+    from sglang_modelopt_ext.integration import (
+        config,
+        loading,
+        mapping,
+        observability,
+        processes,
+        products,
+        rounding,
+        updates,
+    )
     from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
     from sglang_modelopt_ext.integration.kv import scales as kv_scales
 
-    return (
-        *config.HOOKS,
-        *loading.HOOKS,
-        *kv_hooks.HOOKS,
-        *kv_scales.HOOKS,
-        *updates.HOOKS,
-        *observability.HOOKS,
-        *processes.HOOKS,
-        *rounding.HOOKS,
-    )
+    own = (config, mapping, loading, products, kv_hooks, kv_scales, updates, observability, processes, rounding)
+    return tuple(hook for file in own for hook in file.HOOKS)
 
 
 def _install() -> None:

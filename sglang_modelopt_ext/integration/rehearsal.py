@@ -86,18 +86,23 @@ def rehearse(folder: Path, server_arguments: list[str], stock_kv_cache: bool) ->
 
 def _resolve(folder: Path, server_arguments: list[str]) -> Any:
     """Set this process up as a scheduler of one rank on a CPU, and return SGLang's configuration of the model."""
+    from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.configs.update_config import adjust_config_with_unaligned_cpu_tp
     from sglang.srt.distributed import bootstrap
     from sglang.srt.layers.moe.utils import initialize_moe_config
     from sglang.srt.runtime_context import SpawnRanks, publish
     from sglang.srt.server_args import prepare_server_args
 
     command = ["--model-path", str(folder), "--device", "cpu", "--skip-tokenizer-init", "--max-total-tokens", "1024"]
+    command.append("--disable-radix-cache")  # that of hybrid models wants a GPU, and a rehearsal has no cache
     args = prepare_server_args([*command, *server_arguments])
     args.resolve_once()
     publish(args, role="scheduler", ranks=SpawnRanks(world_rank=0, gpu_id=0))
     initialize_moe_config()
     model_config = ModelConfig.from_server_args(args)
+    # SGLang's classes read fields of the configuration that this adds on a CPU, for any number of ranks.
+    model_config = adjust_config_with_unaligned_cpu_tp(model_config, LoadConfig(), 1)
     bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=_free_port())
     bootstrap.init_layer_runtime(model_config=model_config)
     return model_config

@@ -271,6 +271,15 @@ def check_blocks(where: object, prefix: str, scheme: LayerScheme, shards: Sequen
                 check_zero_blocks(where, f"{prefix}.{spec.name}", shard["weight"], shard[spec.name])
 
 
+def dense_weight(scheme: LayerScheme, shard: Shard) -> torch.Tensor:
+    """Return the float32 weight ``[N, K]`` that a stored layer stands for: smoothing and the low-rank branch multiplied in."""
+    decoded = scheme.weight.decode(shard)
+    weight = decoded.unit * decoded.out_scale.reshape(-1, 1)
+    if scheme.low_rank:
+        weight = weight + shard[LORA_B].to(torch.float32) @ shard[LORA_A].to(torch.float32)
+    return weight * shard[PRE_QUANT_SCALE.name].to(torch.float32) if PRE_QUANT_SCALE.name in shard else weight
+
+
 @functools.cache
 def warn_once(message: str) -> None:
     """Log a warning, once in this process."""

@@ -178,7 +178,8 @@ def test_a_scale_for_each_channel_is_refused(tmp_path: Path) -> None:
 def test_dummy_weights_have_no_scale() -> None:
     """Without tensors, layers are read like the preset exports them."""
     checkpoint = read_checkpoint(calibrated())
-    method = ModelOptExtConfig(UMBRELLA, checkpoint.config, None)._linear_method("model.layers.0.self_attn.qkv_proj")
+    config = ModelOptExtConfig(UMBRELLA, checkpoint.config, None)
+    method = config._linear_method(torch.nn.Module(), "model.layers.0.self_attn.qkv_proj")
     assert method is not None
     assert [spec.name for spec in method.scheme.tensors] == ["weight", "weight_scale"]
 
@@ -220,6 +221,6 @@ def test_dummy_experts_have_no_scale() -> None:
     layer = next(iter(expert_layers(moe_harness.build(folder)[0]).values()))
     assert any(spec.name == "input_scale" for spec in layer.quant_method.schemes["w13"].tensors)
     config = ModelOptExtConfig(UMBRELLA, read_checkpoint(folder).config, None)
-    method = config._experts_method("model.layers.0.mlp.experts")
+    method = config._experts_method(layer, "model.layers.0.mlp.experts")
     assert method is not None
     assert {spec.name for scheme in method.schemes.values() for spec in scheme.tensors} == {"weight", "weight_scale"}

@@ -25,8 +25,10 @@ from tests.support.cache import cached_folder, digest, source_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "qwen2_moe"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "glm4", "qwen3_moe", "mixtral", "qwen2_moe"]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
+FUSED_FAMILIES: tuple[Family, ...] = ("phi3", "glm4")
+"""Families whose checkpoints store q, k and v, or gate and up, as one layer."""
 MOE_FAMILIES: tuple[Family, ...] = ("qwen3_moe", "mixtral")
 """Besides these there is Qwen2-MoE, which has a shared expert beside the routed ones."""
 
@@ -38,6 +40,8 @@ LOGIT_STD = 3.0
 OUTLIER_SHARE = 0.04
 BLOCK = 16
 BIAS_SHARE = {"q_proj": 0.5, "k_proj": 1.0, "v_proj": 0.3}
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+"""Layers that some families store fused, and the parts of each."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +102,20 @@ def build_model(spec: TinyModel) -> PreTrainedModel:
         "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
         "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+        "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+        "glm4": (transformers.Glm4Config, transformers.Glm4ForCausalLM),
         "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
         "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
         "qwen2_moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
     }
     config_class, model_class = classes[spec.family]
-    if spec.family in ("qwen2", "qwen2_moe") and spec.hidden != spec.heads * spec.head_dim:
-        raise ValueError("Qwen2 has no head_dim of its own: hidden must be heads * head_dim")
-    extra: dict[str, Any] = {} if spec.family in ("qwen2", "qwen2_moe") else {"head_dim": spec.head_dim}
-    if spec.family in ("mistral", "mixtral"):
+    without_head_dim = spec.family in ("qwen2", "qwen2_moe", "phi3")
+    if without_head_dim and spec.hidden != spec.heads * spec.head_dim:
+        raise ValueError(f"{spec.family} has no head_dim of its own: hidden must be heads * head_dim")
+    extra: dict[str, Any] = {} if without_head_dim else {"head_dim": spec.head_dim}
+    if spec.family == "glm4":
+        extra["attention_bias"] = True
+    if spec.family in ("mistral", "mixtral", "phi3"):
         extra["sliding_window"] = None
     if spec.family == "qwen3_moe":
         extra |= {"num_experts": spec.experts, "moe_intermediate_size": spec.intermediate, "norm_topk_prob": True}
@@ -163,6 +172,10 @@ class _Weights:
             return level * (1.0 + 0.1 * self._normal(name, shape))
         if kind in ("q_norm", "k_norm"):
             return self._target(kind[0] + "_proj", layer) * (1.0 + 0.2 * self._normal(name, shape))
+        if kind in ("post_self_attn_layernorm", "post_mlp_layernorm"):  # GLM-4's, behind a block
+            return 1.0 + 0.1 * self._normal(name, shape)
+        if kind in FUSED and parts[-1] == "weight":  # the experts' is a parameter of that name
+            return self._fused(name, kind, shape, layer)
         if kind in ("input_layernorm", "post_attention_layernorm"):
             return self._gain(name, shape[0], layer)
         if parts[-2] in ("gate", "shared_expert_gate"):
@@ -219,6 +232,18 @@ class _Weights:
         weight = weight * (magnitude / magnitude.median()).rsqrt()
         weight = weight / (weight * magnitude).norm(dim=1, keepdim=True)
         return weight * self._target(kind, layer) * self._output_outliers(name, kind, rows).unsqueeze(1)
+
+    def _fused(self, name: str, kind: str, shape: tuple[int, ...], layer: int) -> torch.Tensor:
+        """Return a weight stored fused: the parts that other families store apart, drawn as theirs are."""
+        spec, parts = self.spec, FUSED[kind]
+        sizes = (spec.heads * spec.head_dim, *[spec.kv_heads * spec.head_dim] * 2) if kind == "qkv_proj" else ()
+        rows = sizes or (shape[0] // len(parts),) * len(parts)
+        return torch.cat(
+            [
+                self._linear(name.replace(kind, part), (size, shape[1]), part, layer)
+                for part, size in zip(parts, rows, strict=True)
+            ]
+        )
 
     def _router(self, name: str, shape: tuple[int, ...], layer: int) -> torch.Tensor:
         """Return a router with logits of standard deviation 1: a token's experts weigh alike, and all of them are used."""

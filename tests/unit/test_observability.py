@@ -12,8 +12,8 @@ pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.checkpoint.quant_config import QuantConfig
 from sglang_modelopt_ext.integration import observability
-from sglang_modelopt_ext.integration.loading import Product
 from sglang_modelopt_ext.integration.observability import INFO, LAYERS, STATE_KEY, Served, gauges, served_by
+from sglang_modelopt_ext.integration.products import Product
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES

@@ -29,8 +29,8 @@ REGISTRATION = """
 from sglang.srt.plugins import load_plugins
 from sglang.srt.plugins.hook_registry import HookRegistry
 load_plugins()
-from sglang_modelopt_ext.integration import config, loading, plugin, processes, updates
-hooks = (*config.HOOKS, *loading.HOOKS, *updates.HOOKS, *processes.HOOKS)
+from sglang_modelopt_ext.integration import config, loading, mapping, plugin, processes, products, updates
+hooks = (*config.HOOKS, *mapping.HOOKS, *loading.HOOKS, *products.HOOKS, *updates.HOOKS, *processes.HOOKS)
 assert len({hook.target for hook in hooks}) == len(hooks)
 assert all(hook.target in HookRegistry._patched for hook in hooks), HookRegistry._patched
 assert all(hook.why for hook in hooks)
@@ -38,13 +38,11 @@ plugin.register()
 assert all(len(HookRegistry._hooks[hook.target]) == 1 for hook in hooks), "registered twice"
 
 from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATION_METHODS
-from sglang.srt.layers.linear import WEIGHT_LOADER_V2_SUPPORTED
 from sglang.srt.arg_groups.choices import QUANTIZATION_CHOICES
 from sglang_modelopt_ext.schemes.table import FAMILIES
 for family in FAMILIES:
     assert QUANTIZATION_METHODS[family] is CPU_QUANTIZATION_METHODS[family]
     assert QUANTIZATION_CHOICES.count(family) == 1
-assert WEIGHT_LOADER_V2_SUPPORTED.count("ModelOptExtLinearMethod") == 1
 print("registered")
 """
 
@@ -119,8 +117,8 @@ def test_the_processes_of_a_server_do_not_check_again() -> None:
             r"expected to be hooked, got a failure",
         ),
         (
-            "import sglang.srt.layers.linear as m; del m.WEIGHT_LOADER_V2_SUPPORTED",
-            r"plugin: registration: expected success, got AttributeError",
+            "import sglang.srt.server_args as m; del m.add_quantization_method_choices",
+            r"plugin: registration: expected success, got ImportError",
         ),
     ],
 )

@@ -1,0 +1,130 @@
+"""The stored layers of a layer, where only the loading code of the model's class tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+
+from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
+from sglang_modelopt_ext.checkpoint.tensors import read_tensors
+from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+from sglang_modelopt_ext.integration.loading import StrictLoad, quantized_modules
+from sglang_modelopt_ext.integration.mapping import settle
+from sglang_modelopt_ext.schemes.table import UMBRELLA
+from tests.layers.harness import Namespace, parallel_rank
+from tests.layers.test_recipes import FLIP_TOLERANCE, layer_inputs, relative_error
+from tests.support.exports import export
+from tests.support.models import TinyModel, model_dir
+from tests.support.reference import Reference
+
+LAYER = "model.layers.0.mlp"
+
+
+class Odd(Namespace):
+    """A class that names its layers in its own way, and concatenates two stored ones for a replicated layer."""
+
+    skips: tuple[str, ...] = ()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        parameters = dict(self.named_parameters())
+        cached: dict[str, torch.Tensor] = {}
+        for name, tensor in weights:
+            if any(skipped in name for skipped in self.skips):
+                continue
+            spec = name.rpartition(".")[2]
+            if name.startswith((f"{LAYER}.gate_proj", f"{LAYER}.up_proj")):
+                parameter = parameters[f"ffn.inner.{spec}"]
+                parameter.weight_loader(parameter, tensor, 0 if "gate" in name else 1)
+            elif name.startswith(f"{LAYER}.down_proj"):
+                parameter = parameters[f"ffn.outer.{spec}"]
+                parameter.weight_loader(parameter, tensor)
+            elif name.startswith(("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj")):
+                cached[name] = tensor
+                both = [cached.get(f"model.layers.0.self_attn.{one}_proj.{spec}") for one in "qk"]
+                if all(part is not None for part in both):
+                    parameter = parameters[f"latent.{spec}"]
+                    parameter.weight_loader(parameter, torch.cat([part for part in both if part is not None]))
+
+
+@pytest.fixture(scope="module")
+def folder() -> Path:
+    return export(model_dir(TinyModel("llama")), "W4A8_AWQ_BETA_CFG")
+
+
+def build(folder: Path, model: Odd) -> tuple[Odd, ModelOptExtConfig]:
+    """Return the class's layers, built under names that no stored tensor has."""
+    checkpoint = read_checkpoint(folder)
+    config = ModelOptExtConfig(UMBRELLA, checkpoint.config, checkpoint)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with parallel_rank(0, 1):
+            inner = MergedColumnParallelLinear(256, [512, 512], bias=False, quant_config=config, prefix="ffn.inner")
+            model.put("ffn.inner", inner)
+            model.put("ffn.outer", RowParallelLinear(512, 256, bias=False, prefix="ffn.outer"))  # no config
+            model.put("latent", ReplicatedLinear(256, 384, bias=False, quant_config=config, prefix="latent"))
+            settle(model, config)
+    finally:
+        torch.set_default_dtype(previous)
+    return model, config
+
+
+def load(model: Odd, config: ModelOptExtConfig) -> StrictLoad:
+    """Load the tensors, all of the layers', and prepare the layers."""
+    assert config.checkpoint is not None
+    stored = list(config.checkpoint.tensors.values())
+    strict = StrictLoad(model, config.checkpoint)
+    strict.load(model.load_weights, ((one.name, tensor) for one, tensor in read_tensors(stored)))
+    assert list(strict.missing()) == []
+    for module, method in quantized_modules(model):
+        method.verified = True
+        method.process_weights_after_loading(module)
+    return strict
+
+
+def test_layers_are_found_by_the_loading_code(folder: Path) -> None:
+    """Renamed, concatenated and unconfigured layers compute what the reading says, and every tensor of theirs counts as used."""
+    model, config = build(folder, Odd())
+    strict = load(model, config)
+    used = (LAYER, "model.layers.0.self_attn.q", "model.layers.0.self_attn.k")
+    assert strict.used == {name for name in strict.checkpoint.tensors if name.startswith(used)}
+    reference = Reference(folder).model
+    expected = {
+        "ffn.inner": [f"{LAYER}.gate_proj", f"{LAYER}.up_proj"],
+        "ffn.outer": [f"{LAYER}.down_proj"],
+        "latent": ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"],
+    }
+    for name, shards in expected.items():
+        layer = model.get_submodule(name)
+        x = layer_inputs(layer.input_size, torch.float32)
+        y = layer.quant_method.apply(layer, x)
+        right = torch.cat([reference.get_submodule(shard)(x) for shard in shards], dim=-1)
+        assert relative_error(y, right) < FLIP_TOLERANCE, name
+
+
+def test_a_declared_layer_that_nothing_is_stored_for(folder: Path) -> None:
+    """A layer that is declared as quantized, and that the loading code has no quantized tensors for, is an error."""
+    model = Odd()
+    model.skips = ("q_proj",)
+    with pytest.raises(ModelOptExtError, match=r"latent\.weight: expected a W4A8_AWQ layer, or it in exclude_modules"):
+        build(folder, model)
+
+
+def test_two_tensors_for_one_shard(folder: Path) -> None:
+    """A class that loads two stored tensors to one place loses one of them."""
+
+    class Twice(Odd):
+        def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+            super().load_weights((name.replace("up_proj", "gate_proj"), tensor) for name, tensor in weights)
+
+    model, config = build(folder, Odd())
+    model.__class__ = Twice
+    with pytest.raises(
+        ModelOptExtError, match=r"up_proj\.\w+: expected a tensor .* got one stored tensor for ffn\.inner"
+    ):
+        load(model, config)
