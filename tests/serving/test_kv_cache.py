@@ -83,9 +83,9 @@ class TestFromTheCheckpoint:
     def test_chunks_and_cache_hits_change_nothing(self, server: Server, folder: Path) -> None:
         """A prompt of several chunks, alone and after a cached prefix, is scored like the whole prompt.
 
-        A key, a value or a block's scale within a rounding error of a boundary is rounded to one side by the server and to the other by
-        the reference, by the order in which the CPU at hand adds. A prompt has some 10^5 of them, so that it happens to a few
-        prompts; a chunk that is attended wrongly shows in all.
+        A key, a value or a block's scale within a rounding error of a boundary is rounded to one side by the server and to the
+        other by the reference, by the order in which the CPU at hand adds. A prompt has some 10^5 of them, so that it happens
+        to a few prompts; a chunk that is attended wrongly shows in all.
         """
         reference = Reference(folder, kv_cache="nvfp4_affine")
         apart = []
