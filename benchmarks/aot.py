@@ -69,15 +69,17 @@ def cases(arch: int) -> list[Case]:
 
 
 def quick(all_cases: list[Case]) -> list[Case]:
-    """Select a sample: the first and the last configuration of each product and of each kernel around them, some of attention and
-    of the experts.
+    """Select a sample: the first and the last configuration of each product, the last of each kernel around them, some of
+    attention and of the experts.
     """
     attention = [case for case in all_cases if " D=" in case.name]
     experts = [case for case in all_cases if case.name.startswith("grouped")]
     others = [case for case in all_cases if case not in attention and case not in experts]
     ends: dict[tuple[str, ...], list[Case]] = {}
     for case in others:
-        if "swizzled" not in case.name:
+        if not case.matrix:
+            ends[case.kernel.fn.__name__,] = [case]
+        elif "swizzled" not in case.name:
             kind = tuple(case.name.split(" ")[:2])
             ends[kind] = [*ends.get(kind, [])[:1], case]
     sample = [case for case in attention if case.name.endswith(tuple(f" {name} D=128" for name in QUICK_RECIPES))]
