@@ -37,9 +37,8 @@ def test_stored_fused(family: Family, recipe: str, tp: int) -> None:
         check_logprobs(server, folder, "float32")
 
 
-@pytest.mark.parametrize(
-    "model", [tiny("mixtral", layers=1), pytest.param(TinyModel("llama", tied=True), marks=pytest.mark.full)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("model", [tiny("mixtral", layers=1), TinyModel("llama", tied=True)])
 def test_quantized_vocabulary(model: TinyModel, tmp_path: Path) -> None:
     """NVFP4_FP8_MHA's weights, on a class that builds head and embedding without a config (Mixtral), and on one without a head.
 
