@@ -67,6 +67,7 @@ class _Handed:
     rounding: Rounding | None
     values: torch.Tensor | None = None
     row_scale: torch.Tensor | None = None
+    version: int | None = None
     copy: torch.Tensor | None = field(default=None, repr=False)
 
 
@@ -99,7 +100,7 @@ def hand_over(
     output: torch.Tensor, producer: Producer, rounding: Rounding, values: torch.Tensor, row_scale: torch.Tensor
 ) -> None:
     """Put the rounded values of a module's output beside it."""
-    setattr(output, _ATTRIBUTE, _Handed(producer, rounding, values, row_scale))
+    setattr(output, _ATTRIBUTE, _Handed(producer, rounding, values, row_scale, _version(output)))
 
 
 def rms_norm(
@@ -129,6 +130,11 @@ def _known(producer: Producer) -> Rounding:
     return producer.wanted
 
 
+def _version(tensor: torch.Tensor) -> int | None:
+    """Return torch's count of a tensor's changes in place; None in inference mode, where there is none."""
+    return None if tensor.is_inference() else tensor._version
+
+
 def forget(tensor: torch.Tensor) -> None:
     """Remove what lies beside a tensor that gets other values."""
     if hasattr(tensor, _ATTRIBUTE):
@@ -138,7 +144,8 @@ def forget(tensor: torch.Tensor) -> None:
 def take(x: torch.Tensor, wanted: Rounding) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return the rounded values and scale that lie beside ``x`` ``[M, K]``, if they are as wanted; None otherwise.
 
-    A module that does not round yet, or rounds differently, learns what is wanted. What lies beside a tensor is taken once.
+    Those of a tensor that was changed in place since are not. A module that does not round yet, or rounds differently, learns what
+    is wanted. What lies beside a tensor is taken once.
     """
     if torch.compiler.is_compiling():
         return None
@@ -147,7 +154,7 @@ def take(x: torch.Tensor, wanted: Rounding) -> tuple[torch.Tensor, torch.Tensor]
         return None
     forget(x)
     if handed.values is not None and wanted.is_as(handed.rounding) and handed.values.shape == x.shape:
-        return handed.values, handed.row_scale
+        return (handed.values, handed.row_scale) if handed.version == _version(x) else None
     if handed.copy is not None and torch.equal(handed.copy, x):
         handed.producer.wanted = wanted
     elif handed.copy is None:

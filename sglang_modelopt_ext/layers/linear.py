@@ -221,8 +221,10 @@ class LinearProduct:
 
     def _handed_over(self, layer: torch.nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Return the input as the module before has rounded it, and its scale; None where it did not."""
+        if not x.is_cuda:
+            return None
         inputs = {name: getattr(layer, attribute) for name, attribute in self.groups[0].inputs.items()}
-        if not x.is_cuda or not self._takes_handover(inputs):
+        if not self._takes_handover(inputs):
             return None
         smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
         rounded = take(x, Rounding(smoothing, scale, exact_fp8(self._operand)))

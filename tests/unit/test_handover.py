@@ -63,6 +63,14 @@ def test_values_are_taken_once_and_only_as_wanted() -> None:
         assert take(x, other) is None
 
 
+def test_values_of_a_tensor_that_was_changed_since_are_not_taken() -> None:
+    producer, x = Producer(WANTED), torch.ones(2, 4)
+    hand_over(x, producer, WANTED, x.to(torch.float8_e4m3fn), torch.ones(2, 1))
+    x.mul_(2)
+    assert take(x, WANTED) is None
+    assert producer.wanted is WANTED
+
+
 def test_a_consumer_with_new_tensors_is_learned_again() -> None:
     """After an update of its weights a product has other tensors; equal values in another tensor are not the same scale."""
     old, new = (Rounding(None, torch.ones(()), torch.float8_e4m3fn) for _ in range(2))
