@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,8 @@ from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.kv.scales import wrapped_plan
 from sglang_modelopt_ext.integration.loading import ext_config
 from sglang_modelopt_ext.integration.products import Product, count_products
+
+logger = logging.getLogger(__name__)
 
 STATE_KEY = "modelopt_ext"
 """The key of an entry of ``internal_states`` that has this package's part."""
@@ -136,9 +139,17 @@ def _get_internal_state(original: Callable[..., Any], self: Any, recv_req: Any) 
 
 def _emit_metrics_constants(original: Callable[..., None], self: Any) -> None:
     original(self)  # called once the model and its cache are there, without --enable-metrics too
-    served = served_by(self.tp_worker.model_runner)
-    setattr(self, _SERVED, served)
-    collector = self.metrics_collector
+    try:
+        _publish(self)
+    except Exception as error:
+        # An error here would end the scheduler, of models that are left to SGLang too.
+        logger.warning("modelopt_ext: /server_info and /metrics do not say what serves the model: %r", error)
+
+
+def _publish(scheduler: Any) -> None:
+    served = served_by(scheduler.tp_worker.model_runner)
+    setattr(scheduler, _SERVED, served)
+    collector = scheduler.metrics_collector
     if collector is None:
         return
     for name, labels, value in gauges(served):

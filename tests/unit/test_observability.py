@@ -105,6 +105,19 @@ def test_gauges_are_set_again_and_without_metrics_not_made(monkeypatch: pytest.M
     assert [(sample.value, sample.labels["tp_rank"]) for sample in found] == [(8, "3")]
 
 
+@pytest.mark.parametrize("worker", [SimpleNamespace(), SimpleNamespace(model_runner=SimpleNamespace())])
+def test_a_model_that_cannot_be_described_is_served(worker: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """An error in a scheduler ends it, and what serves the model is information only."""
+    scheduler = SimpleNamespace(tp_worker=worker, metrics_collector=None)
+    done: list[Any] = []
+    observability._emit_metrics_constants(done.append, scheduler)
+    assert done == [scheduler]
+    assert "do not say what serves the model" in caplog.text
+    answer = SimpleNamespace(internal_state={"world_size": 1})
+    got = observability._get_internal_state(lambda *args: answer, SimpleNamespace(scheduler=scheduler), None)
+    assert got.internal_state == {"world_size": 1}
+
+
 def test_a_config_of_ours_names_its_family(monkeypatch: pytest.MonkeyPatch) -> None:
     config = SimpleNamespace(family="modelopt_w4a8", config=QuantConfig(file=__file__, algo="W4A8_NVFP4_FP8"))  # type: ignore[arg-type]
     monkeypatch.setattr(observability, "wrapped_plan", lambda args: None)
