@@ -16,7 +16,6 @@ pytest.importorskip("sglang")
 
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
-from sglang.srt.runtime_context import get_parallel
 
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
@@ -26,7 +25,7 @@ from sglang_modelopt_ext.integration.loading import StrictLoad, quantized_module
 from sglang_modelopt_ext.schemes.table import UMBRELLA
 from tests.layers.harness import load
 from tests.layers.moe_harness import MoeNamespace, published, run
-from tests.layers.test_moe import Together, routing
+from tests.layers.test_moe import routing, sum_of_ranks
 from tests.layers.test_recipes import FLIP_TOLERANCE, TOLERANCE, layer_inputs, relative_error
 from tests.support import edits
 from tests.support.expert_models import (
@@ -222,15 +221,8 @@ def test_ranks_together_are_one(kind: Kind, recipe: str, tp: int, ep: int) -> No
     ranks = [build(folder, kind, rank, tp, ep)[0] for rank in range(tp)]
     x = layer_inputs(HIDDEN, torch.float32)
     chosen, weights = routing(len(x), EXPERTS, MODELS[kind].top_k)
-    groups = {rank.moe_ep_rank: Together() for rank in ranks}
-    for gathers in (False, True):
-        outputs = []
-        for number, rank in enumerate(ranks):
-            group = groups[rank.moe_ep_rank]
-            group.gathers = gathers
-            with published(number, tp, ep), get_parallel().override(moe_tp_group=group):
-                outputs.append(run(rank, x, chosen, weights))
-    assert relative_error(torch.stack(outputs).sum(dim=0), run(whole, x, chosen, weights)) < TOLERANCE
+    total = sum_of_ranks(ranks, x, chosen, weights, tp, ep)
+    assert relative_error(total, run(whole, x, chosen, weights)) < TOLERANCE
 
 
 def test_a_fused_shared_expert() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -284,6 +284,21 @@ class Together:
         return torch.cat(self.sent, dim=-1)
 
 
+def sum_of_ranks(
+    ranks: Sequence[FusedMoE], x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor, tp: int, ep: int
+) -> torch.Tensor:
+    """Return the sum of what ``ranks`` compute one after another, each with what the others send."""
+    groups = {rank.moe_ep_rank: Together() for rank in ranks}
+    for gathers in (False, True):
+        outputs = []
+        for number, rank in enumerate(ranks):
+            group = groups[rank.moe_ep_rank]
+            group.gathers = gathers
+            with published(number, tp, ep), get_parallel().override(moe_tp_group=group):
+                outputs.append(run(rank, x, chosen, weights))
+    return torch.stack(outputs).sum(dim=0)
+
+
 @pytest.mark.parametrize(
     ("recipe", "tp", "ep"),
     [
@@ -311,15 +326,8 @@ def test_ranks_together_are_one(recipe: str, tp: int, ep: int) -> None:
         assert all(".experts.3." not in used for used in models[0].used), "an expert of another rank"
     x = layer_inputs(whole.hidden_size, torch.float32)
     chosen, weights = routing(len(x))
-    groups = {rank.moe_ep_rank: Together() for rank in ranks}
-    for gathers in (False, True):
-        outputs = []
-        for number, rank in enumerate(ranks):
-            group = groups[rank.moe_ep_rank]
-            group.gathers = gathers
-            with published(number, tp, ep), get_parallel().override(moe_tp_group=group):
-                outputs.append(run(rank, x, chosen, weights))
-    assert relative_error(torch.stack(outputs).sum(dim=0), run(whole, x, chosen, weights)) < TOLERANCE
+    total = sum_of_ranks(ranks, x, chosen, weights, tp, ep)
+    assert relative_error(total, run(whole, x, chosen, weights)) < TOLERANCE
 
 
 def test_excluded_experts_stay_unquantized() -> None:
