@@ -1,4 +1,4 @@
-"""Imports of ``tests.support`` and ``benchmarks`` without the repository root on sys.path, and failures named at once.
+"""Imports of ``tests.support`` and ``benchmarks`` without the root on sys.path, failures named at once, cases in one order.
 
 The root (and tests/) would make their folders named ``kernels`` importable as a package of that name, which is a Hugging Face
 package that SGLang and transformers look for.
@@ -17,6 +17,14 @@ for name in ("tests", "benchmarks"):
         package = ModuleType(name)
         package.__path__ = [str(Path(__file__).parent / name)]
         sys.modules[name] = package
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Refuse cases from a set: their order differs between processes, and pytest-xdist then runs nothing at all."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        names, values = (*mark.args, *(mark.kwargs.get(key) for key in ("argnames", "argvalues")))[:2]
+        if isinstance(values, (set, frozenset)):
+            raise pytest.UsageError(f"{metafunc.definition.nodeid}: cases of {names} are a set, expected a sequence")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize.quantizers import can_skip_logits
 
-TYPES = frozenset((torch.bfloat16, torch.float16))
+TYPES = (torch.bfloat16, torch.float16)
 PRODUCTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "linear": lambda x, w: nn.functional.linear(x, w),
     "bias": lambda x, w: nn.functional.linear(x, w, bias=w[:, 0]),
@@ -28,7 +28,7 @@ def test_a_product_is_rounded_once(dtype: torch.dtype, name: str) -> None:
     """It is the fp32 product of the values, rounded to their type: no worse than torch's own, and of the same type."""
     generator = torch.Generator().manual_seed(0)
     x, w = (torch.randn(rows, 64, generator=generator).to(dtype) for rows in (5, 7))
-    with FastProducts(TYPES):
+    with FastProducts(frozenset(TYPES)):
         found = PRODUCTS[name](x, w)
     assert found.dtype == dtype
     assert torch.equal(found, PRODUCTS[name](x.float(), w.float()).to(dtype))
@@ -38,7 +38,7 @@ def test_other_types_are_left_to_torch() -> None:
     x, w = torch.randn(5, 64).bfloat16(), torch.randn(7, 64).bfloat16()
     with FastProducts(frozenset()):
         assert torch.equal(x @ w.T, torch.matmul(x, w.T))
-    with FastProducts(TYPES):
+    with FastProducts(frozenset(TYPES)):
         assert (x.double() @ w.double().T).dtype == torch.float64
         out = torch.empty(5, 7, dtype=torch.bfloat16)
         assert torch.mm(x, w.T, out=out) is out
@@ -48,7 +48,7 @@ def test_other_types_are_left_to_torch() -> None:
 
 def test_gradients_pass_through() -> None:
     layer, x = nn.Linear(8, 4).bfloat16(), torch.randn(3, 8).bfloat16()
-    with FastProducts(TYPES):
+    with FastProducts(frozenset(TYPES)):
         layer(x).float().sum().backward()
     assert layer.weight.grad is not None
     expected = x.float().sum(dim=0).expand(4, 8)
