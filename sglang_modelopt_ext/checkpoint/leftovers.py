@@ -18,8 +18,8 @@ LAYER_COUNT = "num_hidden_layers"
 MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
 """Fields of config.json that give the number of multi-token prediction layers a model was trained with."""
 
-BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached")
-"""Name endings of rotary-embedding buffers, which some exporters store and every engine recomputes."""
+BUFFERS = (".rotary_emb.inv_freq", ".rotary_emb.cos_cached", ".rotary_emb.sin_cached", ".position_ids")
+"""Name endings of buffers of positions, which some exporters store and every engine recomputes."""
 
 _MTP = "mtp"
 _DECODER = "layers"

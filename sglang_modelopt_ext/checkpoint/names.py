@@ -17,7 +17,7 @@ EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w
 """The pattern of the name of one projection of one expert."""
 
 _FUSED_NAMES = {shard: fused for fused, shards in FUSED_SHARDS.items() for shard in shards}
-_NOT_NAMED = ("model", "language_model")
+_NOT_NAMED = ("", "model", "language_model")
 _WRAPPERS = ("model.", "model.language_model.", "language_model.model.")
 
 
@@ -25,7 +25,8 @@ def canonical_name(module: str) -> str:
     """Return a module's name without the wrappers around the decoder.
 
     One linear layer is ``model.layers.0.mlp.up_proj`` in a text model's checkpoint, ``model.language_model.layers...`` in a
-    multimodal one and ``language_model.model.layers...`` in SGLang's module tree. Only leading parts are dropped.
+    multimodal one and ``language_model.model.layers...`` in SGLang's module tree; a class that joins an empty prefix begins with a
+    dot. Only leading parts are dropped.
     """
     parts = module.split(".")
     while len(parts) > 1 and parts[0] in _NOT_NAMED:

@@ -359,20 +359,23 @@ def _check_shape(tensor: StoredTensor, spec: TensorSpec, n: int, k: int) -> None
 def _fused_problems(checkpoint: Checkpoint, incomplete: Set[str], served: ServedLayers) -> list[ModelOptExtError]:
     """Return an error for each served layer that SGLang fuses and whose shards differ.
 
-    Layers with a shard in ``incomplete`` are skipped: that shard has an error already. Experts are :func:`read_experts`'s, and a
-    model without any gate (Nemotron-H) has an up projection alone.
+    Layers with a shard in ``incomplete`` are skipped: that shard has an error already. Experts are :func:`read_experts`'s. Shards
+    are fused in blocks that have them all in some layer: a model without any gate (Nemotron-H) has an up projection alone, and the
+    gate of an attention's output (AFMoE) has none beside it. A shard that no layer has is missed when the model is loaded.
     """
     problems = []
-    ungated = not any(name.endswith(".gate_proj.weight") for name in checkpoint.tensors)
+    blocks: dict[str, set[str]] = {}
+    for name in checkpoint.tensors:
+        *_, block, layer, _ = ("", "", *name.split("."))
+        blocks.setdefault(block, set()).add(layer)
     for shards in FUSED_SHARDS.values():
-        if ungated and "gate_proj" in shards:
-            continue
         owners = {
             name.removesuffix(shard) for name in checkpoint.linears for shard in shards if name.endswith("." + shard)
         }
         for owner in sorted(owners):
             if (
-                served.leaves_out(owner)
+                not blocks[owner.split(".")[-2]].issuperset(shards)
+                or served.leaves_out(owner)
                 or is_expert(owner + shards[0])
                 or any(owner + shard in incomplete for shard in shards)
             ):
@@ -402,7 +405,8 @@ def _check_fused(checkpoint: Checkpoint, owner: str, shards: tuple[str, ...]) ->
 
 def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
     file = next(iter(linear.stored.values())).file
-    differ = sorted(set(first.stored) ^ set(linear.stored))
+    # One of them may have no bias (Whisper's k_proj); a class that needs it misses it when the model is loaded.
+    differ = sorted((set(first.stored) ^ set(linear.stored)) - {BIAS.name})
     # A tensor that only one of them stores may decide its scheme, so it is named before the schemes are compared.
     if differ and linear.scheme.algo == first.scheme.algo:
         owner, other = (first, linear) if differ[0] in first.stored else (linear, first)

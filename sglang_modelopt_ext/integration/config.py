@@ -84,6 +84,8 @@ class ModelOptExtConfig(QuantizationConfig):
         self.experts: dict[str, ExpertLayer] = dict(checkpoint.experts) if checkpoint else {}
         self.without_tensors: list[tuple[torch.nn.Module, ModelOptExtError]] = []
         """The linear layers that are declared as quantized and have no quantized tensors by their names, with the error of each."""
+        self.padded_sizes: Mapping[int, int] = {}
+        """Sizes of unquantized layers that SGLang enlarged, and what they are in the checkpoint."""
         self.math = w4a8_math()
         # SGLang reads this under --kv-cache-dtype auto. A cache of ours was declared before, so that auto means SGLang's FP8.
         self.kv_cache_quant_algo = config.kv_cache_algo
@@ -167,6 +169,10 @@ class ModelOptExtConfig(QuantizationConfig):
         if isinstance(layer, RadixAttention) and self._has_stock_kv_scales():
             return BaseKVCacheMethod(self)
         return None
+
+    def get_cache_scale(self, name: str) -> None:
+        """Return no parameter for a stored KV-cache scale, which some classes ask for: :mod:`integration.kv.scales` loads them."""
+        del name
 
     def _has_stock_kv_scales(self) -> bool:
         """Return whether attention layers need the ``k_scale`` and ``v_scale`` of SGLang's own quantized caches."""

@@ -104,7 +104,7 @@ MODELS: tuple[Use, ...] = (
         ("tensor_parallel_size", "dcp_size"),
     ),
     Object("configs.load_config.LoadConfig", "how the weights are loaded", ("load_format", "download_dir")),
-    Called("configs.load_config.LoadConfig", "a rehearsal's, all defaults"),
+    Called("configs.load_config.LoadConfig", "a rehearsal's", named=("load_format",)),
     Called("configs.hybrid_arch.mambaish_config", "linear attention has no cache of ours", ("model_config",)),
     Called("configs.model_config.is_minimax_sparse", "sparse attention has no cache of ours", ("config",)),
     Called(
@@ -211,6 +211,12 @@ LAYERS: tuple[Use, ...] = (
         "layers.linear.LinearBase",
         "a linear layer that loads, or is served here",
         ("quant_method", "quant_config", "input_size", "output_size", "params_dtype"),
+    ),
+    Called(
+        "layers.linear.ReplicatedLinear",
+        "a quantized layer that a class builds as PyTorch's",
+        ("input_size", "output_size"),
+        ("bias", "params_dtype"),
     ),
     Object("lora.layers.BaseLayerWithLoRA", "the layer inside is listed for itself", ("base_layer",)),
     Object(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,13 @@ from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMetho
 from sglang_modelopt_ext.integration.mapping import Loader, own_heads, replaced_loaders
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards_of
 from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter
+from sglang_modelopt_ext.integration.plain_linear import PlainLinear
 from sglang_modelopt_ext.integration.provenance import Provenance
 
 logger = logging.getLogger(__name__)
 
+
+POOLER = "pooler"
 
 CLASSIFIER = "score"
 """The name of the head of sequence classifiers and reward models."""
@@ -102,10 +105,18 @@ def unquantized_shape(
     return (rows, module.input_size) if module.weight.dim() == 2 else None
 
 
+def _fits(stored: tuple[int, ...], expected: tuple[int, ...], padded: Mapping[int, int]) -> bool:
+    """Return whether a stored shape is the expected one, but for sizes that are padded."""
+    return len(stored) == len(expected) and all(
+        size in (wanted, padded.get(wanted)) for size, wanted in zip(stored, expected, strict=True)
+    )
+
+
 def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False) -> set[str]:
     """Return the stored tensors that ``model`` does not need: MTP blocks unless it is a draft, buffers, scales of unrounded inputs.
 
-    A module that the model does have under the name of an MTP block or buffer is loaded.
+    An encoder's pooler (BERT) is needed by a classifier, and no embedding model of SGLang's has it. A module that the model does
+    have under such a name is loaded.
     """
     unused = {name for name in checkpoint.tensors if checkpoint.leaves_out(name)}
     if is_draft:
@@ -117,7 +128,8 @@ def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = Fa
     return unused | {
         name
         for name in checkpoint.tensors
-        if served.leaves_out(name) and canonical_name(name).rpartition(".")[0] not in modules
+        if (served.leaves_out(name) or POOLER in name.split(".")[:2])
+        and canonical_name(name).rpartition(".")[0] not in modules
     }
 
 
@@ -155,6 +167,8 @@ class StrictLoad:
             for spec, stored in linear.stored.items()
             if spec != "bias"
         }
+        config = ext_config(model)
+        self._padded = config.padded_sizes if config is not None else {}
         self._packed = {
             name: (module, method)
             for module, method in quantized_modules(model)
@@ -208,7 +222,7 @@ class StrictLoad:
             if "shard_id" in kwargs:  # the experts' loaders have the parameter's name as their first further argument
                 shard = kwargs["shard_id"]
             expected = unquantized_shape(module, name, shard, "shard_id" in kwargs and "expert_id" not in kwargs)
-            if expected is not None and tuple(tensor.shape) != expected:
+            if expected is not None and not _fits(tuple(tensor.shape), expected, self._padded):
                 raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
             if not self.has_values and tensor.is_meta and not target.is_meta:  # built on a device that its class names
                 tensor = torch.empty_like(tensor, device=target.device)
@@ -287,7 +301,11 @@ class StrictLoad:
         """Set a classifier head's bias to zero where the checkpoint has none: only SGLang's heads have a bias, set at random."""
         for name, module in self.model.named_modules():
             bias = getattr(module, "bias", None)
-            if type(module) is not torch.nn.Linear or bias is None or name.rpartition(".")[2] != CLASSIFIER:
+            if (
+                not isinstance(module, (torch.nn.Linear, PlainLinear))
+                or bias is None
+                or name.rpartition(".")[2] != CLASSIFIER
+            ):
                 continue
             if f"{name}.weight" in self.loads and f"{name}.bias" not in self.checkpoint.tensors:
                 bias.data.zero_()
@@ -298,7 +316,7 @@ class StrictLoad:
         modules = dict(self.model.named_modules())
         for name, _ in self.model.named_parameters():
             shards = self.loads.get(name)
-            if not shards and _is_stock_kv_scale(modules, name):
+            if not shards and (_is_stock_kv_scale(modules, name) or name.endswith(BUFFERS)):
                 continue
             if not shards:
                 yield ModelOptExtError.at(

@@ -8,6 +8,7 @@ are then given their methods, whatever they are called and however their class b
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ import torch
 from sglang_modelopt_ext.checkpoint.experts import is_expert
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
+from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.layout import partition_numbers
@@ -29,11 +31,12 @@ logger = logging.getLogger(__name__)
 Loader = Callable[..., Any]
 
 HEAD = "lm_head"
+INTERMEDIATE = "intermediate_size"
 
 
 @contextmanager
 def replaced_loaders(model: torch.nn.Module, replace: Callable[[str, Loader], Loader]) -> Iterator[None]:
-    """Replace the weight loader of every parameter, as a context manager.
+    """Replace the weight loader of every parameter, and of every buffer, which some classes load, as a context manager.
 
     Args:
         model: the model.
@@ -42,7 +45,7 @@ def replaced_loaders(model: torch.nn.Module, replace: Callable[[str, Loader], Lo
     from sglang.srt.model_loader.weight_utils import default_weight_loader
 
     undo: list[Callable[[], None]] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in itertools.chain(model.named_parameters(), model.named_buffers()):
         attribute = "_weight_loader" if hasattr(parameter, "_weight_loader") else "weight_loader"
         original = getattr(parameter, attribute, None)
         setattr(parameter, attribute, replace(name, original or default_weight_loader))
@@ -54,7 +57,7 @@ def replaced_loaders(model: torch.nn.Module, replace: Callable[[str, Loader], Lo
             restore()
 
 
-def _restorer(parameter: torch.nn.Parameter, attribute: str, original: Loader | None) -> Callable[[], None]:
+def _restorer(parameter: torch.Tensor, attribute: str, original: Loader | None) -> Callable[[], None]:
     if original is None:
         return lambda: delattr(parameter, attribute)
     return lambda: setattr(parameter, attribute, original)
@@ -64,12 +67,13 @@ class _EndOfTensors(Exception):
     """The end of the tensors of a replay, before the model's class works on what it loaded."""
 
 
-def replay(model: Any, linears: Iterable[QuantizedLinear]) -> dict[str, list[str]]:
+def replay(model: Any, linears: Iterable[QuantizedLinear], checkpoint: Checkpoint) -> dict[str, list[str]]:
     """Return the stored layers of each of the model's layers, by the names of both, in the order of the layer's rows.
 
     Args:
         model: the model, whose parameters are not written.
         linears: the stored layers to look for.
+        checkpoint: all stored tensors, for classes that load nothing before they have them.
     """
     offered = {linear.name: linear for linear in linears}
     calls: dict[str, list[tuple[int, str]]] = {}
@@ -82,31 +86,41 @@ def replay(model: Any, linears: Iterable[QuantizedLinear]) -> dict[str, list[str
         def take_note(target: torch.Tensor, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[()]:
             del target
             shard = args[0] if args else kwargs.get("loaded_shard_id", kwargs.get("shard_id"))
-            if name == "weight" and "expert_id" not in kwargs:
+            sources = provenance.of(tensor)
+            if sources and name == "weight" and "expert_id" not in kwargs:
                 with suppress(ValueError, TypeError):  # an id of no partition: the layer stays as it was built
                     first = 0 if shard is None else partition_numbers(shard, 1)[0]
-                    calls.setdefault(module, []).extend((first, source) for source in provenance.of(tensor))
+                    calls.setdefault(module, []).extend((first, source) for source in sources)
             return ()
 
         return take_note
 
     kept = []  # a tensor on the meta device is known by its storage, which must live
 
-    def weights() -> Iterator[tuple[str, torch.Tensor]]:
+    def weights(whole: bool) -> Iterator[tuple[str, torch.Tensor]]:
         for linear in offered.values():
             tensor = torch.empty((linear.n, linear.k), dtype=torch.get_default_dtype(), device="meta")
             kept.append(tensor)
             provenance.add(tensor, linear.name)
             yield f"{linear.name}.weight", tensor
-        raise _EndOfTensors
+        if not whole:
+            raise _EndOfTensors
+        for name, stored in checkpoint.tensors.items():
+            if checkpoint.spec_of(name) is None:
+                yield name, torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
     with replaced_loaders(model, note), provenance:
-        try:
-            model.load_weights(weights())
-        except _EndOfTensors:
-            pass
-        except Exception as error:  # the model's own loading code, on tensors without scales: the load itself will tell
-            logger.debug("modelopt_ext: the names of %s were not all replayed: %s", type(model).__name__, error)
+        for whole in (False, True):
+            try:
+                model.load_weights(weights(whole))
+            except _EndOfTensors:
+                pass
+            except (
+                Exception
+            ) as error:  # the model's own loading code, on tensors without scales: the load itself will tell
+                logger.debug("modelopt_ext: the names of %s were not all replayed: %s", type(model).__name__, error)
+            if {name for found in calls.values() for _, name in found} == offered.keys():
+                break  # otherwise the class loads some (BERT's head) or all of them (Phi) when it has every tensor
     return {
         module: list(dict.fromkeys(name for _, name in sorted(found, key=_first))) for module, found in calls.items()
     }
@@ -175,22 +189,44 @@ def _unclaimed(model: torch.nn.Module, checkpoint: Checkpoint) -> dict[str, Quan
 def _adopt(
     model: torch.nn.Module, config: ModelOptExtConfig, rest: Mapping[str, QuantizedLinear]
 ) -> set[torch.nn.Module]:
-    """Give layers that were built as unquantized ones, and hold the stored layers ``rest``, their methods; return them."""
+    """Give layers that were built as unquantized ones, and hold the stored layers ``rest``, their methods; return them.
+
+    Raises:
+        ModelOptExtError: a layer is of a kind that cannot be quantized, or does not fit its tensors.
+    """
     from sglang.srt.layers.linear import LinearBase
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
+    from sglang_modelopt_ext.integration.plain_linear import PlainLinear
+
     modules = dict(model.named_modules())
+    assert config.checkpoint is not None, "dummy weights have no stored layers"
     adopted = set()
-    for name, stored in replay(model, rest.values()).items():
+    for name, stored in replay(model, rest.values(), config.checkpoint).items():
         layer = modules[name]
+        if type(layer) is torch.nn.Linear:
+            layer = _replace(model, layer, PlainLinear(layer))
         if not isinstance(layer, (LinearBase, VocabParallelEmbedding)):
-            continue
+            linear = rest[stored[0]]
+            expected = f"an unquantized layer, which {type(model).__name__} builds as a {type(layer).__name__}"
+            raise ModelOptExtError.at(
+                linear.stored["weight"].file, f"{linear.name}.weight", expected, linear.scheme.algo
+            )
         if isinstance(layer.quant_method, ModelOptExtLinearMethod):
             continue
         method = config.method_of(name, [rest[one] for one in stored])
         _install(layer, method)
         adopted.add(layer)
     return adopted
+
+
+def _replace(model: torch.nn.Module, old: torch.nn.Module, new: torch.nn.Module) -> torch.nn.Module:
+    """Put ``new`` wherever ``model`` has ``old``, and return it: a cross encoder's pooler has the model's head too."""
+    for owner in list(model.modules()):
+        for name, child in list(owner.named_children()):
+            if child is old:
+                setattr(owner, name, new)
+    return new
 
 
 def _install(layer: Any, method: ModelOptExtLinearMethod) -> None:
@@ -210,10 +246,19 @@ def _install(layer: Any, method: ModelOptExtLinearMethod) -> None:
     method.create_weights(layer, k_rank, n, k, sum(n), dtype)
 
 
+def _padded_sizes(config: Any) -> dict[int, int]:
+    """Return the sizes of hidden layers that SGLang enlarged in a model's configurations (on a CPU), and what they were."""
+    configs = [config, *(getattr(config, part, None) for part in ("text_config", "vision_config"))]
+    sizes = [(getattr(one, INTERMEDIATE, None), getattr(one, f"original_{INTERMEDIATE}", None)) for one in configs]
+    return {padded: size for padded, size in sizes if isinstance(padded, int) and isinstance(size, int)}
+
+
 def _initialize_model(
     original: Callable[..., Any], model_config: Any, load_config: Any, quant_config: Any = None
 ) -> Any:
     model = original(model_config, load_config, quant_config)
+    if isinstance(quant_config, ModelOptExtConfig):
+        quant_config.padded_sizes = _padded_sizes(model_config.hf_config)
     if isinstance(quant_config, ModelOptExtConfig) and quant_config.checkpoint is not None:
         settle(model, quant_config)
     return model

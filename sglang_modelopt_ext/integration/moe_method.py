@@ -362,10 +362,15 @@ def _loader(layer: Any, name: str, shards: tuple[str, ...]) -> Callable[..., lis
     """Return a weight loader for the parameters of one product, called with the arguments of ``FusedMoE.weight_loader``."""
 
     def load(
-        parameter: ExpertParameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
+        parameter: ExpertParameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
     ) -> list[int]:
         """Copy an expert's tensor if this rank holds the expert; return its number on this rank, or an empty list."""
-        del weight_name
+        del weight_name, return_success  # Granite's hybrid class asks whether it was loaded
         expert = layer._map_global_expert_id_to_local_expert_id(expert_id)
         if expert < 0:
             return []

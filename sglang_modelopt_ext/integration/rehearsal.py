@@ -102,7 +102,8 @@ def _resolve(folder: Path, server_arguments: list[str]) -> Any:
     initialize_moe_config()
     model_config = ModelConfig.from_server_args(args)
     # SGLang's classes read fields of the configuration that this adds on a CPU, for any number of ranks.
-    model_config = adjust_config_with_unaligned_cpu_tp(model_config, LoadConfig(), 1)
+    load_config = LoadConfig(load_format=args.load_format)
+    model_config = adjust_config_with_unaligned_cpu_tp(model_config, load_config, 1)
     bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=_free_port())
     bootstrap.init_layer_runtime(model_config=model_config)
     return model_config

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang.srt.model_loader.weight_utils import default_weight_loader
 
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
@@ -49,6 +50,17 @@ class Odd(Namespace):
                 if all(part is not None for part in both):
                     parameter = parameters[f"latent.{spec}"]
                     parameter.weight_loader(parameter, torch.cat([part for part in both if part is not None]))
+            elif name.startswith("model.layers.0.self_attn.o_proj"):
+                parameter = parameters[f"head.{spec}"]
+                loader = getattr(parameter, "weight_loader", default_weight_loader)
+                loader(parameter, tensor)
+
+
+class Late(Odd):
+    """A class that collects all tensors before it loads the first."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().load_weights(list(weights))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +80,7 @@ def build(folder: Path, model: Odd) -> tuple[Odd, ModelOptExtConfig]:
             model.put("ffn.inner", inner)
             model.put("ffn.outer", RowParallelLinear(512, 256, bias=False, prefix="ffn.outer"))  # no config
             model.put("latent", ReplicatedLinear(256, 384, bias=False, quant_config=config, prefix="latent"))
+            model.put("head", torch.nn.Linear(256, 256, bias=False))
             settle(model, config)
     finally:
         torch.set_default_dtype(previous)
@@ -87,22 +100,24 @@ def load(model: Odd, config: ModelOptExtConfig) -> StrictLoad:
     return strict
 
 
-def test_layers_are_found_by_the_loading_code(folder: Path) -> None:
-    """Renamed, concatenated and unconfigured layers compute what the reading says, and every tensor of theirs counts as used."""
-    model, config = build(folder, Odd())
+@pytest.mark.parametrize("kind", [Odd, Late])
+def test_layers_are_found_by_the_loading_code(folder: Path, kind: type[Odd]) -> None:
+    """Renamed, concatenated, unconfigured layers and PyTorch's own compute what the reading says; all of their tensors are used."""
+    model, config = build(folder, kind())
     strict = load(model, config)
-    used = (LAYER, "model.layers.0.self_attn.q", "model.layers.0.self_attn.k")
+    used = (LAYER, *(f"model.layers.0.self_attn.{one}_proj" for one in "qko"))
     assert strict.used == {name for name in strict.checkpoint.tensors if name.startswith(used)}
     reference = Reference(folder).model
     expected = {
         "ffn.inner": [f"{LAYER}.gate_proj", f"{LAYER}.up_proj"],
         "ffn.outer": [f"{LAYER}.down_proj"],
         "latent": ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj"],
+        "head": ["model.layers.0.self_attn.o_proj"],
     }
     for name, shards in expected.items():
         layer = model.get_submodule(name)
         x = layer_inputs(layer.input_size, torch.float32)
-        y = layer.quant_method.apply(layer, x)
+        y = layer(x) if name == "head" else layer.quant_method.apply(layer, x)
         right = torch.cat([reference.get_submodule(shard)(x) for shard in shards], dim=-1)
         assert relative_error(y, right) < FLIP_TOLERANCE, name
 
