@@ -58,6 +58,9 @@ SERVED_LOAD_FORMATS = ("auto", "safetensors", "dummy")
 class ModelOptExtConfig(QuantizationConfig):
     """The quantization of one checkpoint, which SGLang asks for the method of every layer.
 
+    Attributes:
+        weight_block_size: SGLang's name for the blocks of its own FP8 layers, None here; DeepSeek's classes ask for it.
+
     Args:
         family: the ``--quantization`` name that it is served under.
         config: the checkpoint's declared quantization.
@@ -65,6 +68,8 @@ class ModelOptExtConfig(QuantizationConfig):
         packed_modules_mapping: the model's fused layers and their shards, in addition to the usual ones.
         is_draft: whether the model is the draft of speculative decoding, which is made of the checkpoint's MTP block.
     """
+
+    weight_block_size: None = None
 
     def __init__(
         self,
@@ -209,7 +214,7 @@ class ModelOptExtConfig(QuantizationConfig):
         scheme = self._same(prefix, {layer_scheme(self.config, layer) if layer else None for layer in declared})
         if scheme is None:
             return None
-        return ModelOptExtLinearMethod(scheme, self.config.file, prefix, math_of(scheme, self.math), None)
+        return self._method(scheme, self.config.file, prefix, None)
 
     def can_fuse_shared_expert(self) -> bool:
         """Return whether every shared expert is quantized like the routed ones; SGLang's DeepSeek classes fuse it only then."""
@@ -266,7 +271,14 @@ class ModelOptExtConfig(QuantizationConfig):
         scheme = self._same(prefix, {linear.scheme for linear in stored})
         assert scheme is not None, "a stored layer has a scheme"
         where = self.checkpoint.folder if self.checkpoint else self.config.file
-        return ModelOptExtLinearMethod(scheme, where, prefix, math_of(scheme, self.math), stored)
+        return self._method(scheme, where, prefix, stored)
+
+    def _method(
+        self, scheme: LayerScheme, where: Path, prefix: str, stored: Sequence[QuantizedLinear] | None
+    ) -> ModelOptExtLinearMethod:
+        method = ModelOptExtLinearMethod(scheme, where, prefix, math_of(scheme, self.math), stored)
+        method.quant_config = self
+        return method
 
 
 def expert_names(prefix: str) -> list[str]:

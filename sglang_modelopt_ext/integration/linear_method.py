@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from sglang.srt.layers.quantization.base_config import LinearMethodBase
+from sglang.srt.layers.quantization.base_config import LinearMethodBase, QuantizationConfig
 
 from sglang_modelopt_ext.backends.base import Backend
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
@@ -50,6 +50,8 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         self.math = math
         self.stored = None if stored is None else tuple(stored)
         self.product = LinearProduct(scheme, where, prefix, self.math, torch.get_default_dtype())
+        self.quant_config: QuantizationConfig | None = None
+        """The checkpoint's, which classes ask for its name and blocks."""
         self.verified = False
         """Whether every tensor of the layer was loaded and checked; set by the strict loader."""
         self._create: Callable[[], None] | None = None
