@@ -71,6 +71,7 @@ real-quality: real-model ## Measure the recipes on that model and write docs/qua
 
 docs: setup ## Regenerate the documents that come from code
 	$(BIN)/python tools/support_matrix.py
+	$(BIN)/python tools/model_classes.py
 	$(BIN)/python tools/ownership_table.py
 	$(BIN)/python tools/cli_reference.py
 

@@ -97,14 +97,15 @@ def calibration_tokens(vocab: int, seed: int) -> list[torch.Tensor]:
 
 def _export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant, folder: Path) -> None:
     import modelopt.torch.quantization as mtq
+    import transformers
     from modelopt.torch.export import export_hf_checkpoint
-    from transformers import AutoModelForCausalLM
 
     modelopt_cpu.install()
     # Random choices of a calibration algorithm neither depend on nor disturb the caller.
     with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
         torch.manual_seed(variant.calibration_seed)
-        model = AutoModelForCausalLM.from_pretrained(model_dir, dtype="auto").eval()
+        config = transformers.AutoConfig.from_pretrained(model_dir)
+        model = getattr(transformers, config.architectures[0]).from_pretrained(model_dir, dtype="auto").eval()
 
         def calibrate(model: Any) -> None:
             for tokens in calibration_tokens(model.config.vocab_size, variant.calibration_seed):

@@ -25,7 +25,9 @@ from tests.support.cache import cached_folder, digest, source_digest
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "phi3", "glm4", "qwen3_moe", "mixtral", "qwen2_moe"]
+Family = Literal[
+    "llama", "mistral", "qwen2", "qwen3", "phi3", "glm4", "qwen3_moe", "mixtral", "qwen2_moe", "classifier"
+]
 FAMILIES: tuple[Family, ...] = ("llama", "mistral", "qwen2", "qwen3")
 FUSED_FAMILIES: tuple[Family, ...] = ("phi3", "glm4")
 """Families whose checkpoints store q, k and v, or gate and up, as one layer."""
@@ -107,9 +109,10 @@ def build_model(spec: TinyModel) -> PreTrainedModel:
         "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
         "mixtral": (transformers.MixtralConfig, transformers.MixtralForCausalLM),
         "qwen2_moe": (transformers.Qwen2MoeConfig, transformers.Qwen2MoeForCausalLM),
+        "classifier": (transformers.Qwen2Config, transformers.Qwen2ForSequenceClassification),
     }
     config_class, model_class = classes[spec.family]
-    without_head_dim = spec.family in ("qwen2", "qwen2_moe", "phi3")
+    without_head_dim = spec.family in ("qwen2", "qwen2_moe", "phi3", "classifier")
     if without_head_dim and spec.hidden != spec.heads * spec.head_dim:
         raise ValueError(f"{spec.family} has no head_dim of its own: hidden must be heads * head_dim")
     extra: dict[str, Any] = {} if without_head_dim else {"head_dim": spec.head_dim}
@@ -165,7 +168,7 @@ class _Weights:
         kind = parts[-2] if parts[-1] in ("weight", "bias") else parts[-1]
         if kind == "embed_tokens":
             return self._normal(name, shape) * EMBEDDING_STD
-        if kind == "lm_head":
+        if kind in ("lm_head", "score"):
             return self._normal(name, shape) * LOGIT_STD * self.spec.hidden**-0.5
         if kind == "norm":
             level = LOGIT_STD / (EMBEDDING_STD * self.spec.hidden**0.5) if self.spec.tied else 1.0

@@ -117,12 +117,13 @@ class Reference:
         activation: Activation = "recipe",
         kv_cache: str = "none",
     ) -> None:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        import transformers
 
-        config = AutoConfig.from_pretrained(folder)
+        config = transformers.AutoConfig.from_pretrained(folder)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        self.model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").eval()
+        cls = getattr(transformers, config.architectures[0])
+        self.model: Any = cls._from_config(config, dtype=dtype, attn_implementation="eager").eval()
         self.weights: dict[str, torch.Tensor] = {}
         """The dequantized float32 weight of each quantized layer."""
         tensors: dict[str, torch.Tensor] = {}

@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 Header = tuple[str, Shape]
 """Dtype, in safetensors' spelling, and shape."""
 
-SIZES = {"F32": 4, "BF16": 2, "F8_E4M3": 1, "U8": 1}
+SIZES = {"F32": 4, "BF16": 2, "F16": 2, "F8_E4M3": 1, "U8": 1, "I8": 1, "I64": 8}
 
 
 def write_sparse(file: Path, tensors: Mapping[str, Header], scalar: float) -> None:

@@ -22,7 +22,7 @@ TEMPLATE = "sglang_modelopt_ext/cli/NAME.py"
 LINK = re.compile(r"\]\(([^)#]+)[^)]*\)")
 
 
-@pytest.mark.parametrize("tool", ["support_matrix.py", "ownership_table.py", "cli_reference.py"])
+@pytest.mark.parametrize("tool", ["support_matrix.py", "model_classes.py", "ownership_table.py", "cli_reference.py"])
 def test_generated_pages_are_not_stale(tool: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / tool), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
