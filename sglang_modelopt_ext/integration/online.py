@@ -28,7 +28,7 @@ def is_asked_for(folder: Path, flag: str | None) -> bool:
 def quantize(server_args: Any, flag: str) -> Path:
     """Quantize the model that is to be served, unless that was done before, and serve the result in its place.
 
-    It keeps the name by which clients ask for it.
+    It keeps the name by which clients ask for it, and its tokenizer.
 
     Returns:
         The folder of the quantized checkpoint.
@@ -41,8 +41,11 @@ def quantize(server_args: Any, flag: str) -> Path:
     args = resolving_view(server_args)
     source = _downloaded(args)
     made = convert(source, recipe_for(flag), Path(ONLINE_CACHE.read()).expanduser(), args.trust_remote_code)
-    name = args.served_model_name or args.model_path
-    declare_resolution(server_args, "modelopt_ext", model_path=str(made.folder), served_model_name=name)
+    names = {
+        "served_model_name": args.served_model_name or args.model_path,
+        "tokenizer_path": args.tokenizer_path or args.model_path,
+    }
+    declare_resolution(server_args, "modelopt_ext", model_path=str(made.folder), **names)
     return made.folder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
@@ -51,6 +52,9 @@ ENTRIES = 1 << 22
 NAMED = 5
 """Layers that a line of the log names."""
 
+LONGEST_LABEL = 80
+"""Characters of a model's name that a folder in the cache begins with; its digest tells folders apart."""
+
 _SHARING = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}), frozenset({"w1", "w3"}))
 """Projections of one module that ModelOpt gives one global scale."""
 
@@ -82,7 +86,8 @@ def convert(source: Path, recipe: Recipe, cache: Path, trust_remote_code: bool =
     Raises:
         ModelOptExtError: the checkpoint cannot be quantized, or there is no room for the result.
     """
-    label = Path(_name_of(source).replace("/", "--") if hub_model(source) else source.resolve()).name
+    label = _name_of(source).replace("/", "--") if hub_model(source) else source.resolve().name
+    label = re.sub(r"[^\w.-]", "_", label)[:LONGEST_LABEL]
     folder = cache / f"{label}-{recipe.algo}-{_key(source, recipe, cache)[:16]}"
     cached = folder.is_dir()
     if not cached:
@@ -100,7 +105,7 @@ def convert(source: Path, recipe: Recipe, cache: Path, trust_remote_code: bool =
 def _name_of(source: Path) -> str:
     """Return the name of a hub model, or the path of another folder."""
     model = hub_model(source)
-    return str(source) if model is None else model[0]
+    return str(source.resolve()) if model is None else model[0]
 
 
 def _key(source: Path, recipe: Recipe, cache: Path) -> str:

@@ -8,6 +8,7 @@ import pytest
 
 from tests.serving.checks import check_logprobs, check_prefill_against_decode
 from tests.support.models import TinyModel, model_dir
+from tests.support.moe import tiny
 from tests.support.server import Server, failing_start
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
@@ -26,6 +27,15 @@ def test_an_unquantized_model_is_quantized_once(tmp_path: Path) -> None:
         assert ("modelopt_ext: quantized 14 layers" in output) == (start == 0)
         assert ("kept before in" in output) == (start == 1)
         assert "8 linear layers W4A8_MXFP4_FP8 (weights mxfp4, activations fp8_per_token)" in output
+
+
+def test_experts_over_ranks(tmp_path: Path) -> None:
+    """Qwen3-MoE as mxfp4, with ranks that hold some experts whole."""
+    env = {"SGLANG_MODELOPT_EXT_ONLINE_CACHE": str(tmp_path)}
+    args = ("--quantization", "modelopt_mxfp4", "--ep-size", "2")
+    with Server(model_dir(tiny("qwen3_moe")), dtype="float32", tp=2, args=args, env=env) as server:
+        (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+        check_logprobs(server, folder, "float32")
 
 
 def test_without_the_flag_nothing_is_quantized(tmp_path: Path) -> None:

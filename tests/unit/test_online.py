@@ -168,6 +168,12 @@ class TestCache:
         first, second = (edits.copy_with(model_dir(SMALL), tmp_path / name / "model") for name in "ab")
         assert convert(first, Recipe(MXFP4), tmp_path).folder == convert(second, Recipe(MXFP4), tmp_path).folder
 
+    def test_any_name_of_a_folder(self, tmp_path: Path) -> None:
+        source = edits.copy_with(model_dir(SMALL), tmp_path / ("a [model] " + 200 * "x"))
+        made = convert(source, Recipe(MXFP4), tmp_path / "cache")
+        assert made.folder.name.startswith("a__model__xxx")
+        assert len(made.folder.name) < 120
+
     def test_two_processes_make_one(self, tmp_path: Path) -> None:
         context = multiprocessing.get_context("fork")
         with context.Pool(2) as pool:

@@ -47,14 +47,19 @@ def test_a_flag_that_names_a_recipe_quantizes(flag: str, algo: str | None, cache
     assert config is not None
     assert config.algo == (algo or "W4A8_MXFP4_FP8")
     assert args.served_model_name == str(model_dir(SMALL)), "clients ask for the model by its own name"
+    assert args.tokenizer_path == str(model_dir(SMALL))
     again = launched(folder, quantization=flag)
     assert again.model_path == str(folder), "it is quantized now"
 
 
 def test_a_name_for_clients_stays(cache: Path) -> None:
-    assert (
-        launched(model_dir(SMALL), quantization="modelopt_w4a8", served_model_name="mine").served_model_name == "mine"
-    )
+    args = launched(model_dir(SMALL), quantization="modelopt_w4a8", served_model_name="mine")
+    assert args.served_model_name == "mine"
+
+
+def test_a_tokenizer_of_its_own_stays(cache: Path) -> None:
+    args = launched(model_dir(SMALL), quantization="modelopt_w4a8", tokenizer_path="elsewhere")
+    assert args.tokenizer_path == "elsewhere"
 
 
 @pytest.mark.parametrize("flag", [None, "unquant", "fp8", "nvfp4_online", "modelopt", "modelopt_fp4"])
