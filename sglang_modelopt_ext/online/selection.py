@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.names import EXPERT, canonical_name
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor
 from sglang_modelopt_ext.errors import ModelOptExtError
 
@@ -72,37 +72,50 @@ def select(folder: Path, stored: Mapping[str, StoredTensor], block: int, trust_r
             there is nothing to quantize.
     """
     model = _model_on_meta(folder, trust_remote_code)
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
-    linears = {name for name, module in modules.items() if isinstance(module, torch.nn.Linear)}
-    mixtures = {_block_of(name) for name in modules if name.endswith(".experts")}
+    targets = _targets(model, stored)
+    linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    mixtures = {name for name, parameter in model.named_parameters() if parameter.dim() == 3 and ".experts." in name}
     quantized: list[str] = []
-    left: dict[str, str] = {}
+    # Tied heads are not stored, and ModelOpt lists them.
     excluded = {"lm_head"} if "lm_head" in linears else set()
+    left = dict.fromkeys(
+        sorted(linears - {_module(name) for name in targets.values()} - {"lm_head"}), "it is not stored"
+    )
     for name, tensor in stored.items():
-        module, _, last = name.rpartition(".")
-        if len(tensor.shape) > 2 and ".experts." in name:
+        module, target = _module(name), targets[name]
+        if len(tensor.shape) > 2 and target in mixtures:
             raise ModelOptExtError.at(tensor.file, name, "experts that are stored one by one", list(tensor.shape))
-        if last != "weight" or len(tensor.shape) < 2:
+        if name != f"{module}.weight" or len(tensor.shape) < 2:
             continue
-        bare = canonical_name(module)
-        expert = EXPERT.fullmatch(bare)
-        if bare in linears or (expert is not None and _block_of(expert["layer"]) in mixtures):
-            reason = _reason(module, tensor, block)
+        if target in mixtures or _module(target) in linears:
+            reason = _reason(_module(target), tensor, block)
             if reason is None:
                 quantized.append(module)
                 continue
             left[module] = reason
         excluded.add(module)
-    named = {canonical_name(name.rpartition(".")[0]) for name in stored}
-    left |= dict.fromkeys(sorted(linears - named - {"lm_head"}), "no tensor has its name")
     if not quantized:
         raise ModelOptExtError.at(folder, "layers", f"a linear layer with K a multiple of {block}", "none")
     return Selection(tuple(sorted(quantized)), left, tuple(sorted(excluded)))
 
 
-def _block_of(experts: str) -> str:
-    """Return the layer that ``experts`` is in, without the module around them: Mixtral's has two names."""
-    return experts.rpartition(".")[0].rpartition(".")[0]
+def _module(tensor: str) -> str:
+    return tensor.rpartition(".")[0]
+
+
+def _targets(model: Any, names: Iterable[str]) -> dict[str, str]:
+    """Return the parameter of the model that each stored tensor becomes, or becomes a part of, as transformers loads it."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, dot_natural_key, rename_source_key
+
+    rules = get_model_conversion_mapping(model)
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    renamings = [rule for rule in rules if not isinstance(rule, WeightConverter)]
+    parameters = model.state_dict()
+    return {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0]
+        for name in sorted(names, key=dot_natural_key)  # some rules depend on the names before
+    }
 
 
 def _reason(module: str, tensor: StoredTensor, block: int) -> str | None:
@@ -115,7 +128,7 @@ def _reason(module: str, tensor: StoredTensor, block: int) -> str | None:
     return f"K = {k} is not a multiple of {block}" if k % block else None
 
 
-def _model_on_meta(folder: Path, trust_remote_code: bool) -> torch.nn.Module:
+def _model_on_meta(folder: Path, trust_remote_code: bool) -> Any:
     """Return the model that transformers builds for a checkpoint, without weights."""
     import transformers
 
@@ -124,8 +137,7 @@ def _model_on_meta(folder: Path, trust_remote_code: bool) -> torch.nn.Module:
         own = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
             if own is not None:
-                model: torch.nn.Module = own(config)
-                return model
+                return own(config)
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # the many ways in which a model's configuration or code can be wrong
         got = f"{type(error).__name__}: {error}"[:300]

@@ -22,7 +22,7 @@ from sglang_modelopt_ext.online.convert import convert
 from sglang_modelopt_ext.online.recipe import Recipe, recipe_for
 from sglang_modelopt_ext.online.selection import DISABLED
 from sglang_modelopt_ext.workflow.quantize.record import read_record
-from tests.support import edits
+from tests.support import edits, expert_models
 from tests.support.exports import export
 from tests.support.faults import KILLED, count_changes, killed_at, small_disk
 from tests.support.models import TinyModel, model_dir
@@ -62,6 +62,21 @@ def assert_equal(ours: Path, theirs: Path) -> None:
 def test_without_a_search_it_is_the_export_of_modelopt(model: TinyModel, tmp_path: Path) -> None:
     made = convert(model_dir(model), Recipe(MXFP4, search=False), tmp_path)
     assert_equal(made.folder, export(model_dir(model), "W4A8_MXFP4_FP8_CFG"))
+
+
+@pytest.mark.parametrize("kind", ["nemotron_h", "glm4_moe"])
+def test_names_that_transformers_changes(kind: expert_models.Kind, tmp_path: Path) -> None:
+    """The quantized layers are ModelOpt's, by their stored names; others keep their type, which ModelOpt does not leave a bias."""
+    source = expert_models.model_dir(kind)
+    folder = convert(source, Recipe(MXFP4, search=False), tmp_path).folder
+    ours, theirs = edits.read_tensors(folder), edits.read_tensors(export(source, "W4A8_MXFP4_FP8_CFG"))
+    stored = edits.read_tensors(source)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name] if tensor.dtype == torch.uint8 else stored[name]), name
+    assert {name for name, tensor in ours.items() if tensor.dtype == torch.uint8} == {
+        name for name, tensor in theirs.items() if tensor.dtype == torch.uint8
+    }
 
 
 def test_mxfp4_is_the_export_of_modelopt_and_says_whether_it_rounds_activations(tmp_path: Path) -> None:
@@ -245,9 +260,10 @@ class TestFaults:
 
     def test_packed_experts(self, tmp_path: Path) -> None:
         def pack(tensors: dict[str, torch.Tensor]) -> None:
-            tensors["model.layers.0.mlp.experts.down_proj"] = torch.zeros(4, 32, 32)
+            names = edits.matching(tensors, "model.layers.0.mlp.experts.*.down_proj.weight")
+            tensors["model.layers.0.mlp.experts.down_proj"] = torch.stack([tensors.pop(name) for name in names])
 
-        source = edits.copy_with(model_dir(SMALL), tmp_path / "model", [edits.edit_tensors(pack)])
+        source = edits.copy_with(model_dir(tiny("qwen3_moe")), tmp_path / "model", [edits.edit_tensors(pack)])
         with pytest.raises(ModelOptExtError, match=r"experts\.down_proj: expected experts that are stored one by one"):
             convert(source, Recipe(MXFP4), tmp_path)
 
