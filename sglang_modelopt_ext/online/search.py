@@ -62,7 +62,7 @@ def block_errors(
 ) -> torch.Tensor:
     """Return the squared error of each block of ``rows`` as the format decodes ``tensors``: float64 ``[N, K / block]``."""
     decoded = number_format.decode(tensors)
-    difference = rows.to(torch.float64) - decoded.unit.to(torch.float64) * decoded.out_scale.to(torch.float64)
+    difference = decoded.unit.to(torch.float64).mul_(decoded.out_scale.to(torch.float64)).sub_(rows)
     squares = split_blocks(difference.square_(), number_format.group_size)
     while squares.shape[-1] > 1:  # in halves: a sum of torch's own has another order on another device
         half = squares.shape[-1] // 2
