@@ -118,7 +118,7 @@ def _key(source: Path, recipe: Recipe, cache: Path) -> str:
         __version__,
         version("transformers"),
         folder_digest(source, (*HUB_FILES, *CODE_FILES), cache),
-        (recipe.algo, recipe.search, recipe.rounds_activations, scales),
+        (recipe.algo, recipe.search, recipe.math, recipe.rounds_activations, scales),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -186,7 +186,7 @@ def _layer(
     parts, error, max_error = [], 0.0, 0.0
     for rows in _rows(tensor, handle, recipe.weight.group_size):
         try:
-            rounded = round_rows(recipe.weight, rows, amax, search=recipe.search)
+            rounded = round_rows(recipe.weight, rows, amax, search=recipe.search, math=recipe.math)
         except ValueError as problem:
             raise ModelOptExtError.at(tensor.file, tensor.name, f"a weight for {recipe.algo}", problem) from problem
         parts.append(rounded.tensors)
@@ -282,7 +282,7 @@ def _write_configs(
         "version": __version__,
         "recipe": recipe.algo,
         "base_model": _name_of(source),
-        "algorithm": [{"method": "mse" if recipe.search else "max"}],
+        "algorithm": [{"method": "mse", "math": recipe.math} if recipe.search else {"method": "max"}],
         "quality": {"squared_weight_error": error, "squared_weight_error_max": max_error},
     }
     content = {"producer": producer, "quantization": declared, OWN_KEY: own}

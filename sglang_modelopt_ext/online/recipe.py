@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS, ONLINE_INPUT_SCALES, ONLINE_RECIPE, ONLINE_SEARCH
+from sglang_modelopt_ext.env import (
+    MXFP4_ACTIVATIONS,
+    ONLINE_INPUT_SCALES,
+    ONLINE_RECIPE,
+    ONLINE_SEARCH,
+    W4A8Math,
+    w4a8_math,
+)
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import MXFP4, SCHEMES, W4A8
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
@@ -23,6 +30,7 @@ class Recipe:
         algo: ``quant_algo`` as ModelOpt writes it.
         search: whether block scales are searched for; otherwise they are those of a max calibration.
         rounds_activations: whether the inputs of the layers are rounded, recorded in the result.
+        math: how kernels multiply the weights, whose own rounding the search takes into account.
         input_scales: a safetensors file, or a folder of them, with an ``input_scale`` for every quantized layer; None where
             inputs are scaled while serving.
     """
@@ -30,6 +38,7 @@ class Recipe:
     algo: str
     search: bool = True
     rounds_activations: bool = True
+    math: W4A8Math = "exact"
     input_scales: Path | None = None
 
     def __post_init__(self) -> None:
@@ -59,9 +68,11 @@ class Recipe:
 def recipe_for(flag: str) -> Recipe:
     """Return the recipe of a flag of :data:`ONLINE_FLAGS` by the settings. Raises ModelOptExtError for some that do not fit."""
     given = ONLINE_INPUT_SCALES.read()
+    algo = ONLINE_RECIPE.read() if flag == W4A8 else "mxfp4"
     return Recipe(
-        algo=ONLINE_RECIPE.read() if flag == W4A8 else "mxfp4",
+        algo=algo,
         search=ONLINE_SEARCH.read() == "mse",
         rounds_activations=flag == W4A8 or MXFP4_ACTIVATIONS.read() != "none",
+        math=w4a8_math() if SCHEMES[algo.upper()].rounds_weight_to_fp8 else "exact",
         input_scales=Path(given).expanduser() if given else None,
     )

@@ -280,6 +280,13 @@ class TestRecipe:
             monkeypatch.setenv(f"SGLANG_MODELOPT_EXT_ONLINE_{name}", value)
         assert recipe_for("modelopt_w4a8") == Recipe("W4A8_NVFP4_FP8", search=False, input_scales=tmp_path)
 
+    def test_the_rounding_of_kernels_is_known(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        monkeypatch.setenv("SGLANG_MODELOPT_EXT_W4A8_MATH", "fp8")
+        assert recipe_for("modelopt_w4a8") == Recipe(MXFP4), "which rounds nothing"
+        monkeypatch.setenv("SGLANG_MODELOPT_EXT_ONLINE_RECIPE", "W4A8_NVFP4_FP8")
+        monkeypatch.setenv("SGLANG_MODELOPT_EXT_ONLINE_INPUT_SCALES", str(tmp_path))
+        assert recipe_for("modelopt_w4a8").math == "fp8"
+
     def test_static_scales_must_be_given(self) -> None:
         with pytest.raises(ModelOptExtError, match="expected a file of input scales for W4A8_NVFP4_FP8, got none"):
             Recipe("W4A8_NVFP4_FP8")

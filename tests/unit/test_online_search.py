@@ -110,6 +110,19 @@ def test_w4a8_stays_in_the_range_of_e4m3() -> None:
         round_unit_to_e4m3(number_format.decode(round_rows(number_format, weight).tensors))
 
 
+def test_the_rounding_of_a_kernel_is_part_of_the_error() -> None:
+    """A kernel that rounds code times block scale to E4M3 has less error with scales that were searched for it."""
+    number_format, weight = searched("nvfp4_w4a8"), weights(8)
+    errors = {}
+    for math in ("exact", "fp8"):
+        decoded = number_format.decode(round_rows(number_format, weight, math=math).tensors)
+        errors[math] = (weight.double() - round_unit_to_e4m3(decoded).dequantize().double()).square().sum()
+    assert errors["fp8"] < 0.99 * errors["exact"]
+    torch.testing.assert_close(
+        round_rows(number_format, weight, math="fp8").error, float(errors["fp8"]), rtol=1e-5, atol=0
+    )
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_threads_and_parts_do_not_matter(name: str) -> None:
     number_format, weight = searched(name), weights(6)
