@@ -136,7 +136,7 @@ def _model_on_meta(folder: Path, trust_remote_code: bool) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         own = getattr(transformers, (config.architectures or [""])[0], None)
         with torch.device("meta"):
-            if own is not None:
+            if isinstance(own, type) and issubclass(own, transformers.PreTrainedModel):
                 return own(config)
             return transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # the many ways in which a model's configuration or code can be wrong

@@ -258,6 +258,12 @@ class TestFaults:
         with pytest.raises(ModelOptExtError, match="model: expected one that transformers can build"):
             convert(source, Recipe(MXFP4), tmp_path)
 
+    def test_a_name_of_a_function_is_no_model(self, tmp_path: Path) -> None:
+        """The configuration is another's: what it names is called only where it is a model's class."""
+        change = edits.set_fields(CONFIG_NAME, {"architectures": ["pipeline"]})
+        source = edits.copy_with(model_dir(SMALL), tmp_path / "model", [change])
+        assert read_checkpoint(convert(source, Recipe(MXFP4), tmp_path).folder).layers
+
     def test_packed_experts(self, tmp_path: Path) -> None:
         def pack(tensors: dict[str, torch.Tensor]) -> None:
             names = edits.matching(tensors, "model.layers.0.mlp.experts.*.down_proj.weight")
