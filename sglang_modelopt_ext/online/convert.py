@@ -22,7 +22,13 @@ import torch
 
 from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.checkpoint.hub import CODE_FILES, HUB_FILES, hub_model
-from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, OWN_KEY, QUANT_CONFIG_NAME, ROUNDS_ACTIVATIONS
+from sglang_modelopt_ext.checkpoint.quant_config import (
+    CONFIG_NAME,
+    OWN_KEY,
+    QUANT_CONFIG_NAME,
+    ROUNDS_ACTIVATIONS,
+    WITHOUT_MODELOPT,
+)
 from sglang_modelopt_ext.checkpoint.tensors import (
     INDEX_NAME,
     StoredTensor,
@@ -282,6 +288,7 @@ def _write_configs(
         "version": __version__,
         "recipe": recipe.algo,
         "base_model": _name_of(source),
+        "simulation": WITHOUT_MODELOPT,
         "algorithm": [{"method": "mse", "math": recipe.math} if recipe.search else {"method": "max"}],
         "quality": {"squared_weight_error": error, "squared_weight_error_max": max_error},
     }

@@ -22,6 +22,7 @@ from sglang_modelopt_ext.online.convert import convert
 from sglang_modelopt_ext.online.recipe import Recipe, recipe_for
 from sglang_modelopt_ext.online.selection import DISABLED
 from sglang_modelopt_ext.workflow.quantize.record import read_record
+from sglang_modelopt_ext.workflow.verify.simulation import objection
 from tests.support import edits, expert_models
 from tests.support.exports import export
 from tests.support.faults import KILLED, count_changes, killed_at, small_disk
@@ -120,6 +121,7 @@ def test_the_search_has_less_error_in_all_layers(algo: str, tmp_path: Path) -> N
     assert record is not None
     assert record.quality["squared_weight_error"] < record.quality["squared_weight_error_max"]
     assert record.recipe == algo
+    assert objection(found.folder) == "it was quantized at load, without ModelOpt"
 
 
 def test_parts_and_files_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
