@@ -80,13 +80,41 @@ TUNING = Setting(
     "A file made by `python -m sglang_modelopt_ext.tuning`: the kernels that support a layer are tried in the order of their "
     "measured times. It must be of this GPU and these versions, else it is not used and the log says why.",
 )
+ONLINE_RECIPE = Setting(
+    "ONLINE_RECIPE",
+    ("W4A8_MXFP4_FP8", "W4A8_NVFP4_FP8"),
+    "W4A8_MXFP4_FP8",
+    "The recipe of an unquantized model under `--quantization modelopt_w4a8`. W4A8_NVFP4_FP8 needs input scales.",
+)
+ONLINE_SEARCH = Setting(
+    "ONLINE_SEARCH",
+    ("mse", "max"),
+    "mse",
+    "Block scales of a model that is quantized at load: those of the least squared error, or those of a max calibration.",
+)
+ONLINE_INPUT_SCALES = Setting(
+    "ONLINE_INPUT_SCALES",
+    (),
+    "",
+    "For a model that is quantized at load: a safetensors file, or a folder of them (a calibrated export of the same model), with "
+    "an `input_scale` for every quantized layer.",
+)
+ONLINE_CACHE = Setting(
+    "ONLINE_CACHE",
+    (),
+    "~/.cache/sglang-modelopt",
+    "The folder that keeps models that were quantized at load.",
+)
 ERROR_FILE = Setting(
     "ERROR_FILE",
     (),
     "",
     "Internal: the file through which a scheduler process tells the launching process why it stopped.",
 )
-SETTINGS = (W4A8_MATH, MXFP4_ACTIVATIONS, FP4_ACTIVATIONS, GEMM, EXPERTS, TUNING, ERROR_FILE)
+SETTINGS = (
+    *(W4A8_MATH, MXFP4_ACTIVATIONS, FP4_ACTIVATIONS, GEMM, EXPERTS, TUNING),
+    *(ONLINE_RECIPE, ONLINE_SEARCH, ONLINE_INPUT_SCALES, ONLINE_CACHE, ERROR_FILE),
+)
 
 
 def w4a8_math() -> W4A8Math:

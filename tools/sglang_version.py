@@ -31,6 +31,7 @@ from sglang_modelopt_ext.schemes.versions import TESTED_SGLANG, installed_sglang
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = (
     "tests/unit/test_sglang_contract.py",
+    "tests/unit/test_online_launch.py",
     "tests/unit/test_plugin.py",
     "tests/unit/test_stock_decisions.py",
     "tests/unit/test_stock_models.py",

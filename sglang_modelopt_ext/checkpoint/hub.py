@@ -1,4 +1,4 @@
-"""Names of a hub model's tensors, before its weights are downloaded."""
+"""Models on the Hugging Face Hub: which of their files are used, and the names of their tensors before these are downloaded."""
 
 from __future__ import annotations
 
@@ -14,6 +14,12 @@ from urllib.parse import quote
 from sglang_modelopt_ext.env import ERROR_FILE
 
 logger = logging.getLogger(__name__)
+
+HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.tiktoken", "chat_template*")
+"""Patterns of the files of an unquantized model: weights, configuration and tokenizer."""
+
+CODE_FILES = ("*.py",)
+"""Patterns of the model's own code, which runs with ``--trust-remote-code`` only."""
 
 SINGLE_FILE = "model.safetensors"
 """The file of a checkpoint without an index."""

@@ -31,6 +31,9 @@ OWN_KEY = "sglang_modelopt_ext"
 ROUNDS_ACTIVATIONS = "rounds_activations"
 """Key under :data:`OWN_KEY`: whether the recipe rounds the input of its linear layers."""
 
+WITHOUT_MODELOPT = "none"
+"""Value of ``simulation`` under :data:`OWN_KEY` of a checkpoint that was made without ModelOpt."""
+
 KV_CACHE_RECIPE = "kv_cache_recipe"
 """Key under :data:`OWN_KEY`: the KV cache's recipe, which tells a rotated cache from a plain one."""
 

@@ -12,7 +12,7 @@ from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.cli import auto_quantize, bench, evaluate, inspect, quantize, repair, serve, verify
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
 from sglang_modelopt_ext.errors import ModelOptExtError, printable
-from sglang_modelopt_ext.workflow.common.interrupts import signals_as_interrupts
+from sglang_modelopt_ext.files.interrupts import signals_as_interrupts
 
 COMMANDS: tuple[Command, ...] = (
     quantize.COMMAND,

@@ -23,6 +23,7 @@ from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS
 from sglang_modelopt_ext.checkpoint.ownership import Ownership, decide
 from sglang_modelopt_ext.env import ERROR_FILE, SETTINGS
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration import online
 from sglang_modelopt_ext.integration.config import SERVED_LOAD_FORMATS, read_served
 from sglang_modelopt_ext.integration.devices import settle
 from sglang_modelopt_ext.integration.folders import config_folder
@@ -37,6 +38,8 @@ _COMMAND_LINES = ("sglang.launch_server", "sglang.cli.main", "sglang")
 def preflight(server_args: Any) -> None:
     """Check the launch and, when the model is a local folder, its tensors, before any process is started.
 
+    An unquantized model under a flag that names a recipe is quantized first.
+
     Raises:
         ModelOptExtError: the checkpoint cannot be served, or not with these arguments.
     """
@@ -46,6 +49,12 @@ def preflight(server_args: Any) -> None:
     folder = config_folder(args.model_path, args.revision)
     flag = args.quantization.lower() if args.quantization else None
     device = settle(args)
+    load_format = str(getattr(args.load_format, "value", args.load_format))
+    served = device.kind != "other" and load_format != "dummy"
+    if folder is not None and flag is not None and served and online.is_asked_for(folder, flag):
+        _check_arguments(args, load_format)
+        folder = online.quantize(server_args, flag)
+        args = resolving_view(server_args)
     owner = decide(folder, flag, device) if folder is not None else Ownership(None)
     report(owner)
     if owner.in_doubt and args.kv_cache_dtype not in KV_FLAGS:
@@ -53,15 +62,7 @@ def preflight(server_args: Any) -> None:
     kv_hooks.declare(server_args)
     if folder is None or owner.family is None:
         return
-    for setting in SETTINGS:
-        setting.read()
-    _check_launch(args)
-    _check_adapters(args)
-    load_format = str(getattr(args.load_format, "value", args.load_format))
-    if load_format not in SERVED_LOAD_FORMATS:
-        raise ModelOptExtError.at(
-            "command line", "--load-format", f"one of {', '.join(SERVED_LOAD_FORMATS)}", load_format
-        )
+    _check_arguments(args, load_format)
     if load_format != "dummy" and Path(args.model_path).is_dir():
         assert owner.config is not None, "a checkpoint of ours was read"
         read_served(folder, owner.config)
@@ -77,6 +78,18 @@ def report(owner: Ownership) -> None:
         logger.warning("modelopt_ext: left to SGLang, for it is not understood here: %s", owner.why)
     elif owner.why:
         logger.info("modelopt_ext: left to SGLang: %s", owner.why)
+
+
+def _check_arguments(args: Any, load_format: str) -> None:
+    """Raise ModelOptExtError for a setting or an argument with which no checkpoint of ours can be served."""
+    for setting in SETTINGS:
+        setting.read()
+    _check_launch(args)
+    _check_adapters(args)
+    if load_format not in SERVED_LOAD_FORMATS:
+        raise ModelOptExtError.at(
+            "command line", "--load-format", f"one of {', '.join(SERVED_LOAD_FORMATS)}", load_format
+        )
 
 
 def _check_launch(args: Any) -> None:

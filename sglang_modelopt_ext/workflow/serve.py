@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from sglang_modelopt_ext.checkpoint.hub import CODE_FILES, HUB_FILES
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.base_model import CODE_FILES, HUB_FILES, default_device, find_model
-from sglang_modelopt_ext.workflow.common.digest import file_digest, folder_digest
+from sglang_modelopt_ext.files.digest import file_digest, folder_digest
+from sglang_modelopt_ext.files.whole import locked
+from sglang_modelopt_ext.workflow.common.base_model import default_device, find_model
 from sglang_modelopt_ext.workflow.quantize.export import check_folder
 from sglang_modelopt_ext.workflow.quantize.record import package_versions
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
@@ -71,7 +71,7 @@ def prepare(
     source = find_model(model, options.trust_remote_code)
     folder = cache / f"{source.resolve().name}-{Path(options.recipe).stem}-{cache_key(source, options, cache)[:16]}"
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         cached = folder.is_dir()
         if cached:
             check_folder(folder)
@@ -109,11 +109,3 @@ def server_command(
         for name, value in cpu_arguments().items():
             command += [name, value] if name not in given else []
     return (*command, *arguments), (cpu_environment() if on_cpu else {})
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold a lock on the checkpoint while the block runs: one process makes it, others wait."""
-    with (folder.parent / f".{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.files.whole import check_space, partial_folder
 from sglang_modelopt_ext.workflow.quantize import export as export_module
-from sglang_modelopt_ext.workflow.quantize.export import check_space
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
 from tests.support.models import model_dir
 from tests.support.quantizing import SMALL, calibration_file, names, not_started, old_checkpoint, run
@@ -205,15 +205,15 @@ def test_what_a_killed_run_left_is_removed(model: Path, data: str, tmp_path: Pat
     """SIGKILL leaves the temporary folder; the lock of its process is gone, so the next run for the same output clears it."""
     code = (
         "import os, signal\nfrom pathlib import Path\n"
-        "from sglang_modelopt_ext.workflow.quantize.export import partial_folder\n"
+        "from sglang_modelopt_ext.files.whole import partial_folder\n"
         f"with partial_folder(Path({str(tmp_path / 'out')!r})) as folder:\n"
         "    (folder / 'half').touch()\n    os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], env=dict(os.environ), check=False)
     assert done.returncode == -signal.SIGKILL
     assert len(names(tmp_path)) == 1
-    with export_module.partial_folder(tmp_path / "out") as mine:
+    with partial_folder(tmp_path / "out") as mine:
         assert names(tmp_path) == {mine.name}
-        with export_module.partial_folder(tmp_path / "out") as other:
+        with partial_folder(tmp_path / "out") as other:
             assert names(tmp_path) == {mine.name, other.name}, "a folder in use stays"
     assert names(tmp_path) == set()

@@ -25,22 +25,24 @@ DIRECTIONS = {
     "kernels/timing": "",
     "schemes": "kernels/formats",
     "checkpoint": "kernels/formats schemes",
+    "files": "",
+    "online": "checkpoint files kernels/formats schemes",
     "backends": "kernels/formats kernels/gemm kernels/moe kernels/quantize schemes",
     "layers": "backends checkpoint kernels/formats kernels/moe kernels/quantize schemes",
-    "integration": "backends checkpoint kernels/attention kernels/formats kernels/moe layers schemes",
+    "integration": "backends checkpoint kernels/attention kernels/formats kernels/moe layers online schemes",
     "tuning": "backends checkpoint kernels/formats kernels/gemm kernels/timing layers schemes",
     "workflow/common": "checkpoint kernels/formats",
     "workflow/server": "checkpoint workflow/common",
     "workflow/evaluate": "checkpoint workflow/common workflow/server",
-    "workflow/quantize": "checkpoint kernels/formats schemes workflow/common",
-    "workflow/autoquant": "backends checkpoint schemes workflow/common workflow/quantize",
+    "workflow/quantize": "checkpoint files kernels/formats schemes workflow/common",
+    "workflow/autoquant": "backends checkpoint files schemes workflow/common workflow/quantize",
     "workflow/inspect": "backends checkpoint kernels/formats schemes workflow/common",
     "workflow/verify": "backends checkpoint kernels/formats schemes"
     " workflow/common workflow/evaluate workflow/quantize workflow/server",
-    "workflow/repair": "checkpoint kernels/formats schemes workflow/quantize",
+    "workflow/repair": "checkpoint files kernels/formats schemes workflow/quantize",
     "workflow/bench": "checkpoint kernels kernels/formats schemes workflow/server",
-    "workflow/serve": "workflow/common workflow/quantize workflow/server",
-    "cli": "checkpoint workflow/autoquant workflow/bench workflow/common workflow/evaluate workflow/inspect workflow/quantize"
+    "workflow/serve": "checkpoint files workflow/common workflow/quantize workflow/server",
+    "cli": "checkpoint files workflow/autoquant workflow/bench workflow/common workflow/evaluate workflow/inspect workflow/quantize"
     " workflow/repair workflow/serve workflow/server workflow/verify",
 }
 """By folder: the others it imports. A folder that is not named here may import none, and none may import it."""

@@ -20,6 +20,8 @@ from typing import Literal
 
 import torch
 
+from .checks import check_weight
+
 Axis = Literal["N", "K"]
 Element = Literal["e2m1", "e4m3", "int4", "int8"]
 """The type of one stored element of a weight or an activation."""
@@ -259,6 +261,42 @@ class WeightFormat(ABC):
             if {dim.axis for dim in spec.dims} >= {"N", "K"}:
                 bits += entries * spec.dtypes[0].itemsize * 8
         return bits
+
+
+class SearchedWeightFormat(WeightFormat):
+    """A weight format whose block scales (``weight_scale``) may be other than a max calibration's, to be searched for.
+
+    Rounding is apart from the choice of scales, so that a search measures what is stored.
+    """
+
+    @abstractmethod
+    def scales(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Return the scales of a max-calibrated ModelOpt export, by the names of :attr:`tensors`.
+
+        Args:
+            weight: ``[N, K]``, or some of its rows.
+            amax: the largest magnitude of all that shares a global scale, ``[]``, float32; None for that of ``weight``.
+
+        Raises:
+            ValueError: there are no such scales.
+        """
+
+    @abstractmethod
+    def encode(self, weight: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the stored tensors of ``weight`` ``[N, K]``, finite, rounded as ModelOpt's export does under these ``scales``."""
+
+    @abstractmethod
+    def candidates(self, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return other block scales that may have less error than a max calibration's ``scale``, each of its shape and type."""
+
+    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the tensors of a max-calibrated export of ``weight`` ``[N, K]``, in the dtype of the model, bit for bit.
+
+        Raises:
+            ValueError: the weight is not a finite matrix with K a multiple of the block, or has no scales.
+        """
+        check_weight(weight, self.group_size)
+        return self.encode(weight, self.scales(weight))
 
 
 class ActivationFormat(ABC):

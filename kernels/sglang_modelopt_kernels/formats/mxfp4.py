@@ -18,18 +18,18 @@ from .base import (
     DecodedWeight,
     Dim,
     NumberType,
+    SearchedWeightFormat,
     TensorSpec,
     ValueRule,
-    WeightFormat,
 )
-from .checks import block_amax, check_activation, check_weight, no_scale, scale_blocks, split_blocks
+from .checks import block_amax, check_activation, no_scale, scale_blocks, split_blocks
 
 BLOCK = 32
 MXFP4 = NumberType("e2m1", (1, BLOCK), "ue8m0")
 """The number type of weights and activations."""
 
 
-class MXFP4Weight(WeightFormat):
+class MXFP4Weight(SearchedWeightFormat):
     """An MXFP4 weight: ``weight`` uint8 ``[N, K / 2]`` and ``weight_scale`` uint8 ``[N, K / 32]``.
 
     The unit weight is the whole weight. It is exact in bf16 over the full range of scales, where the smallest values,
@@ -61,17 +61,25 @@ class MXFP4Weight(WeightFormat):
         one = torch.ones((), dtype=torch.float32, device=scale.device)
         return BlockWeight(e2m1.unpack_codes(tensors["weight"]), scale, one, "e2m1", BLOCK)
 
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the tensors of an export of ``weight`` ``[N, K]``, bit for bit: ties round down and zero is code 8.
+    def scales(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Return ``weight_scale`` of ``weight`` ``[N, K]``; there is no global scale, so that ``amax`` does not matter."""
+        del amax
+        return {"weight_scale": ue8m0.weight_scale(block_amax(weight, BLOCK), e2m1.MAX)}
 
-        Raises:
-            ValueError: the weight is not a finite matrix with K a multiple of 32.
-        """
-        check_weight(weight, BLOCK)
-        scale = ue8m0.weight_scale(block_amax(weight, BLOCK), e2m1.MAX)
+    def encode(self, weight: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return ``weight`` and ``weight_scale`` of a finite ``weight`` ``[N, K]``: ties round down and zero is code 8."""
+        scale = scales["weight_scale"]
         scaled = split_blocks(weight, BLOCK) / ue8m0.decode(scale).unsqueeze(-1)
         codes = e2m1.encode(scaled, ties="down").flatten(-2)
         return {"weight": e2m1.pack_codes(codes), "weight_scale": scale}
+
+    def candidates(self, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the scales halved.
+
+        No other power of two has less error. Twice the scale has no value that the scale does not have, up to a maximum of 6. A
+        quarter clips the largest element by at least 6 of its steps, whose square is more than all the other 31 can gain.
+        """
+        return (scale - (scale > 0).to(scale.dtype),)
 
 
 class MXFP4Dynamic(ActivationFormat):

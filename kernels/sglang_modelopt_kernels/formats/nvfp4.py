@@ -18,11 +18,11 @@ from .base import (
     DecodedWeight,
     Dim,
     NumberType,
+    SearchedWeightFormat,
     TensorSpec,
     ValueRule,
-    WeightFormat,
 )
-from .checks import block_amax, check_activation, check_weight, divide, scale_blocks, split_blocks, static_scale
+from .checks import block_amax, check_activation, divide, scale_blocks, split_blocks, static_scale
 
 FULL_RANGE = e2m1.MAX * e4m3.MAX
 """2688, the largest code times the largest block scale: the block scales use all of E4M3."""
@@ -30,13 +30,17 @@ FULL_RANGE = e2m1.MAX * e4m3.MAX
 FP8_RANGE = e4m3.MAX
 """448: code times block scale stays in the range of E4M3, for kernels that turn the weight into FP8."""
 
+NEIGHBOURS = (-1, 1, -2, 2, -3, 3, 4, 5)
+"""Where a block's best scale is searched for, in steps of E4M3 from a max calibration's: from about 3/4 of it to 3/2, under which
+the largest element is a 4 and not a 6."""
+
 NVFP4 = NumberType("e2m1", (1, 16), "e4m3")
 """NVIDIA's NVFP4, the one of FP4 matrix instructions."""
 NVFP4_BLOCK32 = NumberType("e2m1", (1, 32), "e4m3")
 """ModelOpt's NVFP4 in blocks of 32: two blocks of 16 with one scale."""
 
 
-class NVFP4Weight(WeightFormat):
+class NVFP4Weight(SearchedWeightFormat):
     """``weight`` uint8 ``[N, K / 2]``, ``weight_scale`` e4m3 ``[N, K / g]`` and ``weight_scale_2`` float32 ``[]``.
 
     Code times block scale has at most 2 + 4 significant bits, so that the unit weight is exact in bf16 and in fp16.
@@ -80,27 +84,42 @@ class NVFP4Weight(WeightFormat):
         codes = e2m1.unpack_codes(tensors["weight"])
         return BlockWeight(codes, tensors["weight_scale"], out_scale, "e2m1", self.group_size)
 
-    def quantize(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the tensors of a max-calibrated export of ``weight``, bit for bit.
-
-        ModelOpt gives q, k and v, and gate and up, the largest of their global scales: quantize such shards as one
-        weight, concatenated along N, and split the result.
+    def scales(self, weight: torch.Tensor, amax: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """Return ``weight_scale`` and ``weight_scale_2`` of a max-calibrated export of ``weight`` ``[N, K]``.
 
         Args:
-            weight: ``[N, K]`` in the dtype of the model.
+            weight: in the dtype of the model.
+            amax: float32 ``[]``. ModelOpt gives q, k and v, and gate and up, the largest of their global scales: the largest
+                magnitude of all of them. None for that of ``weight``.
 
         Raises:
-            ValueError: the weight is not a finite matrix, K is not a multiple of the block, or everything is zero (an
-                export then holds NaN block scales, because ModelOpt divides by the global scale).
+            ValueError: everything is zero. An export then holds NaN block scales, because ModelOpt divides by the global scale.
         """
-        check_weight(weight, self.group_size)
-        global_scale = divide(weight.abs().amax().to(torch.float32), self.unit_max)
+        largest = weight.abs().amax().to(torch.float32) if amax is None else amax
+        global_scale = divide(largest, self.unit_max)
         if not bool(global_scale > 0):
             raise ValueError("an all-zero weight has no NVFP4 export: its global scale is zero")
         block_scale = _weight_block_scale(block_amax(weight, self.group_size), global_scale)
+        return {"weight_scale": block_scale, "weight_scale_2": global_scale}
+
+    def encode(self, weight: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return ``weight`` and the scales of a finite ``weight`` ``[N, K]``: ties round to even."""
+        block_scale, global_scale = scales["weight_scale"], scales["weight_scale_2"]
         step = block_scale.to(torch.float32) * global_scale
         codes = e2m1.encode(split_blocks(weight, self.group_size) / step.unsqueeze(-1)).flatten(-2)
         return {"weight": e2m1.pack_codes(codes), "weight_scale": block_scale, "weight_scale_2": global_scale}
+
+    def candidates(self, scale: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return the :data:`NEIGHBOURS` of a block scale in E4M3, none of them zero.
+
+        None is larger than the largest one that a max calibration has, so that code times block scale stays in
+        :attr:`unit_max`.
+        """
+        codes = scale.view(torch.uint8).to(torch.int16)
+        largest = torch.tensor(self.unit_max / e2m1.MAX).to(torch.float8_e4m3fn).view(torch.uint8).item()
+        # Positive E4M3 numbers are in the order of their bytes.
+        found = ((codes + step).clamp(1, int(largest)).to(torch.uint8) for step in NEIGHBOURS)
+        return tuple(code.view(torch.float8_e4m3fn) for code in found)
 
 
 def _weight_block_scale(amax: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:

@@ -12,10 +12,10 @@ import torch
 from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS, matches
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.files.digest import folder_digest
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate as FormatCandidate
 from sglang_modelopt_ext.workflow.autoquant.formats import serving
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Candidate, Format, Group, Layer, LmHead
-from sglang_modelopt_ext.workflow.common.digest import folder_digest
 
 
 @dataclass(frozen=True)

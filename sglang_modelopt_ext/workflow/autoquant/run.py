@@ -13,6 +13,8 @@ import msgspec
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.files.disk import full_disk
+from sglang_modelopt_ext.files.whole import move_into_place, partial_folder
 from sglang_modelopt_ext.workflow.autoquant import formats as candidate_formats
 from sglang_modelopt_ext.workflow.autoquant.layers import model_digest, plan_groups, read_linears
 from sglang_modelopt_ext.workflow.autoquant.measure import (
@@ -43,16 +45,10 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
 from sglang_modelopt_ext.workflow.autoquant.work_folder import Work, work_folder
 from sglang_modelopt_ext.workflow.common import modelopt_cpu
 from sglang_modelopt_ext.workflow.common.base_model import activations_checked, default_device, find_model, load_model
-from sglang_modelopt_ext.workflow.common.disk import full_disk
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
 from sglang_modelopt_ext.workflow.quantize.calibration import SEED, SEQUENCE_LENGTH, CalibrationData
-from sglang_modelopt_ext.workflow.quantize.export import (
-    check_output,
-    export_checkpoint,
-    move_into_place,
-    partial_folder,
-)
+from sglang_modelopt_ext.workflow.quantize.export import check_output, export_checkpoint
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, package_versions, read_record
 
 RECIPE = "auto_quantize"

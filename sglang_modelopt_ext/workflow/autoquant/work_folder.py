@@ -21,10 +21,10 @@ import msgspec
 from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.files.disk import full_disk
+from sglang_modelopt_ext.files.interrupts import signals_ignored
 from sglang_modelopt_ext.workflow.autoquant.search import Progress
 from sglang_modelopt_ext.workflow.autoquant.state import State, Struct, write_json
-from sglang_modelopt_ext.workflow.common.disk import full_disk
-from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
 
 MANIFEST, SCORES, MODELOPT = "manifest.json", "scores.json", "modelopt.pth"
 

@@ -10,13 +10,11 @@ from typing import Any
 
 import torch
 
+from sglang_modelopt_ext.checkpoint.hub import CODE_FILES, HUB_FILES
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object, weight_files
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common import modelopt_cpu
-
-HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "merges.txt", "*.tiktoken", "chat_template*")
-CODE_FILES = ("*.py",)
 
 
 def find_model(name: str, trust_remote_code: bool = False) -> Path:

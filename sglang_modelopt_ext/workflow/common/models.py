@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from sglang_modelopt_ext.checkpoint.hub import HUB_FILES
 from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.base_model import HUB_FILES
 
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,

@@ -24,8 +24,8 @@ import torch
 from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.files.disk import full_disk
 from sglang_modelopt_ext.workflow.common.base_model import activations_checked, import_modelopt
-from sglang_modelopt_ext.workflow.common.disk import full_disk
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize import checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData

@@ -6,13 +6,10 @@ At any end of a run ``output`` is a whole, valid checkpoint or unchanged.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import fcntl
 import os
 import shutil
-import tempfile
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +23,8 @@ from sglang_modelopt_ext.checkpoint.quant_config import KV_CACHE_RECIPE, OWN_KEY
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.disk import full_disk
-from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
+from sglang_modelopt_ext.files.disk import full_disk
+from sglang_modelopt_ext.files.whole import check_space, make_readable, move_into_place, partial_folder
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress, polled_progress
 from sglang_modelopt_ext.workflow.quantize import quantizers
 from sglang_modelopt_ext.workflow.quantize.model_card import CARD_NAME, render_card
@@ -43,7 +40,6 @@ TOKENIZER_FILES = (
     "*.tiktoken",
     "chat_template*",
 )
-_PARTIAL = ".partial-"
 
 
 @dataclass(frozen=True)
@@ -83,14 +79,6 @@ def check_output(model: Path, output: Path, overwrite: bool) -> None:
     # Never delete a folder that holds something else.
     if not (output / "config.json").is_file():
         raise ModelOptExtError.at(output, "output", "an old checkpoint to overwrite", "something else")
-
-
-def check_space(output: Path, needed: int) -> None:
-    """Raise ModelOptExtError unless the file system of ``output`` has ``needed`` bytes free."""
-    folder = next(parent for parent in output.absolute().parents if parent.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ModelOptExtError.at(folder, "space on disk", f"{needed / 1e6:.1f} MB free", f"{free / 1e6:.1f} MB")
 
 
 def export_checkpoint(
@@ -180,48 +168,6 @@ def _check_complete(output: Path, model_has: str | None, checkpoint: Checkpoint)
         )
 
 
-@contextlib.contextmanager
-def partial_folder(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``output``, removed at the end of the block unless it was renamed.
-
-    It is locked for the life of the process, so that the next run for the same output can recognize, and remove, the
-    folder of a killed run.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{output.name}{_PARTIAL}"
-    _remove_stale(output.parent, prefix)
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=prefix, dir=output.parent))
-    except OSError as error:
-        raise ModelOptExtError.at(output.parent, "output", "a folder that can be written to", error) from error
-    lock = os.open(scratch, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield scratch
-    except ModelOptExtError:
-        raise
-    except Exception as error:
-        full = full_disk(output.parent, error)
-        if full is not None:
-            raise full from error
-        raise
-    finally:
-        with signals_ignored():
-            os.close(lock)
-            shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _remove_stale(parent: Path, prefix: str) -> None:
-    for folder in parent.glob(f"{prefix}*"):
-        with contextlib.suppress(OSError):
-            lock = os.open(folder, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-            finally:
-                os.close(lock)
-
-
 def _run_export(model: Any, scratch: Path, progress: bool) -> None:
     from modelopt.torch.export import export_hf_checkpoint
     from transformers.utils import logging as transformers_logging
@@ -255,48 +201,3 @@ def copy_tokenizer(source: Path, target: Path) -> None:
         for file in source.glob(pattern):
             if file.is_file():
                 shutil.copy(file, target / file.name)
-
-
-def make_readable(folder: Path, files: Collection[Path] | None = None) -> None:
-    """Give the folder and its files the permissions of new ones; temporary ones are private.
-
-    Args:
-        folder: the folder.
-        files: the files and folders in it to change, by default all. A hard link must not be: it shares them with its source.
-    """
-    mask = os.umask(0)
-    os.umask(mask)
-    folder.chmod(0o777 & ~mask)
-    for file in folder.rglob("*") if files is None else files:
-        file.chmod((0o777 if file.is_dir() else 0o666) & ~mask)
-
-
-def move_into_place(scratch: Path, output: Path) -> None:
-    """Rename ``scratch`` to ``output``, and remove an old ``output``.
-
-    Where the file system can exchange two names, there is a whole ``output`` at any moment; elsewhere a kill between two renames
-    leaves the old one under a hidden name beside it.
-    """
-    with signals_ignored():
-        if not os.path.lexists(output):
-            scratch.rename(output)
-            return
-        if _exchange(scratch, output):
-            shutil.rmtree(scratch, ignore_errors=True)
-            return
-        old = Path(tempfile.mkdtemp(prefix=f".{output.name}-old-", dir=output.parent)) / output.name
-        output.rename(old)
-        try:
-            scratch.rename(output)
-        except OSError:
-            old.rename(output)
-            raise
-        finally:
-            shutil.rmtree(old.parent, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step (``renameat2``); return False where the system cannot."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0

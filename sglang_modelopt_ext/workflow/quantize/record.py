@@ -101,7 +101,8 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
         base_model: the unquantized model, as given.
         algorithm: ModelOpt's calibration algorithms in order, with every option.
         calibration: the calibration data; None without calibration.
-        simulation: how ModelOpt's CUDA-only quantizers were simulated: ``cuda``, or ``cpu`` for torch versions.
+        simulation: how ModelOpt's CUDA-only quantizers were simulated: ``cuda``, or ``cpu`` for torch versions;
+            ``none`` where ModelOpt was not used.
         selection: the changes to the recipe.
         smoothed, searched: numbers of linear layers with smoothing scales, and with searched scales.
         search: the result of a search over formats; None for a single recipe.

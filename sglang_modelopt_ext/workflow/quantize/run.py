@@ -15,8 +15,9 @@ import torch
 
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.files.digest import folder_digest
+from sglang_modelopt_ext.files.whole import check_space
 from sglang_modelopt_ext.workflow.common.base_model import default_device, find_model, import_modelopt, load_model
-from sglang_modelopt_ext.workflow.common.digest import folder_digest
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.quantize import calibration, checks, quantizers
@@ -29,7 +30,7 @@ from sglang_modelopt_ext.workflow.quantize.calibrate import (
     work_folder,
 )
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData, load_calibration
-from sglang_modelopt_ext.workflow.quantize.export import Exported, check_output, check_space, export_checkpoint
+from sglang_modelopt_ext.workflow.quantize.export import Exported, check_output, export_checkpoint
 from sglang_modelopt_ext.workflow.quantize.recipes import NONE, Changes, build, find_recipe
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Selection, package_versions
 

@@ -18,14 +18,8 @@ from sglang_modelopt_ext.checkpoint.reader import survey_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME, read_tensors
 from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.quantize.export import (
-    check_folder,
-    check_output,
-    check_space,
-    make_readable,
-    move_into_place,
-    partial_folder,
-)
+from sglang_modelopt_ext.files.whole import check_space, make_readable, move_into_place, partial_folder
+from sglang_modelopt_ext.workflow.quantize.export import check_folder, check_output
 from sglang_modelopt_ext.workflow.repair.configs import reconcile, reconcile_exclusions, strip_sentinels
 from sglang_modelopt_ext.workflow.repair.scales import fill_scales
 from sglang_modelopt_ext.workflow.repair.working_copy import Step, WorkingCopy

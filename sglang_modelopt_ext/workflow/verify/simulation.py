@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from sglang_modelopt_ext.checkpoint.quant_config import WITHOUT_MODELOPT
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.base_model import load_model
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
@@ -28,6 +29,8 @@ def objection(folder: Path) -> str | None:
     record = read_record(folder)
     if record is None:
         return "the checkpoint has no record of how it was made"
+    if record.simulation == WITHOUT_MODELOPT:
+        return "it was quantized at load, without ModelOpt"
     if record.search is not None:
         return "its formats were searched for"
     if record.kv_cache is not None:

@@ -62,7 +62,10 @@ def _recall(memory: Path | None) -> dict[str, str]:
 def _remember(memory: Path | None, known: dict[str, str]) -> None:
     if memory is None:
         return
-    memory.mkdir(parents=True, exist_ok=True)
     temporary = memory / f"{_MEMORY}.{os.getpid()}"
-    temporary.write_text(json.dumps(known), encoding="utf-8")
-    temporary.replace(memory / _MEMORY)
+    with contextlib.suppress(
+        OSError
+    ):  # a folder without room or that cannot be written to: files are read again next time
+        memory.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(known), encoding="utf-8")
+        temporary.replace(memory / _MEMORY)
