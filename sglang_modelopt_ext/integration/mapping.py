@@ -19,6 +19,7 @@ from sglang_modelopt_ext.checkpoint.experts import is_expert
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+from sglang_modelopt_ext.integration.drafts import check_vocabularies
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.layout import partition_numbers
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
@@ -216,6 +217,7 @@ def _initialize_model(
     model = original(model_config, load_config, quant_config)
     if isinstance(quant_config, ModelOptExtConfig) and quant_config.checkpoint is not None:
         settle(model, quant_config)
+        check_vocabularies(model)
     return model
 
 

@@ -56,7 +56,6 @@ def preflight(server_args: Any) -> None:
     for setting in SETTINGS:
         setting.read()
     _check_launch(args)
-    _check_adapters(args)
     load_format = str(getattr(args.load_format, "value", args.load_format))
     if load_format not in SERVED_LOAD_FORMATS:
         raise ModelOptExtError.at(
@@ -95,16 +94,6 @@ def _check_launch(args: Any) -> None:
             "--weight-cache-mode",
             "off: SGLang loads no plugins in the weight-cache daemon",
             args.weight_cache_mode,
-        )
-
-
-def _check_adapters(args: Any) -> None:
-    if args.enable_lora or args.lora_paths:
-        raise ModelOptExtError.at(
-            "command line",
-            "--enable-lora",
-            "no LoRA adapters: they have not been tested on quantized layers (SGLang needs a GPU for them)",
-            args.lora_paths or "--enable-lora",
         )
 
 

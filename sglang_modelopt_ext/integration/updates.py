@@ -18,6 +18,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, check_all_values, is_kv_cache_tensor
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.adapters import has_adapters
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig, read_served
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.loading import ext_config
@@ -99,6 +100,9 @@ def _update_from_disk(
         return original(self, model_path, load_format, weight_name_filter, recapture_cuda_graph)
     try:
         _check_graphs(self.get_model_runner())
+        if has_adapters(self.get_model()):
+            expected = "a server without LoRA: its wrappers take the stored tensors' places"
+            raise ModelOptExtError.at("update_weights_from_disk", "--enable-lora", expected, "one with it")
         if weight_name_filter is not None:
             raise ModelOptExtError.at("update_weights_from_disk", "weight_name_filter", "whole checkpoints", "a filter")
         if load_format not in ("auto", "safetensors"):
