@@ -39,6 +39,7 @@ from sglang_modelopt_ext.integration.folders import config_folder, weights_folde
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod
+from sglang_modelopt_ext.integration.session import Session
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme, math_of
 
@@ -84,6 +85,8 @@ class ModelOptExtConfig(QuantizationConfig):
         """The linear layers that are declared as quantized and have no quantized tensors by their names, with the error of each."""
         self.used: frozenset[str] | None = None
         """The stored tensors that this rank loaded, None before it did."""
+        self.session: Session | None = None
+        """The open session of weight updates, None outside of one."""
         self.math = w4a8_math()
         # SGLang reads this under --kv-cache-dtype auto. A cache of ours was declared before, so that auto means SGLang's FP8.
         self.kv_cache_quant_algo = config.kv_cache_algo

@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sglang_modelopt_ext.integration.contract_running import OBSERVABILITY, UPDATES
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.sources import Sources
 from sglang_modelopt_ext.integration.uses import ROOT, Base, Called, Fields, Holds, Object, Passes, Use, Written
@@ -77,7 +78,7 @@ ARGUMENTS: tuple[Use, ...] = (
     Fields(
         "arg_groups.fields.parallel",
         "what get_parallel() has",
-        ("tp_rank", "attn_tp_rank", "attn_tp_size", "attn_dcp_size", "num_dp_ranks", "moe_tp_group"),
+        ("tp_rank", "attn_tp_rank", "attn_tp_size", "attn_dcp_size", "num_dp_ranks", "moe_tp_group", "pp_size"),
     ),
     Called("runtime_context.get_platform", "which GPU it is"),
     Holds("runtime_context._PLATFORM_PROBES", "what get_platform() has", ("is_sm100", "is_sm120")),
@@ -446,33 +447,6 @@ ATTENTION: tuple[Use, ...] = (
         "which pool is built, of which model",
         ("kv_cache_dtype_str", "model_config", "model", "device"),
     ),
-)
-
-UPDATES: tuple[Use, ...] = (
-    Called("managers.io_struct.BeginWeightUpdateReqOutput", "refuses a session", (), ("success", "message")),
-    Object("managers.io_struct.BeginWeightUpdateReqInput", "whose weights it is about", ("selector",)),
-    Called(
-        "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners",
-        "the models of a session",
-        ("selector",),
-    ),
-    Object(
-        "model_executor.model_runner_components.weight_updater.WeightUpdater",
-        "the model whose weights change",
-        ("get_model", "get_model_runner"),
-    ),
-)
-
-OBSERVABILITY: tuple[Use, ...] = (
-    Object("managers.scheduler.Scheduler", "a rank", ("tp_worker", "metrics_collector")),
-    Object("managers.tp_worker.TpModelWorker", "the model of a rank", ("model_runner",)),
-    Object(
-        "managers.scheduler_components.internal_state.SchedulerInternalStateController",
-        "what /server_info says of a rank",
-        ("scheduler",),
-    ),
-    Object("managers.io_struct.GetInternalStateReqOutput", "the answer", ("internal_state",)),
-    Object("observability.metrics_collector.SchedulerMetricsCollector", "labels of a rank's metrics", ("labels",)),
 )
 
 USES: tuple[Use, ...] = (*PLUGIN, *ARGUMENTS, *MODELS, *LAYERS, *EXPERTS, *ATTENTION, *UPDATES, *OBSERVABILITY)

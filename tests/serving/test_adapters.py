@@ -87,5 +87,5 @@ def test_an_adapter_on_every_layer(recipe: str, tp: int, tmp_path: Path) -> None
             f"{server.url}/update_weights_from_disk", json={"model_path": str(folder)}, timeout=120
         ).json()
         assert not refused["success"]
-        assert "--enable-lora: expected a server without LoRA" in refused["message"]
+        assert "--enable-lora: expected a server without LoRA adapters" in refused["message"]
         check_logprobs(server, folder, "float32")

@@ -12,6 +12,7 @@ import pytest
 import requests
 import torch
 
+from sglang_modelopt_ext.errors import ModelOptExtError
 from tests.serving.checks import (
     FP32_MEDIAN,
     PROMPT,
@@ -45,6 +46,25 @@ def server(llama: Path) -> Iterator[Server]:
         yield running
 
 
+def send_weights(server: Server, tensors: dict[str, torch.Tensor]) -> None:
+    """Send tensors to a running server in a session of two calls.
+
+    Raises:
+        ModelOptExtError: the session did not end well; the server serves on.
+    """
+    from sglang.srt.utils import MultiprocessingSerializer
+
+    torch.multiprocessing.set_sharing_strategy("file_system")  # the server is no child of this process
+    named = list(tensors.items())
+    server.request("/begin_weight_update", {})
+    for part in (named[::2], named[1::2]):
+        sent = MultiprocessingSerializer.serialize(part, output_str=True)
+        requests.post(
+            f"{server.url}/update_weights_from_tensor", json={"serialized_named_tensors": [sent]}, timeout=120
+        )
+    server.request("/end_weight_update", {})
+
+
 class TestFlag:
     """``python -m sglang.launch_server --quantization modelopt_w4a8``."""
 
@@ -70,19 +90,21 @@ class TestFlag:
     def test_batch_against_single(self, server: Server) -> None:
         check_batch_against_single(server)
 
-    def test_weights_from_tensors_are_refused_by_name(self, server: Server) -> None:
-        """Before the session opens: that alone would take the repacked weights away."""
+    def test_update_from_tensors(self, server: Server, llama: Path) -> None:
+        """A session in two calls replaces the weights, one with a fault leaves them, and so does one that lacks a tensor."""
         before = server.full_logprobs(PROMPT)
-        answer = requests.post(f"{server.url}/begin_weight_update", json={}, timeout=60)
-        assert answer.status_code == 400
-        for part in (
-            "update_weights_from_tensor",
-            "update_weights_from_distributed",
-            "expected update_weights_from_disk",
-        ):
-            assert part in answer.text
+        other = edits.read_tensors(export(model_dir(TinyModel("llama", seed=5)), NVFP4))
+        other["model.norm.weight"] = other["model.norm.weight"].float()
+        with pytest.raises(ModelOptExtError, match=r"model\.norm\.weight: expected bfloat16"):
+            send_weights(server, other)
+        del other["model.norm.weight"]
+        with pytest.raises(ModelOptExtError, match=r"model\.norm\.weight: expected every tensor of"):
+            send_weights(server, other)
         server.flush_cache()
         assert torch.equal(server.full_logprobs(PROMPT), before)
+        for folder in (export(model_dir(TinyModel("llama", seed=5)), NVFP4), llama):
+            send_weights(server, edits.read_tensors(folder))
+            check_logprobs(server, folder, "float32")
 
     def test_update_from_disk(self, server: Server, llama: Path, tmp_path: Path) -> None:
         """Another model of the same recipe replaces the first; one that does not fit is rejected and changes nothing."""
