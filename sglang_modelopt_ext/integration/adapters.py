@@ -1,6 +1,6 @@
 """LoRA adapters on quantized layers: SGLang's wrappers call a linear layer's method, and add the adapter's product to its output.
 
-They multiply by the weight of a head themselves, and ask the method of experts for weights in SGLang's own forms: those are errors.
+They multiply by the weight of a head themselves, and ask the method of experts for weights in SGLang's own forms: these are errors.
 """
 
 from __future__ import annotations
@@ -15,22 +15,24 @@ from sglang_modelopt_ext.integration.drafts import quantized_vocabularies
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod
 
-HEAD = "lm_head"
+VOCABULARY_TARGETS = frozenset({"lm_head", "embed_tokens"})
+"""The target modules that SGLang wraps with code of their own; a tied head is wrapped with the embedding's weight."""
+
 EXPERT_TARGETS = frozenset({"gate_up_proj", "down_proj"})
 """The target modules that together make SGLang wrap layers of experts."""
 
 
 def check_targets(model: torch.nn.Module, targets: Set[str]) -> None:
-    """Raise ModelOptExtError where adapters would change a quantized head, or quantized experts.
+    """Raise ModelOptExtError for adapters of embeddings or heads where one is quantized, and of quantized experts.
 
     Args:
         model: the model that adapters are added to.
         targets: the names of the modules that may have adapters, as SGLang's classes call them.
     """
-    if HEAD in targets:
-        for name, module in quantized_vocabularies(model):
-            if HEAD in name or module is getattr(model, HEAD, None):
-                raise _unsupported(f"no {HEAD} with a quantized {name}", HEAD)
+    vocabularies = sorted(targets & VOCABULARY_TARGETS)
+    if vocabularies:
+        for name, _ in quantized_vocabularies(model):
+            raise _unsupported(f"no {' or '.join(vocabularies)} with a quantized {name}", ", ".join(vocabularies))
     if targets >= EXPERT_TARGETS:
         for name, module in model.named_modules():
             if isinstance(getattr(module, "quant_method", None), ExtFusedMoEMethod):

@@ -5,14 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.serving.checks import check_batch_against_single, check_logprobs, check_prefill_against_decode
-from tests.support import stand_ins
+from sglang_modelopt_ext.errors import ModelOptExtError
+from tests.serving.checks import (
+    check_batch_against_single,
+    check_logprobs,
+    check_prefill_against_decode,
+    send_weights,
+)
+from tests.support import edits, stand_ins
 from tests.support.exports import export
 from tests.support.kv_exports import kv_export
 from tests.support.models import TinyModel, model_dir
 from tests.support.moe import tiny
-from tests.support.server import Server, server_variables
+from tests.support.server import Server, failing_start, server_variables
 
 pytestmark = [pytest.mark.server, pytest.mark.full]
 
@@ -20,6 +27,14 @@ NVFP4, MXFP4, KV = "W4A8_NVFP4_FP8_CFG", "W4A8_MXFP4_FP8_CFG", "nvfp4_affine"
 PIPELINE, REPLICAS = ("--pp-size", "2"), ("--dp-size", "2")
 STAGES, COPIES = ("PP0", "PP1"), ("DP0", "DP1")
 ATTENTION = ("--attn-dp-size", "2")
+EXPERTS = ("--ep-size", "2", "--boundary-reduction", "ar")
+"""With the default, SGLang 0.5.23 returns the experts' outputs to their ranks through NCCL."""
+NORM, STRAY = "model.layers.1.input_layernorm.weight", "model.layers.1.stray.weight"
+FAULTS: dict[str, tuple[edits.Edit, str]] = {
+    "missing": (edits.drop_tensors(NORM), f"{NORM}: expected a tensor for this parameter of the model"),
+    "stray": (edits.add_tensors({STRAY: torch.zeros(3)}), f"{STRAY}: expected a tensor"),
+}
+"""Faults of the second of two layers, which the preflight does not see."""
 
 
 def check(
@@ -59,14 +74,43 @@ def test_an_update_of_stages() -> None:
         check_logprobs(server, other, "float32")
 
 
+def test_a_session_of_tensors() -> None:
+    """Two ranks take the tensors of another model with experts, or neither of them does."""
+    folder, other = (export(model_dir(tiny("qwen3_moe", seed=seed)), NVFP4) for seed in (0, 5))
+    tensors = edits.read_tensors(other)
+    scale = "model.layers.1.mlp.experts.3.up_proj.weight_scale"  # of the second rank
+    nan = torch.full_like(tensors[scale].view(torch.uint8), 0x7F).view(torch.float8_e4m3fn)
+    bad = {**tensors, scale: nan}
+    with Server(folder, dtype="float32", tp=2, args=("--ep-size", "2")) as server:
+        with pytest.raises(ModelOptExtError, match=r"experts\.3\.up_proj\.weight_scale: expected finite e4m3"):
+            send_weights(server, tensors, bad)
+        check_logprobs(server, folder, "float32")
+        send_weights(server, tensors, tensors)
+        check_logprobs(server, other, "float32")
+
+
 def test_tied_embeddings_over_stages() -> None:
     """The last stage has a copy of the first one's embedding as its head."""
     check(export(model_dir(TinyModel("qwen3", tied=True)), MXFP4), PIPELINE, STAGES)
 
 
-@pytest.mark.parametrize("experts", [(), ("--ep-size", "2")])
-def test_attention_data_parallel(experts: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("recipe", "experts"), [(MXFP4, ()), (NVFP4, EXPERTS)])
+def test_attention_data_parallel(recipe: str, experts: tuple[str, ...], tmp_path: Path) -> None:
     """With a stand-in for the length that SGLang 0.5.23 fills batches up with, which its torch_native attention lacks."""
     env = stand_ins.environment(tmp_path)
-    folder = export(model_dir(tiny("qwen3_moe")), NVFP4)
+    folder = export(model_dir(tiny("qwen3_moe")), recipe)
     check(folder, (*ATTENTION, *experts), ("DP0 TP0", "DP1 TP1"), tp=2, env=env)
+
+
+@pytest.mark.parametrize("args", [PIPELINE, REPLICAS])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_one_stage_stops_all(args: tuple[str, ...], fault: str, tmp_path: Path) -> None:
+    """One line says why, although the other stage finds nothing; no process is left."""
+    change, message = FAULTS[fault]
+    folder = edits.copy_with(export(model_dir(TinyModel("llama")), NVFP4), tmp_path / "checkpoint", [change])
+    refusal = failing_start(folder, args=args, env=server_variables(2))
+    assert refusal.exit_code != 0
+    assert not refusal.left_behind
+    lines = {line for line in refusal.output.splitlines() if line.startswith("ModelOptExtError: ")}
+    assert len(lines) == 1, refusal.output[-3000:]
+    assert message in lines.pop()

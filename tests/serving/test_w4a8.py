@@ -20,6 +20,7 @@ from tests.serving.checks import (
     check_logprobs,
     check_prefill_against_decode,
     median_apart,
+    send_weights,
 )
 from tests.support import edits
 from tests.support.exports import export
@@ -44,25 +45,6 @@ def server(llama: Path) -> Iterator[Server]:
     """Yield one float32 server with the flag, for every test of this module that can share it."""
     with Server(llama, dtype="float32", args=("--quantization", "modelopt_w4a8")) as running:
         yield running
-
-
-def send_weights(server: Server, tensors: dict[str, torch.Tensor]) -> None:
-    """Send tensors to a running server in a session of two calls.
-
-    Raises:
-        ModelOptExtError: the session did not end well; the server serves on.
-    """
-    from sglang.srt.utils import MultiprocessingSerializer
-
-    torch.multiprocessing.set_sharing_strategy("file_system")  # the server is no child of this process
-    named = list(tensors.items())
-    server.request("/begin_weight_update", {})
-    for part in (named[::2], named[1::2]):
-        sent = MultiprocessingSerializer.serialize(part, output_str=True)
-        requests.post(
-            f"{server.url}/update_weights_from_tensor", json={"serialized_named_tensors": [sent]}, timeout=120
-        )
-    server.request("/end_weight_update", {})
 
 
 class TestFlag:

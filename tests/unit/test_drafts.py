@@ -153,18 +153,18 @@ class TestQuantizedHead:
             drafts.check_vocabularies(model)
 
     def test_adapters(self) -> None:
+        """A tied head is the embedding, and is wrapped as a head with its weight."""
         model = torch.nn.Module()
-        model.embed_tokens, model.lm_head = vocabulary(), vocabulary(served=False)
+        model.embed_tokens = model.lm_head = vocabulary(served=False)
         check_targets(model, {"lm_head", "embed_tokens"})
-        model.lm_head = vocabulary()
-        check_targets(model, {"q_proj", "embed_tokens"})
+        model.embed_tokens = model.lm_head = vocabulary()
+        check_targets(model, {"q_proj"})
         with pytest.raises(
-            ModelOptExtError, match="--lora-target-modules: expected no lm_head with a quantized lm_head"
+            ModelOptExtError, match="--lora-target-modules: expected no lm_head with a quantized embed_"
         ):
             check_targets(model, {"q_proj", "lm_head"})
-        model.lm_head = model.embed_tokens
-        with pytest.raises(ModelOptExtError, match="expected no lm_head with a quantized embed_tokens"):
-            check_targets(model, {"lm_head"})
+        with pytest.raises(ModelOptExtError, match="no embed_tokens or lm_head with a quantized embed_tokens"):
+            check_targets(model, {"lm_head", "embed_tokens"})
 
 
 def test_adapters_of_quantized_experts() -> None:
