@@ -37,7 +37,7 @@ def install() -> None:
     if torch.Tensor.pin_memory is not _unpinned:
         torch.Tensor.pin_memory = _unpinned  # type: ignore[assignment, method-assign]
         for name in FACTORIES:
-            setattr(torch, name, _without_pinning(getattr(torch, name)))
+            setattr(torch, name, without_pinning(getattr(torch, name)))
 
 
 def _unpinned(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -45,7 +45,9 @@ def _unpinned(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     return self
 
 
-def _without_pinning(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+def without_pinning(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Return a function of torch that allocates unpinned memory where it is asked for pinned."""
+
     def make(*args: Any, pin_memory: bool = False, **kwargs: Any) -> torch.Tensor:
         del pin_memory
         return original(*args, **kwargs)
