@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.drafts import quantized_vocabularies
 from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.integration.linear_method import quantized_vocabularies
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod
 
 VOCABULARY_TARGETS = frozenset({"lm_head", "embed_tokens"})

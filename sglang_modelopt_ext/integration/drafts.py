@@ -6,7 +6,6 @@ checkpoint, under other names than the checkpoint's or under those of the target
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
 from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.checkpoint.tensors import read_headers
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
+from sglang_modelopt_ext.integration.linear_method import quantized_vocabularies
 from sglang_modelopt_ext.schemes.table import FAMILIES
 
 WHOLE_MODEL = "STANDALONE"
@@ -55,13 +54,6 @@ def check_unquantized(model_config: Any, folder: Path) -> None:
         if is_quantized and (served.leaves_out(name) or not of_target):
             dtype = str(stored.dtype).removeprefix("torch.")
             raise ModelOptExtError.at(stored.file, name, "an unquantized tensor of a speculative draft", dtype)
-
-
-def quantized_vocabularies(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yield the name and module of each embedding and head of ``model`` that this package serves."""
-    for name, module in model.named_modules():
-        if hasattr(module, "org_vocab_size") and isinstance(module.quant_method, ModelOptExtLinearMethod):
-            yield name, module
 
 
 def check_vocabularies(model: torch.nn.Module) -> None:
