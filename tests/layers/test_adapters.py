@@ -42,7 +42,14 @@ def batch(tokens: int) -> TorchNativeLoRABatchInfo:
     fields["scalings"] = torch.tensor([0.0, SCALING])
     on_cpu = {f"{name}_cpu": tensor for name, tensor in fields.items()}
     return TorchNativeLoRABatchInfo(
-        use_cuda_graph=False, bs=2, num_segments=2, max_len=tokens, has_active_lora=True, **fields, **on_cpu
+        use_cuda_graph=False,
+        bs=2,
+        num_segments=2,
+        max_len=tokens,
+        permutation=None,
+        has_active_lora=True,
+        **fields,
+        **on_cpu,
     )
 
 
