@@ -81,10 +81,11 @@ class TestStagesAndReplicas:
         check(kv_export(KV, "mistral", NVFP4), args, ranks, kv_cache=KV)
 
 
-def test_an_update_of_stages() -> None:
-    """SGLang updates the stages one after the other; each takes its tensors of the other checkpoint."""
+@pytest.mark.parametrize("args", [PIPELINE, REPLICAS])
+def test_an_update_from_disk(args: tuple[str, ...]) -> None:
+    """SGLang updates stages and replicas one after the other; each takes its tensors of the other checkpoint."""
     folder, other = (export(model_dir(TinyModel("llama", seed=seed)), NVFP4) for seed in (0, 5))
-    with Server(folder, dtype="float32", args=PIPELINE, env=server_variables(2)) as server:
+    with Server(folder, dtype="float32", args=args, env=server_variables(2)) as server:
         answer = server.request("/update_weights_from_disk", {"model_path": str(other), "flush_cache": True})
         assert answer["success"], answer
         check_logprobs(server, other, "float32")
