@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def check(
         check_prefill_against_decode(server)
         check_batch_against_single(server)
         for rank in ranks:
-            assert f" {rank}] Prefill batch" in server.output(), f"no request got to {rank}"
+            assert re.search(rf" {rank}( EP\d)?\] Prefill batch", server.output()), f"no request got to {rank}"
 
 
 @pytest.mark.parametrize(("args", "ranks"), [(PIPELINE, STAGES), (REPLICAS, COPIES)])
