@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -442,19 +442,36 @@ def bits_per_weight(checkpoint: Checkpoint) -> float:
     return 8 * stored / weights if weights else float(torch.bfloat16.itemsize * 8)
 
 
-def check_stored_values(linear: QuantizedLinear, spec: TensorSpec) -> torch.Tensor:
-    """Return the stored tensor ``spec`` of a layer, read and checked. Raises ModelOptExtError naming it when a value is illegal."""
+def _from_file(stored: StoredTensor) -> torch.Tensor:
+    return next(read_tensors([stored]))[1]
+
+
+def check_stored_values(
+    linear: QuantizedLinear,
+    spec: TensorSpec,
+    read: Callable[[StoredTensor], torch.Tensor] = _from_file,
+    where: object = None,
+) -> torch.Tensor:
+    """Return the stored tensor ``spec`` of a layer, read and checked. Raises ModelOptExtError naming it when a value is illegal.
+
+    Args:
+        linear: the layer.
+        spec: the tensor's.
+        read: the values of a stored tensor.
+        where: the place that errors name, the tensor's file by default.
+    """
     stored = linear.stored[spec.name]
-    _, tensor = next(read_tensors([stored]))
-    check_values(stored.file, stored.name, tensor, spec.values)
+    place = stored.file if where is None else where
+    tensor = read(stored)
+    check_values(place, stored.name, tensor, spec.values)
     if spec.values is ValueRule.BLOCK_SCALE_E4M3:
-        _, codes = next(read_tensors([linear.stored["weight"]]))
+        codes = read(linear.stored["weight"])
         as_linear = linear.scheme.weight.tensors[0].shape(linear.n, linear.k)
         if codes.dim() > len(as_linear) and codes.shape[1:] != as_linear:  # packed experts as [E, K, N]
             codes, scale = codes.transpose(1, 2).contiguous(), tensor.view(torch.uint8).transpose(1, 2).contiguous()
-            check_zero_blocks(stored.file, stored.name, codes, scale)
+            check_zero_blocks(place, stored.name, codes, scale)
         else:
-            check_zero_blocks(stored.file, stored.name, codes, tensor)
+            check_zero_blocks(place, stored.name, codes, tensor)
     return tensor
 
 

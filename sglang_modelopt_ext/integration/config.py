@@ -34,10 +34,12 @@ from sglang_modelopt_ext.checkpoint.unserved import read_for_serving
 from sglang_modelopt_ext.env import w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.devices import server_device
+from sglang_modelopt_ext.integration.drafts import check_unquantized, inherits_flag, is_part_of_a_model
 from sglang_modelopt_ext.integration.folders import config_folder, weights_folder
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod
+from sglang_modelopt_ext.integration.session import Session
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import FAMILIES, MIXED_PRECISION, SCHEMES, UMBRELLA, find_scheme, math_of
 
@@ -66,7 +68,6 @@ class ModelOptExtConfig(QuantizationConfig):
         config: the checkpoint's declared quantization.
         checkpoint: the checkpoint's tensors, None for ``--load-format dummy``.
         packed_modules_mapping: the model's fused layers and their shards, in addition to the usual ones.
-        is_draft: whether the model is the draft of speculative decoding, which is made of the checkpoint's MTP block.
     """
 
     weight_block_size: None = None
@@ -77,13 +78,11 @@ class ModelOptExtConfig(QuantizationConfig):
         config: QuantConfig,
         checkpoint: Checkpoint | None,
         packed_modules_mapping: Mapping[str, list[str]] | None = None,
-        is_draft: bool = False,
     ) -> None:
         super().__init__()
         self.family = family
         self.config = config
         self.checkpoint = checkpoint
-        self.is_draft = is_draft
         self.packed_modules_mapping = {**FUSED_SHARDS, **(packed_modules_mapping or {})}
         self.linears: dict[str, QuantizedLinear] = dict(checkpoint.linears) if checkpoint else {}
         self.experts: dict[str, ExpertLayer] = dict(checkpoint.experts) if checkpoint else {}
@@ -91,6 +90,10 @@ class ModelOptExtConfig(QuantizationConfig):
         """The linear layers that are declared as quantized and have no quantized tensors by their names, with the error of each."""
         self.padded_sizes: Mapping[int, int] = {}
         """Sizes of unquantized layers that SGLang enlarged, and what they are in the checkpoint."""
+        self.used: frozenset[str] | None = None
+        """The stored tensors that this rank loaded, None before it did."""
+        self.session: Session | None = None
+        """The open session of weight updates, None outside of one."""
         self.math = w4a8_math()
         # SGLang reads this under --kv-cache-dtype auto. A cache of ours was declared before, so that auto means SGLang's FP8.
         self.kv_cache_quant_algo = config.kv_cache_algo
@@ -290,8 +293,16 @@ def expert_names(prefix: str) -> list[str]:
 def _verify_quantization(original: Callable[..., None], self: ModelConfig) -> None:
     folder = config_folder(self.model_path, self.revision)
     flag = self.quantization.lower() if self.quantization else None
-    owned = owned_family(folder, flag, server_device()) if folder is not None else None
+    try:
+        owned = owned_family(folder, flag, server_device()) if folder is not None else None
+    except ModelOptExtError:
+        if not inherits_flag(self):
+            raise
+        assert folder is not None, "an error is one of a checkpoint"
+        owned = owned_family(folder, None, server_device())
     if owned is None:
+        if inherits_flag(self):
+            self.quantization = None
         return original(self)
     self.quantization = owned[0]
     return None
@@ -307,12 +318,12 @@ def _parse_modelopt_quant_config(
 
 
 def _get_quant_config(
-    original: Callable[..., QuantizationConfig],
+    original: Callable[..., QuantizationConfig | None],
     model_config: ModelConfig,
     load_config: LoadConfig,
     packed_modules_mapping: dict[str, list[str]],
     remap_prefix: dict[str, str] | None = None,
-) -> QuantizationConfig:
+) -> QuantizationConfig | None:
     if model_config.quantization not in FAMILIES:
         return original(model_config, load_config, packed_modules_mapping, remap_prefix)
     load_format = str(getattr(load_config.load_format, "value", load_config.load_format))
@@ -330,14 +341,18 @@ def _get_quant_config(
             model_config.model_path, "quant_algo", f"a checkpoint of {model_config.quantization}", "none"
         )
     family, config = owned
-    is_draft = bool(getattr(model_config, "is_draft_model", False))
+    if is_part_of_a_model(model_config):
+        if load_format != "dummy":
+            check_unquantized(model_config, weights_folder(model_config, load_config))
+        model_config.quantization = None
+        return None
     assumed = assumption(config)
     if assumed:
         _warn_once_on_rank0(assumed)
     if load_format == "dummy":
-        return ModelOptExtConfig(family, config, None, packed_modules_mapping, is_draft)
+        return ModelOptExtConfig(family, config, None, packed_modules_mapping)
     checkpoint = read_served(weights_folder(model_config, load_config), config)
-    return ModelOptExtConfig(family, config, checkpoint, packed_modules_mapping, is_draft)
+    return ModelOptExtConfig(family, config, checkpoint, packed_modules_mapping)
 
 
 def read_served(folder: Path, config: QuantConfig) -> Checkpoint:

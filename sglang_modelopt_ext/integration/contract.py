@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sglang_modelopt_ext.integration.contract_running import OBSERVABILITY, UPDATES
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.sources import Sources
 from sglang_modelopt_ext.integration.uses import ROOT, Base, Called, Fields, Holds, Object, Passes, Use, Written
@@ -56,7 +57,7 @@ ARGUMENTS: tuple[Use, ...] = (
         (
             *("model_path", "revision", "quantization", "load_format", "download_dir", "device", "kv_cache_dtype"),
             *("attention_backend", "prefill_attention_backend", "decode_attention_backend"),
-            *("tokenizer_worker_num", "use_ray", "weight_cache_mode", "enable_lora", "lora_paths"),
+            *("tokenizer_worker_num", "use_ray", "weight_cache_mode"),
             *("enable_hierarchical_cache", "enable_lmcache", "disaggregation_mode", "speculative_algorithm"),
             *("enable_unified_memory", "enable_kv_cache_sharding", "enable_page_major_kv_layout", "dcp_size"),
             *("trust_remote_code", "served_model_name", "tokenizer_path"),
@@ -65,7 +66,9 @@ ARGUMENTS: tuple[Use, ...] = (
     ),
     Called("runtime_context.get_server_args", "the arguments inside a scheduler"),
     Called("runtime_context.get_model", "the resolved --kv-cache-dtype inside a scheduler"),
-    Fields("arg_groups.fields.model", "what get_model() has", ("kv_cache_dtype",)),
+    Fields("arg_groups.fields.model", "what get_model() has", ("kv_cache_dtype", "model_path")),
+    Called("runtime_context.get_spec", "how drafts are made"),
+    Fields("arg_groups.fields.spec", "what get_spec() has", ("speculative_algorithm",)),
     Called("runtime_context.get_exec", "whether experts are moved or doubled"),
     Fields(
         "arg_groups.fields.exec_",
@@ -76,7 +79,7 @@ ARGUMENTS: tuple[Use, ...] = (
     Fields(
         "arg_groups.fields.parallel",
         "what get_parallel() has",
-        ("tp_rank", "attn_tp_rank", "attn_tp_size", "attn_dcp_size", "num_dp_ranks", "moe_tp_group"),
+        ("tp_rank", "attn_tp_rank", "attn_tp_size", "attn_dcp_size", "num_dp_ranks", "moe_tp_group", "pp_size"),
     ),
     Called("runtime_context.get_platform", "which GPU it is"),
     Holds("runtime_context._PLATFORM_PROBES", "what get_platform() has", ("is_sm100", "is_sm120")),
@@ -87,15 +90,17 @@ MODELS: tuple[Use, ...] = (
         "configs.model_config.ModelConfig",
         "the model as SGLang understands it",
         (
-            "model_path",
-            "revision",
-            "quantization",
-            "dtype",
-            "head_dim",
-            "v_head_dim",
-            "is_hybrid_swa",
-            "is_draft_model",
-            "hf_config",
+            *(
+                "model_path",
+                "revision",
+                "quantization",
+                "dtype",
+                "head_dim",
+                "v_head_dim",
+                "is_hybrid_swa",
+                "hf_config",
+            ),
+            *("is_draft_model", "is_draft_quantization_explicit"),
         ),
     ),
     Called("configs.model_config.ModelConfig.from_server_args", "a rehearsal's model", ("server_args",)),
@@ -274,6 +279,7 @@ LAYERS: tuple[Use, ...] = (
         ("num_embeddings", "embedding_dim"),
         ("quant_config", "prefix", "use_attn_tp_group", "enable_tp"),
     ),
+    Object("lora.lora_manager.LoRAManager", "which layers get adapters", ("base_model", "target_modules")),
     Called("layers.quantization.unquant.UnquantizedLinearMethod", "layers that are not quantized"),
     Called(
         "layers.quantization.kv_cache.BaseKVCacheMethod", "attention with scales of SGLang's own", ("quant_config",)
@@ -448,33 +454,6 @@ ATTENTION: tuple[Use, ...] = (
         "which pool is built, of which model",
         ("kv_cache_dtype_str", "model_config", "model", "device"),
     ),
-)
-
-UPDATES: tuple[Use, ...] = (
-    Called("managers.io_struct.BeginWeightUpdateReqOutput", "refuses a session", (), ("success", "message")),
-    Object("managers.io_struct.BeginWeightUpdateReqInput", "whose weights it is about", ("selector",)),
-    Called(
-        "managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager._select_runners",
-        "the models of a session",
-        ("selector",),
-    ),
-    Object(
-        "model_executor.model_runner_components.weight_updater.WeightUpdater",
-        "the model whose weights change",
-        ("get_model", "get_model_runner"),
-    ),
-)
-
-OBSERVABILITY: tuple[Use, ...] = (
-    Object("managers.scheduler.Scheduler", "a rank", ("tp_worker", "metrics_collector")),
-    Object("managers.tp_worker.TpModelWorker", "the model of a rank", ("model_runner",)),
-    Object(
-        "managers.scheduler_components.internal_state.SchedulerInternalStateController",
-        "what /server_info says of a rank",
-        ("scheduler",),
-    ),
-    Object("managers.io_struct.GetInternalStateReqOutput", "the answer", ("internal_state",)),
-    Object("observability.metrics_collector.SchedulerMetricsCollector", "labels of a rank's metrics", ("labels",)),
 )
 
 USES: tuple[Use, ...] = (*PLUGIN, *ARGUMENTS, *MODELS, *LAYERS, *EXPERTS, *ATTENTION, *UPDATES, *OBSERVABILITY)

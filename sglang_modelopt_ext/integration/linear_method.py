@@ -5,7 +5,7 @@ It registers, loads and prepares tensors; :class:`~sglang_modelopt_ext.layers.li
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -245,6 +245,13 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         if self.is_absorbed:
             self.decode(layer)
         self.verified = True
+
+
+def quantized_vocabularies(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yield the name and module of each embedding and head of ``model`` that this package serves."""
+    for name, module in model.named_modules():
+        if hasattr(module, "org_vocab_size") and isinstance(module.quant_method, ModelOptExtLinearMethod):
+            yield name, module
 
 
 def fill_dummy(tensor: torch.Tensor, spec: TensorSpec) -> None:

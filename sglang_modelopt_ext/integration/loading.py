@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
 
 import torch
@@ -112,15 +112,13 @@ def _fits(stored: tuple[int, ...], expected: tuple[int, ...], padded: Mapping[in
     )
 
 
-def left_out(model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False) -> set[str]:
-    """Return the stored tensors that ``model`` does not need: MTP blocks unless it is a draft, buffers, scales of unrounded inputs.
+def left_out(model: torch.nn.Module, checkpoint: Checkpoint) -> set[str]:
+    """Return the stored tensors that ``model`` does not need: MTP blocks, buffers, scales of unrounded inputs.
 
     An encoder's pooler (BERT) is needed by a classifier, and no embedding model of SGLang's has it. A module that the model does
     have under such a name is loaded.
     """
     unused = {name for name in checkpoint.tensors if checkpoint.leaves_out(name)}
-    if is_draft:
-        return unused
     config = getattr(model, "config", None)
     text = getattr(config, "text_config", None) or config
     served = ServedLayers.of({name: getattr(text, name, None) for name in (LAYER_COUNT, *MTP_COUNTS)})
@@ -142,13 +140,10 @@ class StrictLoad:
     Args:
         model: the model whose parameters are loaded.
         checkpoint: the description of the stored tensors.
-        is_draft: whether the model is the draft of speculative decoding, made of the checkpoint's MTP block.
         has_values: whether the tensors have values to check; in a rehearsal on the meta device they have none.
     """
 
-    def __init__(
-        self, model: torch.nn.Module, checkpoint: Checkpoint, is_draft: bool = False, *, has_values: bool = True
-    ) -> None:
+    def __init__(self, model: torch.nn.Module, checkpoint: Checkpoint, *, has_values: bool = True) -> None:
         self.model = model
         self.checkpoint = checkpoint
         self.current: str | None = None
@@ -159,7 +154,7 @@ class StrictLoad:
         self._decoded: set[str] = set()
         self._lock = threading.Lock()
         self.has_values = has_values
-        self.left_out = left_out(model, checkpoint, is_draft)
+        self.left_out = left_out(model, checkpoint)
         self._names = _expert_names(model, checkpoint)
         self._own_head = {
             stored.name: getattr(head, spec)
@@ -262,15 +257,25 @@ class StrictLoad:
                 raise ValueError(f"one stored tensor for {parameter} expected, {earlier} was loaded before it")
 
     def run(
-        self, load: Callable[[Iterable[tuple[str, torch.Tensor]]], None], weights: Iterable[tuple[str, torch.Tensor]]
+        self,
+        load: Callable[[Iterable[tuple[str, torch.Tensor]]], None],
+        weights: Iterable[tuple[str, torch.Tensor]],
+        earlier: Set[str] | None = None,
     ) -> None:
         """Call ``load`` with the checked ``weights``, and require that all parameters are loaded and all tensors used.
+
+        Args:
+            load: the model's own loading code.
+            weights: the stored tensors.
+            earlier: the tensors that this rank used of a checkpoint with the same names: it must use these. None, at the start, has
+                all ranks gather what they used, and must be called on all of them at once.
 
         Raises:
             ModelOptExtError: a value is illegal, a parameter or shard is not loaded, or a tensor is unused; the error names it.
         """
         self.load(load, weights)
-        for problem in (*self.missing(), *self.left_over(self._used_anywhere())):
+        used = self._used_anywhere() if earlier is None else (self.checkpoint.tensors.keys() - earlier) | self.used
+        for problem in (*self.missing(), *self.left_over(used)):
             raise problem
 
     def load(
@@ -426,8 +431,10 @@ def _load_weights_only(
     for module, method in quantized_modules(model):
         # Nothing to do at the start of a server, and where SGLang did it: 0.5.23 does for an update from disk, 0.5.22 does not.
         method.restore_weights_before_loading(module)
-    strict = StrictLoad(model, config.checkpoint, config.is_draft)
-    strict.run(lambda checked: original(model, checked, target_device), weights)
+    strict = StrictLoad(model, config.checkpoint)
+    # SGLang updates pipeline stages one after the other, so that they cannot gather what they used.
+    strict.run(lambda checked: original(model, checked, target_device), weights, config.used)
+    config.used = frozenset(strict.used)
     for _, method in quantized_modules(model):
         method.verified = True
     if strict.left_out:

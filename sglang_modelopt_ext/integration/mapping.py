@@ -21,6 +21,7 @@ from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+from sglang_modelopt_ext.integration.drafts import check_vocabularies
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.layout import partition_numbers
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
@@ -261,6 +262,7 @@ def _initialize_model(
         quant_config.padded_sizes = _padded_sizes(model_config.hf_config)
     if isinstance(quant_config, ModelOptExtConfig) and quant_config.checkpoint is not None:
         settle(model, quant_config)
+        check_vocabularies(model)
     return model
 
 

@@ -71,6 +71,7 @@ def register() -> None:
 def all_hooks() -> tuple[Hook, ...]:
     """Return every hook of this package, which imports SGLang's modules and takes seconds."""
     from sglang_modelopt_ext.integration import (
+        adapters,
         config,
         loading,
         mapping,
@@ -83,7 +84,19 @@ def all_hooks() -> tuple[Hook, ...]:
     from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
     from sglang_modelopt_ext.integration.kv import scales as kv_scales
 
-    own = (config, mapping, loading, products, kv_hooks, kv_scales, updates, observability, processes, rounding)
+    own = (
+        config,
+        mapping,
+        loading,
+        products,
+        kv_hooks,
+        kv_scales,
+        updates,
+        observability,
+        processes,
+        rounding,
+        adapters,
+    )
     return tuple(hook for file in own for hook in file.HOOKS)
 
 

@@ -85,7 +85,6 @@ def _check_arguments(args: Any, load_format: str) -> None:
     for setting in SETTINGS:
         setting.read()
     _check_launch(args)
-    _check_adapters(args)
     if load_format not in SERVED_LOAD_FORMATS:
         raise ModelOptExtError.at(
             "command line", "--load-format", f"one of {', '.join(SERVED_LOAD_FORMATS)}", load_format
@@ -108,16 +107,6 @@ def _check_launch(args: Any) -> None:
             "--weight-cache-mode",
             "off: SGLang loads no plugins in the weight-cache daemon",
             args.weight_cache_mode,
-        )
-
-
-def _check_adapters(args: Any) -> None:
-    if args.enable_lora or args.lora_paths:
-        raise ModelOptExtError.at(
-            "command line",
-            "--enable-lora",
-            "no LoRA adapters: they have not been tested on quantized layers (SGLang needs a GPU for them)",
-            args.lora_paths or "--enable-lora",
         )
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import requests
 import torch
 
 from tests.serving.tolerance import FP32_MEDIAN as FP32_MEDIAN
@@ -40,6 +41,24 @@ def check_logprobs(server: Server, folder: Path, dtype: str, **options: Any) -> 
     print(f"served: {found}; noise floor: {noise}")
     assert found.mean < NOISE_FACTOR * noise.mean, f"served: {found}; noise floor: {noise}"
     assert found.divergence < NOISE_FACTOR**2 * noise.divergence, f"served: {found}; noise floor: {noise}"
+
+
+def send_weights(server: Server, *of_ranks: Mapping[str, torch.Tensor]) -> None:
+    """Send tensors to the ranks of a running server, in a session of two calls.
+
+    Raises:
+        ModelOptExtError: the session did not end well; the server serves on.
+    """
+    from sglang.srt.utils import MultiprocessingSerializer
+
+    torch.multiprocessing.set_sharing_strategy("file_system")  # the server is no child of this process
+    server.request("/begin_weight_update", {})
+    for half in (0, 1):
+        sent = [
+            MultiprocessingSerializer.serialize(list(tensors.items())[half::2], output_str=True) for tensors in of_ranks
+        ]
+        requests.post(f"{server.url}/update_weights_from_tensor", json={"serialized_named_tensors": sent}, timeout=120)
+    server.request("/end_weight_update", {})
 
 
 def median_apart(first: Sequence[float], second: Sequence[float]) -> float:

@@ -145,11 +145,6 @@ REFUSALS: dict[str, tuple[list[edits.Edit], tuple[str, ...], str]] = {
         ("--load-format", "sharded_state"),
         "--load-format: expected one of auto, safetensors",
     ),
-    "LoRA adapters": (
-        [],
-        ("--enable-lora", "--max-lora-rank", "8", "--lora-target-modules", "q_proj"),
-        "--enable-lora: expected no LoRA",
-    ),
     "tokenizer workers": ([], ("--tokenizer-worker-num", "2"), "--tokenizer-worker-num: expected 1"),
     "stray tensor": (
         [edits.add_tensors({"model.layers.0.stray.weight": torch.zeros(3)})],

@@ -12,6 +12,7 @@ import pytest
 import requests
 import torch
 
+from sglang_modelopt_ext.errors import ModelOptExtError
 from tests.serving.checks import (
     FP32_MEDIAN,
     PROMPT,
@@ -19,6 +20,7 @@ from tests.serving.checks import (
     check_logprobs,
     check_prefill_against_decode,
     median_apart,
+    send_weights,
 )
 from tests.support import edits
 from tests.support.exports import export
@@ -70,19 +72,21 @@ class TestFlag:
     def test_batch_against_single(self, server: Server) -> None:
         check_batch_against_single(server)
 
-    def test_weights_from_tensors_are_refused_by_name(self, server: Server) -> None:
-        """Before the session opens: that alone would take the repacked weights away."""
+    def test_update_from_tensors(self, server: Server, llama: Path) -> None:
+        """A session in two calls replaces the weights, one with a fault leaves them, and so does one that lacks a tensor."""
         before = server.full_logprobs(PROMPT)
-        answer = requests.post(f"{server.url}/begin_weight_update", json={}, timeout=60)
-        assert answer.status_code == 400
-        for part in (
-            "update_weights_from_tensor",
-            "update_weights_from_distributed",
-            "expected update_weights_from_disk",
-        ):
-            assert part in answer.text
+        other = edits.read_tensors(export(model_dir(TinyModel("llama", seed=5)), NVFP4))
+        other["model.norm.weight"] = other["model.norm.weight"].float()
+        with pytest.raises(ModelOptExtError, match=r"model\.norm\.weight: expected bfloat16"):
+            send_weights(server, other)
+        del other["model.norm.weight"]
+        with pytest.raises(ModelOptExtError, match=r"model\.norm\.weight: expected every tensor of"):
+            send_weights(server, other)
         server.flush_cache()
         assert torch.equal(server.full_logprobs(PROMPT), before)
+        for folder in (export(model_dir(TinyModel("llama", seed=5)), NVFP4), llama):
+            send_weights(server, edits.read_tensors(folder))
+            check_logprobs(server, folder, "float32")
 
     def test_update_from_disk(self, server: Server, llama: Path, tmp_path: Path) -> None:
         """Another model of the same recipe replaces the first; one that does not fit is rejected and changes nothing."""

@@ -163,7 +163,9 @@ def tree(logit_cap: float = 0.0) -> torch.nn.Module:
     return model
 
 
-def configured(monkeypatch: pytest.MonkeyPatch, args: Any, model: torch.nn.Module, sm100: bool = True) -> Any:
+def configured(
+    monkeypatch: pytest.MonkeyPatch, args: Any, model: torch.nn.Module, sm100: bool = True, is_draft: bool = False
+) -> Any:
     """Return SGLang's NVFP4 method, or None for FP8, after our step between the model and the pool."""
     import sglang.srt.runtime_context as context
     from sglang.srt.arg_groups.overrides import resolved_view
@@ -175,7 +177,7 @@ def configured(monkeypatch: pytest.MonkeyPatch, args: Any, model: torch.nn.Modul
     method = NVFP4KVCacheMethod(num_layers=2, device="cpu", native_scale_layout=False) if flag == "nvfp4" else None
     monkeypatch.setattr(context, "get_parallel", lambda: SimpleNamespace(attn_tp_rank=0, attn_tp_size=1))
     monkeypatch.setattr(context, "get_server_args", lambda: args)
-    config = SimpleNamespace(dtype=torch.bfloat16, head_dim=D, model_path="test")
+    config = SimpleNamespace(dtype=torch.bfloat16, head_dim=D, model_path="test", is_draft_model=is_draft)
     itself = SimpleNamespace(kv_cache_dtype_str=flag, model=model, model_config=config, device="cuda")
     with context.override_platform(is_sm100=sm100, is_sm120=not sm100):
         return kv_hooks._build_mha_quant_method(lambda self, num_layers: method, itself, num_layers=2)
@@ -192,6 +194,12 @@ def test_the_plans_scales_reach_sglangs_nvfp4_cache(monkeypatch: pytest.MonkeyPa
         layer = plan.layer(index)
         assert method.get_bmm_scales(index) == pytest.approx((layer.k_scale * 6, layer.v_scale * 6), rel=1e-12)
         assert model.model.layers[index].self_attn.attn.k_scale_float == 1.0
+
+
+def test_the_targets_scales_do_not_reach_a_drafts_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A draft's layers have the numbers of target layers."""
+    method = configured(monkeypatch, arguments("nvfp4", kv_cache_dtype="nvfp4"), tree(), is_draft=True)
+    assert method.k_scales_float == type(method)(2, "cpu", native_scale_layout=False).k_scales_float
 
 
 def test_by_flag_on_a_model_that_nobody_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:

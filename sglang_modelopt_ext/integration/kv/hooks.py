@@ -286,6 +286,8 @@ def _set_scales_of_sglangs_cache(configurator: Any, method: Any) -> None:
     from sglang_modelopt_ext.integration.kv.layers import check_sinks, rank_layers, served_attention
 
     args, model, config = get_server_args(), configurator.model, configurator.model_config
+    if config.is_draft_model:
+        return  # the scales are the target's
     is_wrapped = wrapped_plan(args) is not None
     if is_wrapped:
         plan: KVCachePlan | None = served_plan(args, args.kv_cache_dtype)
