@@ -29,7 +29,7 @@ from sglang_modelopt_ext.workflow.common.disk import full_disk
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize import checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
-from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
+from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, FROM_QUANTIZED, SMOOTHQUANT
 from sglang_modelopt_ext.workflow.quantize.smoothquant import register
 
 AGREEING = ("max", "mse", SMOOTHQUANT, FP8_SMOOTHQUANT)
@@ -38,7 +38,6 @@ AGREEING = ("max", "mse", SMOOTHQUANT, FP8_SMOOTHQUANT)
 _WHOLE_MODEL = ("svdquant",)
 """Algorithms that ModelOpt cannot run layer by layer."""
 
-_TRAINING = ("lsq",)
 _AMAX_ONLY = ("max", "mse", "local_hessian", "nvfp4_act_headroom")
 """Algorithms that do not change weights: their checkpoints hold scales only."""
 
@@ -103,6 +102,10 @@ class Calibrator:
         smoothed = searched = resumed = 0
         wanted = self.layerwise and self.data is not None and len(steps) == 1
         layerwise = wanted and self._layer_by_layer(steps[0]["method"])
+        asking = [step["method"] for step in steps if "layerwise" in step]
+        if asking and not layerwise:
+            needed = "to go layer by layer: one step, one process, and all quantizers in decoder layers"
+            raise ModelOptExtError.at("recipe", asking[0], needed, "the whole model at once")
         for step in steps:
             expected = self._expected(step)
             if layerwise and self.work is not None:
@@ -116,8 +119,6 @@ class Calibrator:
     def _expected(self, step: Mapping[str, Any]) -> list[str]:
         """Return the layers of the step, which must be all quantized ones: ModelOpt skips others silently at times."""
         method = step["method"]
-        if method in _TRAINING:
-            raise ModelOptExtError.at("--calibration-algorithm", method, "an algorithm that needs no training", method)
         if self.processes.world > 1 and method not in AGREEING:
             raise ModelOptExtError.at(
                 "--calibration-algorithm",
@@ -176,11 +177,10 @@ class Calibrator:
         options = dict(step)
         if layerwise:
             layers: dict[str, Any] = {"enable": True, "calib_mutates_weights": step["method"] not in _AMAX_ONLY}
+            layers[FROM_QUANTIZED] = False  # ModelOpt's default differs by algorithm
             if self.work is not None:
                 layers["checkpoint_dir"] = str(self.work)
-            if step["method"] == "gptq":
-                layers["get_qdq_activations_from_prev_layer"] = True
-            options["layerwise"] = layers
+            options["layerwise"] = layers | step.get("layerwise", {})
 
         # No step needs the logits of all tokens, and for a small model they are a fifth of the work.
         kept = {"logits_to_keep": 1} if quantizers.can_skip_logits(self.model) else {}

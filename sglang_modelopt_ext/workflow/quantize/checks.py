@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS, matches
+from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS, is_vocabulary, matches
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.schemes.table import FP8, SCHEMES
 from sglang_modelopt_ext.workflow.quantize import quantizers, smoothquant
 from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
 from sglang_modelopt_ext.workflow.quantize.record import Selection
@@ -75,8 +75,13 @@ def selection_entries(model: torch.nn.Module, selection: Selection) -> list[dict
     ]
 
 
-def exported_algo(module: Any, methods: Iterable[str] = ()) -> str:
+def exported_algo(name: str, module: Any, methods: Iterable[str] = ()) -> str:
     """Return the algorithm that a linear layer will be exported as, after calibration by ``methods``.
+
+    Args:
+        name: of the layer in the model.
+        module: the layer, with quantizers.
+        methods: the calibration algorithms, in order.
 
     Raises:
         ModelOptExtError: a format that ModelOpt cannot export or this package does not serve.
@@ -95,7 +100,8 @@ def exported_algo(module: Any, methods: Iterable[str] = ()) -> str:
     for method in methods:
         algo = _AFTER.get(method, algo) if algo in _FP4 else algo
     _check_group(module, algo)
-    _check_input(module, algo)
+    if algo != FP8 or not is_vocabulary(name) or quantizers.is_on(module.input_quantizer):  # else weight-only
+        _check_input(module, algo)
     return algo
 
 
@@ -151,11 +157,12 @@ def check_model(model: torch.nn.Module, recipe: str, methods: Sequence[str]) -> 
     algos: dict[str, str] = {}
     for name, module in quantizers.quantized_linears(model):
         try:
-            algos[name] = exported_algo(module, methods)
+            algos[name] = exported_algo(name, module, methods)
         except ModelOptExtError as error:
             raise ModelOptExtError(f"{recipe}: {name}: {error}") from error
         if quantizers.is_on(getattr(module, "output_quantizer", None)):
-            raise ModelOptExtError.at(recipe, name, "no quantizer on a layer's output: no server has one", "one")
+            expected = "no quantized output of a layer, which no server has"
+            raise ModelOptExtError.at(recipe, name, expected, "a quantized output")
     cache, _ = quantizers.kv_cache(model)
     experts = any(quantizers.quantizes_experts(module) for _, module in quantizers.fused_experts(model))
     if not algos and not experts and cache is None:

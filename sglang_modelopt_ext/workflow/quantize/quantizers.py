@@ -40,6 +40,18 @@ def quantizes_experts(module: Any) -> bool:
     return any(is_on(getattr(module, f"{key}_weight_quantizers", None)) for key in EXPERT_WEIGHTS)
 
 
+def of_expert(module: Any) -> torch.nn.Module:
+    """Return a module that has one expert's down projection as a linear layer has it: without values, with its quantizers."""
+    one = torch.nn.Module()
+    weight = module._parameters["down_proj"]
+    one.weight = torch.nn.Parameter(
+        torch.empty(weight.shape[1:], dtype=weight.dtype, device="meta"), requires_grad=False
+    )
+    one.weight_quantizer = module.down_proj_weight_quantizers[0]
+    one.input_quantizer = module.down_proj_input_quantizer
+    return one
+
+
 def is_on(quantizer: Any) -> bool:
     """Return whether a quantizer, or any of several, is enabled."""
     if isinstance(quantizer, torch.nn.Sequential | torch.nn.ModuleList):
