@@ -26,7 +26,7 @@ from sglang_modelopt_ext.workflow.autoquant.state import Layer
 from sglang_modelopt_ext.workflow.common.base_model import import_modelopt
 from sglang_modelopt_ext.workflow.quantize import checks
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
-from sglang_modelopt_ext.workflow.quantize.quantizers import fused_experts, is_on, of_expert, quantizes_experts
+from sglang_modelopt_ext.workflow.quantize.quantizers import fused_experts, is_on, projections_of_expert
 from sglang_modelopt_ext.workflow.quantize.recipes import Changes, build
 from sglang_modelopt_ext.workflow.quantize.run import insert_quantizers
 
@@ -168,10 +168,7 @@ def applied_formats(model: Any, name: str, config: dict[str, Any]) -> dict[str, 
     insert_quantizers(model, name, built["quant_cfg"])
     modules: dict[str, Any] = dict(model.named_modules())
     algos = checks.check_model(model, name, methods)
-    for layer, module in fused_experts(model):
-        if quantizes_experts(module):
-            modules[layer] = of_expert(module)
-            algos[layer] = checks.exported_algo(layer, modules[layer], methods)
+    modules |= {layer: next(projections_of_expert(module), module) for layer, module in fused_experts(model)}
     steps = built["algorithm"][0] if methods else {"method": "none"}
     found = {}
     for layer, algo in algos.items():

@@ -37,6 +37,7 @@ from sglang_modelopt_ext.workflow.common.disk import full_disk
 from sglang_modelopt_ext.workflow.common.interrupts import signals_ignored
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress, polled_progress
 from sglang_modelopt_ext.workflow.quantize import quantizers
+from sglang_modelopt_ext.workflow.quantize.folding import Folding
 from sglang_modelopt_ext.workflow.quantize.markers import without_markers
 from sglang_modelopt_ext.workflow.quantize.model_card import CARD_NAME, render_card
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, layer_formats, package_versions, write_record
@@ -134,11 +135,13 @@ def export_checkpoint(
     check_space(output, quantizers.expected_bytes(model))
     rounds = quantizers.rounds_activations(model)
     kv_recipe, kv_cache = quantizers.kv_cache(model)
+    folding = Folding(model)
     with partial_folder(output) as scratch:
         try:
             _run_export(model, scratch, progress)
         except Exception as error:  # ModelOpt raises assertions and errors of every kind
             raise _failure(source, output, origin, error) from error
+        folding.check(source)
         copy_tokenizer(source, scratch)
         with elapsed_progress("checking the export", progress):
             _take_off_markers(scratch)
