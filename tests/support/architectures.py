@@ -147,6 +147,23 @@ MULTIMODAL: dict[str, tuple[str, str, dict[str, Any]]] = {
             "vision_end_token_id": 8,
         },
     ),
+    "qwen3_5_moe_vl": (
+        "Qwen3_5Moe",
+        "qwen3_5_moe",
+        {
+            "vision_config": {
+                "hidden_size": 64,
+                "intermediate_size": 128,
+                "depth": 1,
+                "num_heads": 2,
+                "out_hidden_size": HIDDEN,
+            },
+            "image_token_id": 5,
+            "video_token_id": 6,
+            "vision_start_token_id": 7,
+            "vision_end_token_id": 8,
+        },
+    ),
     "llama4_vl": (
         "Llama4",
         "llama4",

@@ -16,6 +16,7 @@ pytest.importorskip("modelopt")
 
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint, standard_name
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.quantize.library import PTQ, library
 from sglang_modelopt_ext.workflow.quantize.record import Selection
 from tests.support.architectures import ARCHITECTURES, MULTIMODAL, architecture_dir
 from tests.support.quantizing import calibration_file, names, run
@@ -47,6 +48,33 @@ def table() -> dict[tuple[str, str], str]:
         }
     return found
 
+
+MODELS = {
+    "nemotron_llama": "llama",
+    "nemotron_vl": "llama",
+    "nemotron": "nemotron_h",
+    "qwen3_5_moe/ptq/nvfp4_experts_mse": "qwen3_5_moe_vl",
+    "qwen3_5_moe": "qwen3_5_moe",
+    "qwen3_5": "qwen3_5",
+    "gemma4": "gemma4",
+    "gemma": "gemma3",
+    "minimax": "minimax_m2",
+    "experts": "deepseek_v3",
+    "step": "deepseek_v3",
+}
+"""By a part of a recipe file's name, the first that it has: the model to run it on; a Llama for others."""
+TRAINS, OUTPUTS = "expected one that needs no training, got lsq", "expected no quantized output of a layer"
+ELSEWHERE = "so nothing would be quantized"
+REJECTED = {
+    "general/qad/nvfp4_dual_lsq-mse_init-fp8_kv": TRAINS,
+    "general/qad/nvfp4_lsq-mse_init-fp8_kv": TRAINS,
+    "huggingface/nemotron_llama/ptq/fp8_output_quant_proj": OUTPUTS,
+    "huggingface/nemotron_llama/ptq/nvfp4_output_quant_proj": OUTPUTS,
+    "huggingface/diffusion_gemma/ptq/nvfp4_experts_only": ELSEWHERE,
+    "huggingface/step3p7/ptq/nvfp4_experts_only-kv_fp8_cast": ELSEWHERE,
+    "models/deepseek-ai/DeepSeek-V4-Pro-0813/ptq/nvfp4_experts_only": ELSEWHERE,
+}
+"""PTQ recipe files that do not run here, with the reason: those of ELSEWHERE name layers of models that transformers has not."""
 
 TABLE = table()
 CASES = [
@@ -111,6 +139,22 @@ def check_export(source: Path, folder: Path, recipe: str) -> None:
             assert 0.3 < float(weight.norm() / original.norm()) < 3, linear.name
             continue
         assert float((weight - original).norm() / original.norm()) < ROUNDING, linear.name
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", [name for name, kind in library().items() if kind == PTQ])
+def test_recipe_files(recipe: str, data: str, tmp_path: Path) -> None:
+    """Every PTQ recipe of ModelOpt's library, on a model of its kind: quantized and read back, or rejected with its reason."""
+    model = next((model for part, model in MODELS.items() if part in recipe.lower()), "llama")
+    if recipe in REJECTED:
+        with pytest.raises(ModelOptExtError, match=REJECTED[recipe]):
+            run(architecture_dir(model), tmp_path / "out", data, recipe)
+        return
+    exported = run(architecture_dir(model), tmp_path / "out", data, recipe).exported
+    assert exported.record.recipe == recipe
+    assert exported.checkpoint.layers
+    if "kv_fp8" in recipe or "kv_nvfp4" in recipe:
+        assert exported.record.kv_cache_recipe == ("fp8" if "kv_fp8" in recipe else "nvfp4")
 
 
 @pytest.mark.full

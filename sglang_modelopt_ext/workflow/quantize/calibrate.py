@@ -42,6 +42,9 @@ _AMAX_ONLY = ("max", "mse", "local_hessian", "nvfp4_act_headroom")
 """Algorithms that do not change weights: their checkpoints hold scales only."""
 
 _SMOOTHING = (SMOOTHQUANT, FP8_SMOOTHQUANT, "awq_lite", "awq_full", "svdquant")
+_OF_A_MIX = ("mse", "local_hessian")
+"""Algorithms that ModelOpt's recipes of several formats are calibrated with: they search the scales of one, ``max`` the others'."""
+
 _SEARCHING = ("awq_lite", "awq_clip", "awq_full", "svdquant", "mse", "local_hessian")
 
 
@@ -117,7 +120,10 @@ class Calibrator:
         return Outcome(smoothed, searched, resumed, layerwise)
 
     def _expected(self, step: Mapping[str, Any]) -> list[str]:
-        """Return the layers of the step, which must be all quantized ones: ModelOpt skips others silently at times."""
+        """Return the layers of the step, which must be all quantized ones: ModelOpt skips others silently at times.
+
+        A search for scales may be a part of a mix, whose other layers keep those of ``max``: it must find layers.
+        """
         method = step["method"]
         if self.processes.world > 1 and method not in AGREEING:
             raise ModelOptExtError.at(
@@ -138,6 +144,14 @@ class Calibrator:
         ]
         if method == "max" or method not in (*_SMOOTHING, *_SEARCHING):
             return []
+        if method in _OF_A_MIX:
+            linears += [
+                (name, one)
+                for name, module in quantizers.fused_experts(self.model)
+                for one in quantizers.projections_of_expert(module)
+            ]
+            if found := [name for name, module in linears if takes(module)]:
+                return list(dict.fromkeys(found))
         ignored = [name for name, module in linears if not takes(module)]
         if ignored or not linears:
             got = f"{ignored[0]}, which ModelOpt would skip" if ignored else "no quantized layer"

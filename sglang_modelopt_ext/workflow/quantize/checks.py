@@ -212,7 +212,8 @@ def _algo_of_experts(name: str, module: Any, recipe: str, methods: Sequence[str]
     if len(algos) > 1:
         raise ModelOptExtError.at(recipe, name, "one format of all projections of experts", " and ".join(sorted(algos)))
     (algo,) = algos
-    supported, expected = EXPERTS, "experts in a format that ModelOpt exports"
+    supported: tuple[str, ...] = EXPERTS
+    expected = "experts in a format that ModelOpt exports"
     if quantizers.is_packed(module):
         supported, expected = PACKED_EXPERTS, "packed experts in a format that ModelOpt exports with blocks along K"
     if algo not in supported:
