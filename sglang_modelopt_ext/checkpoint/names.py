@@ -16,6 +16,11 @@ FUSED_SHARDS: dict[str, tuple[str, ...]] = {
 EXPERT = re.compile(r"(?P<layer>.+\.experts)\.(?P<number>\d+)\.(?P<projection>\w+)")
 """The pattern of the name of one projection of one expert."""
 
+EMBEDDINGS = frozenset({"embed_tokens", "embeddings", "word_embeddings", "wte"})
+"""Names of token embeddings; SGLang supports a quantized one only in a mix, in NVFP4."""
+
+HEAD = "lm_head"
+
 _FUSED_NAMES = {shard: fused for fused, shards in FUSED_SHARDS.items() for shard in shards}
 _NOT_NAMED = ("", "model", "language_model")
 _WRAPPERS = ("model.", "model.language_model.", "language_model.model.")
@@ -32,6 +37,11 @@ def canonical_name(module: str) -> str:
     while len(parts) > 1 and parts[0] in _NOT_NAMED:
         parts.pop(0)
     return ".".join(parts)
+
+
+def is_vocabulary(module: str) -> bool:
+    """Return whether a module, by the last part of its name, is a token embedding or the head."""
+    return module.rpartition(".")[2] in EMBEDDINGS | {HEAD}
 
 
 class Exclusions:

@@ -18,7 +18,7 @@ from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, is_expert, packe
 from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS as FUSED_SHARDS
-from sglang_modelopt_ext.checkpoint.names import canonical_name
+from sglang_modelopt_ext.checkpoint.names import canonical_name, is_vocabulary
 from sglang_modelopt_ext.checkpoint.packed import PackedExperts, PackedProjection, declared, packed_tensors, read_packed
 from sglang_modelopt_ext.checkpoint.quant_config import LayerQuantization, QuantConfig, read_quant_config, text_config
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor, read_headers, read_tensors
@@ -26,7 +26,7 @@ from sglang_modelopt_ext.checkpoint.values import check_values, check_zero_block
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import BIAS, LORA_A, LORA_B, PRE_QUANT_SCALE, LayerScheme, Scheme, is_fp4
-from sglang_modelopt_ext.schemes.table import SCHEMES, find_scheme
+from sglang_modelopt_ext.schemes.table import FP8, SCHEMES, find_scheme
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import ActivationFormat, TensorSpec, ValueRule
 
@@ -298,6 +298,10 @@ def _describe(
             some.file, extra.name, f"no quantized tensors: {config.file.name} says the layer is not quantized", "one"
         )
     scheme = layer_scheme(config, quantization, stored)
+    if scheme.algo == FP8 and is_vocabulary(module) and not stored.keys() & _scales_of_input(scheme):
+        scheme = dataclasses.replace(
+            scheme, activation=None
+        )  # ModelOpt exports a weight-only head or embedding as FP8 too
     if keeps_fp4 and is_fp4(scheme.activation):
         dropped = {spec.name for spec in scheme.activation.tensors}
         stored = {name: tensor for name, tensor in stored.items() if name not in dropped}
@@ -321,6 +325,10 @@ def _describe(
         if name in stored:
             _check_shape(stored[name], spec, n, k)
     return QuantizedLinear(module, scheme, n, k, stored)
+
+
+def _scales_of_input(scheme: LayerScheme) -> frozenset[str]:
+    return frozenset(spec.name for spec in scheme.activation.tensors) if scheme.activation else frozenset()
 
 
 def _stored_group_size(scheme: Scheme, stored: Mapping[str, StoredTensor]) -> int | None:

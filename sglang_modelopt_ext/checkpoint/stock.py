@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from sglang_modelopt_ext.checkpoint.names import EXPERT, FUSED_SHARDS
+from sglang_modelopt_ext.checkpoint.names import EMBEDDINGS, EXPERT, FUSED_SHARDS, is_vocabulary
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QuantConfig
 from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, unmapped_in
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object, tensor_names
@@ -41,11 +41,11 @@ FP8_EXPERTS_CAPABILITY = 89
 FP8 linear layers run from SM80, in Marlin.
 """
 
-EMBEDDINGS = frozenset({"embed_tokens", "embeddings", "word_embeddings", "wte"})
-"""Names of token embeddings; SGLang supports a quantized one only in a mix, in NVFP4."""
+FP8_INSTRUCTIONS_CAPABILITY = 89
+"""The compute capability from which SGLang rounds the inputs of FP8 linear layers; before, they run in Marlin."""
 
 _ATTENTION_LAYER = "model.layers.0.self_attn.q_proj"
-_STOCK_SCALE, _MODELOPT_SCALE = "weight_scale_inv", "weight_scale"
+_STOCK_SCALE, _MODELOPT_SCALE, _INPUT_SCALE = "weight_scale_inv", "weight_scale", "input_scale"
 
 
 @dataclass(frozen=True)
@@ -191,6 +191,17 @@ def _embedding(subject: Subject) -> str | None:
     return f"it takes the quantized {wrong} for unquantized" if wrong else None
 
 
+def _unrounded_head(subject: Subject) -> str | None:
+    """Return the fault of an FP8 head that stores no scale of its input: SGLang rounds by the least float32 in its place."""
+    if subject.tensors is None or subject.gpu.before(FP8_INSTRUCTIONS_CAPABILITY):
+        return None
+    for name, layer in subject.config.quantized_layers.items():
+        scales = (f"{name}.{scale}" in subject.tensors for scale in (_MODELOPT_SCALE, _INPUT_SCALE))
+        if layer.algo == "FP8" and is_vocabulary(name) and tuple(scales) == (True, False):
+            return f"it rounds the input of {name}, which stores no {_INPUT_SCALE}"
+    return None
+
+
 def _smoothing(subject: Subject) -> str | None:
     if subject.algos == {"NVFP4_AWQ"} or subject.tensors is None:
         return None
@@ -220,6 +231,7 @@ RULES: tuple[Callable[[Subject], str | None], ...] = (
     _mixtral,
     _fused_shards,
     _embedding,
+    _unrounded_head,
     _smoothing,
     _block_scales,
 )

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from sglang_modelopt_ext.cli.command import Command, Result
 from sglang_modelopt_ext.device import NAMED, Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.solve import METHODS
-from sglang_modelopt_ext.workflow.autoquant.state import FILE_NAME, UNQUANTIZED, Report
+from sglang_modelopt_ext.workflow.autoquant.state import FILE_NAME, UNQUANTIZED, Group, Report
 from sglang_modelopt_ext.workflow.autoquant.state import Result as Solved
 
 GPUS = [device.flag for device in NAMED]
+_LM_HEAD = {
+    "excluded": "unquantized and not counted",
+    "counted": "counted, unquantized",
+    "searched": "searched over and counted",
+}
+_OF_RECIPE = ("formats", "method", "lm_head", "exclude")
+"""Options that a recipe has itself."""
 _FIXED = (
     "formats",
+    "recipe",
     "method",
     "gpu",
     "lm_head",
@@ -41,7 +50,7 @@ class AutoQuantized(Result, frozen=True, kw_only=True):
     def text(self) -> str:
         """Return the choice of every layer, then a line for each target."""
         state, results = self.report.state, self.report.results
-        lm_head = "counted, unquantized" if state.lm_head == "counted" else "unquantized and not counted"
+        lm_head = _LM_HEAD[state.lm_head]
         lines = [
             *_layers(self.report),
             "",
@@ -54,7 +63,7 @@ class AutoQuantized(Result, frozen=True, kw_only=True):
             "",
             *_table([("target", "bits", "stored", "quantized", "perplexity", "checkpoint"), *map(self._row, results)]),
             "",
-            f"bits:       for each weight of {sum(len(group.layers) for group in state.groups)} linear layers by cost,"
+            f"bits:       for each weight of {_count(state.groups)} linear layers by cost,"
             f" every scale included; lm_head {lm_head}",
             "stored:     the same, measured from the bytes of the checkpoint; quantized: of its quantized layers only",
         ]
@@ -75,12 +84,16 @@ class AutoQuantized(Result, frozen=True, kw_only=True):
         return f"{result.choice.target:g}", f"{result.choice.bits:.4f}", *cells, folder
 
 
+def _count(groups: Sequence[Group]) -> int:
+    return sum(layer.count for group in groups for layer in group.layers)
+
+
 def _layers(report: Report) -> list[str]:
     header = ("layers", "score by format", *(f"target {result.choice.target:g}" for result in report.results))
     rows = [header]
     for group in report.state.groups:
         scores = [f"{_short(name)} {c.score:.3g}" for name, c in group.candidates.items() if name != UNQUANTIZED]
-        first, *others = (layer.name for layer in group.layers)
+        first, *others = group.modules
         names = "+".join([first, *(name.rpartition(".")[2] for name in others)])
         chosen = (_short(result.choice.formats[group.name]) for result in report.results)
         rows.append((names, ", ".join(scores) or "left unquantized", *chosen))
@@ -100,11 +113,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``auto-quantize``."""
     parser.add_argument("model", nargs="?", help="folder of the unquantized model, or its name on the Hugging Face Hub")
     parser.add_argument(
-        "--bits", "--target-bits", dest="targets", type=float, nargs="+", required=True, metavar="F",
-        help="bits per weight, scales included; several values make several checkpoints",
+        "--bits", "--target-bits", dest="targets", type=float, nargs="+", default=[], metavar="F",
+        help="bits per weight, scales included; several values make several checkpoints (default: the recipe's)",
     )  # fmt: skip
     parser.add_argument("--output", "--export-dir", type=Path, metavar="DIR", help="output folder")
     parser.add_argument("--formats", metavar="A,B", help="candidates, such as W4A8_NVFP4_FP8,FP8,NVFP4_AWQ")
+    parser.add_argument(
+        "--recipe", metavar="NAME",
+        help="a search of ModelOpt's recipe library, or a recipe file, instead of --formats (quantize --list shows them)",
+    )  # fmt: skip
     parser.add_argument(
         "--data", nargs="+", metavar="F", help="text to calibrate on: .txt, .jsonl, .parquet or a data set"
     )
@@ -112,8 +129,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", choices=METHODS, help="how sensitivity is scored (default: gradient)")
     parser.add_argument("--gpu", choices=GPUS, help="the GPU that is to serve the result (default: this machine's)")
     parser.add_argument(
-        "--lm-head", choices=("excluded", "counted"),
-        help="whether the lm_head, which stays unquantized, counts in the bits (default: excluded)",
+        "--lm-head", choices=("excluded", "counted", "searched"),
+        help="the lm_head: unquantized and not counted in the bits (the default), counted, or searched over like other layers",
     )  # fmt: skip
     parser.add_argument(
         "--exclude", action="append", metavar="PATTERN",
@@ -128,7 +145,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-export", action="store_true", help="choose, measure and plot, but write no checkpoint")
     parser.add_argument("--samples", type=int, help="windows to calibrate on (default: 128)")
-    parser.add_argument("--score-samples", type=int, help="of these windows, the number to score (default: 32)")
+    parser.add_argument(
+        "--score-samples", type=int, help="of these windows, the number to score (default: 32, or the recipe's)"
+    )
     parser.add_argument("--sequence-length", type=int, help="text tokens per window (default: 512)")
     parser.add_argument("--seed", type=int, help="which windows are taken from longer data (default: 0)")
     parser.add_argument(
@@ -157,6 +176,7 @@ def run(args: argparse.Namespace) -> AutoQuantized:
             held_out=tuple(args.held_out or ()),
             **{name: value for name, value in texts.items() if value is not None},
         ),
+        recipe=args.recipe,
         method=args.method or "gradient",
         gpu=None if args.gpu is None else Device.parse(args.gpu),
         lm_head=args.lm_head or "excluded",
@@ -182,11 +202,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.score_samples is not None and args.score_samples < 1:
         raise ModelOptExtError.at("--score-samples", "value", "1 or more", args.score_samples)
     if args.from_state is None:
-        needed = {"MODEL": args.model, "--output": args.output, "--formats": args.formats, "--data": args.data}
-        for name, value in needed.items():
-            if not value:
-                raise ModelOptExtError.at("command line", name, "a value: only --from-state does without", "none")
+        _check_search(args)
         return
+    if not args.targets:
+        raise ModelOptExtError.at("command line", "--bits", "a value", "none")
     for name in _FIXED:
         if getattr(args, name) is not None:
             flag = "--" + name.replace("_", "-")
@@ -199,6 +218,19 @@ def _check(args: argparse.Namespace) -> None:
         raise ModelOptExtError.at("command line", "MODEL", "the model, which --output needs", "none")
     if args.output is None and (args.model or args.data or args.held_out or args.no_export):
         raise ModelOptExtError.at("command line", "--output", "a folder, for measuring or exporting the choice", "none")
+
+
+def _check_search(args: argparse.Namespace) -> None:
+    needed = {"MODEL": args.model, "--output": args.output, "--data": args.data}
+    if args.recipe is None:
+        needed |= {"--formats": args.formats, "--bits": args.targets}
+    for name, value in needed.items():
+        if not value:
+            raise ModelOptExtError.at("command line", name, "a value: only --from-state does without", "none")
+    for name in _OF_RECIPE if args.recipe is not None else ():
+        if getattr(args, name) is not None:
+            flag = "--" + name.replace("_", "-")
+            raise ModelOptExtError.at("command line", flag, "no such flag beside --recipe, which has its own", "one")
 
 
 COMMAND = Command(

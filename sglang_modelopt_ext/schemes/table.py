@@ -11,6 +11,9 @@ from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
 
 W4A8, MXFP4, UMBRELLA = "modelopt_w4a8", "modelopt_mxfp4", "modelopt_ext"
 
+FP8 = "FP8"
+"""The algorithm of 8-bit floats under one scale for the whole weight."""
+
 _ROWS = (
     Scheme(
         "W4A8_NVFP4_FP8",
@@ -74,7 +77,13 @@ _ROWS = (
         note="SGLang itself serves group 16 only.",
     ),
     Scheme(
-        "FP8", weights=("fp8",), activation="fp8_static", flag=UMBRELLA, stock_flag="modelopt_fp8", stock_capability=89
+        FP8,
+        weights=("fp8",),
+        activation="fp8_static",
+        flag=UMBRELLA,
+        stock_flag="modelopt_fp8",
+        stock_capability=89,
+        note="A head or an embedding without an input_scale is weight-only.",
     ),
     Scheme("FP8_PER_CHANNEL_PER_TOKEN", weights=("fp8_per_channel",), activation="fp8_per_token", flag=UMBRELLA),
     Scheme(

@@ -84,6 +84,7 @@ def test_every_format_in_one_mix(tmp_path: Path) -> None:
     """Each format a search may choose from, side by side in one export: read strictly, served as the reference decodes it."""
     from sglang_modelopt_ext.workflow.autoquant.formats import find_formats
     from sglang_modelopt_ext.workflow.autoquant.layers import plan_groups, read_linears
+    from sglang_modelopt_ext.workflow.autoquant.rules import Rules
     from sglang_modelopt_ext.workflow.autoquant.search import Search
     from sglang_modelopt_ext.workflow.common.base_model import load_model
     from sglang_modelopt_ext.workflow.quantize.export import export_checkpoint
@@ -92,7 +93,7 @@ def test_every_format_in_one_mix(tmp_path: Path) -> None:
     source = model_dir(TinyModel(layers=5))
     model, simulation = load_model(source, "cpu", progress=False)
     formats = find_formats(SEARCHED, "cpu")
-    _, groups = plan_groups(read_linears(source), formats, Device.cpu(), (), "excluded")
+    _, groups = plan_groups(read_linears(source), formats, Device.cpu(), Rules(), [row.name for row in formats])
     chosen = {group.name: formats[index % len(formats)] for index, group in enumerate(groups)}
     assert len(groups) >= len(formats)
     Search(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.layers.test_recipes import mixed_checkpoint
+from tests.layers.test_weight_only_head import weight_only_head
 from tests.serving.checks import check_logprobs
 from tests.support import edits
 from tests.support.exports import export
@@ -35,6 +36,14 @@ def test_low_rank_and_smoothing_over_ranks() -> None:
     """SVDQuant under SGLang's own flag for NVFP4, split over two ranks."""
     folder = export(model_dir(TinyModel("qwen2")), "NVFP4_SVDQUANT_DEFAULT_CFG")
     with Server(folder, dtype="float32", tp=2, args=("--quantization", "modelopt_ext")) as server:
+        check_logprobs(server, folder, "float32")
+
+
+@pytest.mark.full
+def test_weight_only_head() -> None:
+    """The recipe of Nemotron-3-Nano-4B: NVFP4 and FP8 layers, an NVFP4 embedding and an FP8 head without rounded inputs."""
+    folder = weight_only_head()
+    with Server(folder, dtype="float32") as server:
         check_logprobs(server, folder, "float32")
 
 

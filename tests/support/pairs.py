@@ -416,6 +416,12 @@ EXPORTS = (
         ),
     ),
     Pair(
+        "mix_with_a_weight_only_fp8_head",
+        model(*MOE),
+        nested("MIXED_PRECISION", quantized_layers=mix(lm_head="FP8", model__layers__0__mlp__experts="NVFP4")),
+        tensors=("lm_head.weight", "lm_head.weight_scale"),
+    ),
+    Pair(
         "quantized_embedding_not_listed",
         model(*MOE),
         nested("NVFP4", group_size=16, exclude_modules=["lm_head"]),

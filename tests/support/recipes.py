@@ -234,12 +234,13 @@ RECIPES: dict[str, Recipe] = {
     "MXFP4": Recipe(32, decode_mxfp4, round_mxfp4, _WEIGHT),
     "MXFP8": Recipe(32, decode_mxfp8, round_mxfp8, _WEIGHT),
     "FP8": Recipe(0, decode_fp8, round_static_fp8, _WEIGHT | _INPUT),
+    "FP8 weights": Recipe(0, decode_fp8, round_nothing, _WEIGHT),
     "FP8_PER_CHANNEL_PER_TOKEN": Recipe(0, decode_fp8, round_token_fp8, _WEIGHT),
     "FP8_PB_WO": Recipe(0, decode_fp8_blocks, round_nothing, _WEIGHT),
     "W8A8_SQ_PER_CHANNEL": Recipe(0, decode_int8, round_static_int8, _WEIGHT | _INPUT),
     "W8A16": Recipe(0, decode_int8, round_nothing, _WEIGHT),
 }
-"""By ``quant_algo`` in upper case. MXFP4 stands for the recipe that rounds activations."""
+"""By ``quant_algo`` in upper case. MXFP4 stands for the recipe that rounds activations, "FP8 weights" for a weight-only head."""
 
 FP4_ROUNDINGS = (round_nvfp4, round_mxfp4)
 

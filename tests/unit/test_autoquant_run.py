@@ -21,7 +21,7 @@ pytest.importorskip("modelopt")
 from sglang_modelopt_ext.checkpoint.reader import bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.workflow.autoquant import layers, search
-from sglang_modelopt_ext.workflow.autoquant.formats import _try, find_formats
+from sglang_modelopt_ext.workflow.autoquant.formats import find_formats, try_format
 from sglang_modelopt_ext.workflow.autoquant.measure import load_texts, part, perplexity
 from sglang_modelopt_ext.workflow.autoquant.state import Layer, Report, read_report
 from sglang_modelopt_ext.workflow.autoquant.work_folder import SCORES
@@ -126,7 +126,7 @@ def test_calibration_decides_what_an_mxfp4_layer_stores() -> None:
     import modelopt.torch.quantization as mtq
 
     plain = find_formats(["W4A8_MXFP4_FP8"], "cpu")[0]
-    calibrated = _try("CALIBRATED", {**mtq.W4A8_MXFP4_FP8_CFG, "algorithm": "max"}, "cpu")
+    calibrated = try_format("CALIBRATED", {**mtq.W4A8_MXFP4_FP8_CFG, "algorithm": "max"}, "cpu")
     names = [candidate.scheme.activation.name for candidate in (plain, calibrated) if candidate.scheme.activation]
     assert names == ["fp8_per_token", "fp8_static"]
     layer = Layer(name="layer", n=256, k=512)

@@ -161,7 +161,7 @@ class TestDependencies:
         for source in SOURCES:
             for path in (ROOT / source).rglob("*.py"):
                 for name, at_top in imports(path):
-                    distribution = {"modelopt": "nvidia-modelopt"}.get(name, name.replace("_", "-"))
+                    distribution = {"modelopt": "nvidia-modelopt", "yaml": "pyyaml"}.get(name, name.replace("_", "-"))
                     if distribution not in (base if at_top else base | extra):
                         undeclared.append(f"{path.relative_to(ROOT)}: {name}")
         assert undeclared == []

@@ -133,8 +133,8 @@ class TestBadInput:
         [
             ("nvpf4", r"--recipe: nvpf4: expected a known name, such as nvfp4"),
             ("W4A8_NVFP4_FP9", "such as w4a8_nvfp4_fp8"),
-            ("general/auto_quantize/nvfp4_fp8_at_5p4bits", "expected a known name, such as general/ptq/"),
-            ("missing.yaml", "expected a recipe ModelOpt can load"),
+            ("general/auto_quantize/nvfp4_fp8_at_5p4bits", "run sglang-modelopt auto-quantize MODEL --recipe general/"),
+            ("missing.yaml", "or a recipe file, got no such file"),
             ("nvfp4_experts_only", "expected layers or a KV cache in this model"),
         ],
     )

@@ -8,14 +8,16 @@ import pytest
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.workflow.quantize.library import SEARCH, library
 from sglang_modelopt_ext.workflow.quantize.listing import (
     describe,
+    describe_search,
     format_recipes,
     list_kv_caches,
     list_recipes,
     stored_bits,
 )
-from sglang_modelopt_ext.workflow.quantize.recipes import Changes, build, configurations, find_recipe, library, presets
+from sglang_modelopt_ext.workflow.quantize.recipes import Changes, build, configurations, find_recipe, presets
 
 pytest.importorskip("modelopt")
 
@@ -32,8 +34,9 @@ def test_a_configuration_by_any_spelling(name: str) -> None:
 
 
 def test_every_name_modelopt_has_is_found() -> None:
+    """Recipe files are tests/unit/test_recipe_files.py's."""
     models, _ = presets()
-    for name in (*configurations(), *models, *library()):
+    for name in (*configurations(), *models):
         recorded, config = find_recipe(name)
         # Of a preset and a configuration of one name, either will do: they are the same.
         assert recorded.lower() == name.lower()
@@ -105,6 +108,23 @@ def test_rows() -> None:
     assert "num_bits (3, 2)" in rows["mxfp6"].served_by
     assert rows["nvfp4_fp8_mha"].kv_cache == "fp8"
     assert "not served: " in format_recipes(rows.values(), [])
+
+
+def test_rows_of_recipe_files() -> None:
+    search = describe_search("general/auto_quantize/w4a8_awq_beta_fp8_at_6p0bits")
+    assert (search.kind, search.algorithms, search.bits, search.served) == (SEARCH, ("W4A8_AWQ", "FP8"), 6.0, True)
+    assert " search " in format_recipes([search], [])
+    for name, algorithms, why in (
+        ("models/nvidia/NVIDIA-Nemotron-3-Nano-4B-BF16/ptq/nvfp4_w4a16", ("NVFP4", "FP8"), "modelopt_ext"),
+        ("huggingface/nemotron_llama/ptq/fp8_output_quant_proj", (), "no server has a quantized output"),
+        (
+            "general/qad/nvfp4_lsq-mse_init-fp8_kv",
+            (),
+            "recipe: algorithm: expected one that needs no training, got lsq",
+        ),
+    ):
+        row = describe(name, (), find_recipe(name)[1])
+        assert (row.algorithms, row.served, row.served_by) == (algorithms, bool(algorithms), why)
 
 
 def test_calibrated_mxfp4_is_static() -> None:

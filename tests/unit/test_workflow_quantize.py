@@ -65,8 +65,12 @@ class TestExperts:
         assert done.exported.checkpoint.experts.keys() == {"layers.1.mlp.experts"}
 
     def test_what_modelopt_cannot_export(self, mixture: Path, data: str, tmp_path: Path) -> None:
-        with pytest.raises(ModelOptExtError, match="NVFP4_AWQ_LITE: expected a recipe ModelOpt can export"):
+        with pytest.raises(ModelOptExtError, match=r"experts: expected experts in a format .*, got NVFP4_AWQ$"):
             run(mixture, tmp_path / "out", data, "NVFP4_AWQ_LITE", layerwise=False)
+        with pytest.raises(
+            ModelOptExtError, match=r"experts: expected a calibration that reaches .*, got smoothquant$"
+        ):
+            run(mixture, tmp_path / "out", data, "INT8_SMOOTHQUANT")
         assert not names(tmp_path)
 
 

@@ -16,14 +16,19 @@ from typing import Any
 import torch
 
 from sglang_modelopt_ext.backends.base import LinearRequest
-from sglang_modelopt_ext.backends.select import candidates, served_scheme
+from sglang_modelopt_ext.backends.experts.base import ExpertRequest
+from sglang_modelopt_ext.backends.select import candidates, expert_candidates, served_scheme
 from sglang_modelopt_ext.device import NAMED, Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
 from sglang_modelopt_ext.schemes.table import find_scheme, math_of
 from sglang_modelopt_ext.workflow.autoquant.state import Layer
 from sglang_modelopt_ext.workflow.common.base_model import import_modelopt
+from sglang_modelopt_ext.workflow.quantize import checks
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
+from sglang_modelopt_ext.workflow.quantize.quantizers import fused_experts, is_on, projections_of_expert
+from sglang_modelopt_ext.workflow.quantize.recipes import Changes, build
+from sglang_modelopt_ext.workflow.quantize.run import insert_quantizers
 
 _SUFFIXES = ("", "_CFG", "_CONFIG", "_DEFAULT_CFG", "_LITE_CFG", "_BETA_CFG")
 _PROBE_SIZE = 256
@@ -46,14 +51,20 @@ class Candidate:
     algorithm: dict[str, Any]
 
     def cost(self, layer: Layer, dtype: torch.dtype) -> int | None:
-        """Return the bits stored for ``layer`` of a model in ``dtype``, scales included; None if blocks do not fit."""
+        """Return the bits stored for ``layer`` of a model in ``dtype``, scales included; None if it cannot be exported so.
+
+        Blocks must fit, and ModelOpt exports no experts with smoothing scales.
+        """
+        if layer.experts and str(self.algorithm["method"]).startswith("awq"):
+            return None
         try:
             shapes = [(spec, math.prod(spec.shape(layer.n, layer.k))) for spec in self.scheme.tensors]
         except ValueError:
             return None
         # ModelOpt stores the smoothing scale in the model's dtype.
         types = [dtype if spec is PRE_QUANT_SCALE else spec.dtypes[0] for spec, _ in shapes]
-        return sum(8 * kind.itemsize * entries for kind, (_, entries) in zip(types, shapes, strict=True))
+        one = sum(8 * kind.itemsize * entries for kind, (_, entries) in zip(types, shapes, strict=True))
+        return one * layer.count
 
 
 def this_gpu() -> Device:
@@ -86,7 +97,7 @@ def find_formats(names: Sequence[str], device: str) -> list[Candidate]:
             raise ModelOptExtError.at("--formats", name, f"a ModelOpt format, such as {', '.join(near or short)}", name)
         if full in found:
             raise ModelOptExtError.at("--formats", name, "every format once", f"{full} twice")
-        found[full] = _try(full, getattr(mtq, full), device)
+        found[full] = try_format(full, getattr(mtq, full), device)
     return list(found.values())
 
 
@@ -96,7 +107,12 @@ def _short(choice: str) -> str:
     return choice
 
 
-def _try(name: str, config: dict[str, Any], device: str) -> Candidate:
+def try_format(name: str, config: dict[str, Any], device: str) -> Candidate:
+    """Return a configuration as a candidate, after ModelOpt applied it to a small layer.
+
+    Raises:
+        ModelOptExtError: a configuration that a search over layers cannot use, or that states other bits than are stored.
+    """
     from modelopt.torch.quantization.config import QuantizeConfig
     from modelopt.torch.quantization.model_quant import _AUTO_QUANTIZE_SUPPORTED_ALGORITHMS as ALLOWED
 
@@ -125,9 +141,45 @@ def _try(name: str, config: dict[str, Any], device: str) -> Candidate:
         expected = f"blocks of {' or '.join(map(str, stored_blocks)) or 'no size'}, as {algo} is served"
         raise ModelOptExtError.at("--formats", name, expected, block or "none")
     scheme = LayerScheme(row.algo, weight, row.activation_format(stored), PRE_QUANT_SCALE.name in stored)
-    costed = {**copy.deepcopy(config), "effective_bits": weight.bits_per_weight()}
+    bits = weight.bits_per_weight()
+    declared = config.get("effective_bits")
+    if declared is not None and declared != bits:
+        raise ModelOptExtError.at(
+            "--formats", f"{name}: effective_bits", f"{bits:g}, the bits that are stored", declared
+        )
+    costed = {**copy.deepcopy(config), "effective_bits": bits}
     steps = dict(algorithm) if isinstance(algorithm, dict) else {"method": algorithm or "none"}
     return Candidate(name, costed, scheme, steps)
+
+
+def applied_formats(model: Any, name: str, config: dict[str, Any]) -> dict[str, Candidate]:
+    """Return the format of every layer that a configuration quantizes by the layers' names, all as candidates called ``name``.
+
+    Args:
+        model: the model, which may have no weights; it is given quantizers.
+        name: of the candidates.
+        config: the configuration.
+
+    Raises:
+        ModelOptExtError: a layer that cannot be exported or served, or nothing to quantize.
+    """
+    built = build(config, Changes())
+    methods = [step["method"] for step in built["algorithm"]]
+    insert_quantizers(model, name, built["quant_cfg"])
+    modules: dict[str, Any] = dict(model.named_modules())
+    algos = checks.check_model(model, name, methods)
+    modules |= {layer: next(projections_of_expert(module), module) for layer, module in fused_experts(model)}
+    steps = built["algorithm"][0] if methods else {"method": "none"}
+    found = {}
+    for layer, algo in algos.items():
+        row, block = find_scheme(algo, name), checks.group_size(modules[layer])
+        weight = row.weight_format(block if any(row.group_sizes) else None, name, layer)
+        activation = row.activation_format(["input_scale"] if methods else ())
+        rounds = is_on(modules[layer].input_quantizer)
+        found[layer] = Candidate(
+            name, dict(config), LayerScheme(row.algo, weight, activation if rounds else None), steps
+        )
+    return found
 
 
 def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, frozenset[str]]:
@@ -159,13 +211,25 @@ def _quantize_one_layer(config: Any, device: str) -> tuple[str | None, int, froz
     return described["quant_algo"] if kind is not None else None, block, stored
 
 
-def serving(candidate: Candidate, layer: Layer, gpu: Device, dtype: torch.dtype) -> tuple[list[str], str]:
+def serving(
+    candidate: Candidate, layer: Layer, gpu: Device, dtype: torch.dtype, *, head: bool = False
+) -> tuple[list[str], str]:
     """Return the kernels that serve ``layer`` in that format on ``gpu``, best first, and the numerics they compute.
+
+    Args:
+        candidate: the format.
+        layer: the layer, or a product of experts.
+        gpu: the target.
+        dtype: the model's.
+        head: whether the layer is the ``lm_head``.
 
     Raises:
         ModelOptExtError: no kernel does; the message has each one's reason.
     """
     scheme = served_scheme(candidate.scheme, gpu)
-    request = LinearRequest(scheme, gpu, layer.n, layer.k, math_of(scheme), dtype)
-    backends = candidates(request, f"--formats: {candidate.name} on {gpu.flag}, {layer.name}")
-    return [backend.name for backend in backends], scheme.describe()
+    subject = f"--formats: {candidate.name} on {gpu.flag}, {layer.name}"
+    sizes = (scheme, gpu, layer.n, layer.k, math_of(scheme), dtype)
+    if layer.experts:
+        backends = expert_candidates(ExpertRequest(*sizes, experts=layer.count, top_k=1), subject)
+        return [backend.name for backend in backends], scheme.describe()
+    return [backend.name for backend in candidates(LinearRequest(*sizes, head), subject)], scheme.describe()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 SCORE_SAMPLES, HELD_OUT_SAMPLES = 32, 32
 """Default numbers of windows that are scored, and that perplexity is measured on."""
 
+_LAYER = re.compile(r"\blayers\.\d+(?=\.|$)")
 _EVERY = 5  # without --held-out, every fifth window is held out
 
 
@@ -100,26 +102,57 @@ def perplexity(model: Any, batches: Sequence[torch.Tensor], device: str, *, labe
 
 def stored_bits(checkpoint: Checkpoint, state: State) -> float:
     """Return stored bits per counted weight, scales included, measured from the checkpoint's tensors."""
-    stored = 0
-    for layer in (layer for group in state.groups for layer in group.layers):
-        linear = checkpoint.linears.get(canonical_name(layer.name))
-        plain = checkpoint.tensors.get(f"{layer.name}.weight")
-        if linear is not None:
-            stored += 8 * sum(tensor.num_bytes for name, tensor in linear.stored.items() if name != "bias")
-        elif plain is not None:
-            stored += 8 * plain.num_bytes
-        else:  # a tied lm_head is stored as the embedding
-            stored += layer.n * layer.k * state.unquantized_bits
+    stored = 0.0
+    experts = _stored_experts(checkpoint)
+    for group in state.groups:
+        for module in group.modules:
+            layers = [layer for layer in group.layers if layer.name == module]
+            plain = sum(layer.weights for layer in layers) * state.unquantized_bits
+            if layers[0].experts:
+                stored += group.weight * experts.get(_position(module), plain)
+            else:
+                stored += group.weight * _stored_layer(checkpoint, module, plain)
     return stored / state.weights
+
+
+def _stored_layer(checkpoint: Checkpoint, name: str, unquantized: int) -> int:
+    linear = checkpoint.linears.get(canonical_name(name))
+    plain = checkpoint.tensors.get(f"{name}.weight")
+    if linear is not None:
+        return 8 * sum(tensor.num_bytes for part, tensor in linear.stored.items() if part != "bias")
+    # A tied lm_head is stored as the embedding.
+    return 8 * plain.num_bytes if plain is not None else unquantized
+
+
+def _stored_experts(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the stored bits of the quantized experts of each layer, by the layer's position in the model."""
+    found: dict[str, int] = {}
+    for linear in checkpoint.layers:
+        if ".experts." in linear.name:
+            bits = 8 * sum(tensor.num_bytes for part, tensor in linear.stored.items() if part != "bias")
+            found[_position(linear.name)] = found.get(_position(linear.name), 0) + bits
+    return found
+
+
+def _position(name: str) -> str:
+    """Return ``layers.N`` of a module's name: what comes behind it may have another name in the checkpoint (Mixtral)."""
+    found = _LAYER.search(name)
+    return found.group() if found else name
 
 
 def check_choice(checkpoint: Checkpoint, state: State, formats: dict[str, str]) -> None:
     """Raise ModelOptExtError unless every layer of the checkpoint has the algorithm that was chosen for it."""
     algos = {row.name: row.algo for row in state.formats}
+    experts = {_position(layer.name): layer for layer in checkpoint.experts.values()}
     for group in state.groups:
         expected = algos.get(formats[group.name], "no quantization")
         for layer in group.layers:
-            linear = checkpoint.linears.get(canonical_name(layer.name))
-            got = "no quantization" if linear is None else linear.scheme.algo
+            if layer.experts:
+                own = experts.get(_position(layer.name))
+                schemes = [] if own is None else [own.gate_up, own.down]
+            else:
+                linear = checkpoint.linears.get(canonical_name(layer.name))
+                schemes = [] if linear is None else [linear.scheme]
+            got = " and ".join(dict.fromkeys(scheme.algo for scheme in schemes)) or "no quantization"
             if got != expected:
                 raise ModelOptExtError.at(checkpoint.folder, layer.name, f"{expected}, as chosen", got)

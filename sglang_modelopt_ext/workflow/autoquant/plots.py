@@ -41,7 +41,7 @@ def matplotlib_figure() -> Any:
 
 def short_name(group: Group) -> tuple[str, str]:
     """Return the kind of a group and its number among its kind: ``("self_attn q+k+v", "12")``."""
-    leaves = "+".join(layer.name.rpartition(".")[2].removesuffix("_proj") for layer in group.layers)
+    leaves = "+".join(module.rpartition(".")[2].removesuffix("_proj") for module in group.modules)
     parent = group.layers[0].name.rpartition(".")[0]
     match = _LAYER.match(parent)
     if match is None:

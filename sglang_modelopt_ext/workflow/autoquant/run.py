@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from sglang_modelopt_ext.workflow.autoquant.measure import (
     stored_bits,
 )
 from sglang_modelopt_ext.workflow.autoquant.plots import draw, matplotlib_figure
+from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE, Rules, SearchRecipe, read_search
 from sglang_modelopt_ext.workflow.autoquant.search import Scoring, Search, group_scores
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
 from sglang_modelopt_ext.workflow.autoquant.state import (
@@ -49,6 +51,7 @@ from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
 from sglang_modelopt_ext.workflow.quantize.calibration import SEED, SEQUENCE_LENGTH, CalibrationData
 from sglang_modelopt_ext.workflow.quantize.export import check_output, export_checkpoint
+from sglang_modelopt_ext.workflow.quantize.recipes import Changes, build
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, package_versions, read_record
 
 RECIPE = "auto_quantize"
@@ -61,7 +64,7 @@ class Texts:
     data: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     samples: int | None = None
-    score_samples: int = SCORE_SAMPLES
+    score_samples: int | None = None
     sequence_length: int = SEQUENCE_LENGTH
     seed: int = SEED
 
@@ -74,11 +77,13 @@ class Request:
         model: folder or name of the unquantized model.
         targets: bits per weight, one for each result.
         output: the folder to make. One target: the checkpoint itself; several: a folder for each.
-        formats: names of the candidates.
+        formats: names of the candidates; none beside a recipe.
         texts: the text.
+        recipe: a recipe of ModelOpt that describes the search: its candidates, method, score samples and rules. ``targets`` and the
+            score samples of ``texts`` come before its own.
         method: the sensitivity score, ``gradient`` or ``kl_div``.
         gpu: the target; None for this machine.
-        lm_head: whether the unquantized ``lm_head`` counts in bits per weight.
+        lm_head: whether the ``lm_head`` is searched over, or counts in bits per weight unquantized.
         excluded: patterns of layers to leave unquantized.
         loss_scale: factor of the loss for the gradients; None to find one.
         device: device of the search; by default CUDA where there is a GPU.
@@ -93,6 +98,7 @@ class Request:
     output: Path
     formats: tuple[str, ...]
     texts: Texts
+    recipe: str | None = None
     method: Method = "gradient"
     gpu: Device | None = None
     lm_head: LmHead = "excluded"
@@ -117,11 +123,16 @@ def search(request: Request) -> Report:
     output = request.output
     _check_place(folder, output, request)
     modelopt_cpu.install(device)
+    recipe = None if request.recipe is None else read_search(request.recipe)
+    rules = Rules(excluded=request.excluded, lm_head=request.lm_head) if recipe is None else recipe.rules
+    targets = request.targets or ((recipe.target,) if recipe is not None else ())
+    request = dataclasses.replace(request, targets=targets)
     with elapsed_progress("trying the formats", request.progress):
-        formats = candidate_formats.find_formats(request.formats, device)
+        formats = _formats(request.formats, recipe, device)
         linears = read_linears(folder)
         gpu = request.gpu or candidate_formats.this_gpu()
-        rows, groups = plan_groups(linears, formats, gpu, request.excluded, request.lm_head)
+        everywhere = [candidate.name for candidate in formats] if recipe is None else recipe.all_layers
+        rows, groups = plan_groups(linears, formats, gpu, rules, everywhere)
     texts = request.texts
     calibration, held_out = load_texts(
         texts.data,
@@ -132,28 +143,49 @@ def search(request: Request) -> Report:
         seed=texts.seed,
         progress=request.progress,
     )
-    scored = part(calibration, spread(calibration.windows, texts.score_samples))
+    wanted = texts.score_samples or (SCORE_SAMPLES if recipe is None else recipe.score_samples)
+    scored = part(calibration, spread(calibration.windows, wanted))
     plan = State(
         model=request.model,
         model_sha256=model_digest(folder),
-        method=request.method,
+        method=request.method if recipe is None else recipe.method,
         loss_scale=request.loss_scale or 0.0,
         calibration=calibration.record,
         scored=scored.record,
         gpu=gpu.flag,
-        lm_head=request.lm_head,
-        excluded=request.excluded,
+        lm_head=rules.lm_head,
+        excluded=(*rules.excluded, *rules.disabled),
         unquantized_bits=linears.dtype.itemsize * 8,
         simulation=modelopt_cpu.NAME if device != "cuda" else "cuda",
         versions=package_versions(),
         formats=rows,
         groups=groups,
+        recipe=None if recipe is None else recipe.name,
+        recipe_sha256=None if recipe is None else recipe.sha256,
+        cost_model=rules.cost_model,
     )
     for target in request.targets:
         check_target(plan, target)
     with work_folder(output, plan, resume=request.resume, overwrite=request.overwrite) as work:
-        run = _Run(request, folder, device, formats, calibration, held_out, work, plan)
+        run = _Run(request, folder, device, formats, rules.fixed, calibration, held_out, work, plan)
         return run.all_targets(scored)
+
+
+def _formats(names: Sequence[str], recipe: SearchRecipe | None, device: str) -> list[candidate_formats.Candidate]:
+    if recipe is None:
+        return candidate_formats.find_formats(names, device)
+    return [candidate_formats.try_format(name, config, device) for name, config in recipe.formats.items()]
+
+
+def _recipe_of(file: Path, state: State) -> SearchRecipe | None:
+    """Return the recipe that the state in ``file`` was made of. Raises ModelOptExtError where it is another one now."""
+    if state.recipe is None:
+        return None
+    recipe = read_search(state.recipe)
+    if recipe.sha256 != state.recipe_sha256:
+        expected = f"the recipe of {file} (sha256 {str(state.recipe_sha256)[:12]})"
+        raise ModelOptExtError.at("--recipe", state.recipe, expected, recipe.sha256[:12])
+    return recipe
 
 
 def solve_again(file: Path, targets: Sequence[float]) -> Report:
@@ -198,10 +230,12 @@ def export_again(file: Path, request: Request) -> Report:
             "--data", ", ".join(calibration.record.data), expected, calibration.record.sha256[:12]
         )
     modelopt_cpu.install(device)
+    recipe = _recipe_of(file, state)
     used = [row.name for row in state.formats if any(row.name in choice.formats.values() for choice in choices)]
     with elapsed_progress("trying the formats", request.progress):
-        formats = candidate_formats.find_formats(used, device)
-    return _Run(request, folder, device, formats, calibration, held_out, None, state).all_targets(None)
+        formats = _formats(used, recipe, device)
+    fixed = None if recipe is None else recipe.rules.fixed
+    return _Run(request, folder, device, formats, fixed, calibration, held_out, None, state).all_targets(None)
 
 
 def _check_place(model: Path, output: Path, request: Request) -> None:
@@ -225,6 +259,7 @@ class _Run:
     folder: Path
     device: str
     formats: list[candidate_formats.Candidate]
+    fixed: dict[str, Any] | None
     calibration: CalibrationData
     held_out: CalibrationData
     work: Work | None
@@ -295,6 +330,7 @@ class _Run:
                 checkpoint=self.work.checkpoint if self.work is not None else None,
                 pick=pick,
                 device=self.device,
+                fixed=self.fixed,
             ).run()
         except (ModelOptExtError, KeyboardInterrupt):
             raise
@@ -329,14 +365,18 @@ class _Run:
             return msgspec.structs.replace(record, search=_recorded(self.state, result))
 
         used = [candidate for candidate in self.formats if candidate.name in choice.formats.values()]
+        steps = [{"format": candidate.name, **candidate.algorithm} for candidate in used]
+        if BASELINE in choice.formats.values():
+            assert self.fixed is not None, "a baseline is chosen where there is one"
+            steps += [{"format": BASELINE, **step} for step in build(self.fixed, Changes())["algorithm"]]
         origin = Origin(
             recipe=RECIPE,
             base_model=request.model,
-            algorithm=tuple({"format": candidate.name, **candidate.algorithm} for candidate in used),
+            algorithm=tuple(steps),
             calibration=self.calibration.record,
             simulation=self.state.simulation,
             smoothed=sum(
-                len(group.layers)
+                len(group.modules)
                 for group in self.state.groups
                 for candidate in used
                 if candidate.scheme.smoothing and choice.formats[group.name] == candidate.name
@@ -388,6 +428,8 @@ def _recorded(state: State, result: Result) -> dict[str, Any]:
     """Return the record of the search that the checkpoint keeps."""
     return {
         "method": state.method,
+        "recipe": state.recipe,
+        "cost_model": state.cost_model,
         "target_bits": result.choice.target,
         "chosen_bits": result.choice.bits,
         "stored_bits": result.measured.stored_bits,

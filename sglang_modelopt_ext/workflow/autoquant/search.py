@@ -21,10 +21,12 @@ import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate
+from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, Struct
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
+from sglang_modelopt_ext.workflow.quantize.quantizers import fused_experts
 
 SAVE_SECONDS = 5.0
 _SCALE_STEP = 2.0**12
@@ -53,10 +55,10 @@ def group_scores(groups: Sequence[Group], progress: Progress) -> dict[str, dict[
         ModelOptExtError: a score is missing or not finite, or all of them are zero.
     """
     scores: dict[str, dict[str, float]] = {}
-    for group in groups:
+    for group in (group for group in groups if group.is_searched):
         for name in group.candidates.keys() - {UNQUANTIZED}:
             sums = progress.sums.get(name, {})
-            parts = [sums[layer.name] for layer in group.layers if layer.name in sums]
+            parts = [sums[module] for module in group.modules if module in sums]
             value = sum(parts) / progress.loss_scale**2 if parts else math.nan
             if -_ROUNDING < value < 0:  # a divergence of zero, summed in float32
                 value = 0.0
@@ -101,6 +103,7 @@ class Search:
         checkpoint: ModelOpt's own state file, in a private folder; None for no such file.
         pick: called after scoring, returns the format of each group by name.
         device: the model's.
+        fixed: the configuration of groups without a choice that are quantized; None where there are none.
     """
 
     model: Any
@@ -112,6 +115,7 @@ class Search:
     checkpoint: Path | None
     pick: Callable[[], Mapping[str, str]]
     device: str
+    fixed: dict[str, Any] | None = None
     recipes: dict[Any, str] = field(default_factory=dict)
     in_scoring: bool = False
     scale: float = 1.0
@@ -128,21 +132,26 @@ class Search:
         self.recipes = {QuantRecipe(quant_cfg=None): UNQUANTIZED}
         for candidate in self.formats:
             self.recipes[QuantRecipe(quant_cfg=candidate.config, name=candidate.name)] = candidate.name
+        if self.fixed is not None:
+            self.recipes[QuantRecipe(quant_cfg=self.fixed, name=BASELINE)] = BASELINE
         names = {candidate.name: candidate.config for candidate in self.formats}
-        restricted = [
+        everywhere = {*names, UNQUANTIZED}
+        spaces = [
             {
-                "module_name_patterns": [layer.name for layer in group.layers],
+                "module_name_patterns": list(group.modules),
                 "quantization_formats": [names[name] for name in self._offered(group)],
+                "allow_no_quant": UNQUANTIZED in group.candidates,
             }
             for group in self.groups
-            if 0 < len(self._offered(group)) < len(names)
+            if self._offered(group) and (self.fixed is not None or group.candidates.keys() != everywhere)
         ]
         steps = len(self.scoring.batches) if self.scoring else 0
         with modelopt_messages(), _standing_in(self), FastProducts():
             mtq.auto_quantize(
                 self.model,
                 constraints={"effective_bits": 16.0},
-                quantization_formats=list(names.values()),
+                quantization_formats=None if self.fixed is not None else list(names.values()),
+                fixed_quantization_config=self.fixed,
                 data_loader=_Loader(self),
                 forward_step=self._forward,
                 loss_func=self._loss,
@@ -151,16 +160,21 @@ class Search:
                 num_score_steps=steps,
                 method=self.method,
                 checkpoint=None if self.checkpoint is None else str(self.checkpoint),
-                module_search_spaces=restricted,
+                module_search_spaces=spaces,
             )
 
     def _offered(self, group: Group) -> list[str]:
         return [candidate.name for candidate in self.formats if candidate.name in group.candidates]
 
     def _left_alone(self) -> list[str]:
-        searched = {layer.name for group in self.groups if self._offered(group) for layer in group.layers}
-        linears = [name for name, module in self.model.named_modules() if isinstance(module, torch.nn.Linear)]
-        return [name for name in linears if name not in searched]
+        """Return the modules that stay unquantized, which ModelOpt would search over or quantize otherwise."""
+        quantized = {
+            module for group in self.groups if group.candidates.keys() - {UNQUANTIZED} for module in group.modules
+        }
+        kinds = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
+        names = [name for name, module in self.model.named_modules() if isinstance(module, kinds)]
+        names += [name for name, _ in fused_experts(self.model)]
+        return [name for name in names if name not in quantized]
 
     def _forward(self, model: Any, batch: torch.Tensor) -> torch.Tensor:
         with contextlib.nullcontext() if self.in_scoring else torch.no_grad():
@@ -175,15 +189,13 @@ class Search:
 
     def check_groups(self, searcher: Any) -> None:
         """Raise ModelOptExtError unless ModelOpt searches over the groups of the plan."""
-        planned = {frozenset(layer.name for layer in group.layers) for group in self.groups if self._offered(group)}
+        planned = {frozenset(group.modules) for group in self.groups if group.is_searched}
         found = {
             frozenset(hparam.quant_module_names) for _, hparam in _hparams(searcher.model) if len(hparam.choices) > 1
         }
         if planned != found:
             differ = sorted(min(names) for names in planned ^ found)
-            raise ModelOptExtError.at(
-                "auto_quantize", differ[0], "the groups of a dense model", "other ones in ModelOpt"
-            )
+            raise ModelOptExtError.at("auto_quantize", differ[0], "the groups of the plan", "other ones in ModelOpt")
 
     def estimate(self, searcher: Any, measure: Callable[[], None]) -> None:
         """Run ``measure``, ModelOpt's scoring, over the remaining windows, and keep the scores.

@@ -20,7 +20,7 @@ _SECONDS = 60.0
 
 
 def solve(
-    method: Method, costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], budget: float
+    method: Method, costs: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], budget: float
 ) -> list[int]:
     """Return the chosen candidate of each group, by index.
 
@@ -39,7 +39,7 @@ def solve(
     return (_least_sum if method == "gradient" else _least_threshold)(costs, scores, budget)
 
 
-def _least_sum(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], budget: float) -> list[int]:
+def _least_sum(costs: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], budget: float) -> list[int]:
     import numpy as np
     from scipy.optimize import Bounds, LinearConstraint, milp
 
@@ -65,7 +65,7 @@ def _least_sum(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]]
     return _polish(choice, kept, costs, scores, budget)
 
 
-def _worth_a_look(costs: Sequence[int], scores: Sequence[float]) -> list[int]:
+def _worth_a_look(costs: Sequence[float], scores: Sequence[float]) -> list[int]:
     """Return the candidates that no other one matches or beats in both cost and score, cheapest first."""
     kept: list[int] = []
     for candidate in sorted(range(len(costs)), key=lambda c: (costs[c], scores[c])):
@@ -77,7 +77,7 @@ def _worth_a_look(costs: Sequence[int], scores: Sequence[float]) -> list[int]:
 def _polish(
     choice: list[int],
     kept: Sequence[Sequence[int]],
-    costs: Sequence[Sequence[int]],
+    costs: Sequence[Sequence[float]],
     scores: Sequence[Sequence[float]],
     budget: float,
 ) -> list[int]:
@@ -107,7 +107,7 @@ def _polish(
         choice[g] = c
 
 
-def _least_threshold(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], budget: float) -> list[int]:
+def _least_threshold(costs: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], budget: float) -> list[int]:
     thresholds = sorted({score for group in scores for score in group})
     low, high = 0, len(thresholds) - 1  # the largest threshold allows every candidate, which is within the budget
     while low < high:
@@ -123,7 +123,7 @@ def _least_threshold(costs: Sequence[Sequence[int]], scores: Sequence[Sequence[f
 
 
 def _at_threshold(
-    costs: Sequence[Sequence[int]], scores: Sequence[Sequence[float]], threshold: float
+    costs: Sequence[Sequence[float]], scores: Sequence[Sequence[float]], threshold: float
 ) -> list[int] | None:
     """Return each group's cheapest candidate with a score of at most ``threshold``, of equals the better, or None."""
     choice = []

@@ -23,7 +23,7 @@ FILE_NAME = "autoquant.json"
 UNQUANTIZED = "none"
 """The candidate that leaves a group unquantized."""
 
-LmHead = Literal["excluded", "counted"]
+LmHead = Literal["excluded", "counted", "searched"]
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -53,11 +53,25 @@ class Format(Struct, frozen=True, kw_only=True):
 
 
 class Layer(Struct, frozen=True, kw_only=True):
-    """A linear layer: its name, outputs and inputs."""
+    """A linear layer, or layers of one size in the experts of a mixture.
+
+    Attributes:
+        name: the module that holds it.
+        n, k: its outputs and inputs.
+        count: 1; of experts the number of such layers in the module, gates and ups counted together.
+        experts: whether it is of experts.
+    """
 
     name: str
     n: int
     k: int
+    count: int = 1
+    experts: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Return its number of weights."""
+        return self.n * self.k * self.count
 
 
 class Candidate(Struct, frozen=True, kw_only=True):
@@ -80,18 +94,30 @@ class Group(Struct, frozen=True, kw_only=True):
         name: the name that ModelOpt's search gives it.
         layers: its layers.
         excluded: left unquantized by a pattern or because no format fits its sizes; its bits count.
-        candidates: by name of the format, ``none`` among them.
+        candidates: by name of the format; ``none`` among them, where the group may stay unquantized.
+        weight: the factor by which its weights and bits count: 1, or what a recipe's cost model says.
     """
 
     name: str
     layers: tuple[Layer, ...]
     excluded: bool
     candidates: dict[str, Candidate]
+    weight: float = 1.0
 
     @property
-    def weights(self) -> int:
-        """Return the number of weights in its layers."""
-        return sum(layer.n * layer.k for layer in self.layers)
+    def weights(self) -> float:
+        """Return the number of weights in its layers, as they count."""
+        return self.weight * sum(layer.weights for layer in self.layers)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Return the names of its modules."""
+        return tuple(dict.fromkeys(layer.name for layer in self.layers))
+
+    @property
+    def is_searched(self) -> bool:
+        """Return whether it has a choice."""
+        return len(self.candidates) > 1
 
 
 class State(Struct, frozen=True, kw_only=True):
@@ -105,12 +131,14 @@ class State(Struct, frozen=True, kw_only=True):
         loss_scale: factor of the loss while scoring; divided out of the scores.
         calibration, scored: the text of the two steps.
         gpu: the target.
-        lm_head: whether the unquantized ``lm_head`` counts in bits per weight.
+        lm_head: whether the ``lm_head`` is searched over, or, unquantized, counts in bits per weight.
         excluded: the patterns of layers left unquantized.
         unquantized_bits: bits of an unquantized weight.
         simulation: how ModelOpt's CUDA-only quantizers were simulated, ``cpu`` (torch versions of this package) or ``cuda``.
         versions: versions of the packages that measured.
         formats, groups: the candidates, and the groups in the order of the model.
+        recipe, recipe_sha256: the recipe file that describes the search, and the digest of its content; None without one.
+        cost_model: ModelOpt's name of the rule by which groups count.
     """
 
     model: str
@@ -127,16 +155,20 @@ class State(Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
     formats: tuple[Format, ...]
     groups: tuple[Group, ...]
+    recipe: str | None = None
+    recipe_sha256: str | None = None
+    cost_model: str = "weight"
 
     @property
-    def weights(self) -> int:
+    def weights(self) -> float:
         """Return the number of counted weights."""
         return sum(group.weights for group in self.groups)
 
     @property
     def least_bits(self) -> float:
         """Return the fewest bits per weight that any choice reaches."""
-        return sum(min(c.cost for c in group.candidates.values()) for group in self.groups) / self.weights
+        least = (group.weight * min(c.cost for c in group.candidates.values()) for group in self.groups)
+        return sum(least) / self.weights
 
     @property
     def digest(self) -> str:
@@ -147,7 +179,8 @@ class State(Struct, frozen=True, kw_only=True):
         """Return the state with ``scores[group][format]``."""
         groups = []
         for group in self.groups:
-            measured = {UNQUANTIZED: 0.0, **scores.get(group.name, {})}
+            only = {} if group.is_searched else dict.fromkeys(group.candidates, 0.0)
+            measured = {UNQUANTIZED: 0.0, **only, **scores.get(group.name, {})}
             candidates = {name: Candidate(cost=c.cost, score=measured[name]) for name, c in group.candidates.items()}
             groups.append(msgspec.structs.replace(group, candidates=candidates))
         return msgspec.structs.replace(self, groups=tuple(groups), loss_scale=loss_scale)
@@ -241,7 +274,10 @@ def choose(state: State, target: float) -> Choice:
     check_target(state, target)
     names = [list(group.candidates) for group in state.groups]
     candidates = [list(group.candidates.values()) for group in state.groups]
-    costs = [[candidate.cost for candidate in group] for group in candidates]
+    costs = [
+        [group.weight * candidate.cost for candidate in own]
+        for group, own in zip(state.groups, candidates, strict=True)
+    ]
     scores = [[_score(state, candidate) for candidate in group] for group in candidates]
     picked = solve(state.method, costs, scores, target * state.weights)
     chosen = [scores[g][c] for g, c in enumerate(picked)]
@@ -297,13 +333,15 @@ def _check(file: Path, state: State) -> None:
     if len(set(names)) != len(names):
         raise ModelOptExtError.at(file, "groups", "names that differ", "one twice")
     for group in state.groups:
-        if UNQUANTIZED not in group.candidates or not group.candidates.keys() - {UNQUANTIZED} <= formats:
+        if not group.candidates or not group.candidates.keys() - {UNQUANTIZED} <= formats:
             raise ModelOptExtError.at(
                 file,
                 group.name,
                 f"candidates among {', '.join([UNQUANTIZED, *sorted(formats)])}",
                 list(group.candidates),
             )
+        if not 0 <= group.weight < math.inf:
+            raise ModelOptExtError.at(file, f"{group.name}: weight", "a finite number, not negative", group.weight)
         for name, candidate in group.candidates.items():
             if candidate.cost <= 0:
                 raise ModelOptExtError.at(

@@ -74,7 +74,6 @@ def load_model(
         ModelOptExtError: a model transformers cannot load, or a weight that is NaN or infinite.
     """
     import_modelopt()
-    from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     device = device or default_device()
@@ -82,7 +81,7 @@ def load_model(
     messages.set_verbosity_error()
     (messages.enable_progress_bar if progress else messages.disable_progress_bar)()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = _model_class(folder, trust_remote_code).from_pretrained(
             folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
         )
         model.to(device).eval()
@@ -92,6 +91,16 @@ def load_model(
         ) from error
     check_weights(model, folder)
     return model, modelopt_cpu.NAME if modelopt_cpu.install(device) else "cuda"
+
+
+def _model_class(folder: Path, trust_remote_code: bool) -> Any:
+    """Return the class to load a model with: of a multimodal one its own, since the automatic one may take its text part alone."""
+    import transformers
+
+    architectures = read_json_object(folder / CONFIG_NAME).get("architectures")
+    first = architectures[0] if isinstance(architectures, list) and architectures else ""
+    own = getattr(transformers, first, None) if str(first).endswith("ForConditionalGeneration") else None
+    return transformers.AutoModelForCausalLM if own is None or trust_remote_code else own
 
 
 def check_weights(model: torch.nn.Module, where: object) -> None:

@@ -29,7 +29,7 @@ from sglang_modelopt_ext.workflow.common.base_model import activations_checked, 
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize import checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
-from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
+from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, FROM_QUANTIZED, SMOOTHQUANT
 from sglang_modelopt_ext.workflow.quantize.smoothquant import register
 
 AGREEING = ("max", "mse", SMOOTHQUANT, FP8_SMOOTHQUANT)
@@ -38,11 +38,13 @@ AGREEING = ("max", "mse", SMOOTHQUANT, FP8_SMOOTHQUANT)
 _WHOLE_MODEL = ("svdquant",)
 """Algorithms that ModelOpt cannot run layer by layer."""
 
-_TRAINING = ("lsq",)
 _AMAX_ONLY = ("max", "mse", "local_hessian", "nvfp4_act_headroom")
 """Algorithms that do not change weights: their checkpoints hold scales only."""
 
 _SMOOTHING = (SMOOTHQUANT, FP8_SMOOTHQUANT, "awq_lite", "awq_full", "svdquant")
+_OF_A_MIX = ("mse", "local_hessian")
+"""Algorithms that ModelOpt's recipes of several formats are calibrated with: they search the scales of one, ``max`` the others'."""
+
 _SEARCHING = ("awq_lite", "awq_clip", "awq_full", "svdquant", "mse", "local_hessian")
 
 
@@ -103,6 +105,10 @@ class Calibrator:
         smoothed = searched = resumed = 0
         wanted = self.layerwise and self.data is not None and len(steps) == 1
         layerwise = wanted and self._layer_by_layer(steps[0]["method"])
+        asking = [step["method"] for step in steps if "layerwise" in step]
+        if asking and not layerwise:
+            needed = "to go layer by layer: one step, one process, and all quantizers in decoder layers"
+            raise ModelOptExtError.at("recipe", asking[0], needed, "the whole model at once")
         for step in steps:
             expected = self._expected(step)
             if layerwise and self.work is not None:
@@ -114,10 +120,11 @@ class Calibrator:
         return Outcome(smoothed, searched, resumed, layerwise)
 
     def _expected(self, step: Mapping[str, Any]) -> list[str]:
-        """Return the layers of the step, which must be all quantized ones: ModelOpt skips others silently at times."""
+        """Return the layers of the step, which must be all quantized ones: ModelOpt skips others silently at times.
+
+        A search for scales may be a part of a mix, whose other layers keep those of ``max``: it must find layers.
+        """
         method = step["method"]
-        if method in _TRAINING:
-            raise ModelOptExtError.at("--calibration-algorithm", method, "an algorithm that needs no training", method)
         if self.processes.world > 1 and method not in AGREEING:
             raise ModelOptExtError.at(
                 "--calibration-algorithm",
@@ -137,6 +144,14 @@ class Calibrator:
         ]
         if method == "max" or method not in (*_SMOOTHING, *_SEARCHING):
             return []
+        if method in _OF_A_MIX:
+            linears += [
+                (name, one)
+                for name, module in quantizers.fused_experts(self.model)
+                for one in quantizers.projections_of_expert(module)
+            ]
+            if found := [name for name, module in linears if takes(module)]:
+                return list(dict.fromkeys(found))
         ignored = [name for name, module in linears if not takes(module)]
         if ignored or not linears:
             got = f"{ignored[0]}, which ModelOpt would skip" if ignored else "no quantized layer"
@@ -176,11 +191,10 @@ class Calibrator:
         options = dict(step)
         if layerwise:
             layers: dict[str, Any] = {"enable": True, "calib_mutates_weights": step["method"] not in _AMAX_ONLY}
+            layers[FROM_QUANTIZED] = False  # ModelOpt's default differs by algorithm
             if self.work is not None:
                 layers["checkpoint_dir"] = str(self.work)
-            if step["method"] == "gptq":
-                layers["get_qdq_activations_from_prev_layer"] = True
-            options["layerwise"] = layers
+            options["layerwise"] = layers | step.get("layerwise", {})
 
         # No step needs the logits of all tokens, and for a small model they are a fifth of the work.
         kept = {"logits_to_keep": 1} if quantizers.can_skip_logits(self.model) else {}

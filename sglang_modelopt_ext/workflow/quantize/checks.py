@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS, matches
+from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS, is_vocabulary, matches
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.schemes.table import FP8, SCHEMES
 from sglang_modelopt_ext.workflow.quantize import quantizers, smoothquant
 from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
 from sglang_modelopt_ext.workflow.quantize.record import Selection
@@ -37,6 +37,27 @@ _ALGOS = {
     "mxfp4": "MXFP4",
     "mxfp8": "MXFP8",
 }
+EXPERTS = (
+    "FP8",
+    "FP8_PER_CHANNEL_PER_TOKEN",
+    "FP8_PB_WO",
+    "MXFP4",
+    "MXFP8",
+    "NVFP4",
+    "W4A16_NVFP4",
+    "W4A8_NVFP4_FP8",
+    "W4A8_MXFP4_FP8",
+    "W8A8_SQ_PER_CHANNEL",
+    "W8A16",
+)
+"""The algorithms in which ModelOpt 0.47 exports experts that it stores one by one."""
+
+PACKED_EXPERTS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN")
+"""The algorithms in which ModelOpt 0.47 exports experts that it stores packed (gpt-oss, Llama 4) with blocks along K."""
+
+EXPERT_METHODS = ("max", "mse", "local_hessian", "nvfp4_act_headroom")
+"""The calibration algorithms that reach experts; the others smooth or change linear layers only."""
+
 _FP4 = frozenset({"NVFP4", "W4A16_NVFP4", "W4A8_NVFP4_FP8", "MXFP4", "W4A8_MXFP4_FP8"})
 _AFTER = {"awq_lite": "NVFP4_AWQ", "awq_full": "NVFP4_AWQ", "svdquant": "NVFP4_SVD"}
 """The exporter's name for any FP4 format after these algorithms, whether or not it is that format."""
@@ -75,8 +96,13 @@ def selection_entries(model: torch.nn.Module, selection: Selection) -> list[dict
     ]
 
 
-def exported_algo(module: Any, methods: Iterable[str] = ()) -> str:
+def exported_algo(name: str, module: Any, methods: Iterable[str] = ()) -> str:
     """Return the algorithm that a linear layer will be exported as, after calibration by ``methods``.
+
+    Args:
+        name: of the layer in the model.
+        module: the layer, with quantizers.
+        methods: the calibration algorithms, in order.
 
     Raises:
         ModelOptExtError: a format that ModelOpt cannot export or this package does not serve.
@@ -95,7 +121,8 @@ def exported_algo(module: Any, methods: Iterable[str] = ()) -> str:
     for method in methods:
         algo = _AFTER.get(method, algo) if algo in _FP4 else algo
     _check_group(module, algo)
-    _check_input(module, algo)
+    if algo != FP8 or not is_vocabulary(name) or quantizers.is_on(module.input_quantizer):  # else weight-only
+        _check_input(module, algo)
     return algo
 
 
@@ -143,26 +170,59 @@ def _check_input(module: Any, algo: str) -> None:
 def check_model(model: torch.nn.Module, recipe: str, methods: Sequence[str]) -> dict[str, str]:
     """Return the algorithm of every quantized linear layer of a model with quantizers, by name.
 
-    Experts are not checked here but by reading the export.
+    Experts have the name of their module.
 
     Raises:
-        ModelOptExtError: nothing is quantized, a layer cannot be exported or served, or shards of a fused layer differ.
+        ModelOptExtError: nothing is quantized, a layer or experts cannot be exported or served, or shards of a fused layer differ.
     """
     algos: dict[str, str] = {}
     for name, module in quantizers.quantized_linears(model):
         try:
-            algos[name] = exported_algo(module, methods)
+            algos[name] = exported_algo(name, module, methods)
         except ModelOptExtError as error:
             raise ModelOptExtError(f"{recipe}: {name}: {error}") from error
         if quantizers.is_on(getattr(module, "output_quantizer", None)):
-            raise ModelOptExtError.at(recipe, name, "no quantizer on a layer's output: no server has one", "one")
+            expected = "no quantized output of a layer, which no server has"
+            raise ModelOptExtError.at(recipe, name, expected, "a quantized output")
     cache, _ = quantizers.kv_cache(model)
-    experts = any(quantizers.quantizes_experts(module) for _, module in quantizers.fused_experts(model))
-    if not algos and not experts and cache is None:
+    experts = {
+        name: _algo_of_experts(name, module, recipe, methods) for name, module in quantizers.fused_experts(model)
+    }
+    if not algos and not any(experts.values()) and cache is None:
         raise ModelOptExtError.at(recipe, "model", "a layer or a KV cache to quantize", "none that the recipe names")
     _check_fused(model, algos)
     quantizers.rounds_activations(model)  # raises before anything is calibrated
-    return algos
+    return algos | {name: algo for name, algo in experts.items() if algo is not None}
+
+
+def _algo_of_experts(name: str, module: Any, recipe: str, methods: Sequence[str]) -> str | None:
+    """Return the algorithm that a module's experts will be exported as; None where they are not quantized.
+
+    Raises:
+        ModelOptExtError: a format or a calibration in which ModelOpt does not export experts, or exports them wrongly.
+    """
+    algos = set()
+    for one in quantizers.projections_of_expert(module):
+        try:
+            algos.add(exported_algo(name, one, methods))
+        except ModelOptExtError as error:
+            raise ModelOptExtError(f"{recipe}: {name}: {error}") from error
+    if not algos:
+        return None
+    if len(algos) > 1:
+        raise ModelOptExtError.at(recipe, name, "one format of all projections of experts", " and ".join(sorted(algos)))
+    (algo,) = algos
+    supported: tuple[str, ...] = EXPERTS
+    expected = "experts in a format that ModelOpt exports"
+    if quantizers.is_packed(module):
+        supported, expected = PACKED_EXPERTS, "packed experts in a format that ModelOpt exports with blocks along K"
+    if algo not in supported:
+        raise ModelOptExtError.at(recipe, name, f"{expected}: {', '.join(supported)} (or --exclude them)", algo)
+    skipping = [method for method in methods if method not in EXPERT_METHODS]
+    if skipping:
+        expected = f"a calibration that reaches experts: {', '.join(EXPERT_METHODS)} (or --exclude them)"
+        raise ModelOptExtError.at(recipe, name, expected, skipping[0])
+    return algo
 
 
 def _check_fused(model: torch.nn.Module, algos: Mapping[str, str]) -> None:

@@ -6,6 +6,7 @@ At any end of a run ``output`` is a whole, valid checkpoint or unchanged.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import warnings
@@ -19,7 +20,13 @@ import torch
 
 from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
-from sglang_modelopt_ext.checkpoint.quant_config import KV_CACHE_RECIPE, OWN_KEY, QUANT_CONFIG_NAME, ROUNDS_ACTIVATIONS
+from sglang_modelopt_ext.checkpoint.quant_config import (
+    CONFIG_NAME,
+    KV_CACHE_RECIPE,
+    OWN_KEY,
+    QUANT_CONFIG_NAME,
+    ROUNDS_ACTIVATIONS,
+)
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight, check_all_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -27,6 +34,8 @@ from sglang_modelopt_ext.files.disk import full_disk
 from sglang_modelopt_ext.files.whole import check_space, make_readable, move_into_place, partial_folder
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress, polled_progress
 from sglang_modelopt_ext.workflow.quantize import quantizers
+from sglang_modelopt_ext.workflow.quantize.folding import Folding
+from sglang_modelopt_ext.workflow.quantize.markers import without_markers
 from sglang_modelopt_ext.workflow.quantize.model_card import CARD_NAME, render_card
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, layer_formats, package_versions, write_record
 
@@ -114,13 +123,16 @@ def export_checkpoint(
     check_space(output, quantizers.expected_bytes(model))
     rounds = quantizers.rounds_activations(model)
     kv_recipe, kv_cache = quantizers.kv_cache(model)
+    folding = Folding(model)
     with partial_folder(output) as scratch:
         try:
             _run_export(model, scratch, progress)
         except Exception as error:  # ModelOpt raises assertions and errors of every kind
             raise _failure(source, output, origin, error) from error
+        folding.check(source)
         copy_tokenizer(source, scratch)
         with elapsed_progress("checking the export", progress):
+            _take_off_markers(scratch)
             _preliminary(scratch, {ROUNDS_ACTIVATIONS: rounds, KV_CACHE_RECIPE: kv_recipe})
             checkpoint = read_checkpoint(scratch)
             record = Record(
@@ -187,6 +199,20 @@ def _failure(source: Path, output: Path, origin: Origin, error: Exception) -> Ex
     return full_disk(output.parent, error) or ModelOptExtError.at(
         source, origin.recipe, "a recipe ModelOpt can export", f"{type(error).__name__}: {error}"
     )
+
+
+def _take_off_markers(scratch: Path) -> None:
+    """Rewrite the configuration where ModelOpt left markers behind the names of modules."""
+    file = scratch / QUANT_CONFIG_NAME
+    content = read_json_object(file)
+    section, names = without_markers(content["quantization"], file)
+    if not names:
+        return
+    file.write_bytes(msgspec.json.encode(content | {"quantization": section}))
+    file = scratch / CONFIG_NAME
+    content = read_json_object(file)
+    section, _ = without_markers(content["quantization_config"], file)
+    file.write_text(json.dumps(content | {"quantization_config": section}, indent=2) + "\n", encoding="utf-8")
 
 
 def _preliminary(scratch: Path, facts: dict[str, Any]) -> None:

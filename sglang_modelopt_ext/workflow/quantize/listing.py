@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.stock import STOCK_BEHAVIOUR
-from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.schemes.table import SCHEMES, UMBRELLA
 from sglang_modelopt_ext.workflow.quantize import checks, quantizers
+from sglang_modelopt_ext.workflow.quantize.library import PTQ, SEARCH, library, load
 from sglang_modelopt_ext.workflow.quantize.recipes import (
     NONE,
     Changes,
@@ -20,11 +21,11 @@ from sglang_modelopt_ext.workflow.quantize.recipes import (
     configurations,
     find_kv,
     find_recipe,
-    library,
     presets,
 )
 from sglang_modelopt_ext.workflow.quantize.run import insert_quantizers, stand_in
 
+_KINDS = {PTQ: "PTQ", SEARCH: "search"}
 _SIDE = 4096
 """Inputs and outputs of the layer that stored bits are computed for."""
 
@@ -37,8 +38,9 @@ class RecipeRow(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         name: its name for ``--recipe``.
+        kind: ``ptq``, which ``quantize`` runs, or ``auto_quantize``, a search that ``auto-quantize`` runs.
         aliases: other names of the same configuration.
-        algorithms: ``quant_algo`` of the layers; several in a mixed recipe.
+        algorithms: ``quant_algo`` of the layers; several in a mixed recipe; of a search those of its candidates.
         bits: stored bits per quantized weight, scales included; None for a mix, or where no layer is quantized.
         activations: the activation format of the layers.
         kv_cache: recipe of the KV cache, or None.
@@ -49,6 +51,7 @@ class RecipeRow(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     name: str
+    kind: str = PTQ
     aliases: tuple[str, ...]
     algorithms: tuple[str, ...]
     bits: float | None
@@ -75,16 +78,20 @@ class KVRow(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def list_recipes(progress: bool = True) -> list[RecipeRow]:
-    """Return every recipe that ModelOpt has for layers, described by applying it to a small stand-in model."""
+    """Return every recipe that ModelOpt has, described by applying it to a small stand-in model."""
     found: dict[str, list[str]] = {}
     contents: dict[str, dict[str, Any]] = {}
-    names = [*configurations(), *presets()[0], *library()]
+    searches = [name for name, kind in library().items() if kind == SEARCH]
+    names = [*configurations(), *presets()[0], *(name for name in library() if name not in searches)]
     for name in tqdm(names, desc="reading recipes", unit="recipe", dynamic_ncols=True, disable=not progress):
         _, config = find_recipe(name)
         contents.setdefault(repr(config), config)
         found.setdefault(repr(config), []).append(name)
     shown = tqdm(found.items(), desc="describing recipes", unit="recipe", dynamic_ncols=True, disable=not progress)
-    return [describe(same[0], tuple(same[1:]), contents[key]) for key, same in shown]
+    return [
+        *(describe(same[0], tuple(same[1:]), contents[key]) for key, same in shown),
+        *(describe_search(name) for name in searches),
+    ]
 
 
 def list_kv_caches() -> list[KVRow]:
@@ -107,7 +114,10 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
     kv_recipe, problem, elsewhere = None, "", False
     try:
         built = build(config, Changes())
-        methods = tuple(step["method"] for step in built["algorithm"])
+    except ModelOptExtError as error:
+        return rejected(name, aliases, str(error))
+    methods = tuple(step["method"] for step in built["algorithm"])
+    try:
         model = stand_in()
         insert_quantizers(model, name, copy.deepcopy(built["quant_cfg"]))
         kv_recipe, _ = quantizers.kv_cache(model)
@@ -116,7 +126,7 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
         algos = {algo: checks.group_size(modules[layer]) for layer, algo in found.items()}
     except ModelOptExtError as error:
         # The rest of the message names the stand-in's layers.
-        problem = "unknown to a server: " + str(error).rpartition(", got ")[2]
+        problem = "no server has " + str(error).rpartition(", got ")[2]
         elsewhere = "nothing would be quantized" in str(error)
     flags = {SCHEMES[algo].flag for algo in algos}
     return RecipeRow(
@@ -130,6 +140,44 @@ def describe(name: str, aliases: tuple[str, ...], config: dict[str, Any]) -> Rec
         served=elsewhere or not problem,
         served_by=OTHER_MODELS if elsewhere else problem or (" or ".join(sorted(flags)) or "--kv-cache-dtype auto"),
         stock="; ".join(STOCK_BEHAVIOUR[algo] for algo in algos),
+    )
+
+
+def rejected(name: str, aliases: tuple[str, ...], why: str) -> RecipeRow:
+    """Return the row of a recipe that no command runs, with the reason."""
+    return RecipeRow(
+        name=name,
+        aliases=aliases,
+        algorithms=(),
+        bits=None,
+        activations=(),
+        kv_cache=None,
+        calibration=(NONE,),
+        served=False,
+        served_by=why,
+        stock="",
+    )
+
+
+def describe_search(name: str) -> RecipeRow:
+    """Return the row of a search over formats: what its candidates are, and the bits it is to reach."""
+    name, recipe = load(name, SEARCH)
+    search = recipe.auto_quantize
+    spaces = [space.candidate_formats for space in search.module_search_spaces]
+    configs = [*search.candidate_formats, *(config for space in spaces for config in space)]
+    rows = [describe(name, (), config.model_dump(exclude_unset=True)) for config in configs]
+    return RecipeRow(
+        name=name,
+        kind=SEARCH,
+        aliases=(),
+        algorithms=tuple(dict.fromkeys(algo for row in rows for algo in row.algorithms)),
+        bits=search.constraints.effective_bits,
+        activations=tuple(dict.fromkeys(name for row in rows for name in row.activations)),
+        kv_cache=None,
+        calibration=tuple(dict.fromkeys(method for row in rows for method in row.calibration)),
+        served=all(row.served for row in rows),
+        served_by="; ".join(dict.fromkeys(row.served_by for row in rows if not row.served)) or UMBRELLA,
+        stock="",
     )
 
 
@@ -157,13 +205,13 @@ def stored_bits(algo: str, group_size: int) -> float:
 
 def format_recipes(rows: Iterable[RecipeRow], caches: Iterable[KVRow]) -> str:
     """Return the rows as two aligned tables."""
-    lines = [("recipe", "quant_algo", "bits", "calibration", "served by")]
+    lines = [("recipe", "kind", "quant_algo", "bits", "calibration", "served by")]
     for row in rows:
         name = " = ".join([row.name, *row.aliases])
         bits = f"{row.bits:.2f}" if row.bits is not None else "-"
         algos = " + ".join([*row.algorithms, *([f"KV {row.kv_cache}"] if row.kv_cache else [])]) or "-"
         served = row.served_by if row.served else f"not served: {row.served_by}"
-        lines.append((name, algos, bits, ", ".join(row.calibration), served))
+        lines.append((name, _KINDS[row.kind], algos, bits, ", ".join(row.calibration), served))
     kv_lines = [("--kv", "served as", "scales")]
     for cache in caches:
         kv_lines.append(

@@ -12,7 +12,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.quantize.record import KVCache
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 
-EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+EXPERT_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 """Parameters of fused experts in transformers; ModelOpt names their quantizers after these."""
 
 _KV_FORMATS = {(4, 3): "fp8", (2, 1): "nvfp4"}
@@ -35,9 +35,29 @@ def fused_experts(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def quantizes_experts(module: Any) -> bool:
-    """Return whether the weights of any of a module's experts are quantized."""
-    return any(is_on(getattr(module, f"{key}_weight_quantizers", None)) for key in EXPERT_WEIGHTS)
+def is_packed(module: Any) -> bool:
+    """Return whether ModelOpt exports a module's experts packed: it then has one weight quantizer for all of them."""
+    return any(hasattr(module, f"{key}_weight_quantizer") for key in EXPERT_WEIGHTS)
+
+
+def _weight_quantizers(module: Any, key: str) -> Any:
+    """Return the weight quantizers of a projection of experts: several, or one for all; None without any."""
+    several = getattr(module, f"{key}_weight_quantizers", None)
+    return several if several is not None else getattr(module, f"{key}_weight_quantizer", None)
+
+
+def projections_of_expert(module: Any) -> Iterator[torch.nn.Module]:
+    """Yield each quantized projection of one of a module's experts as a linear layer: without values, with its quantizers."""
+    for key in EXPERT_WEIGHTS:
+        weight, found = module._parameters.get(key), _weight_quantizers(module, key)
+        if weight is None or not is_on(found):
+            continue
+        one = torch.nn.Module()
+        empty = torch.empty(weight.shape[1:], dtype=weight.dtype, device="meta")
+        one.weight = torch.nn.Parameter(empty, requires_grad=False)
+        one.weight_quantizer = found[0] if isinstance(found, torch.nn.ModuleList) else found
+        one.input_quantizer = getattr(module, f"{key}_input_quantizer")
+        yield one
 
 
 def is_on(quantizer: Any) -> bool:
@@ -86,7 +106,7 @@ def _quantizer_pairs(model: torch.nn.Module) -> Iterator[tuple[str, Any, Any]]:
         yield name, module.weight_quantizer, getattr(module, "input_quantizer", None)
     for name, module in fused_experts(model):
         for key in EXPERT_WEIGHTS:
-            weights = getattr(module, f"{key}_weight_quantizers", None)
+            weights = _weight_quantizers(module, key)
             if is_on(weights):
                 yield f"{name}.{key}", weights, getattr(module, f"{key}_input_quantizer", None)
 

@@ -1,23 +1,29 @@
 """ModelOpt's recipes by name, and the user's changes to one: the KV cache, the algorithm, the layers, any field.
 
 A name is, in this order: a configuration of ``modelopt.torch.quantization`` (``NVFP4_DEFAULT_CFG``, with or without its suffix,
-in any case), a preset of ``modelopt.recipe.presets`` (``nvfp4``), a recipe of the ``modelopt_recipes`` library
-(``general/ptq/nvfp4_default-kv_fp8``) or the path of a recipe file.
+in any case), a preset of ``modelopt.recipe.presets`` (``nvfp4``), a PTQ recipe of the ``modelopt_recipes`` library
+(``general/ptq/nvfp4_default-kv_fp8``) or the path of a recipe file, both with or without ``.yaml``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.base_model import import_modelopt
+from sglang_modelopt_ext.workflow.quantize.library import (
+    PTQ,
+    find_file,
+    first_line,
+    library,
+    load,
+    quiet,
+    without_suffix,
+)
 
 _CONFIG_SUFFIXES = ("_CFG", "_CONFIG")
 NONE = "none"
@@ -26,6 +32,10 @@ NONE = "none"
 SMOOTHQUANT, FP8_SMOOTHQUANT = "smoothquant", "fp8_smoothquant"
 ALGORITHMS = ("max", "awq_lite", "awq_clip", "awq_full", SMOOTHQUANT, "svdquant", "mse", "local_hessian")
 """Values of ``--calibration-algorithm``."""
+
+_TRAINED = ("lsq",)
+FROM_QUANTIZED = "get_qdq_activations_from_prev_layer"
+"""The one option of ModelOpt's ``layerwise`` that changes the result: whether a layer's input is that of the quantized model."""
 
 _UNCHANGED: dict[str, Any] = {"quant_cfg": [{"quantizer_name": "*", "enable": False}], "algorithm": "max"}
 _NEAREST = 4
@@ -58,21 +68,10 @@ def configurations() -> dict[str, dict[str, Any]]:
 def presets() -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
     """Return ModelOpt's presets for layers and for KV caches, by name."""
     import_modelopt()
-    with _quiet():
+    with quiet():
         from modelopt.recipe.presets import KV_QUANT_CFG_CHOICES, QUANT_CFG_CHOICES
 
     return QUANT_CFG_CHOICES, KV_QUANT_CFG_CHOICES
-
-
-@cache
-def library() -> tuple[str, ...]:
-    """Return the names of the PTQ recipes in ModelOpt's library."""
-    import_modelopt()
-    from modelopt.torch.opt.config_loader import BUILTIN_CONFIG_ROOT
-
-    root = Path(str(BUILTIN_CONFIG_ROOT))
-    names = (file.relative_to(root).with_suffix("").as_posix() for file in root.rglob("ptq/*.yaml"))
-    return tuple(sorted(name for name in names if name.startswith(("general/", "models/"))))
 
 
 def find_recipe(name: str) -> tuple[str, dict[str, Any]]:
@@ -89,8 +88,9 @@ def find_recipe(name: str) -> tuple[str, dict[str, Any]]:
     models, _ = presets()
     if name.lower() in models:
         return name.lower(), copy.deepcopy(models[name.lower()])
-    if _recipe_name(name) in library() or Path(name).suffix in (".yaml", ".yml"):
-        return name, _load_recipe(name)
+    if find_file(name) is not None or without_suffix(name) != name:
+        recorded, recipe = load(name, PTQ)
+        return recorded, recipe.quantize.model_dump(exclude_unset=True)
     raise _unknown("--recipe", name, [*known, *models, *library(), NONE])
 
 
@@ -127,18 +127,29 @@ def build(config: Mapping[str, Any], changes: Changes) -> dict[str, Any]:
 
 
 def complete_step(step: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a calibration step with all of its options. Raises ModelOptExtError for an unknown method or option."""
+    """Return a calibration step with all of its options.
+
+    Of ``layerwise`` it has whether a recipe that goes layer by layer gives a layer the quantized model's activations. The rest
+    changes no result: the run decides whether and where progress is kept.
+
+    Raises:
+        ModelOptExtError: an unknown method or option, or a method that needs training.
+    """
     from modelopt.torch.quantization.mode import CalibrateModeRegistry
 
     method = step.get("method")
+    if method in _TRAINED:
+        raise ModelOptExtError.at("recipe", "algorithm", "one that needs no training", method)
     name = f"{method}_calibrate"
     if not method or name not in CalibrateModeRegistry:
         raise _unknown("--calibration-algorithm", str(method), ALGORITHMS)
     try:
         full = CalibrateModeRegistry[name].config_class(**step)
     except ValueError as error:
-        raise ModelOptExtError.at("recipe", "algorithm", f"options of {method}", _first_line(error)) from error
+        raise ModelOptExtError.at("recipe", "algorithm", f"options of {method}", first_line(error)) from error
     options: dict[str, Any] = full.model_dump(exclude={"layerwise"})
+    if full.layerwise.enable and getattr(full.layerwise, FROM_QUANTIZED):
+        options["layerwise"] = {"enable": True, FROM_QUANTIZED: True}
     return {key: value for key, value in options.items() if value is not None}
 
 
@@ -149,10 +160,6 @@ def _stem(name: str) -> str:
     return name
 
 
-def _recipe_name(name: str) -> str:
-    return name.removesuffix(".yaml").removesuffix(".yml")
-
-
 def _unknown(flag: str, name: str, known: Sequence[str]) -> ModelOptExtError:
     """Return the error for an unknown name, with the nearest known ones by lower-case spelling."""
     spelling = {entry.lower(): entry for entry in known}
@@ -161,28 +168,12 @@ def _unknown(flag: str, name: str, known: Sequence[str]) -> ModelOptExtError:
     return ModelOptExtError.at(flag, name, f"a known name, such as {nearest} (--list shows all)", "no such name")
 
 
-def _load_recipe(name: str) -> dict[str, Any]:
-    from modelopt.recipe import load_recipe
-
-    try:
-        with _quiet():
-            recipe = load_recipe(name)
-    except Exception as error:  # a missing file, YAML, an import, pydantic
-        raise ModelOptExtError.at("--recipe", name, "a recipe ModelOpt can load", _first_line(error)) from error
-    if not hasattr(recipe, "quantize"):
-        raise ModelOptExtError.at("--recipe", name, "a PTQ recipe", recipe.recipe_type.value)
-    config: dict[str, Any] = recipe.quantize.model_dump(exclude_unset=True)
-    return config
-
-
 def _steps(algorithm: Any) -> list[dict[str, Any]]:
     """Return a configuration's algorithm, in any of its spellings, as a list of steps; empty for none."""
     if algorithm is None:
         return []
     parts = algorithm if isinstance(algorithm, list) else [algorithm]
-    steps = [{"method": part} if isinstance(part, str) else dict(part) for part in parts if part is not None]
-    # The run decides whether and where it goes layer by layer.
-    return [{key: value for key, value in step.items() if key != "layerwise"} for step in steps]
+    return [{"method": part} if isinstance(part, str) else dict(part) for part in parts if part is not None]
 
 
 def _replaced(steps: Sequence[Mapping[str, Any]], method: str) -> dict[str, Any]:
@@ -226,17 +217,5 @@ def _overridden(config: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
     try:
         checked = QuantizeConfig(quant_cfg=content["quant_cfg"]).model_dump(exclude_unset=True)
     except ValueError as error:
-        raise ModelOptExtError.at("command line", "--override", "values ModelOpt takes", _first_line(error)) from error
+        raise ModelOptExtError.at("command line", "--override", "values ModelOpt takes", first_line(error)) from error
     return {"quant_cfg": list(checked["quant_cfg"]), "algorithm": _steps(content["algorithm"])}
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:3])}"[:300]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Discard ModelOpt's prints while the block runs: standard output carries the result."""
-    with contextlib.redirect_stdout(None):
-        yield

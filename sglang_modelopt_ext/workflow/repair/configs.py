@@ -7,7 +7,6 @@ caller has to say which one is right.
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,8 @@ from sglang_modelopt_ext.checkpoint.reader import survey_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import MIXED_PRECISION
+from sglang_modelopt_ext.workflow.quantize.markers import without_markers
 from sglang_modelopt_ext.workflow.repair.working_copy import Step, WorkingCopy, quantized_modules
-
-SENTINEL = re.compile(r"\.\x00.*?(\.?\*)?$", re.DOTALL)
-"""The rest of a marker that ModelOpt puts behind a module's name while it renames it, and fails to take off where the renaming
-changed the marker too (``quant_aware_conversion.py`` of ModelOpt 0.47). A wildcard behind it belongs to the name."""
 
 FIELDS = {"quant_algo": "algo", "group_size": "group_size", "kv_cache_quant_algo": "kv_cache_algo"}
 """The fields that both files may state, and the attribute of :class:`QuantConfig` for each."""
@@ -38,42 +34,11 @@ _FP8_SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 def strip_sentinels(copy: WorkingCopy) -> Iterator[Step]:
     """Take the left-over marker off every name of both files. Raises ModelOptExtError where two entries become one."""
     for file, section in copy.sections().items():
-        names: dict[str, str] = {}
-        cleaned = dict(section)
-        for key in _EXCLUSIONS:
-            if isinstance(section.get(key), list):
-                cleaned[key] = _clean_list(section[key], names)
-        if isinstance(section.get(_LISTED), dict):
-            layers: dict[str, Any] = {}
-            for name, entry in section[_LISTED].items():
-                if layers.setdefault(_clean(name, names), entry) != entry:
-                    expected = "one entry for a layer, without the marker behind its name"
-                    raise ModelOptExtError.at(copy.source / file, name, expected, "two that differ")
-            cleaned[_LISTED] = layers
-        groups = section.get("config_groups")
-        if isinstance(groups, dict):
-            cleaned["config_groups"] = {
-                name: {**group, "targets": _clean_list(group["targets"], names)}
-                if isinstance(group, dict) and isinstance(group.get("targets"), list)
-                else group
-                for name, group in groups.items()
-            }
+        cleaned, names = without_markers(section, copy.source / file)
         if names:
             copy.set_section(file, cleaned)
         for old, new in names.items():
             yield Step(rule="sentinel", file=file, subject=new, change=f"was {old!r}: ModelOpt's marker is taken off")
-
-
-def _clean(name: Any, names: dict[str, str]) -> Any:
-    """Return a name without the marker, and note it in ``names`` where it had one."""
-    if not isinstance(name, str) or "\x00" not in name:
-        return name
-    return names.setdefault(name, SENTINEL.sub(r"\1", name))
-
-
-def _clean_list(entries: list[Any], names: dict[str, str]) -> list[Any]:
-    cleaned = [_clean(entry, names) for entry in entries]
-    return list(dict.fromkeys(cleaned)) if names and all(isinstance(entry, str) for entry in cleaned) else cleaned
 
 
 def reconcile(copy: WorkingCopy, trust: str | None) -> Iterator[Step]:

@@ -64,7 +64,15 @@ def simulate(
     torch.manual_seed(record.calibration.seed if record.calibration else 0)
     steps = prepare(model, recipe, config, record.selection)
     if steps:
-        Calibrator(model, data, base, None, Processes(), layerwise=False, progress=progress).run(steps)
+        Calibrator(
+            model,
+            data,
+            base,
+            None,
+            Processes(),
+            layerwise=any("layerwise" in step for step in steps),
+            progress=progress,
+        ).run(steps)
     found = []
     device = next(model.parameters()).device
     pairs = zip(windows, like, strict=True)
