@@ -19,6 +19,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.quantize.library import PTQ, library
 from sglang_modelopt_ext.workflow.quantize.record import Selection
 from tests.support.architectures import ARCHITECTURES, MULTIMODAL, architecture_dir
+from tests.support.models import TinyModel, model_dir
 from tests.support.quantizing import calibration_file, names, run
 from tests.support.recipes import RECIPES
 from tests.support.reference import QuantLinear
@@ -170,3 +171,10 @@ def test_smoothing_in_a_norm_that_adds_one(data: str, tmp_path: Path) -> None:
     decoded = QuantLinear(RECIPES[linear.scheme.algo], parts, 16, "exact", "recipe").weight_parts.dequantized()
     original = model[f"{linear.name}.weight"].float() * (1 + model[norm].float())
     assert float((decoded * (1 + exported[norm].float()) - original).norm() / original.norm()) < ROUNDING
+
+
+def test_a_classifier_keeps_its_head(data: str, tmp_path: Path) -> None:
+    """The automatic class for language models would take its body, and draw a head at random."""
+    stored = tensors(run(model_dir(TinyModel("classifier")), tmp_path / "out", data, "W4A8_MXFP4_FP8").exported.folder)
+    assert stored["score.weight"].dtype == torch.uint8
+    assert not [name for name in stored if name.startswith("lm_head")]

@@ -94,13 +94,17 @@ def load_model(
 
 
 def _model_class(folder: Path, trust_remote_code: bool) -> Any:
-    """Return the class to load a model with: of a multimodal one its own, since the automatic one may take its text part alone."""
+    """Return the class that the model names: the automatic one takes a multimodal model's text part, and a classifier's body."""
     import transformers
 
     architectures = read_json_object(folder / CONFIG_NAME).get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
-    own = getattr(transformers, first, None) if str(first).endswith("ForConditionalGeneration") else None
-    return transformers.AutoModelForCausalLM if own is None or trust_remote_code else own
+    own = None if trust_remote_code else getattr(transformers, str(first), None)
+    return (
+        own
+        if isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
+        else transformers.AutoModelForCausalLM
+    )
 
 
 def check_weights(model: torch.nn.Module, where: object) -> None:
