@@ -12,6 +12,7 @@ import functools
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -143,6 +144,7 @@ def _scheduler_init(original: Callable[..., None], self: Any, *args: Any, **kwar
         # A data-parallel controller between this process and the launching one does not read the file.
         if not channel or get_parallel().num_dp_ranks > 1:
             print(error.one_line(), file=sys.stderr, flush=True)
+            os.kill(os.getppid(), signal.SIGQUIT)  # it would wait for this process; the launching one sees it end
         # For a SystemExit SGLang neither prints a traceback nor signals the parent before it has read the line.
         raise SystemExit(1) from error
 
