@@ -25,7 +25,7 @@ from sglang_modelopt_ext.integration.layout import full_sizes, partition_numbers
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
 from sglang_modelopt_ext.integration.mapping import Loader, own_heads, replaced_loaders
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards_of
-from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter
+from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter, load_stored
 from sglang_modelopt_ext.integration.plain_linear import PlainLinear
 from sglang_modelopt_ext.integration.provenance import Provenance
 
@@ -221,7 +221,10 @@ class StrictLoad:
                 raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
             if not self.has_values and tensor.is_meta and not target.is_meta:  # built on a device that its class names
                 tensor = torch.empty_like(tensor, device=target.device)
-            result = loader(target, tensor, *args, **kwargs)
+            # A class that cuts a tensor for several partitions (Qwen3.5) counts rows, and not those of packed codes or of blocks.
+            is_cut = isinstance(target, StoredParameter) and isinstance(shard, tuple)
+            call: Loader = load_stored if is_cut else loader
+            result = call(target, tensor, *args, **kwargs)
             written: set[Any]
             if isinstance(target, ExpertParameter):
                 # The result lists no expert where another rank holds it: nothing was written here.
