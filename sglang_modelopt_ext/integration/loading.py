@@ -27,7 +27,7 @@ from sglang_modelopt_ext.integration.mapping import Loader, own_heads, replaced_
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards_of
 from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter, load_stored
 from sglang_modelopt_ext.integration.plain_linear import PlainLinear
-from sglang_modelopt_ext.integration.provenance import Provenance
+from sglang_modelopt_ext.integration.provenance import Provenance, memory
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,8 @@ class StrictLoad:
     """One pass of a checkpoint's tensors into a model.
 
     A tensor counts as used when a parameter's loader is called with it, or with what the model's class made of it
-    (:class:`Provenance`). Where that is not known, the call counts for the tensor that was read last.
+    (:class:`Provenance`). Where that is not known, the call counts for the tensor that was read last. Some classes copy tensors
+    into parameters themselves (attention sinks); that counts where it is known what they copy.
 
     Args:
         model: the model whose parameters are loaded.
@@ -149,7 +150,14 @@ class StrictLoad:
         self.current: str | None = None
         self.used: set[str] = set()
         self.loads: dict[str, set[Any]] = {}
-        self._provenance = Provenance()
+        self._provenance = Provenance(self._copied)
+        self._foreign = {
+            memory(parameter): (name, parameter.numel())
+            for name, parameter in model.named_parameters()
+            if not isinstance(parameter, (StoredParameter, ExpertParameter))
+        }
+        self._copies: dict[str, dict[tuple[Any, ...], int]] = {}
+        self._in_loader = threading.local()
         self._writers: dict[tuple[str, Any], str] = {}
         self._decoded: set[str] = set()
         self._lock = threading.Lock()
@@ -224,7 +232,11 @@ class StrictLoad:
             # A class that cuts a tensor for several partitions (Qwen3.5) counts rows, and not those of packed codes or of blocks.
             is_cut = isinstance(target, StoredParameter) and isinstance(shard, tuple)
             call: Loader = load_stored if is_cut else loader
-            result = call(target, tensor, *args, **kwargs)
+            self._in_loader.now = True
+            try:
+                result = call(target, tensor, *args, **kwargs)
+            finally:
+                self._in_loader.now = False
             written: set[Any]
             if isinstance(target, ExpertParameter):
                 # The result lists no expert where another rank holds it: nothing was written here.
@@ -244,6 +256,18 @@ class StrictLoad:
             return result
 
         return load
+
+    def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        """Count a copy of a stored tensor into one of SGLang's parameters, which is loaded once all of it is written."""
+        name, size = self._foreign.get(memory(target), ("", 0))
+        sources = self._provenance.of(source)
+        if not name or not sources or target.numel() != source.numel() or getattr(self._in_loader, "now", False):
+            return
+        self.used.update(sources)
+        places = self._copies.setdefault(name, {})
+        places[target.storage_offset(), tuple(target.shape), target.stride()] = target.numel()
+        if sum(places.values()) >= size:
+            self.loads.setdefault(name, set()).add(None)
 
     def _decode(self, name: str, layer: torch.nn.Module, method: ModelOptExtLinearMethod) -> None:
         """Decode an absorbed layer once all of its tensors are there: the model's class reads the weight when it has them all."""

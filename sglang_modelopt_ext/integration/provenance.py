@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 _MAKES = frozenset(
     {
         *(torch.cat, torch.concat, torch.concatenate, torch.stack, torch.vstack, torch.clone),
-        *(torch.Tensor.clone, torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.reshape),
+        *(torch.Tensor.clone, torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.float, torch.Tensor.reshape),
     }
 )
 """The functions whose results are recorded: those with which model classes join stored tensors, and copy what they join."""
@@ -21,11 +21,15 @@ class Provenance(TorchFunctionMode):
     """A record of tensors by their memory; as a context manager it follows torch's functions in this thread.
 
     A view needs no record of its own. Large mixtures load a hundred thousand tensors, so that few functions are looked at.
+
+    Args:
+        copied: called with the target and the source of each copy into a tensor.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, copied: Callable[[torch.Tensor, torch.Tensor], None] | None = None) -> None:
         super().__init__()
         self._names: dict[int, tuple[str, ...]] = {}
+        self._copied = copied
 
     def add(self, tensor: torch.Tensor, name: str) -> None:
         """Record ``tensor`` as the stored tensor ``name``."""
@@ -44,6 +48,8 @@ class Provenance(TorchFunctionMode):
             given = list(_tensors(args))
             if all(memory(result) != memory(tensor) for tensor in given):
                 self._record(result, given)
+        elif func is torch.Tensor.copy_ and self._copied is not None:
+            self._copied(args[0], args[1])
         return result
 
     def _record(self, result: torch.Tensor, given: Iterable[torch.Tensor]) -> None:

@@ -143,3 +143,42 @@ def test_two_tensors_for_one_shard(folder: Path) -> None:
         ModelOptExtError, match=r"up_proj\.\w+: expected a tensor .* got one stored tensor for ffn\.inner"
     ):
         load(model, config)
+
+
+NORM = "model.norm.weight"
+
+
+class Copying(Namespace):
+    """A class that copies one stored tensor into a parameter itself, in the slices ``parts`` (gpt-oss's sinks)."""
+
+    parts: tuple[slice, ...] = ()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        target = self.get_parameter("gain")
+        for name, tensor in weights:
+            if name == NORM:
+                for part in self.parts:
+                    target.data[part].copy_(tensor[part].float())
+
+
+@pytest.mark.parametrize(
+    ("parts", "is_loaded"),
+    [
+        ((slice(None),), True),
+        ((slice(0, 100), slice(100, None)), True),
+        ((slice(0, 100),), False),
+        ((slice(0, 128), slice(0, 128)), False),
+    ],
+    ids=["whole", "two slices", "one slice", "one slice twice"],
+)
+def test_a_class_that_copies_past_the_loaders(folder: Path, parts: tuple[slice, ...], is_loaded: bool) -> None:
+    """Its parameter counts as loaded once all of it is written, and the tensor as used."""
+    model, checkpoint = Copying(), read_checkpoint(folder)
+    model.parts = parts
+    model.gain = torch.nn.Parameter(torch.full((256,), torch.nan), requires_grad=False)
+    strict = StrictLoad(model, checkpoint)
+    stored = [one for one in checkpoint.tensors.values() if one.name == NORM]
+    strict.load(model.load_weights, ((one.name, tensor) for one, tensor in read_tensors(stored)))
+    assert strict.used == {NORM}
+    assert [str(error).split(": ")[1] for error in strict.missing()] == ([] if is_loaded else ["gain"])
+    assert bool(model.gain.isfinite().all()) == is_loaded

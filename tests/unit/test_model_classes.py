@@ -17,6 +17,7 @@ from sglang_modelopt_ext.checkpoint.tensors import read_headers
 from tests.model_classes.configs import meta_model
 from tests.model_classes.export import RECIPES, quantized
 from tests.model_classes.registry import registered_classes
+from tests.support.expert_models import model_dir as expert_model_dir
 from tests.support.exports import export
 from tests.support.models import Family, TinyModel, model_dir
 
@@ -131,3 +132,14 @@ def test_a_described_export_has_no_values(tmp_path: Path) -> None:
     write(tmp_path / "export", model, RECIPES[0])
     assert sum(file.stat().st_blocks * 512 for file in (tmp_path / "export").iterdir()) < 2**20
     assert all(tensor.is_meta for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor))
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4"])
+def test_real_exports_with_packed_experts_load(kind: str, tmp_path: Path) -> None:
+    """All of gpt-oss: packed experts with biases, quantized attention, and sinks that its class copies past the loaders."""
+    folder = export(expert_model_dir(kind), "FP8_PER_CHANNEL_PER_TOKEN_CFG")
+    module = "sglang_modelopt_ext.integration.rehearsal"
+    command = [sys.executable, "-m", module, str(folder), "--attention-backend", "triton"]
+    output = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+    found = json.loads(output.splitlines()[-1].removeprefix("REHEARSAL "))
+    assert found["problems"] == found["missing"] == found["left_over"] == []
