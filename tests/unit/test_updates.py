@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("sglang")
 
@@ -21,7 +22,7 @@ def answer(monkeypatch: pytest.MonkeyPatch, **runner: Any) -> tuple[bool, str]:
         "decode_cuda_graph_runner": None,
         "prefill_cuda_graph_runner": None,
     }
-    updater = SimpleNamespace(get_model=lambda: None, get_model_runner=lambda: SimpleNamespace(**fields | runner))
+    updater = SimpleNamespace(get_model=torch.nn.Module, get_model_runner=lambda: SimpleNamespace(**fields | runner))
     monkeypatch.setattr(updates, "ext_config", lambda model: object())
     return updates._update_from_disk(lambda *_: (True, "served"), updater, "nowhere", "auto")
 

@@ -94,12 +94,16 @@ def load_model(
 
 
 def _model_class(folder: Path, trust_remote_code: bool) -> Any:
-    """Return the class that the model names: the automatic one takes a multimodal model's text part, and a classifier's body."""
+    """Return the class that the model names: the automatic one takes a multimodal model's text part, and a classifier's body.
+
+    A model with code of its own is the automatic one's, which runs that code or says that it is not trusted.
+    """
     import transformers
 
-    architectures = read_json_object(folder / CONFIG_NAME).get("architectures")
+    config = read_json_object(folder / CONFIG_NAME)
+    architectures = config.get("architectures")
     first = architectures[0] if isinstance(architectures, list) and architectures else ""
-    own = None if trust_remote_code else getattr(transformers, str(first), None)
+    own = None if trust_remote_code or "auto_map" in config else getattr(transformers, str(first), None)
     return (
         own
         if isinstance(own, type) and issubclass(own, transformers.PreTrainedModel)
