@@ -67,6 +67,8 @@ class Server:
         self.parallel = SimpleNamespace(pp_size=1, tp_rank=0)
         monkeypatch.setattr("sglang.srt.runtime_context.get_parallel", lambda: self.parallel)
         monkeypatch.setattr(updaters, "get_parallel", lambda: self.parallel)
+        # It changes how every tensor of a process is pickled, to a way for CUDA alone.
+        monkeypatch.setattr(updaters, "monkey_patch_torch_reductions", lambda: None)
         monkeypatch.setattr(updaters, "get_model", lambda: SimpleNamespace(weight_cache_mode="off"))
         runner = SimpleNamespace(
             device="cpu", **dict.fromkeys(("decode_cuda_graph_runner", "prefill_cuda_graph_runner"))
