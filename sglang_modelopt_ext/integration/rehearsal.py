@@ -26,6 +26,10 @@ from sglang_modelopt_ext.integration.kv.hooks import pool_kind, unsupported_pool
 RESULT = "REHEARSAL "
 """The prefix of the output's last line, before JSON: ``{"model", "problems", "missing", "left_over", "left_out"}``."""
 
+BACKEND = "--attention-backend"
+OTHER_BACKEND = "triton"
+"""An attention that classes ask for which refuse the one of a CPU (gpt-oss, EXAONE): without weights nothing is computed."""
+
 MOST_NAMES = 20
 """The largest number of names in each list of the result."""
 
@@ -160,6 +164,9 @@ def main() -> None:
     except ModelOptExtError as error:
         found = {"model": None, "problems": [str(error)], "missing": [], "left_over": [], "left_out": 0}
     except (Exception, SystemExit) as error:  # any error of SGLang's: the caller reports that nothing was checked
+        if BACKEND not in rest and "backend" in str(error):
+            sys.stdout.flush()
+            os.execv(sys.executable, [sys.executable, "-m", __spec__.name, *sys.argv[1:], BACKEND, OTHER_BACKEND])
         found = {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     sys.stdout.flush()
     print(RESULT + json.dumps(found), flush=True)
