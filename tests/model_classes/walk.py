@@ -37,6 +37,8 @@ NEED_OPERATORS = ("sglang.srt.models.qwen3_5", "sglang.srt.models.grok")
 """Modules of classes that name operators of SGLang's CPU kernels when they are imported; nothing calls them here."""
 
 LOADED = "loads"
+LONGEST = 240
+"""Most characters of a reason."""
 
 
 @dataclass
@@ -105,7 +107,8 @@ def one_line(error: BaseException) -> str:
 
 def clean(text: str) -> str:
     """Return a message without the folder that the export was written to."""
-    return re.sub(r"/\S*/export(-\w+)?(/|: )", "", text)[:240]
+    text = re.sub(r"/\S*/export(-\w+)?(/|: )", "", text)
+    return re.sub(r"/\S*/export(-\w+)?", "DIR", text)[:LONGEST]
 
 
 def preload() -> None:
