@@ -28,7 +28,7 @@ RESULT = "REHEARSAL "
 
 BACKEND = "--attention-backend"
 OTHER_BACKEND = "triton"
-"""An attention that classes ask for which refuse the one of a CPU (gpt-oss, EXAONE): without weights nothing is computed."""
+"""An attention that classes ask for which reject the one of a CPU (gpt-oss, EXAONE): without weights nothing is computed."""
 
 MOST_NAMES = 20
 """The largest number of names in each list of the result."""

@@ -138,7 +138,7 @@ def test_a_described_export_has_no_values(tmp_path: Path) -> None:
 def test_real_exports_with_packed_experts_load(kind: str, tmp_path: Path) -> None:
     """All of gpt-oss: packed experts with biases, quantized attention, and sinks that its class copies past the loaders.
 
-    Its class refuses the attention of a CPU, and is rehearsed with another.
+    Its class rejects the attention of a CPU, and is rehearsed with another.
     """
     folder = export(expert_model_dir(kind), "FP8_PER_CHANNEL_PER_TOKEN_CFG")
     module = "sglang_modelopt_ext.integration.rehearsal"
