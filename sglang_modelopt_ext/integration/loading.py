@@ -27,12 +27,13 @@ from sglang_modelopt_ext.integration.mapping import Loader, own_heads, replaced_
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards_of
 from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter, load_stored
 from sglang_modelopt_ext.integration.plain_linear import PlainLinear
-from sglang_modelopt_ext.integration.provenance import Provenance, memory
+from sglang_modelopt_ext.integration.provenance import Copies, Provenance
 
 logger = logging.getLogger(__name__)
 
 
 POOLER = "pooler"
+"""The name of the module of encoders behind the first token's state."""
 
 CLASSIFIER = "score"
 """The name of the head of sequence classifiers and reward models."""
@@ -151,12 +152,8 @@ class StrictLoad:
         self.used: set[str] = set()
         self.loads: dict[str, set[Any]] = {}
         self._provenance = Provenance(self._copied)
-        self._foreign = {
-            memory(parameter): (name, parameter.numel())
-            for name, parameter in model.named_parameters()
-            if not isinstance(parameter, (StoredParameter, ExpertParameter))
-        }
-        self._copies: dict[str, dict[tuple[Any, ...], int]] = {}
+        own = (StoredParameter, ExpertParameter)
+        self._copies = Copies((name, one) for name, one in model.named_parameters() if not isinstance(one, own))
         self._in_loader = threading.local()
         self._writers: dict[tuple[str, Any], str] = {}
         self._decoded: set[str] = set()
@@ -259,14 +256,13 @@ class StrictLoad:
 
     def _copied(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Count a copy of a stored tensor into one of SGLang's parameters, which is loaded once all of it is written."""
-        name, size = self._foreign.get(memory(target), ("", 0))
-        sources = self._provenance.of(source)
-        if not name or not sources or target.numel() != source.numel() or getattr(self._in_loader, "now", False):
+        sources = () if getattr(self._in_loader, "now", False) else self._provenance.of(source)
+        if not sources or target.numel() != source.numel():
             return
-        self.used.update(sources)
-        places = self._copies.setdefault(name, {})
-        places[target.storage_offset(), tuple(target.shape), target.stride()] = target.numel()
-        if sum(places.values()) >= size:
+        name, is_whole = self._copies.add(target)
+        if name is not None:
+            self.used.update(sources)
+        if name is not None and is_whole:
             self.loads.setdefault(name, set()).add(None)
 
     def _decode(self, name: str, layer: torch.nn.Module, method: ModelOptExtLinearMethod) -> None:

@@ -60,6 +60,30 @@ class Provenance(TorchFunctionMode):
             self._names.pop(memory(result), None)
 
 
+class Copies:
+    """A record of what is copied into parameters, entry by entry: a class may copy one in slices.
+
+    Args:
+        parameters: names and parameters; those that are not contiguous are left out.
+    """
+
+    def __init__(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._parameters = {memory(one): (name, one) for name, one in parameters if one.is_contiguous()}
+        self._written: dict[str, torch.Tensor] = {}
+
+    def add(self, target: torch.Tensor) -> tuple[str | None, bool]:
+        """Record a copy into ``target``; return the name of its parameter, None for another tensor, and whether all is written."""
+        name, parameter = self._parameters.get(memory(target), (None, target))
+        if name is None or target.dtype != parameter.dtype:
+            return None, False
+        if name not in self._written:
+            self._written[name] = torch.zeros(parameter.numel(), dtype=torch.bool, device="cpu")
+        written = self._written[name]
+        start = target.storage_offset() - parameter.storage_offset()
+        written.as_strided(target.shape, target.stride(), start).fill_(True)
+        return name, bool(written.all())
+
+
 def memory(tensor: torch.Tensor) -> int:
     """Return an id of the memory that a tensor is a view of: its address, or the storage object on the meta device."""
     storage = tensor.untyped_storage()

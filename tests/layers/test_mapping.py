@@ -168,8 +168,9 @@ class Copying(Namespace):
         ((slice(0, 100), slice(100, None)), True),
         ((slice(0, 100),), False),
         ((slice(0, 128), slice(0, 128)), False),
+        ((slice(0, 150), slice(100, 250)), False),
     ],
-    ids=["whole", "two slices", "one slice", "one slice twice"],
+    ids=["whole", "two slices", "one slice", "one slice twice", "two that overlap"],
 )
 def test_a_class_that_copies_past_the_loaders(folder: Path, parts: tuple[slice, ...], is_loaded: bool) -> None:
     """Its parameter counts as loaded once all of it is written, and the tensor as used."""
