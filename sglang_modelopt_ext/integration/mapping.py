@@ -18,6 +18,7 @@ import torch
 
 from sglang_modelopt_ext.checkpoint.experts import is_expert
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
+from sglang_modelopt_ext.checkpoint.names import HEAD
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 
 Loader = Callable[..., Any]
 
-HEAD = "lm_head"
 INTERMEDIATE = "intermediate_size"
+"""The field of a configuration whose size SGLang enlarges on a CPU; it keeps the old one with ``original_`` before the name."""
 
 
 @contextmanager
@@ -116,9 +117,8 @@ def replay(model: Any, linears: Iterable[QuantizedLinear], checkpoint: Checkpoin
                 model.load_weights(weights(whole))
             except _EndOfTensors:
                 pass
-            except (
-                Exception
-            ) as error:  # the model's own loading code, on tensors without scales: the load itself will tell
+            except Exception as error:
+                # The model's own loading code, on tensors without scales: the load itself will tell.
                 logger.debug("modelopt_ext: the names of %s were not all replayed: %s", type(model).__name__, error)
             if {name for found in calls.values() for _, name in found} == offered.keys():
                 break  # otherwise the class loads some (BERT's head) or all of them (Phi) when it has every tensor
