@@ -118,6 +118,20 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 """By name: the class of the configuration, and what it differs in; None for a size that the class has not."""
 
 
+_QWEN_VISION: dict[str, Any] = {
+    "vision_config": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+    },
+    "image_token_id": 5,
+    "video_token_id": 6,
+    "vision_start_token_id": 7,
+    "vision_end_token_id": 8,
+}
+
 MULTIMODAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3_vl": (
         "Gemma3",
@@ -133,36 +147,12 @@ MULTIMODAL: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_5_vl": (
         "Qwen3_5",
         "qwen3_5",
-        {
-            "vision_config": {
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "depth": 1,
-                "num_heads": 2,
-                "out_hidden_size": HIDDEN,
-            },
-            "image_token_id": 5,
-            "video_token_id": 6,
-            "vision_start_token_id": 7,
-            "vision_end_token_id": 8,
-        },
+        _QWEN_VISION,
     ),
     "qwen3_5_moe_vl": (
         "Qwen3_5Moe",
         "qwen3_5_moe",
-        {
-            "vision_config": {
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "depth": 1,
-                "num_heads": 2,
-                "out_hidden_size": HIDDEN,
-            },
-            "image_token_id": 5,
-            "video_token_id": 6,
-            "vision_start_token_id": 7,
-            "vision_end_token_id": 8,
-        },
+        _QWEN_VISION,
     ),
     "llama4_vl": (
         "Llama4",
