@@ -17,8 +17,10 @@ from typing import Any
 import torch
 
 from sglang_modelopt_ext.checkpoint.experts import is_expert
+from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.names import HEAD
+from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
@@ -97,6 +99,7 @@ def replay(model: Any, linears: Iterable[QuantizedLinear], checkpoint: Checkpoin
 
         return take_note
 
+    served = ServedLayers.of(text_config(checkpoint.folder))
     kept = []  # a tensor on the meta device is known by its storage, which must live
 
     def weights(whole: bool) -> Iterator[tuple[str, torch.Tensor]]:
@@ -120,7 +123,8 @@ def replay(model: Any, linears: Iterable[QuantizedLinear], checkpoint: Checkpoin
             except Exception as error:
                 # The model's own loading code, on tensors without scales: the load itself will tell.
                 logger.debug("modelopt_ext: the names of %s were not all replayed: %s", type(model).__name__, error)
-            if {name for found in calls.values() for _, name in found} == offered.keys():
+            rest = offered.keys() - {name for found in calls.values() for _, name in found}
+            if all(map(served.leaves_out, rest)):
                 break  # otherwise the class loads some (BERT's head) or all of them (Phi) when it has every tensor
     return {
         module: list(dict.fromkeys(name for _, name in sorted(found, key=_first))) for module, found in calls.items()
