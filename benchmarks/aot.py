@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -87,6 +88,15 @@ def quick(all_cases: list[Case]) -> list[Case]:
     return [*(case for kind in ends.values() for case in kind), *sample, *(case for case in of_experts if case)]
 
 
+def _source_of(kernel: Any) -> Any:
+    """Return the compiler's class of sources for a kernel in Triton or in Gluon."""
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
+
+
 def compile_case(case: Case, arch: int) -> Result:
     """Compile for ``sm_<arch>`` and inspect PTX and machine code.
 
@@ -99,7 +109,7 @@ def compile_case(case: Case, arch: int) -> Result:
     signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
     aligned = [name for name, type_ in case.types.items() if type_.startswith("*") or name in case.aligned]
     attributes = {(case.kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
+    source = _source_of(case.kernel)(fn=case.kernel, signature=signature, constexprs=case.constexprs, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=case.options)
     registers, spilled, sass = inspect(compiled.asm["cubin"])
     ptx = compiled.asm["ptx"]

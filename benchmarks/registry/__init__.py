@@ -27,6 +27,7 @@ from benchmarks.registry.quantize import (
     SWIGLU_FP8,
 )
 from benchmarks.registry.w4_decode import GROUP_SCALED, W4_DECODE
+from benchmarks.registry.w4_stream import W4_STREAM
 from benchmarks.registry.w8_decode import W8_DECODE
 
 __all__ = ["ARCHITECTURES", "KERNELS", "compile_cases", "measured", "stress_cases", "tile_candidates"]
@@ -34,6 +35,7 @@ __all__ = ["ARCHITECTURES", "KERNELS", "compile_cases", "measured", "stress_case
 KERNELS: tuple[Kernel, ...] = (
     W4_DECODE,
     MXFP4_FP8_HOPPER,
+    W4_STREAM,
     W8_DECODE,
     GROUP_SCALED,
     FP8,

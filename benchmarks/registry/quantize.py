@@ -19,9 +19,14 @@ from sglang_modelopt_kernels.quantize.blocks import (
 from sglang_modelopt_kernels.quantize.blocks.kernel import quantize_blocks_kernel
 from sglang_modelopt_kernels.quantize.blocks.quantize import PROGRAM_VALUES, numerics
 from sglang_modelopt_kernels.quantize.fp8 import naive_quantize_fp8, quantize_fp8
-from sglang_modelopt_kernels.quantize.fp8.kernel import quantize_static_kernel, quantize_token_kernel
+from sglang_modelopt_kernels.quantize.fp8.kernel import (
+    quantize_given_kernel,
+    quantize_static_kernel,
+    quantize_token_kernel,
+)
 from sglang_modelopt_kernels.quantize.fp8.quantize import BLOCK, WHOLE, token_block
 from sglang_modelopt_kernels.quantize.gated import naive_swiglu_fp8, swiglu_fp8
+from sglang_modelopt_kernels.quantize.gated.gated import BLOCK as PART
 from sglang_modelopt_kernels.quantize.gated.kernel import swiglu_fp8_kernel
 from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8
 from sglang_modelopt_kernels.quantize.int8.kernel import quantize_int8_kernel
@@ -52,20 +57,17 @@ def _types(out: str) -> dict[str, str]:
 
 def _fp8_cases(arch: int) -> Iterator[Case]:
     types = _types("fp16" if arch < 89 else "fp8e4nv")
-    constexprs: dict[str, Any] = {"SMOOTH": True, "PDL": arch >= 90}
+    constexprs: dict[str, Any] = {"SMOOTH": True, "CAST": arch >= 89, "PDL": arch >= 90}
     static = constexprs | {"BLOCK": BLOCK}
     yield Case("quantize_fp8 static", quantize_static_kernel, types, static, {}, ("k", "stride"))
     for k in (4096, WHOLE, 2 * WHOLE):
         own, options = _of_token(k)
-        own |= constexprs | {"HAS_AMAX": True, "WHOLE": k <= WHOLE}
-        yield Case(
-            f"quantize_fp8 token {k}",
-            quantize_token_kernel,
-            types | {"amax_ptr": "*fp32"},
-            own,
-            options,
-            ("k", "stride"),
-        )
+        own |= constexprs | {"WHOLE": k <= WHOLE}
+        yield Case(f"quantize_fp8 token {k}", quantize_token_kernel, types, own, options, ("k", "stride"))
+    given = types | {"amax_ptr": "*fp32", "parts": "i32"}
+    for parts in (1, 16):
+        own = static | {"PARTS": parts}
+        yield Case(f"quantize_fp8 given {parts}", quantize_given_kernel, given, own, {}, ("k", "stride"))
 
 
 def _of_token(k: int) -> tuple[dict[str, Any], dict[str, int]]:
@@ -85,26 +87,18 @@ def _rms_norm_cases(arch: int) -> Iterator[Case]:
     for k in (4096, WHOLE):
         for static in (False, True):
             own, options = _of_token(k)
-            own |= {"HAS_RESIDUAL": True, "SMOOTH": True, "STATIC": static, "PDL": arch >= 90}
+            own |= {"HAS_RESIDUAL": True, "SMOOTH": True, "STATIC": static, "CAST": arch >= 89, "PDL": arch >= 90}
             aligned = ("k", "stride", "residual_stride")
             name = f"rms_norm_fp8 {'static' if static else 'token'} {k}"
             yield Case(name, rms_norm_fp8_kernel, types, own, options, aligned)
 
 
 def _gated_cases(arch: int) -> Iterator[Case]:
-    types = _fused_types(arch, ("h_ptr", "gated_ptr"))
-    for k in (4096, WHOLE):
-        for static in (False, True):
-            own, options = _of_token(k)
-            own |= {"SMOOTH": True, "STATIC": static, "PDL": arch >= 90}
-            yield Case(
-                f"swiglu_fp8 {'static' if static else 'token'} {k}",
-                swiglu_fp8_kernel,
-                types,
-                own,
-                options,
-                ("k", "stride"),
-            )
+    types = _fused_types(arch, ("h_ptr", "gated_ptr")) | {"amax_ptr": "*fp32"}
+    numerics = {"SMOOTH": True, "CAST": arch >= 89, "PDL": arch >= 90, "BLOCK": PART}
+    for way in ("static", "token", "parts"):
+        own = numerics | {"STATIC": way == "static", "WHOLE": way == "token"}
+        yield Case(f"swiglu_fp8 {way}", swiglu_fp8_kernel, types, own, {"num_warps": 4}, ("k", "stride"))
 
 
 def _int8_cases(arch: int) -> Iterator[Case]:
@@ -129,7 +123,7 @@ def _rms_norm_stress(capability: int) -> Iterator[StressCase]:
 
 def _gated_stress(capability: int) -> Iterator[StressCase]:
     del capability
-    for way in ("static", "token"):
+    for way in ("static", "token", "parts"):
         yield StressCase(f"swiglu_fp8 {way}", partial(_launch_gated, way))
 
 
@@ -147,7 +141,8 @@ def _launch_rms_norm(way: str) -> Launch:
 
 
 def _launch_gated(way: str) -> Launch:
-    h, scale = _random(2048, 8192), torch.tensor(0.01, device="cuda") if way == "static" else None
+    h = _random(2048, 2 * PART if way == "token" else 8192)
+    scale = torch.tensor(0.01, device="cuda") if way == "static" else None
     return Launch(lambda: _bytes(*swiglu_fp8(h, None, scale)), None)
 
 

@@ -28,6 +28,7 @@ from sglang_modelopt_ext.backends.linear.fp8 import Fp8
 from sglang_modelopt_ext.backends.linear.humming import Humming
 from sglang_modelopt_ext.backends.linear.mxfp4_blackwell import BlackwellMxfp4, WidenedMxfp4
 from sglang_modelopt_ext.backends.linear.mxfp4_hopper import FoldedMxfp4
+from sglang_modelopt_ext.backends.linear.streamed import Streamed
 from sglang_modelopt_ext.backends.linear.weight_only import FlashInferWeightOnly, QuackWeightOnly
 from sglang_modelopt_ext.backends.timings import ranking
 from sglang_modelopt_ext.device import Device
@@ -62,6 +63,8 @@ BACKENDS: tuple[Backend, ...] = (
     FlashInferWeightOnly(),
     BlackwellFp4(),
     MmaFp4(),
+    # Whole tiles only, on SM90; faster than the next two there (benchmarks/results).
+    Streamed(),
     # Rejects MXFP4 rows that E4M3 cannot hold; faster than BlockScaled on SM90 (benchmarks/results).
     FoldedMxfp4(),
     BlockScaled(),

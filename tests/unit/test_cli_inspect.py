@@ -85,10 +85,11 @@ def test_an_export(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
 def test_targets(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     for gpu in ("sm80", "SM90", "100", "sm_120"):
         found = inspect(capsys, folder, "--gpu", gpu)
-        assert {group["kernel"] for group in found["layers"]} == {"triton_block_scaled"}
+        expected = "gluon_streamed" if gpu == "SM90" else "triton_block_scaled"
+        assert {group["kernel"] for group in found["layers"]} == {expected}
         reasons = found["layers"][0]["rejected"]
         asked = [backend.name for backend in BACKENDS]
-        assert list(reasons) == asked[: asked.index("triton_block_scaled")], "what dispatch asks first"
+        assert list(reasons) == asked[: asked.index(expected)], "what dispatch asks first"
     mxfp4 = inspect(capsys, export(model_dir(TinyModel("llama")), "W4A8_MXFP4_FP8_CFG"), "--gpu", "sm100")
     assert {group["kernel"] for group in mxfp4["layers"]} == {"triton_mxfp4_tcgen05"}
 
@@ -122,7 +123,7 @@ def test_a_mix_with_calibrated_mxfp4(capsys: pytest.CaptureFixture[str], tmp_pat
     recipe = mixed_recipe({"*self_attn*": "W4A8_MXFP4_FP8_CFG", "*mlp*": "FP8_DEFAULT_CFG"})
     source = export(model_dir(TinyModel("llama")), recipe)
     folder = edits.copy_with(source, tmp_path / "mix", [edits.drop_tensors("*1.self_attn.o_proj.input_scale")])
-    for gpu, kernel in (("cpu", "dense_float32"), ("sm90", "triton_mxfp4_folded"), ("sm120", "triton_mxfp4_mma")):
+    for gpu, kernel in (("cpu", "dense_float32"), ("sm90", "gluon_streamed"), ("sm120", "triton_mxfp4_mma")):
         found = inspect(capsys, folder, "--gpu", gpu)
         assert found["problems"] == []
         assert found["serving"]["flags"] == ["modelopt_ext"]

@@ -76,8 +76,10 @@ def test_every_algorithm_is_expected_somewhere() -> None:
 def test_on_a_gpu(algo: str, capability: int) -> None:
     for weight in SCHEMES[algo].weights:
         expected = EXPECTED[algo][capability >= 89]
-        if algo == "W4A8_MXFP4_FP8" and capability in (89, 90):
+        if algo == "W4A8_MXFP4_FP8" and capability == 89:
             expected = "triton_mxfp4_folded"
+        if algo in ("W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8") and capability == 90:
+            expected = "gluon_streamed"
         if algo == "W4A8_MXFP4_FP8" and capability in (100, 103):
             expected = "triton_mxfp4_tcgen05"
         if algo == "W4A8_MXFP4_FP8" and capability == 120:
@@ -232,10 +234,16 @@ def test_an_override(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_fold_and_what_is_left_to_take_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MXFP4 x FP8 is folded before Blackwell; the block-scaled product comes next, for rows that E4M3 cannot hold."""
+    """MXFP4 x FP8 is folded before Blackwell; the block-scaled product comes next, for rows that E4M3 cannot hold.
+
+    Whole tiles are streamed on SM90; what they hold is the same.
+    """
     folded = "triton_mxfp4_folded"
     names = [backend.name for backend in candidates(request("W4A8_MXFP4_FP8", 90), "layer")]
-    assert names[:2] == [folded, BLOCK]
+    assert names[:3] == ["gluon_streamed", folded, BLOCK]
+    for n, k in ((96, 256), (64, 320)):
+        part = dataclasses.replace(request("W4A8_MXFP4_FP8", 90), n=n, k=k)
+        assert candidates(part, "layer")[0].name == folded
     monkeypatch.setenv(GEMM.variable, f"{folded},{BLOCK}")
     for algo, capability, first in (
         ("W4A8_MXFP4_FP8", 89, folded),

@@ -19,7 +19,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 RUN = re.compile(r"\brun \d{4}-")
 AROUND = {
     *("quantize_blocks_kernel", "quantize_int8_kernel", "quantize_static_kernel", "quantize_token_kernel"),
-    *("rms_norm_fp8_kernel", "swiglu_fp8_kernel"),
+    *("quantize_given_kernel", "rms_norm_fp8_kernel", "swiglu_fp8_kernel"),
     *("extend_kernel", "merge_kernel", "split_kernel", "store_kernel", "turn_kernel"),
 }
 """Kernels that no product launches: the rounding of activations, and attention."""

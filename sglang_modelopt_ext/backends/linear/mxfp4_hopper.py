@@ -20,6 +20,17 @@ from sglang_modelopt_kernels.formats.mxfp4 import MXFP4
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import FoldedWeight, fold, folded_linear, path_of
 
 
+def fold_shards(shards: Sequence[ShardWeight]) -> FoldedWeight:
+    """Fold MXFP4 shards, one below the other; see :func:`fold`. Raises ValueError for another type, or what cannot be folded."""
+    check_type(shards, (MXFP4,))
+    parts = [fold(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
+    return FoldedWeight(
+        torch.cat([part.codes for part in parts]),
+        torch.cat([part.exponent for part in parts]),
+        torch.cat([part.out_scale for part in parts]) * output_scales(shards),
+    )
+
+
 class FoldedMxfp4(Backend[FoldedWeight]):
     """MXFP4 weights folded to E4M3 in registers, for FP8 instructions: :mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper`."""
 
@@ -41,13 +52,7 @@ class FoldedMxfp4(Backend[FoldedWeight]):
 
     def prepare(self, shards: Sequence[ShardWeight]) -> FoldedWeight:
         """Fold the shards' exponents; see :func:`fold`."""
-        check_type(shards, (MXFP4,))
-        parts = [fold(shard.tensors["weight"], shard.tensors["weight_scale"]) for shard in shards]
-        return FoldedWeight(
-            torch.cat([part.codes for part in parts]),
-            torch.cat([part.exponent for part in parts]),
-            torch.cat([part.out_scale for part in parts]) * output_scales(shards),
-        )
+        return fold_shards(shards)
 
     def matmul(
         self,

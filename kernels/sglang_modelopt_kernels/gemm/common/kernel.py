@@ -87,7 +87,7 @@ def store_tile(
             DESCALE, HAS_ROW_SCALE, HAS_BIAS,
         )  # fmt: skip
     else:
-        part = tl.full((), 1, tl.int64) * m * n
+        part = tl.cast(m, tl.int64) * n
         tl.store(partial_ptr + split * part + at, acc, mask=inside)
         # All threads have stored before one of them announces it to the GPU.
         tl.debug_barrier()

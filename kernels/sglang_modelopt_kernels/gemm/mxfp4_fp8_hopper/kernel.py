@@ -190,7 +190,7 @@ def folded_kernel(
 
 
 @triton.jit
-def _fold_words(word, exponent, ASM: tl.constexpr):
+def fold_words(word, exponent, ASM: tl.constexpr):
     """Convert words of eight codes and their exponents, int32, to two words of four E4M3 values each."""
     if ASM:
         low, high = tl.inline_asm_elementwise(
@@ -217,7 +217,7 @@ def unfold_kernel(w_ptr, s_ptr, y_ptr, first, n, k, ASM: tl.constexpr, BN: tl.co
     inside = (rows < n)[:, None] & (word < k // 8)[None, :]
     w = tl.load(w_ptr + row[:, None] * (k // 8) + word[None, :], mask=inside, other=0)
     exponent = tl.load(s_ptr + row[:, None] * (k // 32) + (word // 4)[None, :], mask=inside, other=1)
-    low, high = _fold_words(w, exponent.to(tl.int32), ASM)
+    low, high = fold_words(w, exponent.to(tl.int32), ASM)
     # Of each block of four words the low halves come first, stored together, 16 bytes at a time.
     both = tl.permute(tl.reshape(tl.join(low, high), (BN, 16, 4, 2)), (0, 1, 3, 2))
     out = tl.program_id(1) * 128 + tl.arange(0, 128)

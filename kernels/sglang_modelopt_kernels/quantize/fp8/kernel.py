@@ -34,26 +34,47 @@ def _token_scale(amax, spoiled):
 
 
 @triton.jit
-def round_token(x, given_ptr, y_ptr, scale_ptr, token, column, k, HAS_AMAX: tl.constexpr, STATIC: tl.constexpr):
+def _to_e4m3(x, dtype: tl.constexpr, CAST: tl.constexpr):
+    """Round fp32 to E4M3 values in ``dtype``: with CAST by the GPU's own instruction, of SM89 and later, which gives the same."""
+    return x.to(tl.float8e4nv).to(dtype) if CAST else round_to_e4m3(x).to(dtype)
+
+
+@triton.jit
+def round_token(x, static_ptr, y_ptr, scale_ptr, token, column, k, STATIC: tl.constexpr, CAST: tl.constexpr):
     """Round a token's values ``x`` in fp32, zero past K, and write them to ``y[token, :k]``.
 
-    With STATIC under the scale at ``given``, else under the token's own, which is written to ``scale[token]``: of its amax, or with
-    HAS_AMAX of that at ``given[token]``.
+    With STATIC ``x`` may be a part of the token, rounded under the scale at ``static``; else the token's own scale is written to
+    ``scale[token]``.
     """
     if STATIC:
-        scale = tl.load(given_ptr)
+        scale = tl.load(static_ptr)
     else:
         magnitude = tl.abs(x)
-        amax = tl.load(given_ptr + token) if HAS_AMAX else tl.max(magnitude)
-        scale = _token_scale(amax, tl.max(_is_spoiled(magnitude)))
+        scale = _token_scale(tl.max(magnitude), tl.max(_is_spoiled(magnitude)))
         tl.store(scale_ptr + token, scale)
-    y = round_to_e4m3(x * tl.div_rn(1.0, scale))
-    tl.store(y_ptr + token * k + column, y.to(y_ptr.dtype.element_ty), mask=column < k)
+    y = _to_e4m3(x * tl.div_rn(1.0, scale), y_ptr.dtype.element_ty, CAST)
+    tl.store(y_ptr + token * k + column, y, mask=column < k)
+
+
+@triton.jit
+def part_amax(x):
+    """Return the amax of a part of a token, for :func:`quantize_given_kernel`: infinity where a value is NaN or infinite."""
+    magnitude = tl.abs(x)
+    return tl.where(tl.max(_is_spoiled(magnitude)) != 0, float("inf"), tl.max(magnitude))
 
 
 @triton.jit
 def quantize_static_kernel(
-    x_ptr, smoothing_ptr, scale_ptr, y_ptr, k, stride, SMOOTH: tl.constexpr, PDL: tl.constexpr, BLOCK: tl.constexpr
+    x_ptr,
+    smoothing_ptr,
+    scale_ptr,
+    y_ptr,
+    k,
+    stride,
+    SMOOTH: tl.constexpr,
+    CAST: tl.constexpr,
+    PDL: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Round BLOCK values of one token: ``y[m, k] = e4m3(x[m, k] * smoothing[k] * (1 / scale))``."""
     after_previous(PDL)
@@ -61,12 +82,12 @@ def quantize_static_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inverse = tl.div_rn(1.0, tl.load(scale_ptr))
     x = _load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH)
-    y = round_to_e4m3(x * inverse)
-    tl.store(y_ptr + token * k + column, y.to(y_ptr.dtype.element_ty), mask=column < k)
+    y = _to_e4m3(x * inverse, y_ptr.dtype.element_ty, CAST)
+    tl.store(y_ptr + token * k + column, y, mask=column < k)
 
 
 @triton.jit
-def quantize_token_kernel(
+def quantize_given_kernel(
     x_ptr,
     smoothing_ptr,
     amax_ptr,
@@ -74,13 +95,42 @@ def quantize_token_kernel(
     scale_ptr,
     k,
     stride,
+    parts,
     SMOOTH: tl.constexpr,
-    HAS_AMAX: tl.constexpr,
+    CAST: tl.constexpr,
+    PDL: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Round BLOCK values of one token under the scale of its amax, the largest of ``amax[token, :parts]``, at most PARTS."""
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    part = tl.arange(0, PARTS)
+    after_previous(PDL)
+    amax = tl.load(amax_ptr + token * parts + part, mask=part < parts, other=0.0)
+    scale = _token_scale(tl.max(amax), tl.max(_is_spoiled(amax)))
+    if tl.program_id(1) == 0:
+        tl.store(scale_ptr + token, scale)
+    x = _load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH)
+    y = _to_e4m3(x * tl.div_rn(1.0, scale), y_ptr.dtype.element_ty, CAST)
+    tl.store(y_ptr + token * k + column, y, mask=column < k)
+
+
+@triton.jit
+def quantize_token_kernel(
+    x_ptr,
+    smoothing_ptr,
+    y_ptr,
+    scale_ptr,
+    k,
+    stride,
+    SMOOTH: tl.constexpr,
+    CAST: tl.constexpr,
     WHOLE: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Round one token under its own scale, amax / 448, and store the scale; with HAS_AMAX the amax is given (that of all ranks).
+    """Round one token under its own scale, amax / 448, and store the scale.
 
     With WHOLE the token fits in BLOCK and stays in registers.
     """
@@ -89,7 +139,7 @@ def quantize_token_kernel(
     if WHOLE:
         column = tl.arange(0, BLOCK)
         x = _load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH)
-        round_token(x, amax_ptr, y_ptr, scale_ptr, token, column, k, HAS_AMAX, False)
+        round_token(x, scale_ptr, y_ptr, scale_ptr, token, column, k, False, CAST)
     else:
         largest = tl.zeros((BLOCK,), tl.float32)
         spoiled = tl.zeros((BLOCK,), tl.int32)
@@ -98,12 +148,11 @@ def quantize_token_kernel(
             magnitude = tl.abs(_load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH))
             spoiled |= _is_spoiled(magnitude)
             largest = tl.maximum(largest, magnitude)
-        amax = tl.load(amax_ptr + token) if HAS_AMAX else tl.max(largest)
-        scale = _token_scale(amax, tl.max(spoiled))
+        scale = _token_scale(tl.max(largest), tl.max(spoiled))
         inverse = tl.div_rn(1.0, scale)
         tl.store(scale_ptr + token, scale)
         for start in range(0, k, BLOCK):
             column = start + tl.arange(0, BLOCK)
             x = _load(x_ptr, smoothing_ptr, token * stride + column, column, k, SMOOTH)
-            y = round_to_e4m3(x * inverse)
-            tl.store(y_ptr + token * k + column, y.to(y_ptr.dtype.element_ty), mask=column < k)
+            y = _to_e4m3(x * inverse, y_ptr.dtype.element_ty, CAST)
+            tl.store(y_ptr + token * k + column, y, mask=column < k)

@@ -11,7 +11,7 @@ from sglang_modelopt_kernels.early import early
 from sglang_modelopt_kernels.formats.base import ActivationFormat
 from sglang_modelopt_kernels.formats.fp8 import FP8
 
-from .kernel import quantize_static_kernel, quantize_token_kernel
+from .kernel import quantize_given_kernel, quantize_static_kernel, quantize_token_kernel
 
 BLOCK = 2048
 WHOLE = 16384
@@ -40,16 +40,44 @@ def _quantize_fp8(
         return y, row_scale
     # A pointer stands for an absent tensor; the kernels never read through it.
     smooth = y if smoothing is None else smoothing.contiguous()
-    shared = {"SMOOTH": smoothing is not None} | early(x.device)
+    shared = {"SMOOTH": smoothing is not None, "CAST": casts(x.device)} | early(x.device)
     if static_scale is not None:
         block = min(BLOCK, triton.next_power_of_2(k))
         grid = (m, triton.cdiv(k, block))
         quantize_static_kernel[grid](x, smooth, static_scale, y, k, x.stride(0), BLOCK=block, **shared)
+    elif token_amax is not None:
+        quantize_given(x, smoothing, token_amax.contiguous(), y, row_scale)
     else:
-        amax = row_scale if token_amax is None else token_amax.contiguous()
-        shared |= {"HAS_AMAX": token_amax is not None} | token_block(k)
-        quantize_token_kernel[(m,)](x, smooth, amax, y, row_scale, k, x.stride(0), **shared)
+        quantize_token_kernel[(m,)](x, smooth, y, row_scale, k, x.stride(0), **shared | token_block(k))
     return y, row_scale
+
+
+def quantize_given(
+    x: torch.Tensor, smoothing: torch.Tensor | None, amax: torch.Tensor, y: torch.Tensor, row_scale: torch.Tensor
+) -> None:
+    """Round ``x`` ``[M, K]`` into ``y`` under the scales of ``amax``, float32 ``[M, parts]``, and write these to ``row_scale``."""
+    m, k = x.shape
+    block = min(BLOCK, triton.next_power_of_2(k))
+    quantize_given_kernel[(m, triton.cdiv(k, block))](
+        x,
+        y if smoothing is None else smoothing.contiguous(),
+        amax,
+        y,
+        row_scale,
+        k,
+        x.stride(0),
+        amax.shape[1],
+        SMOOTH=smoothing is not None,
+        CAST=casts(x.device),
+        PARTS=triton.next_power_of_2(amax.shape[1]),
+        BLOCK=block,
+        **early(x.device),
+    )
+
+
+def casts(device: torch.device) -> bool:
+    """Return whether ``device`` has an instruction that rounds to E4M3; Triton's interpreter has none that rounds to nearest."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def check_given(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import torch
+import triton
 
 from sglang_modelopt_kernels.early import early
-from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE, check_given, token_block
+from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE, casts, check_given, quantize_given
 
 from .kernel import swiglu_fp8_kernel
+
+BLOCK = 1024
+"""Values of a token that a program computes: its exponentials and divisions take most of the time, so that many share a token."""
 
 
 @torch.library.custom_op("modelopt_ext::swiglu_fp8", mutates_args=())
@@ -23,8 +27,12 @@ def _swiglu_fp8(
     row_scale = torch.empty((0 if static_scale is not None else m, 1), dtype=torch.float32, device=h.device)
     if m == 0:
         return gated, y, row_scale
-    block = token_block(k)
-    swiglu_fp8_kernel[(m,)](
+    block = min(BLOCK, triton.next_power_of_2(k))
+    parts = triton.cdiv(k, block)
+    # More than one part of a token share a scale only when all are known: another launch rounds then.
+    apart = parts > 1 and static_scale is None
+    amax = torch.empty((m, parts), dtype=torch.float32, device=h.device) if apart else row_scale
+    swiglu_fp8_kernel[(m, parts)](
         h,
         # A pointer stands for an absent tensor; the kernel never reads through it.
         h if smoothing is None else smoothing.contiguous(),
@@ -32,14 +40,19 @@ def _swiglu_fp8(
         gated,
         y,
         row_scale,
+        amax,
         k,
         h.stride(0),
         SMOOTH=smoothing is not None,
         STATIC=static_scale is not None,
-        BLOCK=block["BLOCK"],
-        num_warps=block["num_warps"],
+        WHOLE=parts == 1,
+        CAST=casts(h.device),
+        BLOCK=block,
+        num_warps=4,
         **early(h.device),
     )
+    if apart:
+        quantize_given(gated, smoothing, amax, y, row_scale)
     return gated, y, row_scale
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.early import after_previous
-from sglang_modelopt_kernels.quantize.fp8.kernel import round_token
+from sglang_modelopt_kernels.quantize.fp8.kernel import part_amax, round_token
 
 
 @triton.jit
@@ -17,19 +17,23 @@ def swiglu_fp8_kernel(
     gated_ptr,
     y_ptr,
     scale_ptr,
+    amax_ptr,
     k,
     stride,
     SMOOTH: tl.constexpr,
     STATIC: tl.constexpr,
+    WHOLE: tl.constexpr,
+    CAST: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Compute ``gated = silu(gate) * up`` of one token; its ``h`` is ``k`` values of the gate and ``k`` of up, at most BLOCK.
+    """Compute ``gated = silu(gate) * up`` of BLOCK values of one token; its ``h`` is ``k`` values of the gate and ``k`` of up.
 
-    ``gated`` is rounded to its type, smoothed, and rounded to E4M3 from there.
+    ``gated`` is rounded to its type, smoothed, and rounded to E4M3 from there: here with STATIC, or with WHOLE, where BLOCK holds
+    the token. Else the part's amax goes to ``amax[token, part]``, and another kernel rounds.
     """
     token = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < k
     after_previous(PDL)
     at = h_ptr + token * stride + column
@@ -41,4 +45,7 @@ def swiglu_fp8_kernel(
     values = gated.to(tl.float32)
     if SMOOTH:
         values = values * tl.load(smoothing_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    round_token(values, static_ptr, y_ptr, scale_ptr, token, column, k, False, STATIC)
+    if STATIC or WHOLE:
+        round_token(values, static_ptr, y_ptr, scale_ptr, token, column, k, STATIC, CAST)
+    else:
+        tl.store(amax_ptr + token * tl.num_programs(1) + tl.program_id(1), part_amax(values))

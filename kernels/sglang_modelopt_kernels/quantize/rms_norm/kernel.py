@@ -26,6 +26,7 @@ def rms_norm_fp8_kernel(
     HAS_RESIDUAL: tl.constexpr,
     SMOOTH: tl.constexpr,
     STATIC: tl.constexpr,
+    CAST: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -48,4 +49,4 @@ def rms_norm_fp8_kernel(
     values = normed.to(tl.float32)
     if SMOOTH:
         values = values * tl.load(smoothing_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    round_token(values, static_ptr, y_ptr, scale_ptr, token, column, k, False, STATIC)
+    round_token(values, static_ptr, y_ptr, scale_ptr, token, column, k, STATIC, CAST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglang_modelopt_kernels.early import early
-from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE, check_given, token_block
+from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE, casts, check_given, token_block
 
 from .kernel import rms_norm_fp8_kernel
 
@@ -46,6 +46,7 @@ def _rms_norm_fp8(
         STATIC=static_scale is not None,
         BLOCK=block["BLOCK"],
         num_warps=block["num_warps"],
+        CAST=casts(x.device),
         **early(x.device),
     )
     return y, row_scale

@@ -1,0 +1,132 @@
+"""Choice of the configuration, and the launches, on a GPU of SM90."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang_modelopt_kernels.early import early
+from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, launch, machine
+from sglang_modelopt_kernels.gemm.common.launch import Plan
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
+from sglang_modelopt_kernels.gemm.w4_decode.launch import SCRATCH_BYTES
+
+from .packing import BLOCKS, ROWS, WIDTH, Kind, StreamedWeight
+
+_NVFP4 = (
+    KernelConfig(64, 8, 256, 4, 4),
+    KernelConfig(64, 16, 256, 4, 3),
+    KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(64, 64, 256, 4, 2),
+)
+CONFIGS: dict[Kind, tuple[KernelConfig, ...]] = {
+    "mxfp4": (
+        KernelConfig(64, 8, 256, 4, 4),
+        KernelConfig(64, 16, 256, 4, 3),
+        KernelConfig(64, 32, 256, 4, 3),
+        KernelConfig(64, 64, 256, 4, 3),
+    ),
+    "nvfp4": _NVFP4,
+    "nvfp4_32": _NVFP4,
+}
+"""The configurations, ascending by BM."""
+RESIDENT = 4
+"""Programs of four warps that an SM holds at a time."""
+DESCALE: dict[Kind, float] = {"mxfp4": 1.0, "nvfp4": 2.0**14, "nvfp4_32": 2.0**14}
+"""The factor of the kernel's accumulators, the inverse of what its decoding divides by."""
+DENSE_FROM: dict[Kind, int] = {"mxfp4": 513, "nvfp4": 513, "nvfp4_32": 513}
+"""Tokens from which the weight is decoded once for a product of PyTorch's."""
+
+
+def operand(kind: Kind) -> torch.dtype:
+    """Return the type of activations that the kernel reads: E4M3, or float16, which holds E4M3's values."""
+    return torch.float8_e4m3fn if kind == "mxfp4" else torch.float16
+
+
+def plan_of(weight: StreamedWeight, m: int, device: torch.device) -> Plan:
+    """Return the plan of :func:`run` for ``m`` tokens on ``device``.
+
+    K is split into as many parts as leave all programs resident at a time, each with at least two steps.
+    """
+    configs = CONFIGS[weight.kind]
+    config = next((config for config in configs if m <= config.bm), configs[-1])
+    split, steps = 1, weight.k // WIDTH
+    room = RESIDENT * machine(device)[1] // (config.warps // 4)
+    while split < 8 and config.tiles(m, weight.n) * 2 * split <= room and steps >= 4 * split:
+        split *= 2
+    return config, split
+
+
+def run(
+    x: torch.Tensor,
+    weight: StreamedWeight,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """Launch the kernel; arguments of :func:`streamed_linear`, and ``plan`` instead of the choice by size."""
+    from .kernel import streamed_kernel  # needs a Triton with Gluon: see available.py
+
+    config, split = plan or plan_of(weight, x.shape[0], x.device)
+    return launch(
+        streamed_kernel,
+        x.contiguous(),
+        weight.codes,
+        weight.scale,
+        Epilogue(weight.out_scale, row_scale, bias, DESCALE[weight.kind]),
+        out_dtype,
+        (config, split),
+        FP8=weight.kind == "mxfp4",
+        BLOCKS=BLOCKS[weight.kind],
+        STAGES=config.stages,
+        EVEN_M=x.shape[0] % config.bm == 0,
+        **early(x.device),
+    )
+
+
+def decode_rows(weight: StreamedWeight, first: int, rows: int) -> torch.Tensor:
+    """Decode rows of the weight, whole tiles, ``[rows, K]``: E4M3 without ``out_scale``, or float16 divided by DESCALE too."""
+    from .kernel import unstream_kernel
+
+    fp8 = weight.kind == "mxfp4"
+    y = torch.empty((rows, weight.k), dtype=operand(weight.kind), device=weight.codes.device)
+    words = torch.int32 if fp8 else torch.int16
+    unstream_kernel[(rows // ROWS, weight.k // WIDTH)](
+        weight.codes.view(words),
+        weight.scale,
+        y.view(torch.int32) if fp8 else y,
+        first // ROWS,
+        weight.k,
+        FP8=fp8,
+        BLOCKS=BLOCKS[weight.kind],
+        ASM=y.is_cuda,
+    )
+    return y
+
+
+def run_dense(
+    x: torch.Tensor,
+    weight: StreamedWeight,
+    row_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Multiply many tokens: rows decoded into a bounded scratch buffer, then a product in FP8, or in float16 with fp32 output.
+
+    Arguments of :func:`streamed_linear`.
+    """
+    step = max(SCRATCH_BYTES // (x.element_size() * weight.k) // 128 * 128, 128)
+    epilogue = Epilogue(weight.out_scale, row_scale, bias, DESCALE[weight.kind])
+    outputs = []
+    for first in range(0, weight.n, step):
+        part = slice(first, min(first + step, weight.n))
+        unit = decode_rows(weight, part.start, part.stop - part.start)
+        if weight.kind == "mxfp4":
+            part_bias = None if bias is None else bias[part]
+            outputs.append(fp8_linear(x, row_scale, unit, weight.out_scale[part], part_bias, out_dtype))
+        else:
+            y = torch.empty((x.shape[0], unit.shape[0]), dtype=out_dtype, device=x.device)
+            product = torch.mm(x, unit.T, out_dtype=torch.float32)
+            epilogue.part(part).finish(product.unsqueeze(0), y)
+            outputs.append(y)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
