@@ -211,7 +211,7 @@ def status(
     if own:
         return run_status(own)
     compiled = compile_status(evidence.compiled, backend.kernels, capability)
-    return compiled or ("not run" if is_foreign(backend, request) else "interpreted")
+    return compiled or ("interpreted" if backend.interpreted and not is_foreign(backend, request) else "not run")
 
 
 def _other_backends(runs: Sequence[Run], how: str) -> list[str]:

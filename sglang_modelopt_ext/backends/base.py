@@ -133,6 +133,8 @@ class Backend(ABC, Generic[WeightT]):
     """Whether its product repeats bit for bit: the check before serving holds it to that."""
     kernels: tuple[str, ...] = ()
     """Names of the Triton functions of this package its product launches; none where PyTorch or another package multiplies."""
+    interpreted = True
+    """Whether tests run its kernels on a CPU, in Triton's interpreter, which has no Gluon."""
     takes_vocabulary = False
     """Whether it has :meth:`rows`."""
 

@@ -16,6 +16,8 @@ from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
+ALGO = "W4A8_AWQ"
+"""An algorithm that ``triton_block_scaled`` serves on every GPU."""
 RUN = re.compile(r"\brun \d{4}-")
 AROUND = {
     *("quantize_blocks_kernel", "quantize_int8_kernel", "quantize_static_kernel", "quantize_token_kernel"),
@@ -34,7 +36,7 @@ def matrix(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def row(**fields: Any) -> dict[str, Any]:
     """Return a right run of this package's W4A8_NVFP4_FP8, with changes."""
-    right = {"algo": "W4A8_NVFP4_FP8", "kv": "none", "family": "qwen2", "served_by": "ours", "verdict": "right"}
+    right = {"algo": ALGO, "kv": "none", "family": "qwen2", "served_by": "ours", "verdict": "right"}
     numbers = {
         "backend": "triton_block_scaled",
         "median": 0.01,
@@ -69,7 +71,7 @@ def cells(page: str, title: str, name: str) -> dict[str, str]:
     return dict(zip(header.strip("| ").split(" | "), found.strip("| ").split(" | "), strict=True))
 
 
-def linear(page: str, algo: str = "W4A8_NVFP4_FP8") -> dict[str, str]:
+def linear(page: str, algo: str = ALGO) -> dict[str, str]:
     return cells(page, "# Support matrix", algo)
 
 
@@ -83,6 +85,7 @@ def test_without_files_nothing_was_run_or_compiled(matrix: ModuleType, tmp_path:
             assert all("compiled" not in found[target] for target in matrix.TARGETS)
     assert linear(page)["SM90"] == "`triton_block_scaled`: interpreted"
     assert linear(page, "MXFP8")["SM100"] == "`flashinfer_mm_mxfp8`: not run"
+    assert linear(page, "W4A8_MXFP4_FP8")["SM90"] == "`gluon_streamed`: not run", "no interpreter runs Gluon"
     assert linear(page, "NVFP4")["SM90"] == "*SGLang*: not run"
     assert "No GPU column has been run as a served model." in page
     assert "Nothing was compiled for these columns" in page
@@ -94,12 +97,12 @@ def test_a_run_shows_where_it_was_and_nowhere_else(matrix: ModuleType, tmp_path:
     assert linear(page)["SM90"] == "`triton_block_scaled`: run 2026-11-29, NVIDIA H200: right"
     for algo in SCHEMES:
         for target in matrix.TARGETS:
-            if (algo, target) != ("W4A8_NVFP4_FP8", "SM90"):
+            if (algo, target) != (ALGO, "SM90"):
                 assert not RUN.search(linear(page, algo)[target])
     assert not RUN.search(cells(page, "## Experts", "W4A8_NVFP4_FP8")["SM90"]), "a dense model has no experts"
     runs = page[page.index("## Served runs") :]
     assert (
-        "| 2026-11-29 | NVIDIA H200 (SM90) | - | `W4A8_NVFP4_FP8` | none | qwen2 | this package | triton_block_scaled |"
+        "| 2026-11-29 | NVIDIA H200 (SM90) | - | `W4A8_AWQ` | none | qwen2 | this package | triton_block_scaled |"
         in runs
     )
     assert "| right | 0.01 | 0.02 | 0.03 | sglang 0.5.23, torch 2.13.0, triton 3.8.0 | abc1234 | - |" in runs
@@ -145,7 +148,7 @@ def test_sglangs_own_runs_are_its_own(matrix: ModuleType, tmp_path: Path) -> Non
     page = matrix.render(matrix.read_evidence(tmp_path))
     assert linear(page, "NVFP4")["SM90"] == "*SGLang*: run 2026-11-29, NVIDIA H200: right"
     assert linear(page)["SM90"] == "`triton_block_scaled`: interpreted"
-    assert "| `W4A8_NVFP4_FP8` | none | qwen2 | SGLang | - | **failed** |" in page
+    assert "| `W4A8_AWQ` | none | qwen2 | SGLang | - | **failed** |" in page
 
 
 def test_controls_and_cases_that_must_agree(matrix: ModuleType, tmp_path: Path) -> None:
@@ -190,7 +193,7 @@ def test_the_conformance_run_writes_what_is_read(matrix: ModuleType, tmp_path: P
 
 
 def test_experts_and_caches(matrix: ModuleType, tmp_path: Path) -> None:
-    mixture = row(family="qwen3_moe", backend="triton_block_scaled, triton_grouped")
+    mixture = row(algo="W4A8_NVFP4_FP8", family="qwen3_moe", backend="triton_block_scaled, triton_grouped")
     cache = [row(kv="nvfp4_affine"), row(kv="modelopt_fp8", verdict="wrong")]
     served(tmp_path, "one", [mixture, *cache])
     page = matrix.render(matrix.read_evidence(tmp_path))

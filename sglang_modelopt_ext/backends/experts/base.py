@@ -69,6 +69,8 @@ class ExpertBackend(ABC, Generic[WeightT]):
     """Whether repeated launches give the same bits, which the check before serving then requires."""
     kernels: tuple[str, ...] = ()
     """The Triton functions of this package that its product launches; none where PyTorch or another package multiplies."""
+    interpreted = True
+    """Whether tests run its kernels on a CPU, in Triton's interpreter."""
 
     @abstractmethod
     def supports(self, request: ExpertRequest) -> str | None:

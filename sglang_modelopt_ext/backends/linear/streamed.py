@@ -36,6 +36,7 @@ class Streamed(Backend[StreamedWeight]):
 
     name = "gluon_streamed"
     kernels = ("streamed_kernel", "unstream_kernel", "finish_kernel")
+    interpreted = False
 
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but MXFP4 and NVFP4 weights of whole tiles with FP8 activations, on SM90 with Triton's Gluon."""

@@ -43,7 +43,7 @@ class StreamedWeight:
 
     Attributes:
         codes: uint8 ``[N, K / 2]``; the bytes are those of tile after tile, along K first.
-        scale: uint8 ``[N, K / block]``, likewise.
+        scale: uint8 ``[N, K / block]``, tile after tile.
         out_scale: float32 ``[N]``.
         kind: how codes and scales are read.
     """
