@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from tests.conformance import families
 from tests.conformance.exports import EXPORTS, Export
 
 Graphs = Literal["decode", "none", "all"]
@@ -36,6 +37,7 @@ class Case:
         same_as: the case that must give the same log probabilities.
         expect: the verdict of a sound run; ``"any"`` for SGLang alone.
         tp: tensor-parallel ranks.
+        prefixes: whether prompts with a cached prefix are sent.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Case:
     same_as: str | None = None
     expect: Literal["right", "wrong", "any"] = "right"
     tp: int = 1
+    prefixes: bool = True
 
     @property
     def of(self) -> Export:
@@ -99,8 +102,27 @@ LEFT_TO_SGLANG = (
 )
 """Exports served without the plugin as well: the log probabilities must be the same."""
 
+
+def of_family(name: str) -> list[Case]:
+    """Return the cases of one of :data:`tests.conformance.families.ARCHITECTURES`, its unquantized twin first."""
+    of = families.ARCHITECTURES[name]
+    options: dict[str, Any] = {"args": of.args, "prefixes": of.prefixes}
+    alone: dict[str, Any] = {**options, "plugin": False, "expect": "any"}
+    cases = [case(f"bf16-{name}", **alone)]
+    for recipe in of.recipes:
+        if recipe in of.ours:
+            cases.append(case(f"{recipe}-{name}", **{**options, "args": {**of.args, **families.OURS}}))
+            cases.append(case(f"{recipe}-{name}", f"{recipe}-{name}-alone", **alone))
+        else:
+            cases.append(case(f"{recipe}-{name}", **options))
+    return cases
+
+
+FAMILY_CASES = tuple(one for name in families.ARCHITECTURES for one in of_family(name))
+
 CASES: tuple[Case, ...] = (
-    *(case(name, **_SPECIAL.get(name, {})) for name in EXPORTS),
+    *(case(name, **_SPECIAL.get(name, {})) for name in EXPORTS if name not in {one.export for one in FAMILY_CASES}),
+    *FAMILY_CASES,
     case("w4a8-nvfp4-qwen2", "w4a8-nvfp4-fp8-math", **FP8_MATH),
     case("moe-w4a8-nvfp4-mixtral", "moe-w4a8-nvfp4-fp8-math", **FP8_MATH),
     case("mxfp4", "mxfp4-weight-only", env=MXFP4_KEEPS, activation="none"),

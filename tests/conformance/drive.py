@@ -92,8 +92,9 @@ class Drive:
         for number in range(4):
             scored += self.decoded("decode, 1", [random_ids(24, seed=400 + number, vocab=VOCAB)], 24)
         scored += self.decoded("decode, 16", [ids[:BATCH_LENGTH_KV] for ids in prompts], 12)
-        scored += self.cached("cached prefix", PREFIX)
-        if self.case.kv != "none":
+        if self.case.prefixes:
+            scored += self.cached("cached prefix", PREFIX)
+        if self.case.prefixes and self.case.kv != "none":
             scored += self.cached("cached odd prefix", ODD_PREFIX)
         return scored
 

@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.conformance import families
 from tests.support import edits
 from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest
 from tests.support.exports import Variant, export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, UNQUANTIZED
-from tests.support.models import Family, TinyModel, model_dir
+from tests.support.models import FUSED_FAMILIES, Family, TinyModel, model_dir
 from tests.support.moe import mixed_checkpoint, tiny
 
 POSITIONS = 4096
@@ -40,7 +41,7 @@ class Export:
     """
 
     algo: str
-    family: Family
+    family: str
     make: Callable[[], Path]
     kv: str = "none"
     mixture: bool = False
@@ -212,6 +213,14 @@ EXPORTS: dict[str, Export] = {
         "W4A8_MXFP4_FP8", "mixtral", MXFP4, "nvfp4_affine", PRESETS["nvfp4_affine"]
     ),
     "fp8-kv-fp8": dense("FP8", "llama", "FP8_DEFAULT_CFG", "fp8", PRESETS["fp8"]),
+    # Families whose checkpoints store layers fused, and those that SGLang runs on a GPU only, with their unquantized twins.
+    **{f"w4a8-nvfp4-{f}": dense("W4A8_NVFP4_FP8", f, NVFP4) for f in FUSED_FAMILIES},
+    **{f"w4a8-mxfp4-{f}": dense("W4A8_MXFP4_FP8", f, MXFP4) for f in FUSED_FAMILIES},
+    **{
+        f"{recipe}-{name}": Export(algo, name, partial(families.folder_of, of.model, preset), mixture=of.mixture)
+        for name, of in families.ARCHITECTURES.items()
+        for recipe, (algo, preset) in {"bf16": ("none", None), **of.recipes}.items()
+    },
 }
 """Every export by name; the folder in the pack has the same name."""
 

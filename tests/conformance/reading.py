@@ -23,6 +23,9 @@ QUERY_ROUNDING = frozenset({"fa3"})
 ROUTERS = frozenset({"gate", "router"})
 """Names of a mixture's router."""
 
+UNROUNDED = ("*.kv_b_proj",)
+"""Layers whose weights SGLang multiplies into others when it loads: there is no input of theirs that could be rounded."""
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -81,7 +84,12 @@ class Reader:
         self.reading = reading
         with self._here():
             self.reference = Reference(
-                folder, dtype=dtype, math=reading.math, activation=reading.activation, kv_cache=kv or reading.kv
+                folder,
+                dtype=dtype,
+                math=reading.math,
+                activation=reading.activation,
+                kv_cache=kv or reading.kv,
+                unrounded=UNROUNDED,
             )
             self.reference.model.to(self.device)
         self._router_logits: list[torch.Tensor] = []
@@ -126,7 +134,8 @@ class Reader:
         return found, [logits[: len(found)].to("cpu", torch.float32) for logits in self._router_logits]
 
     def _keep_router_logits(self, router: torch.nn.Module, args: Any, output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
+        # Llama 4's, which is a linear layer, returns the scores first.
+        logits = output[isinstance(router, torch.nn.Linear)] if isinstance(output, tuple) else output
         self._router_logits.append(logits.detach().flatten(end_dim=-2))
 
     @property
@@ -151,7 +160,8 @@ class Reader:
 def routers(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """Return the routers of a Hugging Face model (``gate`` or ``router`` beside ``experts``) and their names, in layer order.
 
-    Each chooses the ``top_k`` largest of its logits, which it returns, alone or first.
+    Each chooses the ``top_k`` largest of its logits, which it returns. That holds for those of DeepSeek and Nemotron-H while their
+    correction biases are 0 and there is one group of experts, as here.
 
     Raises:
         NotImplementedError: experts without such a router beside them.

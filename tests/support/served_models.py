@@ -1,0 +1,98 @@
+"""Tiny random models of the architectures that SGLang 0.5.23 runs on a GPU only, in sizes that its kernels there take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support import architectures
+from tests.support.cache import cached_folder, digest, source_digest
+from tests.support.models import LOGIT_STD, build_tokenizer
+
+VOCABULARY, INTERMEDIATE, POSITIONS = 512, 256, 4096
+BIAS_STD, NORM_STD = 0.3, 0.1
+LEVELS = {
+    "model.embed_tokens.weight": 1.0,
+    "model.embeddings.weight": 1.0,
+    "lm_head.weight": LOGIT_STD / architectures.HIDDEN**0.5,
+}
+"""Standard deviations of an embedding, which weighs as much as what layers add to it, and of a head, unless they are tied."""
+
+_LINEAR_ATTENTION: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "full_attention_interval": 2,
+}
+_EXPERTS = {"moe_intermediate_size": INTERMEDIATE}
+_SLIDING = {"sliding_window": 128}
+
+SERVED: dict[str, dict[str, Any]] = {
+    "gpt_oss": {**_SLIDING, "intermediate_size": INTERMEDIATE},
+    "qwen3_next": {**_LINEAR_ATTENTION, **_EXPERTS, "shared_expert_intermediate_size": INTERMEDIATE},
+    "qwen3_5": _LINEAR_ATTENTION,
+    # The sizes that SGLang's kernels of latent attention are written for, and the rotation that its class takes.
+    "deepseek_v3": {
+        **_EXPERTS,
+        "kv_lora_rank": 512,
+        "qk_rope_head_dim": 64,
+        "qk_nope_head_dim": 128,
+        "v_head_dim": 128,
+        "head_dim": 64,
+        "max_position_embeddings": 4 * POSITIONS,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": POSITIONS,
+        },
+    },
+    "nemotron_h": {
+        **_EXPERTS,
+        "moe_shared_expert_intermediate_size": INTERMEDIATE,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 128,
+    },
+    "llama4": {"intermediate_size": INTERMEDIATE, "intermediate_size_mlp": INTERMEDIATE, "attention_chunk_size": 8192},
+    "gemma3": _SLIDING,
+}
+"""By the names of :data:`tests.support.architectures.ARCHITECTURES`: fields that differ from those there."""
+
+
+def served_dir(name: str) -> Path:
+    """Return the folder of the Hugging Face model of that architecture, with a tokenizer, made on the first call."""
+    import transformers
+
+    key = digest(name, transformers.__version__, source_digest(Path(__file__), Path(architectures.__file__)))
+    return cached_folder("models", f"served-{name}-{key}", lambda folder: _save(name, folder))
+
+
+def _save(name: str, folder: Path) -> None:
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)  # what is drawn by the class itself, such as the decay of a linear attention
+        model = architectures.new_model(name, {"max_position_embeddings": POSITIONS, **SERVED[name]})
+        for parameter_name, parameter in model.named_parameters():
+            _draw(parameter_name, parameter, model.config.tie_word_embeddings)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    build_tokenizer(VOCABULARY).save_pretrained(folder)
+
+
+def _draw(name: str, parameter: torch.Tensor, tied: bool) -> None:
+    """Fill a parameter: rows and experts of different magnitude, so that a scale of another is noticed."""
+    values = torch.randn(parameter.shape)
+    if name.endswith(("bias", "sinks")) and "dt_bias" not in name:
+        parameter.copy_(BIAS_STD * values)
+    elif name in LEVELS and not tied:
+        parameter.copy_(LEVELS[name] * values)
+    elif parameter.dim() > 1:
+        spread = (0.5 * torch.randn((*parameter.shape[:-1], 1))).exp()
+        parameter.copy_(values * spread / parameter.shape[-1] ** 0.5)
+    elif "norm" in name:
+        parameter.add_(NORM_STD * values)
