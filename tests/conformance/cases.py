@@ -108,7 +108,7 @@ def of_family(name: str) -> list[Case]:
     of = families.ARCHITECTURES[name]
     options: dict[str, Any] = {"args": of.args, "prefixes": of.prefixes}
     alone: dict[str, Any] = {**options, "plugin": False, "expect": "any"}
-    cases = [case(f"bf16-{name}", **alone)]
+    cases = [case(f"bf16-{name}", **{**alone, "args": {**of.args, **of.twin}})]
     for recipe in of.recipes:
         if recipe in of.ours:
             cases.append(case(f"{recipe}-{name}", **{**options, "args": {**of.args, **families.OURS}}))

@@ -5,18 +5,18 @@ A twin that fails, or is wrong, says that a fault is SGLang's: it is served with
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tests.support import edits
-from tests.support.cache import cached_folder, digest, folder_digest
+from tests.support.cache import cached_folder, digest, folder_digest, source_digest
 from tests.support.exports import export
 from tests.support.served_models import served_dir
 
-STATES: dict[str, Any] = {"max_mamba_cache_size": 128}
-"""Room for the states of linear attention; by default SGLang gives them half of the GPU's memory."""
+STATES: dict[str, Any] = {"disable_radix_cache": True}
+"""Keeps the states of linear attention of running requests only; SGLang gives them half of the GPU's memory otherwise."""
 
 OURS: dict[str, Any] = {"quantization": "modelopt_ext"}
 """Asks for this package where SGLang serves the checkpoint too."""
@@ -34,6 +34,22 @@ BLOCK_TYPES = {"linear_attention": "mamba", "full_attention": "attention"}
 """Nemotron-H's kinds of layers: by transformers 5's name, the one of published checkpoints, which SGLang knows."""
 
 
+def _deepseek_fields(config: dict[str, Any]) -> None:
+    config.update({"moe_layer_freq": 1, "topk_method": "noaux_tc", "scoring_func": "sigmoid"})
+
+
+def _nemotron_block_types(config: dict[str, Any]) -> None:
+    for name in ("layers_block_type", "mtp_layers_block_type"):
+        config[name] = [BLOCK_TYPES.get(kind, kind) for kind in config[name]]
+
+
+PUBLISHED: dict[str, Callable[[dict[str, Any]], None]] = {
+    "deepseek_v3": _deepseek_fields,
+    "nemotron_h": _nemotron_block_types,
+}
+"""By model: changes of config.json to what published ones have and SGLang reads, where transformers 5 writes something else."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """One family.
@@ -43,6 +59,7 @@ class Architecture:
         recipes: by the beginning of a case's name, algorithm and preset of ModelOpt.
         mixture: whether it has experts.
         args: arguments of its engines.
+        twin: further arguments of the unquantized twin's.
         ours: recipes that are served by this package when it is asked for, and by SGLang alone in a case of its own.
         prefixes: whether prompts with a cached prefix are sent.
     """
@@ -51,6 +68,7 @@ class Architecture:
     recipes: Mapping[str, tuple[str, str]]
     mixture: bool = False
     args: Mapping[str, Any] = field(default_factory=dict)
+    twin: Mapping[str, Any] = field(default_factory=dict)
     ours: tuple[str, ...] = ()
     prefixes: bool = True
 
@@ -60,7 +78,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3-next": Architecture("qwen3_next", W4A8, mixture=True, args=STATES, prefixes=False),
     "qwen3-5": Architecture("qwen3_5", W4A8, args=STATES, prefixes=False),
     "deepseek-v3": Architecture("deepseek_v3", W4A8 | BLOCK_FP8, mixture=True),
-    "nemotron-h": Architecture("nemotron_h", W4A8, mixture=True, args=STATES, prefixes=False),
+    # SGLang's choice for an unquantized Nemotron-H is compiled when it starts, for minutes.
+    "nemotron-h": Architecture(
+        "nemotron_h", W4A8, mixture=True, args=STATES, twin={"moe_runner_backend": "triton"}, prefixes=False
+    ),
     "llama4": Architecture("llama4", PACKED | CHANNEL_FP8, mixture=True, ours=tuple(PACKED), prefixes=False),
     "gemma3": Architecture("gemma3", W4A8),
 }
@@ -69,17 +90,13 @@ ARCHITECTURES: dict[str, Architecture] = {
 def folder_of(model: str, preset: str | None) -> Path:
     """Return the export of a model with a preset of ModelOpt, or the unquantized model, as SGLang reads it."""
     folder = served_dir(model) if preset is None else export(served_dir(model), preset)
-    if model != "nemotron_h":
+    change = PUBLISHED.get(model)
+    if change is None:
         return folder
-    key = digest(BLOCK_TYPES, folder_digest(folder))
+    key = digest(folder_digest(folder), source_digest(Path(__file__)))
 
     def fill(target: Path) -> None:
         target.rmdir()
-        edits.copy_with(folder, target, (edits.edit_json(edits.CONFIG, _name_block_types),))
+        edits.copy_with(folder, target, (edits.edit_json(edits.CONFIG, change),))
 
-    return cached_folder("edited", f"nemotron_h-{key}", fill)
-
-
-def _name_block_types(config: dict[str, Any]) -> None:
-    for name in ("layers_block_type", "mtp_layers_block_type"):
-        config[name] = [BLOCK_TYPES.get(kind, kind) for kind in config[name]]
+    return cached_folder("edited", f"{model}-{key}", fill)

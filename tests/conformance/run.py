@@ -41,6 +41,8 @@ PORTS = 21000
 
 KERNEL = re.compile(r"modelopt_ext: \d+ .*kernel ([\w.+]+)\s*$", re.MULTILINE)
 CACHE = re.compile(r"modelopt_ext: KV cache .*", re.MULTILINE)
+LONGEST_TAIL = 2500
+"""Most characters of the end of a log in the results."""
 REASON = re.compile(r"^(?:\[[^\]\n]*\] )?([\w.]*(?:Error|Exception|SystemExit)\b.*)$", re.MULTILINE)
 
 
@@ -118,6 +120,8 @@ class Runner:
             outcome.note = f"not done after {limit:.0f} s; last line: {last_line(output)}"
         else:
             outcome.note = f"exit {code}: {reason(output)}"
+        if not outcome.result:
+            outcome.notes.append(f"end of its log: {tail(output)}")
         return outcome
 
     def _environment(self, number: int, case: Case) -> dict[str, str]:
@@ -158,6 +162,14 @@ def reason(output: str) -> str:
     errors = [match.group(1) for match in REASON.finditer(output)]
     ours = [error for error in errors if "ModelOptExtError" in error]
     return (ours or errors or [last_line(output)])[-1][:300]
+
+
+def tail(output: str, lines: int = 25) -> str:
+    """Return the lines of the last traceback of a log, else its last lines, in one line."""
+    found = output.strip().splitlines()
+    starts = [number for number, text in enumerate(found) if "Traceback (most recent call last)" in text]
+    end = starts[-1] + 2 * lines if starts else len(found)
+    return " | ".join(text.strip() for text in found[max(0, min(end, len(found)) - lines) : end])[-LONGEST_TAIL:]
 
 
 def last_line(output: str) -> str:

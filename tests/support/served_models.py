@@ -11,7 +11,7 @@ from tests.support import architectures
 from tests.support.cache import cached_folder, digest, source_digest
 from tests.support.models import LOGIT_STD, build_tokenizer
 
-VOCABULARY, INTERMEDIATE, POSITIONS = 512, 256, 4096
+VOCABULARY, INTERMEDIATE, POSITIONS = 512, 128, 4096
 BIAS_STD, NORM_STD = 0.3, 0.1
 LEVELS = {
     "model.embed_tokens.weight": 1.0,
@@ -28,12 +28,24 @@ _LINEAR_ATTENTION: dict[str, Any] = {
     "full_attention_interval": 2,
 }
 _EXPERTS = {"moe_intermediate_size": INTERMEDIATE}
+
+
+def _heads(head_dim: int) -> dict[str, int]:
+    """Return two heads of the width that published models of the family have, and one of keys and values."""
+    return {"head_dim": head_dim, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
 _SLIDING = {"sliding_window": 128}
 
 SERVED: dict[str, dict[str, Any]] = {
     "gpt_oss": {**_SLIDING, "intermediate_size": INTERMEDIATE},
-    "qwen3_next": {**_LINEAR_ATTENTION, **_EXPERTS, "shared_expert_intermediate_size": INTERMEDIATE},
-    "qwen3_5": _LINEAR_ATTENTION,
+    "qwen3_next": {
+        **_LINEAR_ATTENTION,
+        **_EXPERTS,
+        **_heads(256),
+        "shared_expert_intermediate_size": INTERMEDIATE,
+    },
+    "qwen3_5": {**_LINEAR_ATTENTION, **_heads(256)},
     # The sizes that SGLang's kernels of latent attention are written for, and the rotation that its class takes.
     "deepseek_v3": {
         **_EXPERTS,
@@ -57,11 +69,18 @@ SERVED: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         **_EXPERTS,
         "moe_shared_expert_intermediate_size": INTERMEDIATE,
+        **_heads(128),
+        "n_groups": 8,
         "mamba_head_dim": 64,
         "ssm_state_size": 128,
     },
-    "llama4": {"intermediate_size": INTERMEDIATE, "intermediate_size_mlp": INTERMEDIATE, "attention_chunk_size": 8192},
-    "gemma3": _SLIDING,
+    "llama4": {
+        **_heads(128),
+        "intermediate_size": INTERMEDIATE,
+        "intermediate_size_mlp": INTERMEDIATE,
+        "attention_chunk_size": 8192,
+    },
+    "gemma3": {**_SLIDING, **_heads(256)},
 }
 """By the names of :data:`tests.support.architectures.ARCHITECTURES`: fields that differ from those there."""
 
