@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from tests.conformance import families
+from tests.conformance import families, features
 from tests.conformance.exports import EXPORTS, Export
 
 Graphs = Literal["decode", "none", "all"]
@@ -38,6 +38,8 @@ class Case:
         expect: the verdict of a sound run; ``"any"`` for SGLang alone.
         tp: tensor-parallel ranks.
         prefixes: whether prompts with a cached prefix are sent.
+        draft: the export that drafts, none where the served checkpoint itself does, if at all.
+        adapter: whether every request names a LoRA adapter on all quantized layers.
     """
 
     name: str
@@ -55,11 +57,18 @@ class Case:
     expect: Literal["right", "wrong", "any"] = "right"
     tp: int = 1
     prefixes: bool = True
+    draft: str | None = None
+    adapter: bool = False
 
     @property
     def of(self) -> Export:
         """Return the served export."""
         return EXPORTS[self.export]
+
+    @property
+    def classifies(self) -> bool:
+        """Return whether the model scores whole prompts."""
+        return self.of.family == "classifier"
 
 
 def case(export: str, name: str = "", **options: Any) -> Case:
@@ -120,9 +129,32 @@ def of_family(name: str) -> list[Case]:
 
 FAMILY_CASES = tuple(one for name in families.ARCHITECTURES for one in of_family(name))
 
+FEATURE_CASES = (
+    case("bf16", "online-w4a8-mxfp4", reads="online", args={"quantization": features.ONLINE_FLAG}),
+    case("w4a8-nvfp4-llama", "draft-eagle3-w4a8-nvfp4", draft="draft-eagle3", args=features.EAGLE3),
+    case("trained-w4a8-nvfp4", "draft-standalone-w4a8-nvfp4", draft="draft-trained", args=features.STANDALONE),
+    case(
+        "w4a8-nvfp4-deepseek-v3-mtp",
+        "mtp-w4a8-nvfp4-deepseek-v3",
+        reads="w4a8-nvfp4-deepseek-v3",
+        args=features.NEXTN,
+    ),
+    case("w4a8-nvfp4-llama", "lora-w4a8-nvfp4", adapter=True),
+    case("w4a8-mxfp4-qwen2", "lora-w4a8-mxfp4", adapter=True),
+    case("w4a8-nvfp4-classifier", args={"is_embedding": True}),
+    case("w4a8-nvfp4-lm-head"),
+)
+"""Features that a CPU runs in part, or not at all."""
+
+_OTHERS = {"online", "draft-eagle3", "draft-trained", "w4a8-nvfp4-deepseek-v3-mtp"} | {
+    one.name for one in (*FAMILY_CASES, *FEATURE_CASES)
+}
+"""Exports that are served in these cases, or not by themselves."""
+
 CASES: tuple[Case, ...] = (
-    *(case(name, **_SPECIAL.get(name, {})) for name in EXPORTS if name not in {one.export for one in FAMILY_CASES}),
+    *(case(name, **_SPECIAL.get(name, {})) for name in EXPORTS if name not in _OTHERS),
     *FAMILY_CASES,
+    *FEATURE_CASES,
     case("w4a8-nvfp4-qwen2", "w4a8-nvfp4-fp8-math", **FP8_MATH),
     case("moe-w4a8-nvfp4-mixtral", "moe-w4a8-nvfp4-fp8-math", **FP8_MATH),
     case("mxfp4", "mxfp4-weight-only", env=MXFP4_KEEPS, activation="none"),

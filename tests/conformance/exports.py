@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from tests.conformance import families
+from tests.conformance import families, features
 from tests.support import edits
 from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest
 from tests.support.exports import Variant, export
@@ -122,13 +122,17 @@ def _list_unknown(content: dict[str, Any]) -> None:
     content["quantization"]["quantized_layers"]["lm_head"] = {"quant_algo": "NVFP9"}
 
 
-def _trained(model: str, recipe: Any, variant: Variant) -> Path:
-    """Return an export of a shipped model, with room for long prompts; rounding moves it less than a random model."""
+def _shipped(model: str) -> Path:
+    """Return a shipped model with room for long prompts."""
     source = REPOSITORY / "examples/stdlib_lm" / model
     room = edits.set_fields(edits.CONFIG, {"max_position_embeddings": POSITIONS})
     key = digest(POSITIONS, folder_digest(source))
-    folder = cached_folder("models", f"{model}-{key}", lambda target: _fill(source, target, (room,)))
-    return export(folder, recipe, variant)
+    return cached_folder("models", f"{model}-{key}", lambda target: _fill(source, target, (room,)))
+
+
+def _trained(model: str, recipe: Any, variant: Variant) -> Path:
+    """Return an export of a shipped model; rounding moves it less than a random model."""
+    return export(_shipped(model), recipe, variant)
 
 
 def trained(algo: str, recipe: Any, kv: str = "none", merge: str | None = None) -> Export:
@@ -142,6 +146,10 @@ def _elsewhere() -> Path:
 
 def _llama() -> Path:
     return model_dir(TinyModel("llama", max_position=POSITIONS))
+
+
+def _headed() -> Path:
+    return export(_llama(), features.with_head(NVFP4), Variant())
 
 
 EXPORTS: dict[str, Export] = {
@@ -213,6 +221,13 @@ EXPORTS: dict[str, Export] = {
         "W4A8_MXFP4_FP8", "mixtral", MXFP4, "nvfp4_affine", PRESETS["nvfp4_affine"]
     ),
     "fp8-kv-fp8": dense("FP8", "llama", "FP8_DEFAULT_CFG", "fp8", PRESETS["fp8"]),
+    # Features: quantized before it is served, drafts and what they draft for, a head that scores, and a quantized lm_head.
+    "online": Export(features.ONLINE_ALGO, "llama", lambda: features.converted(_llama())),
+    "draft-eagle3": Export("none", "llama", partial(features.draft, POSITIONS)),
+    "draft-trained": Export("none", "llama", partial(_shipped, "model")),
+    "w4a8-nvfp4-deepseek-v3-mtp": Export("W4A8_NVFP4_FP8", "deepseek-v3", features.with_block, mixture=True),
+    "w4a8-nvfp4-classifier": dense("W4A8_NVFP4_FP8", "classifier", NVFP4),
+    "w4a8-nvfp4-lm-head": Export("W4A8_NVFP4_FP8", "llama", _headed),
     # Families whose checkpoints store layers fused, and those that SGLang runs on a GPU only, with their unquantized twins.
     **{f"w4a8-nvfp4-{f}": dense("W4A8_NVFP4_FP8", f, NVFP4) for f in FUSED_FAMILIES},
     **{f"w4a8-mxfp4-{f}": dense("W4A8_MXFP4_FP8", f, MXFP4) for f in FUSED_FAMILIES},

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from tests.conformance.cases import Case
+from tests.support.adapters import add_adapter
 from tests.support.recipes import Activation, Math
 from tests.support.reference import Reference
 
@@ -75,10 +76,17 @@ class Reader:
         dtype: float32, or bfloat16 for its noise.
         device: its device.
         kv: replaces the reading's cache, such as ``"unquantized"``.
+        adapter: the folder of a LoRA adapter that every prompt is read with.
     """
 
     def __init__(
-        self, folder: Path, reading: Reading, dtype: torch.dtype, device: str = "cpu", kv: str | None = None
+        self,
+        folder: Path,
+        reading: Reading,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        kv: str | None = None,
+        adapter: Path | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.reading = reading
@@ -92,6 +100,8 @@ class Reader:
                 unrounded=UNROUNDED,
             )
             self.reference.model.to(self.device)
+            if adapter is not None:
+                add_adapter(self.reference, adapter)
         self._router_logits: list[torch.Tensor] = []
         for _, router in routers(self.reference.model):
             router.register_forward_hook(self._keep_router_logits)
@@ -112,7 +122,7 @@ class Reader:
             torch.set_float32_matmul_precision(precision)
 
     def scores(self, ids: Sequence[int], raw_from: Sequence[int] | None = None) -> torch.Tensor:
-        """Return the log probability of each token but the first, ``[len(ids) - 1]`` on the CPU.
+        """Return the log probability of each token but the first, ``[len(ids) - 1]`` on the CPU; a classifier's scores.
 
         ``raw_from``: for each token, the first key that it reads unrounded; None: all keys are rounded.
         """
@@ -130,7 +140,9 @@ class Reader:
             self._rounding["raw_from"] = raw_from
         self._router_logits.clear()
         with self._here():
-            found = self.reference.input_logprobs(ids).to("cpu", torch.float32)
+            reference = self.reference
+            scores = reference.class_scores if hasattr(reference.model, "score") else reference.input_logprobs
+            found = scores(ids).to("cpu", torch.float32)
         return found, [logits[: len(found)].to("cpu", torch.float32) for logits in self._router_logits]
 
     def _keep_router_logits(self, router: torch.nn.Module, args: Any, output: Any) -> None:

@@ -226,6 +226,12 @@ class Reference:
         """Return the log probability of each token but the first, given those before it: ``[len(ids) - 1]``."""
         return self.logprobs(ids)[:-1].gather(1, torch.tensor(list(ids[1:])).unsqueeze(1)).squeeze(1)
 
+    @torch.no_grad()
+    def class_scores(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the scores that a sequence classifier gives its classes for the whole of ``ids``, in float32."""
+        scores: torch.Tensor = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return scores.to(torch.float32)
+
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """Return the ``count`` tokens of the greedy continuation of ``ids``."""
         sequence = list(ids)

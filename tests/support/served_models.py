@@ -11,14 +11,18 @@ from tests.support import architectures
 from tests.support.cache import cached_folder, digest, source_digest
 from tests.support.models import LOGIT_STD, build_tokenizer
 
-VOCABULARY, INTERMEDIATE, POSITIONS = 512, 128, 4096
+HIDDEN, VOCABULARY, INTERMEDIATE, POSITIONS = architectures.HIDDEN, architectures.VOCABULARY, 128, 4096
 BIAS_STD, NORM_STD = 0.3, 0.1
 LEVELS = {
     "model.embed_tokens.weight": 1.0,
     "model.embeddings.weight": 1.0,
-    "lm_head.weight": LOGIT_STD / architectures.HIDDEN**0.5,
+    "lm_head.weight": LOGIT_STD / HIDDEN**0.5,
 }
-"""Standard deviations of an embedding, which weighs as much as what layers add to it, and of a head, unless they are tied."""
+"""Standard deviations of an embedding, which weighs as much as what layers add to it, and of a head."""
+TIED = {"model.embed_tokens.weight": HIDDEN**-0.5}
+"""That of both in one, which Gemma multiplies by the root of its width before its first layer."""
+TIED_NORM = -0.5
+"""The mean of Gemma's last norm, whose gain is one more: a token's likeliest successor is itself, but not with certainty."""
 
 _LINEAR_ATTENTION: dict[str, Any] = {
     "linear_num_key_heads": 2,
@@ -108,10 +112,10 @@ def _draw(name: str, parameter: torch.Tensor, tied: bool) -> None:
     values = torch.randn(parameter.shape)
     if name.endswith(("bias", "sinks")) and "dt_bias" not in name:
         parameter.copy_(BIAS_STD * values)
-    elif name in LEVELS and not tied:
-        parameter.copy_(LEVELS[name] * values)
+    elif name in (levels := TIED if tied else LEVELS):
+        parameter.copy_(levels[name] * values)
     elif parameter.dim() > 1:
         spread = (0.5 * torch.randn((*parameter.shape[:-1], 1))).exp()
         parameter.copy_(values * spread / parameter.shape[-1] ** 0.5)
     elif "norm" in name:
-        parameter.add_(NORM_STD * values)
+        parameter.add_(NORM_STD * values + TIED_NORM * (tied and name == "model.norm.weight"))
