@@ -232,9 +232,9 @@ EXPORTS: dict[str, Export] = {
     **{f"w4a8-nvfp4-{f}": dense("W4A8_NVFP4_FP8", f, NVFP4) for f in FUSED_FAMILIES},
     **{f"w4a8-mxfp4-{f}": dense("W4A8_MXFP4_FP8", f, MXFP4) for f in FUSED_FAMILIES},
     **{
-        f"{recipe}-{name}": Export(algo, name, partial(families.folder_of, of.model, preset), mixture=of.mixture)
+        f"{recipe or 'bf16'}-{name}": Export(algo, name, partial(families.folder_of, name, recipe), mixture=of.mixture)
         for name, of in families.ARCHITECTURES.items()
-        for recipe, (algo, preset) in {"bf16": ("none", None), **of.recipes}.items()
+        for recipe, algo in {None: "none", **{recipe: algo for recipe, (algo, _) in of.recipes.items()}}.items()
     },
 }
 """Every export by name; the folder in the pack has the same name."""

@@ -12,7 +12,8 @@ from typing import Any
 
 from tests.support import edits
 from tests.support.cache import cached_folder, digest, folder_digest, source_digest
-from tests.support.exports import export
+from tests.support.exports import Variant, export
+from tests.support.reference import VISION
 from tests.support.served_models import served_dir
 
 STATES: dict[str, Any] = {"disable_radix_cache": True}
@@ -43,11 +44,18 @@ def _nemotron_block_types(config: dict[str, Any]) -> None:
         config[name] = [BLOCK_TYPES.get(kind, kind) for kind in config[name]]
 
 
-PUBLISHED: dict[str, Callable[[dict[str, Any]], None]] = {
-    "deepseek_v3": _deepseek_fields,
-    "nemotron_h": _nemotron_block_types,
+def _without_vision(tensors: edits.Tensors) -> None:
+    for name in [name for name in tensors if name.startswith(VISION)]:
+        del tensors[name]
+
+
+PUBLISHED: dict[str, edits.Edit] = {
+    "deepseek_v3": edits.edit_json(edits.CONFIG, _deepseek_fields),
+    "nemotron_h": edits.edit_json(edits.CONFIG, _nemotron_block_types),
+    # SGLang serves Llama 4 without its vision tower unless it is asked for.
+    "llama4_vl": edits.edit_tensors(_without_vision),
 }
-"""By model: changes of config.json to what published ones have and SGLang reads, where transformers 5 writes something else."""
+"""By model: changes to what published checkpoints have and SGLang reads, where transformers 5 writes something else."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Architecture:
         mixture: whether it has experts.
         args: arguments of its engines.
         twin: further arguments of the unquantized twin's.
+        unquantized: by recipe, patterns of layers that it leaves unquantized.
         ours: recipes that are served by this package when it is asked for, and by SGLang alone in a case of its own.
         prefixes: whether prompts with a cached prefix are sent.
     """
@@ -69,6 +78,7 @@ class Architecture:
     mixture: bool = False
     args: Mapping[str, Any] = field(default_factory=dict)
     twin: Mapping[str, Any] = field(default_factory=dict)
+    unquantized: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     ours: tuple[str, ...] = ()
     prefixes: bool = True
 
@@ -82,14 +92,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron-h": Architecture(
         "nemotron_h", W4A8, mixture=True, args=STATES, twin={"moe_runner_backend": "triton"}, prefixes=False
     ),
-    "llama4": Architecture("llama4", PACKED | CHANNEL_FP8, mixture=True, ours=tuple(PACKED), prefixes=False),
+    # SGLang's class reorders rows of unpacked weights of q and k when it loads them.
+    "llama4": Architecture(
+        "llama4_vl",
+        PACKED | CHANNEL_FP8,
+        mixture=True,
+        unquantized={"nvfp4": ("*self_attn*",)},
+        ours=tuple(PACKED),
+        prefixes=False,
+    ),
     "gemma3": Architecture("gemma3", W4A8),
 }
 
 
-def folder_of(model: str, preset: str | None) -> Path:
-    """Return the export of a model with a preset of ModelOpt, or the unquantized model, as SGLang reads it."""
-    folder = served_dir(model) if preset is None else export(served_dir(model), preset)
+def folder_of(name: str, recipe: str | None = None) -> Path:
+    """Return the export of a family by a recipe of it, or the unquantized model, as SGLang reads it."""
+    of = ARCHITECTURES[name]
+    model, folder = of.model, served_dir(of.model)
+    if recipe is not None:
+        folder = export(folder, of.recipes[recipe][1], Variant(exclude=of.unquantized.get(recipe, ())))
     change = PUBLISHED.get(model)
     if change is None:
         return folder
@@ -97,6 +118,6 @@ def folder_of(model: str, preset: str | None) -> Path:
 
     def fill(target: Path) -> None:
         target.rmdir()
-        edits.copy_with(folder, target, (edits.edit_json(edits.CONFIG, change),))
+        edits.copy_with(folder, target, (change,))
 
     return cached_folder("edited", f"{model}-{key}", fill)

@@ -57,9 +57,7 @@ def draft(positions: int) -> Path:
 
 def with_block() -> Path:
     """Return the W4A8 export of DeepSeek-V3 with an unquantized block of multi-token prediction behind its two layers."""
-    architecture = families.ARCHITECTURES["deepseek-v3"]
-    _, preset = architecture.recipes["w4a8-nvfp4"]
-    folder, plain = (families.folder_of(architecture.model, name) for name in (preset, None))
+    folder, plain = (families.folder_of("deepseek-v3", recipe) for recipe in ("w4a8-nvfp4", None))
     key = digest(folder_digest(folder), folder_digest(plain), source_digest(Path(__file__)))
     block = _block(edits.read_tensors(plain))
 

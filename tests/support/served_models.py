@@ -13,13 +13,9 @@ from tests.support.models import LOGIT_STD, build_tokenizer
 
 HIDDEN, VOCABULARY, INTERMEDIATE, POSITIONS = architectures.HIDDEN, architectures.VOCABULARY, 128, 4096
 BIAS_STD, NORM_STD = 0.3, 0.1
-LEVELS = {
-    "model.embed_tokens.weight": 1.0,
-    "model.embeddings.weight": 1.0,
-    "lm_head.weight": LOGIT_STD / HIDDEN**0.5,
-}
+LEVELS = {"embed_tokens": 1.0, "embeddings": 1.0, "lm_head": LOGIT_STD / HIDDEN**0.5}
 """Standard deviations of an embedding, which weighs as much as what layers add to it, and of a head."""
-TIED = {"model.embed_tokens.weight": HIDDEN**-0.5}
+TIED = {"embed_tokens": HIDDEN**-0.5}
 """That of both in one, which Gemma multiplies by the root of its width before its first layer."""
 TIED_NORM = -0.5
 """The mean of Gemma's last norm, whose gain is one more: a token's likeliest successor is itself, but not with certainty."""
@@ -78,7 +74,8 @@ SERVED: dict[str, dict[str, Any]] = {
         "mamba_head_dim": 64,
         "ssm_state_size": 128,
     },
-    "llama4": {
+    # The multimodal class: SGLang's other one does not take the rotation of transformers' weights.
+    "llama4_vl": {
         **_heads(128),
         "intermediate_size": INTERMEDIATE,
         "intermediate_size_mlp": INTERMEDIATE,
@@ -101,6 +98,7 @@ def _save(name: str, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)  # what is drawn by the class itself, such as the decay of a linear attention
         model = architectures.new_model(name, {"max_position_embeddings": POSITIONS, **SERVED[name]})
+        model.config.vocab_size = VOCABULARY  # multimodal configurations have it in their text part only
         for parameter_name, parameter in model.named_parameters():
             _draw(parameter_name, parameter, model.config.tie_word_embeddings)
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -112,8 +110,8 @@ def _draw(name: str, parameter: torch.Tensor, tied: bool) -> None:
     values = torch.randn(parameter.shape)
     if name.endswith(("bias", "sinks")) and "dt_bias" not in name:
         parameter.copy_(BIAS_STD * values)
-    elif name in (levels := TIED if tied else LEVELS):
-        parameter.copy_(levels[name] * values)
+    elif (kind := name.removesuffix(".weight").rpartition(".")[2]) in (levels := TIED if tied else LEVELS):
+        parameter.copy_(levels[kind] * values)
     elif parameter.dim() > 1:
         spread = (0.5 * torch.randn((*parameter.shape[:-1], 1))).exp()
         parameter.copy_(values * spread / parameter.shape[-1] ** 0.5)
