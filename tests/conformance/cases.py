@@ -132,7 +132,7 @@ FAMILY_CASES = tuple(one for name in families.ARCHITECTURES for one in of_family
 FEATURE_CASES = (
     case("bf16", "online-w4a8-mxfp4", reads="online", args={"quantization": features.ONLINE_FLAG}),
     case("w4a8-nvfp4-llama", "draft-eagle3-w4a8-nvfp4", draft="draft-eagle3", args=features.EAGLE3),
-    case("trained-w4a8-nvfp4", "draft-standalone-w4a8-nvfp4", draft="draft-trained", args=features.STANDALONE),
+    case("trained-w4a8-nvfp4", "draft-standalone-w4a8-nvfp4", draft="trained-w4a8-nvfp4", args=features.STANDALONE),
     case(
         "w4a8-nvfp4-deepseek-v3-mtp",
         "mtp-w4a8-nvfp4-deepseek-v3",
@@ -146,7 +146,7 @@ FEATURE_CASES = (
 )
 """Features that a CPU runs in part, or not at all."""
 
-_OTHERS = {"online", "draft-eagle3", "draft-trained", "w4a8-nvfp4-deepseek-v3-mtp"} | {
+_OTHERS = {"online", "draft-eagle3", "w4a8-nvfp4-deepseek-v3-mtp"} | {
     one.name for one in (*FAMILY_CASES, *FEATURE_CASES)
 }
 """Exports that are served in these cases, or not by themselves."""

@@ -122,17 +122,13 @@ def _list_unknown(content: dict[str, Any]) -> None:
     content["quantization"]["quantized_layers"]["lm_head"] = {"quant_algo": "NVFP9"}
 
 
-def _shipped(model: str) -> Path:
-    """Return a shipped model with room for long prompts."""
+def _trained(model: str, recipe: Any, variant: Variant) -> Path:
+    """Return an export of a shipped model, with room for long prompts; rounding moves it less than a random model."""
     source = REPOSITORY / "examples/stdlib_lm" / model
     room = edits.set_fields(edits.CONFIG, {"max_position_embeddings": POSITIONS})
     key = digest(POSITIONS, folder_digest(source))
-    return cached_folder("models", f"{model}-{key}", lambda target: _fill(source, target, (room,)))
-
-
-def _trained(model: str, recipe: Any, variant: Variant) -> Path:
-    """Return an export of a shipped model; rounding moves it less than a random model."""
-    return export(_shipped(model), recipe, variant)
+    folder = cached_folder("models", f"{model}-{key}", lambda target: _fill(source, target, (room,)))
+    return export(folder, recipe, variant)
 
 
 def trained(algo: str, recipe: Any, kv: str = "none", merge: str | None = None) -> Export:
@@ -224,7 +220,6 @@ EXPORTS: dict[str, Export] = {
     # Features: quantized before it is served, drafts and what they draft for, a head that scores, and a quantized lm_head.
     "online": Export(features.ONLINE_ALGO, "llama", lambda: features.converted(_llama())),
     "draft-eagle3": Export("none", "llama", partial(features.draft, POSITIONS)),
-    "draft-trained": Export("none", "llama", partial(_shipped, "model")),
     "w4a8-nvfp4-deepseek-v3-mtp": Export("W4A8_NVFP4_FP8", "deepseek-v3", features.with_block, mixture=True),
     "w4a8-nvfp4-classifier": dense("W4A8_NVFP4_FP8", "classifier", NVFP4),
     "w4a8-nvfp4-lm-head": Export("W4A8_NVFP4_FP8", "llama", _headed),

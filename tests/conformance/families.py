@@ -5,7 +5,7 @@ A twin that fails, or is wrong, says that a fault is SGLang's: it is served with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any

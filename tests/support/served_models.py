@@ -15,6 +15,8 @@ HIDDEN, VOCABULARY, INTERMEDIATE, POSITIONS = architectures.HIDDEN, architecture
 BIAS_STD, NORM_STD = 0.3, 0.1
 LEVELS = {"embed_tokens": 1.0, "embeddings": 1.0, "lm_head": LOGIT_STD / HIDDEN**0.5}
 """Standard deviations of an embedding, which weighs as much as what layers add to it, and of a head."""
+COARSE = ~0b1111
+"""Bits of a bf16 weight that are not cleared: models and their exports travel compressed."""
 TIED = {"embed_tokens": HIDDEN**-0.5}
 """That of both in one, which Gemma multiplies by the root of its width before its first layer."""
 TIED_NORM = -0.5
@@ -101,7 +103,10 @@ def _save(name: str, folder: Path) -> None:
         model.config.vocab_size = VOCABULARY  # multimodal configurations have it in their text part only
         for parameter_name, parameter in model.named_parameters():
             _draw(parameter_name, parameter, model.config.tie_word_embeddings)
-    model.to(torch.bfloat16).save_pretrained(folder)
+        model.to(torch.bfloat16)
+        for parameter in model.parameters():
+            parameter.view(torch.int16).bitwise_and_(COARSE)
+    model.save_pretrained(folder)
     build_tokenizer(VOCABULARY).save_pretrained(folder)
 
 
