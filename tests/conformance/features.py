@@ -14,7 +14,7 @@ from tests.support.served_models import HIDDEN, VOCABULARY
 
 ONLINE_FLAG = "modelopt_w4a8"
 ONLINE_ALGO = "W4A8_MXFP4_FP8"
-"""What that flag makes of an unquantized model where no setting says otherwise."""
+"""The algorithm that the flag stands for without further settings."""
 
 EAGLE3: dict[str, Any] = {
     "speculative_algorithm": "EAGLE3",
