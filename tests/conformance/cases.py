@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from tests.conformance import families, features
@@ -176,16 +178,28 @@ FIRST = ("trained", "wrong-scale", "large", "w4a8", "moe-w4a8", "kv")
 """Cases that begin first, since a run may be ended early."""
 
 
-def chosen(tp: int, only: str | None) -> list[Case]:
+def chosen(tp: int, only: str | None, missing: Path | None = None) -> list[Case]:
     """Return the cases of a run, the longest and most informative first.
 
     Args:
         tp: 1, or 2 for those over two ranks, beside those of one that they must agree with.
         only: names, comma-separated, with ``*`` for any part; None for all.
+        missing: results of earlier runs: the cases that they have no row of, and those that these must agree with.
     """
     cases = sorted(CASES, key=lambda case: (case.graphs != "all", not case.name.startswith(FIRST)))
     if tp > 1:
         partners = {case.same_as for case in RANKS}
         cases = [*(case for case in CASES if case.name in partners), *RANKS]
     patterns = (only or "*").split(",")
-    return [case for case in cases if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
+    cases = [case for case in cases if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
+    if missing is None:
+        return cases
+    known = {row["case"] for row in json.loads(missing.read_text(encoding="utf-8"))["rows"]}
+    partners = {case.same_as for case in cases if case.name not in known}
+    return [case for case in cases if case.name not in known or case.name in partners]
+
+
+def exports_of(cases: Iterable[Case]) -> list[str]:
+    """Return the exports that cases need from a pack."""
+    names = (name for case in cases for name in (case.export, case.reads, case.draft) if name is not None)
+    return [name for name in dict.fromkeys(names) if not EXPORTS[name].large]

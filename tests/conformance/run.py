@@ -203,6 +203,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pack", type=Path, default=ROOT / ".exports", help="the folder that pack.py made")
     parser.add_argument("--only", metavar="A,B", help="cases by name, * for any part")
+    parser.add_argument("--missing", type=Path, metavar="FILE", help="the cases that these results have no row of")
     parser.add_argument(
         "--part", metavar="I/N", help="of N parts the I-th, counted from 1; cases that must agree are in one"
     )
@@ -229,7 +230,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the cases and return 0 when every verdict is the expected one."""
     args = arguments()
-    cases = chosen(args.tp, args.only)
+    cases = chosen(args.tp, args.only, args.missing)
     if args.part:
         part, parts = map(int, args.part.split("/"))
         roots = list(dict.fromkeys(case.same_as or case.name for case in cases))
