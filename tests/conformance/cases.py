@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+from tests.conformance import families, features
 from tests.conformance.exports import EXPORTS, Export
 
 Graphs = Literal["decode", "none", "all"]
@@ -36,6 +39,9 @@ class Case:
         same_as: the case that must give the same log probabilities.
         expect: the verdict of a sound run; ``"any"`` for SGLang alone.
         tp: tensor-parallel ranks.
+        prefixes: whether prompts with a cached prefix are sent.
+        draft: the export that drafts, none where the served checkpoint itself does, if at all.
+        adapter: whether every request names a LoRA adapter on all quantized layers.
     """
 
     name: str
@@ -52,11 +58,19 @@ class Case:
     same_as: str | None = None
     expect: Literal["right", "wrong", "any"] = "right"
     tp: int = 1
+    prefixes: bool = True
+    draft: str | None = None
+    adapter: bool = False
 
     @property
     def of(self) -> Export:
         """Return the served export."""
         return EXPORTS[self.export]
+
+    @property
+    def classifies(self) -> bool:
+        """Return whether the model scores whole prompts."""
+        return self.of.family == "classifier"
 
 
 def case(export: str, name: str = "", **options: Any) -> Case:
@@ -99,8 +113,50 @@ LEFT_TO_SGLANG = (
 )
 """Exports served without the plugin as well: the log probabilities must be the same."""
 
+
+def of_family(name: str) -> list[Case]:
+    """Return the cases of one of :data:`tests.conformance.families.ARCHITECTURES`, its unquantized twin first."""
+    of = families.ARCHITECTURES[name]
+    options: dict[str, Any] = {"args": of.args, "prefixes": of.prefixes}
+    alone: dict[str, Any] = {**options, "plugin": False, "expect": "any"}
+    cases = [case(f"bf16-{name}", **{**alone, "args": {**of.args, **of.twin}})]
+    for recipe in of.recipes:
+        if recipe in of.ours:
+            cases.append(case(f"{recipe}-{name}", **{**options, "args": {**of.args, **families.OURS}}))
+            cases.append(case(f"{recipe}-{name}", f"{recipe}-{name}-alone", **alone))
+        else:
+            cases.append(case(f"{recipe}-{name}", **options))
+    return cases
+
+
+FAMILY_CASES = tuple(one for name in families.ARCHITECTURES for one in of_family(name))
+
+FEATURE_CASES = (
+    case("bf16", "online-w4a8-mxfp4", reads="online", args={"quantization": features.ONLINE_FLAG}),
+    case("w4a8-nvfp4-llama", "draft-eagle3-w4a8-nvfp4", draft="draft-eagle3", args=features.EAGLE3),
+    case("trained-w4a8-nvfp4", "draft-standalone-w4a8-nvfp4", draft="trained-w4a8-nvfp4", args=features.STANDALONE),
+    case(
+        "w4a8-nvfp4-deepseek-v3-mtp",
+        "mtp-w4a8-nvfp4-deepseek-v3",
+        reads="w4a8-nvfp4-deepseek-v3",
+        args=features.NEXTN,
+    ),
+    case("w4a8-nvfp4-llama", "lora-w4a8-nvfp4", adapter=True),
+    case("w4a8-mxfp4-qwen2", "lora-w4a8-mxfp4", adapter=True),
+    case("w4a8-nvfp4-classifier", args={"is_embedding": True}),
+    case("w4a8-nvfp4-lm-head"),
+)
+"""Features that a CPU runs in part, or not at all."""
+
+_OTHERS = {"online", "draft-eagle3", "w4a8-nvfp4-deepseek-v3-mtp"} | {
+    one.name for one in (*FAMILY_CASES, *FEATURE_CASES)
+}
+"""Exports that are served in these cases, or not by themselves."""
+
 CASES: tuple[Case, ...] = (
-    *(case(name, **_SPECIAL.get(name, {})) for name in EXPORTS),
+    *(case(name, **_SPECIAL.get(name, {})) for name in EXPORTS if name not in _OTHERS),
+    *FAMILY_CASES,
+    *FEATURE_CASES,
     case("w4a8-nvfp4-qwen2", "w4a8-nvfp4-fp8-math", **FP8_MATH),
     case("moe-w4a8-nvfp4-mixtral", "moe-w4a8-nvfp4-fp8-math", **FP8_MATH),
     case("mxfp4", "mxfp4-weight-only", env=MXFP4_KEEPS, activation="none"),
@@ -122,16 +178,28 @@ FIRST = ("trained", "wrong-scale", "large", "w4a8", "moe-w4a8", "kv")
 """Cases that begin first, since a run may be ended early."""
 
 
-def chosen(tp: int, only: str | None) -> list[Case]:
+def chosen(tp: int, only: str | None, missing: Path | None = None) -> list[Case]:
     """Return the cases of a run, the longest and most informative first.
 
     Args:
         tp: 1, or 2 for those over two ranks, beside those of one that they must agree with.
         only: names, comma-separated, with ``*`` for any part; None for all.
+        missing: results of earlier runs: the cases that they have no row of, and those that these must agree with.
     """
     cases = sorted(CASES, key=lambda case: (case.graphs != "all", not case.name.startswith(FIRST)))
     if tp > 1:
         partners = {case.same_as for case in RANKS}
         cases = [*(case for case in CASES if case.name in partners), *RANKS]
     patterns = (only or "*").split(",")
-    return [case for case in cases if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
+    cases = [case for case in cases if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)]
+    if missing is None:
+        return cases
+    known = {row["case"] for row in json.loads(missing.read_text(encoding="utf-8"))["rows"]}
+    partners = {case.same_as for case in cases if case.name not in known}
+    return [case for case in cases if case.name not in known or case.name in partners]
+
+
+def exports_of(cases: Iterable[Case]) -> list[str]:
+    """Return the exports that cases need from a pack."""
+    names = (name for case in cases for name in (case.export, case.reads, case.draft) if name is not None)
+    return [name for name in dict.fromkeys(names) if not EXPORTS[name].large]

@@ -31,6 +31,9 @@ PAGE = 64
 
 FLUSHES = 100
 
+ADAPTER = "adapter"
+"""The name of a case's adapter in requests."""
+
 
 @dataclass(frozen=True)
 class Scored:
@@ -74,6 +77,8 @@ class Drive:
 
     def all(self) -> list[Scored]:
         """Send every request, one kind after the other, and set ``repeats`` and ``variation``."""
+        if self.case.classifies:
+            return self.classified()
         scored: list[Scored] = []
         again: list[Scored] = []
         length = BATCH_LENGTH if self.chunk >= BATCH * BATCH_LENGTH else BATCH_LENGTH_KV
@@ -85,17 +90,41 @@ class Drive:
             ids = random_ids(size, seed=300 + size, vocab=VOCAB)
             scored += self.prompts(str(size), [ids])
             again += self.prompts(str(size), [ids])
-        first = [value for one in scored if one.group in map(str, LONG) for value in one.values]
-        second = [value for one in again for value in one.values]
-        apart = [abs(a - b) for a, b in zip(first, second, strict=True)]
-        self.repeats, self.variation = apart.count(0.0) / len(apart), sum(apart) / len(apart)
+        self._compare([one for one in scored if one.group in map(str, LONG)], again)
         for number in range(4):
             scored += self.decoded("decode, 1", [random_ids(24, seed=400 + number, vocab=VOCAB)], 24)
         scored += self.decoded("decode, 16", [ids[:BATCH_LENGTH_KV] for ids in prompts], 12)
-        scored += self.cached("cached prefix", PREFIX)
-        if self.case.kv != "none":
+        if self.case.prefixes:
+            scored += self.cached("cached prefix", PREFIX)
+        if self.case.prefixes and self.case.kv != "none":
             scored += self.cached("cached odd prefix", ODD_PREFIX)
         return scored
+
+    def classified(self) -> list[Scored]:
+        """Return the scores of every prompt's classes, in place of its tokens' log probabilities, and set ``repeats``."""
+        together = [random_ids(BATCH_LENGTH, seed=100 + number, vocab=VOCAB) for number in range(BATCH)]
+        alone = [[random_ids(size, seed=300 + size, vocab=VOCAB)] for size in (*SINGLES, *LONG)]
+        scored = [one for prompts in (together, *alone) for one in self._classes(prompts)]
+        long = [one for one in scored if len(one.ids) in LONG]
+        self._compare(long, [self._classes([one.ids])[0] for one in long])
+        return scored
+
+    def _classes(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
+        from sglang.srt.managers.io_struct import EmbeddingReqInput
+
+        request = EmbeddingReqInput(input_ids=[list(ids) for ids in prompts])
+        answers = self.engine.loop.run_until_complete(
+            self.engine.tokenizer_manager.generate_request(request, None).__anext__()
+        )
+        return [
+            Scored("classes", list(ids), 1, [float(value) for value in answer["embedding"]], len(ids))
+            for ids, answer in zip(prompts, answers, strict=True)
+        ]
+
+    def _compare(self, first: Sequence[Scored], second: Sequence[Scored]) -> None:
+        values = [[value for one in sending for value in one.values] for sending in (first, second)]
+        apart = [abs(a - b) for a, b in zip(*values, strict=True)]
+        self.repeats, self.variation = apart.count(0.0) / len(apart), sum(apart) / len(apart)
 
     def prompts(
         self, group: str, prompts: Sequence[Sequence[int]], start: int = 0, flush: bool = True, count: int = 1
@@ -152,6 +181,8 @@ class Drive:
 
     def _generate(self, prompts: Sequence[Sequence[int]], count: int, **options: Any) -> list[Mapping[str, Any]]:
         sampling = {"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True}
+        if self.case.adapter:
+            options["lora_path"] = [ADAPTER] * len(prompts)
         answers = self.engine.generate(
             input_ids=[list(ids) for ids in prompts], sampling_params=sampling, return_logprob=True, **options
         )

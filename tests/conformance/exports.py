@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.conformance import families, features
 from tests.support import edits
 from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest
 from tests.support.exports import Variant, export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, UNQUANTIZED
-from tests.support.models import Family, TinyModel, model_dir
+from tests.support.models import FUSED_FAMILIES, Family, TinyModel, model_dir
 from tests.support.moe import mixed_checkpoint, tiny
 
 POSITIONS = 4096
@@ -40,7 +41,7 @@ class Export:
     """
 
     algo: str
-    family: Family
+    family: str
     make: Callable[[], Path]
     kv: str = "none"
     mixture: bool = False
@@ -143,6 +144,10 @@ def _llama() -> Path:
     return model_dir(TinyModel("llama", max_position=POSITIONS))
 
 
+def _headed() -> Path:
+    return export(_llama(), features.with_head(NVFP4), Variant())
+
+
 EXPORTS: dict[str, Export] = {
     "bf16": Export("none", "llama", _llama),
     # Every algorithm on a dense model; the two W4A8 recipes on every family.
@@ -212,6 +217,20 @@ EXPORTS: dict[str, Export] = {
         "W4A8_MXFP4_FP8", "mixtral", MXFP4, "nvfp4_affine", PRESETS["nvfp4_affine"]
     ),
     "fp8-kv-fp8": dense("FP8", "llama", "FP8_DEFAULT_CFG", "fp8", PRESETS["fp8"]),
+    # Features: quantized before it is served, drafts and what they draft for, a head that scores, and a quantized lm_head.
+    "online": Export(features.ONLINE_ALGO, "llama", lambda: features.converted(_llama())),
+    "draft-eagle3": Export("none", "llama", partial(features.draft, POSITIONS)),
+    "w4a8-nvfp4-deepseek-v3-mtp": Export("W4A8_NVFP4_FP8", "deepseek-v3", features.with_block, mixture=True),
+    "w4a8-nvfp4-classifier": dense("W4A8_NVFP4_FP8", "classifier", NVFP4),
+    "w4a8-nvfp4-lm-head": Export("W4A8_NVFP4_FP8", "llama", _headed),
+    # Families whose checkpoints store layers fused, and those that SGLang runs on a GPU only, with their unquantized twins.
+    **{f"w4a8-nvfp4-{f}": dense("W4A8_NVFP4_FP8", f, NVFP4) for f in FUSED_FAMILIES},
+    **{f"w4a8-mxfp4-{f}": dense("W4A8_MXFP4_FP8", f, MXFP4) for f in FUSED_FAMILIES},
+    **{
+        f"{recipe or 'bf16'}-{name}": Export(algo, name, partial(families.folder_of, name, recipe), mixture=of.mixture)
+        for name, of in families.ARCHITECTURES.items()
+        for recipe, algo in {None: "none", **{recipe: algo for recipe, (algo, _) in of.recipes.items()}}.items()
+    },
 }
 """Every export by name; the folder in the pack has the same name."""
 

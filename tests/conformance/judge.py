@@ -114,6 +114,7 @@ class Judge:
         reading: the numerics of the reading.
         device: device of the readings.
         known: the manifest's log probabilities of the reading, made on a CPU, and their prompts.
+        adapter: the LoRA adapter of every request.
     """
 
     def __init__(
@@ -123,12 +124,13 @@ class Judge:
         reading: Reading,
         device: str,
         known: tuple[Sequence[float], Sequence[Sequence[int]]] | None = None,
+        adapter: Path | None = None,
     ) -> None:
         self.case, self.reading = case, reading
-        self.exact = Reader(folder, reading, torch.float32, device)
-        self.rough = Reader(folder, reading, torch.bfloat16, device)
+        self.exact = Reader(folder, reading, torch.float32, device, adapter=adapter)
+        self.rough = Reader(folder, reading, torch.bfloat16, device, adapter=adapter)
         rounded = reading.kv not in ("none", "unquantized")
-        self.unrounded = Reader(folder, reading, torch.float32, device, "unquantized") if rounded else None
+        self.unrounded = Reader(folder, reading, torch.float32, device, "unquantized", adapter) if rounded else None
         self.known = known
         self.experts = self.exact.experts_per_token
         if (self.experts is None) == case.of.mixture:

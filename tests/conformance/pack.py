@@ -38,14 +38,14 @@ def check_prompts() -> list[list[int]]:
 
 def build(target: Path, names: list[str] | None = None) -> None:
     """Write the archive and its manifest to ``target``."""
-    from tests.conformance.cases import CASES
+    from tests.conformance.cases import CASES, exports_of
     from tests.conformance.exports import EXPORTS
     from tests.conformance.reading import Reading, read_check
 
     target.mkdir(parents=True, exist_ok=True)
     manifest: dict[str, Any] = {}
     folders: dict[str, Path] = {}
-    for name in names or [name for name, export in EXPORTS.items() if not export.large]:
+    for name in names or exports_of(CASES):
         start = time.monotonic()
         folder = EXPORTS[name].make()
         readings: dict[str, Any] = {}
@@ -111,7 +111,10 @@ def main() -> int:
     """Parse the command line and build the pack."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("target", type=Path, help="the folder of the pack, such as .exports")
-    parser.add_argument("--only", metavar="A,B", help="these exports alone")
+    parser.add_argument("--only", metavar="A,B", help="the exports of these cases alone, * for any part")
+    parser.add_argument("--missing", type=Path, metavar="FILE", help="of cases that these results have no row of")
     args = parser.parse_args()
-    build(args.target, args.only.split(",") if args.only else None)
+    from tests.conformance.cases import chosen, exports_of
+
+    build(args.target, exports_of(chosen(1, args.only, args.missing)))
     return 0

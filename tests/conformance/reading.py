@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 
 from tests.conformance.cases import Case
+from tests.support.adapters import add_adapter
 from tests.support.recipes import Activation, Math
 from tests.support.reference import Reference
 
@@ -22,6 +23,9 @@ QUERY_ROUNDING = frozenset({"fa3"})
 
 ROUTERS = frozenset({"gate", "router"})
 """Names of a mixture's router."""
+
+UNROUNDED = ("*.kv_b_proj",)
+"""Layers whose weights SGLang multiplies into others when it loads: there is no input of theirs that could be rounded."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +76,32 @@ class Reader:
         dtype: float32, or bfloat16 for its noise.
         device: its device.
         kv: replaces the reading's cache, such as ``"unquantized"``.
+        adapter: the folder of a LoRA adapter that every prompt is read with.
     """
 
     def __init__(
-        self, folder: Path, reading: Reading, dtype: torch.dtype, device: str = "cpu", kv: str | None = None
+        self,
+        folder: Path,
+        reading: Reading,
+        dtype: torch.dtype,
+        device: str = "cpu",
+        kv: str | None = None,
+        adapter: Path | None = None,
     ) -> None:
         self.device = torch.device(device)
         self.reading = reading
         with self._here():
             self.reference = Reference(
-                folder, dtype=dtype, math=reading.math, activation=reading.activation, kv_cache=kv or reading.kv
+                folder,
+                dtype=dtype,
+                math=reading.math,
+                activation=reading.activation,
+                kv_cache=kv or reading.kv,
+                unrounded=UNROUNDED,
             )
             self.reference.model.to(self.device)
+            if adapter is not None:
+                add_adapter(self.reference, adapter)
         self._router_logits: list[torch.Tensor] = []
         for _, router in routers(self.reference.model):
             router.register_forward_hook(self._keep_router_logits)
@@ -104,7 +122,7 @@ class Reader:
             torch.set_float32_matmul_precision(precision)
 
     def scores(self, ids: Sequence[int], raw_from: Sequence[int] | None = None) -> torch.Tensor:
-        """Return the log probability of each token but the first, ``[len(ids) - 1]`` on the CPU.
+        """Return the log probability of each token but the first, ``[len(ids) - 1]`` on the CPU; a classifier's scores.
 
         ``raw_from``: for each token, the first key that it reads unrounded; None: all keys are rounded.
         """
@@ -122,11 +140,14 @@ class Reader:
             self._rounding["raw_from"] = raw_from
         self._router_logits.clear()
         with self._here():
-            found = self.reference.input_logprobs(ids).to("cpu", torch.float32)
+            reference = self.reference
+            scores = reference.class_scores if hasattr(reference.model, "score") else reference.input_logprobs
+            found = scores(ids).to("cpu", torch.float32)
         return found, [logits[: len(found)].to("cpu", torch.float32) for logits in self._router_logits]
 
     def _keep_router_logits(self, router: torch.nn.Module, args: Any, output: Any) -> None:
-        logits = output[0] if isinstance(output, tuple) else output
+        # Llama 4's, which is a linear layer, returns the scores first.
+        logits = output[isinstance(router, torch.nn.Linear)] if isinstance(output, tuple) else output
         self._router_logits.append(logits.detach().flatten(end_dim=-2))
 
     @property
@@ -151,7 +172,8 @@ class Reader:
 def routers(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """Return the routers of a Hugging Face model (``gate`` or ``router`` beside ``experts``) and their names, in layer order.
 
-    Each chooses the ``top_k`` largest of its logits, which it returns, alone or first.
+    Each chooses the ``top_k`` largest of its logits, which it returns. That holds for those of DeepSeek and Nemotron-H while their
+    correction biases are 0 and there is one group of experts, as here.
 
     Raises:
         NotImplementedError: experts without such a router beside them.

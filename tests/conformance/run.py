@@ -41,6 +41,8 @@ PORTS = 21000
 
 KERNEL = re.compile(r"modelopt_ext: \d+ .*kernel ([\w.+]+)\s*$", re.MULTILINE)
 CACHE = re.compile(r"modelopt_ext: KV cache .*", re.MULTILINE)
+LONGEST_TAIL = 2500
+"""Most characters of the end of a log in the results."""
 REASON = re.compile(r"^(?:\[[^\]\n]*\] )?([\w.]*(?:Error|Exception|SystemExit)\b.*)$", re.MULTILINE)
 
 
@@ -118,6 +120,8 @@ class Runner:
             outcome.note = f"not done after {limit:.0f} s; last line: {last_line(output)}"
         else:
             outcome.note = f"exit {code}: {reason(output)}"
+        if not outcome.result:
+            outcome.notes.append(f"end of its log: {tail(output)}")
         return outcome
 
     def _environment(self, number: int, case: Case) -> dict[str, str]:
@@ -160,6 +164,14 @@ def reason(output: str) -> str:
     return (ours or errors or [last_line(output)])[-1][:300]
 
 
+def tail(output: str, lines: int = 25) -> str:
+    """Return the lines of the last traceback of a log, else its last lines, in one line."""
+    found = output.strip().splitlines()
+    starts = [number for number, text in enumerate(found) if "Traceback (most recent call last)" in text]
+    end = starts[-1] + 2 * lines if starts else len(found)
+    return " | ".join(text.strip() for text in found[max(0, min(end, len(found)) - lines) : end])[-LONGEST_TAIL:]
+
+
 def last_line(output: str) -> str:
     """Return the end of a log."""
     return (output.strip().splitlines() or [""])[-1][:200]
@@ -191,6 +203,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--pack", type=Path, default=ROOT / ".exports", help="the folder that pack.py made")
     parser.add_argument("--only", metavar="A,B", help="cases by name, * for any part")
+    parser.add_argument("--missing", type=Path, metavar="FILE", help="the cases that these results have no row of")
     parser.add_argument(
         "--part", metavar="I/N", help="of N parts the I-th, counted from 1; cases that must agree are in one"
     )
@@ -217,7 +230,7 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     """Run the cases and return 0 when every verdict is the expected one."""
     args = arguments()
-    cases = chosen(args.tp, args.only)
+    cases = chosen(args.tp, args.only, args.missing)
     if args.part:
         part, parts = map(int, args.part.split("/"))
         roots = list(dict.fromkeys(case.same_as or case.name for case in cases))

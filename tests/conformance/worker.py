@@ -50,10 +50,12 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
 
     from tests.conformance import large
     from tests.conformance.cases import chosen
-    from tests.conformance.drive import Drive, engine_arguments
+    from tests.conformance.drive import ADAPTER, Drive, engine_arguments
     from tests.conformance.judge import Judge
     from tests.conformance.pack import MANIFEST, check_prompts
     from tests.conformance.reading import Reading
+    from tests.support.adapters import make_adapter
+    from tests.support.reference import Reference
 
     case = next(case for case in chosen(tp, None) if case.name == name)
     seconds: dict[str, float] = {}
@@ -71,7 +73,16 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
         served = exports / "large" / case.name
         large.make(served, case.of.algo, device, shrink=1 if device == "cuda" else 8)
         lap("checkpoint")
-    engine = sglang.Engine(**engine_arguments(case, str(served), device, port))
+    arguments = engine_arguments(case, str(served), device, port)
+    adapter = None
+    if case.adapter:
+        # In bf16, as SGLang keeps it.
+        weights = Reference(served).weights
+        adapter = make_adapter(exports / "adapters" / case.name, weights, torch.bfloat16)
+        arguments["lora_paths"] = [f"{ADAPTER}={adapter}"]
+    if case.draft is not None:
+        arguments["speculative_draft_model_path"] = str(exports / case.draft)
+    engine = sglang.Engine(**arguments)
     attention = _attention(engine)
     lap("start")
     drive = Drive(engine, case)
@@ -81,9 +92,9 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
     found = hardware(device)
     reading = Reading.of(case, found["capability"], attention)
     manifest = json.loads((exports / MANIFEST).read_text(encoding="utf-8"))
-    known = None if case.of.large else (manifest[case.reads]["readings"][reading.key], check_prompts())
+    known = None if case.of.large or adapter else (manifest[case.reads]["readings"][reading.key], check_prompts())
     with torch.inference_mode():
-        judge = Judge(served if case.of.large else exports / case.reads, case, reading, device, known)
+        judge = Judge(served if case.of.large else exports / case.reads, case, reading, device, known, adapter)
         judgement = judge.judge(scored)
     lap("judgement")
     return {

@@ -6,6 +6,7 @@ rows differ in magnitude.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,12 +179,13 @@ def architecture_dir(name: str) -> Path:
     return cached_folder("models", f"{name}-{key}", lambda folder: _save(name, folder))
 
 
-def _save(name: str, folder: Path) -> None:
+def new_model(name: str, changes: Mapping[str, Any] | None = None) -> Any:
+    """Return a Hugging Face model of that architecture, as its class makes it; ``changes`` are further fields of its text part."""
     import transformers
 
     prefix, text, parts = MULTIMODAL.get(name, ("", name, {}))
     config_class, own = ARCHITECTURES[text]
-    sizes = {key: value for key, value in {**_SIZES, **own}.items() if value is not None}
+    sizes = {key: value for key, value in {**_SIZES, **own, **(changes or {})}.items() if value is not None}
     model: Any
     if parts:
         config = getattr(transformers, f"{prefix}Config")(text_config=sizes, **parts)
@@ -191,6 +193,11 @@ def _save(name: str, folder: Path) -> None:
     else:
         model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**sizes)).eval()
     model.config.architectures = [type(model).__name__]
+    return model
+
+
+def _save(name: str, folder: Path) -> None:
+    model = new_model(name)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -20,6 +20,7 @@ from tests.support.cache import cached_folder, digest, source_digest
 from tests.support.models import build_tokenizer
 from tests.support.recipes import RECIPES
 from tests.support.reference import QuantLinear, quantization
+from tests.support.reference_experts import unpacked
 
 Kind = Literal["gpt_oss", "llama4", "nemotron_h", "glm4_moe"]
 HIDDEN, INTERMEDIATE, EXPERTS, VOCABULARY = 256, 512, 4, 512
@@ -164,7 +165,7 @@ class ExpertReading:
         self.experts = []
         for number in range(EXPERTS):
             if packed:
-                parts = [_unpacked(tensors, f"{name}.{part}", number) for part in ("gate_up_proj", "down_proj")]
+                parts = [unpacked(tensors, f"{name}.{part}", number, EXPERTS) for part in ("gate_up_proj", "down_proj")]
             else:
                 names = [part for part in ("gate_proj", "up_proj", "down_proj") if f"{name}.0.{part}.weight" in tensors]
                 parts = [_of_module(tensors, f"{name}.{number}.{part}") for part in names]
@@ -201,18 +202,6 @@ class ExpertReading:
 def _of_module(tensors: dict[str, torch.Tensor], module: str) -> dict[str, torch.Tensor]:
     prefix = f"{module}."
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-
-
-def _unpacked(tensors: dict[str, torch.Tensor], name: str, expert: int) -> dict[str, torch.Tensor]:
-    """Return one expert's tensors out of those that are packed as ``[E, K, N]``."""
-    parts = {}
-    for full, tensor in tensors.items():
-        if full == name or full.startswith(f"{name}_"):
-            own = tensor[expert] if tensor.dim() and tensor.shape[0] == EXPERTS else tensor
-            parts[full.removeprefix(name).removeprefix("_") or "weight"] = own.T.contiguous() if own.dim() == 2 else own
-    if parts["weight"].dtype == torch.float8_e4m3fn and tensors[f"{name}_weight_scale"].shape == (EXPERTS,):
-        parts["weight_scale"] = parts["weight_scale"].expand(parts["weight"].shape[0])  # one for each expert
-    return parts
 
 
 def transpose_packed(tensors: dict[str, torch.Tensor]) -> None:

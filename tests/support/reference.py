@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from tests.support import kv
+from tests.support import kv, reference_experts
 from tests.support.recipes import (
     ACTIVATIONS,
     FP4_ROUNDINGS,
@@ -31,9 +31,12 @@ from tests.support.recipes import (
     Weight,
     to_e4m3,
 )
+from tests.support.reference_experts import QuantExperts
 
-EXPERT_PARTS = ("gate_proj", "up_proj", "down_proj")
 MIXTRAL_PARTS = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+VISION = ("vision_model.", "multi_modal_projector.")
+"""Parts that no prompt of tokens reaches: a checkpoint may lack them."""
 
 KV_CACHE_TENSORS = (".k_scale", ".v_scale", ".k_bias", ".v_bias")
 
@@ -73,25 +76,6 @@ class QuantLinear(nn.Module):
         return (y if self.bias_values is None else y + self.bias_values).to(x.dtype)
 
 
-class QuantExperts(nn.Module):
-    """The experts of a mixture, one after the other, in place of the Hugging Face module of the same name."""
-
-    def __init__(self, experts: Sequence[Sequence[QuantLinear]]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(nn.ModuleList(expert) for expert in experts)
-
-    def forward(self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        """Return ``[T, H]`` from ``[T, H]``, given each token's experts and their weights."""
-        y = torch.zeros_like(x)
-        for number, (gate, up, down) in enumerate(self.members):  # type: ignore[misc]
-            token, choice = torch.where(chosen == number)
-            if len(token) == 0:
-                continue
-            hidden = nn.functional.silu(gate(x[token])) * up(x[token])
-            y.index_add_(0, token, (down(hidden) * weights[token, choice, None]).to(x.dtype))
-        return y
-
-
 class Reference:
     """The reference model of a checkpoint, on torch's default device; an unquantized one is read unchanged.
 
@@ -102,6 +86,7 @@ class Reference:
         activation: the rounding of the recipe, or another one for comparison.
         kv_cache: the recipe that rounds keys and values; ``"unquantized"`` for ``--kv-cache-dtype bf16``; ``"none"`` for a
             checkpoint without a quantized cache.
+        unrounded: patterns of layers whose inputs are not rounded, whatever the recipe.
 
     Raises:
         ValueError: a tensor is missing, or is there and nothing reads it.
@@ -116,6 +101,7 @@ class Reference:
         math: Math = "exact",
         activation: Activation = "recipe",
         kv_cache: str = "none",
+        unrounded: Sequence[str] = (),
     ) -> None:
         import transformers
 
@@ -123,6 +109,8 @@ class Reference:
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         cls = getattr(transformers, config.architectures[0])
+        config._experts_implementation = "eager"
+        self.unrounded = tuple(unrounded)
         self.model: Any = cls._from_config(config, dtype=dtype, attn_implementation="eager").eval()
         self.weights: dict[str, torch.Tensor] = {}
         """The dequantized float32 weight of each quantized layer."""
@@ -147,6 +135,7 @@ class Reference:
         missing, unexpected = self.model.load_state_dict(tensors, strict=False)
         if config.tie_word_embeddings:
             missing = [name for name in missing if name != "lm_head.weight"]
+        missing = [name for name in missing if not name.startswith(VISION)]
         if missing or unexpected:
             raise ValueError(f"{folder}: missing {missing}, not read {unexpected}")
 
@@ -160,14 +149,31 @@ class Reference:
                     raise ValueError(f"{name}: a bias too many or too few")
                 self.model.set_submodule(name, layer)
             elif name.endswith(".experts"):
-                names = [[f"{name}.{number}.{part}" for part in EXPERT_PARTS] for number in range(module.num_experts)]
-                experts = [[self._read(section, tensors, part, math, act) for part in expert] for expert in names]
-                read = [[layer for layer in expert if layer is not None] for expert in experts]
-                if not any(read):
-                    continue
-                if any(len(expert) != len(EXPERT_PARTS) for expert in read):
-                    raise ValueError(f"{name}: some of the experts' layers are quantized, others are not")
-                self.model.set_submodule(name, QuantExperts(read))
+                experts = self._read_experts(section, tensors, name, module, math, act)
+                if experts:
+                    self.model.set_submodule(name, reference_experts.in_place_of(module, experts))
+
+    def _read_experts(
+        self,
+        section: dict[str, Any],
+        tensors: dict[str, torch.Tensor],
+        name: str,
+        module: Any,
+        math: Math,
+        act: Activation,
+    ) -> list[list[QuantLinear]]:
+        """Return the layers of each expert, an empty list when they are not quantized."""
+        parts = reference_experts.parts_of(module)
+        if reference_experts.is_packed(tensors, name):
+            parts = reference_experts.unpack(tensors, name, module.num_experts)
+        names = [[f"{name}.{number}.{part}" for part in parts] for number in range(module.num_experts)]
+        experts = [[self._read(section, tensors, part, math, act) for part in expert] for expert in names]
+        read = [[layer for layer in expert if layer is not None] for expert in experts]
+        if not any(read):
+            return []
+        if any(len(expert) != len(parts) for expert in read):
+            raise ValueError(f"{name}: some of the experts' layers are quantized, others are not")
+        return read
 
     def _read(
         self, section: dict[str, Any], tensors: dict[str, torch.Tensor], name: str, math: Math, act: Activation
@@ -192,19 +198,18 @@ class Reference:
         parts = {_short(full.removeprefix(prefix)): tensors.pop(full) for full in stored}
         if parts.keys() - OPTIONAL - recipe.optional != recipe.tensors - recipe.optional:
             raise ValueError(f"{name}: {sorted(parts)} are stored, {algo} wants {sorted(recipe.tensors)}")
+        act = "none" if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.unrounded) else act
         layer = QuantLinear(recipe, parts, layer_section.get("group_size") or recipe.group, math, act)
         self.weights[name] = layer.weight_parts.dequantized()
         return layer
 
     def _stack_experts(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Stack unquantized experts, stored one by one, to the one tensor of Hugging Face's module."""
+        """Stack unquantized experts that are stored one by one."""
         for name, module in self.model.named_modules():
-            if name.endswith(".experts") and not isinstance(module, QuantExperts):
-                gate, up, down = (
-                    torch.stack([tensors.pop(f"{name}.{number}.{part}.weight") for number in range(module.num_experts)])
-                    for part in EXPERT_PARTS
-                )
-                tensors[f"{name}.gate_up_proj"], tensors[f"{name}.down_proj"] = torch.cat([gate, up], dim=1), down
+            if not name.endswith(".experts") or isinstance(module, QuantExperts):
+                continue
+            if f"{name}.down_proj" not in tensors:
+                reference_experts.stack(tensors, name, module)
 
     def _decode_embedding(self, section: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
         layer = section.get("quantized_layers", {}).get("model.embed_tokens")
@@ -225,6 +230,12 @@ class Reference:
         """Return the log probability of each token but the first, given those before it: ``[len(ids) - 1]``."""
         return self.logprobs(ids)[:-1].gather(1, torch.tensor(list(ids[1:])).unsqueeze(1)).squeeze(1)
 
+    @torch.no_grad()
+    def class_scores(self, ids: Sequence[int]) -> torch.Tensor:
+        """Return the scores that a sequence classifier gives its classes for the whole of ``ids``, in float32."""
+        scores: torch.Tensor = self.model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+        return scores.to(torch.float32)
+
     def greedy(self, ids: Sequence[int], count: int) -> list[int]:
         """Return the ``count`` tokens of the greedy continuation of ``ids``."""
         sequence = list(ids)
@@ -234,10 +245,16 @@ class Reference:
 
 
 def _common_name(name: str) -> str:
-    """Return Mixtral's names of its experts in Qwen's spelling, which Hugging Face's modules have."""
+    """Return a checkpoint's name in Hugging Face's modules: Mixtral's experts in Qwen's spelling, Nemotron-H's ``backbone``.
+
+    ModelOpt 0.47 leaves a mark of its own, which begins with a NUL, behind names of Nemotron-H that it excludes.
+    """
+    name = name.partition(".\0")[0]
     parts = ["mlp" if part == "block_sparse_moe" else part for part in name.split(".")]
     if "experts" in parts:
         parts = [MIXTRAL_PARTS.get(part, part) for part in parts]
+    if parts[0] == "backbone":
+        parts[0] = "model"
     return ".".join(parts)
 
 
