@@ -27,6 +27,7 @@ from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.gemm.common.launch import Plan
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold, folded_linear, linear, naive_folded_linear
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper.kernel import folded_kernel, unfold_kernel
+from sglang_modelopt_kernels.gemm.w4_stream.launch import TILED
 
 ARCHITECTURES = (89, 90)
 
@@ -36,9 +37,13 @@ def _compile(arch: int) -> Iterator[Case]:
     operands = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8"}
     for config in (*linear.configs(arch), *linear.configs(arch, 128)):
         for name, even in (("fp8e4nv", True), ("fp8e4nv,tail", False)):
-            numerics = {"ASM": True, "EVEN_K": even, "PDL": arch >= 90}
+            numerics = {"ASM": True, "TILED": False, "EVEN_K": even, "PDL": arch >= 90}
             case = product_case(f"folded {name}", folded_kernel, config, operands, numerics, "e4m3")
             yield dataclasses.replace(case, fragments=True)
+    for config in TILED if arch == 90 else ():
+        numerics = {"ASM": True, "TILED": True, "EVEN_K": True, "PDL": True}
+        case = product_case("folded tiled fp8e4nv", folded_kernel, config, operands, numerics, "e4m3")
+        yield dataclasses.replace(case, fragments=True)
     types = {"w_ptr": "*i32", "s_ptr": "*u8", "y_ptr": "*i32"} | dict.fromkeys(("first", "n", "k"), "i32")
     yield Case("unfold fp8", unfold_kernel, types, {"ASM": True, "BN": 8}, {}, ("k",))
 

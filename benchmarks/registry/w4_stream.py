@@ -48,7 +48,7 @@ def _compile(arch: int) -> Iterator[Case]:
         return
     from sglang_modelopt_kernels.gemm.w4_stream.kernel import streamed_kernel, unstream_kernel
 
-    for kind, configs in launch.CONFIGS.items():
+    for kind, configs in launch.STREAMED.items():
         fp8 = kind == "mxfp4"
         numerics: dict[str, Any] = {"FP8": fp8, "BLOCKS": BLOCKS[kind]}
         operands = {"x_ptr": "*fp8e4nv" if fp8 else "*fp16", "w_ptr": "*u8", "s_ptr": "*u8"}
@@ -65,8 +65,8 @@ def _compile(arch: int) -> Iterator[Case]:
 def _stress(capability: int) -> Iterator[StressCase]:
     if capability not in ARCHITECTURES or missing() is not None:
         return
-    for kind, configs in launch.CONFIGS.items():
-        for config in configs:
+    for kind, configs in launch.STREAMED.items():
+        for config in (*configs, *(launch.TILED if kind == "mxfp4" else ())):
             for split in (1, SPLIT):
                 yield StressCase(f"streamed {kind} {config} split {split}", partial(_launch, kind, (config, split)))
         yield StressCase(f"streamed {kind} dense", partial(_launch, kind, None))

@@ -99,6 +99,14 @@ def _fold(magnitude, exponent):
 
 
 @triton.jit
+def rows_of_tile(w, s):
+    """Put the bytes ``[64, 128]`` and exponents ``[64, 8]`` of a tile into the order of its rows; nothing moves between threads."""
+    w = tl.permute(tl.reshape(w, (2, 2, 4, 8, 4, 4, 4)), (2, 1, 3, 0, 5, 4, 6))  # from (b2, r3, w, r, q, j, byte)
+    s = tl.permute(tl.reshape(s, (4, 8, 2, 8)), (0, 2, 1, 3))  # from (w, r, r3, block)
+    return tl.reshape(w, (64, 128)), tl.reshape(s, (64, 8))
+
+
+@triton.jit
 def folded_kernel(
     x_ptr,
     w_ptr,
@@ -114,6 +122,7 @@ def folded_kernel(
     k,
     row_step,
     ASM: tl.constexpr,
+    TILED: tl.constexpr,
     DESCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -125,7 +134,10 @@ def folded_kernel(
     BM: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a part of its sum; see :func:`store_tile`."""
+    """Compute one ``[BN, BM]`` tile of ``Y^T``, or with SPLIT_K > 1 a part of its sum; see :func:`store_tile`.
+
+    With TILED the weight is that of :mod:`sglang_modelopt_kernels.gemm.w4_stream`, tiles of 64 rows and 256 K elements.
+    """
     tile, part = tokens_first()
     rows = tile * BN + tl.arange(0, BN)
     tokens = part * BM + tl.arange(0, BM)
@@ -148,9 +160,17 @@ def folded_kernel(
     known = (tokens < m)[None, :]
     acc = tl.zeros((BN, BM), tl.float32)
     for step in range(steps):
-        offset = (first + rotated(step, begin, steps)) * BK
-        w_at = w_ptr + row[:, None] * row_bytes + (offset // 2 + byte)[None, :]
-        s_at = s_ptr + row[:, None] * blocks + (offset // 32 + block)[None, :]
+        place = first + rotated(step, begin, steps)
+        offset = place * BK
+        if TILED:
+            tl.static_assert(EVEN_K and BN == 64 and BK == 256)
+            at = (tile * (k // BK) + place).to(tl.int64)
+            lines = tl.arange(0, 64)[:, None]
+            w_at = w_ptr + at * 8192 + lines * 128 + byte[None, :]
+            s_at = s_ptr + at * 512 + lines * 8 + block[None, :]
+        else:
+            w_at = w_ptr + row[:, None] * row_bytes + (offset // 2 + byte)[None, :]
+            s_at = s_ptr + row[:, None] * blocks + (offset // 32 + block)[None, :]
         x_at = x_ptr + token[None, :] * k + (offset + offs_k)[:, None]
         if EVEN_K:
             w = tl.load(w_at)
@@ -162,6 +182,8 @@ def folded_kernel(
             w = tl.load(w_at, mask=(offset + 2 * byte < k)[None, :], other=0)
             s = tl.load(s_at, mask=(offset + 32 * block < k)[None, :], other=1)
             x = tl.load(x_at, mask=(offset + offs_k < k)[:, None] & known, other=0.0)
+        if TILED:
+            w, s = rows_of_tile(w, s)
         unit = folded_e4m3(w, s, ASM, BN, BK // 32)
         if not ASM:
             # Triton's interpreter multiplies the raw bits of E4M3 operands: give it the same values in fp32.

@@ -79,6 +79,7 @@ def run(
         out_dtype,
         plan,
         ASM=x.is_cuda,
+        TILED=False,
         **few(x, plan[0]),
     )
 
