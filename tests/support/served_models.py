@@ -9,7 +9,7 @@ import torch
 
 from tests.support import architectures
 from tests.support.cache import cached_folder, digest, source_digest
-from tests.support.models import LOGIT_STD, build_tokenizer
+from tests.support.models import BLOCK, LOGIT_STD, build_tokenizer
 
 HIDDEN, VOCABULARY, INTERMEDIATE, POSITIONS = architectures.HIDDEN, architectures.VOCABULARY, 128, 4096
 BIAS_STD, NORM_STD = 0.3, 0.1
@@ -111,14 +111,25 @@ def _save(name: str, folder: Path) -> None:
 
 
 def _draw(name: str, parameter: torch.Tensor, tied: bool) -> None:
-    """Fill a parameter: rows and experts of different magnitude, so that a scale of another is noticed."""
+    """Fill a parameter: rows, experts and blocks of different magnitude, so that a scale of another is noticed."""
     values = torch.randn(parameter.shape)
     if name.endswith(("bias", "sinks")) and "dt_bias" not in name:
         parameter.copy_(BIAS_STD * values)
     elif (kind := name.removesuffix(".weight").rpartition(".")[2]) in (levels := TIED if tied else LEVELS):
         parameter.copy_(levels[kind] * values)
     elif parameter.dim() > 1:
-        spread = (0.5 * torch.randn((*parameter.shape[:-1], 1))).exp()
+        spread = (0.5 * torch.randn((*parameter.shape[:-1], 1))).exp() * _uneven(parameter.shape)
         parameter.copy_(values * spread / parameter.shape[-1] ** 0.5)
     elif "norm" in name:
         parameter.add_(NORM_STD * values + TIED_NORM * (tied and name == "model.norm.weight"))
+
+
+def _uneven(shape: torch.Size) -> torch.Tensor:
+    """Return factors of blocks along the last dimension, and of packed experts along the one before, that keep the variance."""
+    factors = torch.ones(shape)
+    for dim in range(1, len(shape)):
+        blocks = [*shape]
+        blocks[dim] = -(-shape[dim] // BLOCK)
+        block = (0.5 * torch.randn(blocks) - 0.25).exp()
+        factors *= block.repeat_interleave(BLOCK, dim=dim).narrow(dim, 0, shape[dim])
+    return factors
