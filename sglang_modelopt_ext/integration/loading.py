@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -25,9 +26,9 @@ from sglang_modelopt_ext.integration.layout import full_sizes, partition_numbers
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
 from sglang_modelopt_ext.integration.mapping import Loader, own_heads, replaced_loaders
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards_of
-from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter, load_stored
+from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter, check_order, load_stored
 from sglang_modelopt_ext.integration.plain_linear import PlainLinear
-from sglang_modelopt_ext.integration.provenance import Copies, Provenance
+from sglang_modelopt_ext.integration.provenance import Copies, Provenance, is_reordered
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +150,7 @@ class StrictLoad:
         self.model = model
         self.checkpoint = checkpoint
         self.current: str | None = None
+        self._stored: WeakValueDictionary[str, torch.Tensor] = WeakValueDictionary()
         self.used: set[str] = set()
         self.loads: dict[str, set[Any]] = {}
         self._provenance = Provenance(self._copied)
@@ -198,6 +200,7 @@ class StrictLoad:
             if spec is not None and self.has_values:
                 check_values(stored.file, name, tensor, spec.values)
             self.current = name
+            self._stored[name] = tensor
             self._provenance.add(tensor, name)
             if name in self._packed:
                 module, method = self._packed[name]
@@ -214,7 +217,7 @@ class StrictLoad:
 
     def _recording(self, parameter: str, loader: Loader) -> Loader:
         module_name, _, name = parameter.rpartition(".")
-        module = self.model.get_submodule(module_name)
+        module: Any = self.model.get_submodule(module_name)
 
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             sources = self._provenance.of(tensor) or ((self.current,) if self.current is not None else ())
@@ -226,6 +229,9 @@ class StrictLoad:
                 raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
             if not self.has_values and tensor.is_meta and not target.is_meta:  # built on a device that its class names
                 tensor = torch.empty_like(tensor, device=target.device)
+            stored = self._stored.get(sources[0]) if self.has_values and len(sources) == 1 else None
+            if isinstance(target, StoredParameter) and stored is not None and is_reordered(tensor, stored):
+                check_order(target, module.quant_method.scheme.tensors)
             # A class that cuts a tensor for several partitions (Qwen3.5) counts rows, and not those of packed codes or of blocks.
             is_cut = isinstance(target, StoredParameter) and isinstance(shard, tuple)
             call: Loader = load_stored if is_cut else loader

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -139,6 +139,13 @@ class StoredParameter(BasevLLMParameter):
 def load_stored(parameter: StoredParameter, loaded_weight: torch.Tensor, loaded_shard_id: Any = None) -> None:
     """Load ``parameter``: the weight loader that SGLang's model classes call."""
     parameter.load(loaded_weight, loaded_shard_id)
+
+
+def check_order(parameter: StoredParameter, specs: Iterable[TensorSpec]) -> None:
+    """Raise ValueError for a weight whose rows a model's class reorders, unless it alone of the layer's ``specs`` has rows."""
+    others = [spec.name for spec in specs if spec.name != parameter.spec.name and spec.dim_of("N") is not None]
+    if others:
+        raise ValueError(f"rows in the stored order expected, as those of {others[0]} are, others stored by its class")
 
 
 def _check_shape(loaded: torch.Tensor, expected: tuple[int, ...]) -> None:

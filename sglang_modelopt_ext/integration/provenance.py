@@ -84,6 +84,15 @@ class Copies:
         return name, bool(written.all())
 
 
+def is_reordered(tensor: torch.Tensor, stored: torch.Tensor) -> bool:
+    """Return whether ``tensor``, made of ``stored`` alone, has the same entries' bytes at other places."""
+    if tensor.shape != stored.shape or tensor.dtype != stored.dtype or not tensor.dim() or tensor is stored:
+        return False
+    places = [(memory(one), one.storage_offset(), one.stride()) for one in (tensor, stored)]
+    parts = [one.contiguous().view(torch.uint8) for one in (tensor, stored)]
+    return places[0] != places[1] and not torch.equal(*parts)
+
+
 def memory(tensor: torch.Tensor) -> int:
     """Return an id of the memory that a tensor is a view of: its address, or the storage object on the meta device."""
     storage = tensor.untyped_storage()

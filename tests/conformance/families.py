@@ -92,12 +92,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron-h": Architecture(
         "nemotron_h", W4A8, mixture=True, args=STATES, twin={"moe_runner_backend": "triton"}, prefixes=False
     ),
-    # SGLang's class reorders rows of unpacked weights of q and k when it loads them.
+    # SGLang's class reorders the rows of q's and k's weights when it loads them, of 16-bit and FP8 ones under a single scale.
     "llama4": Architecture(
         "llama4_vl",
         PACKED | CHANNEL_FP8,
         mixture=True,
-        unquantized={"nvfp4": ("*self_attn*",)},
+        unquantized=dict.fromkeys(("nvfp4", "fp8-channel-token"), ("*self_attn*",)),
         ours=tuple(PACKED),
         prefixes=False,
     ),

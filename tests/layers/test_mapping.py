@@ -145,6 +145,30 @@ def test_two_tensors_for_one_shard(folder: Path) -> None:
         load(model, config)
 
 
+class Reordering(Odd):
+    """A class that reorders the rows of a weight, and of nothing else (Llama 4's q and k)."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        def reordered(name: str, tensor: torch.Tensor) -> torch.Tensor:
+            is_head = name == "model.layers.0.self_attn.o_proj.weight"
+            return tensor.view(2, -1, tensor.shape[1]).transpose(0, 1).reshape(tensor.shape) if is_head else tensor
+
+        super().load_weights((name, reordered(name, tensor)) for name, tensor in weights)
+
+
+def test_a_class_that_reorders_rows(folder: Path) -> None:
+    """A weight whose block scales have rows of their own would be scaled by those of others; one with a single scale is right."""
+    with pytest.raises(ModelOptExtError, match=r"o_proj\.weight: expected .* as those of weight_scale are"):
+        load(*build(folder, Reordering()))
+    plain = export(model_dir(TinyModel("llama")), "FP8_DEFAULT_CFG")
+    model, _ = built = build(plain, Reordering())
+    load(*built)
+    x = layer_inputs(256, torch.float32)
+    right = Reference(plain).model.get_submodule("model.layers.0.self_attn.o_proj")(x)
+    right = right.view(len(x), 2, -1).transpose(1, 2).reshape(right.shape)
+    assert relative_error(model.get_submodule("head")(x), right) < FLIP_TOLERANCE
+
+
 NORM = "model.norm.weight"
 
 
