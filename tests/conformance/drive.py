@@ -74,6 +74,12 @@ class Drive:
         """The share of the long prompts' tokens whose log probability is bit-identical when they are sent again."""
         self.variation = float("nan")
         """The mean difference between the log probabilities of the long prompts' tokens when they are sent twice."""
+        self._decoded, self._verified = 0, 0
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Return how many decoded tokens a step of the target gave, more than 1 where drafts were accepted; None without any."""
+        return self._decoded / self._verified if self._verified else None
 
     def all(self) -> list[Scored]:
         """Send every request, one kind after the other, and set ``repeats`` and ``variation``."""
@@ -153,6 +159,8 @@ class Drive:
             entries = answer["meta_info"]["output_token_logprobs"]
             if len(entries) != count:
                 raise AssertionError(f"{group}: {len(entries)} tokens instead of {count}")
+            self._decoded += count
+            self._verified += int(answer["meta_info"].get("spec_verify_ct") or 0)
             sequence = [*ids, *(int(entry[1]) for entry in entries)]
             scored.append(Scored(group, sequence, len(ids), [float(entry[0]) for entry in entries], len(ids)))
         return scored

@@ -61,6 +61,8 @@ class Outcome:
         repeats = self.result.get("repeats")
         if repeats is not None:
             beyond.append(f"{repeats:.1%} of the long prompts' tokens repeat bit for bit")
+        if self.result.get("tokens_per_step"):
+            beyond.append(f"{self.result['tokens_per_step']:.2f} decoded tokens to a step of the target")
         notes = [self.note, *judged.get("faults", []), *beyond, *self.notes, *judged.get("notes", [])]
         return {
             "case": self.case.name,

@@ -41,7 +41,7 @@ PORTS = 21000
 
 KERNEL = re.compile(r"modelopt_ext: \d+ .*kernel ([\w.+]+)\s*$", re.MULTILINE)
 CACHE = re.compile(r"modelopt_ext: KV cache .*", re.MULTILINE)
-LONGEST_TAIL = 2500
+LONGEST_TAIL = 1200
 """Most characters of the end of a log in the results."""
 REASON = re.compile(r"^(?:\[[^\]\n]*\] )?([\w.]*(?:Error|Exception|SystemExit)\b.*)$", re.MULTILINE)
 
