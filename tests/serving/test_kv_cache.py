@@ -1,4 +1,4 @@
-"""Real SGLang servers with quantized KV caches: the fast set, three starts, and every recipe on every family."""
+"""Real SGLang servers with quantized KV caches: the fast set, four starts, and every recipe on every family."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.serving.checks import (
     check_prefill_against_decode,
     median_apart,
 )
+from tests.support.hybrid_models import WINDOW, hybrid_export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, cast_export, kv_export
 from tests.support.models import FAMILIES, Family, TinyModel, model_dir, random_ids
 from tests.support.reference import Reference, difference
@@ -135,6 +136,34 @@ def test_by_flag_on_any_model() -> None:
         check_logprobs(server, folder, "float32", kv_cache="nvfp4_rotate")
         check_against_unrounded(server, folder, kv_cache="none")
         check_prefill_against_decode(server)
+
+
+def check_windows(recipe: str) -> None:
+    """Check a model whose layers have a window in every other, which SGLang caches apart, with prompts longer than the window."""
+    folder = hybrid_export("mellum", recipe)
+    args = ("--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK), *flags(recipe))
+    reference = Reference(folder, kv_cache=recipe)
+    apart, unrounded = [], Reference(folder, kv_cache="unquantized")
+    with Server(folder, dtype="float32", args=args) as server:
+        for seed in range(PROMPTS):
+            ids = random_ids(3 * WINDOW + 5, seed=60 + seed, vocab=511)
+            served = server.full_logprobs(ids)
+            apart.append(difference(served, reference.logprobs(ids)).median)
+            assert difference(served, unrounded.logprobs(ids)).median > 10 * FP32_MEDIAN
+        check_prefill_against_decode(server)
+        check_batch_against_single(server)
+        assert "swa token usage" in server.output(), "SGLang has one pool for all layers"
+    assert sum(median < FP32_MEDIAN for median in apart) >= PROMPTS - 2, apart
+
+
+def test_layers_with_and_without_a_window() -> None:
+    check_windows("nvfp4_affine")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", [recipe for recipe in PRESETS if recipe != "nvfp4_affine"])
+def test_layers_with_and_without_a_window_in_every_recipe(recipe: str) -> None:
+    check_windows(recipe)
 
 
 @pytest.mark.full
