@@ -1,7 +1,8 @@
 """Tiny models whose layers differ, and their exports with a quantized KV cache: a window in every other layer, or linear attention.
 
-SGLang keeps the caches of the layers apart: it calls the pools of both models hybrid. It serves a Mellum on a CPU too; its kernels
-for Qwen3-Next's linear attention need a GPU or AMX, and 128 channels of a head.
+SGLang keeps the caches of the layers apart: it calls the pools of all of them hybrid. On a CPU it serves a Mellum; with its Triton
+attention, in Triton's interpreter, a Granite with windows and attention sinks, and an LFM2, with convolutions beside attention. The
+kernels of Qwen3-Next's linear attention need a GPU or AMX, and 128 channels of a head.
 """
 
 from __future__ import annotations
@@ -17,24 +18,20 @@ from tests.support.exports import Variant, export
 from tests.support.kv_exports import PRESETS, UNQUANTIZED
 from tests.support.models import TinyModel, build_tokenizer
 
-Kind = Literal["mellum", "qwen3_next"]
+Kind = Literal["mellum", "granite_swa", "lfm2", "qwen3_next"]
 WINDOW = 24
-"""Keys that a token of a Mellum sees in its first layer and every other."""
-
-ATTENTION = {"mellum": (0, 1, 2, 3), "qwen3_next": (1, 3)}
-"""Numbers of the layers that have keys and values."""
+"""Keys that a token sees in the first layer and every other of a model with windows."""
 
 _LIKE = TinyModel("qwen3", layers=4)
-"""The model with the same names of layers, whose weights are taken; linear attention has its own."""
+"""The model whose weights are taken where names agree."""
 
 
 def hybrid_dir(kind: Kind, max_position: int = 2048, window: int = WINDOW) -> Path:
     """Return the folder of the Hugging Face model, made on the first call."""
     import transformers
 
-    key = digest(
-        kind, max_position, window, transformers.__version__, source_digest(Path(__file__), Path(models.__file__))
-    )
+    sources = source_digest(Path(__file__), Path(models.__file__))
+    key = digest(kind, max_position, window, transformers.__version__, sources)
     return cached_folder("models", f"{kind}-{key}", lambda folder: _save(kind, max_position, window, folder))
 
 
@@ -45,18 +42,30 @@ def hybrid_export(kind: Kind, recipe: str, max_position: int = 2048, window: int
 
 def _save(kind: Kind, max_position: int, window: int, folder: Path) -> None:
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)  # of what the class draws itself, such as the decay of linear attention
+        torch.manual_seed(0)
         model = _new(kind, max_position, window)
-        weights = models._Weights(_LIKE)
         for name, parameter in model.named_parameters():
-            if "linear_attn" not in name:
-                drawn = weights.make(name, tuple(parameter.shape))
-                is_centred = kind == "qwen3_next" and "norm" in name
-                parameter.copy_(drawn - 1.0 if is_centred else drawn)
-            elif parameter.dim() > 1:
-                parameter.normal_(std=parameter.shape[-1] ** -0.5)
+            _draw(kind, name, parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
     build_tokenizer(_LIKE.vocab).save_pretrained(folder)
+
+
+def _draw(kind: Kind, name: str, parameter: torch.Tensor) -> None:
+    """Fill a parameter; what the class of linear attention draws itself, such as its decay, is kept."""
+    if name.endswith("sinks"):
+        parameter.normal_(mean=1.0)
+    elif kind == "lfm2" or "linear_attn" in name:
+        if parameter.dim() > 1:
+            level = 1.0 if "embed" in name else parameter[0].numel() ** -0.5
+            parameter.normal_(std=level).mul_(
+                (0.5 * torch.randn(len(parameter))).exp().view(-1, *[1] * (parameter.dim() - 1))
+            )
+        elif kind == "lfm2":
+            parameter.normal_(mean=1.0, std=0.1)
+    else:
+        drawn = models._Weights(_LIKE).make(name, tuple(parameter.shape))
+        is_centred = kind == "qwen3_next" and "norm" in name
+        parameter.copy_(drawn - 1.0 if is_centred else drawn)
 
 
 def _new(kind: Kind, max_position: int, window: int) -> Any:
@@ -68,31 +77,35 @@ def _new(kind: Kind, max_position: int, window: int) -> Any:
         "num_hidden_layers": _LIKE.layers,
         "num_attention_heads": _LIKE.heads,
         "num_key_value_heads": _LIKE.kv_heads,
-        "head_dim": _LIKE.head_dim,
         "vocab_size": _LIKE.vocab,
         "max_position_embeddings": max_position,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": kind == "lfm2",
         "pad_token_id": models.PAD,
         "bos_token_id": models.BOS,
         "eos_token_id": models.EOS,
     }
-    pairs = _LIKE.layers // 2
-    if kind == "mellum":
-        layers = ["sliding_attention", "full_attention"] * pairs
-        dense = {"mlp_layer_types": ["dense"] * _LIKE.layers}
-        config: Any = transformers.MellumConfig(**sizes, **dense, layer_types=layers, sliding_window=window)
-        model: Any = transformers.MellumForCausalLM(config)
-    else:
-        config = transformers.Qwen3NextConfig(
-            **sizes,
-            layer_types=["linear_attention", "full_attention"] * pairs,
-            full_attention_interval=2,
-            mlp_only_layers=list(range(_LIKE.layers)),
-            linear_num_key_heads=2,
-            linear_num_value_heads=4,
-            linear_key_head_dim=128,
-            linear_value_head_dim=128,
-        )
-        model = transformers.Qwen3NextForCausalLM(config)
+    other = {"mellum": "sliding_attention", "granite_swa": "sliding_attention", "lfm2": "conv"}
+    sizes["layer_types"] = [other.get(kind, "linear_attention"), "full_attention"] * (_LIKE.layers // 2)
+    own: dict[Kind, dict[str, Any]] = {
+        "mellum": {
+            "head_dim": _LIKE.head_dim,
+            "mlp_layer_types": ["dense"] * _LIKE.layers,
+            "sliding_window": window,
+        },
+        "granite_swa": {"sliding_window": window, "attention_multiplier": _LIKE.head_dim**-0.5},
+        "lfm2": {"block_auto_adjust_ff_dim": False},
+        "qwen3_next": {
+            "head_dim": _LIKE.head_dim,
+            "full_attention_interval": 2,
+            "mlp_only_layers": list(range(_LIKE.layers)),
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+        },
+    }
+    name = {"mellum": "Mellum", "granite_swa": "GraniteSWA", "lfm2": "Lfm2", "qwen3_next": "Qwen3Next"}[kind]
+    config = getattr(transformers, f"{name}Config")(**sizes, **own[kind])
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
     model.config.architectures = [type(model).__name__]
     return model.eval()
