@@ -311,3 +311,17 @@ def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
     monkeypatch.setattr(kv_hooks, "unserved_pool", lambda config, wrapped: "any kind")
     runtime.start(folder)
     assert runtime.model.kv_cache_dtype == "auto"
+
+
+@pytest.mark.parametrize("name", kv_hooks.NOT_BY_TRITON)
+def test_a_model_that_sglang_rejects_with_triton(
+    name: str, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to SGLang where it serves the weights, and an error where a cache of ours is asked for."""
+    tensors = layers("model.layers.{}.self_attn", (0, 1))
+    folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", architectures=[name], model_type="lfm2")
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
+    runtime.start(folder)
+    assert runtime.model.kv_cache_dtype == "auto"
+    with pytest.raises(ModelOptExtError, match=f"expected bf16 for {name}, .* triton attention, got modelopt_nvfp4"):
+        runtime.start(folder, flag="modelopt_nvfp4")

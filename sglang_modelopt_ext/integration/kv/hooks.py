@@ -30,6 +30,7 @@ from sglang_modelopt_ext.checkpoint.kv_cache import (
     check_head_dim,
 )
 from sglang_modelopt_ext.checkpoint.ownership import SERVED_DEVICES, owned_family
+from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.devices import device_of, server_device
@@ -47,6 +48,9 @@ ATTENTION_BACKENDS = {"cpu": "torch_native", "cuda": "triton"}
 SERVED_BACKENDS = frozenset(ATTENTION_BACKENDS.values())
 WRAPPED_BACKENDS = frozenset({"flashinfer", "trtllm_mha"})
 """SGLang's attention backends that can have a bias or a rotation around them; used only where the user names one."""
+
+NOT_BY_TRITON = ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM")
+"""Model classes that SGLang rejects with its Triton attention."""
 
 NOT_WRAPPED = "it has not been tested with a bias or a rotation around SGLang's own cache"
 
@@ -173,9 +177,21 @@ def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
         (own,) = (own for own, name in STOCK_FLAGS.items() if name == plan.recipe.format.name)
         declare_resolution(server_args, __name__, kv_cache_dtype=own)
         return
+    if device.kind == "cuda":
+        _check_triton(args, plan)
     declare_resolution(server_args, __name__, kv_cache_dtype=FLAG_PREFIX + plan.recipe.name)
     if args.attention_backend is None:
         declare_resolution(server_args, __name__, attention_backend=ATTENTION_BACKENDS[device.kind])
+
+
+def _check_triton(args: Any, plan: KVCachePlan) -> None:
+    """Raise ModelOptExtError for a model that SGLang rejects with its Triton attention, which alone has our kernels on a GPU."""
+    folder = config_folder(args.model_path, args.revision)
+    names = text_config(folder).get("architectures") if folder is not None else None
+    for name in names if isinstance(names, list) else ():
+        if name in NOT_BY_TRITON:
+            expected = f"bf16 for {name}, which SGLang does not serve with triton attention"
+            raise ModelOptExtError.at("command line", "--kv-cache-dtype", expected, FLAG_PREFIX + plan.recipe.name)
 
 
 def _check_blackwell(plan: KVCachePlan) -> None:
