@@ -181,6 +181,7 @@ def _build(folder: Path, architecture: str, cls: type[Any], backend: str) -> tup
     from sglang.srt.model_loader.loader import _get_quantization_config, _initialize_model
     from sglang.srt.model_loader.utils import set_default_torch_dtype
 
+    from sglang_modelopt_ext.integration.kv.hooks import NOT_BY_TRITON
     from sglang_modelopt_ext.integration.kv.hybrid import unserved_pool
     from sglang_modelopt_ext.integration.rehearsal import _resolve
 
@@ -197,7 +198,7 @@ def _build(folder: Path, architecture: str, cls: type[Any], backend: str) -> tup
             quantization = _get_quantization_config(config, load)
             with set_default_torch_dtype(config.dtype), torch.device("meta"):
                 _initialize_model(config, load, quantization)
-            kv_cache = unserved_pool(config) or ""
+            kv_cache = "SGLang's Triton attention" if architecture in NOT_BY_TRITON else unserved_pool(config) or ""
         except Exception as error:  # whatever SGLang raises is the result
             traceback.print_exc()
             reasons[algo] = one_line(error)

@@ -1,8 +1,8 @@
 """Tiny models whose layers differ, and their exports with a quantized KV cache: a window in every other layer, or linear attention.
 
-SGLang keeps the caches of the layers apart: it calls the pools of all of them hybrid. On a CPU it serves a Mellum; with its Triton
-attention, in Triton's interpreter, a Granite with windows and attention sinks, and an LFM2, with convolutions beside attention. The
-kernels of Qwen3-Next's linear attention need a GPU or AMX, and 128 channels of a head.
+SGLang keeps the caches of the layers apart: it calls the pools of all of them hybrid. On a CPU it serves a Mellum, and, with its
+Triton attention in Triton's interpreter, a Granite with windows and attention sinks. Its kernels for Qwen3-Next's linear attention
+need a GPU or AMX, and 128 channels of a head.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.support.exports import Variant, export
 from tests.support.kv_exports import PRESETS, UNQUANTIZED
 from tests.support.models import TinyModel, build_tokenizer
 
-Kind = Literal["mellum", "granite_swa", "lfm2", "qwen3_next"]
+Kind = Literal["mellum", "granite_swa", "qwen3_next"]
 WINDOW = 24
 """Keys that a token sees in the first layer and every other of a model with windows."""
 
@@ -51,17 +51,12 @@ def _save(kind: Kind, max_position: int, window: int, folder: Path) -> None:
 
 
 def _draw(kind: Kind, name: str, parameter: torch.Tensor) -> None:
-    """Fill a parameter; what the class of linear attention draws itself, such as its decay, is kept."""
+    """Fill a parameter; vectors of linear attention keep what their class draws."""
     if name.endswith("sinks"):
         parameter.normal_(mean=1.0)
-    elif kind == "lfm2" or "linear_attn" in name:
+    elif "linear_attn" in name:
         if parameter.dim() > 1:
-            level = 1.0 if "embed" in name else parameter[0].numel() ** -0.5
-            parameter.normal_(std=level).mul_(
-                (0.5 * torch.randn(len(parameter))).exp().view(-1, *[1] * (parameter.dim() - 1))
-            )
-        elif kind == "lfm2":
-            parameter.normal_(mean=1.0, std=0.1)
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
     else:
         drawn = models._Weights(_LIKE).make(name, tuple(parameter.shape))
         is_centred = kind == "qwen3_next" and "norm" in name
@@ -79,13 +74,13 @@ def _new(kind: Kind, max_position: int, window: int) -> Any:
         "num_key_value_heads": _LIKE.kv_heads,
         "vocab_size": _LIKE.vocab,
         "max_position_embeddings": max_position,
-        "tie_word_embeddings": kind == "lfm2",
+        "tie_word_embeddings": False,
         "pad_token_id": models.PAD,
         "bos_token_id": models.BOS,
         "eos_token_id": models.EOS,
     }
-    other = {"mellum": "sliding_attention", "granite_swa": "sliding_attention", "lfm2": "conv"}
-    sizes["layer_types"] = [other.get(kind, "linear_attention"), "full_attention"] * (_LIKE.layers // 2)
+    other = "linear_attention" if kind == "qwen3_next" else "sliding_attention"
+    sizes["layer_types"] = [other, "full_attention"] * (_LIKE.layers // 2)
     own: dict[Kind, dict[str, Any]] = {
         "mellum": {
             "head_dim": _LIKE.head_dim,
@@ -93,7 +88,6 @@ def _new(kind: Kind, max_position: int, window: int) -> Any:
             "sliding_window": window,
         },
         "granite_swa": {"sliding_window": window, "attention_multiplier": _LIKE.head_dim**-0.5},
-        "lfm2": {"block_auto_adjust_ff_dim": False},
         "qwen3_next": {
             "head_dim": _LIKE.head_dim,
             "full_attention_interval": 2,
@@ -104,7 +98,7 @@ def _new(kind: Kind, max_position: int, window: int) -> Any:
             "linear_value_head_dim": 128,
         },
     }
-    name = {"mellum": "Mellum", "granite_swa": "GraniteSWA", "lfm2": "Lfm2", "qwen3_next": "Qwen3Next"}[kind]
+    name = {"mellum": "Mellum", "granite_swa": "GraniteSWA", "qwen3_next": "Qwen3Next"}[kind]
     config = getattr(transformers, f"{name}Config")(**sizes, **own[kind])
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     model.config.architectures = [type(model).__name__]
