@@ -25,6 +25,10 @@ from sglang_modelopt_kernels.gemm.common import matrix_instruction
 HEAD_DIMS = (64, 128, 256)
 PREFIX, NEW, REQUESTS = 1500, 333, 8
 """Cached and new tokens of each request, and requests, of the stress cases."""
+SINKS = {"sink_ptr": "*bf16"}
+"""The type of attention sinks in SGLang's models; without it they are None."""
+WITH_AND_WITHOUT = ((False, ""), (True, " sinks"))
+"""Whether attention has sinks, and the end of the case's name."""
 TOLERANCE = 0.01
 """Relative error of an output vector: bf16 outputs of fp16 softmax weights."""
 
@@ -61,7 +65,7 @@ def _case(
         options: warps and stages.
         matrix: see :class:`Case`.
         weights: see :class:`Case`.
-        types: Triton's types that differ from those of the other kernels.
+        types: Triton's types that differ from those of the other kernels, or of arguments that are None without them.
     """
     code = "*i16" if recipe.format.block else "*u8"
     known = {"k_code_ptr": code, "v_code_ptr": code, "block_ptr": "*u8"}
@@ -75,8 +79,10 @@ def _case(
     known |= dict.fromkeys((*scratch, *strides), "i32") | (types or {})
     constants = {"D": head_dim, "DP": head_dim, "E": head_dim // 4, "FP4": recipe.format.block > 0}
     constants |= {"AFFINE": recipe.affine, "H": 8, "GROUP": 4, "CAP": False, "ASM": True, "NATIVE": arch >= 89}
-    constants |= {"COMPUTE": tl.float16, "RAW": tl.bfloat16, "SIZE": hadamard_block(head_dim)} | own
-    constexprs = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    constants |= {"COMPUTE": tl.float16, "RAW": tl.bfloat16, "SIZE": hadamard_block(head_dim), "sink_ptr": None} | own
+    constexprs = {
+        key: value for key, value in constants.items() if key in kernel.arg_names and key not in (types or {})
+    }
     chosen = {key: known[key] for key in kernel.arg_names if key not in constexprs}
     name = f"{label} {recipe.name} D={head_dim}"
     return Case(name, kernel, chosen, constexprs, options, (*strides, *scratch), matrix, weights)
@@ -94,16 +100,18 @@ def _decode_cases(arch: int) -> Iterator[Case]:
             label = f"decode H={heads} {one}"
             yield _case(recipe, head_dim, arch, label, split_kernel, own, options, "small", weights)
         yield _case(recipe, head_dim, arch, "merge", merge_kernel, own, {"num_warps": 4})
+        yield _case(recipe, head_dim, arch, "merge with sinks", merge_kernel, own, {"num_warps": 4}, types=SINKS)
 
 
 def _extend_cases(arch: int) -> Iterator[Case]:
     for recipe, head_dim in _recipes():
-        many = extend.choose_for(recipe.format, head_dim, arch)
-        options = {"num_warps": many.warps, "num_stages": many.stages}
-        own = {"BM": many.queries, "BN": many.keys, "CAUSAL": True, "WINDOW": 0}
-        own["WGMMA"] = matrix_instruction(arch) == "wgmma"
-        matrix = "any" if many.queries >= 64 else "small"
-        yield _case(recipe, head_dim, arch, f"extend {many}", extend_kernel, own, options, matrix)
+        for label, types in (("extend", None), ("extend with sinks", SINKS)):
+            many = extend.choose_for(recipe.format, head_dim, arch, types is not None)
+            options = {"num_warps": many.warps, "num_stages": many.stages}
+            own = {"BM": many.queries, "BN": many.keys, "CAUSAL": True, "WINDOW": 0}
+            own["WGMMA"] = matrix_instruction(arch) == "wgmma"
+            matrix = "any" if many.queries >= 64 else "small"
+            yield _case(recipe, head_dim, arch, f"{label} {many}", extend_kernel, own, options, matrix, types=types)
 
 
 def _store_cases(arch: int) -> Iterator[Case]:
@@ -118,13 +126,19 @@ def _store_cases(arch: int) -> Iterator[Case]:
 def _decode_stress(capability: int) -> Iterator[StressCase]:
     del capability
     for recipe, head_dim in _recipes():
-        yield StressCase(f"decode {recipe.name} D={head_dim}", partial(_launch_decode, recipe, head_dim))
+        for sinks, label in WITH_AND_WITHOUT:
+            yield StressCase(
+                f"decode {recipe.name} D={head_dim}{label}", partial(_launch_decode, recipe, head_dim, sinks)
+            )
 
 
 def _extend_stress(capability: int) -> Iterator[StressCase]:
     del capability
     for recipe, head_dim in _recipes():
-        yield StressCase(f"extend {recipe.name} D={head_dim}", partial(_launch_extend, recipe, head_dim))
+        for sinks, label in WITH_AND_WITHOUT:
+            yield StressCase(
+                f"extend {recipe.name} D={head_dim}{label}", partial(_launch_extend, recipe, head_dim, sinks)
+            )
 
 
 def _store_stress(capability: int) -> Iterator[StressCase]:
@@ -134,11 +148,19 @@ def _store_stress(capability: int) -> Iterator[StressCase]:
     yield StressCase("turn", _launch_rotate)
 
 
-def _launch_decode(recipe: KVRecipe, head_dim: int) -> Launch:
+def _random_sinks(heads: int) -> torch.Tensor:
+    """Make a sink for each query head: beside PREFIX logits near zero one of 7 has half of the softmax, minus infinity nothing."""
+    sinks = torch.randn(heads, device="cuda") + 7
+    sinks[0] = -torch.inf
+    return sinks.bfloat16()
+
+
+def _launch_decode(recipe: KVRecipe, head_dim: int, sinks: bool) -> Launch:
     torch.manual_seed(head_dim)
     step = DecodeStep(recipe, PREFIX, REQUESTS, 4, head_dim)
     step.copies = 1
-    expected = naive_decode(step.q, *step.caches[0], step.indptr, step.indices, 0.01)
+    step.sinks = _random_sinks(4 * HEADS) if sinks else None
+    expected = naive_decode(step.q, *step.caches[0], step.indptr, step.indices, 0.01, sinks=step.sinks)
 
     def call() -> torch.Tensor:
         step(0)
@@ -147,7 +169,7 @@ def _launch_decode(recipe: KVRecipe, head_dim: int) -> Launch:
     return Launch(call, expected.flatten(1), TOLERANCE)
 
 
-def _launch_extend(recipe: KVRecipe, head_dim: int) -> Launch:
+def _launch_extend(recipe: KVRecipe, head_dim: int, sinks: bool) -> Launch:
     torch.manual_seed(head_dim)
     keys, values = random_caches(recipe, PREFIX * REQUESTS, head_dim)
     q, k, v = (
@@ -158,10 +180,11 @@ def _launch_extend(recipe: KVRecipe, head_dim: int) -> Launch:
     )
     slots = scattered_slots(PREFIX * REQUESTS, 1)
     out = torch.empty_like(q)
-    expected = naive_extend(q, k, v, keys, values, qo_indptr, kv_indptr, slots, 0.01)
+    spans, logits = (qo_indptr, kv_indptr, slots), _random_sinks(4 * HEADS) if sinks else None
+    expected = naive_extend(q, k, v, keys, values, *spans, 0.01, sinks=logits)
 
     def call() -> torch.Tensor:
-        extend_attention(q, k, v, out, keys, values, qo_indptr, kv_indptr, slots, None, True, None, NEW, sm_scale=0.01)
+        extend_attention(q, k, v, out, keys, values, *spans, None, True, None, NEW, sm_scale=0.01, sinks=logits)
         return out.flatten(1)
 
     return Launch(call, expected.flatten(1), TOLERANCE)

@@ -41,7 +41,7 @@ def scattered_slots(tokens: int, page: int) -> torch.Tensor:
 class DecodeStep:
     """One step of ``batch`` requests of ``context`` tokens, over enough copies of the cache to miss the GPU's L2.
 
-    ``group`` query heads read each of HEADS KV heads; ``page`` slots are consecutive.
+    ``group`` query heads read each of HEADS KV heads; ``page`` slots are consecutive. ``sinks`` are those of attention, or None.
     """
 
     def __init__(self, recipe: KVRecipe, context: int, batch: int, group: int, head_dim: int, page: int = 1) -> None:
@@ -57,8 +57,9 @@ class DecodeStep:
         room = DecodeScratch(batch, HEADS * group, HEADS, head_dim, sms, "cuda")
         self.partial, self.lse = room.of(batch, HEADS * group)
         self.splits = self.partial.shape[2]
+        self.sinks: torch.Tensor | None = None
 
     def __call__(self, index: int) -> None:
         keys, values = self.caches[index % self.copies]
         spans, scratch = (self.indptr, self.indices), (self.partial, self.lse)
-        decode_attention(self.q, keys, values, self.out, *spans, *scratch, None, self.splits, 0.01)
+        decode_attention(self.q, keys, values, self.out, *spans, *scratch, None, self.splits, 0.01, sinks=self.sinks)

@@ -13,6 +13,7 @@ import importlib.util
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from sglang_modelopt_ext.integration.contract_hybrid import HYBRID
 from sglang_modelopt_ext.integration.contract_running import OBSERVABILITY, UPDATES
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.sources import Sources
@@ -97,6 +98,8 @@ MODELS: tuple[Use, ...] = (
                 "dtype",
                 "head_dim",
                 "v_head_dim",
+                "swa_head_dim",
+                "swa_v_head_dim",
                 "is_hybrid_swa",
                 "hf_config",
             ),
@@ -111,7 +114,11 @@ MODELS: tuple[Use, ...] = (
     ),
     Object("configs.load_config.LoadConfig", "how the weights are loaded", ("load_format", "download_dir")),
     Called("configs.load_config.LoadConfig", "a rehearsal's", named=("load_format",)),
-    Called("configs.hybrid_arch.mambaish_config", "linear attention has no cache of ours", ("model_config",)),
+    Called(
+        "configs.hybrid_arch.mambaish_config",
+        "SGLang's attention is not wrapped beside linear attention",
+        ("model_config",),
+    ),
     Called("configs.model_config.is_minimax_sparse", "sparse attention has no cache of ours", ("config",)),
     Called(
         "model_loader.loader.DefaultModelLoader._prepare_weights",
@@ -452,11 +459,11 @@ ATTENTION: tuple[Use, ...] = (
     Object(
         "mem_cache.kv_cache_configurator.KVCacheConfigurator",
         "which pool is built, of which model",
-        ("kv_cache_dtype_str", "model_config", "model", "device"),
+        ("kv_cache_dtype_str", "model_config", "model", "device", "layer_info", "_build_mha_quant_method"),
     ),
 )
 
-USES: tuple[Use, ...] = (*PLUGIN, *ARGUMENTS, *MODELS, *LAYERS, *EXPERTS, *ATTENTION, *UPDATES, *OBSERVABILITY)
+USES: tuple[Use, ...] = (*PLUGIN, *ARGUMENTS, *MODELS, *LAYERS, *EXPERTS, *ATTENTION, *HYBRID, *UPDATES, *OBSERVABILITY)
 """The table, without the functions that hooks wrap: those are in the ``HOOKS`` of the files of ``integration/``."""
 
 

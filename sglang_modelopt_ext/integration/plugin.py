@@ -82,6 +82,7 @@ def all_hooks() -> tuple[Hook, ...]:
         updates,
     )
     from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
+    from sglang_modelopt_ext.integration.kv import hybrid as kv_hybrid
     from sglang_modelopt_ext.integration.kv import scales as kv_scales
 
     own = (
@@ -90,6 +91,7 @@ def all_hooks() -> tuple[Hook, ...]:
         loading,
         products,
         kv_hooks,
+        kv_hybrid,
         kv_scales,
         updates,
         observability,

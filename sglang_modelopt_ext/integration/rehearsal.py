@@ -21,7 +21,7 @@ import torch
 from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS, read_plan
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.kv.hooks import pool_kind, unsupported_pool
+from sglang_modelopt_ext.integration.kv.hybrid import unserved_pool, unsupported_pool
 
 RESULT = "REHEARSAL "
 """The prefix of the output's last line, before JSON: ``{"model", "problems", "missing", "left_over", "left_out"}``."""
@@ -133,17 +133,16 @@ def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, 
     """Return the errors of this package's KV cache for the model; none where the cache is SGLang's."""
     from sglang.srt.runtime_context import get_model
 
-    from sglang_modelopt_ext.integration.kv.layers import check_sinks, served_attention
+    from sglang_modelopt_ext.integration.kv.layers import served_attention
 
     flag = get_model().kv_cache_dtype
     if flag not in KV_FLAGS:
         return []
     try:
-        kind = pool_kind(config)
+        kind = unserved_pool(config)
         if kind is not None:
             raise unsupported_pool(kind, flag)
         plan = read_plan(folder, quantization.config, flag)
-        check_sinks(model)
         if plan is not None:
             plan.resolve(served_attention(model))
     except ModelOptExtError as error:

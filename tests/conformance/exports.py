@@ -12,6 +12,7 @@ from tests.conformance import families, features
 from tests.support import edits
 from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest
 from tests.support.exports import Variant, export
+from tests.support.hybrid_models import hybrid_export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, UNQUANTIZED
 from tests.support.models import FUSED_FAMILIES, Family, TinyModel, model_dir
 from tests.support.moe import mixed_checkpoint, tiny
@@ -23,6 +24,9 @@ LARGER = {"hidden": 512, "intermediate": 1536, "heads": 8, "layers": 1, "tied": 
 """A model whose products use other kernel configurations than those of the tiny one."""
 
 WRONG_SCALE = 1.25
+
+HYBRID_WINDOW = 128
+"""Keys that a token sees in layers with a window: fewer than a prefill chunk of the cases has."""
 
 NVFP4, MXFP4 = "W4A8_NVFP4_FP8_CFG", "W4A8_MXFP4_FP8_CFG"
 
@@ -251,3 +255,12 @@ for _name, _source, _edit in (
 ):
     _make = partial(_edited, EXPORTS[_source], _edit, name=_name)
     EXPORTS[_name] = Export("MIXED_PRECISION", "qwen3_moe", _make, mixture=True)
+
+# Hybrid pools: windows and attention sinks, and attention beside linear attention, whose state is not quantized.
+for _name, _kind, _recipe in (
+    ("kv-windows-fp8-affine", "granite_swa", "fp8_affine"),
+    ("kv-windows-nvfp4", "granite_swa", "nvfp4"),
+    ("kv-linear-nvfp4-affine", "qwen3_next", "nvfp4_affine"),
+):
+    _make = partial(hybrid_export, _kind, _recipe, POSITIONS, HYBRID_WINDOW)
+    EXPORTS[_name] = Export("none", _kind, _make, _recipe)

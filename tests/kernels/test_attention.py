@@ -50,6 +50,7 @@ class Case:
     window: int = -1
     causal: bool = True
     size: float = 1.0
+    sinks: tuple[float, ...] = ()
 
 
 class Batch:
@@ -99,6 +100,12 @@ class Batch:
             head_dim,
             torch.float32,
         )
+
+    def sinks(self, dtype: torch.dtype) -> torch.Tensor | None:
+        """The case's sinks, repeated over the query heads."""
+        some = self.case.sinks
+        count = self.case.heads * self.case.group
+        return torch.tensor([some[i % len(some)] for i in range(count)]).to(dtype).to(self.device) if some else None
 
     def queries(self, tokens: int) -> torch.Tensor:
         case = self.case
@@ -153,11 +160,12 @@ def check_decode(case: Case, device: str) -> float:
     scratch = torch.full((len(case.lengths), q.shape[1], case.splits, case.head_dim), float("nan"), device=device)
     lse = torch.full(scratch.shape[:3], float("nan"), device=device)
     scale = case.head_dim**-0.5
+    sinks = batch.sinks(q.dtype)
     decode_attention(
         q, batch.keys, batch.values, out, batch.kv_indptr, batch.indices, scratch, lse, None, case.splits, scale,
-        logit_cap=case.cap,
+        logit_cap=case.cap, sinks=sinks,
     )  # fmt: skip
-    arguments = (batch.kv_indptr, batch.indices, scale, case.cap)
+    arguments = (batch.kv_indptr, batch.indices, scale, case.cap, sinks)
     expected = naive_decode(q, batch.keys, batch.values, *arguments)
     bound = naive_decode(q, batch.keys, absolute(batch.values, batch.indices.long()), *arguments)
     return worst(batch, out, expected, bound, q, unpacked(batch.keys, batch.indices.long()))
@@ -174,9 +182,10 @@ def check_extend(case: Case, device: str) -> float:
     scale = case.head_dim**-0.5
     extend_attention(
         q, k, v, out, batch.keys, batch.values, batch.qo_indptr, batch.kv_indptr, batch.indices, None, case.causal, None,
-        max(case.new), sm_scale=scale, logit_cap=case.cap, sliding_window_size=case.window,
+        max(case.new), sm_scale=scale, logit_cap=case.cap, sliding_window_size=case.window, sinks=batch.sinks(q.dtype),
     )  # fmt: skip
-    arguments = (batch.qo_indptr, batch.kv_indptr, batch.indices, scale, case.cap, case.causal, case.window)
+    spans = (batch.qo_indptr, batch.kv_indptr, batch.indices)
+    arguments = (*spans, scale, case.cap, case.causal, case.window, batch.sinks(q.dtype))
     expected = naive_extend(q, k, v, batch.keys, batch.values, *arguments)
     bound = naive_extend(q, k, v.abs(), batch.keys, absolute(batch.values, batch.indices.long()), *arguments)
     seen = torch.cat((unpacked(batch.keys, batch.indices.long()), k.double()))
@@ -230,6 +239,9 @@ def check_turn(head_dim: int, dtype: str, device: str) -> float:
     return float(((rotated.double() - expected).abs() / (bound * unit)).max())
 
 
+SINKS = (-torch.inf, 30.0, 1.25, -20.0, 6.0)
+"""Sinks that have nothing, all but e^-30 of the softmax or more, and shares between; five of them beside six query heads."""
+
 DECODE = [
     *[Case(recipe) for recipe in KV_RECIPES],
     *[Case(recipe, "fp16", (0, 64, 65, 200), head_dim=128, group=8, splits=8) for recipe in KV_RECIPES],
@@ -240,6 +252,9 @@ DECODE = [
     Case("nvfp4_affine", size=200.0),
     # Twice as many parts as are merged at a time; among eight queries, some find their largest logit in the second half.
     Case("nvfp4_affine", "fp16", (16000, 5, 0), heads=1, group=8, splits=125),
+    *[Case(recipe, lengths=(1, 0, 63, 257), head_dim=80, group=3, sinks=SINKS) for recipe in KV_RECIPES],
+    *[Case(recipe, "fp16", (200, 130), heads=1, group=5, splits=1, sinks=(0.5,)) for recipe in ("fp8", "nvfp4_affine")],
+    Case("fp8_affine", head_dim=128, splits=8, cap=5.0, sinks=SINKS),
 ]
 EXTEND = [
     *[Case(recipe) for recipe in KV_RECIPES],
@@ -248,6 +263,9 @@ EXTEND = [
     Case("nvfp4_rotate", window=20, lengths=(100, 5, 0), new=(70, 4, 40)),
     Case("fp8_affine", head_dim=80, window=64, causal=False),
     Case("nvfp4", causal=False, size=50.0),
+    *[Case(recipe, lengths=(1, 0, 90), new=(3, 37, 66), head_dim=80, group=3, sinks=SINKS) for recipe in KV_RECIPES],
+    Case("fp8_affine", "fp16", cap=5.0, group=5, sinks=(0.5, -3.0)),
+    Case("nvfp4_affine", window=20, lengths=(100, 5, 0), new=(70, 4, 40), sinks=SINKS),
 ]
 STORE = [
     *[Case(recipe, dtype, new=(40,)) for recipe in KV_RECIPES for dtype in ("fp32", "fp16")],
@@ -330,15 +348,20 @@ def test_what_the_kernels_do_not_serve_is_refused() -> None:
     batch = Batch(Case("nvfp4"), "cpu")
     q, scratch = batch.queries(3), torch.zeros(3, 8, 2, 64)
     decode = (q, batch.keys, batch.values, q, batch.kv_indptr, batch.indices, scratch, scratch[..., 0], None, 2, 0.1)
-    for argument in ("sinks", "score_mod", "aux_tensors"):
+    for argument in ("score_mod", "aux_tensors"):
         with pytest.raises(NotImplementedError, match=argument):
             decode_attention(*decode, **{argument: torch.ones(1)})
     with pytest.raises(ValueError, match="scales"):
         decode_attention(*decode, k_scale=0.5)
+    for sinks in (torch.zeros(7), torch.zeros(8, 1), torch.zeros(16)[::2]):
+        with pytest.raises(ValueError, match="for 8 query heads"):
+            decode_attention(*decode, sinks=sinks)
     k = batch.normal(3, 2, 64)
     spans = (batch.kv_indptr, batch.kv_indptr, batch.indices)
     with pytest.raises(NotImplementedError, match="custom_mask"):
         extend_attention(q, k, k, q, batch.keys, batch.values, *spans, torch.ones(1), True, None, 1)
+    with pytest.raises(ValueError, match="for 8 query heads"):
+        extend_attention(q, k, k, q, batch.keys, batch.values, *spans, None, True, None, 1, sinks=torch.zeros(2))
     with pytest.raises(NotImplementedError, match="skip_prefix"):
         extend_attention(q, k, k, q, batch.keys, batch.values, *spans, None, True, None, 1, skip_prefix=True)
 

@@ -181,6 +181,8 @@ def _build(folder: Path, architecture: str, cls: type[Any], backend: str) -> tup
     from sglang.srt.model_loader.loader import _get_quantization_config, _initialize_model
     from sglang.srt.model_loader.utils import set_default_torch_dtype
 
+    from sglang_modelopt_ext.integration.kv.hooks import NOT_BY_TRITON
+    from sglang_modelopt_ext.integration.kv.hybrid import unserved_pool
     from sglang_modelopt_ext.integration.rehearsal import _resolve
 
     save(small_config(architecture, cls), folder)
@@ -195,23 +197,12 @@ def _build(folder: Path, architecture: str, cls: type[Any], backend: str) -> tup
         try:
             quantization = _get_quantization_config(config, load)
             with set_default_torch_dtype(config.dtype), torch.device("meta"):
-                kv_cache = _kv_cache_reason(config, _initialize_model(config, load, quantization))
+                _initialize_model(config, load, quantization)
+            kv_cache = "SGLang's Triton attention" if architecture in NOT_BY_TRITON else unserved_pool(config) or ""
         except Exception as error:  # whatever SGLang raises is the result
             traceback.print_exc()
             reasons[algo] = one_line(error)
     return reasons, kv_cache
-
-
-def _kv_cache_reason(config: Any, model: torch.nn.Module) -> str:
-    """Return why this package has no KV cache for a model, the empty string where it has."""
-    from sglang_modelopt_ext.integration.kv.hooks import pool_kind
-    from sglang_modelopt_ext.integration.kv.layers import check_sinks
-
-    try:
-        check_sinks(model)
-    except ModelOptExtError:
-        return "attention sinks"
-    return pool_kind(config) or ""
 
 
 def _write(folder: Path, architecture: str, cls: type[Any], recipe: Recipe | None) -> bool:

@@ -1,4 +1,4 @@
-"""Real SGLang servers with quantized KV caches: the fast set, three starts, and every recipe on every family."""
+"""Real SGLang servers with quantized KV caches: the fast set, four starts, and every recipe on every family."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from tests.serving.checks import (
     check_prefill_against_decode,
     median_apart,
 )
+from tests.support.hybrid_models import WINDOW, hybrid_export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, cast_export, kv_export
 from tests.support.models import FAMILIES, Family, TinyModel, model_dir, random_ids
 from tests.support.reference import Reference, difference
@@ -137,6 +138,34 @@ def test_by_flag_on_any_model() -> None:
         check_prefill_against_decode(server)
 
 
+def check_windows(recipe: str) -> None:
+    """Check a model whose layers have a window in every other, which SGLang caches apart, with prompts longer than the window."""
+    folder = hybrid_export("mellum", recipe)
+    args = ("--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK), *flags(recipe))
+    reference = Reference(folder, kv_cache=recipe)
+    apart, unrounded = [], Reference(folder, kv_cache="unquantized")
+    with Server(folder, dtype="float32", args=args) as server:
+        for seed in range(PROMPTS):
+            ids = random_ids(3 * WINDOW + 5, seed=60 + seed, vocab=511)
+            served = server.full_logprobs(ids)
+            apart.append(difference(served, reference.logprobs(ids)).median)
+            assert difference(served, unrounded.logprobs(ids)).median > 10 * FP32_MEDIAN
+        check_prefill_against_decode(server)
+        check_batch_against_single(server)
+        assert "swa token usage" in server.output(), "SGLang has one pool for all layers"
+    assert sum(median < FP32_MEDIAN for median in apart) >= PROMPTS - 2, apart
+
+
+def test_layers_with_and_without_a_window() -> None:
+    check_windows("nvfp4_affine")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", [recipe for recipe in PRESETS if recipe != "nvfp4_affine"])
+def test_layers_with_and_without_a_window_in_every_recipe(recipe: str) -> None:
+    check_windows(recipe)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("family", [*FAMILIES, "mixtral"])
 @pytest.mark.parametrize("recipe", PRESETS)
@@ -184,17 +213,15 @@ def test_retracted_requests(args: tuple[str, ...]) -> None:
     assert median_apart(served, expected) < FP32_MEDIAN
 
 
-@pytest.mark.full
-@pytest.mark.parametrize("recipe", PRESETS)
-def test_the_gpus_backend_in_the_interpreter(recipe: str) -> None:
-    """The server on SGLang's Triton backend with our kernels, interpreted: a prompt in chunks, then decoding.
+def check_interpreted(folder: Path, recipe: str, narrow_decode: bool = False) -> None:
+    """Check the server on SGLang's Triton backend with our kernels, interpreted: a prompt in chunks, then decoding.
 
     Attention within a chunk is unrounded, to earlier tokens rounded; a decoded token reads everything rounded, itself too.
     """
-    folder = kv_export(recipe, "qwen2")
     prompts, count = [random_ids(2 * CHUNK + 7, seed=90 + i, vocab=511) for i in range(3)], 5
     args = ("--attention-backend", "triton", "--chunked-prefill-size", str(CHUNK), "--max-prefill-tokens", str(CHUNK))
     reference = Reference(folder, kv_cache=recipe)
+    reference.model.config.kv_rounding["narrow_decode"] = narrow_decode
     with Server(folder, dtype="float32", args=(*args, *flags(recipe)), env={"TRITON_INTERPRET": "1"}) as server:
         served, expected, rounded = [], [], []
         for ids in prompts:
@@ -212,6 +239,27 @@ def test_the_gpus_backend_in_the_interpreter(recipe: str) -> None:
         assert f"#new-token: {CHUNK}," in server.output(), "no prompt was cut"
     assert median_apart(served, expected) < FP32_MEDIAN
     assert median_apart(served, rounded) > FP32_MEDIAN, "the chunks were read back rounded"
+    each = len(served) // len(prompts)
+    decoded_at = [place for place in range(len(served)) if place % each > each - count]
+    assert median_apart([served[i] for i in decoded_at], [expected[i] for i in decoded_at]) < FP32_MEDIAN
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_the_gpus_backend_in_the_interpreter(recipe: str) -> None:
+    check_interpreted(kv_export(recipe, "qwen2"), recipe)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_the_gpus_backend_with_windows_and_sinks(recipe: str) -> None:
+    """A Granite with attention sinks in every layer and a window in every other, which SGLang caches apart."""
+    check_interpreted(hybrid_export("granite_swa", recipe), recipe)
+
+
+@pytest.mark.full
+def test_the_gpus_backend_with_a_window_that_is_narrower_while_decoding() -> None:
+    check_interpreted(hybrid_export("mellum", "nvfp4_affine"), "nvfp4_affine", narrow_decode=True)
 
 
 @pytest.mark.full

@@ -42,8 +42,10 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
     """Make ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none.
 
     ``model.config.kv_rounding["raw_from"]``: for each token, the first key that it reads unrounded: the start of
-    its chunk in a prefill whose chunk is not read back, and by default none. ``["fp8_queries"]`` rounds queries to
-    E4M3, and ``["fp8_weights"]`` the softmax weights, like attention that multiplies FP8 by FP8.
+    its chunk in a prefill whose chunk is not read back, its successor for a decoded one, and by default none.
+    ``["narrow_decode"]`` takes the oldest key of its window from a decoded token, as SGLang's Triton attention does in classes that
+    name their window. ``["fp8_queries"]`` rounds queries to E4M3, and ``["fp8_weights"]`` the softmax weights, like attention that
+    multiplies FP8 by FP8.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -69,9 +71,16 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
         positions = torch.arange(query.shape[2])
         start = positions + 1 if rounding["raw_from"] is None else torch.tensor(rounding["raw_from"])
         raw = positions[None, :] >= start[:, None]
+        if rounding["narrow_decode"] and kwargs.get("sliding_window"):
+            oldest = positions[None, :] == (positions - kwargs["sliding_window"] + 1)[:, None]
+            decoded = (start > positions)[:, None]  # such a token reads its own key rounded
+            mask = mask.masked_fill(oldest & decoded, torch.finfo(mask.dtype).min)
         scores = torch.where(raw, query @ raw_keys.transpose(2, 3), query @ keys.transpose(2, 3))
         scores = scores * kwargs["scaling"] + mask
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)
+        sinks = kwargs.get("s_aux")
+        if sinks is not None:  # the logit of one more key, without a value
+            scores = torch.cat((scores, sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
+        weights = torch.softmax(scores, dim=-1, dtype=torch.float32)[..., : key.shape[2]]
         if rounding["fp8_weights"]:
             largest = weights.amax(dim=-1, keepdim=True)  # the unnormalised weight of the largest score is 2^8
             weights = to_e4m3(weights / largest * 256.0) * largest / 256.0
@@ -82,5 +91,5 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     model.config.kv_rounding = {"recipe": recipe, "tensors": dict(tensors), "raw_from": None}
-    model.config.kv_rounding |= {"fp8_queries": False, "fp8_weights": False}
+    model.config.kv_rounding |= {"fp8_queries": False, "fp8_weights": False, "narrow_decode": False}
     model.config._attn_implementation = ATTENTION

@@ -12,7 +12,7 @@ import sglang_modelopt_ext
 from sglang_modelopt_ext.integration.sources import Sources
 
 PACKAGE = Path(str(sglang_modelopt_ext.__file__)).parent
-ITSELF = {"contract.py", "contract_running.py", "sources.py", "uses.py"}
+ITSELF = {"contract.py", "contract_running.py", "contract_hybrid.py", "sources.py", "uses.py"}
 DOTTED = re.compile(r"sglang(\.\w+)+")
 
 

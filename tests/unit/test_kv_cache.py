@@ -63,12 +63,17 @@ def test_every_attention_layer_gets_its_numbers() -> None:
     assert found[1].k_bias.shape == (2, 16)
 
 
-def test_attention_sinks_are_refused() -> None:
+@pytest.mark.parametrize("backend", ["torch_native", "trtllm_mha", "flashinfer"])
+def test_attention_sinks_are_for_kernels_that_add_them(backend: str) -> None:
     model = attention_model()
-    check_sinks(model)
+    check_sinks(model, (backend, backend))
     model.get_submodule("model.layers.1.self_attn").sinks = torch.nn.Parameter(torch.zeros(4))
-    with pytest.raises(ModelOptExtError, match=r"expected auto or bf16 with attention sinks, got .*1.self_attn.sinks"):
-        check_sinks(model)
+    check_sinks(model, ("triton", "triton"))
+    for backends in (("triton", backend), (backend, "triton")):
+        with pytest.raises(
+            ModelOptExtError, match=r"expected triton for .* with attention sinks, got .*1.self_attn.sinks"
+        ):
+            check_sinks(model, backends)
 
 
 @pytest.mark.parametrize("recipe", KV_RECIPES)

@@ -16,6 +16,7 @@ from sglang_modelopt_ext.checkpoint.kv_cache import KVCachePlan, read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
 from sglang_modelopt_ext.integration.kv import scales as kv_scales
 from sglang_modelopt_ext.integration.kv.layers import rank_layers, served_attention
 from tests.support.kv_exports import kv_export
@@ -286,7 +287,7 @@ def test_an_obstacle_to_a_cache_of_ours_leaves_sglangs_checkpoints_to_it(
 
 
 HYBRID = {
-    "a hybrid sliding-window cache": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
+    "windows": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
     "linear attention": {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
@@ -300,13 +301,27 @@ HYBRID = {
 def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
     kind: str, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under ``auto``, where SGLang serves the weights; plain attention gets a cache of ours."""
+    """Under ``auto``, where SGLang serves the weights: hybrid models under its attention, wrapped, and any that is unserved."""
     tensors = layers("model.layers.{}.self_attn", (0, 1))
     folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", **HYBRID[kind])
     monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
+    for attention, expected in ((None, "modelopt_nvfp4"), ("trtllm_mha", "auto")):
+        runtime.start(folder, attention_backend=attention)
+        assert runtime.model.kv_cache_dtype == expected
+    monkeypatch.setattr(kv_hooks, "unserved_pool", lambda config, wrapped: "any kind")
     runtime.start(folder)
     assert runtime.model.kv_cache_dtype == "auto"
-    # Plain attention has one.
-    plain = kv_folder(tmp_path / "plain", tensors, algo="NVFP4", architectures=["LlamaForCausalLM"], model_type="llama")
-    runtime.start(plain)
-    assert runtime.model.kv_cache_dtype == "modelopt_nvfp4"
+
+
+@pytest.mark.parametrize("name", kv_hooks.NOT_BY_TRITON)
+def test_a_model_that_sglang_rejects_with_triton(
+    name: str, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Left to SGLang where it serves the weights, and an error where a cache of ours is asked for."""
+    tensors = layers("model.layers.{}.self_attn", (0, 1))
+    folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", architectures=[name], model_type="lfm2")
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
+    runtime.start(folder)
+    assert runtime.model.kv_cache_dtype == "auto"
+    with pytest.raises(ModelOptExtError, match=f"expected bf16 for {name}, .* triton attention, got modelopt_nvfp4"):
+        runtime.start(folder, flag="modelopt_nvfp4")

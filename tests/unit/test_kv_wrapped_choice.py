@@ -232,11 +232,8 @@ def test_models_that_cannot_be_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
         configured(monkeypatch, args, tree(logit_cap=30.0))
     sinks = tree()
     sinks.model.layers[0].self_attn.sinks = torch.nn.Parameter(torch.zeros(4))
-    with pytest.raises(ModelOptExtError, match="expected auto or bf16 with attention sinks"):
+    with pytest.raises(ModelOptExtError, match="expected triton for a quantized KV cache with attention sinks"):
         configured(monkeypatch, args, sinks)
-    hybrid = kv_hooks._reject_pool("a hybrid sliding-window cache")
-    with pytest.raises(ModelOptExtError, match="hybrid sliding-window cache, got modelopt_fp8_affine"):
-        hybrid(lambda self: None, SimpleNamespace(kv_cache_dtype_str="fp8_e4m3"))
 
 
 def test_the_backend_that_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

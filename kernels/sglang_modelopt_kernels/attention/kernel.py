@@ -108,6 +108,17 @@ def rotated(x, DP: tl.constexpr, SIZE: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
+def sink_weight(sink_ptr, largest):
+    """Return the weight of an attention sink in a softmax whose keys were all added: what its denominator grows by.
+
+    A sink is a logit, exponent of e, of a key without a value; ``largest`` is the maximum of the other logits, exponents of two,
+    minus infinity without keys. The weight is infinite, and the result zero, where it is too large for fp32 beside theirs.
+    """
+    sink = tl.load(sink_ptr).to(tl.float32) * LOG2E
+    return tl.where(sink == -float("inf"), 0.0, tl.exp2(sink - largest))
+
+
+@triton.jit
 def capped(x, cap, CAP: tl.constexpr):
     """Cap logits where CAP is set: ``cap * tanh(x / cap)``."""
     if CAP:

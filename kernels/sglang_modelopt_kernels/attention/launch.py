@@ -47,6 +47,12 @@ def unserved(**arguments: Any) -> None:
             raise NotImplementedError(f"attention over a quantized KV cache does not support {name}")
 
 
+def check_sinks(sinks: torch.Tensor | None, query_heads: int) -> None:
+    """Raise ValueError for attention sinks that are not one contiguous value for each query head."""
+    if sinks is not None and (sinks.shape != (query_heads,) or not sinks.is_contiguous()):
+        raise ValueError(f"sinks {tuple(sinks.shape)} with strides {sinks.stride()} for {query_heads} query heads")
+
+
 def shared_scales(keys: PackedCache, values: PackedCache) -> torch.Tensor:
     """Return the block scales that keys and values share; for a format without blocks any tensor, which is not read.
 

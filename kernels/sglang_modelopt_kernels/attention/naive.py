@@ -13,13 +13,24 @@ def unpacked(cache: PackedCache, slots: torch.Tensor) -> torch.Tensor:
 
 
 def softmax_product(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, logit_cap: float, mask: torch.Tensor | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sm_scale: float,
+    logit_cap: float,
+    mask: torch.Tensor | None,
+    sink: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute attention of queries ``[M, D]`` over ``[N, D]``, all float64; ``mask`` bool ``[M, N]``, rows of False give zero."""
+    """Compute attention of queries ``[M, D]`` over ``[N, D]``, all float64; ``mask`` bool ``[M, N]``, rows of False give zero.
+
+    ``sink``, a scalar, is the logit of a further key whose value is zero: it is neither scaled nor capped.
+    """
     logits = q @ k.T * sm_scale
     if logit_cap > 0:
         logits = logit_cap * torch.tanh(logits / logit_cap)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
+    if sink is not None:
+        logits = torch.cat((logits, sink.double().expand(len(logits), 1)), dim=1)
     weights = torch.softmax(logits, dim=-1).nan_to_num(0.0) if mask is not None else torch.softmax(logits, dim=-1)
-    return weights @ v
+    return weights[:, : len(v)] @ v

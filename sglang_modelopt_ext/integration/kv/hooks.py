@@ -30,11 +30,13 @@ from sglang_modelopt_ext.checkpoint.kv_cache import (
     check_head_dim,
 )
 from sglang_modelopt_ext.checkpoint.ownership import SERVED_DEVICES, owned_family
+from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.devices import device_of, server_device
 from sglang_modelopt_ext.integration.folders import config_folder, downloaded_folder
 from sglang_modelopt_ext.integration.hooks import Hook
+from sglang_modelopt_ext.integration.kv.hybrid import unserved_pool, unsupported_pool
 from sglang_modelopt_ext.integration.kv.scales import plan_for, scales_for_sglang, served_plan, wrapped_plan
 from sglang_modelopt_kernels.attention.store.store import MOST_ROTATED
 
@@ -46,6 +48,9 @@ ATTENTION_BACKENDS = {"cpu": "torch_native", "cuda": "triton"}
 SERVED_BACKENDS = frozenset(ATTENTION_BACKENDS.values())
 WRAPPED_BACKENDS = frozenset({"flashinfer", "trtllm_mha"})
 """SGLang's attention backends that can have a bias or a rotation around them; used only where the user names one."""
+
+NOT_BY_TRITON = ("Lfm2ForCausalLM", "Lfm2MoeForCausalLM")
+"""Model classes that SGLang rejects with its Triton attention."""
 
 NOT_WRAPPED = "it has not been tested with a bias or a rotation around SGLang's own cache"
 
@@ -142,7 +147,7 @@ def _check_pool(server_args: Any, plan: KVCachePlan) -> None:
         config = ModelConfig.from_server_args(server_args)
     except Exception:  # SGLang reports a faulty model configuration itself
         return
-    kind = pool_kind(config)
+    kind = unserved_pool(config, wrapped=asks_for_wrapped(server_args))
     if kind is not None:
         raise unsupported_pool(kind, FLAG_PREFIX + plan.recipe.name)
 
@@ -172,9 +177,21 @@ def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
         (own,) = (own for own, name in STOCK_FLAGS.items() if name == plan.recipe.format.name)
         declare_resolution(server_args, __name__, kv_cache_dtype=own)
         return
+    if device.kind == "cuda":
+        _check_triton(args, plan)
     declare_resolution(server_args, __name__, kv_cache_dtype=FLAG_PREFIX + plan.recipe.name)
     if args.attention_backend is None:
         declare_resolution(server_args, __name__, attention_backend=ATTENTION_BACKENDS[device.kind])
+
+
+def _check_triton(args: Any, plan: KVCachePlan) -> None:
+    """Raise ModelOptExtError for a model that SGLang rejects with its Triton attention, which alone has our kernels on a GPU."""
+    folder = config_folder(args.model_path, args.revision)
+    names = text_config(folder).get("architectures") if folder is not None else None
+    for name in names if isinstance(names, list) else ():
+        if name in NOT_BY_TRITON:
+            expected = f"bf16 for {name}, which SGLang does not serve with triton attention"
+            raise ModelOptExtError.at("command line", "--kv-cache-dtype", expected, FLAG_PREFIX + plan.recipe.name)
 
 
 def _check_blackwell(plan: KVCachePlan) -> None:
@@ -250,7 +267,7 @@ def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_laye
 
     config = self.model_config
     recipe = KV_FLAGS[self.kv_cache_dtype_str]
-    check_sinks(self.model)
+    check_sinks(self.model, _attention_backends(get_server_args()))
     check_head_dim(recipe, config.head_dim, config.model_path)
     if recipe.rotate and config.head_dim > MOST_ROTATED and self.device == "cuda":
         raise ModelOptExtError.at(
@@ -306,7 +323,7 @@ def _set_scales_of_sglangs_cache(configurator: Any, method: Any) -> None:
     layers = rank_layers(model, resolved.layers, parallel.attn_tp_rank, parallel.attn_tp_size)
     if is_wrapped:
         wrapped.check_range(recipe, layers, backends[0])
-        check_sinks(model)
+        check_sinks(model, backends)
         wrapped.check_attention(model, config.dtype)
         check_head_dim(recipe, config.head_dim, config.model_path)
     if recipe.format.block:
@@ -333,53 +350,16 @@ def _build_mha_kv_pool(
     quant_method: Any = None,
 ) -> Any:
     from sglang_modelopt_ext.integration.kv.method import ModelOptExtKVMethod
-    from sglang_modelopt_ext.integration.kv.pool import ModelOptExtKVPool
+    from sglang_modelopt_ext.integration.kv.pool import ModelOptExtKVPool, number_layers
 
-    return original(
+    pool = original(
         self,
         max_total_num_tokens=max_total_num_tokens,
         mha_pool_class=ModelOptExtKVPool if isinstance(quant_method, ModelOptExtKVMethod) else mha_pool_class,
         quant_method=quant_method,
     )
-
-
-HYBRID_SWA, LINEAR_ATTENTION, SPARSE = "a hybrid sliding-window cache", "linear attention", "sparse attention"
-"""Kinds of models for whose KV caches this package has no pool, as errors name them."""
-
-
-def pool_kind(config: Any) -> str | None:
-    """Return the kind of a model whose pool cannot hold a recipe of this package, None for a model with plain attention.
-
-    Args:
-        config: SGLang's ``ModelConfig``.
-    """
-    from sglang.srt.configs.hybrid_arch import mambaish_config
-    from sglang.srt.configs.model_config import is_minimax_sparse
-
-    if config.is_hybrid_swa:
-        return HYBRID_SWA
-    if is_minimax_sparse(config.hf_config):
-        return SPARSE
-    return LINEAR_ATTENTION if mambaish_config(config) is not None else None
-
-
-def unsupported_pool(kind: str, flag: str) -> ModelOptExtError:
-    """Return the error for ``--kv-cache-dtype flag`` with a model of ``kind``, which has no pool for it."""
-    return ModelOptExtError.at("command line", "--kv-cache-dtype", f"bf16 for a model with {kind}", flag)
-
-
-def _reject_pool(kind: str) -> Callable[..., Any]:
-    """Return a wrapper around SGLang's builder of a pool for ``kind``, which raises for a recipe of this package."""
-
-    def around(original: Callable[..., Any], self: Any, *args: Any, **kwargs: Any) -> Any:
-        from sglang.srt.runtime_context import get_server_args
-
-        plan = wrapped_plan(get_server_args())
-        if self.kv_cache_dtype_str in KV_FLAGS or plan is not None:
-            raise unsupported_pool(kind, self.kv_cache_dtype_str if plan is None else FLAG_PREFIX + plan.recipe.name)
-        return original(self, *args, **kwargs)
-
-    return around
+    number_layers(pool)
+    return pool
 
 
 @functools.cache
@@ -398,9 +378,9 @@ def register_kv_caches() -> None:
 
 def _triton_backend(original: Callable[[Any], Any], runner: Any) -> Any:
     """Return this package's Triton attention backend over a pool of this package, SGLang's over any other."""
-    from sglang_modelopt_ext.integration.kv.pool import ModelOptExtKVPool
+    from sglang_modelopt_ext.integration.kv.pool import is_packed
 
-    if not isinstance(runner.token_to_kv_pool, ModelOptExtKVPool):
+    if not is_packed(runner.token_to_kv_pool):
         return original(runner)
     from sglang_modelopt_ext.integration.kv.backend import ModelOptExtTritonBackend
 
@@ -463,23 +443,5 @@ HOOKS = (
         ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
         "a quantized cache would be read as one full-width copy",
         _build_mha_kv_pool,
-    ),
-    Hook(
-        _CONFIGURATOR + "_build_hybrid_swa_kv_pool",
-        ("self", "full_max_total_num_tokens", "swa_max_total_num_tokens", "mha_pool_class"),
-        "a hybrid sliding-window pool would hold codes as values",
-        _reject_pool(HYBRID_SWA),
-    ),
-    Hook(
-        _CONFIGURATOR + "_build_hybrid_linear_kv_pool",
-        ("self", "max_total_num_tokens", "req_to_token_pool", "mha_pool_class", "mla_pool_class", "dsa_pool_class"),
-        "a hybrid linear-attention pool would hold codes as values",
-        _reject_pool(LINEAR_ATTENTION),
-    ),
-    Hook(
-        _CONFIGURATOR + "_build_minimax_sparse_kv_pool",
-        ("self", "max_total_num_tokens"),
-        "a pool of sparse attention would hold codes as values, or vectors without their bias or rotation",
-        _reject_pool(SPARSE),
     ),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,11 +38,20 @@ SINKS = ("sinks", "attention_sink_bias")
 """The last parts of SGLang's names of attention sinks: learned logits in the denominator of every softmax."""
 
 
-def check_sinks(model: torch.nn.Module) -> None:
-    """Raise ModelOptExtError for a model with attention sinks: no attention over a KV cache of this package adds them."""
+def check_sinks(model: torch.nn.Module, backends: Iterable[str]) -> None:
+    """Raise ModelOptExtError for a model with attention sinks, unless all its attention is by this package's kernels.
+
+    Args:
+        model: the model that is served.
+        backends: the attention backends, by SGLang's names. Its torch_native takes no sinks, and those with a bias or a rotation
+            around them would not give the recipe's result (:mod:`sglang_modelopt_ext.integration.kv.wrapped`).
+    """
+    if all(backend == "triton" for backend in backends):
+        return
     for name, _ in model.named_parameters():
         if name.rpartition(".")[2] in SINKS:
-            raise ModelOptExtError.at("command line", "--kv-cache-dtype", "auto or bf16 with attention sinks", name)
+            expected = "triton for a quantized KV cache with attention sinks"
+            raise ModelOptExtError.at("command line", "--attention-backend", expected, name)
 
 
 def local_heads(bias: torch.Tensor, heads: int, rank: int, size: int, where: str) -> torch.Tensor:

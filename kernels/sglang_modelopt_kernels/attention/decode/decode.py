@@ -10,7 +10,7 @@ import torch
 import triton
 
 from sglang_modelopt_kernels.attention.decode.kernel import merge_kernel, split_kernel
-from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
+from sglang_modelopt_kernels.attention.launch import architecture, check_sinks, options, shared_scales, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import rotate_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
@@ -151,15 +151,16 @@ def decode_attention(
         max_kv_splits: splits of each request's tokens.
         sm_scale: factor of the logits.
         logit_cap: tanh cap, 0 for none.
+        sinks: ``[Hq]`` or None, a logit of each query head that counts in the softmax's denominator.
         k_scale, v_scale: must be 1: the caches have their own scales.
         num_kv_splits, page_size, use_pdl, enable_lean and the rest: ignored.
 
     Raises:
-        NotImplementedError: sinks, a score modifier, a temperature by length or MLA is asked for.
+        NotImplementedError: a score modifier, a temperature by length or MLA is asked for.
         ValueError: a shape or a scale that does not fit.
     """
     del num_kv_splits, use_pdl, page_size, enable_lean, lean
-    unserved(sinks=sinks, score_mod=score_mod, aux_tensors=aux_tensors, has_mla=has_mla)
+    unserved(score_mod=score_mod, aux_tensors=aux_tensors, has_mla=has_mla)
     unserved(xai_temperature_len=xai_temperature_len if xai_temperature_len > 0 else None)
     requests, query_heads, head_dim = q.shape
     heads = k_buffer.shape[1]
@@ -167,6 +168,7 @@ def decode_attention(
         raise ValueError(f"queries {tuple(q.shape)}, strides {q.stride()}, for a cache {tuple(k_buffer.shape)}")
     if (k_scale, v_scale) != (1.0, 1.0) or attn_logits.shape[2] != max_kv_splits or o.stride()[1:] != (head_dim, 1):
         raise ValueError(f"scales {k_scale}, {v_scale}, {attn_logits.shape[2]} splits, strides {o.stride()}")
+    check_sinks(sinks, query_heads)
     if requests == 0:
         return
     constants = options(q, k_buffer)
@@ -209,6 +211,7 @@ def decode_attention(
         attn_logits,
         attn_lse,
         unused if v_buffer.bias is None else v_buffer.bias,
+        sinks,
         kv_indptr,
         max_kv_splits,
         o,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.attention.decode.load import load_fp8, load_planes, load_queries
-from sglang_modelopt_kernels.attention.kernel import LOG2E, PLANES_DESCALE, capped, plane_channel
+from sglang_modelopt_kernels.attention.kernel import LOG2E, PLANES_DESCALE, capped, plane_channel, sink_weight
 
 DESCALE = tl.constexpr(PLANES_DESCALE)
 
@@ -177,6 +177,7 @@ def merge_kernel(
     partial_ptr,
     lse_ptr,
     v_bias_ptr,
+    sink_ptr,
     kv_indptr,
     splits,
     out_ptr,
@@ -194,7 +195,10 @@ def merge_kernel(
     LEAST: tl.constexpr,
     BP: tl.constexpr,
 ):
-    """Merge the splits of one request and query head, BP at a time, by their shares of the softmax; zero without tokens."""
+    """Merge the splits of one request and query head, BP at a time, by their shares of the softmax; zero without tokens.
+
+    The splits know nothing of attention sinks: that of the head, if ``sink_ptr`` is not None, is added here.
+    """
     request = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     channel = tl.arange(0, DP)
@@ -221,8 +225,13 @@ def merge_kernel(
         acc = acc * alpha + tl.sum(values * weight[:, None], axis=0)
         total = total * alpha + tl.sum(weight, axis=0)
         largest = m_new
+    if sink_ptr is not None:
+        if AFFINE:
+            # The weights of the values do not sum to one: their bias enters before the sink does.
+            acc += total * bias
+        total += sink_weight(sink_ptr + head, largest)
     out = acc / tl.where(total == 0.0, 1.0, total)
-    if AFFINE:
+    if AFFINE and sink_ptr is None:
         out += tl.where(length > 0, bias, 0.0)
     at = out_ptr + request * out_stride + head * D + channel
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -16,6 +16,7 @@ def naive_decode(
     kv_indices: torch.Tensor,
     sm_scale: float,
     logit_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute :func:`decode_attention` in float64, ``[B, Hq, D]``: one query of each request over its cached tokens."""
     out = torch.zeros(q.shape, dtype=torch.float64, device=q.device)
@@ -27,5 +28,8 @@ def naive_decode(
         k, v = unpacked(keys, slots), unpacked(values, slots)
         for head in range(q.shape[1]):
             pair = k[:, head // groups], v[:, head // groups]
-            out[request, head] = softmax_product(q[request, head][None].double(), *pair, sm_scale, logit_cap, None)[0]
+            sink = None if sinks is None else sinks[head]
+            out[request, head] = softmax_product(
+                q[request, head][None].double(), *pair, sm_scale, logit_cap, None, sink
+            )[0]
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from sglang_modelopt_kernels.attention.extend.kernel import extend_kernel
-from sglang_modelopt_kernels.attention.launch import architecture, options, shared_scales, unserved
+from sglang_modelopt_kernels.attention.launch import architecture, check_sinks, options, shared_scales, unserved
 from sglang_modelopt_kernels.attention.packed import PackedCache
 from sglang_modelopt_kernels.attention.store.store import rotate_queries
 from sglang_modelopt_kernels.formats.kv_cache import KVFormat
@@ -29,12 +29,15 @@ class ExtendConfig:
     stages: int
 
 
-def choose_for(number: KVFormat, head_dim: int, arch: int | None) -> ExtendConfig:
+def choose_for(number: KVFormat, head_dim: int, arch: int | None, sinks: bool = False) -> ExtendConfig:
     """Return the configuration for a format on an architecture (compute capability times ten, None in the interpreter).
 
-    The large tiles were measured on Hopper. Elsewhere they spill, or Triton 3.8 does not compile them (SM100).
+    The large tiles were measured on Hopper. Elsewhere they spill, or Triton 3.8 does not compile them (SM100). With attention sinks
+    the small tile spills on Hopper, where ptxas aims at 128 registers.
     """
     if head_dim > 128:
+        if sinks and arch == 90:
+            return ExtendConfig(64, 32, 8, 1)
         return ExtendConfig(32, 32, 8, 1 if arch == 90 else 2)
     if arch != 90:
         return ExtendConfig(64, 32, 8, 2)
@@ -88,16 +91,17 @@ def extend_attention(
         max_len_extend: the most new tokens of a request.
         sm_scale: factor of the logits, by default D^-1/2.
         logit_cap: tanh cap, 0 for none.
+        sinks: ``[Hq]`` or None, a logit of each query head that counts in the softmax's denominator.
         sliding_window_size: a query sees keys at most that far behind; not positive for none.
         k_scale, v_scale: must be 1: the caches have their own scales.
         the rest: ignored, or not supported.
 
     Raises:
-        NotImplementedError: a custom mask, sinks, a score modifier, a temperature by length, or parts of the result.
+        NotImplementedError: a custom mask, a score modifier, a temperature by length, or parts of the result.
         ValueError: a shape or a scale that does not fit.
     """
     del mask_indptr, skip_prefix_custom_mask, window_kv_offsets, page_size, extend_seq_lens_cpu
-    unserved(custom_mask=custom_mask, sinks=sinks, score_mod=score_mod, aux_tensors=aux_tensors, lse_extend=lse_extend)
+    unserved(custom_mask=custom_mask, score_mod=score_mod, aux_tensors=aux_tensors, lse_extend=lse_extend)
     unserved(skip_prefix=skip_prefix, skip_extend=skip_extend, identity_kv_indices=identity_kv_indices)
     unserved(xai_temperature_len=xai_temperature_len if xai_temperature_len > 0 else None)
     tokens, query_heads, head_dim = q_extend.shape
@@ -110,12 +114,13 @@ def extend_attention(
         raise ValueError("the last two dimensions of queries, keys, values and output must be contiguous")
     if (k_scale, v_scale) != (1.0, 1.0):
         raise ValueError(f"scales {k_scale}, {v_scale}: the caches have their own")
+    check_sinks(sinks, query_heads)
     if tokens == 0 or max_len_extend == 0:
         return
     rotated = rotate_queries(q_extend.contiguous()) if k_buffer.rotated else q_extend
     unused = k_buffer.scale
     constants = options(q_extend, k_buffer)
-    config = choose_for(k_buffer.format, head_dim, architecture(q_extend))
+    config = choose_for(k_buffer.format, head_dim, architecture(q_extend), sinks is not None)
     # Triton's interpreter multiplies the raw bits of bf16 operands: give it fp32.
     raw = _RAW[q_extend.dtype] if q_extend.is_cuda else tl.float32
     checked(
@@ -132,6 +137,7 @@ def extend_attention(
             shared_scales(k_buffer, v_buffer),
             v_buffer.scale,
             unused if v_buffer.bias is None else v_buffer.bias,
+            sinks,
             qo_indptr,
             kv_indptr,
             kv_indices,

@@ -17,6 +17,7 @@ from sglang_modelopt_kernels.attention.kernel import (
     load_fp8,
     load_planes,
     plane_channel,
+    sink_weight,
 )
 from sglang_modelopt_kernels.gemm.common.kernel import drain_wgmma
 
@@ -62,6 +63,7 @@ def extend_kernel(
     block_ptr,
     v_scale_ptr,
     v_bias_ptr,
+    sink_ptr,
     qo_indptr,
     kv_indptr,
     kv_indices,
@@ -90,7 +92,7 @@ def extend_kernel(
     BM: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """Compute BM new tokens of one request for one query head."""
+    """Compute BM new tokens of one request for one query head; ``sink_ptr`` is None without attention sinks."""
     request = tl.program_id(0)
     query_head = tl.program_id(1)
     head = query_head // GROUP
@@ -201,6 +203,8 @@ def extend_kernel(
         total = total * alpha + tl.sum(weight, axis=1)
         v = tl.load(v_ptr + source[:, None] * v_stride + head * D + channel[None, :], mask=mask, other=0.0).to(RAW)
         acc = tl.dot(weight.to(RAW), v, acc * alpha[:, None], input_precision="ieee")
+    if sink_ptr is not None:
+        total += sink_weight(sink_ptr + query_head, largest)
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     at = token[:, None] * out_stride + query_head * D + channel[None, :]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (channel < D)[None, :])

@@ -21,6 +21,7 @@ def naive_extend(
     logit_cap: float = 0.0,
     causal: bool = True,
     window: int = -1,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute :func:`extend_attention` in float64, ``[T, Hq, D]``.
 
@@ -46,5 +47,6 @@ def naive_extend(
         whole_v = torch.cat((unpacked(values, slots), v[new].double()))
         for head in range(q.shape[1]):
             pair = whole_k[:, head // groups], whole_v[:, head // groups]
-            out[new, head] = softmax_product(q[new, head].double(), *pair, sm_scale, logit_cap, mask)
+            sink = None if sinks is None else sinks[head]
+            out[new, head] = softmax_product(q[new, head].double(), *pair, sm_scale, logit_cap, mask, sink)
     return out
