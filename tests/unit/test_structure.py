@@ -42,8 +42,8 @@ DIRECTIONS = {
     "workflow/repair": "checkpoint files kernels/formats schemes workflow/quantize",
     "workflow/bench": "checkpoint kernels kernels/formats schemes workflow/server",
     "workflow/serve": "checkpoint files workflow/common workflow/quantize workflow/server",
-    "cli": "checkpoint files workflow/autoquant workflow/bench workflow/common workflow/evaluate workflow/inspect workflow/quantize"
-    " workflow/repair workflow/serve workflow/server workflow/verify",
+    "cli": "backends checkpoint files tuning workflow/autoquant workflow/bench workflow/common workflow/evaluate"
+    " workflow/inspect workflow/quantize workflow/repair workflow/serve workflow/server workflow/verify",
 }
 """By folder: the others it imports. A folder that is not named here may import none, and none may import it."""
 LINES = 500
