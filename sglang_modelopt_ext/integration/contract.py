@@ -463,7 +463,7 @@ ATTENTION: tuple[Use, ...] = (
     Object(
         "mem_cache.kv_cache_configurator.KVCacheConfigurator",
         "which pool is built, of which model",
-        ("kv_cache_dtype_str", "model_config", "model", "device"),
+        ("kv_cache_dtype_str", "model_config", "model", "device", "layer_info"),
     ),
 )
 
