@@ -44,6 +44,7 @@ _FIXED = (
     "score_samples",
     "latency_table",
     "latency_tokens",
+    "kv_formats",
 )
 
 
@@ -72,6 +73,7 @@ class AutoQuantized(Result, frozen=True, kw_only=True):
         lines = [
             *_layers(report),
             "",
+            *_cache(report),
             *_table(
                 [
                     ("format", "bits", f"served on {state.gpu} by", "as"),
@@ -112,6 +114,18 @@ class AutoQuantized(Result, frozen=True, kw_only=True):
 
 def _goal(result: Solved) -> str:
     return f"{result.choice.target:g}" + (" us" if result.choice.unit == "us" else "")
+
+
+def _cache(report: Report) -> list[str]:
+    """Return the scores and the choice of the KV cache of every layer."""
+    found = report.results[0].choice.kv if report.results else None
+    if report.state.kv is None or found is None:
+        return []
+    rows: list[tuple[str, ...]] = [("KV cache of layer", "score by recipe", f"target {found.target:g}")]
+    for layer in report.state.kv.layers:
+        scores = ", ".join(f"{name} {score:.3g}" for name, score in layer.scores.items())
+        rows.append((str(layer.number), scores, found.formats[str(layer.number)]))
+    return [*_table(rows), "", f"KV cache:   {found.bits:.4f} bits per element, block scales included", ""]
 
 
 def _count(groups: Sequence[Group]) -> int:
@@ -159,6 +173,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--measure-only", action="store_true", help="measure what --latency-table lacks on this GPU, and end"
+    )
+    parser.add_argument(
+        "--kv-formats",
+        metavar="A,B",
+        help="recipes for the KV cache of each layer: fp8,nvfp4 or one of them (default: none)",
+    )
+    parser.add_argument(
+        "--kv-bits", type=float, metavar="F", help="bits per element of the KV cache, block scales included"
     )
     parser.add_argument("--output", "--export-dir", type=Path, metavar="DIR", help="output folder")
     parser.add_argument("--formats", metavar="A,B", help="candidates, such as W4A8_NVFP4_FP8,FP8,NVFP4_AWQ")
@@ -210,13 +232,13 @@ def run(args: argparse.Namespace) -> AutoQuantized:
 
     targets = (*map(Target, args.targets), *(Target(us, "us") for us in args.latencies))
     if args.from_state is not None and args.output is None:
-        return AutoQuantized(output=None, report=solve_again(args.from_state, targets))
+        return AutoQuantized(output=None, report=solve_again(args.from_state, targets, args.kv_bits))
     texts = {name: getattr(args, name) for name in ("samples", "score_samples", "sequence_length", "seed")}
     request = Request(
         model=args.model,
         targets=targets,
         output=args.output or Path(),
-        formats=tuple(name.strip() for name in (args.formats or "").split(",") if name.strip()),
+        formats=_names(args.formats),
         texts=Texts(
             data=tuple(args.data or ()),
             held_out=tuple(args.held_out or ()),
@@ -230,6 +252,8 @@ def run(args: argparse.Namespace) -> AutoQuantized:
         loss_scale=args.loss_scale,
         device=args.device,
         times=_times(args),
+        kv_formats=_names(args.kv_formats),
+        kv_target=args.kv_bits,
         export=not args.no_export,
         resume=args.resume,
         overwrite=args.overwrite,
@@ -238,6 +262,10 @@ def run(args: argparse.Namespace) -> AutoQuantized:
         return AutoQuantized(output=None, report=None, times=str(measure_times(request)))
     report = search(request) if args.from_state is None else export_again(args.from_state, request)
     return AutoQuantized(output=str(args.output), report=report, times=_text(args.latency_table))
+
+
+def _names(given: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in (given or "").split(",") if name.strip())
 
 
 def _text(path: Path | None) -> str | None:

@@ -35,9 +35,9 @@ DIRECTIONS = {
     "workflow/server": "checkpoint workflow/common",
     "workflow/evaluate": "checkpoint workflow/common workflow/server",
     "workflow/quantize": "checkpoint files kernels/formats schemes workflow/common",
-    "workflow/autoquant": "backends checkpoint files schemes workflow/common workflow/quantize",
+    "workflow/autoquant": "backends checkpoint files kernels/formats schemes workflow/common workflow/quantize",
     "workflow/inspect": "backends checkpoint kernels/formats schemes workflow/common",
-    "workflow/verify": "backends checkpoint kernels/formats schemes"
+    "workflow/verify": "backends checkpoint schemes"
     " workflow/common workflow/evaluate workflow/quantize workflow/server",
     "workflow/repair": "checkpoint files kernels/formats schemes workflow/quantize",
     "workflow/bench": "checkpoint kernels kernels/formats schemes workflow/server",

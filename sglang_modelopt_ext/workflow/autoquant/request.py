@@ -43,6 +43,8 @@ class Request:
         loss_scale: factor of the loss for the gradients; None to find one.
         device: device of the search; by default CUDA where there is a GPU.
         times: where times of the candidates are; None for none.
+        kv_formats: recipes for the KV cache of each layer; none leaves the cache alone.
+        kv_target: bits per cached element; None where there is one recipe.
         export: False to choose, measure and plot only.
         resume: continue an interrupted search for ``output``.
         overwrite: replace what an earlier run left in ``output``.
@@ -62,6 +64,8 @@ class Request:
     loss_scale: float | None = None
     device: str | None = None
     times: Table | None = None
+    kv_formats: tuple[str, ...] = ()
+    kv_target: float | None = None
     export: bool = True
     resume: bool = False
     overwrite: bool = False

@@ -18,6 +18,13 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.files.disk import full_disk
 from sglang_modelopt_ext.files.whole import move_into_place, partial_folder
 from sglang_modelopt_ext.workflow.autoquant import formats as candidate_formats
+from sglang_modelopt_ext.workflow.autoquant.kv import (
+    check_recipes,
+    chosen_cache,
+    insert_cache_quantizers,
+    search_cache,
+)
+from sglang_modelopt_ext.workflow.autoquant.kv_choice import check_kv_target, choose_kv
 from sglang_modelopt_ext.workflow.autoquant.latency import timed
 from sglang_modelopt_ext.workflow.autoquant.layers import model_digest, plan_groups, read_linears
 from sglang_modelopt_ext.workflow.autoquant.measure import (
@@ -38,6 +45,7 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
     Choice,
     Format,
     Group,
+    KVSearch,
     Latency,
     Measured,
     Report,
@@ -108,7 +116,9 @@ def search(request: Request) -> Report:
         recipe_sha256=None if recipe is None else recipe.sha256,
         cost_model=rules.cost_model,
         latency=candidates.latency,
+        kv_formats=check_recipes(folder, request.kv_formats, rules.fixed),
     )
+    check_kv_target(plan.kv_formats, request.kv_target)
     for target in request.targets:
         check_target(plan, target)
     with work_folder(output, plan, resume=request.resume, overwrite=request.overwrite) as work:
@@ -170,11 +180,11 @@ def _recipe_of(file: Path, state: State) -> SearchRecipe | None:
     return recipe
 
 
-def solve_again(file: Path, targets: Sequence[Target]) -> Report:
+def solve_again(file: Path, targets: Sequence[Target], kv_target: float | None = None) -> Report:
     """Solve new targets from the state in ``file`` alone: no model, no text, seconds. Raises ModelOptExtError."""
     state = read_report(file).state
     nothing = Measured(folder=None, algo=None, stored_bits=None, quantized_bits=None, perplexity=None)
-    results = tuple(Result(choice=choose(state, target), measured=nothing) for target in targets)
+    results = tuple(Result(choice=_choose(state, target, kv_target), measured=nothing) for target in targets)
     return Report(state=state, results=results, held_out=None, unquantized_perplexity=None)
 
 
@@ -191,7 +201,7 @@ def export_again(file: Path, request: Request) -> Report:
     device = request.device or default_device()
     folder = find_model(request.model)
     _check_place(folder, request.output, request)
-    choices = [choose(state, target) for target in request.targets]
+    choices = [_choose(state, target, request.kv_target) for target in request.targets]
     if (digest := model_digest(folder)) != state.model_sha256:
         raise ModelOptExtError.at(
             folder, "model", f"the one {file} was made of ({state.model_sha256[:12]})", digest[:12]
@@ -218,6 +228,10 @@ def export_again(file: Path, request: Request) -> Report:
         formats = _formats(used, recipe, device)
     fixed = None if recipe is None else recipe.rules.fixed
     return _Run(request, folder, device, formats, fixed, calibration, held_out, None, state).all_targets(None)
+
+
+def _choose(state: State, target: Target, kv_target: float | None) -> Choice:
+    return msgspec.structs.replace(choose(state, target), kv=choose_kv(state, kv_target))
 
 
 def _check_place(model: Path, output: Path, request: Request) -> None:
@@ -247,6 +261,7 @@ class _Run:
     work: Work | None
     state: State
     unquantized: float | None = None
+    kv: KVSearch | None = None
     model: Any = None
 
     def all_targets(self, scored: CalibrationData | None) -> Report:
@@ -254,6 +269,7 @@ class _Run:
         self._load()
         with activations_checked(self.model, self.folder):
             self.unquantized = self._perplexity("perplexity, unquantized")
+            self._search_cache(scored)
         results = []
         for target in request.targets:
             results.append(self._one_target(target, scored))
@@ -276,30 +292,37 @@ class _Run:
     def _perplexity(self, label: str) -> float:
         return perplexity(self.model, self.held_out.batches(), self.device, label=label, progress=self.request.progress)
 
+    def _search_cache(self, scored: CalibrationData | None) -> None:
+        """Measure the candidates for the KV cache, where they were not."""
+        if self.state.kv_formats and scored is not None:
+            texts = (self.calibration.batches(), scored.batches())
+            formats, method, progress = self.state.kv_formats, self.state.method, self.request.progress
+            self.kv = search_cache(self.model, self.folder, formats, method, *texts, self.device, progress)
+
     def _take_scores(self) -> None:
         """Take the scores from the work folder into the state."""
         if self.work is not None:
             scores = group_scores(self.work.plan.groups, self.work.progress)
-            self.state = self.work.plan.with_scores(scores, self.work.progress.loss_scale)
+            state = self.work.plan.with_scores(scores, self.work.progress.loss_scale)
+            self.state = msgspec.structs.replace(state, kv=self.kv)
 
     def _one_target(self, target: Target, scored: CalibrationData | None) -> Result:
         scoring = None
         if self.work is not None and scored is not None:
             if self.work.progress.windows == len(scored.windows):  # an interrupted run had scored all windows
                 self._take_scores()
-                if (
-                    before := _exported_before(self._folder(target), self.state, choose(self.state, target))
-                ) is not None:
+                choice = _choose(self.state, target, self.request.kv_target)
+                if (before := _exported_before(self._folder(target), self.state, choice)) is not None:
                     return before
             scoring = Scoring(scored.batches(), self.request.loss_scale, self.work.progress, self.work.save)
         self._load()
-        choice: Choice | None = None
+        chosen: Choice | None = None
 
         def pick() -> dict[str, str]:
-            nonlocal choice
+            nonlocal chosen
             self._take_scores()
-            choice = choose(self.state, target)
-            return choice.formats
+            chosen = _choose(self.state, target, self.request.kv_target)
+            return chosen.formats
 
         try:
             Search(
@@ -320,11 +343,12 @@ class _Run:
             reason = f"{type(error).__name__}: {error}"
             full = full_disk(self.request.output.parent, error)
             raise full or ModelOptExtError.at(self.folder, RECIPE, "ModelOpt to search over it", reason) from error
-        assert choice is not None, "ModelOpt asked for the choice"
-        quality = self._perplexity(f"perplexity at {target.name}")
+        assert chosen is not None, "ModelOpt asked for the choice"
+        with chosen_cache(self.model, self.state.kv, chosen.kv):
+            quality = self._perplexity(f"perplexity at {target.name}")
         if not self.request.export:
-            return Result(choice=choice, measured=_measured(quality))
-        return self._export(choice, quality)
+            return Result(choice=chosen, measured=_measured(quality))
+        return self._export(chosen, quality)
 
     def _export(self, choice: Choice, quality: float) -> Result:
         request = self.request
@@ -372,6 +396,7 @@ class _Run:
             origin,
             overwrite=request.overwrite,
             quality=self._quality(quality),
+            kv_layers=insert_cache_quantizers(self.model, self.state.kv, choice.kv),
             finish=finish,
             progress=request.progress,
         )
@@ -417,6 +442,7 @@ def _recorded(state: State, result: Result) -> dict[str, Any]:
         "chosen_bits": result.choice.bits,
         "chosen_us": result.choice.us,
         "latency": msgspec.to_builtins(state.latency),
+        "kv": msgspec.to_builtins(result.choice.kv),
         "stored_bits": result.measured.stored_bits,
         "lm_head": state.lm_head,
         "excluded": list(state.excluded),
@@ -441,7 +467,7 @@ def _exported_before(output: Path, state: State, choice: Choice) -> Result | Non
     found = record.search if record is not None else None
     if found is None or found.get("state_sha256") != state.digest:
         return None
-    if found.get(f"target_{choice.unit}") != choice.target:
+    if found.get(f"target_{choice.unit}") != choice.target or found.get("kv") != msgspec.to_builtins(choice.kv):
         return None
     return Result(choice=choice, measured=msgspec.convert(found["measured"], Measured))
 

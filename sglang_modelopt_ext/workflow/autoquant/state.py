@@ -166,6 +166,35 @@ class Group(Struct, frozen=True, kw_only=True):
         return len(self.candidates) > 1
 
 
+class KVLayer(Struct, frozen=True, kw_only=True):
+    """The KV cache of one layer.
+
+    Attributes:
+        number: of the layer.
+        elements: entries of the keys of one token; the values have as many.
+        k_amax, v_amax: the largest magnitudes of keys and values over the calibration text.
+        scores: sensitivity of each recipe, in the unit of the method.
+    """
+
+    number: int
+    elements: int
+    k_amax: float
+    v_amax: float
+    scores: dict[str, float]
+
+
+class KVSearch(Struct, frozen=True, kw_only=True):
+    """The measurements that recipes for the layers' KV caches are chosen from.
+
+    Attributes:
+        bits: bits of a cached element by recipe, block scales included.
+        layers: every layer.
+    """
+
+    bits: dict[str, float]
+    layers: tuple[KVLayer, ...]
+
+
 class State(Struct, frozen=True, kw_only=True):
     """The measurements of a search.
 
@@ -186,6 +215,8 @@ class State(Struct, frozen=True, kw_only=True):
         recipe, recipe_sha256: the recipe file that describes the search, and the digest of its content; None without one.
         cost_model: ModelOpt's name of the rule by which groups count.
         latency: what the candidates' times are of; None where none were measured.
+        kv_formats: the candidates for the KV cache of each layer; empty where it is not searched over.
+        kv: what was measured of them; None before.
     """
 
     model: str
@@ -206,6 +237,8 @@ class State(Struct, frozen=True, kw_only=True):
     recipe_sha256: str | None = None
     cost_model: str = "weight"
     latency: Latency | None = None
+    kv_formats: tuple[str, ...] = ()
+    kv: KVSearch | None = None
 
     @property
     def weights(self) -> float:
@@ -246,6 +279,22 @@ class State(Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, groups=tuple(groups), loss_scale=loss_scale)
 
 
+class KVChoice(Struct, frozen=True, kw_only=True):
+    """A recipe for the KV cache of every layer.
+
+    Attributes:
+        target: requested bits per cached element.
+        bits: those of the choice.
+        score: the sum of its scores (``gradient``) or the largest one (``kl_div``).
+        formats: the recipe of each layer by its number.
+    """
+
+    target: float
+    bits: float
+    score: float
+    formats: dict[str, str]
+
+
 class Choice(Struct, frozen=True, kw_only=True):
     """A format for every group, for one target.
 
@@ -256,6 +305,7 @@ class Choice(Struct, frozen=True, kw_only=True):
         us: microseconds by the state's times; None where they were not measured.
         score: the sum of its scores (``gradient``) or the largest one (``kl_div``).
         formats: the format of every group by name; ``none``: unquantized.
+        kv: the KV cache's; None where it is not searched over.
     """
 
     target: float
@@ -264,6 +314,7 @@ class Choice(Struct, frozen=True, kw_only=True):
     formats: dict[str, str]
     unit: Unit = "bits"
     us: float | None = None
+    kv: KVChoice | None = None
 
     @property
     def asked(self) -> Target:

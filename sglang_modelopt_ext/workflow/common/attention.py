@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,13 +12,13 @@ import torch
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_kernels.formats.kv_cache import KVRecipe, rotate
 
-_NAME = "sglang_modelopt_ext_reference"
+_NAME, _WATCHED = "sglang_modelopt_ext_reference", "sglang_modelopt_ext_watched"
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Plain attention: of queries, keys and values ``[B, H, T, D]`` to ``[B, T, H, D]``."""
 
 Around = Callable[[int, Attend, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""What is done around it: from the layer's number, plain attention, and queries, keys and values, to the output."""
+"""A function in its place: of the layer's number, plain attention, and queries, keys and values, to the output."""
 
 
 def attention_modules(model: Any) -> list[Any]:
@@ -51,6 +52,31 @@ def attention_replaced(model: Any, around: Around) -> Iterator[None]:
         model.config._attn_implementation = before
         for module in attention_modules(model):
             del module.sglang_modelopt_ext_around
+
+
+@contextmanager
+def attention_watched(model: Any, watch: Callable[[int, torch.Tensor, torch.Tensor], None]) -> Iterator[None]:
+    """Call ``watch`` with the layer's number, keys and values before the model's own attention, while the block runs."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    before = model.config._attn_implementation
+    own = None if before == "eager" else ALL_ATTENTION_FUNCTIONS[before]
+
+    def watched(
+        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        watch(module.layer_idx, key, value)
+        eager = sys.modules[type(module).__module__].eager_attention_forward if own is None else own
+        return eager(module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register(_WATCHED, watched)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(_WATCHED, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    model.config._attn_implementation = _WATCHED
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
 
 
 def _attention(
