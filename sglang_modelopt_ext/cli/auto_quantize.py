@@ -12,7 +12,7 @@ from sglang_modelopt_ext.cli.command import Command, Result
 from sglang_modelopt_ext.device import NAMED, Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.solve import METHODS
-from sglang_modelopt_ext.workflow.autoquant.state import FILE_NAME, FLAGS, UNQUANTIZED, Group, Report, Target
+from sglang_modelopt_ext.workflow.autoquant.state import FILE_NAME, FLAGS, MODEL_OF, UNQUANTIZED, Group, Report, Target
 from sglang_modelopt_ext.workflow.autoquant.state import Result as Solved
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ _FIXED = (
     "latency_table",
     "latency_tokens",
     "kv_formats",
+    "scored_as",
 )
 
 
@@ -96,7 +97,7 @@ class AutoQuantized(Result, frozen=True, kw_only=True):
             )
         if (held_out := report.held_out) is not None:
             lines.append(
-                f"perplexity: of ModelOpt's fake-quantized model on {held_out.tokens} held-out tokens;"
+                f"perplexity: of the {MODEL_OF[state.scored_as]} model on {held_out.tokens} held-out tokens;"
                 f" unquantized {report.unquantized_perplexity:.4f}"
             )
         if self.output is not None:
@@ -193,6 +194,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--held-out", nargs="+", metavar="F", help="text to measure on (default: a fifth of --data)")
     parser.add_argument("--method", choices=METHODS, help="how sensitivity is scored (default: gradient)")
+    parser.add_argument(
+        "--scored-as", choices=("simulation", "export"),
+        help="score ModelOpt's simulation (the default), or what the --gpu serves of the export",
+    )  # fmt: skip
     parser.add_argument("--gpu", choices=GPUS, help="the GPU that is to serve the result (default: this machine's)")
     parser.add_argument(
         "--lm-head", choices=("excluded", "counted", "searched"),
@@ -252,6 +257,7 @@ def run(args: argparse.Namespace) -> AutoQuantized:
         loss_scale=args.loss_scale,
         device=args.device,
         times=_times(args),
+        scored_as=args.scored_as or "simulation",
         kv_formats=_names(args.kv_formats),
         kv_target=args.kv_bits,
         export=not args.no_export,

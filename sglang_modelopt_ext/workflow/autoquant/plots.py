@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, Report, Result, State
+from sglang_modelopt_ext.workflow.autoquant.state import MODEL_OF, UNQUANTIZED, Group, Report, Result, State
 
 CHOICES, TRADE_OFF = "autoquant.png", "autoquant-perplexity.png"
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.(.*)$")
@@ -153,7 +153,7 @@ def _trade_off(report: Report, measured: Sequence[Result]) -> Any:
     _points(axes[0], report, [(_bits(result), result) for result in measured])
     stored = all(result.measured.stored_bits is not None for result in measured)
     axes[0].set_xlabel("bits per weight, measured from the stored bytes" if stored else "bits per weight, by cost")
-    axes[0].set_ylabel("perplexity of the fake-quantized model")
+    axes[0].set_ylabel(f"perplexity of the {MODEL_OF[report.state.scored_as]} model")
     if timed and latency is not None:
         _points(axes[1], report, [(result.choice.us or 0.0, result) for result in timed])
         axes[1].set_xlabel(f"us of the layers, {latency.tokens} tokens at a time, {latency.gpu}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.workflow.autoquant.latency import Table
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
-from sglang_modelopt_ext.workflow.autoquant.state import LmHead, Target
+from sglang_modelopt_ext.workflow.autoquant.state import LmHead, ScoredAs, Target
 from sglang_modelopt_ext.workflow.quantize.calibration import SEED, SEQUENCE_LENGTH
 
 
@@ -43,6 +43,7 @@ class Request:
         loss_scale: factor of the loss for the gradients; None to find one.
         device: device of the search; by default CUDA where there is a GPU.
         times: where times of the candidates are; None for none.
+        scored_as: ``simulation`` or ``export``.
         kv_formats: recipes for the KV cache of each layer; none leaves the cache alone.
         kv_target: bits per cached element; None where there is one recipe.
         export: False to choose, measure and plot only.
@@ -64,6 +65,7 @@ class Request:
     loss_scale: float | None = None
     device: str | None = None
     times: Table | None = None
+    scored_as: ScoredAs = "simulation"
     kv_formats: tuple[str, ...] = ()
     kv_target: float | None = None
     export: bool = True

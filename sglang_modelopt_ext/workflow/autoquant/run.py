@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.files.disk import full_disk
 from sglang_modelopt_ext.files.whole import move_into_place, partial_folder
 from sglang_modelopt_ext.workflow.autoquant import formats as candidate_formats
+from sglang_modelopt_ext.workflow.autoquant.decoded import check_decodable, decoded_choice
 from sglang_modelopt_ext.workflow.autoquant.kv import (
     check_recipes,
     chosen_cache,
@@ -41,6 +43,7 @@ from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE, Rules, Search
 from sglang_modelopt_ext.workflow.autoquant.search import Scoring, Search, group_scores
 from sglang_modelopt_ext.workflow.autoquant.state import (
     FILE_NAME,
+    MODEL_OF,
     UNQUANTIZED,
     Choice,
     Format,
@@ -86,6 +89,8 @@ def search(request: Request) -> Report:
     request = dataclasses.replace(request, targets=targets)
     candidates = _plan_candidates(request, recipe, folder, device)
     formats, rules, texts = candidates.formats, candidates.rules, request.texts
+    if request.scored_as == "export":
+        check_decodable(formats, candidates.groups)
     calibration, held_out = load_texts(
         texts.data,
         texts.held_out,
@@ -116,6 +121,7 @@ def search(request: Request) -> Report:
         recipe_sha256=None if recipe is None else recipe.sha256,
         cost_model=rules.cost_model,
         latency=candidates.latency,
+        scored_as=request.scored_as,
         kv_formats=check_recipes(folder, request.kv_formats, rules.fixed),
     )
     check_kv_target(plan.kv_formats, request.kv_target)
@@ -336,6 +342,7 @@ class _Run:
                 pick=pick,
                 device=self.device,
                 fixed=self.fixed,
+                served=Device.parse(self.state.gpu) if self.state.scored_as == "export" else None,
             ).run()
         except (ModelOptExtError, KeyboardInterrupt):
             raise
@@ -344,11 +351,18 @@ class _Run:
             full = full_disk(self.request.output.parent, error)
             raise full or ModelOptExtError.at(self.folder, RECIPE, "ModelOpt to search over it", reason) from error
         assert chosen is not None, "ModelOpt asked for the choice"
-        with chosen_cache(self.model, self.state.kv, chosen.kv):
+        with chosen_cache(self.model, self.state.kv, chosen.kv), self._as_served(chosen):
             quality = self._perplexity(f"perplexity at {target.name}")
         if not self.request.export:
             return Result(choice=chosen, measured=_measured(quality))
         return self._export(chosen, quality)
+
+    def _as_served(self, choice: Choice) -> contextlib.AbstractContextManager[None]:
+        """Compute the layers as exported, where that is scored, while the block runs."""
+        if self.state.scored_as == "simulation":
+            return contextlib.nullcontext()
+        schemes = {candidate.name: candidate.scheme for candidate in self.formats}
+        return decoded_choice(self.model, self.state.groups, choice.formats, schemes, Device.parse(self.state.gpu))
 
     def _export(self, choice: Choice, quality: float) -> Result:
         request = self.request
@@ -407,8 +421,8 @@ class _Run:
         return output / target.name if len(self.request.targets) > 1 else output
 
     def _quality(self, quality: float) -> dict[str, float]:
-        """Return the perplexities for record and model card, fake-quantized and unquantized, on the same windows."""
-        figures = {"perplexity (fake-quantized, held-out text)": quality}
+        """Return the perplexities for record and model card, of the choice and unquantized, on the same windows."""
+        figures = {f"perplexity ({MODEL_OF[self.state.scored_as]}, held-out text)": quality}
         if self.unquantized is not None:
             figures["perplexity (unquantized, held-out text)"] = self.unquantized
         return figures
@@ -442,6 +456,7 @@ def _recorded(state: State, result: Result) -> dict[str, Any]:
         "chosen_bits": result.choice.bits,
         "chosen_us": result.choice.us,
         "latency": msgspec.to_builtins(state.latency),
+        "scored_as": state.scored_as,
         "kv": msgspec.to_builtins(result.choice.kv),
         "stored_bits": result.measured.stored_bits,
         "lm_head": state.lm_head,

@@ -19,7 +19,9 @@ from typing import Any
 import msgspec
 import torch
 
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.autoquant.decoded import Quantized, decoded
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate
 from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
@@ -104,6 +106,7 @@ class Search:
         pick: called after scoring, returns the format of each group by name.
         device: the model's.
         fixed: the configuration of groups without a choice that are quantized; None where there are none.
+        served: the device on which layers are scored as they are exported and served; None to score ModelOpt's simulation.
     """
 
     model: Any
@@ -116,6 +119,7 @@ class Search:
     pick: Callable[[], Mapping[str, str]]
     device: str
     fixed: dict[str, Any] | None = None
+    served: Device | None = None
     recipes: dict[Any, str] = field(default_factory=dict)
     in_scoring: bool = False
     scale: float = 1.0
@@ -208,6 +212,13 @@ class Search:
         done = self.scoring.done
         self.in_scoring = True
         try:
+            self._score(searcher, measure, done)
+        finally:
+            self.in_scoring = False
+
+    def _score(self, searcher: Any, measure: Callable[[], None], done: Progress) -> None:
+        assert self.scoring is not None
+        with self._as_served(searcher.model):
             if done.windows == 0:
                 self.scale = self._find_scale(searcher, measure)
             else:
@@ -218,8 +229,20 @@ class Search:
                 searcher.config["num_score_steps"] = left
                 measure()
             self._save(searcher.model, len(self.scoring.batches))
-        finally:
-            self.in_scoring = False
+
+    @contextlib.contextmanager
+    def _as_served(self, model: Any) -> Iterator[None]:
+        """Make ModelOpt's quantizers of every candidate return what is served, where that is asked for, while the block runs."""
+        with contextlib.ExitStack() as stack:
+            names = {module: name for name, module in model.named_modules()}
+            schemes = {candidate.name: candidate.scheme for candidate in self.formats}
+            for _, hparam in _hparams(model) if self.served is not None else ():
+                for recipe, choices in hparam._all_quantizer_choices.items():
+                    scheme = schemes.get(self.recipes.get(recipe, UNQUANTIZED))
+                    if scheme is not None and self.served is not None:
+                        layers = [Quantized(names[module], module, own) for module, own in choices.items()]
+                        stack.enter_context(decoded(layers, scheme, self.served))
+            yield
 
     def _find_scale(self, searcher: Any, measure: Callable[[], None]) -> float:
         """Return a power of two under which the largest score of one window is about 1; scores grow with its square.

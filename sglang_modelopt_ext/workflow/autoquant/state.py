@@ -24,6 +24,10 @@ UNQUANTIZED = "none"
 """The candidate that leaves a group unquantized."""
 
 LmHead = Literal["excluded", "counted", "searched"]
+ScoredAs = Literal["simulation", "export"]
+MODEL_OF: dict[ScoredAs, str] = {"simulation": "fake-quantized", "export": "decoded"}
+"""The model that the perplexity of a choice is measured on."""
+
 Unit = Literal["bits", "us"]
 FLAGS: dict[Unit, str] = {"bits": "--bits", "us": "--target-latency"}
 """The option that gives a target in each unit."""
@@ -215,6 +219,7 @@ class State(Struct, frozen=True, kw_only=True):
         recipe, recipe_sha256: the recipe file that describes the search, and the digest of its content; None without one.
         cost_model: ModelOpt's name of the rule by which groups count.
         latency: what the candidates' times are of; None where none were measured.
+        scored_as: what is scored, and perplexity measured of: ModelOpt's ``simulation``, or what is decoded from the ``export``.
         kv_formats: the candidates for the KV cache of each layer; empty where it is not searched over.
         kv: what was measured of them; None before.
     """
@@ -237,6 +242,7 @@ class State(Struct, frozen=True, kw_only=True):
     recipe_sha256: str | None = None
     cost_model: str = "weight"
     latency: Latency | None = None
+    scored_as: ScoredAs = "simulation"
     kv_formats: tuple[str, ...] = ()
     kv: KVSearch | None = None
 
@@ -330,7 +336,7 @@ class Measured(Struct, frozen=True, kw_only=True):
         algo: its ``quant_algo``.
         stored_bits: stored bits per counted weight, measured from the checkpoint's tensors.
         quantized_bits: stored bits per weight of the quantized layers only (``bits_per_weight`` of the checkpoint).
-        perplexity: of ModelOpt's fake-quantized model on the held-out text.
+        perplexity: of ModelOpt's fake-quantized model, or the decoded one, on the held-out text.
     """
 
     folder: str | None
