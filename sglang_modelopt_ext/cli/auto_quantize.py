@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -295,6 +296,10 @@ def _times(args: argparse.Namespace) -> Table | None:
 
 
 def _check(args: argparse.Namespace) -> None:
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world != "1":
+        expected = "one process: ModelOpt brings no scores together, and each would write the result"
+        raise ModelOptExtError.at("torchrun", "--nproc-per-node", expected, world)
     for flag, targets in ((FLAGS["bits"], args.targets), (FLAGS["us"], args.latencies)):
         for target in targets:
             if not 0 < target < float("inf"):

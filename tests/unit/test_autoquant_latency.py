@@ -219,6 +219,13 @@ def test_without_a_gpu_the_times_come_from_elsewhere(
     assert not (tmp_path / "out").exists()
 
 
+def test_several_processes_are_one_too_many(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun: --nproc-per-node: expected one process" in failure(capsys, arguments(model, tmp_path / "out"))
+
+
 @pytest.mark.parametrize(
     ("more", "match"),
     [
@@ -232,3 +239,25 @@ def test_options_that_do_not_go_together(
     more: list[str], match: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert match in failure(capsys, arguments(model, tmp_path / "out", *more))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(model: Path, tmp_path: Path) -> None:
+    """Times of the GPU at hand: measured once, read again, and a search within the time halfway to the unquantized model's."""
+    table, gpu = tmp_path / "times.json", Device.here().flag
+    common = ["--gpu", gpu, "--latency-table", str(table), "--latency-tokens", "16"]
+    formats = ["--formats", "W4A8_MXFP4_FP8,FP8"]
+    assert main(["auto-quantize", str(model), *formats, *common, "--measure-only"]) == 0
+    content = timings.read(table)
+    assert content.device == gpu
+    written = table.stat().st_mtime_ns
+    argv = arguments(model, tmp_path / "bits", *common, "--no-export", formats="W4A8_MXFP4_FP8,FP8", bits="6")
+    assert main(argv) == 0
+    assert table.stat().st_mtime_ns == written, "nothing was missing"
+    state = read_report(tmp_path / "bits/autoquant.json").state
+    least, most = state.least("us"), state.unquantized("us")
+    assert 0 < least
+    if least < most:  # layers this small need not be faster in eight bits
+        choice = choose(state, Target((least + most) / 2, "us"))
+        assert choice.us is not None
+        assert choice.us <= (least + most) / 2
