@@ -19,6 +19,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
 from sglang_modelopt_ext.checkpoint.tensors import read_headers, read_tensors
 from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.autoquant import run as autoquant
 from sglang_modelopt_ext.workflow.autoquant.kv import Measured, cache_rounded, chosen_cache, search_cache
 from sglang_modelopt_ext.workflow.autoquant.kv_choice import choose_kv
 from sglang_modelopt_ext.workflow.autoquant.measure import perplexity
@@ -81,6 +82,8 @@ def test_the_best_choice_within_the_bits(target: float, method: Any) -> None:
     ("given", "target", "match"),
     [
         (state((1.0, 0.1)), 4.4, "--kv-bits: 4.4: expected at least 4.5, the bits of nvfp4"),
+        (state((1.0, 0.1)), math.nan, "--kv-bits: nan: expected at least 4.5"),
+        (state((1.0, 0.1)), math.inf, "--kv-bits: inf: expected at least 4.5"),
         (state((1.0, 0.1)), None, "--kv-bits: expected bits per cached element"),
         (TWO, 6.0, "--kv-bits: 6: expected a search over the KV cache"),
         (msgspec.structs.replace(state((1.0, 0.1)), kv=None), 6.0, "has not measured the KV cache"),
@@ -163,6 +166,25 @@ def test_a_search_over_the_cache(model: Path, tmp_path: Path, capsys: pytest.Cap
     again = ["auto-quantize", "--from-state", str(output / "autoquant.json"), "--bits", "6.5", "--kv-bits"]
     assert main([*again, "4.5"]) == 0
     assert "--kv-bits: 4: expected at least 4.5" in failure(capsys, [*again, "4"])
+
+
+def test_an_interrupted_search_keeps_what_it_measured(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of a GPU differ in their last bits from run to run: measured again, they would make another state."""
+    argv = arguments(model, tmp_path / "out", *CACHE, "--no-export")
+
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autoquant.Search, "run", interrupt)
+        assert main(argv) == 130
+    monkeypatch.setattr(autoquant, "search_cache", interrupt)
+    assert main([*argv, "--resume"]) == 0
+    report = read_report(tmp_path / "out/autoquant.json")
+    assert report.state.kv is not None
+    assert report.results[0].choice.kv is not None
 
 
 def check_reading(model: Path, alone: Path, kv: KVSearch, choice: KVChoice) -> None:

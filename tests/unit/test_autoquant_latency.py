@@ -219,6 +219,23 @@ def test_without_a_gpu_the_times_come_from_elsewhere(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_layer_without_a_right_kernel(model: Path, table: Path, tmp_path: Path) -> None:
+    """Every backend was rejected for every candidate of a group: there is no choice within any time."""
+    content = timings.read(table)
+    (n, k) = max((result.layer.n, result.layer.k) for result in content.results)
+    results = [
+        msgspec.structs.replace(result, us={}) if (result.layer.n, result.layer.k) == (n, k) else result
+        for result in content.results
+    ]
+    file = tmp_path / "rejected.json"
+    timings.write(file, msgspec.structs.replace(content, results=results))
+    formats = find_formats(["W4A8_NVFP4_FP8", "FP8"], "cpu")
+    linears = read_linears(model)
+    _, groups, schemes = plan_groups(linears, formats, CPU, Rules(), [candidate.name for candidate in formats])
+    with pytest.raises(ModelOptExtError, match="expected a time of some candidate, got no kernel that is right"):
+        timed(model, groups, schemes, CPU, linears.dtype, Table(file=file, tokens=4))
+
+
 def test_several_processes_are_one_too_many(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

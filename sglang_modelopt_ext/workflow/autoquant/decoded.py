@@ -24,6 +24,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import math_of
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate
+from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE
 from sglang_modelopt_ext.workflow.autoquant.state import Group
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 
@@ -52,6 +53,9 @@ def check_decodable(formats: Iterable[Candidate], groups: Iterable[Group]) -> No
             )
             raise ModelOptExtError.at("--scored-as", candidate.name, expected, str(candidate.algorithm["method"]))
     for group in groups:
+        if BASELINE in group.candidates:
+            expected = "simulation beside a recipe with a baseline, whose layers have no candidates to decode"
+            raise ModelOptExtError.at("--scored-as", group.name, expected, "export")
         if group.is_searched and group.layers[0].experts:
             expected = "simulation in a mixture, whose experts are packed only by the export"
             raise ModelOptExtError.at("--scored-as", group.name, expected, "export")

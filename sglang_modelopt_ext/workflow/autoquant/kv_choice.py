@@ -24,7 +24,7 @@ def check_kv_target(names: tuple[str, ...], target: float | None) -> None:
     least = min(map(kv_bits, names))
     if target is None and len(names) > 1:
         raise ModelOptExtError.at("command line", "--kv-bits", f"bits per cached element, from {least:g} on", "none")
-    if target is not None and target < least:
+    if target is not None and not least <= target < math.inf:
         expected = f"at least {least:g}, the bits of {min(names, key=kv_bits)}"
         raise ModelOptExtError.at("--kv-bits", f"{target:g}", expected, f"{target:g}")
 

@@ -106,6 +106,8 @@ def timed(
             us = [times.of(one.key(device, dtype)) for one in wanted.get((group.name, name), ())]
             total = sum(each for each in us if each is not None) if us and None not in us else None
             candidates[name] = msgspec.structs.replace(candidate, us=total)
+        if all(candidate.us is None for candidate in candidates.values()):
+            raise ModelOptExtError.at(table.file, group.name, "a time of some candidate", "no kernel that is right")
         found.append(msgspec.structs.replace(group, candidates=candidates))
     return tuple(found), Latency(gpu=content.gpu, tokens=table.tokens, versions=content.versions)
 
@@ -139,7 +141,10 @@ def _complete(wanted: Sequence[Product], device: Device, dtype: torch.dtype, tab
     if content is not None and not missing:
         return content
     here = Device.here()
-    if table.measure is None or here != device or (content is not None and objection(content, _gpu_here())):
+    can_measure = table.measure is not None and here == device
+    other = objection(content, _gpu_here()) if content is not None and can_measure else None
+    if table.measure is None or here != device or other is not None:
+        got = "a file without them" if content is not None else f"no such file, and {here.name} at hand"
         first = next(iter(missing.values()))
         format_name = "unquantized" if first.scheme is None else first.scheme.describe()
         raise ModelOptExtError.at(
@@ -147,7 +152,7 @@ def _complete(wanted: Sequence[Product], device: Device, dtype: torch.dtype, tab
             f"{first.name}, {format_name}, {first.n} x {first.k}, and {len(missing) - 1} more",
             f"their times, which are measured on a GPU: run the command with --measure-only on a machine with {device.flag}"
             " and copy the file here",
-            "a file without them" if content is not None else f"no such file, and {here.name} at hand",
+            got if other is None else f"one that cannot be added to: it {other}",
         )
     tokens = TOKENS if content is None else content.tokens
     if table.tokens not in tokens:

@@ -48,7 +48,6 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
     Choice,
     Format,
     Group,
-    KVSearch,
     Latency,
     Measured,
     Report,
@@ -267,7 +266,6 @@ class _Run:
     work: Work | None
     state: State
     unquantized: float | None = None
-    kv: KVSearch | None = None
     model: Any = None
 
     def all_targets(self, scored: CalibrationData | None) -> Report:
@@ -300,17 +298,20 @@ class _Run:
 
     def _search_cache(self, scored: CalibrationData | None) -> None:
         """Measure the candidates for the KV cache, where they were not."""
-        if self.state.kv_formats and scored is not None:
+        if not self.state.kv_formats or scored is None or self.work is None:
+            return
+        if self.work.progress.kv is None:
             texts = (self.calibration.batches(), scored.batches())
             formats, method, progress = self.state.kv_formats, self.state.method, self.request.progress
-            self.kv = search_cache(self.model, self.folder, formats, method, *texts, self.device, progress)
+            found = search_cache(self.model, self.folder, formats, method, *texts, self.device, progress)
+            self.work.save(msgspec.structs.replace(self.work.progress, kv=found))
 
     def _take_scores(self) -> None:
         """Take the scores from the work folder into the state."""
         if self.work is not None:
             scores = group_scores(self.work.plan.groups, self.work.progress)
             state = self.work.plan.with_scores(scores, self.work.progress.loss_scale)
-            self.state = msgspec.structs.replace(state, kv=self.kv)
+            self.state = msgspec.structs.replace(state, kv=self.work.progress.kv)
 
     def _one_target(self, target: Target, scored: CalibrationData | None) -> Result:
         scoring = None

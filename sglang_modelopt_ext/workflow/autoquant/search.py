@@ -25,7 +25,7 @@ from sglang_modelopt_ext.workflow.autoquant.decoded import Quantized, decoded
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate
 from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
-from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, Struct
+from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, KVSearch, Struct
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 from sglang_modelopt_ext.workflow.quantize.quantizers import fused_experts
@@ -43,11 +43,13 @@ class Progress(Struct, frozen=True, kw_only=True):
         windows: number of scored windows.
         loss_scale: factor of the loss.
         sums: ModelOpt's sums over the scored windows by format and module, loss scale included.
+        kv: what was measured of the KV cache; None before, and where it is not searched over.
     """
 
     windows: int = 0
     loss_scale: float = 1.0
     sums: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
+    kv: KVSearch | None = None
 
 
 def group_scores(groups: Sequence[Group], progress: Progress) -> dict[str, dict[str, float]]:
@@ -275,7 +277,8 @@ class Search:
 
     def _save(self, model: Any, windows: int) -> None:
         assert self.scoring is not None
-        self.scoring.save(Progress(windows=windows, loss_scale=self.scale, sums=_sums(model, self.recipes)))
+        sums = _sums(model, self.recipes)
+        self.scoring.save(msgspec.structs.replace(self.scoring.done, windows=windows, loss_scale=self.scale, sums=sums))
 
     def batches(self, model: Any) -> Iterator[torch.Tensor]:
         """Yield the windows of one pass of ModelOpt over its data loader."""
