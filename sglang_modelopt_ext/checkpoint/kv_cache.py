@@ -199,7 +199,9 @@ def describe_recipes(recipes: LayerRecipes) -> str:
     layers: dict[str, int] = {}
     for recipe in recipes.other.values():
         layers[recipe.name] = layers.get(recipe.name, 0) + 1
-    return " and ".join([recipes.declared.name, *(f"{name} in {count} layers" for name, count in layers.items())])
+    return " and ".join(
+        [recipes.declared.name, *(f"{name} in {count} layer{'s' * (count > 1)}" for name, count in layers.items())]
+    )
 
 
 def read_plan(folder: Path, config: QuantConfig | None, flag: str) -> KVCachePlan | None:

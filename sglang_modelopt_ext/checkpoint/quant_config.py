@@ -333,7 +333,9 @@ def _kv_cache_layers(content: Mapping[str, Any], file: Path) -> dict[int, str] |
     if not isinstance(value, Mapping):
         raise ModelOptExtError.at(file, where, "recipes by layer number", repr(value))
     for layer, recipe in value.items():
-        if not isinstance(layer, str) or not layer.isascii() or not layer.isdigit() or len(layer) > MOST_DIGITS:
+        # Only decimal digits, and no number in two forms.
+        is_number = isinstance(layer, str) and layer.isascii() and layer.isdigit() and len(layer) <= MOST_DIGITS
+        if not is_number or layer != str(int(layer)):
             raise ModelOptExtError.at(file, where, "layer numbers", repr(layer))
         if recipe not in tuple(KV_RECIPES):
             raise ModelOptExtError.at(file, f"{where}.{layer}", f"one of {', '.join(KV_RECIPES)}", repr(recipe))

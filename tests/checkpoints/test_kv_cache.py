@@ -97,7 +97,7 @@ def test_a_recipe_for_each_layer(tmp_path: Path) -> None:
     assert nvfp4 is not None
     assert fp8 is not None
     assert [mixed.recipes.of(number).name for number in (0, 1)] == ["nvfp4", "fp8"]
-    assert mixed.describe() == "nvfp4 and fp8 in 1 layers"
+    assert mixed.describe() == "nvfp4 and fp8 in 1 layer"
     assert mixed.layers[0] == nvfp4.layers[0]
     assert mixed.layers[1] == fp8.layers[1]
     assert mixed.layers[1] != nvfp4.layers[1]
@@ -122,6 +122,7 @@ def test_scales_of_a_mix_that_was_not_calibrated(tmp_path: Path) -> None:
         ({"0": "nvfp4_affine"}, "fp8 or nvfp4 in layers of a cache of nvfp4, got nvfp4_affine in one of nvfp4"),
         ({"2": "fp8"}, "expected layers below 2, got 2"),
         ({"0": "fp3"}, "kv_cache_layers.0: expected one of fp8"),
+        ({"01": "fp8"}, "expected layer numbers, got '01'"),
         ({"-1": "fp8"}, "expected layer numbers, got '-1'"),
         ({"\u0661": "fp8"}, "expected layer numbers"),
         ({"9" * 5000: "fp8"}, "expected layer numbers"),

@@ -155,7 +155,7 @@ def test_a_precision_for_each_layer(tmp_path: Path) -> None:
         assert apart["mixed"] < FP32_MEDIAN, apart
         assert apart["uniform"] > 10 * FP32_MEDIAN, apart
         check_prefill_against_decode(server)
-        assert "modelopt_ext: KV cache nvfp4 and fp8 in 1 layers" in server.output()
+        assert "modelopt_ext: KV cache nvfp4 and fp8 in 1 layer," in server.output()
 
 
 def complete(reading: ReferenceModel, ids: list[int]) -> torch.Tensor:
