@@ -132,6 +132,38 @@ def test_layers_of_a_mix_keep_their_own_formats() -> None:
     assert not torch.equal(read(MIXES["mixed"], 0)[0], read(MIXES["mixed"], 1)[0])
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("fp8", [{1}, {0}, {0, 2}])
+def test_a_mixed_pool_moves_whole_slots(fp8: set[int], device: str) -> None:
+    """SGLang's own pool over buffers of two widths: what was written is read back where it was moved to, in every layer."""
+    recipes = LayerRecipes(KV_RECIPES["nvfp4"], dict.fromkeys(fp8, KV_RECIPES["fp8"]))
+    method = ModelOptExtKVMethod(recipes)
+    method.layers = dict.fromkeys(range(3), KVLayer(0.01, 0.02))
+    pool = ModelOptExtKVPool(
+        size=512,
+        page_size=1,
+        dtype=torch.uint8,
+        head_num=2,
+        head_dim=128,
+        layer_num=3,
+        device=device,
+        enable_memory_saver=False,
+        start_layer=0,
+        enable_alt_stream=False,
+        enable_kv_cache_copy=device == "cuda",
+        quant_method=method,
+    )
+    pool.use_native_move_kv_cache |= device == "cpu"  # the tiled copy is a kernel
+    generator = torch.Generator().manual_seed(0)
+    slots, targets = torch.arange(1, 201, device=device), torch.arange(201, 401, device=device).flip(0)
+    sides = [side for layer in range(3) for side in (pool.get_key_buffer(layer), pool.get_value_buffer(layer))]
+    for side in sides:
+        side.store(slots, torch.randn(200, 2, 128, generator=generator).to(device))
+    before = [side[slots] for side in sides]
+    pool.move_kv_cache(targets, slots)
+    assert all(torch.equal(old, side[targets]) for old, side in zip(before, sides, strict=True))
+
+
 @pytest.mark.parametrize(("recipe", "size"), [("fp8", 256), ("fp8_affine", 256), ("nvfp4", 144), ("nvfp4_rotate", 144)])
 def test_what_sglang_divides_the_memory_by(recipe: str, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bytes of a token at head_dim 128, from SGLang's own sizing with our hook: 2 and 3.56 times the tokens of bf16's 512."""
