@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -13,12 +14,13 @@ from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.device import Device
-from sglang_modelopt_ext.workflow.autoquant.decoded import decoded_choice
+from sglang_modelopt_ext.workflow.autoquant.decoded import decoded, decoded_choice, quantized
 from sglang_modelopt_ext.workflow.autoquant.formats import find_formats
 from sglang_modelopt_ext.workflow.autoquant.search import Search
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Report, read_report
 from sglang_modelopt_ext.workflow.common.base_model import load_model
 from sglang_modelopt_ext.workflow.verify.reference import DecodedLinear
+from tests.support.exports import export
 from tests.support.models import TinyModel, model_dir
 from tests.unit.test_autoquant_run import arguments, failure, texts
 
@@ -84,6 +86,43 @@ def test_layers_compute_what_the_export_stores(searched: Path, model: Path, targ
     assert len(checked) == 3, "every format"
     layer = report.state.groups[0].layers[0]
     assert "forward" not in vars(modules[layer.name].weight_quantizer), "ModelOpt's simulation is back"
+
+
+@pytest.mark.parametrize(
+    "preset",
+    [
+        "NVFP4_DEFAULT_CFG",
+        "W4A16_NVFP4_CFG",
+        "W4A8_NVFP4_FP8_CFG",
+        "W4A8_MXFP4_FP8_CFG",
+        "MXFP4_DEFAULT_CFG",
+        "MXFP8_DEFAULT_CFG",
+        "FP8_DEFAULT_CFG",
+        "FP8_PER_CHANNEL_PER_TOKEN_CFG",
+        "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG",
+        "INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
+        "INT8_DEFAULT_CFG",
+        "INT8_WEIGHT_ONLY_CFG",
+    ],
+)
+def test_every_format_is_decoded_as_it_is_exported(preset: str, model: Path) -> None:
+    """The weights of the first layer, fused ones with the scales that they share, against ModelOpt's whole export."""
+    import modelopt.torch.quantization as mtq
+
+    checkpoint = read_checkpoint(export(model, preset))
+    quantized_model, _ = load_model(model, "cpu", progress=False)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        mtq.quantize(quantized_model, copy.deepcopy(getattr(mtq, preset)), lambda m: m(ids))
+    names = [name for name in checkpoint.linears if name.startswith("layers.0.")]
+    layers = [quantized(f"model.{name}", quantized_model.get_submodule(f"model.{name}")) for name in names]
+    assert len(layers) == 7
+    (scheme,) = {linear.scheme for linear in checkpoint.linears.values()}
+    with decoded(layers, scheme, Device.parse("sm100")):
+        for name, layer in zip(names, layers, strict=True):
+            got = layer.module.weight_quantizer(layer.module.weight).float()
+            expected = DecodedLinear(checkpoint.linears[name], Device.parse("sm100"), torch.float32).matrix
+            assert float((got - expected).norm() / expected.norm()) < 2**-8, name  # rounded to the model's type
 
 
 def test_what_is_scored_is_recorded_and_differs(searched: Path, model: Path, tmp_path: Path) -> None:
