@@ -333,6 +333,12 @@ def _check(args: argparse.Namespace) -> None:
 def _check_times(args: argparse.Namespace) -> None:
     if args.latency_tokens is not None and args.latency_tokens < 1:
         raise ModelOptExtError.at("--latency-tokens", "value", "1 or more", args.latency_tokens)
+    searching = {"--bits": args.targets, FLAGS["us"]: args.latencies, "--data": args.data, "--output": args.output}
+    for flag, given in searching.items() if args.measure_only else ():
+        if given:
+            raise ModelOptExtError.at(
+                "command line", flag, "no such option beside --measure-only, which ends there", "one"
+            )
     if args.latency_table is None:
         for flag, given in (("--latency-tokens", args.latency_tokens), ("--measure-only", args.measure_only)):
             if given:

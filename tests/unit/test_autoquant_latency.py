@@ -247,7 +247,7 @@ def test_several_processes_are_one_too_many(
     ("more", "match"),
     [
         (["--latency-tokens", "4"], "--latency-table: expected a file, beside --latency-tokens"),
-        (["--measure-only"], "--latency-table: expected a file, beside --measure-only"),
+        (["--measure-only"], "--bits: expected no such option beside --measure-only"),
         (["--latency-table", "no/such/folder/t.json"], "folder: expected one that exists"),
         (["--target-latency", "-1"], "--target-latency: -1: expected a positive number"),
     ],
@@ -256,6 +256,16 @@ def test_options_that_do_not_go_together(
     more: list[str], match: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert match in failure(capsys, arguments(model, tmp_path / "out", *more))
+
+
+def test_times_alone_need_a_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["auto-quantize", str(model), "--formats", "FP8", "--measure-only"]
+    assert "--latency-table: expected a file, beside --measure-only" in failure(capsys, argv)
+    with_file = [*argv, "--latency-table", "times.json", "--gpu", "sm90"]
+    if not torch.cuda.is_available():
+        assert "measured on a GPU: run the command with --measure-only on a machine with sm90" in failure(
+            capsys, with_file
+        )
 
 
 @pytest.mark.gpu
