@@ -115,6 +115,11 @@ def test_experts_are_two_products() -> None:
     assert (down.n, down.k, down.shards, down.experts, down.top_k) == (64, 96, 1, 8, 2)
 
 
+def test_experts_of_one_size_are_two_products_too() -> None:
+    layers = [Layer(name="mlp.experts", n=64, k=64, count=8, experts=True)] * 2
+    assert len(products(layers, None, 2)) == 2
+
+
 def test_the_points_that_nothing_beats() -> None:
     assert pareto([(5, 2.0), (4, 3.0), (6, 2.5), (8, 1.0), (4, 3.5)]) == [(4, 3.0), (5, 2.0), (8, 1.0)]
 

@@ -52,19 +52,19 @@ def products(layers: Sequence[Layer], scheme: LayerScheme | None, top_k: int) ->
         scheme: the format; None for unquantized.
         top_k: the experts that a token goes to, in a mixture.
     """
-    found: dict[str, Product] = {}
     experts = min((layer.count for layer in layers if layer.experts), default=0)
-    for layer in layers:
+    found = []
+    for layer in (layer for layer in layers if layer.experts):
+        shards = layer.count // experts  # gates and ups are counted together
+        found.append(Product(layer.name, scheme, layer.n * shards, layer.k, shards, experts, top_k))
+    fused: dict[str, list[Layer]] = {}
+    for layer in (layer for layer in layers if not layer.experts):
         parent, _, leaf = layer.name.rpartition(".")
-        name = next((f"{parent}.{fused}" for fused, shards in FUSED_SHARDS.items() if leaf in shards), layer.name)
-        shards = layer.count // experts if layer.experts else 1
-        if layer.experts:
-            name = f"{layer.name} [{layer.n}, {layer.k}]"
-        before = found[name] if name in found and not layer.experts else None
-        n, others = (layer.n * shards, 0) if before is None else (before.n + layer.n, before.shards)
-        sizes = {"experts": experts, "top_k": top_k} if layer.experts else {}
-        found[name] = Product(name, scheme, n, layer.k, shards + others, **sizes)
-    return list(found.values())
+        name = next((f"{parent}.{one}" for one, shards in FUSED_SHARDS.items() if leaf in shards), layer.name)
+        fused.setdefault(name, []).append(layer)
+    for name, parts in fused.items():
+        found.append(Product(name, scheme, sum(part.n for part in parts), parts[0].k, len(parts)))
+    return found
 
 
 def timed(
