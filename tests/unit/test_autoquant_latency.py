@@ -21,6 +21,7 @@ from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.tuning import run as tuning
+from sglang_modelopt_ext.tuning.experts import experts_of
 from sglang_modelopt_ext.tuning.products import tune_products
 from sglang_modelopt_ext.workflow.autoquant.formats import find_formats
 from sglang_modelopt_ext.workflow.autoquant.latency import Table, products, timed
@@ -118,6 +119,27 @@ def test_experts_are_two_products() -> None:
 def test_experts_of_one_size_are_two_products_too() -> None:
     layers = [Layer(name="mlp.experts", n=64, k=64, count=8, experts=True)] * 2
     assert len(products(layers, None, 2)) == 2
+
+
+def test_a_mixture_has_times_but_of_unquantized_experts(tmp_path: Path) -> None:
+    """Measured like the experts of a checkpoint, and found again under a server's keys."""
+    mixture = model_dir(TinyModel("qwen3_moe"))
+    formats = find_formats(["W4A8_NVFP4_FP8"], "cpu")
+    linears = read_linears(mixture)
+    _, groups, schemes = plan_groups(linears, formats, CPU, Rules(), [W4])
+    file = tmp_path / "times.json"
+    found, _ = timed(mixture, groups, schemes, CPU, linears.dtype, Table(file=file, tokens=4, measure=measure))
+    experts = [group for group in found if group.layers[0].experts]
+    assert experts
+    for group in experts:
+        assert group.candidates[PLAIN].us is None
+        assert (group.candidates[W4].us or 0) > 0
+    assert all(group.candidates[PLAIN].us for group in found if not group.layers[0].experts)
+    checkpoint = read_checkpoint(export(mixture, W4))
+    content = timings.read(file)
+    for kind in experts_of(checkpoint):
+        key = timings.key_of(kind.request(torch.device("cpu"), linears.dtype))
+        assert Times(content, 4).of(key) is not None, kind.name
 
 
 def test_the_points_that_nothing_beats() -> None:
