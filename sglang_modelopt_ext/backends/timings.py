@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 """The version of the file format; it is raised when older files can no longer be read."""
 
+UNQUANTIZED = "none"
+"""The weight of an unquantized layer's key."""
+
 SHIPPED = Path(__file__).parents[1] / "tuning" / "results"
 """The folder of the files that come with the package."""
 
@@ -80,6 +83,7 @@ class TuningFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         versions: the versions of the packages that kernels come from, by name.
         tokens: the numbers of tokens that were measured.
         results: one for each layer.
+        device: the GPU's architecture, as ``--gpu`` names it; empty in files that do not say.
     """
 
     format: int
@@ -87,6 +91,7 @@ class TuningFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     versions: dict[str, str]
     tokens: list[int]
     results: list[Result]
+    device: str = ""
 
 
 def key_of(request: LinearRequest) -> LayerKey:
@@ -153,6 +158,13 @@ def write(path: Path, content: TuningFile) -> None:
     scratch = path.with_name(path.name + ".part")
     scratch.write_bytes(msgspec.json.format(msgspec.json.encode(content), indent=1) + b"\n")
     scratch.replace(path)
+
+
+def merged(before: TuningFile, content: TuningFile) -> TuningFile:
+    """Return ``content`` with the further layers of ``before``, of the same GPU, versions and numbers of tokens."""
+    measured = {result.layer for result in content.results}
+    kept = [result for result in before.results if result.layer not in measured]
+    return msgspec.structs.replace(content, results=[*kept, *content.results])
 
 
 def objection(content: TuningFile, gpu: str) -> str | None:

@@ -8,6 +8,8 @@ Sources of the recipe and the scales:
 - Exports in Hugging Face's naming store ``k_proj.k_scale`` = amax / 448 for both formats. Exports of Megatron models store
   ``self_attn.k_scale``: amax / 448 for FP8 and amax / 2688 for NVFP4 (``get_scaling_factor`` in ``torch/export/quant_utils.py``).
 - The ``_cast`` presets store no scales: their amax is 448.
+- A cache whose precision differs by layer is exported as NVFP4; this package records ``kv_cache_layers``, the layers that have
+  another recipe. Their scales are read as those of the others: amax / 448 is stored for FP8 and for NVFP4.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from sglang_modelopt_ext.checkpoint.kv_scales import (
     Attention,
     KVLayer,
+    LayerRecipes,
     ResolvedScales,
     StoredScales,
     resolve,
@@ -29,6 +32,7 @@ from sglang_modelopt_ext.checkpoint.kv_scales import (
 )
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
+    KV_CACHE_LAYERS,
     KV_CACHE_RECIPE,
     OWN_KEY,
     QuantConfig,
@@ -57,6 +61,9 @@ KV_ALGOS: dict[str, tuple[str, ...]] = {
 }
 """The recipes that are exported under each ``kv_cache_quant_algo``, the usual one first."""
 
+MIXED_BASE, MIXED = "nvfp4", ("fp8", "nvfp4")
+"""The recipe that a cache of several precisions is exported as, and those of its layers: neither has biases or a rotation."""
+
 CAST_AMAX = 448.0
 """The amax that the ``_cast`` presets, and a cache quantized by flag alone, assume."""
 
@@ -73,17 +80,27 @@ class KVCachePlan:
         source: the origin of the scales, for the log.
         folder: the checkpoint.
         stored: the checkpoint's tensors of the cache; None where they were not read or where every layer has an amax of 448.
+        other: the recipes of layers that have another one than ``recipe``, by layer number.
     """
 
     recipe: KVRecipe
     source: str
     folder: Path | None = None
     stored: StoredScales | None = None
+    other: Mapping[int, KVRecipe] = dataclasses.field(default_factory=dict)
 
     @property
-    def fallback(self) -> KVLayer:
-        """The scales of a layer that was not calibrated, from an amax of 448."""
-        scale = CAST_AMAX / self.recipe.format.range
+    def recipes(self) -> LayerRecipes:
+        """The recipe of each layer."""
+        return LayerRecipes(self.recipe, self.other)
+
+    def describe(self) -> str:
+        """Return the recipe's name, with those of the layers that have another one."""
+        return describe_recipes(self.recipes)
+
+    def fallback(self, number: int) -> KVLayer:
+        """Return the scales of a layer that was not calibrated, from an amax of 448."""
+        scale = CAST_AMAX / self.recipes.of(number).format.range
         return KVLayer(scale, scale)
 
     def resolve(self, attention: Attention, *, strict: bool = True) -> ResolvedScales:
@@ -97,11 +114,12 @@ class KVCachePlan:
             ModelOptExtError: with ``strict``, a tensor is missing or wrong.
         """
         if self.stored is None:
-            return ResolvedScales(dict.fromkeys(attention.layers, self.fallback), frozenset(), frozenset())
+            layers = {number: self.fallback(number) for number in attention.layers}
+            return ResolvedScales(layers, frozenset(), frozenset())
         if strict and self.recipe.affine and not self.stored:
             where = self.stored.config.file
             raise ModelOptExtError.at(where, "kv_cache_quant_algo", "k_bias and v_bias tensors for it", "none")
-        return resolve(self.recipe, self.stored, attention, self.fallback, strict=strict)
+        return resolve(self.recipes, self.stored, attention, self.fallback, strict=strict)
 
     @functools.cached_property
     def layers(self) -> Mapping[int, KVLayer]:
@@ -117,7 +135,7 @@ class KVCachePlan:
 
     def layer(self, number: int) -> KVLayer:
         """Return the scales and biases of one layer; those of an amax of 448 where the checkpoint stores none."""
-        return self.layers[number] if self.layers else self.fallback
+        return self.layers[number] if self.layers else self.fallback(number)
 
 
 def kv_cache_plan(
@@ -159,7 +177,31 @@ def kv_cache_plan(
             flag,
         )
     check_declared_head_dim(folder, recipe)
-    return KVCachePlan(recipe, f"{config.file.name}, scales of its tensors", folder)
+    other = {} if flag in STOCK_FLAGS else _other_recipes(config, recipe, folder)
+    return KVCachePlan(recipe, f"{config.file.name}, scales of its tensors", folder, other=other)
+
+
+def _other_recipes(config: QuantConfig, recipe: KVRecipe, folder: Path) -> dict[int, KVRecipe]:
+    """Return the recorded recipes of layers that have another one. Raises ModelOptExtError for a mix that no cache holds."""
+    where = f"{OWN_KEY}.{KV_CACHE_LAYERS}"
+    count = text_config(folder).get("num_hidden_layers")
+    for number, name in config.kv_cache_layers.items():
+        if recipe.name != MIXED_BASE or name not in MIXED:
+            expected = f"{' or '.join(MIXED)} in layers of a cache of {MIXED_BASE}"
+            raise ModelOptExtError.at(config.file, f"{where}.{number}", expected, f"{name} in one of {recipe.name}")
+        if isinstance(count, int) and number >= count:
+            raise ModelOptExtError.at(config.file, where, f"layers below {count}", number)
+    return {number: KV_RECIPES[name] for number, name in config.kv_cache_layers.items() if name != recipe.name}
+
+
+def describe_recipes(recipes: LayerRecipes) -> str:
+    """Return the declared recipe's name, with the names and numbers of layers that have another one."""
+    layers: dict[str, int] = {}
+    for recipe in recipes.other.values():
+        layers[recipe.name] = layers.get(recipe.name, 0) + 1
+    return " and ".join(
+        [recipes.declared.name, *(f"{name} in {count} layer{'s' * (count > 1)}" for name, count in layers.items())]
+    )
 
 
 def read_plan(folder: Path, config: QuantConfig | None, flag: str) -> KVCachePlan | None:

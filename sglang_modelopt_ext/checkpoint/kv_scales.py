@@ -8,7 +8,7 @@ MTP block as well, so that each list of layers is kept apart, by its canonical n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -150,23 +150,45 @@ class ResolvedScales:
     problems: tuple[ModelOptExtError, ...] = ()
 
 
+@dataclass(frozen=True)
+class LayerRecipes:
+    """The recipe of each layer's cache.
+
+    Attributes:
+        declared: the recipe that the configuration declares, by which stored scales are read.
+        other: the recipes of layers that have another one, by layer number.
+    """
+
+    declared: KVRecipe
+    other: Mapping[int, KVRecipe] = field(default_factory=dict)
+
+    def of(self, number: int) -> KVRecipe:
+        """Return the recipe of a layer."""
+        return self.other.get(number, self.declared)
+
+
 def resolve(
-    recipe: KVRecipe, stored: StoredScales, attention: Attention, fallback: KVLayer, *, strict: bool
+    recipes: LayerRecipes,
+    stored: StoredScales,
+    attention: Attention,
+    fallback: Callable[[int], KVLayer],
+    *,
+    strict: bool,
 ) -> ResolvedScales:
     """Return the scales and biases of every layer of ``attention``.
 
     Args:
-        recipe: the recipe of the cache, whose format's range the scales are for.
+        recipes: the recipe of each layer, whose format's range the scales are for.
         stored: the checkpoint's tensors; where there are none, every layer gets ``fallback``.
         attention: the attention layers of the model that is served; tensors of other layers are ignored.
-        fallback: the scales of a layer that was not calibrated.
+        fallback: returns the scales of a layer that was not calibrated.
         strict: whether a layer without scales, or with wrong ones, is an error; otherwise it is skipped.
 
     Raises:
         ModelOptExtError: with ``strict``, a tensor is missing or wrong.
     """
     if not stored:
-        return ResolvedScales(dict.fromkeys(attention.layers, fallback), frozenset(), frozenset())
+        return ResolvedScales({number: fallback(number) for number in attention.layers}, frozenset(), frozenset())
     block = stored.decoder(attention)
     layers: dict[int, KVLayer] = {}
     names: set[str] = set()
@@ -181,9 +203,9 @@ def resolve(
                     raise _missing(stored, owner, "k_scale")
                 default.add(number)
                 if strict:
-                    layers[number] = fallback
+                    layers[number] = fallback(number)
                 continue
-            layers[number] = _read_layer(recipe, stored, layer)
+            layers[number] = _read_layer(recipes.declared, recipes.of(number), stored, layer)
             names.update(tensor.name for tensor in layer.tensors.values())
         except ModelOptExtError as error:
             if strict:
@@ -208,7 +230,7 @@ def wanted_names(recipe: KVRecipe, layer: StoredLayer) -> Iterator[str]:
             yield name
 
 
-def _read_layer(recipe: KVRecipe, stored: StoredScales, layer: StoredLayer) -> KVLayer:
+def _read_layer(declared: KVRecipe, recipe: KVRecipe, stored: StoredScales, layer: StoredLayer) -> KVLayer:
     for name in wanted_names(recipe, layer):
         if name not in layer.tensors:
             raise _missing(stored, layer.owner, name)
@@ -223,7 +245,7 @@ def _read_layer(recipe: KVRecipe, stored: StoredScales, layer: StoredLayer) -> K
                 raise ModelOptExtError.at(header.file, header.name, "one value", f"shape {list(tensor.shape)}")
             check_values(header.file, header.name, tensor, ValueRule.POSITIVE)
             # Compute in float64 and round once: the stored scale is itself a rounded quotient.
-            scales[name] = float(tensor) * stored_divisor(recipe, header.name) / recipe.format.range
+            scales[name] = float(tensor) * stored_divisor(declared, header.name) / recipe.format.range
         elif recipe.affine:
             if tensor.dim() != 4 or (tensor.shape[0], tensor.shape[2]) != (1, 1):
                 raise ModelOptExtError.at(

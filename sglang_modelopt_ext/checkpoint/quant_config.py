@@ -35,6 +35,9 @@ WITHOUT_MODELOPT = "none"
 """Value of ``simulation`` under :data:`OWN_KEY` of a checkpoint that was made without ModelOpt."""
 
 KV_CACHE_RECIPE = "kv_cache_recipe"
+KV_CACHE_LAYERS = "kv_cache_layers"
+MOST_DIGITS = 6
+"""Of the number of a layer."""
 """Key under :data:`OWN_KEY`: the KV cache's recipe, which tells a rotated cache from a plain one."""
 
 
@@ -64,6 +67,7 @@ class QuantConfig:
         kv_cache_algo: ``kv_cache_quant_algo`` in upper case, or None.
         rounds_activations: recorded in exports of this package, None elsewhere.
         kv_cache_recipe: recorded in exports of this package, a name of ``KV_RECIPES``; None elsewhere.
+        kv_cache_layers: recorded there too, by layer number: the recipes of layers whose cache has another one.
         notes: one-line warnings for the log, such as a difference between the two files.
     """
 
@@ -75,6 +79,7 @@ class QuantConfig:
     kv_cache_algo: str | None = None
     rounds_activations: bool | None = None
     kv_cache_recipe: str | None = None
+    kv_cache_layers: Mapping[int, str] = field(default_factory=dict)
     doubtful_modules: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -231,6 +236,7 @@ def _fields(content: Mapping[str, Any], file: Path) -> dict[str, Any]:
         "quantized_layers": _quantized_layers(section, file) or None,
         "rounds_activations": _rounds_activations(content, file),
         "kv_cache_recipe": _kv_cache_recipe(content, file),
+        "kv_cache_layers": _kv_cache_layers(content, file),
     }
     found |= {name: value for name, value in optional.items() if value is not None}
     if section.keys() & set(_KV_CACHE_KEYS):  # null is a statement too: no quantized cache
@@ -316,6 +322,24 @@ def _kv_cache_recipe(content: Mapping[str, Any], file: Path) -> str | None:
     if value is not None and value not in tuple(KV_RECIPES):
         raise ModelOptExtError.at(file, f"{OWN_KEY}.{KV_CACHE_RECIPE}", f"one of {', '.join(KV_RECIPES)}", repr(value))
     return value
+
+
+def _kv_cache_layers(content: Mapping[str, Any], file: Path) -> dict[int, str] | None:
+    own = content.get(OWN_KEY)
+    value = own.get(KV_CACHE_LAYERS) if isinstance(own, Mapping) else None
+    if value is None:
+        return None
+    where = f"{OWN_KEY}.{KV_CACHE_LAYERS}"
+    if not isinstance(value, Mapping):
+        raise ModelOptExtError.at(file, where, "recipes by layer number", repr(value))
+    for layer, recipe in value.items():
+        # Only decimal digits, and no number in two forms.
+        is_number = isinstance(layer, str) and layer.isascii() and layer.isdigit() and len(layer) <= MOST_DIGITS
+        if not is_number or layer != str(int(layer)):
+            raise ModelOptExtError.at(file, where, "layer numbers", repr(layer))
+        if recipe not in tuple(KV_RECIPES):
+            raise ModelOptExtError.at(file, f"{where}.{layer}", f"one of {', '.join(KV_RECIPES)}", repr(recipe))
+    return {int(layer): recipe for layer, recipe in value.items()}
 
 
 def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:

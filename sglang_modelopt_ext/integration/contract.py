@@ -128,6 +128,17 @@ MODELS: tuple[Use, ...] = (
     ),
     Called("model_loader.loader.DefaultModelLoader", "the loader that downloads", ("load_config",)),
     Object("model_loader.loader.DefaultModelLoader", "its configuration", ("load_config",)),
+    Called("model_loader.loader.RunaiModelStreamerLoader", "the streaming loader that downloads", ("load_config",)),
+    Called(
+        "model_loader.loader.RunaiModelStreamerLoader._prepare_weights",
+        "downloads a model on the hub",
+        ("model_name_or_path", "revision"),
+    ),
+    Object("model_loader.loader.RunaiModelStreamerLoader", "its configuration", ("load_config",)),
+    Holds(
+        "model_loader.weight_utils.RUNAI_STREAMER_TENSOR_ATTR",
+        "tensors in memory that is used again are marked",
+    ),
     Called(
         "model_loader.loader._get_quantization_config", "a rehearsal's configuration", ("model_config", "load_config")
     ),

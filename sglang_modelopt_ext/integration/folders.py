@@ -59,8 +59,13 @@ def weights_folder(model_config: ModelConfig, load_config: LoadConfig) -> Path:
     """Return the local folder with the checkpoint's tensors, after SGLang's own loader has downloaded those of a hub model."""
     if Path(model_config.model_path).is_dir():
         return Path(model_config.model_path)
-    from sglang.srt.model_loader.loader import DefaultModelLoader
+    from sglang.srt.model_loader.loader import DefaultModelLoader, RunaiModelStreamerLoader
 
+    if str(getattr(load_config.load_format, "value", load_config.load_format)) == "runai_streamer":
+        streamed: str = RunaiModelStreamerLoader(load_config)._prepare_weights(
+            model_config.model_path, model_config.revision
+        )[0]
+        return Path(streamed)
     folder, _, _ = DefaultModelLoader(load_config)._prepare_weights(
         model_config.model_path, model_config.revision, fall_back_to_pt=False
     )

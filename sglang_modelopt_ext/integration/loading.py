@@ -29,6 +29,7 @@ from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards
 from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter, check_order, load_stored
 from sglang_modelopt_ext.integration.plain_linear import PlainLinear
 from sglang_modelopt_ext.integration.provenance import Copies, Provenance, is_reordered
+from sglang_modelopt_ext.integration.streamed import in_memory_of_their_own
 
 logger = logging.getLogger(__name__)
 
@@ -462,7 +463,8 @@ def _load_weights_only(
         method.restore_weights_before_loading(module)
     strict = StrictLoad(model, config.checkpoint)
     # SGLang updates pipeline stages one after the other, so that they cannot gather what they used.
-    strict.run(lambda checked: original(model, checked, target_device), weights, config.used)
+    own = in_memory_of_their_own(weights)
+    strict.run(lambda checked: original(model, checked, target_device), own, config.used)
     config.used = frozenset(strict.used)
     for _, method in quantized_modules(model):
         method.verified = True

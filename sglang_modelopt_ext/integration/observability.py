@@ -16,7 +16,7 @@ from typing import Any
 from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS, STOCK_FLAGS
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.kv.scales import wrapped_plan
+from sglang_modelopt_ext.integration.kv.scales import plan_for, wrapped_plan
 from sglang_modelopt_ext.integration.loading import ext_config
 from sglang_modelopt_ext.integration.products import Product, count_products
 
@@ -73,12 +73,16 @@ def served_by(model_runner: Any) -> Served:
     flag = model_runner.kv_cache_dtype_str
     wrapped = wrapped_plan(model_runner.server_args)
     recipe = wrapped.recipe.name if wrapped is not None else STOCK_FLAGS.get(flag)
+    if flag in KV_FLAGS:
+        args = model_runner.server_args
+        plan = plan_for(args.model_path, args.revision, flag)
+        recipe = KV_FLAGS[flag].name if plan is None else plan.describe()
     return Served(
         weights=SGLANGS if config is None else OURS,
         quantization=None if config is None else config.family,
         algo=None if config is None else config.config.algo,
         products=count_products(model_runner.model),
-        kv_recipe=KV_FLAGS[flag].name if flag in KV_FLAGS else recipe,
+        kv_recipe=recipe,
         kv_pool=OURS if flag in KV_FLAGS else SGLANGS,
     )
 

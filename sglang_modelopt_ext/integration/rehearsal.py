@@ -139,10 +139,10 @@ def _kv_cache_problems(folder: Path, quantization: Any, model: torch.nn.Module, 
     if flag not in KV_FLAGS:
         return []
     try:
-        kind = unserved_pool(config)
+        plan = read_plan(folder, quantization.config, flag)
+        kind = unserved_pool(config, several=plan is not None and bool(plan.other))
         if kind is not None:
             raise unsupported_pool(kind, flag)
-        plan = read_plan(folder, quantization.config, flag)
         if plan is not None:
             plan.resolve(served_attention(model))
     except ModelOptExtError as error:

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import msgspec
 import torch
 
 from sglang_modelopt_ext.backends.base import Backend, LinearRequest
@@ -24,6 +23,7 @@ from sglang_modelopt_ext.backends.timings import (
     TuningFile,
     gpu_of,
     key_of,
+    merged,
     objection,
     read,
     versions,
@@ -33,11 +33,12 @@ from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, canonical_name
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, Checkpoint, assumption, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.linear import LinearProduct
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import math_of
-from sglang_modelopt_ext.tuning.experts import experts_of, measure_experts
+from sglang_modelopt_ext.tuning.experts import ExpertKind, experts_of, measure_experts
 from sglang_modelopt_ext.tuning.sample import (
     TOLERANCE,
     Sample,
@@ -164,23 +165,49 @@ def tune(
     checkpoint = read_checkpoint(folder)
     if assumed := assumption(checkpoint.config):
         report(assumed)
-    gpu, dtype = torch.device(device), model_dtype(checkpoint)
+    return measure(
+        layers_of(checkpoint, tp_size),
+        experts_of(checkpoint, tp_size),
+        torch.device(device),
+        model_dtype(checkpoint),
+        tokens=tokens,
+        timer=timer,
+        backends=backends,
+        expert_backends=expert_backends,
+        report=report,
+    )
+
+
+def measure(
+    layers: Sequence[Layer],
+    experts: Sequence[ExpertKind],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    timer: Timer = median_us,
+    backends: Sequence[Backend] = BACKENDS,
+    expert_backends: Sequence[ExpertBackend] = EXPERT_BACKENDS,
+    report: Callable[[str], object] = print,
+) -> TuningFile:
+    """Measure linear layers and products of experts with every backend that supports them; see :func:`tune`."""
     results: dict[LayerKey, Result] = {}
-    for layer in layers_of(checkpoint, tp_size):
-        request = LinearProduct(layer.scheme, folder, layer.name, math_of(layer.scheme), dtype).request(
-            gpu, layer.n, layer.k
+    for layer in layers:
+        request = LinearProduct(layer.scheme, "tuning", layer.name, math_of(layer.scheme), dtype).request(
+            device, layer.n, layer.k
         )
         if key_of(request) in results:
             continue
         report(f"{layer.name} and its like ({layer.count}): {layer.scheme.describe()}, {layer.n} x {layer.k}")
-        times, rejected = _measure(layer, request, gpu, tokens, timer, backends, report)
+        times, rejected = _measure(layer, request, device, tokens, timer, backends, report)
         results[key_of(request)] = Result(key_of(request), times, rejected)
-    for kind in experts_of(checkpoint, tp_size):
+    for kind in experts:
         described = f"{kind.scheme.describe()}, {kind.experts} experts of {kind.n} x {kind.k}"
         report(f"{kind.name} and its like ({kind.count}): {described}")
-        result = measure_experts(kind, gpu, dtype, tokens, timer, expert_backends, report)
+        result = measure_experts(kind, device, dtype, tokens, timer, expert_backends, report)
         results[result.layer] = result
-    return TuningFile(FORMAT, gpu_of(gpu), versions(), list(tokens), list(results.values()))
+    flag = Device.of(device).flag
+    return TuningFile(FORMAT, gpu_of(device), versions(), list(tokens), list(results.values()), flag)
 
 
 def _measure(
@@ -255,6 +282,4 @@ def merge(path: Path, content: TuningFile) -> TuningFile:
         reason = f"was measured for {before.tokens} tokens, these are {content.tokens}"
     if reason is not None:
         raise ModelOptExtError.at(path, "content", "a file that can be added to", f"one that {reason}")
-    measured = {result.layer for result in content.results}
-    kept = [result for result in before.results if result.layer not in measured]
-    return msgspec.structs.replace(content, results=[*kept, *content.results])
+    return merged(before, content)

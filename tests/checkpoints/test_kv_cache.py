@@ -84,6 +84,55 @@ def test_rotation_by_flag_and_by_our_own_record(tmp_path: Path) -> None:
         read_quant_config(unknown)
 
 
+def _mixed(layers: object, recipe: str = "nvfp4") -> edits.Edit:
+    fields = {"kv_cache_recipe": recipe, "kv_cache_layers": layers}
+    return edits.set_fields(QUANT_CONFIG_NAME, {OWN_KEY: fields})
+
+
+def test_a_recipe_for_each_layer(tmp_path: Path) -> None:
+    """One layer of an NVFP4 export in FP8, by our own record: its scale is that of the FP8 export of the same model."""
+    mixed = plan(edits.copy_with(kv_export("nvfp4"), tmp_path / "mixed", [_mixed({"1": "fp8", "0": "nvfp4"})]))
+    nvfp4, fp8 = plan(kv_export("nvfp4")), plan(kv_export("fp8"))
+    assert mixed is not None
+    assert nvfp4 is not None
+    assert fp8 is not None
+    assert [mixed.recipes.of(number).name for number in (0, 1)] == ["nvfp4", "fp8"]
+    assert mixed.describe() == "nvfp4 and fp8 in 1 layer"
+    assert mixed.layers[0] == nvfp4.layers[0]
+    assert mixed.layers[1] == fp8.layers[1]
+    assert mixed.layers[1] != nvfp4.layers[1]
+    by_flag = plan(mixed.folder or tmp_path, "modelopt_nvfp4")
+    assert by_flag is not None
+    assert by_flag.other == mixed.other
+    sglangs = plan(mixed.folder or tmp_path, "nvfp4")
+    assert sglangs is not None
+    assert not sglangs.other, "SGLang's own cache has one format"
+    refused(mixed.folder or tmp_path, r"fp8 or nvfp4 in layers of a cache of nvfp4", "modelopt_nvfp4_rotate")
+
+
+def test_scales_of_a_mix_that_was_not_calibrated(tmp_path: Path) -> None:
+    found = plan(edits.copy_with(cast_export("nvfp4"), tmp_path / "cast", [_mixed({"1": "fp8"})]))
+    assert found is not None
+    assert (found.layer(0).k_scale, found.layer(1).k_scale) == (448 / 2688, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("layers", "match"),
+    [
+        ({"0": "nvfp4_affine"}, "fp8 or nvfp4 in layers of a cache of nvfp4, got nvfp4_affine in one of nvfp4"),
+        ({"2": "fp8"}, "expected layers below 2, got 2"),
+        ({"0": "fp3"}, "kv_cache_layers.0: expected one of fp8"),
+        ({"01": "fp8"}, "expected layer numbers, got '01'"),
+        ({"-1": "fp8"}, "expected layer numbers, got '-1'"),
+        ({"\u0661": "fp8"}, "expected layer numbers"),
+        ({"9" * 5000: "fp8"}, "expected layer numbers"),
+        (["fp8"], "expected recipes by layer number"),
+    ],
+)
+def test_mixes_that_no_cache_holds(layers: object, match: str, tmp_path: Path) -> None:
+    refused(edits.copy_with(kv_export("nvfp4"), tmp_path / "bad", [_mixed(layers)]), match)
+
+
 @pytest.mark.parametrize("recipe", ["fp8", "nvfp4"])
 def test_megatron_names_and_scales(tmp_path: Path, recipe: str) -> None:
     """``self_attn.k_scale``, which for NVFP4 is amax / 2688: the same plan as from Hugging Face's names."""

@@ -93,7 +93,7 @@ def test_every_format_in_one_mix(tmp_path: Path) -> None:
     source = model_dir(TinyModel(layers=5))
     model, simulation = load_model(source, "cpu", progress=False)
     formats = find_formats(SEARCHED, "cpu")
-    _, groups = plan_groups(read_linears(source), formats, Device.cpu(), Rules(), [row.name for row in formats])
+    _, groups, _ = plan_groups(read_linears(source), formats, Device.cpu(), Rules(), [row.name for row in formats])
     chosen = {group.name: formats[index % len(formats)] for index, group in enumerate(groups)}
     assert len(groups) >= len(formats)
     Search(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 import requests
 import torch
 
+from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
+from sglang_modelopt_ext.checkpoint.quant_config import read_quant_config
+from sglang_modelopt_ext.workflow.verify.reference import ReferenceModel
 from tests.serving.checks import (
     FP32_MEDIAN,
     PROMPT,
@@ -19,6 +23,7 @@ from tests.serving.checks import (
     check_prefill_against_decode,
     median_apart,
 )
+from tests.support import edits
 from tests.support.hybrid_models import WINDOW, hybrid_export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, cast_export, kv_export
 from tests.support.models import FAMILIES, Family, TinyModel, model_dir, random_ids
@@ -127,6 +132,36 @@ def test_two_ranks_and_pages(tmp_path: Path) -> None:
         check_logprobs(server, folder, "float32", kv_cache="fp8_affine")
         check_prefill_against_decode(server)
         assert "modelopt_ext: KV cache fp8_affine" in server.output()
+
+
+def test_a_precision_for_each_layer(tmp_path: Path) -> None:
+    """One layer of three in FP8, the others in NVFP4; read as NVFP4 throughout, the answers would be others."""
+    folder = edits.copy_with(
+        kv_export("nvfp4", "llama", layers=3),
+        tmp_path / "mixed",
+        [edits.set_fields("hf_quant_config.json", {"sglang_modelopt_ext": {"kv_cache_layers": {"1": "fp8"}}})],
+    )
+    plan = read_plan(folder, read_quant_config(folder), "auto")
+    assert plan is not None
+    readings = {
+        name: ReferenceModel(folder, kv_cache=found)
+        for name, found in (("mixed", plan), ("uniform", dataclasses.replace(plan, other={})))
+    }
+    with Server(folder, dtype="float32") as server:
+        served = torch.cat([server.full_logprobs(ids) for ids in SHORT_PROMPTS])
+        apart = {
+            name: difference(served, torch.cat([complete(reading, ids) for ids in SHORT_PROMPTS])).median
+            for name, reading in readings.items()
+        }
+        assert apart["mixed"] < FP32_MEDIAN, apart
+        assert apart["uniform"] > 10 * FP32_MEDIAN, apart
+        check_prefill_against_decode(server)
+        assert "modelopt_ext: KV cache nvfp4 and fp8 in 1 layer," in server.output()
+
+
+def complete(reading: ReferenceModel, ids: list[int]) -> torch.Tensor:
+    """Return the reading's log probabilities after every token of ``ids``, as a server returns them."""
+    return torch.from_numpy(reading.logprobs([*ids, 0]))
 
 
 def test_by_flag_on_any_model() -> None:

@@ -203,7 +203,7 @@ def test_every_search_has_a_plan(recipe: str) -> None:
         ):
             plan_groups(linears, formats, SM90, found.rules, found.all_layers)
         return
-    rows, groups = plan_groups(linears, formats, SM90, found.rules, found.all_layers)
+    rows, groups, _ = plan_groups(linears, formats, SM90, found.rules, found.all_layers)
     assert {row.name for row in rows} - {BASELINE} == found.formats.keys()
     assert all(group.is_searched or group.candidates.keys() == {BASELINE} for group in groups)
 

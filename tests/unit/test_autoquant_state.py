@@ -26,6 +26,7 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
     Report,
     Result,
     State,
+    Target,
     choose,
     read_report,
     write_json,
@@ -82,7 +83,7 @@ def state(*groups: Group, **changes: Any) -> State:
 def report(chosen: State, *targets: float, perplexity: float | None = None) -> Report:
     """Return a report with those targets."""
     measured = Measured(folder=None, algo=None, stored_bits=None, quantized_bits=None, perplexity=perplexity)
-    results = tuple(Result(choice=choose(chosen, target), measured=measured) for target in targets)
+    results = tuple(Result(choice=choose(chosen, Target(target)), measured=measured) for target in targets)
     return Report(state=chosen, results=results, held_out=TEXT, unquantized_perplexity=perplexity)
 
 
@@ -90,7 +91,7 @@ TWO = state(group("model.layers.0.mlp.down_proj", 1.0), group("model.layers.1.ml
 
 
 def test_the_sensitive_layer_gets_more_bits() -> None:
-    choice = choose(TWO, 6.5)
+    choice = choose(TWO, Target(6.5))
     assert list(choice.formats.values()) == ["W4A8_NVFP4_FP8_CFG", "FP8_DEFAULT_CFG"]
     assert choice.bits == pytest.approx((4.25 + 8) / 2)
     assert choice.score == pytest.approx(1.5)
@@ -100,16 +101,16 @@ def test_a_target_out_of_reach_says_what_is_reached() -> None:
     with pytest.raises(
         ModelOptExtError, match=r"--bits: 4.2: expected at least 4.25, the fewest the formats reach, got"
     ):
-        choose(TWO, 4.2)
+        choose(TWO, Target(4.2))
     left = state(*TWO.groups, group("lm_head", None, excluded=True))
     with pytest.raises(ModelOptExtError, match=r"at least 8.1667, .* with 1 unquantized layers counted \(lm_head\)"):
-        choose(left, 8.0)
-    assert choose(left, 8.1667).bits == pytest.approx((4.25 * 2 + 16) / 3)
+        choose(left, Target(8.0))
+    assert choose(left, Target(8.1667)).bits == pytest.approx((4.25 * 2 + 16) / 3)
 
 
 def test_a_target_that_quantizes_nothing() -> None:
     with pytest.raises(ModelOptExtError, match="less than 16, the bits of an unquantized weight"):
-        choose(TWO, 16.0)
+        choose(TWO, Target(16.0))
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -201,7 +202,7 @@ def test_damaged_files_end_in_one_line(tmp_path: Path) -> None:
         file.write_bytes(whole.read_bytes())
         fuzz.damage_json(file, random.Random(seed))
         try:
-            choose(read_report(file).state, 10.0)
+            choose(read_report(file).state, Target(10.0))
             read += 1
         except ModelOptExtError:
             continue

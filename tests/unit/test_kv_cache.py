@@ -13,13 +13,13 @@ import torch
 
 pytest.importorskip("sglang")
 
-from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
+from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer, LayerRecipes
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
 from sglang_modelopt_ext.integration.kv.layers import check_sinks, local_heads, rank_layers
 from sglang_modelopt_ext.integration.kv.method import ModelOptExtKVMethod
-from sglang_modelopt_ext.integration.kv.pool import ModelOptExtKVPool
+from sglang_modelopt_ext.integration.kv.pool import ModelOptExtKVPool, number_layers
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES
 from tests.support.kv_exports import PRESETS, kv_export
 from tests.support.kv_trees import attention_model
@@ -76,26 +76,98 @@ def test_attention_sinks_are_for_kernels_that_add_them(backend: str) -> None:
             check_sinks(model, backends)
 
 
-@pytest.mark.parametrize("recipe", KV_RECIPES)
-def test_size_of_a_token(recipe: str) -> None:
-    """The buffers are as large as the size that SGLang divides the memory by."""
-    method = ModelOptExtKVMethod(KV_RECIPES[recipe])
-    buffers = method.create_buffers(size=10, head_num=3, head_dim=64, layer_num=2, device="cpu")
-    tensors = [t for name in ("k_buffer", "v_buffer", "k_scale_buffer", "v_scale_buffer") for t in buffers[name] or []]
-    assert sum(t.numel() * t.itemsize for t in tensors) == 10 * method.compute_cell_size(3, 64, 2, kv_size=2)
+MIXES = {
+    **{name: LayerRecipes(recipe) for name, recipe in KV_RECIPES.items()},
+    "mixed": LayerRecipes(KV_RECIPES["nvfp4"], {1: KV_RECIPES["fp8"], 4: KV_RECIPES["fp8"]}),
+}
 
 
-@pytest.mark.parametrize("recipe", KV_RECIPES)
-def test_slots_are_moved_in_buffers_that_hold_something(recipe: str) -> None:
-    """SGLang's copy kernel gets an address and a row of bytes for each buffer: an empty one has neither."""
+def tensors_of(buffers: dict[str, Any]) -> list[torch.Tensor]:
+    return [t for name in ("k_buffer", "v_buffer", "k_scale_buffer", "v_scale_buffer") for t in buffers[name] or []]
+
+
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("recipes", MIXES.values(), ids=MIXES)
+def test_size_of_a_token(recipes: LayerRecipes, first: int) -> None:
+    """The buffers of a stage are as large as the size that SGLang divides the memory by."""
+    method = ModelOptExtKVMethod(recipes, first)
+    buffers = method.create_buffers(size=10, head_num=3, head_dim=64, layer_num=3, device="cpu")
+    held = sum(t.numel() * t.itemsize for t in tensors_of(buffers))
+    assert held == 10 * method.compute_cell_size(3, 64, 3, kv_size=2)
+    expected = [recipes.of(first + index).bytes_per_vector(64) for index in range(3)]
+    assert held == 10 * 2 * 3 * sum(expected)
+
+
+@pytest.mark.parametrize("recipes", MIXES.values(), ids=MIXES)
+def test_slots_are_moved_in_buffers_that_hold_something(recipes: LayerRecipes) -> None:
+    """SGLang's copy kernel gets an address and a row of bytes for each buffer: an empty one has neither.
+
+    It moves as many bytes of every buffer's rows as the first one has.
+    """
     pool = object.__new__(ModelOptExtKVPool)
-    buffers = ModelOptExtKVMethod(KV_RECIPES[recipe]).create_buffers(10, 3, 64, 2, "cpu")
-    for name, tensors in buffers.items():
+    method = ModelOptExtKVMethod(recipes)
+    for name, tensors in method.create_buffers(10, 3, 64, 2, "cpu").items():
         setattr(pool, name, tensors)
     moved = pool._slot_move_pointer_buffers()
     assert all(buffer.data_ptr() != 0 and buffer.is_contiguous() for buffer in moved)
-    held = sum(buffer[0].numel() * buffer.itemsize for buffer in moved)
-    assert held == ModelOptExtKVMethod(KV_RECIPES[recipe]).compute_cell_size(3, 64, 2, kv_size=2)
+    rows = [buffer[0].numel() * buffer.itemsize for buffer in moved]
+    assert sum(rows) == method.compute_cell_size(3, 64, 2, kv_size=2)
+    assert rows[0] == max(rows)
+
+
+def test_layers_of_a_mix_keep_their_own_formats() -> None:
+    """What is stored in one layer of a mixed cache is what a cache of that layer's recipe alone would store."""
+    layer, size = KVLayer(0.01, 0.02), 6
+    x = torch.randn(4, 3, 64, generator=torch.Generator().manual_seed(0))
+    slots = torch.tensor([5, 0, 3, 2])
+
+    def read(recipes: LayerRecipes, number: int) -> list[torch.Tensor]:
+        method = ModelOptExtKVMethod(recipes)
+        method.layers = dict.fromkeys(range(2), layer)
+        buffers = method.create_buffers(size, 3, 64, 2, "cpu")
+        scales = None if buffers["k_scale_buffer"] is None else buffers["k_scale_buffer"][number]
+        packed = method.pack(number, (buffers["k_buffer"][number], buffers["v_buffer"][number]), scales, 64)
+        for side in packed:
+            side.store(slots, x)
+        return [side[slots] for side in packed]
+
+    for number, name in ((0, "nvfp4"), (1, "fp8")):
+        mixed, alone = read(MIXES["mixed"], number), read(MIXES[name], number)
+        assert all(torch.equal(*pair) for pair in zip(mixed, alone, strict=True)), name
+    assert not torch.equal(read(MIXES["mixed"], 0)[0], read(MIXES["mixed"], 1)[0])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("fp8", [{1}, {0}, {0, 2}])
+def test_a_mixed_pool_moves_whole_slots(fp8: set[int], device: str) -> None:
+    """SGLang's own pool over buffers of two widths: what was written is read back where it was moved to, in every layer."""
+    recipes = LayerRecipes(KV_RECIPES["nvfp4"], dict.fromkeys(fp8, KV_RECIPES["fp8"]))
+    method = ModelOptExtKVMethod(recipes)
+    method.layers = dict.fromkeys(range(3), KVLayer(0.01, 0.02))
+    pool = ModelOptExtKVPool(
+        size=512,
+        page_size=1,
+        dtype=torch.uint8,
+        head_num=2,
+        head_dim=128,
+        layer_num=3,
+        device=device,
+        enable_memory_saver=False,
+        start_layer=0,
+        enable_alt_stream=False,
+        enable_kv_cache_copy=device == "cuda",
+        quant_method=method,
+    )
+    number_layers(pool)
+    pool.use_native_move_kv_cache |= device == "cpu"  # the tiled copy is a kernel
+    generator = torch.Generator().manual_seed(0)
+    slots, targets = torch.arange(1, 201, device=device), torch.arange(201, 401, device=device).flip(0)
+    sides = [side for layer in range(3) for side in (pool.get_key_buffer(layer), pool.get_value_buffer(layer))]
+    for side in sides:
+        side.store(slots, torch.randn(200, 2, 128, generator=generator).to(device))
+    before = [side[slots] for side in sides]
+    pool.move_kv_cache(targets, slots)
+    assert all(torch.equal(old, side[targets]) for old, side in zip(before, sides, strict=True))
 
 
 @pytest.mark.parametrize(("recipe", "size"), [("fp8", 256), ("fp8_affine", 256), ("nvfp4", 144), ("nvfp4_rotate", 144)])
@@ -107,7 +179,12 @@ def test_what_sglang_divides_the_memory_by(recipe: str, size: int, monkeypatch: 
     parallel = SimpleNamespace(attn_tp_size=2, attn_dcp_size=1)
     monkeypatch.setattr(sglang.srt.runtime_context, "get_parallel", lambda: parallel)
     model = SimpleNamespace(get_num_kv_heads=lambda tp, dcp: 8 // tp // dcp, head_dim=128)
-    layers = SimpleNamespace(kv_cache_dtype_str=f"modelopt_{recipe}", model_config=model)
+    stage = SimpleNamespace(start_layer=0)
+    layers = SimpleNamespace(kv_cache_dtype_str=f"modelopt_{recipe}", model_config=model, layer_info=stage)
+    args = SimpleNamespace(model_path="no/such/model", revision=None)
+    monkeypatch.setattr(sglang.srt.runtime_context, "get_server_args", lambda: args)
+    plan = SimpleNamespace(recipes=LayerRecipes(KV_RECIPES[recipe]))
+    monkeypatch.setattr(kv_hooks, "plan_for", lambda path, revision, flag: plan)
     stock = pools.DefaultPoolConfigurator._compute_cell_size
     assert kv_hooks._compute_cell_size(stock, None, layers, num_layers=3) == 3 * 4 * size
 

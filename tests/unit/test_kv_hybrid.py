@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("sglang")
 
-from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
+from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer, LayerRecipes
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.kv import backend as kv_backend
 from sglang_modelopt_ext.integration.kv import hooks as kv_hooks
@@ -92,7 +92,7 @@ class Configurator:
             is_hybrid_swa=False,
             attention_arch=None,
         )
-        self.method = ModelOptExtKVMethod(KV_RECIPES[recipe])
+        self.method = ModelOptExtKVMethod(LayerRecipes(KV_RECIPES[recipe]))
         self.method.load_layers(self.model, layers, 0, 1)
 
     def _build_mha_quant_method(self, *, num_layers: int) -> ModelOptExtKVMethod:
@@ -121,6 +121,7 @@ def build(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Built]:
     monkeypatch.setattr(module, "get_model", lambda: SimpleNamespace(qsa_indexer_dtype="auto"))
     monkeypatch.setattr(context, "get_server_args", lambda: None)
     monkeypatch.setattr(kv_hybrid, "wrapped_plan", lambda args: None)
+    monkeypatch.setattr(kv_hybrid, "served_plan", lambda args, flag: SimpleNamespace(other={}))
 
     def make(kind: str, recipe: str) -> Built:
         numbers = FULL if kind == "linear" else tuple(sorted((*FULL, *WINDOWED)))
@@ -302,6 +303,8 @@ def test_models_without_a_pool_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, (model, ours, wrapped) in kinds.items():
         assert (kv_hybrid.unserved_pool(model), kv_hybrid.unserved_pool(model, wrapped=True)) == (ours, wrapped), name
+        several = kv_hybrid.unserved_pool(model, several=True)
+        assert several == (ours if name in ("plain", "sparse") else kv_hybrid.SEVERAL), name
 
 
 @pytest.mark.parametrize("flag", ["modelopt_nvfp4", "fp8_e4m3"])
@@ -312,8 +315,9 @@ def test_a_pool_that_cannot_hold_it_is_not_built(monkeypatch: pytest.MonkeyPatch
     plan = None if flag == "modelopt_nvfp4" else SimpleNamespace(recipe=KV_RECIPES["fp8_affine"])
     monkeypatch.setattr(context, "get_server_args", lambda: None)
     monkeypatch.setattr(kv_hybrid, "wrapped_plan", lambda args: plan)
+    monkeypatch.setattr(kv_hybrid, "served_plan", lambda args, flag: SimpleNamespace(other={}))
     monkeypatch.setattr(
-        kv_hybrid, "unserved_pool", lambda model, wrapped: "a window" if wrapped else "sparse attention"
+        kv_hybrid, "unserved_pool", lambda model, wrapped, several: "a window" if wrapped else "sparse attention"
     )
     itself = SimpleNamespace(kv_cache_dtype_str=flag, model_config=None)
     expected = "sparse attention, got modelopt_nvfp4" if plan is None else "a window, got modelopt_fp8_affine"

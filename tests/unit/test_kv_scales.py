@@ -308,7 +308,7 @@ def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
     for attention, expected in ((None, "modelopt_nvfp4"), ("trtllm_mha", "auto")):
         runtime.start(folder, attention_backend=attention)
         assert runtime.model.kv_cache_dtype == expected
-    monkeypatch.setattr(kv_hooks, "unserved_pool", lambda config, wrapped: "any kind")
+    monkeypatch.setattr(kv_hooks, "unserved_pool", lambda config, wrapped, several: "any kind")
     runtime.start(folder)
     assert runtime.model.kv_cache_dtype == "auto"
 

@@ -26,7 +26,8 @@ SERVED = Served("modelopt_ext", "modelopt_nvfp4", "NVFP4", {GATE_UP: 2, LINEAR: 
 
 def runner(flag: str) -> Any:
     """Return as much of a ModelRunner as is read, with a model that SGLang serves."""
-    return SimpleNamespace(model=torch.nn.Linear(1, 1), kv_cache_dtype_str=flag, server_args=None)
+    args = SimpleNamespace(model_path="no/such/model", revision=None)
+    return SimpleNamespace(model=torch.nn.Linear(1, 1), kv_cache_dtype_str=flag, server_args=args)
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,7 @@ def test_killed_and_resumed(tmp_path: Path, data: str) -> None:
     [
         ("fp8", Changes(kv="fp8", algorithm="smoothquant", alpha=0.5), ("--kv", "fp8", "--alpha", "0.5")),
         ("nvfp4_four_over_six", Changes(), ()),
+        ("W4A8_NVFP4_FP8", Changes(), ()),
     ],
 )
 def test_two_processes_find_the_scales_of_one(

@@ -35,15 +35,15 @@ DIRECTIONS = {
     "workflow/server": "checkpoint workflow/common",
     "workflow/evaluate": "checkpoint workflow/common workflow/server",
     "workflow/quantize": "checkpoint files kernels/formats schemes workflow/common",
-    "workflow/autoquant": "backends checkpoint files schemes workflow/common workflow/quantize",
+    "workflow/autoquant": "backends checkpoint files kernels/formats schemes workflow/common workflow/quantize",
     "workflow/inspect": "backends checkpoint kernels/formats schemes workflow/common",
-    "workflow/verify": "backends checkpoint kernels/formats schemes"
+    "workflow/verify": "backends checkpoint schemes"
     " workflow/common workflow/evaluate workflow/quantize workflow/server",
     "workflow/repair": "checkpoint files kernels/formats schemes workflow/quantize",
     "workflow/bench": "checkpoint kernels kernels/formats schemes workflow/server",
     "workflow/serve": "checkpoint files workflow/common workflow/quantize workflow/server",
-    "cli": "checkpoint files workflow/autoquant workflow/bench workflow/common workflow/evaluate workflow/inspect workflow/quantize"
-    " workflow/repair workflow/serve workflow/server workflow/verify",
+    "cli": "backends checkpoint files tuning workflow/autoquant workflow/bench workflow/common workflow/evaluate"
+    " workflow/inspect workflow/quantize workflow/repair workflow/serve workflow/server workflow/verify",
 }
 """By folder: the others it imports. A folder that is not named here may import none, and none may import it."""
 LINES = 500

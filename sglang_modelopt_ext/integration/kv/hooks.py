@@ -147,7 +147,7 @@ def _check_pool(server_args: Any, plan: KVCachePlan) -> None:
         config = ModelConfig.from_server_args(server_args)
     except Exception:  # SGLang reports a faulty model configuration itself
         return
-    kind = unserved_pool(config, wrapped=asks_for_wrapped(server_args))
+    kind = unserved_pool(config, asks_for_wrapped(server_args), bool(plan.other))
     if kind is not None:
         raise unsupported_pool(kind, FLAG_PREFIX + plan.recipe.name)
 
@@ -173,6 +173,13 @@ def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:
                 "command line", flag, f"it unset with a KV cache of {plan.recipe.name}: {why}", "it set"
             )
     if wrapped:
+        if plan.other:
+            raise ModelOptExtError.at(
+                "command line",
+                "--attention-backend",
+                f"triton for a KV cache of several precisions ({plan.describe()}): SGLang's has one",
+                " or ".join(sorted(WRAPPED_BACKENDS)),
+            )
         _check_blackwell(plan)
         (own,) = (own for own, name in STOCK_FLAGS.items() if name == plan.recipe.format.name)
         declare_resolution(server_args, __name__, kv_cache_dtype=own)
@@ -244,13 +251,16 @@ def _configure_kv_cache_dtype(original: Callable[..., Any], **kwargs: Any) -> tu
 def _compute_cell_size(original: Callable[..., int], self: Any, kvc: Any, num_layers: int) -> int:
     if kvc.kv_cache_dtype_str not in KV_FLAGS:
         return original(self, kvc, num_layers)
-    from sglang.srt.runtime_context import get_parallel
+    from sglang.srt.runtime_context import get_parallel, get_server_args
 
     from sglang_modelopt_ext.integration.kv.method import ModelOptExtKVMethod
 
     parallel, config = get_parallel(), kvc.model_config
     heads = config.get_num_kv_heads(parallel.attn_tp_size, parallel.attn_dcp_size)
-    method = ModelOptExtKVMethod(KV_FLAGS[kvc.kv_cache_dtype_str])
+    args = get_server_args()
+    plan = plan_for(args.model_path, args.revision, kvc.kv_cache_dtype_str)
+    assert plan is not None, "a flag of ours has a plan"
+    method = ModelOptExtKVMethod(plan.recipes, kvc.layer_info.start_layer)
     return method.compute_cell_size(heads, config.head_dim, num_layers, kv_size=1)
 
 
@@ -276,11 +286,11 @@ def _build_mha_quant_method(original: Callable[..., Any], self: Any, *, num_laye
     if config.v_head_dim != config.head_dim:
         raise ModelOptExtError.at(config.model_path, "v_head_dim", f"head_dim, {config.head_dim}", config.v_head_dim)
     plan = served_plan(get_server_args(), self.kv_cache_dtype_str)
-    method = ModelOptExtKVMethod(recipe)
+    method = ModelOptExtKVMethod(plan.recipes, self.layer_info.start_layer)
     parallel = get_parallel()
     layers = plan.resolve(served_attention(self.model)).layers
     method.load_layers(self.model, layers, parallel.attn_tp_rank, parallel.attn_tp_size)
-    log_info_on_rank0(logger, f"modelopt_ext: KV cache {recipe.name}, {plan.source}")
+    log_info_on_rank0(logger, f"modelopt_ext: KV cache {plan.describe()}, {plan.source}")
     return method
 
 

@@ -10,21 +10,24 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang_modelopt_ext.checkpoint.kv_cache import FLAG_PREFIX, KV_FLAGS
+from sglang_modelopt_ext.checkpoint.kv_scales import LayerRecipes
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.hooks import Hook
-from sglang_modelopt_ext.integration.kv.scales import wrapped_plan
+from sglang_modelopt_ext.integration.kv.scales import served_plan, wrapped_plan
 
 WINDOWS, LINEAR_ATTENTION, SPARSE = "a hybrid sliding-window cache", "linear attention", "sparse attention"
 UNEVEN = "sliding-window layers of other heads than the rest"
+SEVERAL = "a hybrid pool, in several precisions"
 """Kinds of models whose KV caches are not served, as errors name them."""
 
 
-def unserved_pool(config: Any, wrapped: bool = False) -> str | None:
+def unserved_pool(config: Any, wrapped: bool = False, several: bool = False) -> str | None:
     """Return the kind of a model whose pool cannot hold a recipe of this package, None for every other model.
 
     Args:
         config: SGLang's ``ModelConfig``.
         wrapped: whether the cache is SGLang's own, with a bias or a rotation around its attention.
+        several: whether layers differ in the precision of their cache.
     """
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import is_minimax_sparse
@@ -32,6 +35,8 @@ def unserved_pool(config: Any, wrapped: bool = False) -> str | None:
 
     if is_minimax_sparse(config.hf_config) or is_qwen_qsa(config.hf_config):
         return SPARSE
+    if several and (config.is_hybrid_swa or mambaish_config(config) is not None):
+        return SEVERAL
     if config.is_hybrid_swa:
         full = (config.get_num_kv_heads(1), config.head_dim, config.v_head_dim)
         windowed = (config.get_swa_num_kv_heads(1), config.swa_head_dim, config.swa_v_head_dim)
@@ -58,7 +63,8 @@ def _is_ours(configurator: Any) -> bool:
     plan = wrapped_plan(get_server_args())
     if flag not in KV_FLAGS and plan is None:
         return False
-    kind = unserved_pool(configurator.model_config, wrapped=plan is not None)
+    several = plan is None and bool(served_plan(get_server_args(), flag).other)
+    kind = unserved_pool(configurator.model_config, plan is not None, several)
     if kind is not None:
         raise unsupported_pool(kind, flag if plan is None else FLAG_PREFIX + plan.recipe.name)
     return plan is None
@@ -129,7 +135,8 @@ def _size_tokens(original: Callable[..., None], self: Any, kvc: Any) -> None:
 
     from sglang_modelopt_ext.integration.kv.method import ModelOptExtKVMethod
 
-    method, config, ranks = ModelOptExtKVMethod(KV_FLAGS[kvc.kv_cache_dtype_str]), kvc.model_config, get_parallel()
+    recipes = LayerRecipes(KV_FLAGS[kvc.kv_cache_dtype_str])  # of all layers: see unserved_pool
+    method, config, ranks = ModelOptExtKVMethod(recipes), kvc.model_config, get_parallel()
     heads, windowed = (
         config.get_num_kv_heads(ranks.attn_tp_size),
         config.get_swa_num_kv_heads(ranks.attn_tp_size),

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import KVCacheQuantMethodBase
 
 from sglang_modelopt_ext.checkpoint.kv_cache import FLAG_PREFIX
-from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer
+from sglang_modelopt_ext.checkpoint.kv_scales import KVLayer, LayerRecipes
 from sglang_modelopt_ext.integration.kv.layers import rank_layers
 from sglang_modelopt_kernels.attention.packed import PackedCache
-from sglang_modelopt_kernels.formats.kv_cache import KVRecipe
+from sglang_modelopt_kernels.formats.kv_cache import KVFormat
 
 
 class ModelOptExtKVMethod(KVCacheQuantMethodBase):
     """The buffers of a recipe and their sizes, for SGLang; :class:`.pool.ModelOptExtKVPool` reads and writes them."""
 
-    def __init__(self, recipe: KVRecipe) -> None:
-        self.recipe = recipe
-        self.name = FLAG_PREFIX + recipe.name
+    def __init__(self, recipes: LayerRecipes, first: int = 0) -> None:
+        """Make the method of a cache.
+
+        Args:
+            recipes: the recipe of each layer.
+            first: the number of this rank's first layer.
+        """
+        self.recipes, self.first = recipes, first
+        self.name = FLAG_PREFIX + recipes.declared.name
         self.layers: Mapping[int, KVLayer] = {}
 
     def load_layers(self, model: torch.nn.Module, layers: Mapping[int, KVLayer], rank: int, size: int) -> None:
@@ -40,24 +46,28 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
             layer_num: layers on this rank.
             device: the pool's device.
         """
-        number = self.recipe.format
+        formats = [self.recipes.of(self.first + index).format for index in range(layer_num)]
 
-        def make(width: int, dtype: torch.dtype) -> list[torch.Tensor]:
-            return [torch.zeros((size, head_num, width), dtype=dtype, device=device) for _ in range(layer_num)]
+        def make(width: Callable[[KVFormat], int], dtype: torch.dtype | None = None) -> list[torch.Tensor]:
+            return [
+                torch.zeros((size, head_num, width(one)), dtype=dtype or one.code_dtype, device=device)
+                for one in formats
+            ]
 
-        scales = number.scale_bytes(head_dim)
+        has_scales = any(one.block for one in formats)
         return {
-            "k_buffer": make(number.code_width(head_dim), number.code_dtype),
-            "v_buffer": make(number.code_width(head_dim), number.code_dtype),
-            "k_scale_buffer": make(2 * scales, torch.uint8) if scales else None,
-            "v_scale_buffer": make(0, torch.uint8) if scales else None,
-            "store_dtype": number.code_dtype,
+            "k_buffer": make(lambda one: one.code_width(head_dim)),
+            "v_buffer": make(lambda one: one.code_width(head_dim)),
+            "k_scale_buffer": make(lambda one: 2 * one.scale_bytes(head_dim), torch.uint8) if has_scales else None,
+            "v_scale_buffer": make(lambda one: 0, torch.uint8) if has_scales else None,
+            "store_dtype": self.recipes.declared.format.code_dtype,
         }
 
     def compute_cell_size(self, head_num: int, head_dim: int, num_layers: int, kv_size: int) -> int:
         """Return the bytes of one token, keys and values of every layer; ``kv_size``, SGLang's size of an entry, is ignored."""
         del kv_size
-        return 2 * head_num * num_layers * self.recipe.bytes_per_vector(head_dim)
+        layers = range(self.first, self.first + num_layers)
+        return 2 * head_num * sum(self.recipes.of(number).bytes_per_vector(head_dim) for number in layers)
 
     def pack(
         self, layer_id: int, codes: tuple[torch.Tensor, torch.Tensor], block_scales: torch.Tensor | None, head_dim: int
@@ -67,22 +77,22 @@ class ModelOptExtKVMethod(KVCacheQuantMethodBase):
         Args:
             layer_id: the layer's number in the model.
             codes: the buffers of keys and of values, ``[size, H_kv, ...]``.
-            block_scales: uint8 ``[size, H_kv, 2 * D / 16]`` of both, None for a format without block scales.
+            block_scales: uint8 ``[size, H_kv, 2 * D / 16]`` of both; None, or of width 0, for a format without block scales.
             head_dim: entries of a vector, D.
         """
-        layer = self.layers[layer_id]
+        layer, recipe = self.layers[layer_id], self.recipes.of(layer_id)
         device = codes[0].device
-        shared = None if block_scales is None else block_scales.unflatten(-1, (2, -1))
+        shared = block_scales.unflatten(-1, (2, -1)) if block_scales is not None and recipe.format.block else None
 
         def one(index: int, scale: float, bias: torch.Tensor | None) -> PackedCache:
             return PackedCache(
-                format=self.recipe.format,
+                format=recipe.format,
                 codes=codes[index],
                 block_scales=shared,
                 side=index,
                 scale=torch.tensor([scale], dtype=torch.float32, device=device),
                 bias=None if bias is None else bias.to(device),
-                rotated=self.recipe.rotate and index == 0,
+                rotated=recipe.rotate and index == 0,
                 head_dim=head_dim,
                 dtype=torch.float32,
             )

@@ -40,8 +40,12 @@ class ModelOptExtKVPool(MHATokenToKVPool):
         }
 
     def _slot_move_pointer_buffers(self) -> list[torch.Tensor]:
-        """Return the buffers among which SGLang moves slots, without the empty ones, which have no address."""
-        return [buffer for buffer in super()._slot_move_pointer_buffers() if buffer.numel()]
+        """Return the buffers among which SGLang moves slots, without the empty ones, which have no address.
+
+        The widest is the first: SGLang's copy moves as many bytes of each slot as that one has.
+        """
+        buffers = [buffer for buffer in super()._slot_move_pointer_buffers() if buffer.numel()]
+        return sorted(buffers, key=lambda buffer: -buffer[0].nbytes)
 
     def _get_key_buffer(self, layer_id: int) -> PackedCache:
         return self.packed[layer_id - self.start_layer][0]

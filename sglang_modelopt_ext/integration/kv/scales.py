@@ -270,4 +270,10 @@ HOOKS = (
         "the KV cache's scales would be dropped, or fail to load, depending on the model",
         _get_all_weights,
     ),
+    Hook(
+        "sglang.srt.model_loader.loader.RunaiModelStreamerLoader._get_all_weights",
+        ("self", "model_config", "model"),
+        "the KV cache's scales would be dropped, or fail to load, depending on the model",
+        _get_all_weights,
+    ),
 )

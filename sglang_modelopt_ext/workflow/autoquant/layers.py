@@ -14,6 +14,7 @@ from sglang_modelopt_ext.checkpoint.tensors import read_headers
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.files.digest import folder_digest
+from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate as FormatCandidate
 from sglang_modelopt_ext.workflow.autoquant.formats import applied_formats, serving
 from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE, Rules
@@ -129,8 +130,8 @@ def _check_fused(folder: Path, groups: dict[str, list[Layer]]) -> None:
 
 def plan_groups(
     linears: Linears, formats: Sequence[FormatCandidate], gpu: Device, rules: Rules, all_layers: Sequence[str]
-) -> tuple[tuple[Format, ...], tuple[Group, ...]]:
-    """Return the plan of a search: every group with the formats that fit its layers and are served on ``gpu``.
+) -> tuple[tuple[Format, ...], tuple[Group, ...], dict[str, LayerScheme]]:
+    """Return the plan of a search: every group with the formats that fit its layers and are served on ``gpu``, and all schemes.
 
     Args:
         linears: the model's layers.
@@ -189,7 +190,7 @@ def plan_groups(
         )
         for candidate in described
     )
-    return rows, tuple(groups)
+    return rows, tuple(groups), {candidate.name: candidate.scheme for candidate in described}
 
 
 def _baseline(linears: Linears, rules: Rules) -> dict[str, FormatCandidate]:

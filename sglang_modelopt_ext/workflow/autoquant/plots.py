@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, Report, Result, State
+from sglang_modelopt_ext.workflow.autoquant.state import MODEL_OF, UNQUANTIZED, Group, Report, Result, State
 
 CHOICES, TRADE_OFF = "autoquant.png", "autoquant-perplexity.png"
 _LAYER = re.compile(r"^(.*?)\.(\d+)\.(.*)$")
@@ -116,7 +116,7 @@ def _choices(state: State, results: Sequence[Result]) -> Any:
         bottom.set_xticks([tick + 0.5 for tick in ticks], [members[tick][0] for tick in ticks], fontsize=7)
         for axis, labels in (
             (top, [f"{row.name.removesuffix('_CFG')}  {row.bits:g} b" for row in state.formats]),
-            (bottom, [f"target {result.choice.target:g}: {result.choice.bits:.3f} b" for result in results]),
+            (bottom, [f"target {result.choice.asked.name}: {result.choice.bits:.3f} b" for result in results]),
         ):
             axis.set_xlim(0, longest)  # equal cell sizes in all panels
             axis.spines[:].set_visible(False)
@@ -145,24 +145,46 @@ def _choices(state: State, results: Sequence[Result]) -> Any:
 
 
 def _trade_off(report: Report, measured: Sequence[Result]) -> Any:
-    figure = matplotlib_figure()(figsize=(6.4, 4.2), layout="constrained")
-    axis = figure.subplots()
-    points = sorted((_bits(result), result.measured.perplexity or 0.0, result.choice.target) for result in measured)
-    axis.plot([x for x, _, _ in points], [y for _, y, _ in points], "o-", color=_COLOURS[0])
-    for x, y, target in points:
-        axis.annotate(f"target {target:g}", (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
+    """Return the choices' perplexity over their bits and, where times were measured, over their time."""
+    latency = report.state.latency
+    timed = [result for result in measured if result.choice.us is not None] if latency is not None else []
+    figure = matplotlib_figure()(figsize=(12.8 if timed else 6.4, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2 if timed else 1, squeeze=False, sharey=True)[0]
+    _points(axes[0], report, [(_bits(result), result) for result in measured])
+    stored = all(result.measured.stored_bits is not None for result in measured)
+    axes[0].set_xlabel("bits per weight, measured from the stored bytes" if stored else "bits per weight, by cost")
+    axes[0].set_ylabel(f"perplexity of the {MODEL_OF[report.state.scored_as]} model")
+    if timed and latency is not None:
+        _points(axes[1], report, [(result.choice.us or 0.0, result) for result in timed])
+        axes[1].set_xlabel(f"us of the layers, {latency.tokens} tokens at a time, {latency.gpu}")
+    tokens = "" if report.held_out is None else f", {report.held_out.tokens} held-out tokens"
+    figure.suptitle(f"{Path(report.state.model).name}{tokens}", fontsize=10)
+    return figure
+
+
+def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points that no other one is at or below in both coordinates, from left to right."""
+    front: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not front or y < front[-1][1]:
+            front.append((x, y))
+    return front
+
+
+def _points(axis: Any, report: Report, results: Sequence[tuple[float, Result]]) -> None:
+    found = [(x, result.measured.perplexity or 0.0) for x, result in results]
+    axis.plot([x for x, _ in found], [y for _, y in found], "o", color=_COLOURS[0])
+    front = pareto(found)
+    axis.plot([x for x, _ in front], [y for _, y in front], "-", color=_COLOURS[0], label="best choices (Pareto)")
+    for (x, y), (_, result) in zip(found, results, strict=True):
+        label = f"target {result.choice.asked.name}"
+        axis.annotate(label, (x, y), textcoords="offset points", xytext=(6, 6), fontsize=8)
     if report.unquantized_perplexity is not None:
         label = f"unquantized ({report.state.unquantized_bits} bits): {report.unquantized_perplexity:.4g}"
         axis.axhline(report.unquantized_perplexity, color=_COLOURS[1], linestyle="--", label=label)
-        axis.legend(fontsize=8)
+    axis.legend(fontsize=8)
     axis.margins(x=0.15, y=0.15)
-    stored = all(result.measured.stored_bits is not None for result in measured)
-    axis.set_xlabel("bits per weight, measured from the stored bytes" if stored else "bits per weight, by cost")
-    axis.set_ylabel("perplexity of the fake-quantized model")
-    tokens = "" if report.held_out is None else f", {report.held_out.tokens} held-out tokens"
-    axis.set_title(f"{Path(report.state.model).name}{tokens}", fontsize=10)
     axis.grid(alpha=0.3)
-    return figure
 
 
 def _bits(result: Result) -> float:

@@ -140,7 +140,7 @@ def read_search(name: str) -> SearchRecipe:
     recorded, recipe = load(name, SEARCH)
     search = recipe.auto_quantize
     if search.kv_cache is not None:
-        expected = "no such section: export the choice, then quantize the KV cache (quantize --recipe none --kv NAME)"
+        expected = "no such section: --kv-formats searches over the KV cache"
         raise ModelOptExtError.at("--recipe", f"{name}: auto_quantize.kv_cache", expected, "one")
     formats: dict[str, dict[str, Any]] = {}
     all_layers = tuple(_named(config, formats) for config in search.candidate_formats)

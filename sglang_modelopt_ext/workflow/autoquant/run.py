@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight
 from sglang_modelopt_ext.device import Device
@@ -17,6 +19,15 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.files.disk import full_disk
 from sglang_modelopt_ext.files.whole import move_into_place, partial_folder
 from sglang_modelopt_ext.workflow.autoquant import formats as candidate_formats
+from sglang_modelopt_ext.workflow.autoquant.decoded import check_decodable, decoded_choice
+from sglang_modelopt_ext.workflow.autoquant.kv import (
+    check_recipes,
+    chosen_cache,
+    insert_cache_quantizers,
+    search_cache,
+)
+from sglang_modelopt_ext.workflow.autoquant.kv_choice import check_kv_target, choose_kv
+from sglang_modelopt_ext.workflow.autoquant.latency import timed
 from sglang_modelopt_ext.workflow.autoquant.layers import model_digest, plan_groups, read_linears
 from sglang_modelopt_ext.workflow.autoquant.measure import (
     SCORE_SAMPLES,
@@ -27,18 +38,22 @@ from sglang_modelopt_ext.workflow.autoquant.measure import (
     stored_bits,
 )
 from sglang_modelopt_ext.workflow.autoquant.plots import draw, matplotlib_figure
+from sglang_modelopt_ext.workflow.autoquant.request import Request
 from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE, Rules, SearchRecipe, read_search
 from sglang_modelopt_ext.workflow.autoquant.search import Scoring, Search, group_scores
-from sglang_modelopt_ext.workflow.autoquant.solve import Method
 from sglang_modelopt_ext.workflow.autoquant.state import (
     FILE_NAME,
+    MODEL_OF,
     UNQUANTIZED,
     Choice,
-    LmHead,
+    Format,
+    Group,
+    Latency,
     Measured,
     Report,
     Result,
     State,
+    Target,
     check_target,
     choose,
     read_report,
@@ -49,66 +64,12 @@ from sglang_modelopt_ext.workflow.common import modelopt_cpu
 from sglang_modelopt_ext.workflow.common.base_model import activations_checked, default_device, find_model, load_model
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
-from sglang_modelopt_ext.workflow.quantize.calibration import SEED, SEQUENCE_LENGTH, CalibrationData
+from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
 from sglang_modelopt_ext.workflow.quantize.export import check_output, export_checkpoint
 from sglang_modelopt_ext.workflow.quantize.recipes import Changes, build
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, package_versions, read_record
 
 RECIPE = "auto_quantize"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Texts:
-    """The text of a search: for calibration, scoring and measurement. None and empty stand for the defaults."""
-
-    data: tuple[str, ...] = ()
-    held_out: tuple[str, ...] = ()
-    samples: int | None = None
-    score_samples: int | None = None
-    sequence_length: int = SEQUENCE_LENGTH
-    seed: int = SEED
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The inputs of a search.
-
-    Attributes:
-        model: folder or name of the unquantized model.
-        targets: bits per weight, one for each result.
-        output: the folder to make. One target: the checkpoint itself; several: a folder for each.
-        formats: names of the candidates; none beside a recipe.
-        texts: the text.
-        recipe: a recipe of ModelOpt that describes the search: its candidates, method, score samples and rules. ``targets`` and the
-            score samples of ``texts`` come before its own.
-        method: the sensitivity score, ``gradient`` or ``kl_div``.
-        gpu: the target; None for this machine.
-        lm_head: whether the ``lm_head`` is searched over, or counts in bits per weight unquantized.
-        excluded: patterns of layers to leave unquantized.
-        loss_scale: factor of the loss for the gradients; None to find one.
-        device: device of the search; by default CUDA where there is a GPU.
-        export: False to choose, measure and plot only.
-        resume: continue an interrupted search for ``output``.
-        overwrite: replace what an earlier run left in ``output``.
-        progress: show progress on standard error.
-    """
-
-    model: str
-    targets: tuple[float, ...]
-    output: Path
-    formats: tuple[str, ...]
-    texts: Texts
-    recipe: str | None = None
-    method: Method = "gradient"
-    gpu: Device | None = None
-    lm_head: LmHead = "excluded"
-    excluded: tuple[str, ...] = ()
-    loss_scale: float | None = None
-    device: str | None = None
-    export: bool = True
-    resume: bool = False
-    overwrite: bool = False
-    progress: bool = True
 
 
 def search(request: Request) -> Report:
@@ -122,18 +83,13 @@ def search(request: Request) -> Report:
     folder = find_model(request.model)
     output = request.output
     _check_place(folder, output, request)
-    modelopt_cpu.install(device)
     recipe = None if request.recipe is None else read_search(request.recipe)
-    rules = Rules(excluded=request.excluded, lm_head=request.lm_head) if recipe is None else recipe.rules
-    targets = request.targets or ((recipe.target,) if recipe is not None else ())
+    targets = request.targets or ((Target(recipe.target),) if recipe is not None else ())
     request = dataclasses.replace(request, targets=targets)
-    with elapsed_progress("trying the formats", request.progress):
-        formats = _formats(request.formats, recipe, device)
-        linears = read_linears(folder)
-        gpu = request.gpu or candidate_formats.this_gpu()
-        everywhere = [candidate.name for candidate in formats] if recipe is None else recipe.all_layers
-        rows, groups = plan_groups(linears, formats, gpu, rules, everywhere)
-    texts = request.texts
+    candidates = _plan_candidates(request, recipe, folder, device)
+    formats, rules, texts = candidates.formats, candidates.rules, request.texts
+    if request.scored_as == "export":
+        check_decodable(formats, candidates.groups)
     calibration, held_out = load_texts(
         texts.data,
         texts.held_out,
@@ -152,23 +108,64 @@ def search(request: Request) -> Report:
         loss_scale=request.loss_scale or 0.0,
         calibration=calibration.record,
         scored=scored.record,
-        gpu=gpu.flag,
+        gpu=candidates.gpu.flag,
         lm_head=rules.lm_head,
         excluded=(*rules.excluded, *rules.disabled),
-        unquantized_bits=linears.dtype.itemsize * 8,
+        unquantized_bits=candidates.dtype.itemsize * 8,
         simulation=modelopt_cpu.NAME if device != "cuda" else "cuda",
         versions=package_versions(),
-        formats=rows,
-        groups=groups,
+        formats=candidates.rows,
+        groups=candidates.groups,
         recipe=None if recipe is None else recipe.name,
         recipe_sha256=None if recipe is None else recipe.sha256,
         cost_model=rules.cost_model,
+        latency=candidates.latency,
+        scored_as=request.scored_as,
+        kv_formats=check_recipes(folder, request.kv_formats, rules.fixed),
     )
+    check_kv_target(plan.kv_formats, request.kv_target)
     for target in request.targets:
         check_target(plan, target)
     with work_folder(output, plan, resume=request.resume, overwrite=request.overwrite) as work:
         run = _Run(request, folder, device, formats, rules.fixed, calibration, held_out, work, plan)
         return run.all_targets(scored)
+
+
+def measure_times(request: Request) -> Path:
+    """Measure what the file of times lacks for the request's model and formats, and return the file. Raises ModelOptExtError."""
+    assert request.times is not None, "a request with a file"
+    device = request.device or default_device()
+    recipe = None if request.recipe is None else read_search(request.recipe)
+    _plan_candidates(request, recipe, find_model(request.model), device)
+    return request.times.file
+
+
+@dataclass(frozen=True)
+class _Candidates:
+    """The candidates of a search, and what they cost in every group."""
+
+    formats: list[candidate_formats.Candidate]
+    rules: Rules
+    gpu: Device
+    dtype: torch.dtype
+    rows: tuple[Format, ...]
+    groups: tuple[Group, ...]
+    latency: Latency | None
+
+
+def _plan_candidates(request: Request, recipe: SearchRecipe | None, folder: Path, device: str) -> _Candidates:
+    modelopt_cpu.install(device)
+    rules = Rules(excluded=request.excluded, lm_head=request.lm_head) if recipe is None else recipe.rules
+    with elapsed_progress("trying the formats", request.progress):
+        formats = _formats(request.formats, recipe, device)
+        linears = read_linears(folder)
+        gpu = request.gpu or candidate_formats.this_gpu()
+        everywhere = [candidate.name for candidate in formats] if recipe is None else recipe.all_layers
+        rows, groups, schemes = plan_groups(linears, formats, gpu, rules, everywhere)
+    latency = None
+    if request.times is not None:
+        groups, latency = timed(folder, groups, schemes, gpu, linears.dtype, request.times)
+    return _Candidates(formats, rules, gpu, linears.dtype, rows, groups, latency)
 
 
 def _formats(names: Sequence[str], recipe: SearchRecipe | None, device: str) -> list[candidate_formats.Candidate]:
@@ -188,11 +185,11 @@ def _recipe_of(file: Path, state: State) -> SearchRecipe | None:
     return recipe
 
 
-def solve_again(file: Path, targets: Sequence[float]) -> Report:
+def solve_again(file: Path, targets: Sequence[Target], kv_target: float | None = None) -> Report:
     """Solve new targets from the state in ``file`` alone: no model, no text, seconds. Raises ModelOptExtError."""
     state = read_report(file).state
     nothing = Measured(folder=None, algo=None, stored_bits=None, quantized_bits=None, perplexity=None)
-    results = tuple(Result(choice=choose(state, target), measured=nothing) for target in targets)
+    results = tuple(Result(choice=_choose(state, target, kv_target), measured=nothing) for target in targets)
     return Report(state=state, results=results, held_out=None, unquantized_perplexity=None)
 
 
@@ -209,7 +206,7 @@ def export_again(file: Path, request: Request) -> Report:
     device = request.device or default_device()
     folder = find_model(request.model)
     _check_place(folder, request.output, request)
-    choices = [choose(state, target) for target in request.targets]
+    choices = [_choose(state, target, request.kv_target) for target in request.targets]
     if (digest := model_digest(folder)) != state.model_sha256:
         raise ModelOptExtError.at(
             folder, "model", f"the one {file} was made of ({state.model_sha256[:12]})", digest[:12]
@@ -236,6 +233,10 @@ def export_again(file: Path, request: Request) -> Report:
         formats = _formats(used, recipe, device)
     fixed = None if recipe is None else recipe.rules.fixed
     return _Run(request, folder, device, formats, fixed, calibration, held_out, None, state).all_targets(None)
+
+
+def _choose(state: State, target: Target, kv_target: float | None) -> Choice:
+    return msgspec.structs.replace(choose(state, target), kv=choose_kv(state, kv_target))
 
 
 def _check_place(model: Path, output: Path, request: Request) -> None:
@@ -272,6 +273,7 @@ class _Run:
         self._load()
         with activations_checked(self.model, self.folder):
             self.unquantized = self._perplexity("perplexity, unquantized")
+            self._search_cache(scored)
         results = []
         for target in request.targets:
             results.append(self._one_target(target, scored))
@@ -294,30 +296,40 @@ class _Run:
     def _perplexity(self, label: str) -> float:
         return perplexity(self.model, self.held_out.batches(), self.device, label=label, progress=self.request.progress)
 
+    def _search_cache(self, scored: CalibrationData | None) -> None:
+        """Measure the candidates for the KV cache, where they were not."""
+        if not self.state.kv_formats or scored is None or self.work is None:
+            return
+        if self.work.progress.kv is None:
+            texts = (self.calibration.batches(), scored.batches())
+            formats, method, progress = self.state.kv_formats, self.state.method, self.request.progress
+            found = search_cache(self.model, self.folder, formats, method, *texts, self.device, progress)
+            self.work.save(msgspec.structs.replace(self.work.progress, kv=found))
+
     def _take_scores(self) -> None:
         """Take the scores from the work folder into the state."""
         if self.work is not None:
             scores = group_scores(self.work.plan.groups, self.work.progress)
-            self.state = self.work.plan.with_scores(scores, self.work.progress.loss_scale)
+            state = self.work.plan.with_scores(scores, self.work.progress.loss_scale)
+            self.state = msgspec.structs.replace(state, kv=self.work.progress.kv)
 
-    def _one_target(self, target: float, scored: CalibrationData | None) -> Result:
+    def _one_target(self, target: Target, scored: CalibrationData | None) -> Result:
         scoring = None
         if self.work is not None and scored is not None:
             if self.work.progress.windows == len(scored.windows):  # an interrupted run had scored all windows
                 self._take_scores()
-                if (
-                    before := _exported_before(self._folder(target), self.state, choose(self.state, target))
-                ) is not None:
+                choice = _choose(self.state, target, self.request.kv_target)
+                if (before := _exported_before(self._folder(target), self.state, choice)) is not None:
                     return before
             scoring = Scoring(scored.batches(), self.request.loss_scale, self.work.progress, self.work.save)
         self._load()
-        choice: Choice | None = None
+        chosen: Choice | None = None
 
         def pick() -> dict[str, str]:
-            nonlocal choice
+            nonlocal chosen
             self._take_scores()
-            choice = choose(self.state, target)
-            return choice.formats
+            chosen = _choose(self.state, target, self.request.kv_target)
+            return chosen.formats
 
         try:
             Search(
@@ -331,6 +343,7 @@ class _Run:
                 pick=pick,
                 device=self.device,
                 fixed=self.fixed,
+                served=Device.parse(self.state.gpu) if self.state.scored_as == "export" else None,
             ).run()
         except (ModelOptExtError, KeyboardInterrupt):
             raise
@@ -338,15 +351,23 @@ class _Run:
             reason = f"{type(error).__name__}: {error}"
             full = full_disk(self.request.output.parent, error)
             raise full or ModelOptExtError.at(self.folder, RECIPE, "ModelOpt to search over it", reason) from error
-        assert choice is not None, "ModelOpt asked for the choice"
-        quality = self._perplexity(f"perplexity at {target:g} bits")
+        assert chosen is not None, "ModelOpt asked for the choice"
+        with chosen_cache(self.model, self.state.kv, chosen.kv), self._as_served(chosen):
+            quality = self._perplexity(f"perplexity at {target.name}")
         if not self.request.export:
-            return Result(choice=choice, measured=_measured(quality))
-        return self._export(choice, quality)
+            return Result(choice=chosen, measured=_measured(quality))
+        return self._export(chosen, quality)
+
+    def _as_served(self, choice: Choice) -> contextlib.AbstractContextManager[None]:
+        """Compute the layers as exported, where that is scored, while the block runs."""
+        if self.state.scored_as == "simulation":
+            return contextlib.nullcontext()
+        schemes = {candidate.name: candidate.scheme for candidate in self.formats}
+        return decoded_choice(self.model, self.state.groups, choice.formats, schemes, Device.parse(self.state.gpu))
 
     def _export(self, choice: Choice, quality: float) -> Result:
         request = self.request
-        several, output = len(request.targets) > 1, self._folder(choice.target)
+        several, output = len(request.targets) > 1, self._folder(choice.asked)
         result = Result(choice=choice, measured=_measured(quality))
 
         def finish(scratch: Path, checkpoint: Checkpoint, record: Record) -> Record:
@@ -390,18 +411,19 @@ class _Run:
             origin,
             overwrite=request.overwrite,
             quality=self._quality(quality),
+            kv_layers=insert_cache_quantizers(self.model, self.state.kv, choice.kv),
             finish=finish,
             progress=request.progress,
         )
         return result
 
-    def _folder(self, target: float) -> Path:
+    def _folder(self, target: Target) -> Path:
         output = self.request.output
-        return output / f"{target:g}-bits" if len(self.request.targets) > 1 else output
+        return output / target.name if len(self.request.targets) > 1 else output
 
     def _quality(self, quality: float) -> dict[str, float]:
-        """Return the perplexities for record and model card, fake-quantized and unquantized, on the same windows."""
-        figures = {"perplexity (fake-quantized, held-out text)": quality}
+        """Return the perplexities for record and model card, of the choice and unquantized, on the same windows."""
+        figures = {f"perplexity ({MODEL_OF[self.state.scored_as]}, held-out text)": quality}
         if self.unquantized is not None:
             figures["perplexity (unquantized, held-out text)"] = self.unquantized
         return figures
@@ -430,8 +452,13 @@ def _recorded(state: State, result: Result) -> dict[str, Any]:
         "method": state.method,
         "recipe": state.recipe,
         "cost_model": state.cost_model,
-        "target_bits": result.choice.target,
+        "target_bits": result.choice.target if result.choice.unit == "bits" else None,
+        "target_us": result.choice.target if result.choice.unit == "us" else None,
         "chosen_bits": result.choice.bits,
+        "chosen_us": result.choice.us,
+        "latency": msgspec.to_builtins(state.latency),
+        "scored_as": state.scored_as,
+        "kv": msgspec.to_builtins(result.choice.kv),
         "stored_bits": result.measured.stored_bits,
         "lm_head": state.lm_head,
         "excluded": list(state.excluded),
@@ -454,7 +481,9 @@ def _exported_before(output: Path, state: State, choice: Choice) -> Result | Non
     """Return an interrupted run's measurements of the same choice from the same state, if its checkpoint exists."""
     record = read_record(output) if output.is_dir() else None
     found = record.search if record is not None else None
-    if found is None or found.get("state_sha256") != state.digest or found.get("target_bits") != choice.target:
+    if found is None or found.get("state_sha256") != state.digest:
+        return None
+    if found.get(f"target_{choice.unit}") != choice.target or found.get("kv") != msgspec.to_builtins(choice.kv):
         return None
     return Result(choice=choice, measured=msgspec.convert(found["measured"], Measured))
 

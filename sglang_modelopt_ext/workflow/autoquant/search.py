@@ -19,11 +19,13 @@ from typing import Any
 import msgspec
 import torch
 
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.workflow.autoquant.decoded import Quantized, decoded
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate
 from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
-from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, Struct
+from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, KVSearch, Struct
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 from sglang_modelopt_ext.workflow.quantize.quantizers import fused_experts
@@ -41,11 +43,13 @@ class Progress(Struct, frozen=True, kw_only=True):
         windows: number of scored windows.
         loss_scale: factor of the loss.
         sums: ModelOpt's sums over the scored windows by format and module, loss scale included.
+        kv: what was measured of the KV cache; None before, and where it is not searched over.
     """
 
     windows: int = 0
     loss_scale: float = 1.0
     sums: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
+    kv: KVSearch | None = None
 
 
 def group_scores(groups: Sequence[Group], progress: Progress) -> dict[str, dict[str, float]]:
@@ -104,6 +108,7 @@ class Search:
         pick: called after scoring, returns the format of each group by name.
         device: the model's.
         fixed: the configuration of groups without a choice that are quantized; None where there are none.
+        served: the device on which layers are scored as they are exported and served; None to score ModelOpt's simulation.
     """
 
     model: Any
@@ -116,6 +121,7 @@ class Search:
     pick: Callable[[], Mapping[str, str]]
     device: str
     fixed: dict[str, Any] | None = None
+    served: Device | None = None
     recipes: dict[Any, str] = field(default_factory=dict)
     in_scoring: bool = False
     scale: float = 1.0
@@ -208,6 +214,13 @@ class Search:
         done = self.scoring.done
         self.in_scoring = True
         try:
+            self._score(searcher, measure, done)
+        finally:
+            self.in_scoring = False
+
+    def _score(self, searcher: Any, measure: Callable[[], None], done: Progress) -> None:
+        assert self.scoring is not None
+        with self._as_served(searcher.model):
             if done.windows == 0:
                 self.scale = self._find_scale(searcher, measure)
             else:
@@ -218,8 +231,20 @@ class Search:
                 searcher.config["num_score_steps"] = left
                 measure()
             self._save(searcher.model, len(self.scoring.batches))
-        finally:
-            self.in_scoring = False
+
+    @contextlib.contextmanager
+    def _as_served(self, model: Any) -> Iterator[None]:
+        """Make ModelOpt's quantizers of every candidate return what is served, where that is asked for, while the block runs."""
+        with contextlib.ExitStack() as stack:
+            names = {module: name for name, module in model.named_modules()}
+            schemes = {candidate.name: candidate.scheme for candidate in self.formats}
+            for _, hparam in _hparams(model) if self.served is not None else ():
+                for recipe, choices in hparam._all_quantizer_choices.items():
+                    scheme = schemes.get(self.recipes.get(recipe, UNQUANTIZED))
+                    if scheme is not None and self.served is not None:
+                        layers = [Quantized(names[module], module, own) for module, own in choices.items()]
+                        stack.enter_context(decoded(layers, scheme, self.served))
+            yield
 
     def _find_scale(self, searcher: Any, measure: Callable[[], None]) -> float:
         """Return a power of two under which the largest score of one window is about 1; scores grow with its square.
@@ -252,7 +277,8 @@ class Search:
 
     def _save(self, model: Any, windows: int) -> None:
         assert self.scoring is not None
-        self.scoring.save(Progress(windows=windows, loss_scale=self.scale, sums=_sums(model, self.recipes)))
+        sums = _sums(model, self.recipes)
+        self.scoring.save(msgspec.structs.replace(self.scoring.done, windows=windows, loss_scale=self.scale, sums=sums))
 
     def batches(self, model: Any) -> Iterator[torch.Tensor]:
         """Yield the windows of one pass of ModelOpt over its data loader."""

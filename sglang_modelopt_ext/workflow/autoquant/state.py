@@ -24,10 +24,48 @@ UNQUANTIZED = "none"
 """The candidate that leaves a group unquantized."""
 
 LmHead = Literal["excluded", "counted", "searched"]
+ScoredAs = Literal["simulation", "export"]
+MODEL_OF: dict[ScoredAs, str] = {"simulation": "fake-quantized", "export": "decoded"}
+"""The model that the perplexity of a choice is measured on."""
+
+Unit = Literal["bits", "us"]
+FLAGS: dict[Unit, str] = {"bits": "--bits", "us": "--target-latency"}
+"""The option that gives a target in each unit."""
 
 
 class Struct(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The base class of every object in the file: unknown fields are errors."""
+
+
+class Target(Struct, frozen=True):
+    """A budget: stored bits per weight, or the microseconds of all counted layers together.
+
+    Attributes:
+        value: the budget.
+        unit: its unit.
+    """
+
+    value: float
+    unit: Unit = "bits"
+
+    @property
+    def name(self) -> str:
+        """Return the name of the folder of its result, such as ``4.5-bits``."""
+        return f"{self.value:g}-{self.unit}"
+
+
+class Latency(Struct, frozen=True, kw_only=True):
+    """The measurement that the candidates' times are of.
+
+    Attributes:
+        gpu: the name of the GPU.
+        tokens: the number of tokens at a time.
+        versions: the versions of the packages that kernels came from.
+    """
+
+    gpu: str
+    tokens: int
+    versions: dict[str, str]
 
 
 class Format(Struct, frozen=True, kw_only=True):
@@ -81,10 +119,12 @@ class Candidate(Struct, frozen=True, kw_only=True):
         cost: stored bits of its layers, scales included; an upper bound where ModelOpt folds the smoothing of AWQ into
             the layer before.
         score: sensitivity in the unit of the method; None before it is measured.
+        us: microseconds of its layers; None where they were not measured.
     """
 
     cost: int
     score: float | None
+    us: float | None = None
 
 
 class Group(Struct, frozen=True, kw_only=True):
@@ -109,6 +149,16 @@ class Group(Struct, frozen=True, kw_only=True):
         """Return the number of weights in its layers, as they count."""
         return self.weight * sum(layer.weights for layer in self.layers)
 
+    def spent(self, name: str, unit: Unit) -> float | None:
+        """Return what a candidate takes of a budget in ``unit``; None where its time was not measured.
+
+        A recipe may count a part of the weights of experts; their time counts whole, or not at all.
+        """
+        candidate = self.candidates[name]
+        if unit == "bits":
+            return self.weight * candidate.cost
+        return None if candidate.us is None else candidate.us * (self.weight > 0)
+
     @property
     def modules(self) -> tuple[str, ...]:
         """Return the names of its modules."""
@@ -118,6 +168,35 @@ class Group(Struct, frozen=True, kw_only=True):
     def is_searched(self) -> bool:
         """Return whether it has a choice."""
         return len(self.candidates) > 1
+
+
+class KVLayer(Struct, frozen=True, kw_only=True):
+    """The KV cache of one layer.
+
+    Attributes:
+        number: of the layer.
+        elements: entries of the keys of one token; the values have as many.
+        k_amax, v_amax: the largest magnitudes of keys and values over the calibration text.
+        scores: sensitivity of each recipe, in the unit of the method.
+    """
+
+    number: int
+    elements: int
+    k_amax: float
+    v_amax: float
+    scores: dict[str, float]
+
+
+class KVSearch(Struct, frozen=True, kw_only=True):
+    """The measurements that recipes for the layers' KV caches are chosen from.
+
+    Attributes:
+        bits: bits of a cached element by recipe, block scales included.
+        layers: every layer.
+    """
+
+    bits: dict[str, float]
+    layers: tuple[KVLayer, ...]
 
 
 class State(Struct, frozen=True, kw_only=True):
@@ -139,6 +218,10 @@ class State(Struct, frozen=True, kw_only=True):
         formats, groups: the candidates, and the groups in the order of the model.
         recipe, recipe_sha256: the recipe file that describes the search, and the digest of its content; None without one.
         cost_model: ModelOpt's name of the rule by which groups count.
+        latency: what the candidates' times are of; None where none were measured.
+        scored_as: what is scored, and perplexity measured of: ModelOpt's ``simulation``, or what is decoded from the ``export``.
+        kv_formats: the candidates for the KV cache of each layer; empty where it is not searched over.
+        kv: what was measured of them; None before.
     """
 
     model: str
@@ -158,17 +241,31 @@ class State(Struct, frozen=True, kw_only=True):
     recipe: str | None = None
     recipe_sha256: str | None = None
     cost_model: str = "weight"
+    latency: Latency | None = None
+    scored_as: ScoredAs = "simulation"
+    kv_formats: tuple[str, ...] = ()
+    kv: KVSearch | None = None
 
     @property
     def weights(self) -> float:
         """Return the number of counted weights."""
         return sum(group.weights for group in self.groups)
 
-    @property
-    def least_bits(self) -> float:
-        """Return the fewest bits per weight that any choice reaches."""
-        least = (group.weight * min(c.cost for c in group.candidates.values()) for group in self.groups)
-        return sum(least) / self.weights
+    def least(self, unit: Unit) -> float:
+        """Return the smallest target in ``unit`` that a choice reaches."""
+        each = ([group.spent(name, unit) for name in group.candidates] for group in self.groups)
+        return sum(min(cost for cost in costs if cost is not None) for costs in each) / self.divisor(unit)
+
+    def unquantized(self, unit: Unit) -> float:
+        """Return what the unquantized model takes, infinity where a group cannot be left unquantized or was not measured so."""
+        if unit == "bits":
+            return self.unquantized_bits
+        times = [group.spent(UNQUANTIZED, unit) if UNQUANTIZED in group.candidates else None for group in self.groups]
+        return sum(math.inf if time is None else time for time in times)
+
+    def divisor(self, unit: Unit) -> float:
+        """Return what a sum over the groups is divided by to be a target: bits are per weight, times are not."""
+        return self.weights if unit == "bits" else 1.0
 
     @property
     def digest(self) -> str:
@@ -181,25 +278,54 @@ class State(Struct, frozen=True, kw_only=True):
         for group in self.groups:
             only = {} if group.is_searched else dict.fromkeys(group.candidates, 0.0)
             measured = {UNQUANTIZED: 0.0, **only, **scores.get(group.name, {})}
-            candidates = {name: Candidate(cost=c.cost, score=measured[name]) for name, c in group.candidates.items()}
+            candidates = {
+                name: msgspec.structs.replace(c, score=measured[name]) for name, c in group.candidates.items()
+            }
             groups.append(msgspec.structs.replace(group, candidates=candidates))
         return msgspec.structs.replace(self, groups=tuple(groups), loss_scale=loss_scale)
 
 
-class Choice(Struct, frozen=True, kw_only=True):
-    """A format for every group, for one target.
+class KVChoice(Struct, frozen=True, kw_only=True):
+    """A recipe for the KV cache of every layer.
 
     Attributes:
-        target: requested bits per weight.
-        bits: bits per weight by the state's costs.
+        target: requested bits per cached element.
+        bits: those of the choice.
         score: the sum of its scores (``gradient``) or the largest one (``kl_div``).
-        formats: the format of every group by name; ``none``: unquantized.
+        formats: the recipe of each layer by its number.
     """
 
     target: float
     bits: float
     score: float
     formats: dict[str, str]
+
+
+class Choice(Struct, frozen=True, kw_only=True):
+    """A format for every group, for one target.
+
+    Attributes:
+        target: the requested budget.
+        unit: its unit.
+        bits: bits per weight by the state's costs.
+        us: microseconds by the state's times; None where they were not measured.
+        score: the sum of its scores (``gradient``) or the largest one (``kl_div``).
+        formats: the format of every group by name; ``none``: unquantized.
+        kv: the KV cache's; None where it is not searched over.
+    """
+
+    target: float
+    bits: float
+    score: float
+    formats: dict[str, str]
+    unit: Unit = "bits"
+    us: float | None = None
+    kv: KVChoice | None = None
+
+    @property
+    def asked(self) -> Target:
+        """Return the target."""
+        return Target(self.target, self.unit)
 
 
 class Measured(Struct, frozen=True, kw_only=True):
@@ -210,7 +336,7 @@ class Measured(Struct, frozen=True, kw_only=True):
         algo: its ``quant_algo``.
         stored_bits: stored bits per counted weight, measured from the checkpoint's tensors.
         quantized_bits: stored bits per weight of the quantized layers only (``bits_per_weight`` of the checkpoint).
-        perplexity: of ModelOpt's fake-quantized model on the held-out text.
+        perplexity: of ModelOpt's fake-quantized model, or the decoded one, on the held-out text.
     """
 
     folder: str | None
@@ -245,48 +371,56 @@ class Report(Struct, frozen=True, kw_only=True):
     unquantized_perplexity: float | None
 
 
-def check_target(state: State, target: float) -> None:
+def check_target(state: State, target: Target) -> None:
     """Raise ModelOptExtError for a target that no choice reaches, or that leaves everything unquantized."""
-    if not target < state.unquantized_bits:
-        raise ModelOptExtError.at(
-            "--bits",
-            f"{target:g}",
-            f"less than {state.unquantized_bits}, the bits of an unquantized weight",
-            f"{target:g}",
-        )
-    if target < state.least_bits:
+    flag, value, unit = FLAGS[target.unit], f"{target.value:g}", target.unit
+    if unit == "us" and state.latency is None:
+        raise ModelOptExtError.at(flag, value, "a search with --latency-table, which measures times", "one without")
+    most, of = state.unquantized(unit), "bits of an unquantized weight" if unit == "bits" else "time of all unquantized"
+    if not target.value < most:
+        raise ModelOptExtError.at(flag, value, f"less than {most:g}, the {of}", value)
+    least = state.least(unit)
+    if target.value < least:
         left = [layer.name for group in state.groups if group.excluded for layer in group.layers]
         counted = f" with {len(left)} unquantized layers counted ({', '.join(left[:3])}{', ...' * (len(left) > 3)})"
-        raise ModelOptExtError.at(
-            "--bits",
-            f"{target:g}",
-            f"at least {_round_up(state.least_bits)}, the fewest the formats reach{counted if left else ''}",
-            f"{target:g}",
-        )
+        fewest = "fewest" if unit == "bits" else "least"
+        expected = f"at least {_round_up(least)}, the {fewest} the formats reach{counted if left else ''}"
+        raise ModelOptExtError.at(flag, value, expected, value)
 
 
-def _round_up(bits: float) -> str:
-    return f"{math.ceil(bits * 10000 - 1e-6) / 10000:g}"
+def _round_up(value: float) -> str:
+    return f"{math.ceil(value * 10000 - 1e-6) / 10000:g}"
 
 
-def choose(state: State, target: float) -> Choice:
-    """Return the best choice of at most ``target`` bits per weight. Raises ModelOptExtError when there is none."""
+def choose(state: State, target: Target) -> Choice:
+    """Return the best choice within ``target``. Raises ModelOptExtError when there is none."""
     check_target(state, target)
-    names = [list(group.candidates) for group in state.groups]
-    candidates = [list(group.candidates.values()) for group in state.groups]
-    costs = [
-        [group.weight * candidate.cost for candidate in own]
-        for group, own in zip(state.groups, candidates, strict=True)
-    ]
-    scores = [[_score(state, candidate) for candidate in group] for group in candidates]
-    picked = solve(state.method, costs, scores, target * state.weights)
+    names, costs, scores = [], [], []
+    for group in state.groups:
+        spent = {name: group.spent(name, target.unit) for name in group.candidates}
+        timed = {name: cost for name, cost in spent.items() if cost is not None}
+        names.append(list(timed))
+        costs.append(list(timed.values()))
+        scores.append([_score(state, group.candidates[name]) for name in timed])
+    picked = solve(state.method, costs, scores, target.value * state.divisor(target.unit))
     chosen = [scores[g][c] for g, c in enumerate(picked)]
+    formats = {group.name: names[g][picked[g]] for g, group in enumerate(state.groups)}
     return Choice(
-        target=target,
-        bits=sum(costs[g][c] for g, c in enumerate(picked)) / state.weights,
+        target=target.value,
+        unit=target.unit,
+        bits=_total(state, formats, "bits") or 0.0,
+        us=None if state.latency is None else _total(state, formats, "us"),
         score=sum(chosen) if state.method == "gradient" else max(chosen),
-        formats={group.name: names[g][picked[g]] for g, group in enumerate(state.groups)},
+        formats=formats,
     )
+
+
+def _total(state: State, formats: Mapping[str, str], unit: Unit) -> float | None:
+    """Return what a choice takes, None where a time was not measured."""
+    each = [group.spent(formats[group.name], unit) for group in state.groups]
+    if None in each:
+        return None
+    return sum(cost for cost in each if cost is not None) / state.divisor(unit)
 
 
 def _score(state: State, candidate: Candidate) -> float:
@@ -333,6 +467,8 @@ def _check(file: Path, state: State) -> None:
     if len(set(names)) != len(names):
         raise ModelOptExtError.at(file, "groups", "names that differ", "one twice")
     for group in state.groups:
+        if state.latency is not None and all(c.us is None for c in group.candidates.values()):
+            raise ModelOptExtError.at(file, f"{group.name}: us", "the time of a candidate", "none")
         if not group.candidates or not group.candidates.keys() - {UNQUANTIZED} <= formats:
             raise ModelOptExtError.at(
                 file,
@@ -347,6 +483,8 @@ def _check(file: Path, state: State) -> None:
                 raise ModelOptExtError.at(
                     file, f"{group.name}: {name}: cost", "a positive number of bits", candidate.cost
                 )
+            if candidate.us is not None and not 0 < candidate.us < math.inf:
+                raise ModelOptExtError.at(file, f"{group.name}: {name}: us", "a time above zero", candidate.us)
             if candidate.score is None or not 0 <= candidate.score < math.inf:
                 raise ModelOptExtError.at(
                     file, f"{group.name}: {name}: score", "a finite number, not negative", candidate.score

@@ -329,8 +329,11 @@ def _kv_cache(folder: Path, config: QuantConfig | None, problems: list[ModelOptE
     head_dim = fields.get("head_dim")
     if head_dim is None and fields.get("hidden_size") and fields.get("num_attention_heads"):
         head_dim = fields["hidden_size"] // fields["num_attention_heads"]
-    bits = 8 * plan.recipe.bytes_per_vector(head_dim) / head_dim if head_dim else None
-    return KVCache(recipe=plan.recipe.name, source=plan.source, layers=len(layers), bits=bits)
+    stored = [plan.recipes.of(number).bytes_per_vector(head_dim) for number in layers] if head_dim else []
+    if head_dim and not stored:
+        stored = [plan.recipe.bytes_per_vector(head_dim)]
+    bits = 8 * sum(stored) / len(stored) / head_dim if head_dim else None
+    return KVCache(recipe=plan.describe(), source=plan.source, layers=len(layers), bits=bits)
 
 
 def _scale_ranges(linear: QuantizedLinear, problems: list[ModelOptExtError]) -> dict[str, Range]:

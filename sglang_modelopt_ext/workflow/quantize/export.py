@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from sglang_modelopt_ext import __version__
 from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
+    KV_CACHE_LAYERS,
     KV_CACHE_RECIPE,
     OWN_KEY,
     QUANT_CONFIG_NAME,
@@ -98,6 +99,7 @@ def export_checkpoint(
     *,
     overwrite: bool = False,
     quality: dict[str, float] | None = None,
+    kv_layers: Mapping[int, str] | None = None,
     finish: Callable[[Path, Checkpoint, Record], Record] | None = None,
     progress: bool = True,
 ) -> Exported:
@@ -113,6 +115,7 @@ def export_checkpoint(
         origin: the metadata that the model itself does not have.
         overwrite: replace the checkpoint that is in ``output``.
         quality: measured figures for the record and the card.
+        kv_layers: the recipes of layers whose KV cache has another one than the model's quantizers, by layer number.
         finish: called with the temporary folder, its checkpoint and its record; may add files, returns the new record.
         progress: show progress on standard error.
 
@@ -133,11 +136,13 @@ def export_checkpoint(
         copy_tokenizer(source, scratch)
         with elapsed_progress("checking the export", progress):
             _take_off_markers(scratch)
-            _preliminary(scratch, {ROUNDS_ACTIVATIONS: rounds, KV_CACHE_RECIPE: kv_recipe})
+            layers = {str(number): recipe for number, recipe in (kv_layers or {}).items()}
+            _preliminary(scratch, {ROUNDS_ACTIVATIONS: rounds, KV_CACHE_RECIPE: kv_recipe, KV_CACHE_LAYERS: layers})
             checkpoint = read_checkpoint(scratch)
             record = Record(
                 rounds_activations=rounds,
                 kv_cache_recipe=kv_recipe,
+                kv_cache_layers=layers,
                 version=__version__,
                 kv_cache=kv_cache,
                 formats=layer_formats(checkpoint),

@@ -120,13 +120,14 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True):
-    """The recorded metadata of a checkpoint. This package's reader uses the first two fields.
+    """The recorded metadata of a checkpoint. This package's reader uses the first three fields.
 
     A field that an older version of this package did not write has its default.
 
     Attributes:
         rounds_activations: whether the inputs of MXFP4 layers are rounded; without such layers, those of any layer.
         kv_cache_recipe: the KV cache's recipe, a name of ``KV_RECIPES``, or None.
+        kv_cache_layers: the recipes of layers whose cache has another one, by layer number.
         version: of this package.
         recipe, base_model, algorithm, calibration, simulation, selection, smoothed, searched, search: see :class:`Origin`.
         kv_cache: the parts of the KV cache's recipe; None without one.
@@ -138,6 +139,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True):
 
     rounds_activations: bool | None = None
     kv_cache_recipe: str | None = None
+    kv_cache_layers: dict[str, str] = {}
     version: str = ""
     recipe: str = ""
     base_model: str = ""

@@ -28,9 +28,8 @@ from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LORA_A, LORA_B, PRE_QUANT_SCALE
 from sglang_modelopt_ext.schemes.table import math_of
-from sglang_modelopt_kernels.formats.kv_cache import KVRecipe, rotate
+from sglang_modelopt_ext.workflow.common.attention import Attend, as_cached, replace_attention
 
-_ATTENTION = "sglang_modelopt_ext_reference"
 _NOT_WEIGHTS = ("rotary_emb.inv_freq",)
 _HEAD = "lm_head.weight"
 
@@ -217,47 +216,15 @@ def round_cached_vectors(model: Any, plan: KVCachePlan, ties: bool = False) -> N
 
     ``ties``: round them like :func:`other_side`.
     """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    around = other_side if ties else None
 
-    def attention(
-        module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, **kwargs: Any
-    ) -> tuple[torch.Tensor, None]:
-        layer = module.kv_plan.layer(module.layer_idx)
-        recipe = module.kv_plan.recipe
+    def rounded(
+        number: int, attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        layer, recipe = plan.layer(number), plan.recipes.of(number)
+        key = as_cached(key, recipe, layer.k_scale, layer.k_bias, around)
         # Only keys are rotated.
-        key = _as_cached(key, recipe, layer.k_scale, layer.k_bias, module.kv_ties)
-        value = _as_cached(
-            value, dataclasses.replace(recipe, rotate=False), layer.v_scale, layer.v_bias, module.kv_ties
-        )
-        key, value = (x.repeat_interleave(module.num_key_value_groups, dim=1) for x in (key, value))
-        scores = query @ key.transpose(2, 3) * kwargs["scaling"] + mask
-        dtype = torch.promote_types(scores.dtype, torch.float32)
-        weights = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
-        return (weights @ value).transpose(1, 2).contiguous(), None
+        plain = dataclasses.replace(recipe, rotate=False)
+        return attend(query, key, as_cached(value, plain, layer.v_scale, layer.v_bias, around))
 
-    for module in model.modules():
-        if hasattr(module, "num_key_value_groups"):
-            module.kv_plan, module.kv_ties = plan, ties
-    ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(_ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    model.config._attn_implementation = _ATTENTION
-
-
-def _as_cached(x: torch.Tensor, recipe: KVRecipe, scale: float, bias: torch.Tensor | None, ties: bool) -> torch.Tensor:
-    """Return ``x`` ``[B, H, T, D]`` written to a cache and read back."""
-    x32 = x.to(torch.float32)
-    if recipe.rotate:
-        x32 = rotate(x32)
-    if bias is not None:
-        x32 = x32 - bias[:, None]
-    static = torch.tensor(scale, dtype=torch.float32)
-
-    def read_back(x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = recipe.format.decode(*recipe.format.encode(x, static), static)
-        return found
-
-    read = other_side(read_back, x32) if ties else read_back(x32)
-    if bias is not None:
-        read = read + bias[:, None]
-    return (rotate(read) if recipe.rotate else read).to(x.dtype)
+    replace_attention(model, rounded)
