@@ -17,7 +17,9 @@ LOADED = "loads"
 
 SERVED = {
     "Glm4ForCausalLM": "tests/serving/test_fused.py",
+    "GraniteSWAForCausalLM": "tests/serving/test_kv_cache.py",
     "LlamaForCausalLM": "tests/serving/test_w4a8.py",
+    "MellumForCausalLM": "tests/serving/test_kv_cache.py",
     "MistralForCausalLM": "tests/serving/test_full.py",
     "MixtralForCausalLM": "tests/serving/test_moe.py",
     "Phi3ForCausalLM": "tests/serving/test_fused.py",
