@@ -118,6 +118,7 @@ class Drive:
     def _classes(self, prompts: Sequence[Sequence[int]]) -> list[Scored]:
         from sglang.srt.managers.io_struct import EmbeddingReqInput
 
+        self.flush()  # a cached prefix would leave one token to compute, by other launches than all of them
         request = EmbeddingReqInput(input_ids=[list(ids) for ids in prompts])
         answers = self.engine.loop.run_until_complete(
             self.engine.tokenizer_manager.generate_request(request, None).__anext__()
