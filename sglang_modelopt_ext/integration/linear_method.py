@@ -17,6 +17,7 @@ from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.layout import Layout, full_sizes, read_layout
 from sglang_modelopt_ext.integration.parameters import StoredParameter, load_stored
+from sglang_modelopt_ext.integration.stand_in import StandIn
 from sglang_modelopt_ext.layers.linear import LinearProduct, ShardGroup, check_blocks, dense_weight
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_kernels.formats.base import TensorSpec, ValueRule
@@ -153,10 +154,13 @@ class ModelOptExtLinearMethod(LinearMethodBase):
         self.product.prepare(layer, shards, held, layout.k_rank, self._is_vocabulary(layer))
         for spec in self.scheme.tensors:
             self._loaders[spec.name] = layer.get_parameter(spec.name)._weight_loader  # type: ignore[attr-defined]
+        stand_in: Any = StandIn(self.prefix, layer.get_parameter("weight"))
         self._remove_stored(layer)
         if self._is_vocabulary(layer):
             # SGLang calls the method of an lm_head only if the layer has a `weight`.
             layer.register_parameter("weight", layer.get_parameter(next(iter(self.groups[0].prepared.values()))))
+        else:
+            layer.weight = stand_in
 
     @staticmethod
     def _is_vocabulary(layer: torch.nn.Module) -> bool:
@@ -221,8 +225,7 @@ class ModelOptExtLinearMethod(LinearMethodBase):
             return
         device = layer.get_parameter(next(iter(self.groups[0].prepared.values()))).device
         self.product.release(layer)
-        if self._is_vocabulary(layer):
-            delattr(layer, "weight")
+        delattr(layer, "weight")
         self.verified = False
         with torch.device(device):
             self._create()
