@@ -67,6 +67,39 @@ def _restorer(parameter: torch.Tensor, attribute: str, original: Loader | None) 
     return lambda: setattr(parameter, attribute, original)
 
 
+@contextmanager
+def without_values(model: torch.nn.Module) -> Iterator[None]:
+    """Put a tensor on the meta device in the place of every parameter and buffer, as a context manager.
+
+    A class may copy what it loads into a parameter itself, and nothing on the meta device can be copied to another one. Attributes
+    that it sets meanwhile are taken off again: some keep their parameters for the next load.
+    """
+    attributes = [(module, set(vars(module))) for module in model.modules()]
+    twins: dict[int, torch.Tensor] = {}  # by the id of the tensor, which modules may share
+    undo: list[tuple[dict[str, torch.Tensor | None], str, torch.Tensor]] = []
+    for module in model.modules():
+        for members in (module._parameters, module._buffers):
+            for name, tensor in members.items():
+                if tensor is not None:
+                    undo.append((members, name, tensor))  # type: ignore[arg-type]
+                    members[name] = twins.setdefault(id(tensor), _on_meta(tensor))  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for members, name, tensor in undo:
+            members[name] = tensor
+        for module, before in attributes:
+            for name in vars(module).keys() - before:
+                delattr(module, name)
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same class, shape, strides and attributes on the meta device."""
+    twin = torch.Tensor._make_subclass(type(tensor), torch.empty_like(tensor.data, device="meta"), tensor.requires_grad)
+    twin.__dict__.update(tensor.__dict__)
+    return twin
+
+
 class _EndOfTensors(Exception):
     """The end of the tensors of a replay, before the model's class works on what it loaded."""
 
@@ -75,7 +108,7 @@ def replay(model: Any, linears: Iterable[QuantizedLinear], checkpoint: Checkpoin
     """Return the stored layers of each of the model's layers, by the names of both, in the order of the layer's rows.
 
     Args:
-        model: the model, whose parameters are not written.
+        model: the model, whose parameters are not written, nor seen by its class.
         linears: the stored layers to look for.
         checkpoint: all stored tensors, for classes that load nothing before they have them.
     """
@@ -114,7 +147,7 @@ def replay(model: Any, linears: Iterable[QuantizedLinear], checkpoint: Checkpoin
             if checkpoint.spec_of(name) is None:
                 yield name, torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
-    with replaced_loaders(model, note), provenance:
+    with without_values(model), replaced_loaders(model, note), provenance:
         for whole in (False, True):
             try:
                 model.load_weights(weights(whole))

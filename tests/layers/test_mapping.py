@@ -24,6 +24,7 @@ from tests.support.models import TinyModel, model_dir
 from tests.support.reference import Reference
 
 LAYER = "model.layers.0.mlp"
+NORM = "model.norm.weight"
 
 
 class Odd(Namespace):
@@ -31,8 +32,11 @@ class Odd(Namespace):
 
     skips: tuple[str, ...] = ()
 
+    def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
+        return dict(self.named_parameters())
+
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        parameters = dict(self.named_parameters())
+        parameters = self.parameters_by_name()
         cached: dict[str, torch.Tensor] = {}
         for name, tensor in weights:
             if any(skipped in name for skipped in self.skips):
@@ -61,6 +65,22 @@ class Late(Odd):
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         super().load_weights(list(weights))
+
+
+class Keeping(Odd):
+    """A class that keeps its parameters for the next load, and copies one itself before it loads the others (gpt-oss's sinks)."""
+
+    kept: dict[str, torch.nn.Parameter]
+
+    def parameters_by_name(self) -> dict[str, torch.nn.Parameter]:
+        if not hasattr(self, "kept"):
+            self.kept = super().parameters_by_name()
+        return self.kept
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        tensors = dict(weights)
+        self.parameters_by_name()["gain"].data.copy_(tensors.pop(NORM))
+        super().load_weights(tensors.items())
 
 
 @pytest.fixture(scope="module")
@@ -100,12 +120,16 @@ def load(model: Odd, config: ModelOptExtConfig) -> StrictLoad:
     return strict
 
 
-@pytest.mark.parametrize("kind", [Odd, Late])
+@pytest.mark.parametrize("kind", [Odd, Late, Keeping])
 def test_layers_are_found_by_the_loading_code(folder: Path, kind: type[Odd]) -> None:
     """Renamed, concatenated, unconfigured layers and PyTorch's own compute what the reading says; all of their tensors are used."""
-    model, config = build(folder, kind())
+    model = kind()
+    if kind is Keeping:
+        model.gain = torch.nn.Parameter(torch.full((256,), torch.nan), requires_grad=False)
+    model, config = build(folder, model)
     strict = load(model, config)
-    used = (LAYER, *(f"model.layers.0.self_attn.{one}_proj" for one in "qko"))
+    copied = (NORM,) if kind is Keeping else ()
+    used = (LAYER, *(f"model.layers.0.self_attn.{one}_proj" for one in "qko"), *copied)
     assert strict.used == {name for name in strict.checkpoint.tensors if name.startswith(used)}
     reference = Reference(folder).model
     expected = {
@@ -167,9 +191,6 @@ def test_a_class_that_reorders_rows(folder: Path) -> None:
     right = Reference(plain).model.get_submodule("model.layers.0.self_attn.o_proj")(x)
     right = right.view(len(x), 2, -1).transpose(1, 2).reshape(right.shape)
     assert relative_error(model.get_submodule("head")(x), right) < FLIP_TOLERANCE
-
-
-NORM = "model.norm.weight"
 
 
 class Copying(Namespace):
