@@ -10,7 +10,7 @@ from typing import Any
 
 from tests.conformance import families, features
 from tests.support import edits
-from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest
+from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest, source_digest
 from tests.support.exports import Variant, export
 from tests.support.hybrid_models import hybrid_export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, UNQUANTIZED
@@ -74,7 +74,7 @@ def mixture(
 
 def _edited(source: Export, *changes: edits.Edit, name: str) -> Path:
     folder = source.make()
-    key = digest(name, folder_digest(folder))
+    key = digest(name, folder_digest(folder), source_digest(Path(__file__)))
     return cached_folder("edited", f"{name}-{key}", lambda target: _fill(folder, target, changes))
 
 
@@ -116,10 +116,14 @@ def mixed(experts: str, attention: str) -> Export:
     return Export("MIXED_PRECISION", "qwen3_moe", partial(_mixed_experts, experts, attention), mixture=True)
 
 
-def _rename_block_scales(tensors: edits.Tensors) -> None:
-    """Rename FP8 block scales from ModelOpt's name to SGLang's."""
+def _publish_block_scales(tensors: edits.Tensors) -> None:
+    """Store FP8 block scales as published checkpoints do, and SGLang reads them: ``weight_scale_inv`` ``[N / 128, K / 128]``.
+
+    ModelOpt's are called ``weight_scale``, and have a dimension of one entry behind each.
+    """
     for name in [name for name in tensors if ".self_attn." in name and name.endswith(".weight_scale")]:
-        tensors[f"{name}_inv"] = tensors.pop(name)
+        rows, _, columns, _ = tensors[name].shape
+        tensors[f"{name}_inv"] = tensors.pop(name).reshape(rows, columns)
 
 
 def _list_unknown(content: dict[str, Any]) -> None:
@@ -250,7 +254,7 @@ EXPORTS["wrong-scale"] = Export(
 )
 """A control: the judge must tell a server of this folder from one of the original folder."""
 for _name, _source, _edit in (
-    ("mix-block-fp8-inv", "mix-block-fp8", edits.edit_tensors(_rename_block_scales)),
+    ("mix-block-fp8-inv", "mix-block-fp8", edits.edit_tensors(_publish_block_scales)),
     ("mix-unknown", "mix-nvfp4-fp8", edits.edit_json(edits.QUANT_CONFIG, _list_unknown)),
 ):
     _make = partial(_edited, EXPORTS[_source], _edit, name=_name)

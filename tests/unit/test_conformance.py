@@ -243,6 +243,30 @@ def test_the_pack_gives_back_what_went_in(tmp_path: Path) -> None:
         pack.unpack(tmp_path / "pack", tmp_path / "again")
 
 
+def test_sglang_loads_published_block_scales() -> None:
+    """SGLang's own FP8 layer takes the tensors of q, k and v."""
+    from sglang.srt.layers.linear import QKVParallelLinear
+    from sglang.srt.layers.quantization.fp8 import Fp8Config
+
+    from tests.layers.harness import parallel_rank
+
+    attention = "model.layers.0.self_attn"
+    tensors = edits.read_tensors(EXPORTS["mix-block-fp8-inv"].make())
+    q, k, v = (tensors[f"{attention}.{one}_proj.weight_scale_inv"] for one in "qkv")
+    assert q.dtype == torch.float32
+    blocks = Fp8Config(is_checkpoint_fp8_serialized=True, activation_scheme="dynamic", weight_block_size=[128, 128])
+    rows, columns = tensors[f"{attention}.k_proj.weight"].shape
+    heads = tensors[f"{attention}.q_proj.weight"].shape[0] // rows
+    with parallel_rank(0, 1):
+        layer = QKVParallelLinear(
+            columns, rows, heads, 1, bias=False, quant_config=blocks, prefix=f"{attention}.qkv_proj"
+        )
+    for name, parameter in layer.named_parameters():
+        for shard in "qkv":
+            parameter.weight_loader(parameter, tensors[f"{attention}.{shard}_proj.{name}"], shard)
+    assert torch.equal(layer.weight_scale_inv, torch.cat([q, k, v]))
+
+
 def test_every_case_has_a_partner_and_every_recipe_a_case() -> None:
     from sglang_modelopt_ext.schemes.table import SCHEMES
     from tests.support.kv_exports import PRESETS
