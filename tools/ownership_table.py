@@ -122,6 +122,8 @@ def plain() -> Iterator[tuple[Kind, tuple[str, ...], str | None]]:
         {"model_type": "mixtral"},
     )
     yield mixtral, (UMBRELLA,), "modelopt_fp4"
+    gpt_oss = Kind("FP8, gpt-oss", {"quant_algo": "FP8"}, {"architectures": ["GptOssForCausalLM"]})
+    yield gpt_oss, (UMBRELLA,), "modelopt_fp8"
 
 
 def cells(kind: Kind) -> list[str]:

@@ -15,7 +15,11 @@ from typing import Any
 
 from sglang_modelopt_ext.checkpoint.names import EMBEDDINGS, EXPERT, FUSED_SHARDS, is_vocabulary
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QuantConfig
-from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, unmapped_in
+from sglang_modelopt_ext.checkpoint.stock_models import (
+    MODELS_THAT_RENAME_BLOCK_SCALES,
+    MODELS_WITH_PACKED_EXPERTS,
+    unmapped_in,
+)
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object, tensor_names
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -166,6 +170,13 @@ def _mixtral(subject: Subject) -> str | None:
     return "it fails on a Mixtral whose attention is not quantized"
 
 
+def _packed_experts(subject: Subject) -> str | None:
+    """Return the fault of a class that loads packed experts alone: under a name of ModelOpt's SGLang takes them one by one."""
+    if subject.model not in MODELS_WITH_PACKED_EXPERTS:
+        return None
+    return f"it does not load the packed experts of {subject.model} under a quantization of ModelOpt's"
+
+
 def _fused_shards(subject: Subject) -> str | None:
     """Return the fault of a mix whose model class has no ``packed_modules_mapping``: its fused layers are taken for unquantized.
 
@@ -229,6 +240,7 @@ RULES: tuple[Callable[[Subject], str | None], ...] = (
     _experts_of_one_layer,
     _fp8_experts,
     _mixtral,
+    _packed_experts,
     _fused_shards,
     _embedding,
     _unrounded_head,

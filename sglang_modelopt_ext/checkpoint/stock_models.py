@@ -1,4 +1,4 @@
-"""Gaps of the model classes of SGLang 0.5.22 and 0.5.23 that break a mix of algorithms, by architecture.
+"""Gaps of the model classes of SGLang 0.5.22 and 0.5.23, most of them in mixes of algorithms, by architecture.
 
 Read from their sources: ``tests/unit/test_stock_models.py`` reads them again and compares.
 """
@@ -187,3 +187,7 @@ MODELS_THAT_RENAME_BLOCK_SCALES = frozenset(
     }
 )
 """Architectures whose loader accepts ``weight_scale`` for FP8 block scales, beside SGLang's ``weight_scale_inv``."""
+
+MODELS_WITH_PACKED_EXPERTS = frozenset({"GptOssForCausalLM"})
+"""Architectures that load experts as one tensor for all of a layer, quantized or not, by a loader that takes no such tensor under a
+configuration with ``modelopt`` in its name."""

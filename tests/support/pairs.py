@@ -472,6 +472,7 @@ EXPORTS = (
         model("MixtralForCausalLM", "mixtral"),
         nested("NVFP4", group_size=16, exclude_modules=["lm_head", "model.layers.0.self_attn*"]),
     ),
+    Pair("gpt_oss", model("GptOssForCausalLM", "gpt_oss"), nested("FP8", exclude_modules=["lm_head"])),
     Pair("kv_cache_only", model(*DENSE), nested(None, kv_cache_quant_algo="FP8")),
     Pair(
         "kv_cache_only_in_both_files",

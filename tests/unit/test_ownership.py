@@ -112,6 +112,17 @@ def test_a_mixtral_whose_attention_is_not_quantized_is_ours(tmp_path: Path, mode
     assert (owned_family(folder, None, Device.cuda(100)) is not None) == ours
 
 
+@pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.parametrize("algo", ["NVFP4", "FP8"])
+def test_gpt_oss_is_ours(tmp_path: Path, algo: str, capability: int) -> None:
+    """SGLang 0.5.23 fails on its packed experts, even if they are not quantized."""
+    section = {"quant_algo": algo, "group_size": 16 if algo == "NVFP4" else None, "exclude_modules": ["*mlp*"]}
+    folder = checkpoint(tmp_path, section)
+    for architecture, ours in (("GptOssForCausalLM", True), ("Qwen3MoeForCausalLM", False)):
+        (folder / "config.json").write_text(json.dumps({"architectures": [architecture]}))
+        assert (owned_family(folder, None, Device.cuda(capability)) is not None) == ours
+
+
 @pytest.mark.parametrize("flag", ["modelopt_fp4", "modelopt_fp8", "fp8", "modelopt_mxfp4", "awq"])
 def test_a_flag_that_does_not_fit_is_refused_with_the_one_that_does(tmp_path: Path, flag: str) -> None:
     folder = checkpoint(tmp_path, {"quant_algo": "W4A8_NVFP4_FP8"})

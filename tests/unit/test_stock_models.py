@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.checkpoint.names import EXPERT, FUSED_SHARDS, Exclusions
 from sglang_modelopt_ext.checkpoint.stock import MIX_ALGOS, NVFP4_ALGOS
-from sglang_modelopt_ext.checkpoint.stock_models import MODELS_THAT_RENAME_BLOCK_SCALES, unmapped_in
+from sglang_modelopt_ext.checkpoint.stock_models import (
+    MODELS_THAT_RENAME_BLOCK_SCALES,
+    MODELS_WITH_PACKED_EXPERTS,
+    unmapped_in,
+)
 from sglang_modelopt_ext.schemes.versions import described_sglang
 from tests.support.sglang_models import models_that_rename_block_scales, unmapped_layers
 
@@ -65,6 +72,19 @@ def test_the_algorithms_of_a_mix_are_those_sglang_has_a_method_for(algo: str) ->
         __import__("sglang.srt.configs.model_config", fromlist=["x"]).ModelConfig._parse_modelopt_quant_config
     )
     assert (f'"{algo}"' in detection.split("MIXED_PRECISION", 2)[1].split("modelopt_mixed")[0]) == (algo in NVFP4_ALGOS)
+
+
+@pytest.mark.parametrize("name", ["modelopt_fp8", "modelopt_fp4", "modelopt_mixed"])
+def test_sglang_does_not_load_packed_experts(name: str) -> None:
+    """Every tensor of gpt-oss's experts but their biases goes through this, whether it is quantized or not."""
+    from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+    from sglang.srt.models.gpt_oss import GptOssForCausalLM
+
+    assert {GptOssForCausalLM.__name__} == MODELS_WITH_PACKED_EXPERTS
+    layer: Any = SimpleNamespace(quant_config=SimpleNamespace(get_name=lambda: name))
+    packed = torch.zeros(4, 256, 128)
+    with pytest.raises(ValueError, match="Expected 2D tensors"):
+        FusedMoE._load_w2(layer, packed, 2, "w2", packed)
 
 
 PATTERNS = (
