@@ -38,7 +38,7 @@ from sglang_modelopt_kernels.gemm.w4_stream import (
 from sglang_modelopt_kernels.gemm.w4_stream.packing import BLOCKS, Kind
 
 ARCHITECTURES = (90,)
-FORMATS: dict[Kind, str] = {"mxfp4": "mxfp4", "nvfp4": "nvfp4", "nvfp4_32": "nvfp4_w4a8"}
+FORMATS: dict[Kind, str] = {"folded": "mxfp4", "scaled_16": "nvfp4", "scaled_32": "nvfp4_w4a8"}
 """The weight format of each kind."""
 
 
@@ -49,7 +49,7 @@ def _compile(arch: int) -> Iterator[Case]:
     from sglang_modelopt_kernels.gemm.w4_stream.kernel import streamed_kernel, unstream_kernel
 
     for kind, configs in launch.STREAMED.items():
-        fp8 = kind == "mxfp4"
+        fp8 = kind == "folded"
         numerics: dict[str, Any] = {"FP8": fp8, "BLOCKS": BLOCKS[kind]}
         operands = {"x_ptr": "*fp8e4nv" if fp8 else "*fp16", "w_ptr": "*u8", "s_ptr": "*u8"}
         for config in configs:
@@ -66,14 +66,14 @@ def _stress(capability: int) -> Iterator[StressCase]:
     if capability not in ARCHITECTURES or missing() is not None:
         return
     for kind, configs in launch.STREAMED.items():
-        for config in (*configs, *(launch.TILED if kind == "mxfp4" else ())):
+        for config in (*configs, *(launch.TILED if kind == "folded" else ())):
             for split in (1, SPLIT):
                 yield StressCase(f"streamed {kind} {config} split {split}", partial(_launch, kind, (config, split)))
         yield StressCase(f"streamed {kind} dense", partial(_launch, kind, None))
 
 
 def _pack(kind: Kind, stored: dict[str, torch.Tensor]) -> StreamedWeight:
-    if kind == "mxfp4":
+    if kind == "folded":
         return stream_folded(fold(stored["weight"], stored["weight_scale"]))
     blocks = WEIGHT_FORMATS[FORMATS[kind]].blocks(stored)
     assert blocks is not None
@@ -85,7 +85,7 @@ def _launch(kind: Kind, plan: Plan | None) -> Launch:
     generator = torch.Generator("cuda").manual_seed(k)
     stored = found.quantize(torch.randn(N, k, generator=generator, device="cuda").to(torch.bfloat16))
     weight = _pack(kind, stored)
-    x, row_scale = stress_activations(tokens_for(*plan) if plan else MANY[-1], k, "fp8" if kind == "mxfp4" else "fp16")
+    x, row_scale = stress_activations(tokens_for(*plan) if plan else MANY[-1], k, "fp8" if kind == "folded" else "fp16")
     expected = (x.double() @ dense_values(found.decode(stored)).T) * row_scale.double()
     if plan is None:
         return Launch(lambda: launch.run_dense(x, weight, row_scale, None, torch.bfloat16), expected)
@@ -94,8 +94,8 @@ def _launch(kind: Kind, plan: Plan | None) -> Launch:
 
 def _weight(kind: Kind, n: int, k: int) -> dict[str, Any]:
     """Pack a random weight."""
-    stored = {"weight": random_codes(n, k), "weight_scale": random_scale(kind, n, k)}
-    if kind != "mxfp4":
+    stored = {"weight": random_codes(n, k), "weight_scale": random_scale(FORMATS[kind], n, k)}
+    if kind != "folded":
         stored["weight_scale"] = stored["weight_scale"][:, : BLOCKS[kind] * k // 256].contiguous()
         stored["weight_scale_2"] = torch.ones((), device="cuda")
     packed = _pack(kind, stored)
@@ -106,10 +106,10 @@ def _product(kind: Kind) -> Product:
     return Product(
         lambda capability: capability in ARCHITECTURES and missing() is None,
         partial(_weight, kind),
-        random_fp8 if kind == "mxfp4" else lambda m, k: random_fp8(m, k).to(torch.float16),
+        random_fp8 if kind == "folded" else lambda m, k: random_fp8(m, k).to(torch.float16),
         lambda x, weight, out_dtype: streamed_linear(x, weight["weight"], out_dtype=out_dtype),
         lambda x, weight: naive_streamed_linear(x, weight["weight"]),
-        2.0**-10 if kind == "mxfp4" else 1e-5,
+        2.0**-10 if kind == "folded" else 1e-5,
         rows=1088,
     )
 

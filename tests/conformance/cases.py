@@ -101,6 +101,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "moe-mxfp8": {"graphs": "none"},
     "moe-int8-weight-only": {"graphs": "none"},
     "kv-nvfp4": {"graphs": "none"},
+    "kv-linear-nvfp4-affine": {"args": families.STATES, "prefixes": False},
     "mix-block-fp8-inv": {"reads": "mix-block-fp8"},
     "mix-unknown": {"reads": "mix-nvfp4-fp8"},
     "wrong-scale": {"reads": "trained-w4a8-nvfp4", "expect": "wrong"},

@@ -264,7 +264,9 @@ for _name, _source, _edit in (
 for _name, _kind, _recipe in (
     ("kv-windows-fp8-affine", "granite_swa", "fp8_affine"),
     ("kv-windows-nvfp4", "granite_swa", "nvfp4"),
-    ("kv-linear-nvfp4-affine", "qwen3_next", "nvfp4_affine"),
 ):
     _make = partial(hybrid_export, _kind, _recipe, POSITIONS, HYBRID_WINDOW)
     EXPORTS[_name] = Export("none", _kind, _make, _recipe)
+# SGLang's Qwen3-Next has experts in every layer; its Qwen3.5 is dense.
+_make = partial(families.with_cache, "qwen3-5", PRESETS["nvfp4_affine"])
+EXPORTS["kv-linear-nvfp4-affine"] = Export("none", "qwen3_5", _make, "nvfp4_affine")

@@ -13,6 +13,7 @@ from typing import Any
 from tests.support import edits
 from tests.support.cache import cached_folder, digest, folder_digest, source_digest
 from tests.support.exports import Variant, export
+from tests.support.kv_exports import UNQUANTIZED
 from tests.support.reference import VISION
 from tests.support.served_models import served_dir
 
@@ -103,6 +104,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma3": Architecture("gemma3", W4A8),
 }
+
+
+def with_cache(name: str, kv_cache: Any) -> Path:
+    """Return the export of a family with a quantized KV cache, by ModelOpt's preset, and unquantized layers."""
+    return export(served_dir(ARCHITECTURES[name].model), UNQUANTIZED, Variant(kv_cache=kv_cache))
 
 
 def folder_of(name: str, recipe: str | None = None) -> Path:

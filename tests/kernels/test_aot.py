@@ -18,6 +18,7 @@ from sglang_modelopt_kernels.gemm.group_scaled import config_for
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import linear as mxfp4
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import linear as folded_linear
 from sglang_modelopt_kernels.gemm.w4_decode import launch as block_scaled
+from sglang_modelopt_kernels.gemm.w4_stream import launch as streamed
 from sglang_modelopt_kernels.gemm.w8_decode import launch as eight_bit
 from sglang_modelopt_kernels.moe.grouped import launch as grouped
 from sglang_modelopt_kernels.moe.grouped.dense import launch as dense
@@ -45,7 +46,10 @@ def test_every_configuration_is_listed(arch: int) -> None:
     folded = (*folded_linear.configs(arch), *folded_linear.configs(arch, 128)) if arch in (89, 90) else ()
     ways = ("fp8e4nv", "fp8e4nv,tail")
     listed = [case.name for case in aot.cases(arch) if case.name.startswith("folded ")]
-    assert listed == [f"folded {way} {config}" for config in folded for way in ways]
+    tiled = [f"folded tiled fp8e4nv {config}" for config in streamed.TILED if arch == 90]
+    assert listed == [*(f"folded {way} {config}" for config in folded for way in ways), *tiled]
+    for kind, configs in streamed.STREAMED.items() if arch == 90 else ():
+        assert all(f"streamed {kind} {config}" in names for config in configs)
     for kind in eight_bit.TAKEN:
         listed = [case.name for case in aot.cases(arch) if case.name.startswith(f"eight_bit {kind} ")]
         assert listed == [

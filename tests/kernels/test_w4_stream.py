@@ -41,14 +41,14 @@ from sglang_modelopt_kernels.gemm.w4_stream.launch import (
 )
 from sglang_modelopt_kernels.gemm.w4_stream.packing import Kind
 
-KINDS: tuple[Kind, ...] = ("mxfp4", "nvfp4", "nvfp4_32")
-FORMAT = {"mxfp4": "mxfp4", "nvfp4": "nvfp4", "nvfp4_32": "nvfp4_w4a8"}
+KINDS: tuple[Kind, ...] = ("folded", "scaled_16", "scaled_32")
+FORMAT: dict[Kind, str] = {"folded": "mxfp4", "scaled_16": "nvfp4", "scaled_32": "nvfp4_w4a8"}
 """The weight format of each kind."""
 
 
 def configs_of(kind: Kind) -> tuple[KernelConfig, ...]:
     """All configurations that products of one kind may have, ascending by BM."""
-    return (*STREAMED[kind], *(TILED if kind == "mxfp4" else ()))
+    return (*STREAMED[kind], *(TILED if kind == "folded" else ()))
 
 
 def blocks_of(kind: Kind, n: int, k: int, seed: int) -> tuple[BlockWeight, dict[str, torch.Tensor]]:
@@ -58,7 +58,7 @@ def blocks_of(kind: Kind, n: int, k: int, seed: int) -> tuple[BlockWeight, dict[
     magnitude = torch.exp2(torch.rand(n, k, generator=generator) * 8 - 4)
     stored = found.quantize((torch.randn(n, k, generator=generator) * magnitude).to(torch.bfloat16))
     stored["weight"][::3, :32] = 0x80  # zeros, negative and positive
-    if kind == "mxfp4":
+    if kind == "folded":
         stored["weight_scale"] = torch.randint(100, 112, stored["weight_scale"].shape, generator=generator).to(
             torch.uint8
         )
@@ -74,7 +74,7 @@ def weight_of(kind: Kind, n: int, k: int, seed: int = 0, device: str = "cpu") ->
     """A random weight, packed, and its values as stored, float64 ``[N, K]``."""
     blocks, stored = blocks_of(kind, n, k, seed)
     decoded = WEIGHT_FORMATS[FORMAT[kind]].decode(stored)
-    if kind == "mxfp4":
+    if kind == "folded":
         weight = stream_folded(fold(stored["weight"], stored["weight_scale"]))
     else:
         weight = stream_nvfp4(blocks)
@@ -89,12 +89,12 @@ def test_tiles_are_the_stored_weight(kind: Kind, n: int, k: int) -> None:
     assert torch.equal(unstream(weight) * weight.out_scale.double().unsqueeze(1), expected)
     assert (
         weight.codes.numel() + weight.scale.numel()
-        == n * k // 2 + n * k // {"mxfp4": 32, "nvfp4": 16, "nvfp4_32": 32}[kind]
+        == n * k // 2 + n * k // {"folded": 32, "scaled_16": 16, "scaled_32": 32}[kind]
     )
 
 
 def test_folded_and_streamed_are_one_weight() -> None:
-    _, stored = blocks_of("mxfp4", 128, 512, 3)
+    _, stored = blocks_of("folded", 128, 512, 3)
     folded = fold(stored["weight"], stored["weight_scale"])
     assert torch.equal(unstream(stream_folded(folded)), unfold(folded))
 
@@ -112,7 +112,7 @@ def decoded_rows() -> list[bool]:
 def tiled_errors() -> list[float]:
     """Errors of the kernel for many tokens on a CPU, in Triton's interpreter: whole and partial tiles of tokens, and a split."""
     cases = ((64, 64, 512, 1), (70, 128, 768, 2))
-    return [error("mxfp4", m, n, k, (TILED[0], split), torch.float32, "cpu") for m, n, k, split in cases]
+    return [error("folded", m, n, k, (TILED[0], split), torch.float32, "cpu") for m, n, k, split in cases]
 
 
 def test_in_the_interpreter() -> None:
@@ -181,7 +181,7 @@ def test_on_a_gpu(case: tuple[Kind, KernelConfig, int, int, int, int]) -> None:
     kind, config, split, m, n, k = case
     # FP8 instructions cut each of 32 products at 2^-13 of the largest: see test_mxfp4_fp8_hopper.py. fp32 sums of exact products
     # err by at most K rounding errors of 2^-24 of the sum of magnitudes.
-    bound = 2.0**-11 if kind == "mxfp4" else k * 2.0**-24
+    bound = 2.0**-11 if kind == "folded" else k * 2.0**-24
     assert error(kind, m, n, k, (config, split), torch.float32) < bound
 
 
@@ -190,7 +190,7 @@ def test_on_a_gpu(case: tuple[Kind, KernelConfig, int, int, int, int]) -> None:
 @pytest.mark.parametrize("m", [1, 8, 9, 16, 30, 60, 130, 300])
 def test_the_choice_on_a_gpu(kind: Kind, m: int) -> None:
     hopper()
-    assert error(kind, m, 4096, 4096, None, torch.float32) < (2.0**-11 if kind == "mxfp4" else 4096 * 2.0**-24)
+    assert error(kind, m, 4096, 4096, None, torch.float32) < (2.0**-11 if kind == "folded" else 4096 * 2.0**-24)
 
 
 @pytest.mark.gpu
@@ -217,7 +217,7 @@ def test_choice(kind: Kind, n: int, k: int, m: int) -> None:
 
 @pytest.mark.parametrize(("n", "k"), [(65, 256), (64, 128), (32, 512)])
 def test_parts_of_tiles_are_rejected(n: int, k: int) -> None:
-    blocks, stored = blocks_of("mxfp4", n, k, 1)
+    blocks, stored = blocks_of("folded", n, k, 1)
     with pytest.raises(ValueError, match="needs N in 64s and K in 256s"):
         stream_folded(fold(stored["weight"], stored["weight_scale"]))
     with pytest.raises(ValueError, match="needs N in 64s and K in 256s"):
@@ -225,10 +225,10 @@ def test_parts_of_tiles_are_rejected(n: int, k: int) -> None:
 
 
 def test_other_numbers_are_rejected() -> None:
-    blocks, _ = blocks_of("mxfp4", 64, 256, 1)
+    blocks, _ = blocks_of("folded", 64, 256, 1)
     with pytest.raises(ValueError, match=r"expected .* got"):
         stream_nvfp4(blocks)
-    blocks, _ = blocks_of("nvfp4", 64, 256, 1)
+    blocks, _ = blocks_of("scaled_16", 64, 256, 1)
     blocks.scale.view(torch.uint8)[3, 2] = 0x7F
     with pytest.raises(ValueError, match="NaN or negative"):
         stream_nvfp4(blocks)
@@ -244,7 +244,7 @@ def test_other_numbers_are_rejected() -> None:
     ],
 )
 def test_what_would_be_misread_is_rejected(change: dict[str, torch.Tensor], message: str) -> None:
-    weight, _ = weight_of("mxfp4", 64, 256)
+    weight, _ = weight_of("folded", 64, 256)
     arguments = {"x": torch.zeros(2, 256).to(torch.float8_e4m3fn), "weight": weight}
     with pytest.raises(ValueError, match=message):
         streamed_linear(**(arguments | change))  # type: ignore[arg-type]

@@ -1,8 +1,7 @@
-"""Tiny models whose layers differ, and their exports with a quantized KV cache: a window in every other layer, or linear attention.
+"""Tiny models whose layers differ, and their exports with a quantized KV cache: a window in every other layer.
 
 SGLang keeps the caches of the layers apart: it calls the pools of all of them hybrid. On a CPU it serves a Mellum, and, with its
-Triton attention in Triton's interpreter, a Granite with windows and attention sinks. Its kernels for Qwen3-Next's linear attention
-need a GPU or AMX, and 128 channels of a head.
+Triton attention in Triton's interpreter, a Granite with windows and attention sinks.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tests.support.exports import Variant, export
 from tests.support.kv_exports import PRESETS, UNQUANTIZED
 from tests.support.models import TinyModel, build_tokenizer
 
-Kind = Literal["mellum", "granite_swa", "qwen3_next"]
+Kind = Literal["mellum", "granite_swa"]
 WINDOW = 24
 """Keys that a token sees in the first layer and every other of a model with windows."""
 
@@ -45,22 +44,17 @@ def _save(kind: Kind, max_position: int, window: int, folder: Path) -> None:
         torch.manual_seed(0)
         model = _new(kind, max_position, window)
         for name, parameter in model.named_parameters():
-            _draw(kind, name, parameter)
+            _draw(name, parameter)
     model.to(torch.bfloat16).save_pretrained(folder)
     build_tokenizer(_LIKE.vocab).save_pretrained(folder)
 
 
-def _draw(kind: Kind, name: str, parameter: torch.Tensor) -> None:
-    """Fill a parameter; vectors of linear attention keep what their class draws."""
+def _draw(name: str, parameter: torch.Tensor) -> None:
+    """Fill a parameter."""
     if name.endswith("sinks"):
         parameter.normal_(mean=1.0)
-    elif "linear_attn" in name:
-        if parameter.dim() > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
     else:
-        drawn = models._Weights(_LIKE).make(name, tuple(parameter.shape))
-        is_centred = kind == "qwen3_next" and "norm" in name
-        parameter.copy_(drawn - 1.0 if is_centred else drawn)
+        parameter.copy_(models._Weights(_LIKE).make(name, tuple(parameter.shape)))
 
 
 def _new(kind: Kind, max_position: int, window: int) -> Any:
@@ -79,8 +73,7 @@ def _new(kind: Kind, max_position: int, window: int) -> Any:
         "bos_token_id": models.BOS,
         "eos_token_id": models.EOS,
     }
-    other = "linear_attention" if kind == "qwen3_next" else "sliding_attention"
-    sizes["layer_types"] = [other, "full_attention"] * (_LIKE.layers // 2)
+    sizes["layer_types"] = ["sliding_attention", "full_attention"] * (_LIKE.layers // 2)
     own: dict[Kind, dict[str, Any]] = {
         "mellum": {
             "head_dim": _LIKE.head_dim,
@@ -88,17 +81,8 @@ def _new(kind: Kind, max_position: int, window: int) -> Any:
             "sliding_window": window,
         },
         "granite_swa": {"sliding_window": window, "attention_multiplier": _LIKE.head_dim**-0.5},
-        "qwen3_next": {
-            "head_dim": _LIKE.head_dim,
-            "full_attention_interval": 2,
-            "mlp_only_layers": list(range(_LIKE.layers)),
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 128,
-            "linear_value_head_dim": 128,
-        },
     }
-    name = {"mellum": "Mellum", "granite_swa": "GraniteSWA", "qwen3_next": "Qwen3Next"}[kind]
+    name = {"mellum": "Mellum", "granite_swa": "GraniteSWA"}[kind]
     config = getattr(transformers, f"{name}Config")(**sizes, **own[kind])
     model = getattr(transformers, f"{name}ForCausalLM")(config)
     model.config.architectures = [type(model).__name__]

@@ -143,7 +143,7 @@ def test_a_classifier_is_judged_by_the_scores_of_its_classes() -> None:
     import asyncio
 
     loop = asyncio.new_event_loop()
-    drive = Drive(SimpleNamespace(tokenizer_manager=Manager(), loop=loop), one)
+    drive = Drive(SimpleNamespace(tokenizer_manager=Manager(), loop=loop, flush_cache=lambda: None), one)
     with torch.inference_mode():
         scored = drive.all()
         found = Judge(one.of.make(), one, reading, "cpu").judge(scored)

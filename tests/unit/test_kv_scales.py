@@ -287,7 +287,7 @@ def test_an_obstacle_to_a_cache_of_ours_leaves_sglangs_checkpoints_to_it(
 
 
 HYBRID = {
-    "windows": {"architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss"},
+    "windows": {"architectures": ["MellumForCausalLM"], "model_type": "mellum"},
     "linear attention": {
         "architectures": ["NemotronHForCausalLM"],
         "model_type": "nemotron_h",
@@ -305,12 +305,23 @@ def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
     tensors = layers("model.layers.{}.self_attn", (0, 1))
     folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", **HYBRID[kind])
     monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
-    for attention, expected in ((None, "modelopt_nvfp4"), ("trtllm_mha", "auto")):
+    # No GPU has run a quantized cache beside linear attention: there it is ours only by name.
+    plain = "auto" if kind == "linear attention" else "modelopt_nvfp4"
+    for attention, expected in ((None, plain), ("trtllm_mha", "auto")):
         runtime.start(folder, attention_backend=attention)
         assert runtime.model.kv_cache_dtype == expected
     monkeypatch.setattr(kv_hooks, "unserved_pool", lambda config, wrapped, several: "any kind")
     runtime.start(folder)
     assert runtime.model.kv_cache_dtype == "auto"
+
+
+@pytest.mark.parametrize("kind", HYBRID)
+def test_a_hybrid_cache_by_name(kind: str, runtime: Runtime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = layers("model.layers.{}.self_attn", (0, 1))
+    folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", **HYBRID[kind])
+    monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
+    runtime.start(folder, flag="modelopt_nvfp4")
+    assert runtime.model.kv_cache_dtype == "modelopt_nvfp4"
 
 
 @pytest.mark.parametrize("name", kv_hooks.NOT_BY_TRITON)

@@ -56,7 +56,7 @@ class Streamed(Backend[StreamedWeight]):
 
     def operand(self, request: LinearRequest) -> torch.dtype:
         """Return E4M3 beside MXFP4, float16 beside NVFP4."""
-        return operand("mxfp4" if request.scheme.weight.number_type == MXFP4 else "nvfp4")
+        return operand("folded" if request.scheme.weight.number_type == MXFP4 else "scaled_16")
 
     def prepare(self, shards: Sequence[ShardWeight]) -> StreamedWeight:
         """Put the shards into tiles, one below the other; see :func:`stream_folded` and :func:`stream_nvfp4`."""

@@ -25,7 +25,7 @@ _MXFP4 = (
     KernelConfig(64, 16, 256, 4, 4),
     KernelConfig(64, 32, 256, 4, 3),
 )
-STREAMED: dict[Kind, tuple[KernelConfig, ...]] = {"mxfp4": _MXFP4, "nvfp4": _NVFP4, "nvfp4_32": _NVFP4}
+STREAMED: dict[Kind, tuple[KernelConfig, ...]] = {"folded": _MXFP4, "scaled_16": _NVFP4, "scaled_32": _NVFP4}
 """The configurations of the streamed kernel."""
 TILED = (KernelConfig(64, 64, 256, 4, 4), KernelConfig(64, 128, 256, 4, 3))
 """Those for more tokens of MXFP4, of the folded kernel that reads the same tiles: its copies do not begin early, and its loop is
@@ -34,15 +34,15 @@ RESIDENT = 2
 """Programs of four warps on an SM up to which K is split; twice as many for up to 8 tokens, whose partial sums are small."""
 LEAST_STEPS = 4
 """Steps of 256 K elements that a split has at least."""
-DESCALE: dict[Kind, float] = {"mxfp4": 1.0, "nvfp4": 2.0**14, "nvfp4_32": 2.0**14}
+DESCALE: dict[Kind, float] = {"folded": 1.0, "scaled_16": 2.0**14, "scaled_32": 2.0**14}
 """The factor of the kernel's accumulators, the inverse of what its decoding divides by."""
-DENSE_FROM: dict[Kind, int] = {"mxfp4": 897, "nvfp4": 385, "nvfp4_32": 385}
+DENSE_FROM: dict[Kind, int] = {"folded": 897, "scaled_16": 385, "scaled_32": 385}
 """Tokens from which the weight is decoded once for a product of PyTorch's."""
 
 
 def operand(kind: Kind) -> torch.dtype:
     """Return the type of activations that the kernel reads: E4M3, or float16, which holds E4M3's values."""
-    return torch.float8_e4m3fn if kind == "mxfp4" else torch.float16
+    return torch.float8_e4m3fn if kind == "folded" else torch.float16
 
 
 def plan_of(weight: StreamedWeight, m: int, device: torch.device) -> Plan:
@@ -51,7 +51,7 @@ def plan_of(weight: StreamedWeight, m: int, device: torch.device) -> Plan:
     The streamed kernel's K is split into as many parts as leave all programs resident at a time.
     """
     configs = STREAMED[weight.kind]
-    if weight.kind == "mxfp4" and m > configs[-1].bm:
+    if weight.kind == "folded" and m > configs[-1].bm:
         return choose(TILED, m, weight.n, weight.k, machine(device)[1])
     config = next((config for config in configs if m <= config.bm), configs[-1])
     room = RESIDENT * machine(device)[1] * (2 if config.bm <= 8 else 1)
@@ -73,7 +73,7 @@ def run(
     config, split = plan = plan or plan_of(weight, x.shape[0], x.device)
     epilogue = Epilogue(weight.out_scale, row_scale, bias, DESCALE[weight.kind])
     operands = (x.contiguous(), weight.codes, weight.scale)
-    if config in TILED and weight.kind == "mxfp4":
+    if config in TILED and weight.kind == "folded":
         return launch(folded_kernel, *operands, epilogue, out_dtype, plan, ASM=x.is_cuda, TILED=True, **few(x, config))
     from .kernel import streamed_kernel  # needs a Triton with Gluon: see available.py
 
@@ -83,7 +83,7 @@ def run(
         epilogue,
         out_dtype,
         (config, split),
-        FP8=weight.kind == "mxfp4",
+        FP8=weight.kind == "folded",
         BLOCKS=BLOCKS[weight.kind],
         STAGES=config.stages,
         EVEN_M=x.shape[0] % config.bm == 0,
@@ -95,7 +95,7 @@ def decode_rows(weight: StreamedWeight, first: int, rows: int) -> torch.Tensor:
     """Decode rows of the weight, whole tiles, ``[rows, K]``: E4M3 without ``out_scale``, or float16 divided by DESCALE too."""
     from .kernel import unstream_kernel
 
-    fp8 = weight.kind == "mxfp4"
+    fp8 = weight.kind == "folded"
     y = torch.empty((rows, weight.k), dtype=operand(weight.kind), device=weight.codes.device)
     words = torch.int32 if fp8 else torch.int16
     unstream_kernel[(rows // ROWS, weight.k // WIDTH)](
@@ -128,7 +128,7 @@ def run_dense(
     for first in range(0, weight.n, step):
         part = slice(first, min(first + step, weight.n))
         unit = decode_rows(weight, part.start, part.stop - part.start)
-        if weight.kind == "mxfp4":
+        if weight.kind == "folded":
             part_bias = None if bias is None else bias[part]
             outputs.append(fp8_linear(x, row_scale, unit, weight.out_scale[part], part_bias, out_dtype))
         else:

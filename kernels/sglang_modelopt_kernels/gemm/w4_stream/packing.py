@@ -27,11 +27,11 @@ from sglang_modelopt_kernels.formats.fp4_packing.packing import MAGNITUDE_BIT, S
 from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_BLOCK32
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper.packing import FoldedWeight, unfold
 
-Kind = Literal["mxfp4", "nvfp4", "nvfp4_32"]
+Kind = Literal["folded", "scaled_16", "scaled_32"]
 """How codes and block scales are read; NVFP4 in blocks of 16 and of 32."""
 ROWS, WIDTH = 64, 256
 """Output features and K elements of a tile."""
-BLOCKS: dict[Kind, int] = {"mxfp4": 8, "nvfp4": 16, "nvfp4_32": 8}
+BLOCKS: dict[Kind, int] = {"folded": 8, "scaled_16": 16, "scaled_32": 8}
 """Block scales of a row in a tile."""
 PACK_ENTRIES = 1 << 24
 """At most this many codes are packed at a time: their integers take many times the memory of the result."""
@@ -84,9 +84,9 @@ def stream_folded(weight: FoldedWeight) -> StreamedWeight:
     words = weight.codes.view(weight.n, -1, 4, 4)
     return StreamedWeight(
         _codes_to_tiles(words).view_as(weight.codes),
-        _scales_to_tiles(weight.exponent, BLOCKS["mxfp4"]).view_as(weight.exponent),
+        _scales_to_tiles(weight.exponent, BLOCKS["folded"]).view_as(weight.exponent),
         weight.out_scale,
-        "mxfp4",
+        "folded",
     )
 
 
@@ -101,7 +101,7 @@ def stream_nvfp4(weight: BlockWeight) -> StreamedWeight:
     check_tiles(n, k)
     if weight.number_type not in (NVFP4, NVFP4_BLOCK32):
         raise ValueError(f"packing: expected {NVFP4} or {NVFP4_BLOCK32}, got {weight.number_type}")
-    kind: Kind = "nvfp4" if weight.number_type == NVFP4 else "nvfp4_32"
+    kind: Kind = "scaled_16" if weight.number_type == NVFP4 else "scaled_32"
     check_tensor("block scales", weight.scale, weight.scale.dtype, (n, k // weight.group))
     if bool((e4m3.byte_is_nan(weight.scale) | e4m3.byte_is_negative(weight.scale)).any()):
         raise ValueError("an E4M3 block scale is NaN or negative")
@@ -117,7 +117,7 @@ def unstream(weight: StreamedWeight) -> torch.Tensor:
     """Return the weight without its ``out_scale``, float64 ``[N, K]``: the naive reading of what the kernel reads."""
     words = _codes_from_tiles(weight.codes)
     scale = _scales_from_tiles(weight.scale, BLOCKS[weight.kind])
-    if weight.kind == "mxfp4":
+    if weight.kind == "folded":
         return unfold(FoldedWeight(words.reshape(weight.codes.shape), scale, weight.out_scale))
     codes = e2m1.decode(_unpack_words(words)).to(torch.float64)
     return scale_blocks(codes, e4m3.decode(scale.view(torch.float8_e4m3fn)).to(torch.float64))
