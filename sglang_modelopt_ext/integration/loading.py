@@ -29,7 +29,7 @@ from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards
 from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter, check_order, load_stored
 from sglang_modelopt_ext.integration.plain_linear import PlainLinear
 from sglang_modelopt_ext.integration.provenance import Copies, Provenance, is_reordered
-from sglang_modelopt_ext.integration.streamed import in_memory_of_their_own
+from sglang_modelopt_ext.integration.streaming import in_memory_of_their_own
 
 logger = logging.getLogger(__name__)
 

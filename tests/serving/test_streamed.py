@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sglang_modelopt_ext.integration.streamed import in_memory_of_their_own
+from sglang_modelopt_ext.integration.streaming import in_memory_of_their_own
 from tests.support import edits
 from tests.support.kv_exports import kv_export
 from tests.support.models import random_ids
