@@ -35,10 +35,13 @@ WITHOUT_MODELOPT = "none"
 """Value of ``simulation`` under :data:`OWN_KEY` of a checkpoint that was made without ModelOpt."""
 
 KV_CACHE_RECIPE = "kv_cache_recipe"
-KV_CACHE_LAYERS = "kv_cache_layers"
-MOST_DIGITS = 6
-"""Of the number of a layer."""
 """Key under :data:`OWN_KEY`: the KV cache's recipe, which tells a rotated cache from a plain one."""
+
+KV_CACHE_LAYERS = "kv_cache_layers"
+"""Key under :data:`OWN_KEY`: by layer number, the recipes of layers whose cache has another one."""
+
+MOST_DIGITS = 6
+"""Of the number of a layer, at most."""
 
 
 _KV_CACHE_KEYS = ("kv_cache_quant_algo", "kv_cache_scheme")

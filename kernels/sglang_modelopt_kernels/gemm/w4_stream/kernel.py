@@ -5,8 +5,8 @@ A program copies the first tiles of its weight to shared memory, waits for the k
 in the order in which threads read them (``packing.py``), and are decoded to the left operand of ``wgmma`` in registers, without
 a move between threads.
 
-What is fetched before the wait must have been written by a kernel that ended before the one ahead began: a weight that the kernel directly
-ahead writes may be read half. A layer's input is always made or rounded between its weight and its product.
+What is fetched before the wait must have been written by a kernel that ended before the one ahead began: a weight that the
+kernel directly ahead writes may be read half. A layer's input is always made or rounded between its weight and its product.
 
 Numerics: MXFP4 becomes E4M3 and NVFP4 becomes float16 times 2^-14, both exactly, so that every product is exact. The sum of a
 tile's 256 products in FP8 keeps fewer bits than fp32 (on Hopper about 13) and is added to the rest in fp32; that in float16 is
