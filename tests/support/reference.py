@@ -216,6 +216,8 @@ class Reference:
         if layer is None:
             return
         prefix = "model.embed_tokens."
+        if f"{prefix}weight_scale" not in tensors and tensors[f"{prefix}weight"].is_floating_point():
+            return  # listed and not quantized: what ModelOpt exports of a head that is tied to it
         parts = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
         recipe = RECIPES[layer["quant_algo"].upper()]
         tensors[f"{prefix}weight"] = recipe.decode(parts, layer.get("group_size") or recipe.group).dequantized()
