@@ -19,6 +19,7 @@ from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import BlockWeight
 from sglang_modelopt_kernels.gemm.common import KernelConfig
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold, unfold
+from sglang_modelopt_kernels.gemm.w4_decode import launch as w4_decode
 from sglang_modelopt_kernels.gemm.w4_stream import (
     StreamedWeight,
     missing,
@@ -38,6 +39,7 @@ from sglang_modelopt_kernels.gemm.w4_stream.launch import (
     operand,
     plan_of,
     run,
+    run_dense,
 )
 from sglang_modelopt_kernels.gemm.w4_stream.packing import Kind
 
@@ -115,19 +117,39 @@ def tiled_errors() -> list[float]:
     return [error("folded", m, n, k, (TILED[0], split), torch.float32, "cpu") for m, n, k, split in cases]
 
 
+def dense_errors() -> list[float]:
+    """Errors of the product of many tokens, decoded 128 rows at a time, with PyTorch's product in place of cuBLAS."""
+    scratch, multiply = w4_decode.SCRATCH_BYTES, torch.mm
+    w4_decode.SCRATCH_BYTES = 1
+    torch.mm = lambda a, b, out_dtype: a.to(out_dtype) @ b.to(out_dtype)  # type: ignore[assignment, misc]
+    errors = []
+    for kind in KINDS:
+        weight, _ = weight_of(kind, 320, 512, 7)
+        x = torch.randn(19, 512).to(torch.float8_e4m3fn).to(operand(kind))
+        row_scale, bias = torch.rand(19, 1) + 0.5, torch.randn(320)
+        y, expected = (
+            run_dense(x, weight, row_scale, bias, torch.float32),
+            naive_streamed_linear(x, weight, row_scale, bias),
+        )
+        errors.append(float(((y - expected).norm(dim=1) / expected.norm(dim=1)).max()))
+    w4_decode.SCRATCH_BYTES, torch.mm = scratch, multiply
+    return errors
+
+
 def test_in_the_interpreter() -> None:
     script = (
         "import json, importlib.util as u\n"
         f"spec = u.spec_from_file_location('cases', {str(Path(__file__))!r}); cases = u.module_from_spec(spec)\n"
         "spec.loader.exec_module(cases)\n"
-        "print(json.dumps([cases.decoded_rows(), cases.tiled_errors()]))\n"
+        "print(json.dumps([cases.decoded_rows(), cases.tiled_errors(), cases.dense_errors()]))\n"
     )
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
-    same, errors = json.loads(done.stdout.splitlines()[-1])
+    same, errors, dense = json.loads(done.stdout.splitlines()[-1])
     assert same == [True] * len(KINDS)
     assert max(errors) < 1e-6, "float32 sums of some hundred exact products, relative to the sum of their magnitudes"
+    assert max(dense) < 1e-6, "float32 sums of 512 exact products"
 
 
 def hopper() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,3 +69,24 @@ class Epilogue:
             BN=_FINISH_BLOCK,
             **self.arguments(),
         )
+
+    def multiply_in_parts(
+        self,
+        values: torch.Tensor,
+        decode: Callable[[slice], torch.Tensor],
+        parts: Iterable[slice],
+        out_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """Multiply by a weight that is decoded some rows at a time, by cuBLAS with fp32 output; ``[M, N]`` of ``out_dtype``.
+
+        Args:
+            values: ``[M, K]`` of a 16-bit type.
+            decode: returns some rows of the weight, ``[rows, K]`` of that type.
+            parts: the rows of each time.
+            out_dtype: type of the result.
+        """
+        y = torch.empty((values.shape[0], self.out_scale.shape[0]), dtype=out_dtype, device=values.device)
+        for part in parts:
+            product = torch.mm(values, decode(part).T, out_dtype=torch.float32)
+            self.part(part).finish(product.unsqueeze(0), y[:, part])
+        return y

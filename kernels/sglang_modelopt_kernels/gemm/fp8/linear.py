@@ -6,6 +6,8 @@ Every product of two E4M3 values is exact; the sum has the precision of the matr
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 
 
@@ -43,3 +45,26 @@ def fp8_linear(
     y = torch._scaled_mm(values, unit.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
     y = y * out_scale * scale
     return (y if bias is None else y + bias.to(torch.float32)).to(out_dtype)
+
+
+def fp8_linear_in_parts(
+    values: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    decode: Callable[[slice], torch.Tensor],
+    parts: Iterable[slice],
+    out_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Compute :func:`fp8_linear` by a weight that is decoded some rows at a time.
+
+    Args:
+        values, row_scale, out_scale, bias, out_dtype: those of :func:`fp8_linear`.
+        decode: returns some rows of the weight, E4M3 ``[rows, K]``.
+        parts: the rows of each time, one below the other.
+    """
+    outputs = [
+        fp8_linear(values, row_scale, decode(part), out_scale[part], None if bias is None else bias[part], out_dtype)
+        for part in parts
+    ]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)

@@ -7,8 +7,8 @@ import triton
 
 from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, check_epilogue, choose, launch, machine, path
 from sglang_modelopt_kernels.gemm.common.launch import Plan, few
-from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
-from sglang_modelopt_kernels.gemm.w4_decode.launch import SCRATCH_BYTES
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear_in_parts
+from sglang_modelopt_kernels.gemm.w4_decode.launch import row_parts
 
 from .kernel import folded_kernel, unfold_kernel
 from .packing import FoldedWeight
@@ -100,17 +100,16 @@ def run_dense(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply many tokens: rows decoded into a bounded scratch buffer, then :func:`fp8_linear`.
+    """Multiply many tokens: rows decoded into a bounded scratch buffer, then :func:`fp8_linear_in_parts`.
 
     Arguments of :func:`folded_linear`.
     """
-    step, outputs = max(SCRATCH_BYTES // weight.k // 128 * 128, 128), []
-    for first in range(0, weight.n, step):
-        part = slice(first, min(first + step, weight.n))
-        unit = unfold_rows(weight, part.start, part.stop - part.start)
-        part_bias = None if bias is None else bias[part]
-        outputs.append(fp8_linear(x, row_scale, unit, weight.out_scale[part], part_bias, out_dtype))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def decode(part: slice) -> torch.Tensor:
+        return unfold_rows(weight, part.start, part.stop - part.start)
+
+    parts = row_parts(weight.n, weight.k)
+    return fp8_linear_in_parts(x, row_scale, decode, parts, weight.out_scale, bias, out_dtype)
 
 
 @torch.library.custom_op("modelopt_ext::folded_linear", mutates_args=())

@@ -18,7 +18,7 @@ from sglang_modelopt_kernels.gemm.common import (
     needs_drain,
 )
 from sglang_modelopt_kernels.gemm.common.launch import Plan, few
-from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear_in_parts
 from sglang_modelopt_kernels.gemm.plane_order import order
 
 from .kernel import block_scaled_kernel, decode_kernel
@@ -202,11 +202,11 @@ def decode_into(weight: PackedWeight, first: int, y: torch.Tensor, firsts: torch
     )
 
 
-def _parts(weight: PackedWeight, itemsize: int) -> Iterator[slice]:
-    """Yield slices of rows whose decoded form fits SCRATCH_BYTES."""
-    step = max(SCRATCH_BYTES // (itemsize * weight.k) // 128 * 128, 128)
-    for first in range(0, weight.n, step):
-        yield slice(first, min(first + step, weight.n))
+def row_parts(n: int, bytes_of_row: int) -> Iterator[slice]:
+    """Yield slices of ``n`` rows that take at most SCRATCH_BYTES, or are 128."""
+    step = max(SCRATCH_BYTES // bytes_of_row // 128 * 128, 128)
+    for first in range(0, n, step):
+        yield slice(first, min(first + step, n))
 
 
 def run_dense(
@@ -221,14 +221,12 @@ def run_dense(
     Arguments of :func:`block_scaled_linear`.
     """
     dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float16
-    values = x.to(dtype)
     epilogue = Epilogue(weight.out_scale, row_scale, bias, descale(weight.kind, dtype == torch.float16))
-    y = torch.empty((x.shape[0], weight.n), dtype=out_dtype, device=x.device)
-    for part in _parts(weight, 2):
-        unit = decode_rows(weight, part.start, part.stop - part.start, dtype)
-        product = torch.mm(values, unit.T, out_dtype=torch.float32)
-        epilogue.part(part).finish(product.unsqueeze(0), y[:, part])
-    return y
+
+    def decode(part: slice) -> torch.Tensor:
+        return decode_rows(weight, part.start, part.stop - part.start, dtype)
+
+    return epilogue.multiply_in_parts(x.to(dtype), decode, row_parts(weight.n, 2 * weight.k), out_dtype)
 
 
 def run_groups(
@@ -250,7 +248,7 @@ def run_groups(
     values = x.to(dtype).contiguous()
     epilogue = Epilogue(weight.out_scale, row_scale, bias)
     y = torch.empty((x.shape[0], weight.n), dtype=out_dtype, device=x.device)
-    for part in _parts(weight, dtype.itemsize):
+    for part in row_parts(weight.n, dtype.itemsize * weight.k):
         unit = decode_rows(weight, part.start, part.stop - part.start, dtype)
         group_scaled.multiply(values, unit, weight.scale, epilogue, y, part.start, plan[0] if plan else None)
     return y
@@ -263,13 +261,14 @@ def run_fp8(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Multiply many E4M3 tokens in FP8 matrix instructions: rows decoded to E4M3 into a scratch buffer, then :func:`fp8_linear`.
+    """Multiply many E4M3 tokens in FP8 matrix instructions: rows decoded to E4M3 into a scratch buffer, then
+    :func:`fp8_linear_in_parts`.
 
     Arguments of :func:`block_scaled_linear`, for a weight with :attr:`PackedWeight.fp8`.
     """
-    scale = weight.out_scale * 2.0**9
-    outputs = []
-    for part in _parts(weight, 1):
-        unit = decode_rows(weight, part.start, part.stop - part.start, torch.float8_e4m3fn)
-        outputs.append(fp8_linear(x, row_scale, unit, scale[part], None if bias is None else bias[part], out_dtype))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def decode(part: slice) -> torch.Tensor:
+        return decode_rows(weight, part.start, part.stop - part.start, torch.float8_e4m3fn)
+
+    parts = row_parts(weight.n, weight.k)
+    return fp8_linear_in_parts(x, row_scale, decode, parts, weight.out_scale * 2.0**9, bias, out_dtype)

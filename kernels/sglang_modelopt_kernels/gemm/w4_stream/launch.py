@@ -7,13 +7,13 @@ import torch
 from sglang_modelopt_kernels.early import early
 from sglang_modelopt_kernels.gemm.common import Epilogue, KernelConfig, choose, launch, machine
 from sglang_modelopt_kernels.gemm.common.launch import Plan, few
-from sglang_modelopt_kernels.gemm.fp8 import fp8_linear
+from sglang_modelopt_kernels.gemm.fp8 import fp8_linear_in_parts
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper.kernel import folded_kernel
-from sglang_modelopt_kernels.gemm.w4_decode.launch import SCRATCH_BYTES
+from sglang_modelopt_kernels.gemm.w4_decode.launch import row_parts
 
 from .packing import BLOCKS, ROWS, WIDTH, Kind, StreamedWeight
 
-# Of those that were timed on an H200 the fastest for an 8B model's layers, ascending by BM.
+# Of those that were timed on an H200 the fastest for an 8B model's layers, NVFP4 in blocks of 32; ascending by BM.
 _NVFP4 = (
     KernelConfig(64, 8, 256, 4, 4),
     KernelConfig(64, 16, 256, 4, 3),
@@ -28,8 +28,8 @@ _MXFP4 = (
 STREAMED: dict[Kind, tuple[KernelConfig, ...]] = {"folded": _MXFP4, "scaled_16": _NVFP4, "scaled_32": _NVFP4}
 """The configurations of the streamed kernel."""
 TILED = (KernelConfig(64, 64, 256, 4, 4), KernelConfig(64, 128, 256, 4, 3))
-"""Those for more tokens of MXFP4, of the folded kernel that reads the same tiles: its copies do not begin early, and its loop is
-pipelined by Triton, which is faster from 64 tokens on."""
+"""Those for more tokens of MXFP4, of the folded kernel that reads the same tiles: its copies do not begin early, and Triton
+pipelines its loop. Reading rows in place of tiles it was faster from 64 tokens on; reading tiles it was not timed."""
 RESIDENT = 2
 """Programs of four warps on an SM up to which K is split; twice as many for up to 8 tokens, whose partial sums are small."""
 LEAST_STEPS = 4
@@ -37,7 +37,8 @@ LEAST_STEPS = 4
 DESCALE: dict[Kind, float] = {"folded": 1.0, "scaled_16": 2.0**14, "scaled_32": 2.0**14}
 """The factor of the kernel's accumulators, the inverse of what its decoding divides by."""
 DENSE_FROM: dict[Kind, int] = {"folded": 897, "scaled_16": 385, "scaled_32": 385}
-"""Tokens from which the weight is decoded once for a product of PyTorch's."""
+"""Tokens from which the weight is decoded once for a product of PyTorch's. NVFP4's lies between 128, where decoding first takes
+twice as long, and 512, where it takes less; nothing between was timed."""
 
 
 def operand(kind: Kind) -> torch.dtype:
@@ -122,18 +123,12 @@ def run_dense(
 
     Arguments of :func:`streamed_linear`.
     """
-    step = max(SCRATCH_BYTES // (x.element_size() * weight.k) // 128 * 128, 128)
+
+    def decode(part: slice) -> torch.Tensor:
+        return decode_rows(weight, part.start, part.stop - part.start)
+
+    parts = row_parts(weight.n, x.element_size() * weight.k)
+    if weight.kind == "folded":
+        return fp8_linear_in_parts(x, row_scale, decode, parts, weight.out_scale, bias, out_dtype)
     epilogue = Epilogue(weight.out_scale, row_scale, bias, DESCALE[weight.kind])
-    outputs = []
-    for first in range(0, weight.n, step):
-        part = slice(first, min(first + step, weight.n))
-        unit = decode_rows(weight, part.start, part.stop - part.start)
-        if weight.kind == "folded":
-            part_bias = None if bias is None else bias[part]
-            outputs.append(fp8_linear(x, row_scale, unit, weight.out_scale[part], part_bias, out_dtype))
-        else:
-            y = torch.empty((x.shape[0], unit.shape[0]), dtype=out_dtype, device=x.device)
-            product = torch.mm(x, unit.T, out_dtype=torch.float32)
-            epilogue.part(part).finish(product.unsqueeze(0), y)
-            outputs.append(y)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    return epilogue.multiply_in_parts(x, decode, parts, out_dtype)
