@@ -29,6 +29,7 @@ from sglang_modelopt_kernels.gemm.w4_decode.kernel import (
     PLANES_BFLOAT16,
 )
 from sglang_modelopt_kernels.gemm.w4_decode.packing import EXPONENT_BOTTOM, EXPONENT_TOP
+from sglang_modelopt_kernels.gemm.w4_stream.kernel import NVFP4_FRAGMENT, NVFP4_FRAGMENT_32
 from sglang_modelopt_kernels.gemm.w8_decode.decode import E4M3_BFLOAT16, E4M3_FLOAT16, INT8_BFLOAT16, INT8_FLOAT16
 from sglang_modelopt_kernels.gemm.w8_decode.packing import SPAN
 
@@ -231,6 +232,38 @@ def test_a_folded_fragment_is_two_rows() -> None:
     got = emulate(FOLD_FRAGMENT.value, first, second, first, second, low, high, low, high)
     one, two = emulate(FOLD.value, first, low, outputs=2), emulate(FOLD.value, second, high, outputs=2)
     assert all(np.array_equal(a, b) for a, b in zip(got, (one[0], two[0], one[1], two[1]), strict=True))
+
+
+@pytest.mark.parametrize("block", [16, 32])
+def test_a_fragment_of_nvfp4_is_two_rows(block: int) -> None:
+    """Two words under every scale: of each plane both rows, the second two planes under the second scale of blocks of 16."""
+    first, second = four_words()[:2]
+    text = (NVFP4_FRAGMENT if block == 16 else NVFP4_FRAGMENT_32).value
+    halves = [expected_halves(word) for word in (first, second)]
+    for byte in range(127):  # 127 is NaN, and no scale is negative
+        scales = [
+            byte,
+            126 - byte,
+            (byte + 50) % 127,
+            (byte + 90) % 127,
+        ]  # of two rows, and again of the second 16 elements
+        words = [np.full_like(first, scales[i] * 0x101 | scales[i + 1] * 0x1010000) for i in (0, 2)]
+        # Each half of a plane has registers of its own, and those of the first are read.
+        got = emulate(
+            text, *[first, second] * 4, words[0], words[0] * 0, words[1 if block == 16 else 0], words[0] * 0, outputs=8
+        )
+        for row, plane in itertools.product(range(2), range(4)):
+            scale = scales[row + (2 if plane >= 2 and block == 16 else 0)]
+            value = float(torch.tensor([scale], dtype=torch.uint8).view(torch.float8_e4m3fn).double())
+            for half in range(2):
+                bits = (got[row + 2 * plane] >> np.uint32(16 * half) & np.uint32(0xFFFF)).astype(np.uint16)
+                right = halves[row][half][plane] * value * 2.0**-14
+                assert np.array_equal(as_float16(bits), right), (byte, row, plane, half)
+                assert np.array_equal(np.signbit(as_float16(bits)), np.signbit(right))
+
+
+def expected_halves(word: Words) -> list[NDArray[np.float64]]:
+    return [expected_planes((word >> np.uint32(shift) & np.uint32(0xFFFF)).astype(np.uint16)) for shift in (0, 16)]
 
 
 def test_every_byte_widened() -> None:

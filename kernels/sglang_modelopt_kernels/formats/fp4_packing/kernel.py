@@ -24,7 +24,7 @@ def planes_of(texts: tuple[str, str, str, str], registers: str, words: int) -> s
 
 
 _REGISTERS = ".reg .b32 a, b;"
-_FLOAT16 = (
+TEXTS_FLOAT16 = (
     """and.b32 a, {w}, 0x8e008e00;
     mul.rn.f16x2 {p}, a, {s};""",
     """shl.b32 a, {w}, 3;
@@ -41,8 +41,9 @@ _FLOAT16 = (
     lop3.b32 a, b, 0x80008000, a, 0xea;
     mul.rn.f16x2 {p}, a, {s};""",
 )
-PLANES_FLOAT16: tl.constexpr = tl.constexpr(tuple(one_plane(text, _REGISTERS) for text in _FLOAT16))
-E2M1_FLOAT16: tl.constexpr = tl.constexpr(planes_of(_FLOAT16, _REGISTERS, 4))
+"""E2M1 under its scale to float16 times 2^-14, by plane: a word ``{w}`` of elements under scales ``{s}`` to a word ``{p}``."""
+PLANES_FLOAT16: tl.constexpr = tl.constexpr(tuple(one_plane(text, _REGISTERS) for text in TEXTS_FLOAT16))
+E2M1_FLOAT16: tl.constexpr = tl.constexpr(planes_of(TEXTS_FLOAT16, _REGISTERS, 4))
 
 
 @triton.jit

@@ -29,18 +29,26 @@ def as_int16(element: torch.Tensor) -> torch.Tensor:
     return torch.where(element >= 1 << 15, element - (1 << 16), element).to(torch.int16).contiguous()
 
 
-def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
-    """Pack codes 0..15, uint8 ``[..., K]`` with K a multiple of 16, as int16 ``[..., K / 4]``."""
-    planes = split_planes(codes)
+def gather_bits(planes: torch.Tensor) -> torch.Tensor:
+    """Return the 16 bits of elements, int32, from the codes of their planes, int32 ``[..., 4]``."""
     element = torch.zeros_like(planes[..., 0])
     for plane in range(4):
         code = planes[..., plane]
         element |= (code >> 3) << SIGN_BIT[plane] | (code & 7) << MAGNITUDE_BIT[plane]
-    return as_int16(element)
+    return element
+
+
+def scatter_bits(element: torch.Tensor) -> torch.Tensor:
+    """Return the codes of the planes ``[..., 4]`` of elements, 16 bits in int32: the inverse of :func:`gather_bits`."""
+    planes = [((element >> SIGN_BIT[plane]) & 1) << 3 | (element >> MAGNITUDE_BIT[plane]) & 7 for plane in range(4)]
+    return torch.stack(planes, dim=-1)
+
+
+def pack_e2m1(codes: torch.Tensor) -> torch.Tensor:
+    """Pack codes 0..15, uint8 ``[..., K]`` with K a multiple of 16, as int16 ``[..., K / 4]``."""
+    return as_int16(gather_bits(split_planes(codes)))
 
 
 def unpack_e2m1(elements: torch.Tensor) -> torch.Tensor:
     """Return the codes :func:`pack_e2m1` packed, uint8 ``[..., K]``."""
-    bits = elements.to(torch.int32) & 0xFFFF
-    planes = [((bits >> SIGN_BIT[plane]) & 1) << 3 | (bits >> MAGNITUDE_BIT[plane]) & 7 for plane in range(4)]
-    return join_planes(torch.stack(planes, dim=-1)).to(torch.uint8)
+    return join_planes(scatter_bits(elements.to(torch.int32) & 0xFFFF)).to(torch.uint8)

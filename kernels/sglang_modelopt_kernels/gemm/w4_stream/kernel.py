@@ -23,11 +23,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma
 
 from sglang_modelopt_kernels.early import after_previous
-from sglang_modelopt_kernels.formats.fp4_packing.kernel import e4m3_scale_float16
+from sglang_modelopt_kernels.formats.fp4_packing.kernel import TEXTS_FLOAT16, e4m3_scale_float16, planes_float16
 from sglang_modelopt_kernels.gemm.common.kernel import rotated, steps_of, store_tile, tokens_first
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper.kernel import FOLD_FRAGMENT, fold_words
-
-FOLD: tl.constexpr = FOLD_FRAGMENT
 
 
 def _nvfp4_fragment(block: int) -> str:
@@ -37,20 +35,16 @@ def _nvfp4_fragment(block: int) -> str:
     scales ``$16`` and ``$18``, of the first and the second 16 K elements four bytes: two of the first row, two of the second. They
     are the same for blocks of 32.
     """
-    lines = [
-        ".reg .b32 a, b, m, s, t; mov.b32 m, 0x5c005c00;"
-    ]  # 256: E4M3's bits in float16's place are the value times 2^-8
+    # 256: E4M3's bits in float16's place are the value times 2^-8.
+    lines = [".reg .b32 a, b, m, s, t; mov.b32 m, 0x5c005c00;"]
     for row in range(2):
-        word, byte = f"${8 + row}", "0x4040" if row == 0 else "0x4242"
+        byte = "0x4040" if row == 0 else "0x4242"
         for scale, source in (("s", "$16"), ("t", "$18"))[: 32 // block]:
             lines.append(f"prmt.b32 {scale}, {source}, 0, {byte}; shl.b32 {scale}, {scale}, 7;")
             lines.append(f"mul.rn.f16x2 {scale}, {scale}, m;")
-        second = "t" if block == 16 else "s"
-        lines.append(f"and.b32 a, {word}, 0x8e008e00; mul.rn.f16x2 ${row}, a, s;")
-        lines.append(f"shl.b32 a, {word}, 3; and.b32 a, a, 0x8e008e00; mul.rn.f16x2 ${row + 2}, a, s;")
-        for plane, left, sign in ((2, 6, 1), (3, 9, 2)):
-            lines.append(f"shl.b32 a, {word}, {left}; and.b32 a, a, 0x0e000e00; shl.b32 b, {word}, {sign};")
-            lines.append(f"lop3.b32 a, b, 0x80008000, a, 0xea; mul.rn.f16x2 ${row + 2 * plane}, a, {second};")
+        for plane, text in enumerate(TEXTS_FLOAT16):
+            scale = "t" if plane >= 2 and block == 16 else "s"
+            lines.append(text.format(p=f"${row + 2 * plane}", w=f"${8 + row}", s=scale))
     return "{ " + "\n".join(lines) + " }"
 
 
@@ -61,70 +55,38 @@ NVFP4_OPERANDS: tl.constexpr = tl.constexpr(",".join(["=&r"] * 8 + ["r"] * 12))
 
 
 @gluon.constexpr_function
-def codes_layout(tiles, warps):
-    """Return the layout of the bytes of ``tiles`` tiles of codes, whose index is ``(tile, b2, r3, w, r, q, j, byte)``."""
-    second = [[8192]] if tiles == 2 else []
-    registers = [[1], [2], [4], [8], [2048], [4096]]
-    return gl.DistributedLinearLayout(
-        reg_bases=registers + (second if warps == 4 else []),
-        lane_bases=[[16], [32], [64], [128], [256]],
-        warp_bases=[[512], [1024]] + (second if warps == 8 else []),
-        block_bases=[],
-        shape=[8192 * tiles],
-    )
+def bytes_layout(each):
+    """Return the layout of a tile's bytes, ``each`` consecutive ones a thread of a warpgroup."""
+    return gl.BlockedLayout([each], [32], [4], [0])
 
 
 @gluon.constexpr_function
-def scales_layout(tiles, warps, blocks):
-    """Return the layout of ``tiles`` tiles of block scales, index ``(tile, w, r, r3, block)``, for each ``q``.
+def scales_layout(blocks):
+    """Return the layout of a tile's block scales, index ``(w, r, r3, block)``, for each ``q``.
 
     Threads that differ in ``q`` hold the same scales: the layout of the bytes is its slice along the second dimension.
     """
-    second = [[64 * blocks, 0]] if tiles == 2 else []
-    of_row = [[1, 0], [2, 0], [4, 0]] + ([[8, 0]] if blocks == 16 else [])
+    of_row = [[1, 0], [2, 0], [4, 0], [8, 0]][: 4 if blocks == 16 else 3]
     return gl.DistributedLinearLayout(
-        reg_bases=of_row + [[blocks, 0]] + (second if warps == 4 else []),
+        reg_bases=[*of_row, [blocks, 0]],
         lane_bases=[[0, 1], [0, 2], [2 * blocks, 0], [4 * blocks, 0], [8 * blocks, 0]],
-        warp_bases=[[16 * blocks, 0], [32 * blocks, 0]] + (second if warps == 8 else []),
+        warp_bases=[[16 * blocks, 0], [32 * blocks, 0]],
         block_bases=[],
-        shape=[64 * blocks * tiles, 4],
+        shape=[64 * blocks, 4],
     )
 
 
 @gluon.constexpr_function
-def copy_layout(count, warps):
-    """Return the layout in which ``count`` bytes are copied: as many consecutive ones a thread as a copy may have."""
-    each = count // (32 * warps)
-    return gl.BlockedLayout([16 if each > 16 else each], [32], [warps], [0])
-
-
-@gluon.constexpr_function
-def tokens_layout(itemsize, warps):
+def tokens_layout(itemsize):
     """Return the layout in which 256 K elements of some tokens are copied, 16 bytes a thread."""
-    lanes = 16 * itemsize
-    return gl.BlockedLayout([1, 16 // itemsize], [2 // itemsize, lanes], [warps, 1], [1, 0])
+    return gl.BlockedLayout([1, 16 // itemsize], [2 // itemsize, 16 * itemsize], [4, 1], [1, 0])
 
 
 @gluon.jit
-def _fetch_weight(
-    w_s,
-    s_s,
-    w_ptr,
-    s_ptr,
-    at,
-    every,
-    stage,
-    W_LAYOUT: gl.constexpr,
-    S_LAYOUT: gl.constexpr,
-    TILES: gl.constexpr,
-    SCALES: gl.constexpr,
-):
-    """Copy TILES tiles of codes and scales, ``every`` tiles apart, from tile ``at`` on."""
-    byte = gl.arange(0, 8192 * TILES, layout=W_LAYOUT)
-    scale = gl.arange(0, SCALES * TILES, layout=S_LAYOUT)
-    if TILES == 2:
-        byte = gl.max_contiguous(gl.multiple_of(byte % 8192 + byte // 8192 * (every * 8192), 16), 16)
-        scale = gl.max_contiguous(gl.multiple_of(scale % SCALES + scale // SCALES * (every * SCALES), 4), 4)
+def _fetch_weight(w_s, s_s, w_ptr, s_ptr, at, stage, SCALES: gl.constexpr):
+    """Copy the codes and the scales of tile ``at``."""
+    byte = gl.arange(0, 8192, layout=bytes_layout(16))
+    scale = gl.arange(0, SCALES, layout=bytes_layout(SCALES // 128))
     tile = at.to(gl.int64)
     async_copy.async_copy_global_to_shared(w_s.index(stage), w_ptr + tile * 8192 + byte)
     async_copy.async_copy_global_to_shared(s_s.index(stage), s_ptr + tile * SCALES + scale)
@@ -146,29 +108,29 @@ def _fetch_tokens(x_s, x_ptr, offset, stage, first, m, k, BM: gl.constexpr, LAYO
 
 
 @gluon.jit
-def _e4m3_operand(codes, scales, OPERAND: gl.constexpr, BN: gl.constexpr, TILES: gl.constexpr):
-    """Decode MXFP4 tiles, bytes of codes and scales for each ``q``, to E4M3 ``[BN, 256]``."""
-    codes = gl.reshape(codes, [TILES, 2, 2, 4, 8, 4, 4, 4])  # tile b2 r3 w r q j byte
-    codes = gl.reshape(gl.permute(codes, (0, 3, 2, 4, 1, 6, 5, 7)), [BN, 8, 1, 16])
-    word = gl.reshape(codes.broadcast_to([BN, 8, 2, 16]), [BN, 256])
-    scales = gl.reshape(scales, [TILES, 4, 8, 2, 8, 4])  # tile w r r3 block q
-    scales = gl.reshape(gl.permute(scales, (0, 1, 3, 2, 4, 5)), [BN, 8, 1, 4, 1])
-    spread = gl.reshape(scales.broadcast_to([BN, 8, 2, 4, 4]), [BN, 256])
+def _e4m3_operand(codes, scales, OPERAND: gl.constexpr):
+    """Decode an MXFP4 tile, bytes of codes and scales for each ``q``, to E4M3 ``[64, 256]``."""
+    codes = gl.permute(gl.reshape(codes, [2, 2, 4, 8, 4, 4, 4]), (2, 1, 3, 0, 5, 4, 6))  # from b2 r3 w r q j byte
+    word = gl.reshape(gl.reshape(codes, [64, 8, 1, 16]).broadcast_to([64, 8, 2, 16]), [64, 256])
+    scales = gl.permute(gl.reshape(scales, [4, 8, 2, 8, 4]), (0, 2, 1, 3, 4))  # from w r r3 block q
+    spread = gl.reshape(gl.reshape(scales, [64, 8, 1, 4, 1]).broadcast_to([64, 8, 2, 4, 4]), [64, 256])
     word = gl.convert_layout(word, OPERAND, assert_trivial=True)
     spread = gl.convert_layout(spread, OPERAND, assert_trivial=True)
-    bits = gl.inline_asm_elementwise(FOLD, FOLD_OPERANDS, args=[word, spread], dtype=gl.uint8, is_pure=True, pack=16)
+    bits = gl.inline_asm_elementwise(
+        FOLD_FRAGMENT, FOLD_OPERANDS, args=[word, spread], dtype=gl.uint8, is_pure=True, pack=16
+    )
     return bits.to(gl.float8e4nv, bitcast=True)
 
 
 @gluon.jit
-def _float16_operand(codes, scales, OPERAND: gl.constexpr, BN: gl.constexpr, TILES: gl.constexpr, BLOCKS: gl.constexpr):
-    """Decode NVFP4 tiles, bytes of codes and scales for each ``q``, to float16 times 2^-14, ``[BN, 256]``."""
-    low, high = gl.split(gl.reshape(codes, [TILES, 2, 2, 4, 8, 4, 4, 2, 2]))  # tile b2 r3 w r q j half byte
-    half = gl.permute(low.to(gl.uint16) | (high.to(gl.uint16) << 8), (0, 3, 2, 4, 1, 6, 5, 7))
-    word = gl.reshape(gl.reshape(half, [BN, 8, 1, 1, 8]).broadcast_to([BN, 8, 2, 2, 8]), [BN, 256])
-    scales = gl.reshape(scales, [TILES, 4, 8, 2, BLOCKS, 4])  # tile w r r3 block q
-    scales = gl.reshape(gl.permute(scales, (0, 1, 3, 2, 4, 5)), [BN, BLOCKS, 1, 4, 1])
-    spread = gl.reshape(scales.broadcast_to([BN, BLOCKS, 32 // BLOCKS, 4, 2]), [BN, 256])
+def _float16_operand(codes, scales, OPERAND: gl.constexpr, BLOCKS: gl.constexpr):
+    """Decode an NVFP4 tile, bytes of codes and scales for each ``q``, to float16 times 2^-14, ``[64, 256]``."""
+    low, high = gl.split(gl.reshape(codes, [2, 2, 4, 8, 4, 4, 2, 2]))  # b2 r3 w r q j half byte
+    half = gl.permute(low.to(gl.uint16) | (high.to(gl.uint16) << 8), (2, 1, 3, 0, 5, 4, 6))
+    word = gl.reshape(gl.reshape(half, [64, 8, 1, 1, 8]).broadcast_to([64, 8, 2, 2, 8]), [64, 256])
+    scales = gl.permute(gl.reshape(scales, [4, 8, 2, BLOCKS, 4]), (0, 2, 1, 3, 4))  # from w r r3 block q
+    scales = gl.reshape(scales, [64, BLOCKS, 1, 4, 1])
+    spread = gl.reshape(scales.broadcast_to([64, BLOCKS, 32 // BLOCKS, 4, 2]), [64, 256])
     word = gl.convert_layout(word.to(gl.int16, bitcast=True), OPERAND, assert_trivial=True)
     spread = gl.convert_layout(spread, OPERAND, assert_trivial=True)
     TEXT: gl.constexpr = NVFP4_FRAGMENT if BLOCKS == 16 else NVFP4_FRAGMENT_32
@@ -210,20 +172,15 @@ def streamed_kernel(
     With FP8 the weight is MXFP4 and ``x`` E4M3, without it NVFP4 and float16. A row has BLOCKS scales in a tile. STAGES tiles
     are on their way or in use at a time.
     """
-    gl.static_assert(EVEN_K and BK == 256 and BN % 64 == 0)
-    TILES: gl.constexpr = BN // 64
-    WARPS: gl.constexpr = gl.num_warps()
+    gl.static_assert(EVEN_K and BN == 64 and BK == 256 and gl.num_warps() == 4)
     SCALES: gl.constexpr = 64 * BLOCKS
     ITEM: gl.constexpr = 1 if FP8 else 2
-    W_LAYOUT: gl.constexpr = codes_layout(TILES, WARPS)
-    EACH_Q: gl.constexpr = scales_layout(TILES, WARPS, BLOCKS)
-    S_COPY: gl.constexpr = copy_layout(SCALES * TILES, WARPS)
-    X_COPY: gl.constexpr = tokens_layout(ITEM, WARPS)
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BM, 32 // ITEM])
+    X_COPY: gl.constexpr = tokens_layout(ITEM)
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32 // ITEM])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 4 // ITEM)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    w_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 8192 * TILES], FLAT)
-    s_s = gl.allocate_shared_memory(gl.uint8, [STAGES, SCALES * TILES], FLAT)
+    w_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 8192], FLAT)
+    s_s = gl.allocate_shared_memory(gl.uint8, [STAGES, SCALES], FLAT)
     x_s = gl.allocate_shared_memory(
         gl.float8e4nv if FP8 else gl.float16, [STAGES, BM, 256], gl.NVMMASharedLayout(128, 8 * ITEM, 2)
     )
@@ -232,15 +189,13 @@ def streamed_kernel(
     split = gl.program_id(2)
     first, steps = steps_of(k, split, BK, SPLIT_K)
     begin = tile % gl.maximum(steps, 1)
-    every = k // BK
-    base = tile * TILES * every + first
+    base = tile * (k // BK) + first
     first_token = part * BM
 
     # No kernel writes weights: their copies need not wait.
     for stage in gl.static_range(STAGES - 1):
         if stage < steps:
-            at = base + rotated(stage, begin, steps)
-            _fetch_weight(w_s, s_s, w_ptr, s_ptr, at, every, stage, W_LAYOUT, S_COPY, TILES, SCALES)
+            _fetch_weight(w_s, s_s, w_ptr, s_ptr, base + rotated(stage, begin, steps), stage, SCALES)
     async_copy.commit_group()
     after_previous(PDL)
     for stage in gl.static_range(STAGES - 1):
@@ -258,20 +213,20 @@ def streamed_kernel(
         ahead = step + STAGES - 1
         if ahead < steps:
             place = rotated(ahead, begin, steps)
-            _fetch_weight(w_s, s_s, w_ptr, s_ptr, base + place, every, free, W_LAYOUT, S_COPY, TILES, SCALES)
+            _fetch_weight(w_s, s_s, w_ptr, s_ptr, base + place, free, SCALES)
             _fetch_tokens(x_s, x_ptr, (first + place) * BK, free, first_token, m, k, BM, X_COPY, EVEN_M)
         async_copy.commit_group()
-        codes = w_s.index(used).load(W_LAYOUT)
-        scales = gl.expand_dims(s_s.index(used).load(gl.SliceLayout(1, EACH_Q)), 1)
-        scales = scales.broadcast_to([SCALES * TILES, 4])
+        codes = w_s.index(used).load(bytes_layout(16))
+        scales = gl.expand_dims(s_s.index(used).load(gl.SliceLayout(1, scales_layout(BLOCKS))), 1)
+        scales = scales.broadcast_to([SCALES, 4])
         x = x_s.index(used).permute([1, 0])
         fence_async_shared()
         # The product is waited for where it is issued: nothing overwrites its operand in registers (see gemm/common/wgmma.py).
         if FP8:
-            unit = _e4m3_operand(codes, scales, OPERAND, BN, TILES)
+            unit = _e4m3_operand(codes, scales, OPERAND)
             acc += warpgroup_mma(unit, x, gl.zeros((BN, BM), gl.float32, MMA), use_acc=False, is_async=False)
         else:
-            unit = _float16_operand(codes, scales, OPERAND, BN, TILES, BLOCKS)
+            unit = _float16_operand(codes, scales, OPERAND, BLOCKS)
             acc = warpgroup_mma(unit, x, acc, is_async=False)
         used = gl.where(used == STAGES - 1, 0, used + 1)
         free = gl.where(free == STAGES - 1, 0, free + 1)
@@ -319,15 +274,13 @@ def unstream_kernel(w_ptr, s_ptr, y_ptr, first, k, FP8: tl.constexpr, BLOCKS: tl
         column = tl.program_id(1) * 64 + tl.arange(0, 64)
         tl.store(y_ptr + row[:, None] * (k // 4) + column[None, :], values)
     else:
-        half = tl.load(w_ptr + tile * 4096 + tl.arange(0, 4096)).to(tl.uint16, bitcast=True)
+        half = tl.load(w_ptr + tile * 4096 + tl.arange(0, 4096))
         scale = e4m3_scale_float16(tl.load(s_ptr + tile * 64 * BLOCKS + tl.arange(0, 64 * BLOCKS)))
         # The scales (w, r, r3, b2, j, s), one for each two planes, beside the halves (b2, r3, w, r, q, j, half).
         scale = tl.permute(tl.reshape(scale, (4, 8, 2, 2, 1, 4, 1, BLOCKS // 8)), (3, 2, 0, 1, 4, 5, 6, 7))
         even, odd = tl.split(tl.reshape(tl.broadcast_to(scale, (2, 2, 4, 8, 4, 4, 2, 2)), (4096, 2)))
-        p0 = (half & 0x8E00).to(tl.float16, bitcast=True) * even
-        p1 = ((half << 3) & 0x8E00).to(tl.float16, bitcast=True) * even
-        p2 = (((half << 6) & 0x0E00) | ((half << 1) & 0x8000)).to(tl.float16, bitcast=True) * odd
-        p3 = (((half << 9) & 0x0E00) | ((half << 2) & 0x8000)).to(tl.float16, bitcast=True) * odd
+        p0, p1, _, _ = planes_float16(half, even, False)
+        _, _, p2, p3 = planes_float16(half, odd, False)
         planes = tl.reshape(tl.join(tl.join(p0, p2), tl.join(p1, p3)), (2, 2, 4, 8, 4, 4, 2, 2, 2))
         # A row (w, r3, r) has its values in the order (b2, j, s, h, q, half).
         values = tl.reshape(tl.permute(planes, (2, 1, 3, 0, 5, 7, 8, 4, 6)), (64, 256))

@@ -23,7 +23,7 @@ import torch
 from sglang_modelopt_kernels.formats import e2m1, e4m3
 from sglang_modelopt_kernels.formats.base import BlockWeight
 from sglang_modelopt_kernels.formats.checks import check_tensor, scale_blocks
-from sglang_modelopt_kernels.formats.fp4_packing.packing import MAGNITUDE_BIT, SIGN_BIT
+from sglang_modelopt_kernels.formats.fp4_packing.packing import gather_bits, scatter_bits
 from sglang_modelopt_kernels.formats.nvfp4 import NVFP4, NVFP4_BLOCK32
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper.packing import FoldedWeight, unfold
 
@@ -125,20 +125,16 @@ def unstream(weight: StreamedWeight) -> torch.Tensor:
 
 def _pack_words(codes: torch.Tensor) -> torch.Tensor:
     """Return NVFP4 codes ``[N, K]`` as words, uint8 ``[N, K / 32, 4, 4]``: block of 32, ``q``, byte."""
-    entries = codes.to(torch.int32).unflatten(1, (-1, 4, 4, 2))  # [N, block of 32, plane, q, half]
-    halves = torch.zeros_like(entries[:, :, 0])
-    for plane in range(4):
-        code = entries[:, :, plane]
-        halves |= (code >> 3) << SIGN_BIT[plane] | (code & 7) << MAGNITUDE_BIT[plane]
+    planes = codes.to(torch.int32).unflatten(1, (-1, 4, 4, 2)).movedim(2, -1)  # [N, block of 32, q, half, plane]
+    halves = gather_bits(planes)
     return torch.stack((halves & 255, halves >> 8), dim=-1).to(torch.uint8).flatten(3)
 
 
 def _unpack_words(words: torch.Tensor) -> torch.Tensor:
     """Return the codes that :func:`_pack_words` packed, uint8 ``[N, K]``."""
     parts = words.to(torch.int32).unflatten(3, (2, 2))
-    halves = parts[..., 0] | parts[..., 1] << 8
-    planes = [(halves >> SIGN_BIT[p] & 1) << 3 | halves >> MAGNITUDE_BIT[p] & 7 for p in range(4)]
-    return torch.stack(planes, dim=2).flatten(1).to(torch.uint8)
+    planes = scatter_bits(parts[..., 0] | parts[..., 1] << 8)
+    return planes.movedim(-1, 2).flatten(1).to(torch.uint8)
 
 
 def _codes_to_tiles(words: torch.Tensor) -> torch.Tensor:
