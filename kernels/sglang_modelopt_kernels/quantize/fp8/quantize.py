@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ def quantize_given(
     )
 
 
+@functools.cache
 def casts(device: torch.device) -> bool:
     """Return whether ``device`` has an instruction that rounds to E4M3; Triton's interpreter has none that rounds to nearest."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
