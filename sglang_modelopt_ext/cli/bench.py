@@ -66,6 +66,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--baseline", help="the option that ratios refer to (default: the first)")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="end after this time with what is known then")
+    parser.add_argument(
+        "--together",
+        action="store_true",
+        help="start all servers before the first is measured; bound their caches with -- --max-total-tokens N",
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a page in Markdown")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write JSON, after each option")
     parser.add_argument(
@@ -125,6 +130,7 @@ def _run(args: argparse.Namespace) -> BenchResult:
         models=args.models.expanduser(),
         baseline=args.baseline,
         budget=args.budget,
+        together=args.together,
         command="sglang-modelopt " + shlex.join(sys.argv[1:]),
         json_file=args.results,
         page=args.report,

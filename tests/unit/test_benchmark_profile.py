@@ -166,3 +166,4 @@ def test_groups_of_kernels(kernel: str, group: str) -> None:
 
 def test_own_kernels_are_found_in_every_group() -> None:
     assert set(own_kernels().values()) == {"gemm", "moe", "attention", "quantize"}
+    assert own_kernels()["streamed_kernel"] == "gemm"  # written in Gluon, not in Triton

@@ -23,9 +23,9 @@ from sglang_modelopt_ext.workflow.bench import report
 from sglang_modelopt_ext.workflow.bench import server as measuring
 from sglang_modelopt_ext.workflow.bench.load import Deadline, Load, Plan, steps, warm_up
 from sglang_modelopt_ext.workflow.bench.models import SHAPES, make_models, model_folder, parameter_count
-from sglang_modelopt_ext.workflow.bench.options import RECIPES, parse_option
+from sglang_modelopt_ext.workflow.bench.options import RECIPES, Option, parse_option
 from sglang_modelopt_ext.workflow.bench.run import Request
-from sglang_modelopt_ext.workflow.bench.server import Result, Settings, measure, memory, served_by
+from sglang_modelopt_ext.workflow.bench.server import Result, Settings, measure, measure_together, memory, served_by
 from tests.support.stub_server import EACH, FIRST, Stub, running_stub
 
 VOCABULARY = 1000
@@ -218,11 +218,27 @@ class FakeProcess:
         self.port, self.model, self.log = stub.port, model, log
         self.command = ["python", "-m", "sglang.launch_server"]
 
+        self.running = False
+
+    def start(self) -> None:
+        """Start."""
+        self.running = True
+
+    def wait_until_ready(self) -> None:
+        """Be ready, if there is a log that says so."""
+        if not self.log.exists():
+            raise ModelOptExtError.at(self.log, "server", "it to be running", "exit code 1")
+
+    def stop(self) -> None:
+        """End."""
+        self.running = False
+
     def __enter__(self) -> FakeProcess:
+        self.start()
         return self
 
     def __exit__(self, *args: object) -> None:
-        pass
+        self.stop()
 
     def server_info(self) -> dict[str, Any]:
         return INFO
@@ -253,6 +269,38 @@ def test_an_option_is_measured(settings: Settings) -> None:
     ]
     assert result.figures["KV cache (tokens)"] == 4000
     assert result.served == ["14 linear layers W4A8, math exact, kernel triton"]
+
+
+def test_servers_that_start_together_are_measured_one_after_another(
+    stub: Stub, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["bf16", "fp8", "mxfp4"]
+    made: list[FakeProcess] = []
+
+    def fake(option: Option, *args: object) -> FakeProcess:
+        made.append(FakeProcess(stub, tmp_path, tmp_path / ("missing" if option.name == "fp8" else "log")))
+        return made[-1]
+
+    monkeypatch.setattr(measuring, "_server", fake)
+    results = [Result(name) for name in names]
+    running: list[list[bool]] = []
+    measure_together(
+        [parse_option(name) for name in names],
+        dict.fromkeys(names, tmp_path),
+        settings,
+        Deadline(60),
+        results,
+        lambda: running.append([server.running for server in made]),
+    )
+    assert running == [[False, True, True], [False, False, True], [False, False, False]]
+    assert results[1].problems
+    assert not results[1].figures
+    for result in (results[0], results[2]):
+        assert result.problems == []
+        assert list(result.figures) == [
+            *("weights (GiB)", "KV cache (GiB)", "KV cache (tokens)"),
+            *("TTFT, 8 tokens (ms)", "decode, 2 x 8 (tok/s)"),
+        ]
 
 
 def test_a_budget_ends_with_what_is_known(stub: Stub, settings: Settings) -> None:

@@ -42,6 +42,8 @@ OTHER_GROUPS = (
     ("activation", r"silu|gelu|act_and_mul|swiglu"),
 )
 """Groups of other kernels, by patterns of their names: the first that matches counts, and the rest is ``other``."""
+_COMPILED = re.compile(r"\b(?:triton|gluon)\.jit\b")
+"""The decorators of kernels."""
 _KERNELS = frozenset({"kernel", "gpu_memcpy", "gpu_memset"})
 
 
@@ -202,7 +204,7 @@ def own_kernels() -> dict[str, str]:
         if folder not in OWN_GROUPS:
             continue
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.FunctionDef) and any("triton.jit" in ast.unparse(d) for d in node.decorator_list):
+            if isinstance(node, ast.FunctionDef) and any(_COMPILED.search(ast.unparse(d)) for d in node.decorator_list):
                 found[node.name] = folder
     return found
 

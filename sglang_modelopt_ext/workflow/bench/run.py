@@ -1,4 +1,4 @@
-"""A run: SGLang servers of several recipes or checkpoints, measured one after another."""
+"""A run: SGLang servers of several recipes or checkpoints, measured one after another, started so or together."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sglang_modelopt_ext.workflow.bench.load import Deadline, Plan
 from sglang_modelopt_ext.workflow.bench.machine import apart, hardware, has_gpu, versions
 from sglang_modelopt_ext.workflow.bench.models import make_models, model_folder
 from sglang_modelopt_ext.workflow.bench.options import Option, parse_option
-from sglang_modelopt_ext.workflow.bench.server import Result, Settings, measure
+from sglang_modelopt_ext.workflow.bench.server import Result, Settings, measure, measure_together
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class Request:
         models: the folder that keeps these models.
         baseline: the option that ratios refer to, None for the first.
         budget: seconds for all of it, None without limit.
+        together: whether all servers are started before the first is measured.
         command: that was given, for the report.
         json_file: receives the results after each option; None for no file.
         page: receives a page in Markdown; None for no page.
@@ -38,6 +39,7 @@ class Request:
     models: Path
     baseline: str | None = None
     budget: float | None = None
+    together: bool = False
     command: str = ""
     json_file: Path | None = None
     page: Path | None = None
@@ -83,17 +85,22 @@ def run(request: Request) -> tuple[report.Run, list[Result]]:
     device, folders = prepare(options, request.shape, request.models)
     about = report.Run(date, device, versions(), request.shape, request.command, baseline, describe_load(settings.plan))
     results: list[Result] = []
+
+    def write() -> None:
+        report.write(about, results, request.json_file, request.page)
+
     try:
-        for option in options:
-            results.append(Result(option.name, environment=option.environment))
-            try:
+        if request.together:
+            results += [Result(option.name, environment=option.environment) for option in options]
+            measure_together(options, folders, settings, deadline, results, write)
+        else:
+            for option in options:
+                results.append(Result(option.name, environment=option.environment))
                 measure(option, folders[option.name], settings, deadline, results[-1])
-            except BaseException:
-                results[-1].problems.append("ended by a signal or an error")
-                raise
-            finally:
-                report.write(about, results, request.json_file, request.page)
+                write()
     except BaseException:
+        results[-1].problems.append("ended by a signal or an error")
+        write()
         settings.say(report.as_text(about, results))  # what is known when a signal or an error ends the run
         raise
     return about, results

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,16 +78,70 @@ def measure(option: Option, model: Path, settings: Settings, deadline: Deadline,
     server = _server(option, model, settings, deadline)
     result.command = server.command
     began = time.monotonic()
+    with _failures_of(result, settings), server:
+        result.figures[START] = time.monotonic() - began
+        _ready(server, result, settings, began)
+        _drive(server, result, settings, deadline)
+
+
+def measure_together(
+    options: Sequence[Option],
+    models: Mapping[str, Path],
+    settings: Settings,
+    deadline: Deadline,
+    results: Sequence[Result],
+    measured: Callable[[], None],
+) -> None:
+    """Start the servers of all options at once, and measure one after another when all of them wait for requests.
+
+    A server that waits leaves the GPU alone, and is ended when it is measured. All of them must fit its memory: their arguments
+    have to bound their caches (``--max-total-tokens``). Results have no time of a start, since servers that start together slow
+    each other.
+
+    Args:
+        options: what to measure.
+        models: the checkpoint of each option, by its name.
+        settings: what all servers share.
+        deadline: for all of it.
+        results: of each option; filled.
+        measured: called when an option is done.
+    """
+    began = time.monotonic()
+    with contextlib.ExitStack() as running:
+        servers = []
+        for option, result in zip(options, results, strict=True):
+            server = _server(option, models[option.name], settings, deadline)
+            result.command = server.command
+            running.callback(server.stop)
+            server.start()
+            servers.append(server)
+        for server, result in zip(servers, results, strict=True):
+            with _failures_of(result, settings):
+                server.wait_until_ready()
+                _ready(server, result, settings, began)
+        for server, result in zip(servers, results, strict=True):
+            if not result.problems:
+                with _failures_of(result, settings):
+                    _drive(server, result, settings, deadline)
+            server.stop()
+            measured()
+
+
+@contextlib.contextmanager
+def _failures_of(result: Result, settings: Settings) -> Iterator[None]:
+    """Turn an error into a problem of ``result``."""
     try:
-        with server:
-            result.figures[START] = time.monotonic() - began
-            result.figures |= memory(server.server_info())
-            result.served = served_by(server.log.read_text(encoding="utf-8", errors="replace"))
-            settings.say(f"{option.name}: ready after {result.figures[START]:.0f} s")
-            _drive(server, result, settings, deadline)
+        yield
     except ModelOptExtError as error:
         result.problems.append(str(error))
-        settings.say(f"{option.name}: {error}")
+        settings.say(f"{result.name}: {error}")
+
+
+def _ready(server: ServerProcess, result: Result, settings: Settings, began: float) -> None:
+    """Record what a server that began at ``began`` says of itself."""
+    result.figures |= memory(server.server_info())
+    result.served = served_by(server.log.read_text(encoding="utf-8", errors="replace"))
+    settings.say(f"{result.name}: ready after {time.monotonic() - began:.0f} s")
 
 
 def memory(info: dict[str, Any]) -> dict[str, float]:

@@ -106,7 +106,7 @@ class ServerProcess(ServerClient):
     def __enter__(self) -> Self:
         try:
             self.start()
-            self._wait_until_ready()
+            self.wait_until_ready()
         except BaseException:
             self.stop()
             raise
@@ -157,7 +157,8 @@ class ServerProcess(ServerClient):
             tqdm.write("this server records no log probabilities: they travel over HTTP, slowly", file=sys.stderr)
         return super().window_logprobs(ids, last)
 
-    def _wait_until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
+        """Wait until the started server answers. Raises ModelOptExtError when it ends, or does not answer in time."""
         deadline = time.monotonic() + self.timeout
         with elapsed_progress(f"starting the server on {self.model.name}", self.progress) as note:
             while not self.is_ready():
