@@ -47,16 +47,19 @@ def _order() -> Launch:
 def _fp8_stress(capability: int) -> Iterator[StressCase]:
     if capability >= 89:
         for tokens in (1, 64, 2048):
-            yield StressCase(f"fp8_linear {tokens} tokens", partial(_fp8, tokens))
+            yield StressCase(f"fp8_linear {tokens} tokens", partial(_fp8, tokens, False))
+            yield StressCase(f"fp8_linear {tokens} tokens, one scale", partial(_fp8, tokens, True))
 
 
-def _fp8(tokens: int) -> Launch:
+def _fp8(tokens: int, uniform: bool) -> Launch:
     generator = torch.Generator("cuda").manual_seed(tokens)
     unit = torch.randn(N, 4096, generator=generator, device="cuda").to(torch.float8_e4m3fn)
     out_scale = torch.rand(N, generator=generator, device="cuda") + 0.5
     x, row_scale = stress_activations(tokens, 4096, "fp8")
+    if uniform:
+        out_scale, row_scale = out_scale[:1].expand(N).contiguous(), row_scale[:1]
     expected = naive_fp8_linear(x, row_scale, unit, out_scale)
-    return Launch(lambda: fp8_linear(x, row_scale, unit, out_scale, None, torch.bfloat16), expected)
+    return Launch(lambda: fp8_linear(x, row_scale, unit, out_scale, None, torch.bfloat16, uniform), expected)
 
 
 FINISH = Kernel(

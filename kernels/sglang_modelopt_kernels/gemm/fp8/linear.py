@@ -10,6 +10,14 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from sglang_modelopt_kernels.gemm.common import Epilogue
+
+FEW_TOKENS = 128
+"""Up to this many tokens scales of rows are applied in a launch of their own. cuBLAS has one kernel with such scales in its
+epilogue, of 128 x 128 tiles: with one token it reads an 8B layer's weights at 1 TB/s on an H200, others at 3.4."""
+
+_ONES: dict[torch.device, torch.Tensor] = {}
+
 
 def fp8_linear(
     values: torch.Tensor,
@@ -18,6 +26,7 @@ def fp8_linear(
     out_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
+    uniform: bool = False,
 ) -> torch.Tensor:
     """Compute ``(values @ unit^T) * row_scale * out_scale + bias``, scaled in fp32 and rounded once.
 
@@ -28,23 +37,47 @@ def fp8_linear(
         out_scale: float32 ``[N]``.
         bias: ``[N]`` or None.
         out_dtype: type of the result.
+        uniform: whether all of ``out_scale`` are known to be equal, so that one stands for all.
 
     Returns:
         ``[M, N]`` of ``out_dtype``.
     """
-    m = values.shape[0]
+    m, n = values.shape[0], unit.shape[0]
     if m == 0:
-        return torch.empty((0, unit.shape[0]), dtype=out_dtype, device=values.device)
-    one = out_scale.new_ones(())
-    scale = one if row_scale is None else row_scale
-    if out_dtype == torch.bfloat16 and values.is_cuda and torch.cuda.get_device_capability(values.device) == (9, 0):
-        # The kernel with scales of rows and columns in its epilogue has bf16 output; other GPUs were not tried.
+        return torch.empty((0, n), dtype=out_dtype, device=values.device)
+    one_row_scale = row_scale is None or row_scale.numel() == 1
+    # cuBLAS adds a bias of the result's type only.
+    fused = None if bias is None else bias.to(out_dtype)
+    if uniform and one_row_scale and (bias is None or out_dtype != torch.float32):
+        scale = _one(values.device) if row_scale is None else row_scale.reshape(())
+        return torch._scaled_mm(values, unit.T, scale_a=scale, scale_b=out_scale[0], bias=fused, out_dtype=out_dtype)
+    if m > FEW_TOKENS and _scales_rows(values.device) and out_dtype == torch.bfloat16:
+        scale = _one(values.device) if row_scale is None else row_scale
         rows, columns = scale.reshape(-1, 1).expand(m, 1).contiguous(), out_scale.reshape(1, -1)
-        fused = None if bias is None else bias.to(out_dtype)
         return torch._scaled_mm(values, unit.T, scale_a=rows, scale_b=columns, bias=fused, out_dtype=out_dtype)
-    y = torch._scaled_mm(values, unit.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
-    y = y * out_scale * scale
-    return (y if bias is None else y + bias.to(torch.float32)).to(out_dtype)
+    one = _one(values.device)
+    product = torch._scaled_mm(values, unit.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    if values.is_cuda:
+        y = torch.empty((m, n), dtype=out_dtype, device=values.device)
+        Epilogue(out_scale, row_scale, bias).finish(product.unsqueeze(0), y)
+        return y
+    product = product * out_scale * (one if row_scale is None else row_scale)
+    return (product if bias is None else product + bias.to(torch.float32)).to(out_dtype)
+
+
+def _scales_rows(device: torch.device) -> bool:
+    """Return whether cuBLAS has the kernel with scales of rows and columns, of bf16 output; it was tried on SM90 only."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _one(device: torch.device) -> torch.Tensor:
+    """Return 1 as float32 on a device, made once: to fill it takes a launch."""
+    if device not in _ONES:
+        one = torch.ones((), dtype=torch.float32, device=device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return one  # filled by the graph, in memory of the graph
+        _ONES[device] = one
+    return _ONES[device]
 
 
 def fp8_linear_in_parts(
