@@ -298,7 +298,7 @@ def test_servers_that_start_together_are_measured_one_after_another(
     for result in (results[0], results[2]):
         assert result.problems == []
         assert list(result.figures) == [
-            *("weights (GiB)", "KV cache (GiB)", "KV cache (tokens)"),
+            *("KV cache (GiB)", "KV cache (tokens)"),
             *("TTFT, 8 tokens (ms)", "decode, 2 x 8 (tok/s)"),
         ]
 

@@ -305,9 +305,7 @@ def test_a_model_that_has_no_pool_of_ours_is_left_to_sglang(
     tensors = layers("model.layers.{}.self_attn", (0, 1))
     folder = kv_folder(tmp_path / "model", tensors, algo="NVFP4", **HYBRID[kind])
     monkeypatch.setattr(Device, "here", lambda: Device.cuda(90))
-    # No GPU has run a quantized cache beside linear attention: there it is ours only by name.
-    plain = "auto" if kind == "linear attention" else "modelopt_nvfp4"
-    for attention, expected in ((None, plain), ("trtllm_mha", "auto")):
+    for attention, expected in ((None, "modelopt_nvfp4"), ("trtllm_mha", "auto")):
         runtime.start(folder, attention_backend=attention)
         assert runtime.model.kv_cache_dtype == expected
     monkeypatch.setattr(kv_hooks, "unserved_pool", lambda config, wrapped, several: "any kind")

@@ -138,8 +138,7 @@ def declare(server_args: Any) -> None:
 
 
 def _check_pool(server_args: Any, plan: KVCachePlan) -> None:
-    """Raise ModelOptExtError for a model whose pool cannot hold the plan's cache, or was not run on a GPU with it."""
-    from sglang.srt.configs.hybrid_arch import mambaish_config
+    """Raise ModelOptExtError for a model whose pool cannot hold the plan's cache."""
     from sglang.srt.configs.model_config import ModelConfig
 
     if is_stock(plan, device_of(server_args)):
@@ -149,12 +148,8 @@ def _check_pool(server_args: Any, plan: KVCachePlan) -> None:
     except Exception:  # SGLang reports a faulty model configuration itself
         return
     kind = unserved_pool(config, asks_for_wrapped(server_args), bool(plan.other))
-    flag = FLAG_PREFIX + plan.recipe.name
     if kind is not None:
-        raise unsupported_pool(kind, flag)
-    if device_of(server_args).kind == "cuda" and mambaish_config(config) is not None:
-        expected = f"{flag} by name, since no GPU has run a quantized cache beside linear attention"
-        raise ModelOptExtError.at("command line", "--kv-cache-dtype", expected, "auto")
+        raise unsupported_pool(kind, FLAG_PREFIX + plan.recipe.name)
 
 
 def _declare_plan(server_args: Any, args: Any, plan: KVCachePlan) -> None:

@@ -96,7 +96,7 @@ def measure_together(
 
     A server that waits leaves the GPU alone, and is ended when it is measured. All of them must fit its memory: their arguments
     have to bound their caches (``--max-total-tokens``). Results have no time of a start, since servers that start together slow
-    each other.
+    each other, and no size of weights, which SGLang takes for the memory that went away meanwhile.
 
     Args:
         options: what to measure.
@@ -119,6 +119,7 @@ def measure_together(
             with _failures_of(result, settings):
                 server.wait_until_ready()
                 _ready(server, result, settings, began)
+                del result.figures[WEIGHTS]
         for server, result in zip(servers, results, strict=True):
             if not result.problems:
                 with _failures_of(result, settings):
