@@ -7,7 +7,7 @@ Nemotron, have ``up_proj`` and ``down_proj``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
@@ -15,7 +15,7 @@ from sglang_modelopt_ext.checkpoint.names import EXPERT, canonical_name
 from sglang_modelopt_ext.checkpoint.packed import PackedExperts
 from sglang_modelopt_ext.checkpoint.tensors import StoredTensor
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.base import BIAS, LayerScheme
+from sglang_modelopt_ext.schemes.base import BIAS, UNQUANTIZED, LayerScheme
 
 EXPERT_PROJECTIONS: tuple[tuple[str, str, str], ...] = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """The names of gate, up and down, in each naming scheme."""
@@ -33,15 +33,32 @@ def projections_of(gated: bool) -> tuple[tuple[str, ...], ...]:
 
 
 @dataclass(frozen=True)
+class ExpertSet:
+    """Experts of one layer whose product has one scheme.
+
+    Attributes:
+        scheme: of the product, :data:`UNQUANTIZED` where the weights are stored as they are.
+        numbers: of the experts in the model; None for all of a layer's.
+    """
+
+    scheme: LayerScheme
+    numbers: tuple[int, ...] | None = None
+
+    def count(self, experts: int) -> int:
+        """Return how many of a layer's ``experts`` are in it."""
+        return experts if self.numbers is None else len(self.numbers)
+
+
+@dataclass(frozen=True)
 class ExpertLayer:
-    """All experts of one layer, checked to have equal schemes, tensors and sizes.
+    """All experts of one layer, checked to have equal sizes, and under one algorithm equal schemes and tensors.
 
     Attributes:
         name: their common name in the checkpoint, such as ``model.layers.0.mlp.experts``.
         projections: the names of gate, up and down, or of up and down; of packed experts those of the unpacked ones.
         count: the number of experts.
-        gate_up: the scheme of every expert's gate and up; of up where there is no gate.
-        down: the scheme of every expert's down.
+        gate_up: the experts by the scheme of their gate and up, of up where there is no gate; unquantized ones last.
+        down: the experts by the scheme of their down, unquantized ones last.
         hidden: input features of gate and up, and output features of down.
         intermediate: output features of gate and of up, and input features of down.
         bias: whether every projection of every expert has a bias.
@@ -51,8 +68,8 @@ class ExpertLayer:
     name: str
     projections: tuple[str, ...]
     count: int
-    gate_up: LayerScheme
-    down: LayerScheme
+    gate_up: tuple[ExpertSet, ...]
+    down: tuple[ExpertSet, ...]
     hidden: int
     intermediate: int
     bias: bool = False
@@ -62,6 +79,16 @@ class ExpertLayer:
     def gated(self) -> bool:
         """Whether the experts have a gate."""
         return len(self.projections) == len(EXPERT_PROJECTIONS[0])
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether each product has one scheme for all experts."""
+        return len(self.gate_up) == len(self.down) == 1
+
+    @property
+    def schemes(self) -> tuple[LayerScheme, ...]:
+        """The schemes of its products, each once, gate and up first."""
+        return tuple(dict.fromkeys(one.scheme for one in (*self.gate_up, *self.down)))
 
 
 def is_expert(module: str) -> bool:
@@ -83,8 +110,8 @@ def packed_layer(packed: PackedExperts) -> ExpertLayer:
         packed.name,
         EXPERT_PROJECTIONS[0],
         gate_up.count,
-        gate_up.one.scheme,
-        down.one.scheme,
+        (ExpertSet(gate_up.one.scheme),),
+        (ExpertSet(down.one.scheme),),
         gate_up.one.k,
         down.one.k,
         with_bias[0],
@@ -100,8 +127,8 @@ def read_experts(linears: Mapping[str, QuantizedLinear], tensors: Mapping[str, S
         tensors: the headers of all of its tensors, by name.
 
     Raises:
-        ModelOptExtError: an expert or a projection is missing or unquantized, or experts of a layer differ in scheme, tensors or
-            sizes.
+        ModelOptExtError: an expert or a projection is missing; an expert's gate and up, or experts under one algorithm, differ in
+            scheme or tensors; or experts differ in sizes.
     """
     found: dict[str, dict[int, dict[str, QuantizedLinear]]] = {}
     for linear in linears.values():
@@ -132,41 +159,68 @@ def _describe(
     if projections is None:
         known = " or ".join(", ".join(names) for names in known_names)
         raise ModelOptExtError.at(file, f"{name}.{first_number}", f"experts with {known}", ", ".join(sorted(used)))
-    for number in range(count):
-        for projection in projections:
-            module = f"{name}.{number}.{projection}"
-            if projection not in experts.get(number, {}):
-                kept = f"{module}.weight" in tensors
-                raise ModelOptExtError.at(
-                    tensors[f"{module}.weight"].file if kept else file,
-                    f"{module}.weight",
-                    f"{some.scheme.algo}, as {some.name}" if kept else f"an expert beside {some.name}",
-                    "unquantized" if kept else "none",
-                )
-    numbers = sorted(experts)
-    first = [experts[number][projection] for projection in projections[:-1] for number in numbers]
-    down = [experts[number][projections[-1]] for number in numbers]
-    for group in (first, down):
-        for linear in group:
-            _check_same(group[0], linear)
-            _check_bias(linear)
-    if (down[0].n, down[0].k) != (first[0].k, first[0].n):
-        raise ModelOptExtError.at(
-            file, f"{down[0].name}.weight", f"N, K = {[first[0].k, first[0].n]}", [down[0].n, down[0].k]
-        )
-    if (BIAS.name in first[0].stored) != (BIAS.name in down[0].stored):
-        without = down[0] if BIAS.name in first[0].stored else first[0]
+    members = {
+        (number, projection): experts.get(number, {}).get(projection)
+        or _stored_whole(f"{name}.{number}.{projection}", some, tensors)
+        for number in range(count)
+        for projection in projections
+    }
+    first = [[members[number, projection] for projection in projections[:-1]] for number in range(count)]
+    down = [[members[number, projections[-1]]] for number in range(count)]
+    gate_up_sets, down_sets = _sets(first), _sets(down)
+    one, last = first[0][0], down[0][0]
+    if (last.n, last.k) != (one.k, one.n):
+        raise ModelOptExtError.at(file, f"{last.name}.weight", f"N, K = {[one.k, one.n]}", [last.n, last.k])
+    with_bias = {BIAS.name in member.stored for member in members.values()}
+    if len(with_bias) > 1:
+        without = next(member for member in members.values() if BIAS.name not in member.stored)
         raise ModelOptExtError.at(file, f"{without.name}.bias", "a bias of every projection, or of none", "none")
-    return ExpertLayer(
-        name,
-        projections,
-        len(experts),
-        first[0].scheme,
-        down[0].scheme,
-        first[0].k,
-        first[0].n,
-        BIAS.name in down[0].stored,
-    )
+    return ExpertLayer(name, projections, count, gate_up_sets, down_sets, one.k, one.n, True in with_bias)
+
+
+def _stored_whole(module: str, beside: QuantizedLinear, tensors: Mapping[str, StoredTensor]) -> QuantizedLinear:
+    """Return the description of an expert's projection that is stored unquantized beside quantized ones.
+
+    Raises:
+        ModelOptExtError: there is none, or it is no matrix of floating-point numbers.
+    """
+    file = next(iter(beside.stored.values())).file
+    weight = tensors.get(f"{module}.weight")
+    if weight is None:
+        raise ModelOptExtError.at(file, f"{module}.weight", f"an expert beside {beside.name}", "none")
+    (spec,) = UNQUANTIZED.tensors
+    if weight.dtype not in spec.dtypes or len(weight.shape) != 2:
+        expected = f"{beside.scheme.algo}, as {beside.name}, or an unquantized matrix"
+        raise ModelOptExtError.at(weight.file, weight.name, expected, f"{weight.dtype} {list(weight.shape)}")
+    stored = {name: tensors[f"{module}.{name}"] for name in ("weight", BIAS.name) if f"{module}.{name}" in tensors}
+    return QuantizedLinear(module, UNQUANTIZED, weight.shape[0], weight.shape[1], stored)
+
+
+def _sets(experts: Sequence[Sequence[QuantizedLinear]]) -> tuple[ExpertSet, ...]:
+    """Return a layer's experts by the scheme of one product, from the shards of each; unquantized ones last.
+
+    Raises:
+        ModelOptExtError: shards of an expert differ in their algorithm, experts differ in sizes, or those under one algorithm in
+            their scheme or tensors.
+    """
+    found: dict[str, list[int]] = {}
+    for number, shards in enumerate(experts):
+        for linear in shards:
+            _check_bias(linear)
+            if linear.scheme.algo != shards[0].scheme.algo:
+                stored = linear.stored["weight"]
+                expected = f"{shards[0].scheme.algo}, as {shards[0].name}"
+                raise ModelOptExtError.at(stored.file, stored.name, expected, linear.scheme.algo)
+            _check_sizes(experts[0][0], linear)
+        found.setdefault(shards[0].scheme.algo, []).append(number)
+    for numbers in found.values():
+        for number in numbers:
+            for linear in experts[number]:
+                _check_same(experts[numbers[0]][0], linear)
+    if len(found) == 1:
+        return (ExpertSet(experts[0][0].scheme),)
+    ordered = sorted(found, key=lambda algo: algo == UNQUANTIZED.algo)
+    return tuple(ExpertSet(experts[found[algo][0]][0].scheme, tuple(found[algo])) for algo in ordered)
 
 
 def _unquantized(name: str, experts: Mapping[int, object], tensors: Mapping[str, StoredTensor]) -> set[str]:
@@ -182,8 +236,8 @@ def check_shared(layer: ExpertLayer, linears: Mapping[str, QuantizedLinear]) -> 
         layer: the experts.
         linears: the checkpoint's quantized linear layers, by canonical name.
     """
-    if layer.packed is not None or not layer.gated:
-        expected = "experts with a gate, stored one by one, beside a fused shared expert"
+    if layer.packed is not None or not layer.gated or not layer.is_uniform:
+        expected = "experts with a gate, stored one by one, all in one format, beside a fused shared expert"
         raise ModelOptExtError.at("checkpoint", layer.name, expected, "others")
     block = layer.name.removesuffix("experts")
     for names in SHARED_EXPERTS:
@@ -193,9 +247,10 @@ def check_shared(layer: ExpertLayer, linears: Mapping[str, QuantizedLinear]) -> 
             if shared is None:
                 break
             _check_same(first, shared)
+            _check_sizes(first, shared)
         else:
             return
-    expected = f"{layer.down.algo} projections, as {layer.name} has, or --disable-shared-experts-fusion"
+    expected = f"{layer.down[0].scheme.algo} projections, as {layer.name} has, or --disable-shared-experts-fusion"
     raise ModelOptExtError.at("checkpoint", f"{block}{SHARED_EXPERTS[0]}", expected, "unquantized ones, or none")
 
 
@@ -228,9 +283,13 @@ def _check_same(first: QuantizedLinear, linear: QuantizedLinear) -> None:
         raise ModelOptExtError.at(
             file, linear.name, f"{first.scheme.describe()}, as {first.name}", linear.scheme.describe()
         )
+
+
+def _check_sizes(first: QuantizedLinear, linear: QuantizedLinear) -> None:
+    """Raise ModelOptExtError unless two experts have equal sizes."""
     if (linear.n, linear.k) != (first.n, first.k):
         raise ModelOptExtError.at(
-            file,
+            next(iter(linear.stored.values())).file,
             f"{linear.name}.weight",
             f"N, K = {[first.n, first.k]}, as {first.name}",
             [linear.n, linear.k],

@@ -160,8 +160,18 @@ def _experts_of_one_layer(subject: Subject) -> str | None:
         block, experts, _ = name.partition(".experts.")
         if experts:
             algos.setdefault(block, set()).add(layer.algo)
-    mixed = any(len(found) > 1 for found in algos.values())
-    return "it gives the experts of a layer one algorithm, these have several" if mixed else None
+    if any(len(found) > 1 for found in algos.values()):
+        return "it gives the experts of a layer one algorithm, these have several"
+    stored: dict[str, dict[bool, str]] = {}
+    tensors = subject.tensors or ()
+    for name in tensors:
+        module, _, last = name.rpartition(".")
+        expert = EXPERT.fullmatch(module) if last == "weight" else None
+        if expert is not None:
+            is_quantized = any(f"{module}.{scale}" in tensors for scale in (_MODELOPT_SCALE, _STOCK_SCALE))
+            stored.setdefault(expert["layer"], {})[is_quantized] = module
+    plain = next((kinds[False] for kinds in stored.values() if len(kinds) > 1), None)
+    return f"it takes {plain} for quantized, as other experts of its layer are" if plain else None
 
 
 def _mixtral(subject: Subject) -> str | None:

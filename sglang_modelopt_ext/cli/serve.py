@@ -11,6 +11,7 @@ import msgspec
 
 from sglang_modelopt_ext.cli.command import Command, Result
 from sglang_modelopt_ext.cli.quantize import add_recipe_arguments, options
+from sglang_modelopt_ext.workflow.common.served_speed import advice_here
 from sglang_modelopt_ext.workflow.serve import DEFAULT_CACHE, Launch, prepare
 
 
@@ -52,6 +53,9 @@ def _result(launch: Launch) -> ServeResult:
 
 
 def _run(args: argparse.Namespace) -> Result:
+    line = advice_here()
+    if line is not None:
+        print(line, file=sys.stderr, flush=True)
     launch = prepare(args.model, options(args), args.cache_dir, args.rest)
     result = _result(launch)
     if args.dry_run:

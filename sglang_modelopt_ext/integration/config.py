@@ -12,7 +12,7 @@ import torch
 from sglang.srt.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
 from sglang_modelopt_ext.backends.select import rounds_fp4
-from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, check_shared, projections_of
+from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, ExpertSet, check_shared, projections_of
 from sglang_modelopt_ext.checkpoint.kv_cache import STOCK_FLAGS
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.ownership import owned_family
@@ -255,7 +255,7 @@ class ModelOptExtConfig(QuantizationConfig):
             raise ModelOptExtError.at(
                 where, prefix, "gate, up and down of the experts all quantized", "only some of them"
             )
-        return ExtFusedMoEMethod(gate_up, down, where, prefix, self.math, None)
+        return ExtFusedMoEMethod((ExpertSet(gate_up),), (ExpertSet(down),), where, prefix, self.math, None)
 
     def _same(self, prefix: str, schemes: set[LayerScheme | None]) -> LayerScheme | None:
         if len(schemes) > 1:

@@ -410,13 +410,13 @@ def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> 
     if isinstance(module, FusedMoE):
         # SGLang's own loader is called for every expert and drops those of other ranks.
         method = module.quant_method
+        product, _, spec = parameter.partition("_")
         own = isinstance(method, ExtFusedMoEMethod)
-        count = module.num_local_experts if own else module.num_experts
+        experts = method.members_with(product, spec) if own else range(module.num_experts)
         if not any(isinstance(entry, tuple) for entry in found):
             return found  # all experts at once
-        product = parameter.partition("_")[0]
         shards = shards_of(module.moe_runner_config.is_gated).get(product, ())
-        return {(expert, shard) for expert in range(count) for shard in shards}
+        return {(expert, shard) for expert in experts for shard in shards}
     if found & {"q", "k", "v"}:
         return {"q", "k", "v"}
     return set(range(len(getattr(module, "output_sizes", ()))))

@@ -7,23 +7,23 @@ therefore has another name, and its parameters have their own loader.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
 from sglang_modelopt_ext.backends.experts.fused import FusedRequest
-from sglang_modelopt_ext.checkpoint.experts import ExpertLayer
+from sglang_modelopt_ext.checkpoint.experts import ExpertLayer, ExpertSet
 from sglang_modelopt_ext.checkpoint.packed import part_along_n
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.linear_method import fill_dummy
-from sglang_modelopt_ext.integration.parameters import ExpertParameter
-from sglang_modelopt_ext.layers.experts import ExpertProduct
+from sglang_modelopt_ext.integration.parameters import ExpertParameter, MixedExpertParameter
+from sglang_modelopt_ext.layers.experts import ExpertPart, ExpertProduct, ExpertProducts
 from sglang_modelopt_ext.layers.fused import FusedProduct
 from sglang_modelopt_ext.layers.mixture import Biases, Choices, mix
-from sglang_modelopt_ext.schemes.base import BIAS, LayerScheme
+from sglang_modelopt_ext.schemes.base import BIAS
 from sglang_modelopt_ext.schemes.table import math_of
 from sglang_modelopt_kernels.formats.base import TensorSpec
 from sglang_modelopt_kernels.moe.activation import SWIGLU, Activation, Function
@@ -71,8 +71,8 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
     """SGLang's quantization method of the experts of one layer of a checkpoint.
 
     Args:
-        gate_up: the quantization of every expert's gate and up.
-        down: the quantization of every expert's down.
+        gate_up: the layer's experts by the scheme of their gate and up.
+        down: the layer's experts by the scheme of their down.
         where: the checkpoint's folder, for errors.
         prefix: the layer's name in SGLang's module tree, for errors.
         math: the numerics of NVFP4 weights with FP8 activations.
@@ -81,8 +81,8 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
 
     def __init__(
         self,
-        gate_up: LayerScheme,
-        down: LayerScheme,
+        gate_up: Sequence[ExpertSet],
+        down: Sequence[ExpertSet],
         where: object,
         prefix: str,
         math: W4A8Math,
@@ -91,12 +91,10 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         self.where = where
         self.prefix = prefix
         self.stored = stored
-        dtype = torch.get_default_dtype()
-        self.schemes = {GATE_UP: gate_up, DOWN: down}
-        self.products = {
-            name: ExpertProduct(scheme, where, f"{prefix}.{name}", math_of(scheme, math), dtype)
-            for name, scheme in self.schemes.items()
-        }
+        self.math = math
+        self.sets = {GATE_UP: tuple(gate_up), DOWN: tuple(down)}
+        self.products: dict[str, ExpertProducts] = {}
+        """The products by SGLang's prefix of their parameters, of this rank's experts; set with the parameters."""
         self.fused = FusedProduct(where, prefix)
         """The whole layer in one call, used in place of both products where it was prepared."""
         self.verified = False
@@ -136,44 +134,90 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
             GATE_UP: (intermediate_size_per_partition, hidden_size),
             DOWN: (hidden_size, intermediate_size_per_partition),
         }
-        for product in self.products.values():
-            product.dtype = params_dtype
+        for name, sets in self.sets.items():
+            parts = [(one, self._members(layer, one)) for one in sets]
+            self.products[name] = ExpertProducts(
+                [ExpertPart(self._product(name, one, params_dtype), members) for one, members in parts if members], name
+            )
         if _of(layer, "moe_tp_size") > 1:
-            self.products[DOWN].rank_amax = _rank_maximum
+            for part in self.products[DOWN].parts:
+                part.product.rank_amax = _rank_maximum
 
         def create() -> None:
-            for name, scheme in self.schemes.items():
-                for spec in self._specs(name):
-                    try:
-                        parameter = ExpertParameter(spec, num_experts, len(self.shards[name]), *self._sizes[name])
-                    except ValueError as error:
-                        raise ModelOptExtError.at(
-                            self.where,
-                            f"{self.prefix}.{name}_{spec.name}",
-                            f"sizes per rank that hold whole blocks of {scheme.weight.name}",
-                            error,
-                        ) from error
+            for name in self.sets:
+                for spec_name in self.spec_names(name):
+                    parameter = self._parameter(name, spec_name)
                     parameter.weight_loader = _loader(layer, name, self.shards[name])  # type: ignore[attr-defined]
-                    layer.register_parameter(f"{name}_{spec.name}", parameter)
+                    layer.register_parameter(f"{name}_{spec_name}", parameter)
 
         create()
         self._create = create
+
+    def _members(self, layer: torch.nn.Module, one: ExpertSet) -> tuple[int, ...]:
+        """Return the numbers on this rank of the experts of a set."""
+        if one.numbers is None:
+            return tuple(range(self.experts))
+        local = (_of(layer, "_map_global_expert_id_to_local_expert_id")(number) for number in one.numbers)
+        return tuple(sorted(number for number in local if number >= 0))
+
+    def _product(self, name: str, one: ExpertSet, dtype: torch.dtype) -> ExpertProduct:
+        return ExpertProduct(one.scheme, self.where, f"{self.prefix}.{name}", math_of(one.scheme, self.math), dtype)
+
+    def _parameter(self, name: str, spec_name: str) -> ExpertParameter:
+        """Return the unset parameter for one tensor of every expert that stores it.
+
+        Raises:
+            ModelOptExtError: this rank's sizes cut through a block.
+        """
+        if spec_name == BIAS.name:
+            return self._one_parameter(name, BIAS, self.experts)
+        parts = self.products[name].parts
+        found = [
+            (self._one_parameter(name, spec, len(part.members)), part.members)
+            for part in parts
+            for spec in part.product.stored_scheme.tensors
+            if spec.name == spec_name
+        ]
+        return found[0][0] if len(parts) == 1 and found else MixedExpertParameter(found)
+
+    def _one_parameter(self, name: str, spec: TensorSpec, experts: int) -> ExpertParameter:
+        try:
+            return ExpertParameter(spec, experts, len(self.shards[name]), *self._sizes[name])
+        except ValueError as error:
+            expected = f"sizes per rank that hold whole blocks, of {self.sets[name][0].scheme.weight.name}"
+            raise ModelOptExtError.at(self.where, f"{self.prefix}.{name}_{spec.name}", expected, error) from error
 
     @property
     def shards(self) -> dict[str, tuple[str, ...]]:
         """SGLang's ids of the shards of each product."""
         return shards_of(self.activation.gated)
 
-    def _specs(self, name: str) -> tuple[TensorSpec, ...]:
-        """Return the specs of a product's stored tensors, its bias included."""
-        return (*self.schemes[name].tensors, BIAS) if self.activation.bias else self.schemes[name].tensors
+    def _specs(self, part: ExpertPart) -> tuple[TensorSpec, ...]:
+        """Return the specs of the stored tensors of some experts, their bias included."""
+        tensors = part.product.stored_scheme.tensors
+        return (*tensors, BIAS) if self.activation.bias else tensors
+
+    def spec_names(self, name: str) -> tuple[str, ...]:
+        """Return the names of the tensors that some expert of the layer stores for a product, on this rank or another."""
+        specs = [spec.name for one in self.sets[name] for spec in one.scheme.tensors]
+        return tuple(dict.fromkeys([*specs, BIAS.name] if self.activation.bias else specs))
+
+    def members_with(self, name: str, spec_name: str) -> tuple[int, ...]:
+        """Return the numbers on this rank of the experts that store a tensor ``spec_name`` for a product."""
+        parts = self.products[name].parts
+        return tuple(
+            member
+            for part in parts
+            if any(spec.name == spec_name for spec in self._specs(part))
+            for member in part.members
+        )
 
     def _check_layer(self, layer: torch.nn.Module) -> None:
         """Raise an error that names the option or field for a layer of experts that is not supported here."""
         from sglang.srt.layers.moe import get_moe_a2a_backend
 
         config = _of(layer, "moe_runner_config")
-        scheme = self.schemes[GATE_UP]
+        low_rank = any(one.scheme.low_rank for sets in self.sets.values() for one in sets)
         unserved = {
             "--moe-a2a-backend": ("none", not get_moe_a2a_backend().is_none()),
             "--enable-eplb, --ep-num-redundant-experts, --init-expert-location": (
@@ -186,7 +230,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                 "at most one shared expert among the routed ones",
                 (config.num_fused_shared_experts or 0) > 1,
             ),
-            "svdquant_lora_a": ("experts without a low-rank branch", scheme.low_rank or self.schemes[DOWN].low_rank),
+            "svdquant_lora_a": ("experts without a low-rank branch", low_rank),
         }
         for subject, (expected, is_so) in unserved.items():
             if is_so:
@@ -243,35 +287,58 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
                 "a load through the strict reader",
                 "a loader that bypasses it (see --load-format)",
             )
-        stored = {name: self._stored(layer, name) for name in self.schemes}
+        stored = {name: self._stored(layer, name) for name in self.sets}
         sizes = {name: (n * len(self.shards[name]), k) for name, (n, k) in self._sizes.items()}
         top_k = self._config.top_k or 1
-        device = stored[DOWN][0][0]["weight"].device
-        gate_up, down = (
-            self.products[name].request(device, *sizes[name], self.experts, top_k) for name in (GATE_UP, DOWN)
-        )
-        request = FusedRequest(gate_up, down, self._config.apply_router_weight_on_input, self.activation)
-        is_fused = self.fused.prepare(layer, request, stored[GATE_UP], stored[DOWN])
-        for name, scheme in self.schemes.items():
+        is_fused = self._fuse(layer, stored, sizes, top_k)
+        for name in self.sets:
             if not is_fused:
                 self.products[name].prepare(layer, name, stored[name], *sizes[name], top_k)
             del stored[name]
-            for spec in scheme.tensors:
-                delattr(layer, f"{name}_{spec.name}")
+            for spec_name in self.spec_names(name):
+                if spec_name != BIAS.name:
+                    delattr(layer, f"{name}_{spec_name}")
+
+    def _fuse(
+        self,
+        layer: torch.nn.Module,
+        stored: Mapping[str, list[list[dict[str, torch.Tensor]]]],
+        sizes: Mapping[str, tuple[int, int]],
+        top_k: int,
+    ) -> bool:
+        """Prepare the whole layer for one call where it is asked for and all experts have one scheme; return whether it is."""
+        if any(len(product.parts) > 1 for product in self.products.values()):
+            return False
+        device = stored[DOWN][0][0]["weight"].device
+        gate_up, down = (
+            self.products[name].parts[0].product.request(device, *sizes[name], self.experts, top_k)
+            for name in (GATE_UP, DOWN)
+        )
+        request = FusedRequest(gate_up, down, self._config.apply_router_weight_on_input, self.activation)
+        return self.fused.prepare(layer, request, stored[GATE_UP], stored[DOWN])
 
     def _stored(self, layer: torch.nn.Module, name: str) -> list[list[dict[str, torch.Tensor]]]:
         """Return the stored tensors of one product as ``[expert][shard][spec name]``."""
-        parameters = {spec.name: layer.get_parameter(f"{name}_{spec.name}").data for spec in self.schemes[name].tensors}
-        return [
-            [{key: data[expert, shard] for key, data in parameters.items()} for shard in range(len(self.shards[name]))]
-            for expert in range(self.experts)
-        ]
+        stored: list[list[dict[str, torch.Tensor]]] = [[{} for _ in self.shards[name]] for _ in range(self.experts)]
+        for spec_name in self.spec_names(name):
+            parameter = layer.get_parameter(f"{name}_{spec_name}")
+            assert isinstance(parameter, ExpertParameter)
+            if spec_name == BIAS.name:
+                continue
+            for expert in self.members_with(name, spec_name):
+                for shard, tensors in enumerate(stored[expert]):
+                    tensors[spec_name] = parameter.of(expert, shard)
+        return stored
 
     @property
-    def kernels(self) -> dict[str, str]:
-        """The name of the kernel that serves each product; empty until the weights are prepared."""
-        serving = {name: self.fused.backend or product.backend for name, product in self.products.items()}
-        return {name: backend.name for name, backend in serving.items() if backend}
+    def kernels(self) -> dict[str, tuple[str, ...]]:
+        """The names of the kernels that serve each product, one for each part; empty until the weights are prepared."""
+        fused = self.fused.backend
+        return {
+            name: (fused.name,) if fused else product.backends
+            for name, product in self.products.items()
+            if fused or product.backends
+        }
 
     def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
         """Replace the prepared weights by unset parameters for the stored tensors, before weights are updated from disk."""
@@ -347,8 +414,9 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
 
     def fill_dummy(self, layer: torch.nn.Module) -> None:
         """Fill the layer's parameters with legal values for ``--load-format dummy``."""
-        for name in self.schemes:
-            for spec in self._specs(name):
+        for name, product in self.products.items():
+            (part,) = product.parts  # without a checkpoint all experts have one scheme
+            for spec in self._specs(part):
                 fill_dummy(layer.get_parameter(f"{name}_{spec.name}").data, spec)
         self.verified = True
 

@@ -207,12 +207,50 @@ class ExpertParameter(torch.nn.Parameter):
         self.n = n
         self.k = k
 
+    def of(self, expert: int, shard: int) -> torch.Tensor:
+        """Return the tensor of one expert and shard, a view."""
+        return self.data[expert, shard]
+
     def load(self, loaded: torch.Tensor, expert: int, shard: int, n_rank: int, k_rank: int) -> None:
         """Copy one expert's stored tensor, sliced for this rank; a scalar may have the shape ``[1]``."""
-        target = self.data[expert, shard]
+        target = self.of(expert, shard)
         if self.spec.is_scalar:
             loaded = loaded.reshape(())
         copy_slice(self.spec, loaded, target, self.n, self.k, n_rank, k_rank)
+
+
+class MixedExpertParameter(ExpertParameter):
+    """A parameter of a layer whose experts have several schemes: one :class:`ExpertParameter` for those of each.
+
+    It has no values of its own. SGLang finds it by the name that all of them share.
+    """
+
+    def __new__(cls, parts: Sequence[tuple[ExpertParameter, Sequence[int]]]) -> MixedExpertParameter:
+        """Return a parameter of some experts.
+
+        Args:
+            parts: parameters, each with the numbers of its experts on this rank in order.
+        """
+        del parts
+        parameter: MixedExpertParameter = torch.nn.Parameter._make_subclass(cls, torch.empty(0), False)
+        return parameter
+
+    def __init__(self, parts: Sequence[tuple[ExpertParameter, Sequence[int]]]) -> None:
+        self._places = {
+            member: (parameter, place) for parameter, members in parts for place, member in enumerate(members)
+        }
+
+    def of(self, expert: int, shard: int) -> torch.Tensor:
+        """Return the tensor of one expert and shard, a view."""
+        parameter, place = self._places[expert]
+        return parameter.of(place, shard)
+
+    def load(self, loaded: torch.Tensor, expert: int, shard: int, n_rank: int, k_rank: int) -> None:
+        """Copy one expert's stored tensor. Raises ValueError for an expert that stores no such tensor."""
+        if expert not in self._places:
+            raise ValueError(f"no such tensor of expert {expert} on this rank expected, one stored")
+        parameter, place = self._places[expert]
+        parameter.load(loaded, place, shard, n_rank, k_rank)
 
 
 def _unset(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -49,10 +49,12 @@ def count_products(model: torch.nn.Module) -> dict[Product, int]:
             if method.backend:
                 counts[Product(method.scheme, method.math, method.backend.name)] += 1
             continue
-        for name, kernel in method.kernels.items():
+        for name, kernels in method.kernels.items():
             first = "gate and up" if method.activation.gated else "up"
-            product, projections = method.products[name], first if name == GATE_UP else "down"
-            counts[Product(product.scheme, product.math, kernel, projections, method.experts)] += 1
+            projections = first if name == GATE_UP else "down"
+            for part, kernel in zip(method.products[name].parts, kernels, strict=True):
+                one = part.product
+                counts[Product(one.scheme, one.math, kernel, projections, len(part.members))] += 1
     return dict(sorted(counts.items(), key=lambda entry: str(entry[0])))
 
 

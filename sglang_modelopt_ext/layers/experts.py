@@ -1,5 +1,7 @@
 """One product of a layer's experts, from the stored tensors of each expert to the output rows. It needs no SGLang.
 
+A layer may have experts in several formats: each has a product of its own, which leaves out the rows of the others' experts.
+
 Every expert keeps its own scales. Where all experts round their input with one scale (as ModelOpt exports gate and up), a token is
 rounded once; otherwise each pair of a token and an expert is rounded with that expert's scale. Gate and up share a product unless
 some expert rounds their inputs differently.
@@ -13,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_modelopt_ext.backends.base import PreparedWeight, ShardWeight, tensors_of, without_tensors
-from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
+from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, ExpertBackend, ExpertRequest, Routing
 from sglang_modelopt_ext.backends.select import expert_candidates, prepare_first, served_scheme
 from sglang_modelopt_ext.backends.self_test import check_expert_backend
 from sglang_modelopt_ext.backends.timings import gpu_of
@@ -71,6 +73,8 @@ class ExpertProduct:
         dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         self.scheme = scheme
+        """How it is served: from the preparation on without roundings that are left out on its device."""
+        self.stored_scheme = scheme
         self.where = where
         self.prefix = prefix
         self.math = math
@@ -231,6 +235,88 @@ class ExpertProduct:
         else:
             row_scale = weights
         return self.backend.matmul(weight, values, row_scale, routing, out_dtype)
+
+
+@dataclass(frozen=True)
+class ExpertPart:
+    """Experts that share a product.
+
+    Attributes:
+        product: of these experts.
+        members: their numbers on this rank, ascending.
+    """
+
+    product: ExpertProduct
+    members: tuple[int, ...]
+
+
+class ExpertProducts:
+    """One product of all of a layer's experts on a rank, as the sum of products of those that have one scheme.
+
+    Args:
+        parts: that together have each expert once.
+        name: a name for the tensors on the layer.
+    """
+
+    def __init__(self, parts: Sequence[ExpertPart], name: str) -> None:
+        self.parts = tuple(parts)
+        self._places = [f"{name}_places_{number}" for number in range(len(parts))] if len(parts) > 1 else []
+
+    def prepare(
+        self, layer: torch.nn.Module, name: str, experts: Sequence[ExpertShards], n: int, k: int, top_k: int
+    ) -> None:
+        """Prepare each part; the arguments are those of :meth:`ExpertProduct.prepare`, of all experts."""
+        for number, part in enumerate(self.parts):
+            own = f"{name}_{number}" if self._places else name
+            part.product.prepare(layer, own, [experts[member] for member in part.members], n, k, top_k)
+        for attribute, part in zip(self._places, self.parts, strict=True) if self._places else ():
+            places = torch.full((len(experts),), NO_EXPERT, dtype=torch.int32)
+            places[list(part.members)] = torch.arange(len(part.members), dtype=torch.int32)
+            placed = places.to(experts[0][0]["weight"].device)
+            layer.register_parameter(attribute, torch.nn.Parameter(placed, requires_grad=False))
+
+    def release(self, layer: torch.nn.Module) -> None:
+        """Remove the prepared tensors from ``layer``."""
+        for part in self.parts:
+            part.product.release(layer)
+        for attribute in self._places:
+            delattr(layer, attribute)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The name of each part's backend; empty until they are prepared."""
+        return tuple(part.product.backend.name for part in self.parts if part.product.backend is not None)
+
+    def apply(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        routing: Routing,
+        out_dtype: torch.dtype,
+        weights: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Multiply every row by the weights of its expert; see :meth:`ExpertProduct.apply`."""
+        if not self._places:
+            return self.parts[0].product.apply(layer, x, routing, out_dtype, weights)
+        total: torch.Tensor | None = None
+        for part, attribute in zip(self.parts, self._places, strict=True):
+            of_part = self._routing(routing, part, layer.get_parameter(attribute))
+            y = part.product.apply(layer, x, of_part, out_dtype, weights)
+            # A row is zero in all parts but that of its expert: the sum is exact.
+            total = y if total is None else total + y
+        assert total is not None, "a layer has experts"
+        return total
+
+    @staticmethod
+    def _routing(routing: Routing, part: ExpertPart, places: torch.Tensor) -> Routing:
+        """Return the routing to a part's experts, by their place in it; made once for all products of a pass."""
+        key = ("part", part.members)
+        if key not in routing.derived:
+            experts = routing.experts
+            found = torch.where(experts < 0, NO_EXPERT, places[experts.clamp(min=0).long()])
+            routing.derived[key] = Routing(found.to(torch.int32), routing.top_k)
+        derived: Routing = routing.derived[key]
+        return derived
 
 
 def _for_rows(tensor: torch.Tensor, routing: Routing) -> torch.Tensor:

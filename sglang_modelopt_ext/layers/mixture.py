@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_modelopt_ext.backends.experts.base import Routing
-from sglang_modelopt_ext.layers.experts import ExpertProduct
+from sglang_modelopt_ext.layers.experts import ExpertProduct, ExpertProducts
 from sglang_modelopt_kernels.moe import activation as kernel
 from sglang_modelopt_kernels.moe.activation import SWIGLU, Activation
 from sglang_modelopt_kernels.moe.combine import combine
@@ -45,8 +45,8 @@ class Biases:
 
 def mix(
     layer: torch.nn.Module,
-    first: ExpertProduct,
-    down: ExpertProduct,
+    first: ExpertProduct | ExpertProducts,
+    down: ExpertProduct | ExpertProducts,
     x: torch.Tensor,
     choices: Choices,
     activation: Activation = SWIGLU,

@@ -11,6 +11,7 @@ import torch
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS, WEIGHT_FORMATS
 from sglang_modelopt_kernels.formats.base import ActivationFormat, Dim, TensorSpec, ValueRule, WeightFormat
+from sglang_modelopt_kernels.formats.unquantized import UnquantizedWeight
 
 # A server keeps such a tensor in the first type: float32 holds the values of all three exactly.
 _MODEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,12 +71,18 @@ class LayerScheme:
 
     def describe(self) -> str:
         """Return a phrase for logs, such as ``W4A8_NVFP4_FP8 (weights nvfp4_w4a8, activations fp8_static)``."""
+        if self == UNQUANTIZED:
+            return self.algo
         parts = [f"weights {self.weight.name}", f"activations {self.activation.name if self.activation else 'none'}"]
         if self.smoothing:
             parts.append("smoothing")
         if self.low_rank:
             parts.append(f"rank {self.low_rank}")
         return f"{self.algo} ({', '.join(parts)})"
+
+
+UNQUANTIZED = LayerScheme("unquantized", UnquantizedWeight(), None)
+"""An expert that is stored as it is, beside quantized ones. It is no algorithm of ModelOpt, and in no table."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from sglang_modelopt_ext.env import W4A8Math, w4a8_math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.schemes.base import LayerScheme, Scheme
+from sglang_modelopt_ext.schemes.base import UNQUANTIZED, LayerScheme, Scheme
 
 W4A8, MXFP4, UMBRELLA = "modelopt_w4a8", "modelopt_mxfp4", "modelopt_ext"
 
@@ -126,6 +126,6 @@ def math_of(scheme: LayerScheme, math: W4A8Math | None = None) -> W4A8Math:
         scheme: how the layer is quantized.
         math: the choice; None for that of ``SGLANG_MODELOPT_EXT_W4A8_MATH``.
     """
-    if not SCHEMES[scheme.algo].rounds_weight_to_fp8:
+    if scheme == UNQUANTIZED or not SCHEMES[scheme.algo].rounds_weight_to_fp8:
         return "exact"
     return w4a8_math() if math is None else math

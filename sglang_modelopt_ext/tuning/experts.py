@@ -18,7 +18,7 @@ from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.layers.experts import ExpertProduct
-from sglang_modelopt_ext.schemes.base import LayerScheme
+from sglang_modelopt_ext.schemes.base import UNQUANTIZED, LayerScheme
 from sglang_modelopt_ext.schemes.table import math_of
 from sglang_modelopt_ext.tuning.sample import (
     TOLERANCE,
@@ -85,9 +85,15 @@ def experts_of(checkpoint: Checkpoint, tp_size: int = 1) -> list[ExpertKind]:
             where = checkpoint.folder / CONFIG_NAME
             raise ModelOptExtError.at(where, "num_experts_per_tok", f"a number from 1 to {layer.count}", top_k)
         parts, first = (2, "gate_up") if layer.gated else (1, "up")
+        products = (
+            (layer.gate_up, parts * inner, layer.hidden, parts, first),
+            (layer.down, layer.hidden, inner, 1, "down"),
+        )
         for kind in (
-            ExpertKind(layer.gate_up, parts * inner, layer.hidden, parts, layer.count, top_k, f"{layer.name}.{first}"),
-            ExpertKind(layer.down, layer.hidden, inner, 1, layer.count, top_k, f"{layer.name}.down"),
+            ExpertKind(one.scheme, n, k, shards, one.count(layer.count), top_k, f"{layer.name}.{name}")
+            for sets, n, k, shards, name in products
+            for one in sets
+            if one.scheme != UNQUANTIZED
         ):
             alike = dataclasses.replace(kind, name="")
             found = kinds.get(alike)

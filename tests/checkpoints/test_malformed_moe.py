@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from sglang_modelopt_ext.checkpoint.experts import check_shared
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
 from tests.support import edits
 from tests.support.exports import export
 from tests.support.models import MOE_FAMILIES, Family, model_dir
-from tests.support.moe import EXPERTS, mixed_checkpoint, tiny
+from tests.support.moe import EXPERTS, mixed_checkpoint, swap_format, tiny, unquantize
 
 W4A8 = "W4A8_NVFP4_FP8_CFG"
 NAMES = {
@@ -41,43 +42,37 @@ def test_projections_may_differ(tmp_path: Path) -> None:
     folder = mixed_checkpoint("qwen3_moe", tmp_path / "mixed")
     swap_format(folder, "down_proj", range(EXPERTS))
     layer = read_checkpoint(folder).experts["layers.0.mlp.experts"]
-    assert (layer.gate_up.algo, layer.down.algo) == ("W4A8_NVFP4_FP8", "MXFP8")
+    assert [scheme.algo for scheme in layer.schemes] == ["W4A8_NVFP4_FP8", "MXFP8"]
+    assert layer.is_uniform
 
 
-def swap_format(folder: Path, projection: str, experts: range) -> None:
-    """Replace a projection of experts in layer 0 by that of an MXFP8 export, in the tensors and in the configuration."""
-    other = edits.read_tensors(export(model_dir(tiny("qwen3_moe")), "MXFP8_DEFAULT_CFG"))
-    modules = [f"model.layers.0.mlp.experts.{number}.{projection}" for number in experts]
-
-    def swap(tensors: edits.Tensors) -> None:
-        for module in modules:
-            for name in [name for name in tensors if name.startswith(module + ".")]:
-                del tensors[name]
-            tensors.update({name: tensor for name, tensor in other.items() if name.startswith(module + ".")})
-
-    def declare(content: dict[str, dict[str, dict[str, object]]]) -> None:
-        for module in modules:
-            content["quantization"]["quantized_layers"][module] = {"quant_algo": "MXFP8", "group_size": 32}
-
-    edits.edit_tensors(swap)(folder)
-    edits.edit_json(edits.QUANT_CONFIG, declare)(folder)
-
-
-@pytest.mark.parametrize(
-    ("projection", "experts", "named"),
-    [
-        ("down_proj", range(2, 3), "experts.2.down_proj: expected W4A8_NVFP4_FP8"),
-        ("up_proj", range(EXPERTS), "up_proj: expected W4A8_NVFP4_FP8"),
-    ],
-)
-def test_experts_of_different_formats(tmp_path: Path, projection: str, experts: range, named: str) -> None:
+def test_experts_may_differ(tmp_path: Path) -> None:
+    """Experts of one product in several formats, unquantized ones last."""
     folder = mixed_checkpoint("qwen3_moe", tmp_path / "mixed")
-    swap_format(folder, projection, experts)
-    with pytest.raises(ModelOptExtError, match=re.escape(named)):
+    swap_format(folder, "down_proj", range(2, 3))
+    unquantize(folder, "*.0.*.experts.0.down_proj")
+    layer = read_checkpoint(folder).experts["layers.0.mlp.experts"]
+    assert [(one.scheme.algo, one.numbers) for one in layer.down] == [
+        ("W4A8_NVFP4_FP8", (1, 3)),
+        ("MXFP8", (2,)),
+        ("unquantized", (0,)),
+    ]
+    assert [one.numbers for one in layer.gate_up] == [None]
+    assert not layer.is_uniform
+    with pytest.raises(ModelOptExtError, match="all in one format, beside a fused shared expert"):
+        check_shared(layer, {})
+
+
+def test_gate_and_up_of_an_expert_have_one_format(tmp_path: Path) -> None:
+    folder = mixed_checkpoint("qwen3_moe", tmp_path / "mixed")
+    swap_format(folder, "up_proj", range(EXPERTS))
+    with pytest.raises(
+        ModelOptExtError, match=r"experts\.0\.up_proj\.weight: expected W4A8_NVFP4_FP8, as .*, got MXFP8"
+    ):
         read_checkpoint(folder)
 
 
-def dequantize(pattern: str) -> edits.Edit:
+def dequantize(pattern: str, shape: tuple[int, ...] = (256, 256), dtype: torch.dtype = torch.bfloat16) -> edits.Edit:
     """Turn layers into unquantized ones that the configuration still calls quantized."""
 
     def change(tensors: edits.Tensors) -> None:
@@ -85,7 +80,7 @@ def dequantize(pattern: str) -> edits.Edit:
             module = name.removesuffix(".weight")
             for part in [part for part in tensors if part.startswith(module + ".")]:
                 del tensors[part]
-            tensors[name] = torch.zeros(256, 256, dtype=torch.bfloat16)
+            tensors[name] = torch.zeros(shape, dtype=dtype)
 
     return edits.edit_tensors(change)
 
@@ -117,9 +112,21 @@ FAULTS: dict[str, tuple[edits.Edit, str]] = {
         edits.drop_tensors("*.1.*.experts.3.*"),
         r"layers\.1\..*\.experts: expected 4 experts, as model\.layers\.0\..*, got 3",
     ),
-    "an expert that is not quantized": (
-        dequantize("*.0.*.experts.0.[dw][o2]*"),
-        r"experts\.0\.(down_proj|w2)\.weight: expected W4A8_NVFP4_FP8, as .*, got unquantized",
+    "an unquantized expert of another size": (
+        dequantize("*.0.*.experts.1.[dw][o2]*", (128, 256)),
+        r"experts\.1\.(down_proj|w2)\.weight: expected N, K = \[256, 256\], as .*, got \[128, 256\]",
+    ),
+    "an unquantized expert that is no matrix": (
+        dequantize("*.0.*.experts.1.[dw][o2]*", (256, 16, 16)),
+        r"experts\.1\.(down_proj|w2)\.weight: expected W4A8_NVFP4_FP8, as .*, or an unquantized matrix, got .*\[256, 16, 16\]",
+    ),
+    "an unquantized expert of integers": (
+        dequantize("*.0.*.experts.1.[dw][o2]*", dtype=torch.int32),
+        r"experts\.1\.(down_proj|w2)\.weight: expected W4A8_NVFP4_FP8, as .*, or an unquantized matrix, got torch.int32",
+    ),
+    "a gate that is not quantized": (
+        dequantize("*.0.*.experts.0.[gw][a1]*"),
+        r"experts\.0\.(up_proj|w3)\.weight: expected unquantized, as .*, got W4A8_NVFP4_FP8",
     ),
     "a bias": (
         edits.edit_tensors(add_bias),

@@ -15,7 +15,7 @@ from tests.support.exports import Variant, export
 from tests.support.hybrid_models import hybrid_export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, UNQUANTIZED
 from tests.support.models import FUSED_FAMILIES, Family, TinyModel, model_dir
-from tests.support.moe import mixed_checkpoint, tiny
+from tests.support.moe import mixed_checkpoint, one_expert_off, tiny
 
 POSITIONS = 4096
 """Room for the long prompts of the run."""
@@ -57,7 +57,8 @@ def _dense(family: Family, recipe: Any, variant: Variant, **fields: Any) -> Path
 
 
 def _mixture(family: Family, recipe: Any, variant: Variant, layers: int) -> Path:
-    return export(model_dir(tiny(family, max_position=POSITIONS, layers=layers)), recipe, variant)
+    made = recipe() if callable(recipe) else recipe
+    return export(model_dir(tiny(family, max_position=POSITIONS, layers=layers)), made, variant)
 
 
 def dense(algo: str, family: Family, recipe: Any, kv: str = "none", merge: str | None = None, **fields: Any) -> Export:
@@ -202,6 +203,7 @@ EXPORTS: dict[str, Export] = {
     "moe-w4a8-mxfp4-qwen3_moe": mixture("W4A8_MXFP4_FP8", "qwen3_moe", MXFP4, layers=2),
     **{f"moe-w4a8-nvfp4-{f}": mixture("W4A8_NVFP4_FP8", f, NVFP4) for f in ("mixtral", "qwen2_moe")},
     "moe-w4a8-mxfp4-mixtral": mixture("W4A8_MXFP4_FP8", "mixtral", MXFP4),
+    "moe-w4a8-mxfp4-without-an-expert": mixture("W4A8_MXFP4_FP8", "qwen3_moe", partial(one_expert_off, MXFP4)),
     "moe-nvfp4": mixture("NVFP4", "qwen3_moe", "NVFP4_DEFAULT_CFG"),
     "moe-w4a16-nvfp4": mixture("W4A16_NVFP4", "mixtral", "W4A16_NVFP4_CFG"),
     "moe-w4a16-nvfp4-mlp32": mixture("W4A16_NVFP4", "qwen3_moe", "NVFP4_MLP_WEIGHT_ONLY_CFG"),

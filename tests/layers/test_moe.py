@@ -18,7 +18,7 @@ from sglang.srt.runtime_context import get_parallel
 from sglang_modelopt_ext import env
 from sglang_modelopt_ext.backends.experts.flashinfer import CutlassNvfp4Experts
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
-from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS, W4A8_MATH
+from sglang_modelopt_ext.env import FP4_ACTIVATIONS, MXFP4_ACTIVATIONS, W4A8_MATH
 from sglang_modelopt_ext.integration.loading import quantized_modules
 from tests.layers.harness import load
 from tests.layers.moe_harness import build, published, run
@@ -26,7 +26,7 @@ from tests.layers.test_recipes import FLIP_TOLERANCE, TOLERANCE, layer_inputs, r
 from tests.support import edits, fused_kernel
 from tests.support.exports import Variant, export
 from tests.support.models import MOE_FAMILIES, Family, TinyModel, model_dir
-from tests.support.moe import EXPERTS, TOP_K, mixed_checkpoint, tiny
+from tests.support.moe import EXPERTS, TOP_K, mixed_checkpoint, one_expert_off, swap_format, tiny, unquantize
 from tests.support.reference import Reference
 
 RECIPES = (
@@ -174,7 +174,8 @@ def test_experts_with_scales_of_their_own(tmp_path: Path, family: Family, recipe
     change = edits.distinct_expert_scales(gate_beside_up)
     layers = check_experts(edits.copy_with(export(model_dir(tiny(family)), recipe), tmp_path / "checkpoint", [change]))
     for layer in layers.values():
-        groups = layer.quant_method.products["w13"].groups
+        (part,) = layer.quant_method.products["w13"].parts
+        groups = part.product.groups
         assert [len(group.each) for group in groups] == ([1] if gate_beside_up else [1, 1])
 
 
@@ -198,6 +199,33 @@ def test_mixed_precision(tmp_path: Path, family: Family) -> None:
     check_experts(mixed_checkpoint(family, tmp_path / "mixed"))
 
 
+@pytest.mark.parametrize(
+    "recipe", ["W4A8_MXFP4_FP8_CFG", W4A8, "INT8_SMOOTHQUANT_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"]
+)
+@pytest.mark.parametrize("family", MOE_FAMILIES)
+def test_one_expert_unquantized(family: Family, recipe: str) -> None:
+    """ModelOpt exports it in the model's type and does not list it; its input is not rounded."""
+    for layer in check_experts(export(model_dir(tiny(family)), one_expert_off(recipe))).values():
+        method = layer.quant_method
+        assert [part.members for part in method.products["w13"].parts] == [(0, 1, 3), (2,)]
+        assert [part.product.scheme.algo for part in method.products["w2"].parts][1:] == ["unquantized"]
+
+
+def test_experts_of_several_formats(tmp_path: Path) -> None:
+    """Two formats in one product, unquantized experts in the other, and both in one."""
+    folder = mixed_checkpoint("qwen3_moe", tmp_path / "mixed")
+    swap_format(folder, "down_proj", range(2, 3))
+    unquantize(folder, "*.0.*.experts.[03].gate_proj", "*.0.*.experts.[03].up_proj", "*.0.*.experts.1.down_proj")
+    layer = check_experts(folder)["model.layers.0.mlp.experts"]
+    assert {
+        name: {part.product.scheme.algo: part.members for part in products.parts}
+        for name, products in layer.quant_method.products.items()
+    } == {
+        "w13": {"W4A8_NVFP4_FP8": (1, 2), "unquantized": (0, 3)},
+        "w2": {"W4A8_NVFP4_FP8": (0, 3), "MXFP8": (2,), "unquantized": (1,)},
+    }
+
+
 def test_quantized_vocabulary(tmp_path: Path) -> None:
     """NVFP4 experts in the mix that ModelOpt itself writes; its KV cache is taken out."""
     changes = [
@@ -207,7 +235,7 @@ def test_quantized_vocabulary(tmp_path: Path) -> None:
     ]
     source = export(model_dir(tiny("mixtral")), "NVFP4_FP8_MHA_CONFIG")
     layers = check_experts(edits.copy_with(source, tmp_path / "checkpoint", changes))
-    assert {layer.quant_method.schemes["w13"].algo for layer in layers.values()} == {"NVFP4"}
+    assert {one.scheme.algo for layer in layers.values() for one in layer.quant_method.sets["w13"]} == {"NVFP4"}
 
 
 def test_fp8_math(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,11 +339,15 @@ def sum_of_ranks(
         ("MXFP8_DEFAULT_CFG", 2, 1),
         (W4A8, 2, 2),
         ("W4A8_MXFP4_FP8_CFG", 4, 2),
+        ("W4A8_MXFP4_FP8_CFG without an expert", 2, 1),
+        ("W4A8_MXFP4_FP8_CFG without an expert", 2, 2),
+        ("W4A8_MXFP4_FP8_CFG without an expert", 4, 2),
     ],
 )
 def test_ranks_together_are_one(recipe: str, tp: int, ep: int) -> None:
     """Slices of experts, whole experts, and both: the ranks' sum is what one rank computes, per-token scales included."""
-    folder = export(model_dir(tiny("mixtral", layers=1)), recipe)
+    name, _, without = recipe.partition(" ")
+    folder = export(model_dir(tiny("mixtral", layers=1)), one_expert_off(name) if without else name)
     model, checkpoint = build(folder)
     name, whole = next(iter(expert_layers(model).items()))
     models = [build(folder, rank, tp, ep)[0] for rank in range(tp)]
@@ -340,9 +372,17 @@ def test_excluded_experts_stay_unquantized() -> None:
         assert torch.equal(layer.w2_weight[3], stored.float())
 
 
-def test_reload() -> None:
+@pytest.mark.parametrize(
+    ("recipe", "fp4"), [(W4A8, "round"), ("NVFP4_DEFAULT_CFG", "keep"), (f"{W4A8} without an expert", "round")]
+)
+def test_reload(recipe: str, fp4: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Restoring, loading another checkpoint and preparing again serves the other checkpoint's experts."""
-    first, second = (export(model_dir(tiny("qwen3_moe", seed=seed)), W4A8) for seed in (0, 7))
+    monkeypatch.setenv(FP4_ACTIVATIONS.variable, fp4)
+    config, _, without = recipe.partition(" ")
+    first, second = (
+        export(model_dir(tiny("qwen3_moe", seed=seed)), one_expert_off(config) if without else config)
+        for seed in (0, 7)
+    )
     model, _ = build(first)
     names = {name for name, _ in model.named_parameters()}
     for module, method in quantized_modules(model):
@@ -352,7 +392,8 @@ def test_reload() -> None:
     for name, layer in expert_layers(model).items():
         x = layer_inputs(layer.hidden_size, torch.float32)
         chosen, weights = routing(len(x))
-        expected = reference_layer(second, name)(x, chosen, weights)
+        activation = {"activation": "none"} if fp4 == "keep" else {}
+        expected = reference_layer(second, name, **activation)(x, chosen, weights)
         assert relative_error(run(layer, x, chosen, weights), expected) < FLIP_TOLERANCE
 
 
@@ -376,7 +417,7 @@ def test_one_kernel_for_a_whole_layer(monkeypatch: pytest.MonkeyPatch) -> None:
             load(model, read_checkpoint(folder))
         assert {name for name, _ in model.named_parameters()} == names
         for name, layer in expert_layers(model).items():
-            assert set(layer.quant_method.kernels.values()) == {backend.name}
+            assert set(layer.quant_method.kernels.values()) == {(backend.name,)}
             x = layer_inputs(layer.hidden_size, torch.bfloat16)
             chosen, weights = routing(len(x))
             expected = reference_layer(folder, name)(x.float(), chosen, weights).double()

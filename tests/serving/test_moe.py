@@ -12,7 +12,7 @@ from tests.serving.checks import check_batch_against_single, check_logprobs, che
 from tests.support import edits
 from tests.support.exports import Variant, export
 from tests.support.models import MOE_FAMILIES, Family, TinyModel, model_dir
-from tests.support.moe import mixed_checkpoint, tiny
+from tests.support.moe import mixed_checkpoint, one_expert_off, tiny
 from tests.support.server import Server, failing_start
 
 pytestmark = pytest.mark.server
@@ -73,11 +73,15 @@ def test_a_repaired_mixture(tmp_path: Path) -> None:
         ("mixtral", "INT8_SMOOTHQUANT_CFG", 2, 1),
         ("qwen3_moe", "FP8_DEFAULT_CFG", 2, 2),
         ("qwen3_moe", "MXFP8_DEFAULT_CFG", 2, 1),
+        ("qwen3_moe", f"{MXFP4} without an expert", 1, 1),
+        ("mixtral", f"{NVFP4} without an expert", 2, 1),
+        ("qwen3_moe", f"{NVFP4} without an expert", 2, 2),
     ],
 )
 def test_over_ranks(family: Family, recipe: str, tp: int, ep: int) -> None:
-    """Ranks that hold slices of every expert, and ranks that hold some experts whole."""
-    folder = export(model_dir(tiny(family)), recipe)
+    """Ranks that hold slices of every expert, and ranks that hold some experts whole; one expert may be unquantized."""
+    name, _, without = recipe.partition(" ")
+    folder = export(model_dir(tiny(family)), one_expert_off(name) if without else name)
     with Server(folder, dtype="float32", tp=tp, args=("--ep-size", str(ep))) as server:
         check_logprobs(server, folder, "float32")
 

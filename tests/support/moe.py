@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from tests.support import edits
 from tests.support.exports import export
 from tests.support.models import Family, TinyModel, model_dir
@@ -55,3 +58,46 @@ def mixed_checkpoint(
     section = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers, "exclude_modules": edits.REMOVE}
     edits.set_file_config(section)(folder)
     return folder
+
+
+def one_expert_off(recipe: str) -> dict[str, Any]:
+    """Return ModelOpt's configuration ``recipe`` without the weights of expert 2."""
+    import modelopt.torch.quantization as mtq
+
+    config = copy.deepcopy(getattr(mtq, recipe))
+    off = [{"quantizer_name": f"*experts{name}", "enable": False} for name in ("*_weight_quantizers.2", ".2.*")]
+    return {**config, "quant_cfg": [*config["quant_cfg"], *off]}
+
+
+def swap_format(folder: Path, projection: str, experts: range) -> None:
+    """Replace a projection of experts in layer 0 by that of an MXFP8 export, in the tensors and in the configuration."""
+    other = edits.read_tensors(export(model_dir(tiny("qwen3_moe")), "MXFP8_DEFAULT_CFG"))
+    modules = [f"model.layers.0.mlp.experts.{number}.{projection}" for number in experts]
+
+    def swap(tensors: edits.Tensors) -> None:
+        for module in modules:
+            for name in [name for name in tensors if name.startswith(module + ".")]:
+                del tensors[name]
+            tensors.update({name: tensor for name, tensor in other.items() if name.startswith(module + ".")})
+
+    def declare(content: dict[str, dict[str, dict[str, object]]]) -> None:
+        for module in modules:
+            content["quantization"]["quantized_layers"][module] = {"quant_algo": "MXFP8", "group_size": 32}
+
+    edits.edit_tensors(swap)(folder)
+    edits.edit_json(edits.QUANT_CONFIG, declare)(folder)
+
+
+def unquantize(folder: Path, *patterns: str) -> None:
+    """Decode layers of W4A8_NVFP4_FP8 to bf16, in the tensors alone, as ModelOpt exports an expert that a recipe leaves out."""
+    form = WEIGHT_FORMATS["nvfp4_w4a8"]
+
+    def change(tensors: edits.Tensors) -> None:
+        for pattern in patterns:
+            for name in edits.matching(tensors, f"{pattern}.weight"):
+                prefix = name.removesuffix("weight")
+                parts = {part.removeprefix(prefix): part for part in list(tensors) if part.startswith(prefix)}
+                stored = {part: tensors.pop(full) for part, full in parts.items()}
+                tensors[name] = form.decode(stored).dequantize().to(torch.bfloat16)
+
+    edits.edit_tensors(change)(folder)

@@ -369,6 +369,7 @@ def _spelled(algo: str) -> str:
     return algo.lower() if algo in ("MXFP4", "FP8_PB_WO") else algo
 
 
+EXPERTS = "model.layers.0.mlp.experts"
 UP, DOWN = "model.layers.0.mlp.up_proj", "model.layers.0.mlp.down_proj"
 _SHARDS = mix(
     model__layers__0__mlp__gate_proj="FP8",
@@ -446,6 +447,21 @@ EXPORTS = (
             quantized_layers=mix(
                 model__layers__0__mlp__experts__0__down_proj="FP8", model__layers__0__mlp__experts__0__up_proj="NVFP4"
             ),
+        ),
+    ),
+    Pair(
+        "an_unquantized_expert",
+        model(*MOE),
+        nested("NVFP4", group_size=16, exclude_modules=["lm_head"]),
+        tensors=(f"{EXPERTS}.0.up_proj.weight", f"{EXPERTS}.0.up_proj.weight_scale", f"{EXPERTS}.1.up_proj.weight"),
+    ),
+    Pair(
+        "experts_of_another_layer_unquantized",
+        model(*MOE),
+        nested("NVFP4", group_size=16, exclude_modules=["lm_head", "model.layers.1*"]),
+        tensors=(
+            *(f"{EXPERTS}.0.up_proj.weight", f"{EXPERTS}.0.up_proj.weight_scale"),
+            "model.layers.1.mlp.experts.0.up_proj.weight",
         ),
     ),
     Pair(

@@ -161,18 +161,27 @@ class Reference:
         module: Any,
         math: Math,
         act: Activation,
-    ) -> list[list[QuantLinear]]:
-        """Return the layers of each expert, an empty list when they are not quantized."""
+    ) -> list[list[torch.nn.Module]]:
+        """Return the layers of each expert, an empty list when none is quantized."""
         parts = reference_experts.parts_of(module)
         if reference_experts.is_packed(tensors, name):
             parts = reference_experts.unpack(tensors, name, module.num_experts)
         names = [[f"{name}.{number}.{part}" for part in parts] for number in range(module.num_experts)]
-        experts = [[self._read(section, tensors, part, math, act) for part in expert] for expert in names]
-        read = [[layer for layer in expert if layer is not None] for expert in experts]
-        if not any(read):
+        whole = {part for expert in names for part in expert if reference_experts.is_whole(tensors, part)}
+        if len(whole) == len(parts) * module.num_experts:
             return []
+        experts = [
+            [
+                reference_experts.PlainLinear(tensors.pop(f"{part}.weight"))
+                if part in whole
+                else self._read(section, tensors, part, math, act)
+                for part in expert
+            ]
+            for expert in names
+        ]
+        read = [[layer for layer in expert if layer is not None] for expert in experts]
         if any(len(expert) != len(parts) for expert in read):
-            raise ValueError(f"{name}: some of the experts' layers are quantized, others are not")
+            raise ValueError(f"{name}: some of the experts' layers are declared as quantized, others are not")
         return read
 
     def _read(

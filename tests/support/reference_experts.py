@@ -49,6 +49,25 @@ def unpacked(tensors: Mapping[str, torch.Tensor], name: str, expert: int, expert
     return parts
 
 
+def is_whole(tensors: Mapping[str, torch.Tensor], layer: str) -> bool:
+    """Return whether a layer of an expert is stored in the model's type, without scales."""
+    stored = [name for name in tensors if name.startswith(f"{layer}.")]
+    floats = (torch.bfloat16, torch.float16, torch.float32)
+    return stored == [f"{layer}.weight"] and tensors[stored[0]].dtype in floats
+
+
+class PlainLinear(nn.Module):
+    """An unquantized layer of an expert beside quantized ones: float32, and its input is not rounded."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.to(torch.float32), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x @ weight^T``."""
+        return x @ self.weight.T
+
+
 class QuantExperts(nn.Module):
     """The experts of a mixture, one after the other, in place of the Hugging Face module of the same name.
 

@@ -69,6 +69,7 @@ EXCEPTIONS: dict[str, Ours] = {
     "mix_of_fp8": Ours("it takes a mix without an NVFP4 layer for w4afp8", alone=True),
     "mix_with_fp8_experts": Ours("it serves FP8 experts from SM89 on", GPUS[:1]),
     "mix_inside_an_expert": Ours("it gives the experts of a layer one algorithm, these have several"),
+    "an_unquantized_expert": Ours(r"it takes model\.layers\.0\.mlp\.experts\.1\.up_proj for quantized"),
     "mix_with_w4a8": Ours("it takes layers of W4A8_NVFP4_FP8 in a mix for unquantized ones"),
     "mix_with_modelopts_mxfp8": Ours("it drops the block scales of MXFP8 under ModelOpt's name for them"),
     "mixtral_experts_only": Ours("it fails on a Mixtral whose attention is not quantized"),

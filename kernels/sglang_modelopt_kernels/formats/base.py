@@ -23,8 +23,8 @@ import torch
 from .checks import check_weight
 
 Axis = Literal["N", "K"]
-Element = Literal["e2m1", "e4m3", "int4", "int8"]
-"""The type of one stored element of a weight or an activation."""
+Element = Literal["e2m1", "e4m3", "int4", "int8", "float"]
+"""The type of one stored element of a weight or an activation; ``float`` is one of the model's own types."""
 BlockScale = Literal["e4m3", "ue8m0", "float32"]
 """The type of the scales that blocks of elements share."""
 RowScale = Literal["static", "token"]
@@ -55,8 +55,8 @@ class NumberType:
 
     @property
     def bits(self) -> int:
-        """Bits of one element."""
-        return 4 if self.element in ("e2m1", "int4") else 8
+        """Bits of one element; of ``float`` those of a 16-bit type."""
+        return {"e2m1": 4, "int4": 4, "float": 16}.get(self.element, 8)
 
     def __str__(self) -> str:
         """Name the properties, such as ``E2M1 in blocks of 16 under E4M3 scales``, for messages."""

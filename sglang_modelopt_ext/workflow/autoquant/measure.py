@@ -149,7 +149,7 @@ def check_choice(checkpoint: Checkpoint, state: State, formats: dict[str, str]) 
         for layer in group.layers:
             if layer.experts:
                 own = experts.get(_position(layer.name))
-                schemes = [] if own is None else [own.gate_up, own.down]
+                schemes = [] if own is None else list(own.schemes)
             else:
                 linear = checkpoint.linears.get(canonical_name(layer.name))
                 schemes = [] if linear is None else [linear.scheme]

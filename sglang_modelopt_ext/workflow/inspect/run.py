@@ -15,6 +15,7 @@ from sglang_modelopt_ext.backends.select import objections, rounds_fp4, served_s
 from sglang_modelopt_ext.checkpoint.kv_cache import read_plan
 from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
+from sglang_modelopt_ext.checkpoint.names import EXPERT
 from sglang_modelopt_ext.checkpoint.ownership import decide
 from sglang_modelopt_ext.checkpoint.quant_config import (
     CONFIG_NAME,
@@ -276,6 +277,8 @@ def _left_unquantized(checkpoint: Checkpoint) -> list[ModelOptExtError]:
         # A layer that stores a scale is described, or is a problem, already.
         plain = name == "weight" and len(tensor.shape) == 2 and f"{module}.weight_scale" not in checkpoint.tensors
         known = canonical_name(module) in checkpoint.linears or module.rpartition(".")[2] not in leaves
+        expert = EXPERT.fullmatch(module)  # one of a layer may be stored unquantized beside the others
+        known = known or (expert is not None and canonical_name(expert["layer"]) in checkpoint.experts)
         if (
             plain
             and not known

@@ -14,8 +14,8 @@ from sglang_modelopt_kernels.gemm.common import Epilogue
 
 FEW_TOKENS = 128
 """Up to this many tokens scales of rows are applied in a launch of their own. cuBLAS has one kernel with such scales in its
-epilogue, of 128 x 128 tiles: on an H200 the four products of an 8B layer take 129 us with one token and 100 with 128, and 72 and 90 this
-way; with 256 it is the faster one."""
+epilogue, of 128 x 128 tiles. The four products of an 8B layer take 129 us by it with one token and 100 with 128, and 72 and 90
+without (H200); with 256 it is the faster one."""
 
 _ONES: dict[torch.device, torch.Tensor] = {}
 
