@@ -57,6 +57,15 @@ def test_one_scale_for_all_rows(case: tuple[int, int, int, torch.dtype, str, boo
     check(*case, device, uniform=True)
 
 
+@pytest.mark.parametrize("uniform", [False, True])
+def test_the_operator(uniform: bool) -> None:
+    """torch.compile and CUDA graphs hold it as one operator."""
+    x, unit = (torch.randn(rows, 64).to(torch.float8_e4m3fn) for rows in (3, 32))
+    arguments = (x, torch.ones(1), unit, torch.full((32,), 0.5), None, torch.bfloat16, uniform)
+    # The other checks compare the arguments before and after, for which torch has no E4M3 arithmetic on a CPU.
+    torch.library.opcheck(torch.ops.modelopt_ext.fp8_linear.default, arguments, test_utils=("test_faketensor",))
+
+
 def test_a_weight_is_uniform_where_its_shards_have_one_scale() -> None:
     def shard(scale: float) -> ShardWeight:
         tensors = {

@@ -20,6 +20,53 @@ without (H200); with 256 it is the faster one."""
 _ONES: dict[torch.device, torch.Tensor] = {}
 
 
+@torch.library.custom_op("modelopt_ext::fp8_linear", mutates_args=())
+def _fp8_linear(
+    values: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    unit: torch.Tensor,
+    out_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    uniform: bool,
+) -> torch.Tensor:
+    m, n = values.shape[0], unit.shape[0]
+    if m == 0:
+        return torch.empty((0, n), dtype=out_dtype, device=values.device)
+    one_row_scale = row_scale is None or row_scale.numel() == 1
+    # cuBLAS adds a bias of the result's type only.
+    fused = None if bias is None else bias.to(out_dtype)
+    if uniform and one_row_scale and (bias is None or out_dtype != torch.float32):
+        scale = _one(values.device) if row_scale is None else row_scale.reshape(())
+        return torch._scaled_mm(values, unit.T, scale_a=scale, scale_b=out_scale[0], bias=fused, out_dtype=out_dtype)
+    if m > FEW_TOKENS and _scales_rows(values.device) and out_dtype == torch.bfloat16:
+        scale = _one(values.device) if row_scale is None else row_scale
+        rows, columns = scale.reshape(-1, 1).expand(m, 1).contiguous(), out_scale.reshape(1, -1)
+        return torch._scaled_mm(values, unit.T, scale_a=rows, scale_b=columns, bias=fused, out_dtype=out_dtype)
+    one = _one(values.device)
+    product = torch._scaled_mm(values, unit.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+    if values.is_cuda:
+        y = torch.empty((m, n), dtype=out_dtype, device=values.device)
+        Epilogue(out_scale, row_scale, bias).finish(product.unsqueeze(0), y)
+        return y
+    product = product * out_scale * (one if row_scale is None else row_scale)
+    return (product if bias is None else product + bias.to(torch.float32)).to(out_dtype)
+
+
+@_fp8_linear.register_fake
+def _(
+    values: torch.Tensor,
+    row_scale: torch.Tensor | None,
+    unit: torch.Tensor,
+    out_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    uniform: bool,
+) -> torch.Tensor:
+    del row_scale, out_scale, bias, uniform
+    return values.new_empty((values.shape[0], unit.shape[0]), dtype=out_dtype)
+
+
 def fp8_linear(
     values: torch.Tensor,
     row_scale: torch.Tensor | None,
@@ -43,27 +90,8 @@ def fp8_linear(
     Returns:
         ``[M, N]`` of ``out_dtype``.
     """
-    m, n = values.shape[0], unit.shape[0]
-    if m == 0:
-        return torch.empty((0, n), dtype=out_dtype, device=values.device)
-    one_row_scale = row_scale is None or row_scale.numel() == 1
-    # cuBLAS adds a bias of the result's type only.
-    fused = None if bias is None else bias.to(out_dtype)
-    if uniform and one_row_scale and (bias is None or out_dtype != torch.float32):
-        scale = _one(values.device) if row_scale is None else row_scale.reshape(())
-        return torch._scaled_mm(values, unit.T, scale_a=scale, scale_b=out_scale[0], bias=fused, out_dtype=out_dtype)
-    if m > FEW_TOKENS and _scales_rows(values.device) and out_dtype == torch.bfloat16:
-        scale = _one(values.device) if row_scale is None else row_scale
-        rows, columns = scale.reshape(-1, 1).expand(m, 1).contiguous(), out_scale.reshape(1, -1)
-        return torch._scaled_mm(values, unit.T, scale_a=rows, scale_b=columns, bias=fused, out_dtype=out_dtype)
-    one = _one(values.device)
-    product = torch._scaled_mm(values, unit.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
-    if values.is_cuda:
-        y = torch.empty((m, n), dtype=out_dtype, device=values.device)
-        Epilogue(out_scale, row_scale, bias).finish(product.unsqueeze(0), y)
-        return y
-    product = product * out_scale * (one if row_scale is None else row_scale)
-    return (product if bias is None else product + bias.to(torch.float32)).to(out_dtype)
+    y: torch.Tensor = _fp8_linear(values, row_scale, unit, out_scale, bias, out_dtype, uniform)
+    return y
 
 
 def _scales_rows(device: torch.device) -> bool:
