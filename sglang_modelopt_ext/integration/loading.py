@@ -298,14 +298,27 @@ class StrictLoad:
             load: the model's own loading code.
             weights: the stored tensors.
             earlier: the tensors that this rank used of a checkpoint with the same names: it must use these. None, at the start, has
-                all ranks gather what they used, and must be called on all of them at once.
+                all ranks exchange what they used and what is wrong, and must be called on all of them at once.
 
         Raises:
             ModelOptExtError: a value is illegal, a parameter or shard is not loaded, or a tensor is unused; the error names it.
+                At the start all ranks raise it, whichever found it.
         """
-        self.load(load, weights)
-        used = self._used_anywhere() if earlier is None else (self.checkpoint.tensors.keys() - earlier) | self.used
-        for problem in (*self.missing(), *self.left_over(used)):
+        fault: ModelOptExtError | None = None
+        try:
+            self.load(load, weights)
+            fault = next(self.missing(), None)
+        except ModelOptExtError as error:
+            fault = error
+        used = (self.checkpoint.tensors.keys() - (earlier or set())) | self.used
+        elsewhere = None
+        if earlier is None:
+            used, elsewhere = self._exchanged(None if fault is None else str(fault))
+        if fault is not None:
+            raise fault
+        if elsewhere is not None:
+            raise ModelOptExtError(elsewhere)
+        for problem in self.left_over(used):
             raise problem
 
     def load(
@@ -367,16 +380,20 @@ class StrictLoad:
                     self.checkpoint.folder, name, "a tensor for every shard", f"none for {', '.join(missing[:3])}"
                 )
 
-    def _used_anywhere(self) -> set[str]:
-        """Return the tensors that were used on any rank: pipeline stages and expert ranks skip each other's tensors."""
+    def _exchanged(self, fault: str | None) -> tuple[set[str], str | None]:
+        """Return the tensors that were used on any rank, and the first rank's fault, None where none has one.
+
+        Pipeline stages and expert ranks skip each other's tensors, and one of them may be the only one to find a fault.
+        """
         if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return self.used
+            return self.used, fault
         from sglang.srt.distributed.parallel_state import get_world_group
 
         group = get_world_group().cpu_group
-        gathered: list[set[str] | None] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, self.used, group=group)
-        return set().union(*(used for used in gathered if used))
+        gathered: list[tuple[set[str], str | None]] = [(set(), None)] * torch.distributed.get_world_size(group)
+        torch.distributed.all_gather_object(gathered, (self.used, fault), group=group)
+        faults = (found for _, found in gathered if found is not None)
+        return set().union(*(used for used, _ in gathered)), next(faults, None)
 
     def left_over(self, used: set[str]) -> Iterator[ModelOptExtError]:
         """Yield one error that names the first stored tensor outside ``used`` and counts the others, or nothing."""

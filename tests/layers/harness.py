@@ -105,7 +105,7 @@ def load(model: Namespace, checkpoint: Checkpoint, elsewhere: set[str] | None = 
     weights = ((stored.name, tensor) for stored, tensor in read_tensors(list(checkpoint.tensors.values())))
     strict = StrictLoad(model, checkpoint)
     if elsewhere is not None:
-        with mock.patch.object(strict, "_used_anywhere", return_value=elsewhere):
+        with mock.patch.object(strict, "_exchanged", return_value=(elsewhere, None)):
             strict.run(model.load_weights, weights)
     else:
         strict.run(model.load_weights, weights)

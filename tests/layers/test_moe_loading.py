@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
 from sglang_modelopt_ext.env import MXFP4_ACTIVATIONS
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+from sglang_modelopt_ext.integration.loading import StrictLoad
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod
 from sglang_modelopt_ext.schemes.table import UMBRELLA
 from tests.layers.moe_harness import build, published, run
@@ -29,6 +31,31 @@ from tests.support.moe import EXPERTS, TOP_K, tiny
 @pytest.fixture(autouse=True)
 def mxfp4_rounds_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MXFP4_ACTIVATIONS.variable, "mxfp4")
+
+
+@pytest.mark.parametrize("theirs", [None, "file: norm: expected a tensor, got none"])
+def test_ranks_exchange_what_they_used_and_their_faults(theirs: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank whose own part is in order ends with the fault of another, and counts what others used."""
+    from sglang.srt.distributed import parallel_state
+
+    folder = export(model_dir(tiny("qwen3_moe")), W4A8)
+    checkpoint = read_checkpoint(folder)
+
+    def gather(found: list[tuple[set[str], str | None]], mine: tuple[set[str], str | None], group: object) -> None:
+        del group
+        found[:] = [mine, ({"model.norm.weight"}, theirs)]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    monkeypatch.setattr(parallel_state, "get_world_group", lambda: SimpleNamespace(cpu_group=None))
+    strict = StrictLoad(torch.nn.Module(), checkpoint)
+    strict.used = checkpoint.tensors.keys() - {"model.norm.weight"}
+    if theirs is None:
+        strict.run(lambda weights: None, ())
+        return
+    with pytest.raises(ModelOptExtError, match=f"^{theirs}$"):
+        strict.run(lambda weights: None, ())
 
 
 class TestStrictLoading:

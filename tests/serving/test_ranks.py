@@ -115,6 +115,19 @@ def test_attention_data_parallel(recipe: str, experts: tuple[str, ...], tmp_path
     check(folder, (*ATTENTION, *experts), ("DP0 TP0", "DP1 TP1"), tp=2, env=env)
 
 
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_fault_of_one_stage_stops_all(layer: int, tmp_path: Path) -> None:
+    """One line says why, whichever stage has the layer."""
+    norm = NORM.replace(".1.", f".{layer}.")
+    change = edits.drop_tensors(norm)
+    folder = edits.copy_with(export(model_dir(TinyModel("llama")), NVFP4), tmp_path / "checkpoint", [change])
+    refusal = failing_start(folder, args=PIPELINE, env=server_variables(2))
+    assert refusal.exit_code != 0
+    assert not refusal.left_behind
+    (said,) = {line for line in refusal.output.splitlines() if line.startswith("ModelOptExtError: ")}
+    assert f"{norm}: expected a tensor for this parameter of the model" in said
+
+
 def test_a_fault_of_replicas_stops_all(tmp_path: Path) -> None:
     """One line says why, in the process that the user started; no process is left."""
     change = edits.drop_tensors(NORM)  # which the preflight does not see
