@@ -319,7 +319,7 @@ EXPERTS: tuple[Use, ...] = (
         "a layer of experts",
         (
             *("hidden_size", "intermediate_size_per_partition", "moe_tp_size", "moe_tp_rank", "num_experts"),
-            *("num_local_experts", "quant_method", "quant_config", "use_presharded_weights", "moe_runner_config"),
+            *("quant_method", "quant_config", "use_presharded_weights", "moe_runner_config"),
             "_map_global_expert_id_to_local_expert_id",
         ),
     ),

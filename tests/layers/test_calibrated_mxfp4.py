@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -189,12 +190,17 @@ def test_a_row_whose_tensors_decide_nothing() -> None:
         Scheme("X", ("mxfp4",), "fp8_static", UMBRELLA, static_activation="fp8_per_token")
 
 
+def expert_activations(layer: Any) -> dict[str, str]:
+    """Return the name of the format that each product of a layer of experts rounds its input to."""
+    return {name: one.scheme.activation.name for name, (one,) in layer.quant_method.sets.items()}
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_experts(family: Family) -> None:
     folder = export(model_dir(tiny(family)), MXFP4, CALIBRATED)
     layers = check_experts(folder)
     for layer in layers.values():
-        assert {scheme.activation.name for scheme in layer.quant_method.schemes.values()} == {"fp8_static"}  # type: ignore[union-attr]
+        assert set(expert_activations(layer).values()) == {"fp8_static"}
 
 
 def test_experts_of_which_one_product_is_static(tmp_path: Path) -> None:
@@ -202,7 +208,7 @@ def test_experts_of_which_one_product_is_static(tmp_path: Path) -> None:
     source = export(model_dir(tiny("qwen3_moe")), MXFP4, CALIBRATED)
     layers = check_experts(edits.copy_with(source, tmp_path / "checkpoint", [change]))
     for layer in layers.values():
-        found = {name: scheme.activation.name for name, scheme in layer.quant_method.schemes.items()}  # type: ignore[union-attr]
+        found = expert_activations(layer)
         assert found == {"w13": "fp8_static", "w2": "fp8_per_token"}
 
 
@@ -219,8 +225,9 @@ def test_experts_that_disagree(tmp_path: Path, part: str) -> None:
 def test_dummy_experts_have_no_scale() -> None:
     folder = export(model_dir(tiny("qwen3_moe")), MXFP4, CALIBRATED)
     layer = next(iter(expert_layers(moe_harness.build(folder)[0]).values()))
-    assert any(spec.name == "input_scale" for spec in layer.quant_method.schemes["w13"].tensors)
+    assert any(spec.name == "input_scale" for spec in layer.quant_method.sets["w13"][0].scheme.tensors)
     config = ModelOptExtConfig(UMBRELLA, read_checkpoint(folder).config, None)
     method = config._experts_method(layer, "model.layers.0.mlp.experts")
     assert method is not None
-    assert {spec.name for scheme in method.schemes.values() for spec in scheme.tensors} == {"weight", "weight_scale"}
+    stored = {spec.name for sets in method.sets.values() for one in sets for spec in one.scheme.tensors}
+    assert stored == {"weight", "weight_scale"}
