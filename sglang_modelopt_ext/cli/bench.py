@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -117,6 +118,11 @@ def _plan(args: argparse.Namespace) -> Plan:
     return Plan(**{name: getattr(args, name) for name in names})
 
 
+def _command(words: Sequence[str]) -> str:
+    """Return the command for the report, also where ``python -m benchmarks.serving`` was called."""
+    return "sglang-modelopt " + shlex.join(words if words[:1] == [COMMAND.name] else [COMMAND.name, *words])
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
@@ -131,7 +137,7 @@ def _run(args: argparse.Namespace) -> BenchResult:
         baseline=args.baseline,
         budget=args.budget,
         together=args.together,
-        command="sglang-modelopt " + shlex.join(sys.argv[1:]),
+        command=_command(sys.argv[1:]),
         json_file=args.results,
         page=args.report,
     )

@@ -135,6 +135,11 @@ def test_arguments_and_those_of_the_servers(
     assert bench.parse_long("32x8000") == (32, 8000)
 
 
+@pytest.mark.parametrize("words", [["bench", "fp8", "--long"], ["fp8", "--long"]])
+def test_the_report_has_the_command_that_can_be_given_again(words: list[str]) -> None:
+    assert bench._command(words) == "sglang-modelopt bench fp8 --long"
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [
