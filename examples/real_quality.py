@@ -71,10 +71,16 @@ DENSE = (
 UNFIT = ("INT4_BLOCKWISE_WEIGHT_ONLY", "INT4_AWQ", "W4A8_AWQ_BETA")
 """Recipes with blocks of 128 along K, which ModelOpt 0.47 cannot pack for this model's K of 576."""
 
+AUTO = "auto:"
+SEARCHES = (f"{AUTO}4.5",)
+"""Mixes that ``auto-quantize`` chooses, for so many bits."""
+SEARCHED = "W4A16_NVFP4,W4A8_NVFP4_FP8,INT8_WEIGHT_ONLY"
+SCORED_SAMPLES = 4
+
 KV = "kv:"
 CACHES = ("fp8", "nvfp4", "fp8_affine", "nvfp4_affine", "nvfp4_rotate")
 CACHE_BITS = {"fp8": 8.0, "nvfp4": 4.5}
-CASES = (*DENSE[:8], *(KV + name for name in CACHES), *DENSE[8:])
+CASES = (*DENSE[:8], *(KV + name for name in CACHES), *DENSE[8:], *SEARCHES)
 PAIRS = (
     ("W4A8_NVFP4_FP8", "NVFP4_DEFAULT"),
     ("W4A8_MXFP4_FP8", "MXFP4_DEFAULT"),
@@ -95,6 +101,10 @@ PAIRS = (
     ("FP8_2D_BLOCKWISE_WEIGHT_ONLY", "FP8_DEFAULT"),
     ("INT8_WEIGHT_ONLY", "FP8_DEFAULT"),
     ("INT8_SMOOTHQUANT", "INT8_DEFAULT"),
+    *(
+        ("auto:4.5", name)
+        for name in ("W4A16_NVFP4", "NVFP4_W4A4_WEIGHT_LOCAL_HESSIAN", "NVFP4_AWQ_LITE", "W4A8_NVFP4_FP8")
+    ),
     ("kv:nvfp4_affine", "kv:nvfp4"),
     ("kv:nvfp4_rotate", "kv:nvfp4"),
     ("kv:fp8_affine", "kv:fp8"),
@@ -105,8 +115,12 @@ KINDS = {
     "4-bit weights, 8-bit activations": ("W4A8",),
     "4-bit weights and activations": ("NVFP4_DEFAULT", "NVFP4_AWQ", "NVFP4_SVD", "NVFP4_FOUR", "NVFP4_W4A4", "MXFP4"),
     "8-bit weights and activations": ("FP8_DEFAULT", "FP8_PER", "MXFP8", "INT8_DEFAULT", "INT8_SMOOTH"),
+    "chosen by auto-quantize": (AUTO,),
 }
-COLORS = {**dict(zip(KINDS, ("tab:blue", "tab:red", "tab:green"), strict=True)), "weights only": "tab:gray"}
+COLORS = {
+    **dict(zip(KINDS, ("tab:blue", "tab:red", "tab:green", "tab:purple"), strict=True)),
+    "weights only": "tab:gray",
+}
 WINDOWS, LENGTH = 16, 128
 PASSAGE = 16
 """Tokens in a row that a scored window and the calibration data must not have in common."""
@@ -169,6 +183,9 @@ def make(model: Path, output: Path, cases: list[str], samples: int) -> None:
         folder = folder_of(output, case)
         if folder.exists():
             continue
+        if case.startswith(AUTO):
+            search(model, folder, case.removeprefix(AUTO), data, samples)
+            continue
         cache = case.removeprefix(KV) if case.startswith(KV) else None
         begin = time.perf_counter()
         options = Options(
@@ -184,6 +201,19 @@ def make(model: Path, output: Path, cases: list[str], samples: int) -> None:
         except ModelOptExtError as error:
             failure_of(folder).write_text(error.one_line(), encoding="utf-8")
         print(f"{case}: quantized in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+def search(model: Path, folder: Path, bits: str, data: Path, samples: int) -> None:
+    """Have ``auto-quantize`` choose a format for every layer, and export the mix to ``folder``."""
+    from sglang_modelopt_ext.cli.main import main as command
+
+    begin = time.perf_counter()
+    words = ["auto-quantize", str(model), "--bits", bits, "--formats", SEARCHED, "--data", str(data), "--gpu", "sm90"]
+    words += ["--samples", str(samples), "--score-samples", str(SCORED_SAMPLES)]
+    words += ["--sequence-length", str(CALIBRATION_LENGTH), "--output", str(folder)]
+    if command(words):
+        failure_of(folder).write_text("see make.log", encoding="utf-8")
+    print(f"{AUTO}{bits}: searched in {time.perf_counter() - begin:.0f} s", flush=True)
 
 
 def folder_of(output: Path, case: str) -> Path:
@@ -358,7 +388,7 @@ def tables(figures: Figures) -> str:
         ),
         "",
     ]
-    for title, cases in (("recipe", DENSE), ("KV cache", tuple(KV + name for name in CACHES))):
+    for title, cases in (("recipe", (*DENSE, *SEARCHES)), ("KV cache", tuple(KV + name for name in CACHES))):
         bits = "bits/element" if title == "KV cache" else "bits/weight"
         if not any(row.name in cases for row in figures.rows):
             continue
@@ -381,6 +411,14 @@ def tables(figures: Figures) -> str:
             f"ModelOpt 0.47 cannot export {', '.join(UNFIT)}: this model's K of 576 is no multiple of their blocks of 128."
         ),
     ]
+    lines += [
+        "",
+        _paragraph(
+            f"auto:4.5 is a mix for at most 4.5 bits a weight out of {SEARCHED.replace(',', ', ')}, chosen by "
+            f"`sglang-modelopt auto-quantize` (gradients of {SCORED_SAMPLES} windows): at that size the best uniform recipes are "
+            "the ones it is compared with."
+        ),
+    ]
     if missing:
         lines += ["", _paragraph(f"Not measured yet: {', '.join(missing)}.")]
     lines += [
@@ -399,7 +437,7 @@ def draw(figures: Figures, file: Path) -> None:
     base = figures.scores(BASE)
     figure, axis = pyplot.subplots(figsize=(9, 5.5))
     for row in figures.rows:
-        if row.name not in DENSE:
+        if row.name not in (*DENSE, *SEARCHES):
             continue
         ratio = ratio_interval(figures.scores(row.name), base)
         error = [[ratio.value - ratio.low], [ratio.high - ratio.value]]
