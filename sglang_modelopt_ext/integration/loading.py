@@ -21,6 +21,7 @@ from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor
 from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.config import COMMON_BLOCK, MIXTRAL_BLOCK, ModelOptExtConfig
+from sglang_modelopt_ext.integration.exchange import used_and_fault
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.layout import full_sizes, partition_numbers
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
@@ -304,16 +305,15 @@ class StrictLoad:
             ModelOptExtError: a value is illegal, a parameter or shard is not loaded, or a tensor is unused; the error names it.
                 At the start all ranks raise it, whichever found it.
         """
-        fault: ModelOptExtError | None = None
         try:
             self.load(load, weights)
             fault = next(self.missing(), None)
         except ModelOptExtError as error:
             fault = error
-        used = (self.checkpoint.tensors.keys() - (earlier or set())) | self.used
-        elsewhere = None
         if earlier is None:
-            used, elsewhere = self._exchanged(None if fault is None else str(fault))
+            used, elsewhere = used_and_fault(self.used, str(fault) if fault else None)
+        else:
+            used, elsewhere = (self.checkpoint.tensors.keys() - earlier) | self.used, None
         if fault is not None:
             raise fault
         if elsewhere is not None:
@@ -379,21 +379,6 @@ class StrictLoad:
                 yield ModelOptExtError.at(
                     self.checkpoint.folder, name, "a tensor for every shard", f"none for {', '.join(missing[:3])}"
                 )
-
-    def _exchanged(self, fault: str | None) -> tuple[set[str], str | None]:
-        """Return the tensors that were used on any rank, and the first rank's fault, None where none has one.
-
-        Pipeline stages and expert ranks skip each other's tensors, and one of them may be the only one to find a fault.
-        """
-        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-            return self.used, fault
-        from sglang.srt.distributed.parallel_state import get_world_group
-
-        group = get_world_group().cpu_group
-        gathered: list[tuple[set[str], str | None]] = [(set(), None)] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(gathered, (self.used, fault), group=group)
-        faults = (found for _, found in gathered if found is not None)
-        return set().union(*(used for used, _ in gathered)), next(faults, None)
 
     def left_over(self, used: set[str]) -> Iterator[ModelOptExtError]:
         """Yield one error that names the first stored tensor outside ``used`` and counts the others, or nothing."""

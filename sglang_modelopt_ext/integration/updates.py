@@ -20,6 +20,7 @@ from sglang_modelopt_ext.checkpoint.tensors import read_tensors
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.adapters import has_adapters
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig, read_served
+from sglang_modelopt_ext.integration.exchange import first_fault
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.loading import ext_config
 from sglang_modelopt_ext.integration.session import Session
@@ -196,7 +197,7 @@ def _end_session(original: Callable[..., Any], self: Any, recv_req: Any) -> Any:
     served = [] if self._session is None else _served(_updaters(self, self._session.selector))
     if not served:
         return original(self, recv_req)
-    error = _exchanged(_fault(config for _, config in served), self.tp_cpu_group)
+    error = first_fault(_fault(config for _, config in served), self.tp_cpu_group)
     if error is not None:
         ours = [updater for updater, _ in served]
         for updater in _updaters(self, self._session.selector):
@@ -223,13 +224,6 @@ def _fault(configs: Iterable[ModelOptExtConfig]) -> str | None:
     except ModelOptExtError as error:
         return error.one_line()
     return None
-
-
-def _exchanged(error: str | None, group: Any) -> str | None:
-    """Return the first error of all ranks of ``group``, None where no rank has one."""
-    found: list[str | None] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(found, error, group=group)
-    return next((one for one in found if one is not None), None)
 
 
 def _end(original: Callable[..., None], self: Any, run_post_load: bool) -> None:

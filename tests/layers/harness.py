@@ -24,6 +24,7 @@ from sglang.srt.layers.linear import (
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import FUSED_SHARDS, Checkpoint, check_scalar_values, read_checkpoint
 from sglang_modelopt_ext.checkpoint.tensors import read_tensors
+from sglang_modelopt_ext.integration import loading
 from sglang_modelopt_ext.integration.config import ModelOptExtConfig, register_methods
 from sglang_modelopt_ext.integration.loading import StrictLoad, quantized_modules
 from sglang_modelopt_ext.schemes.table import UMBRELLA
@@ -105,7 +106,7 @@ def load(model: Namespace, checkpoint: Checkpoint, elsewhere: set[str] | None = 
     weights = ((stored.name, tensor) for stored, tensor in read_tensors(list(checkpoint.tensors.values())))
     strict = StrictLoad(model, checkpoint)
     if elsewhere is not None:
-        with mock.patch.object(strict, "_exchanged", return_value=(elsewhere, None)):
+        with mock.patch.object(loading, "used_and_fault", return_value=(elsewhere, None)):
             strict.run(model.load_weights, weights)
     else:
         strict.run(model.load_weights, weights)
