@@ -1,4 +1,4 @@
-"""What ranks tell each other about a load: the tensors that they used, and their faults."""
+"""Exchanges between ranks about a load: the tensors that they used, and their faults."""
 
 from __future__ import annotations
 

@@ -314,10 +314,8 @@ class StrictLoad:
             used, elsewhere = used_and_fault(self.used, str(fault) if fault else None)
         else:
             used, elsewhere = (self.checkpoint.tensors.keys() - earlier) | self.used, None
-        if fault is not None:
-            raise fault
-        if elsewhere is not None:
-            raise ModelOptExtError(elsewhere)
+        if fault is not None or elsewhere is not None:
+            raise fault or ModelOptExtError(str(elsewhere))
         for problem in self.left_over(used):
             raise problem
 
