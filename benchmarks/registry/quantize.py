@@ -28,7 +28,7 @@ from sglang_modelopt_kernels.quantize.fp8.quantize import BLOCK, WHOLE, token_bl
 from sglang_modelopt_kernels.quantize.gated import naive_swiglu_fp8, swiglu_fp8
 from sglang_modelopt_kernels.quantize.gated.gated import BLOCK as PART
 from sglang_modelopt_kernels.quantize.gated.kernel import swiglu_fp8_kernel
-from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8
+from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
 from sglang_modelopt_kernels.quantize.int8.kernel import quantize_int8_kernel
 from sglang_modelopt_kernels.quantize.rms_norm import naive_rms_norm_fp8, rms_norm_fp8
 from sglang_modelopt_kernels.quantize.rms_norm.kernel import rms_norm_fp8_kernel
@@ -153,6 +153,24 @@ def _blocks_stress(capability: int) -> Iterator[StressCase]:
         yield StressCase(f"quantize_blocks {activation} values", partial(_launch_blocks, activation, True))
 
 
+def _int8_stress(capability: int) -> Iterator[StressCase]:
+    del capability
+    for smoothing in (False, True):
+        yield StressCase(f"quantize_int8 static{' smoothed' if smoothing else ''}", partial(_launch_int8, smoothing))
+
+
+def _launch_int8(smoothed: bool) -> Launch:
+    x = _random(2048, 8192)
+    smoothing = torch.rand(8192, generator=torch.Generator("cuda").manual_seed(0), device="cuda") + 0.5
+    scale = torch.tensor(0.01, device="cuda")
+
+    def call() -> torch.Tensor:
+        values, row_scale = quantize_int8(x, smoothing if smoothed else None, scale)
+        return torch.cat([values.view(torch.uint8), row_scale.view(torch.uint8)], dim=1)
+
+    return Launch(call, None)
+
+
 def _random(rows: int, columns: int) -> torch.Tensor:
     generator = torch.Generator("cuda").manual_seed(columns)
     return torch.randn(rows, columns, generator=generator, device="cuda").bfloat16()
@@ -240,9 +258,7 @@ QUANTIZE_INT8 = Kernel(
     "quantize/int8",
     naive_quantize_int8,
     compile=_int8_cases,
-    without={
-        "stress": "not launched under load yet; tests/kernels/test_quantize_int8.py compares it with its naive twin on a GPU"
-    },
+    stress=_int8_stress,
 )
 ROUNDING = Kernel(
     "rounding",
