@@ -14,20 +14,26 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, is_expert
+from sglang_modelopt_ext.checkpoint.experts import is_expert
 from sglang_modelopt_ext.checkpoint.leftovers import BUFFERS, LAYER_COUNT, MTP_COUNTS, ServedLayers
 from sglang_modelopt_ext.checkpoint.quant_config import canonical_name
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, is_kv_cache_tensor, standard_name
 from sglang_modelopt_ext.checkpoint.values import check_values
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.config import COMMON_BLOCK, MIXTRAL_BLOCK, ModelOptExtConfig
+from sglang_modelopt_ext.integration.config import ModelOptExtConfig
 from sglang_modelopt_ext.integration.exchange import used_and_fault
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.layout import full_sizes, partition_numbers
 from sglang_modelopt_ext.integration.linear_method import ModelOptExtLinearMethod
-from sglang_modelopt_ext.integration.mapping import Loader, own_heads, replaced_loaders
+from sglang_modelopt_ext.integration.mapping import Loader, expert_names, own_heads, replaced_loaders
 from sglang_modelopt_ext.integration.moe_method import ExtFusedMoEMethod, shards_of
-from sglang_modelopt_ext.integration.parameters import ExpertParameter, StoredParameter, check_order, load_stored
+from sglang_modelopt_ext.integration.parameters import (
+    ExpertParameter,
+    MixedExpertParameter,
+    StoredParameter,
+    check_order,
+    load_stored,
+)
 from sglang_modelopt_ext.integration.plain_linear import PlainLinear
 from sglang_modelopt_ext.integration.provenance import Copies, Provenance, is_reordered
 from sglang_modelopt_ext.integration.streaming import in_memory_of_their_own
@@ -164,7 +170,7 @@ class StrictLoad:
         self._lock = threading.Lock()
         self.has_values = has_values
         self.left_out = left_out(model, checkpoint)
-        self._names = _expert_names(model, checkpoint)
+        self._names = expert_names(model, checkpoint)
         self._own_head = {
             stored.name: getattr(head, spec)
             for head, linear in own_heads(model)
@@ -360,7 +366,9 @@ class StrictLoad:
     def missing(self) -> Iterator[ModelOptExtError]:
         """Yield an error for each parameter of this rank that was not written, or not in every shard."""
         modules = dict(self.model.named_modules())
-        for name, _ in self.model.named_parameters():
+        for name, parameter in self.model.named_parameters():
+            if isinstance(parameter, MixedExpertParameter) and not parameter.is_needed:
+                continue
             shards = self.loads.get(name)
             if not shards and (_is_stock_kv_scale(modules, name) or name.endswith(BUFFERS)):
                 continue
@@ -420,23 +428,6 @@ def _wanted_shards(module: torch.nn.Module, parameter: str, found: set[Any]) -> 
     if found & {"q", "k", "v"}:
         return {"q", "k", "v"}
     return set(range(len(getattr(module, "output_sizes", ()))))
-
-
-def _expert_names(model: torch.nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
-    """Return a function from a checkpoint's names to those that the model's loader knows: Mixtral's experts have two names."""
-    if not any(name.endswith(f".{MIXTRAL_BLOCK}.experts") for name, _ in model.named_modules()) or not any(
-        f".{COMMON_BLOCK}.experts." in name for name in checkpoint.tensors
-    ):
-        return lambda name: name
-    projections = dict(zip(*EXPERT_PROJECTIONS, strict=True))
-
-    def rename(name: str) -> str:
-        parts = [MIXTRAL_BLOCK if part == COMMON_BLOCK else part for part in name.split(".")]
-        if "experts" in parts:
-            parts = [projections.get(part, part) for part in parts]
-        return ".".join(parts)
-
-    return rename
 
 
 def _is_stock_kv_scale(modules: dict[str, torch.nn.Module], parameter: str) -> bool:

@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 
-from sglang_modelopt_ext.checkpoint.experts import is_expert
+from sglang_modelopt_ext.checkpoint.experts import EXPERT_PROJECTIONS, is_expert
 from sglang_modelopt_ext.checkpoint.leftovers import ServedLayers
 from sglang_modelopt_ext.checkpoint.linears import QuantizedLinear
 from sglang_modelopt_ext.checkpoint.names import HEAD
 from sglang_modelopt_ext.checkpoint.quant_config import text_config
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.integration.config import ModelOptExtConfig
+from sglang_modelopt_ext.integration.config import COMMON_BLOCK, MIXTRAL_BLOCK, ModelOptExtConfig
 from sglang_modelopt_ext.integration.drafts import check_vocabularies
 from sglang_modelopt_ext.integration.hooks import Hook
 from sglang_modelopt_ext.integration.layout import partition_numbers
@@ -301,6 +301,23 @@ def _initialize_model(
         settle(model, quant_config)
         check_vocabularies(model)
     return model
+
+
+def expert_names(model: torch.nn.Module, checkpoint: Checkpoint) -> Callable[[str], str]:
+    """Return a function from a checkpoint's names to those that the model's loader knows: Mixtral's experts have two names."""
+    if not any(name.endswith(f".{MIXTRAL_BLOCK}.experts") for name, _ in model.named_modules()) or not any(
+        f".{COMMON_BLOCK}.experts." in name for name in checkpoint.tensors
+    ):
+        return lambda name: name
+    projections = dict(zip(*EXPERT_PROJECTIONS, strict=True))
+
+    def rename(name: str) -> str:
+        parts = [MIXTRAL_BLOCK if part == COMMON_BLOCK else part for part in name.split(".")]
+        if "experts" in parts:
+            parts = [projections.get(part, part) for part in parts]
+        return ".".join(parts)
+
+    return rename
 
 
 HOOKS = (

@@ -240,6 +240,11 @@ class MixedExpertParameter(ExpertParameter):
             member: (parameter, place) for parameter, members in parts for place, member in enumerate(members)
         }
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether some expert of this rank stores such a tensor: its experts may all be of the other schemes."""
+        return bool(self._places)
+
     def of(self, expert: int, shard: int) -> torch.Tensor:
         """Return the tensor of one expert and shard, a view."""
         parameter, place = self._places[expert]

@@ -342,6 +342,7 @@ def sum_of_ranks(
         ("W4A8_MXFP4_FP8_CFG without an expert", 2, 1),
         ("W4A8_MXFP4_FP8_CFG without an expert", 2, 2),
         ("W4A8_MXFP4_FP8_CFG without an expert", 4, 2),
+        ("W4A8_MXFP4_FP8_CFG without an expert", 4, 4),
     ],
 )
 def test_ranks_together_are_one(recipe: str, tp: int, ep: int) -> None:
