@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from sglang_modelopt_ext.cli.main import main
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.bench import report
+from sglang_modelopt_ext.workflow.bench import run as running
 from sglang_modelopt_ext.workflow.bench import server as measuring
 from sglang_modelopt_ext.workflow.bench.load import Deadline, Load, Plan, steps, warm_up
 from sglang_modelopt_ext.workflow.bench.models import SHAPES, make_models, model_folder, parameter_count
@@ -306,6 +308,30 @@ def test_servers_that_start_together_are_measured_one_after_another(
             *("KV cache (GiB)", "KV cache (tokens)"),
             *("TTFT, 8 tokens (ms)", "decode, 2 x 8 (tok/s)"),
         ]
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_an_interrupted_run_keeps_what_it_has(
+    together: bool, settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured is written and printed; what was not says why."""
+    drive, said = measuring._drive, []
+
+    def interrupted(server: Any, result: Result, *args: Any) -> None:
+        if result.name == "fp8":
+            raise KeyboardInterrupt
+        drive(server, result, *args)
+
+    monkeypatch.setattr(measuring, "_drive", interrupted)
+    monkeypatch.setattr(running, "prepare", lambda options, *_: ("GPU", {one.name: tmp_path for one in options}))
+    names, file = ("bf16", "fp8", "mxfp4"), tmp_path / "results.json"
+    noted = dataclasses.replace(settings, say=said.append)
+    with pytest.raises(KeyboardInterrupt):
+        running.run(Request(names, noted, "8b", tmp_path, together=together, json_file=file))
+    found = {one["name"]: one["problems"] for one in json.loads(file.read_text())["results"]}
+    ended = ["ended by a signal or an error"]
+    assert found == {"bf16": [], "fp8": ended} | ({"mxfp4": ended} if together else {})
+    assert "ended by a signal or an error" in said[-1]
 
 
 def test_a_budget_ends_with_what_is_known(stub: Stub, settings: Settings) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,19 @@ from sglang_modelopt_ext.workflow.bench.machine import apart, hardware, has_gpu,
 from sglang_modelopt_ext.workflow.bench.models import make_models, model_folder
 from sglang_modelopt_ext.workflow.bench.options import Option, parse_option
 from sglang_modelopt_ext.workflow.bench.server import Result, Settings, measure, measure_together
+
+
+@contextlib.contextmanager
+def _written(unfinished: Sequence[Result], write: Callable[[], None]) -> Iterator[None]:
+    """Write the results at the end, and where a signal or an error ends the measurement, say so in the ``unfinished`` ones."""
+    try:
+        yield
+    except BaseException:
+        for result in unfinished:
+            result.problems.append("ended by a signal or an error")
+        raise
+    finally:
+        write()
 
 
 @dataclass(frozen=True)
@@ -92,15 +106,20 @@ def run(request: Request) -> tuple[report.Run, list[Result]]:
     try:
         if request.together:
             results += [Result(option.name, environment=option.environment) for option in options]
-            measure_together(options, folders, settings, deadline, results, write)
+            unfinished = list(results)
+
+            def measured() -> None:
+                unfinished.pop(0)
+                write()
+
+            with _written(unfinished, write):
+                measure_together(options, folders, settings, deadline, results, measured)
         else:
             for option in options:
                 results.append(Result(option.name, environment=option.environment))
-                measure(option, folders[option.name], settings, deadline, results[-1])
-                write()
+                with _written(results[-1:], write):
+                    measure(option, folders[option.name], settings, deadline, results[-1])
     except BaseException:
-        results[-1].problems.append("ended by a signal or an error")
-        write()
         settings.say(report.as_text(about, results))  # what is known when a signal or an error ends the run
         raise
     return about, results
