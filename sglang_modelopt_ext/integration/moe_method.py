@@ -293,7 +293,7 @@ class ExtFusedMoEMethod(FusedMoEMethodBase):
         is_fused = self._fuse(layer, stored, sizes, top_k)
         for name in self.sets:
             if not is_fused:
-                self.products[name].prepare(layer, name, stored[name], *sizes[name], top_k)
+                self.products[name].prepare(layer, stored[name], *sizes[name], top_k)
             del stored[name]
             for spec_name in self.spec_names(name):
                 if spec_name != BIAS.name:

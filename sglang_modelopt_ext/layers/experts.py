@@ -255,21 +255,22 @@ class ExpertProducts:
 
     Args:
         parts: that together have each expert once.
-        name: a name for the tensors on the layer.
+        name: the prefix of the names of the tensors on the layer.
     """
 
     def __init__(self, parts: Sequence[ExpertPart], name: str) -> None:
         self.parts = tuple(parts)
+        self._name = name
         self._places = [f"{name}_places_{number}" for number in range(len(parts))] if len(parts) > 1 else []
 
-    def prepare(
-        self, layer: torch.nn.Module, name: str, experts: Sequence[ExpertShards], n: int, k: int, top_k: int
-    ) -> None:
+    def prepare(self, layer: torch.nn.Module, experts: Sequence[ExpertShards], n: int, k: int, top_k: int) -> None:
         """Prepare each part; the arguments are those of :meth:`ExpertProduct.prepare`, of all experts."""
-        for number, part in enumerate(self.parts):
-            own = f"{name}_{number}" if self._places else name
-            part.product.prepare(layer, own, [experts[member] for member in part.members], n, k, top_k)
-        for attribute, part in zip(self._places, self.parts, strict=True) if self._places else ():
+        if not self._places:
+            self.parts[0].product.prepare(layer, self._name, experts, n, k, top_k)
+            return
+        for number, (part, attribute) in enumerate(zip(self.parts, self._places, strict=True)):
+            own = [experts[member] for member in part.members]
+            part.product.prepare(layer, f"{self._name}_{number}", own, n, k, top_k)
             places = torch.full((len(experts),), NO_EXPERT, dtype=torch.int32)
             places[list(part.members)] = torch.arange(len(part.members), dtype=torch.int32)
             placed = places.to(experts[0][0]["weight"].device)
