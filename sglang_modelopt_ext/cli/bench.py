@@ -72,6 +72,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="start all servers before the first is measured; bound their caches with -- --max-total-tokens N",
     )
+    parser.add_argument(
+        "--dummy",
+        action="store_true",
+        help="write no weights, servers draw their own (--load-format dummy): for models larger than the disk, not for mixtures",
+    )
     parser.add_argument("--report", type=Path, metavar="FILE", help="write a page in Markdown")
     parser.add_argument("--results", type=Path, metavar="FILE", help="write JSON, after each option")
     parser.add_argument(
@@ -137,6 +142,7 @@ def _run(args: argparse.Namespace) -> BenchResult:
         baseline=args.baseline,
         budget=args.budget,
         together=args.together,
+        dummy=args.dummy,
         command=_command(sys.argv[1:]),
         json_file=args.results,
         page=args.report,

@@ -89,6 +89,29 @@ def test_a_model_is_written_once_and_in_files_of_limited_size(
     check_all_values(read_checkpoint(folder))
 
 
+def test_a_model_without_weights_has_the_configuration_of_the_one_with_them(tmp_path: Path) -> None:
+    for dummy in (False, True):
+        make_models(tmp_path, "tiny", ["nvfp4"], dummy)
+    whole, bare = (model_folder(tmp_path, "tiny", "nvfp4", dummy) for dummy in (False, True))
+    assert {file.name for file in bare.iterdir()} == {"config.json", "hf_quant_config.json"}
+    for file in bare.iterdir():
+        assert file.read_text() == (whole / file.name).read_text()
+
+
+def test_servers_draw_weights_that_are_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(
+        running, "measure", lambda option, model, settings, *_: seen.append([*settings.arguments, str(model)])
+    )
+    settings = Settings(Plan(), ["--tp", "1"], tmp_path, None, print)
+    running.run(Request(["nvfp4"], settings, "tiny", tmp_path, dummy=True))
+    model = model_folder(tmp_path, "tiny", "nvfp4", dummy=True)
+    assert model.is_dir()
+    assert seen == [["--tp", "1", "--load-format", "dummy", str(model)]]
+    with pytest.raises(ModelOptExtError, match="--dummy"):
+        running.run(Request(["nvfp4"], settings, "tiny-moe", tmp_path, dummy=True))
+
+
 def test_recipes_of_a_shape_get_equal_weights(tmp_path: Path) -> None:
     make_models(tmp_path, "tiny", ["mxfp4", "mxfp4-static"])
     first, second = (

@@ -103,16 +103,20 @@ def parameter_count(shape: Shape) -> int:
     return shape.layers * layer + 2 * shape.vocab * shape.hidden + shape.hidden
 
 
-def model_folder(root: Path, shape: str, recipe: str) -> Path:
-    """Return where a model is kept under ``root``: a name that changes with its sizes, its recipe and this file."""
+def model_folder(root: Path, shape: str, recipe: str, dummy: bool = False) -> Path:
+    """Return where a model, or with ``dummy`` its configuration, is kept under ``root``.
+
+    The name changes with its sizes, its recipe and this file.
+    """
     key = json.dumps([asdict(SHAPES[shape]), asdict(RECIPES[recipe])]).encode() + Path(__file__).read_bytes()
-    return root / f"{shape}-{recipe}-{hashlib.sha256(key).hexdigest()[:8]}"
+    kind = f"{recipe}-dummy" if dummy else recipe
+    return root / f"{shape}-{kind}-{hashlib.sha256(key).hexdigest()[:8]}"
 
 
-def make_models(root: Path, shape: str, recipes: list[str]) -> None:
-    """Write the models that are not under ``root`` yet, and print the size and time of each."""
+def make_models(root: Path, shape: str, recipes: list[str], dummy: bool = False) -> None:
+    """Write the models that are not under ``root`` yet, with ``dummy`` only their configurations, and print their sizes."""
     for recipe in recipes:
-        target = model_folder(root, shape, recipe)
+        target = model_folder(root, shape, recipe, dummy)
         if target.is_dir():
             continue
         root.mkdir(parents=True, exist_ok=True)
@@ -120,7 +124,9 @@ def make_models(root: Path, shape: str, recipes: list[str]) -> None:
         # Renamed when it is whole: an interrupted run leaves nothing that the next one would take for a model.
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=root))
         try:
-            write_model(scratch, SHAPES[shape], RECIPES[recipe], "cuda" if torch.cuda.is_available() else "cpu")
+            if not dummy:
+                write_weights(scratch, SHAPES[shape], RECIPES[recipe], "cuda" if torch.cuda.is_available() else "cpu")
+            write_configuration(scratch, SHAPES[shape], RECIPES[recipe])
             scratch.chmod(0o755)
             scratch.rename(target)
         finally:
@@ -130,8 +136,8 @@ def make_models(root: Path, shape: str, recipes: list[str]) -> None:
         print(f"{target.name}: {size / 1e9:.2f} GB written in {seconds:.1f} s", file=sys.stderr, flush=True)
 
 
-def write_model(folder: Path, shape: Shape, recipe: Recipe, device: str) -> None:
-    """Write config, quantization config and weights of a model to an existing ``folder``."""
+def write_weights(folder: Path, shape: Shape, recipe: Recipe, device: str) -> None:
+    """Write the weights of a model to an existing ``folder``."""
     writer = _ShardWriter(folder)
     draw = _Draw(shape, recipe, device)
     embeddings = (shape.vocab, shape.hidden)
@@ -140,6 +146,10 @@ def write_model(folder: Path, shape: Shape, recipe: Recipe, device: str) -> None
     for layer in range(shape.layers):
         writer.add(draw.layer(f"model.layers.{layer}."))
     writer.close()
+
+
+def write_configuration(folder: Path, shape: Shape, recipe: Recipe) -> None:
+    """Write config and quantization config of a model to an existing ``folder``."""
     quantization = _quantization(shape, recipe)
     config = _config(shape)
     if quantization is not None:

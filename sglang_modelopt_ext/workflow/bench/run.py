@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.bench import report
 from sglang_modelopt_ext.workflow.bench.load import Deadline, Plan
 from sglang_modelopt_ext.workflow.bench.machine import apart, hardware, has_gpu, versions
-from sglang_modelopt_ext.workflow.bench.models import make_models, model_folder
+from sglang_modelopt_ext.workflow.bench.models import SHAPES, make_models, model_folder
 from sglang_modelopt_ext.workflow.bench.options import Option, parse_option
 from sglang_modelopt_ext.workflow.bench.server import Result, Settings, measure, measure_together
 
@@ -42,6 +42,7 @@ class Request:
         baseline: the option that ratios refer to, None for the first.
         budget: seconds for all of it, None without limit.
         together: whether all servers are started before the first is measured.
+        dummy: whether servers draw weights of their own, so that no model is written.
         command: that was given, for the report.
         json_file: receives the results after each option; None for no file.
         page: receives a page in Markdown; None for no page.
@@ -54,6 +55,7 @@ class Request:
     baseline: str | None = None
     budget: float | None = None
     together: bool = False
+    dummy: bool = False
     command: str = ""
     json_file: Path | None = None
     page: Path | None = None
@@ -68,13 +70,15 @@ def describe_load(plan: Plan) -> str:
     )
 
 
-def prepare(options: Sequence[Option], shape: str, root: Path) -> tuple[str, dict[str, Path]]:
-    """Write the models that are missing; return the hardware and the checkpoint of each option."""
+def prepare(options: Sequence[Option], shape: str, root: Path, dummy: bool = False) -> tuple[str, dict[str, Path]]:
+    """Write the models that are missing, with ``dummy`` without weights; return the hardware and the checkpoint of each option."""
     recipes = list(dict.fromkeys(option.recipe for option in options if option.recipe is not None))
-    missing = [recipe for recipe in recipes if not model_folder(root, shape, recipe).is_dir()]
+    missing = [recipe for recipe in recipes if not model_folder(root, shape, recipe, dummy).is_dir()]
     if missing:
-        apart(make_models, root, shape, missing)
-    folders = {option.name: option.folder or model_folder(root, shape, option.recipe or "") for option in options}
+        apart(make_models, root, shape, missing, dummy)
+    folders = {
+        option.name: option.folder or model_folder(root, shape, option.recipe or "", dummy) for option in options
+    }
     return apart(hardware), folders
 
 
@@ -90,13 +94,17 @@ def run(request: Request) -> tuple[report.Run, list[Result]]:
     baseline = request.baseline or options[0].name
     if baseline not in {option.name for option in options}:
         raise ModelOptExtError.at("command line", "--baseline", f"one of {', '.join(request.options)}", baseline)
+    if request.dummy:
+        if SHAPES[request.shape].experts:  # with dummy weights all tokens go to the same experts
+            raise ModelOptExtError.at("command line", "--dummy", "a --shape without experts", request.shape)
+        settings = replace(settings, arguments=[*settings.arguments, "--load-format", "dummy"])
     if settings.profile and not has_gpu():
         raise ModelOptExtError.at("command line", "--profile", "a GPU, whose kernels are recorded", "none")
     for name, tokens in (("--output", settings.plan.output), ("--long-output", settings.plan.long_output)):
         if tokens < 2:  # answers too short to have a rate
             raise ModelOptExtError.at("command line", name, "2 or more", tokens)
     date = datetime.date.today().isoformat()
-    device, folders = prepare(options, request.shape, request.models)
+    device, folders = prepare(options, request.shape, request.models, request.dummy)
     about = report.Run(date, device, versions(), request.shape, request.command, baseline, describe_load(settings.plan))
     results: list[Result] = []
 
