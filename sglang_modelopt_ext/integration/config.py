@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 MIXTRAL_BLOCK, COMMON_BLOCK = "block_sparse_moe", "mlp"
 """The name of the block around the experts in Mixtral, and in all other models."""
 
-SERVED_LOAD_FORMATS = ("auto", "safetensors", "runai_streamer", "dummy")
+SERVED_LOAD_FORMATS = ("auto", "safetensors", "fastsafetensors", "runai_streamer", "dummy")
 """``--load-format`` values that are supported: their weights pass through the strict reader, and ``dummy`` reads none."""
 
 

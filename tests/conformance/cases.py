@@ -147,6 +147,8 @@ FEATURE_CASES = (
     ),
     case("w4a8-nvfp4-llama", "lora-w4a8-nvfp4", adapter=True),
     case("w4a8-mxfp4-qwen2", "lora-w4a8-mxfp4", adapter=True),
+    case("w4a8-nvfp4-phi3", "fast-w4a8-nvfp4-phi3", args=features.FAST, same_as="w4a8-nvfp4-phi3"),
+    case("moe-w4a8-mxfp4-mixtral", "fast-moe-w4a8-mxfp4", args=features.FAST, same_as="moe-w4a8-mxfp4-mixtral"),
     case("w4a8-nvfp4-classifier", args={"is_embedding": True}),
     case("w4a8-nvfp4-lm-head"),
 )

@@ -26,6 +26,10 @@ STANDALONE = {**EAGLE3, "speculative_algorithm": "STANDALONE"}
 NEXTN = {**EAGLE3, "speculative_algorithm": "NEXTN", "speculative_num_steps": 1, "speculative_num_draft_tokens": 2}
 
 
+FAST: dict[str, Any] = {"load_format": "fastsafetensors", "model_loader_extra_config": '{"enable_gds": false}'}
+"""Reads files straight into the GPU's memory, through the host: GPU Direct Storage is not everywhere."""
+
+
 def converted(model: Path) -> Path:
     """Return what quantization at load makes of an unquantized model, in a folder that the reading reads."""
     from sglang_modelopt_ext.online.convert import convert

@@ -96,7 +96,7 @@ def test_a_checkpoint_of_another_method_is_not_quantized_again(tmp_path: Path, c
     [
         (
             {"load_format": "sharded_state"},
-            "--load-format: expected one of auto, safetensors, runai_streamer, dummy, got sharded_state",
+            "--load-format: expected one of auto, safetensors, fastsafetensors, runai_streamer, dummy, got sharded_state",
         ),
         ({"load_format": "dummy"}, "expected a checkpoint quantized by ModelOpt, got an unquantized one"),
         ({"use_ray": True}, "--use-ray: expected no Ray"),
