@@ -1,4 +1,4 @@
-"""Products of other packages, called through this package's adapters: peers of :mod:`benchmarks.gemm`, where they are installed."""
+"""Products of other packages, SGLang's own among them: peers of :mod:`benchmarks.gemm`, where they are installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.registry.base import Product
 from benchmarks.registry.operands import random_bf16, random_codes, random_fp8, random_scale
-from sglang_modelopt_kernels.formats import e2m1
+from benchmarks.registry.peers_sglang import MARLIN, STOCK, nvfp4_values
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import naive_mxfp4_linear
 
 
@@ -47,28 +47,30 @@ def _run(x: torch.Tensor, weight: Mapping[str, Any], out_dtype: torch.dtype) -> 
 
 
 def _naive_nvfp4(x: torch.Tensor, weight: Mapping[str, Any]) -> torch.Tensor:
-    codes, scale = weight["stored"]
-    values = e2m1.decode(e2m1.unpack_codes(codes)).double() * scale.double().repeat_interleave(16, dim=1)
-    return x.double() @ values.T
+    return x.double() @ nvfp4_values(*weight["stored"]).T
 
 
-PEERS = {
-    "humming mxfp4": Product(
-        lambda capability: capability in (89, 90),
-        _humming_weight,
-        random_fp8,
-        _run,
-        lambda x, weight: naive_mxfp4_linear(x, *weight["stored"]),
-        2.0**-8,
-        1040,
-    ),
-    "quack nvfp4": Product(
-        lambda capability: capability == 90,
-        _quack_weight,
-        random_bf16,
-        _run,
-        _naive_nvfp4,
-        2.0**-8,
-        1024,
-    ),
-}
+PEERS = (
+    STOCK
+    | MARLIN
+    | {
+        "humming mxfp4": Product(
+            lambda capability: capability in (89, 90),
+            _humming_weight,
+            random_fp8,
+            _run,
+            lambda x, weight: naive_mxfp4_linear(x, *weight["stored"]),
+            2.0**-8,
+            1040,
+        ),
+        "quack nvfp4": Product(
+            lambda capability: capability == 90,
+            _quack_weight,
+            random_bf16,
+            _run,
+            _naive_nvfp4,
+            2.0**-8,
+            1024,
+        ),
+    }
+)
