@@ -114,6 +114,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 LEFT_TO_SGLANG = (
     *("fp8", "nvfp4", "fp8-kv-fp8", "w4a16-nvfp4", "moe-nvfp4", "moe-fp8"),
     *("mix-nvfp4-w4a16", "mix-nvfp4-fp8", "mix-fp8-experts", "mix-block-fp8-inv", "mix-unknown"),
+    *("mix-nvfp4-w4a16-gemma3", "mix-nvfp4-fp8-gemma3"),
 )
 """Exports served without the plugin as well: the log probabilities must be the same."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any
 from tests.conformance import families, features
 from tests.support import edits
 from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest, source_digest
-from tests.support.exports import Variant, export
+from tests.support.exports import Variant, export, mixed_recipe
 from tests.support.hybrid_models import hybrid_export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, UNQUANTIZED
 from tests.support.models import FUSED_FAMILIES, Family, TinyModel, model_dir
 from tests.support.moe import mixed_checkpoint, one_expert_off, tiny
+from tests.support.served_models import served_dir
 
 POSITIONS = 4096
 """Room for the long prompts of the run."""
@@ -117,6 +118,19 @@ def mixed(experts: str, attention: str) -> Export:
     return Export("MIXED_PRECISION", "qwen3_moe", partial(_mixed_experts, experts, attention), mixture=True)
 
 
+def _parts(model: str, parts: Mapping[str, str]) -> Path:
+    return export(served_dir(model), mixed_recipe(parts))
+
+
+def mixed_gemma3(attention: str) -> Export:
+    """Return a mix without experts on Gemma 3: attention layers in one format, the others in NVFP4.
+
+    SGLang serves it: of the dense decoders here, Gemma's class alone names its fused layers.
+    """
+    parts = {"*self_attn*": attention, "*mlp*": "NVFP4_DEFAULT_CFG"}
+    return Export("MIXED_PRECISION", "gemma3", partial(_parts, "gemma3", parts))
+
+
 def _publish_block_scales(tensors: edits.Tensors) -> None:
     """Store FP8 block scales as published checkpoints do, and SGLang reads them: ``weight_scale_inv`` ``[N / 128, K / 128]``.
 
@@ -195,6 +209,8 @@ EXPORTS: dict[str, Export] = {
     ),
     "mix-nvfp4-w4a16": mixed("NVFP4_DEFAULT_CFG", "W4A16_NVFP4_CFG"),
     "mix-nvfp4-fp8": mixed("NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG"),
+    "mix-nvfp4-w4a16-gemma3": mixed_gemma3("W4A16_NVFP4_CFG"),
+    "mix-nvfp4-fp8-gemma3": mixed_gemma3("FP8_DEFAULT_CFG"),
     "mix-fp8-experts": mixed("FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"),
     "mix-block-fp8": mixed("NVFP4_DEFAULT_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
     "mix-fp8-mha": dense("MIXED_PRECISION", "llama", "NVFP4_FP8_MHA_CONFIG", kv="fp8"),
