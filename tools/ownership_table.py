@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
+
 from sglang_modelopt_ext.checkpoint.ownership import MXFP8, STOCK_MIXED_FLAG, STOCK_MXFP8_FLAG, decide
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QUANT_CONFIG_NAME
 from sglang_modelopt_ext.checkpoint.tensors import INDEX_NAME
@@ -35,12 +38,14 @@ class Kind:
         section: its quantization section.
         fields: of config.json.
         tensors: names of its tensors, where they decide.
+        shape: of these tensors, where it decides too.
     """
 
     label: str
     section: Mapping[str, Any]
     fields: Mapping[str, Any] = field(default_factory=dict)
     tensors: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
 
     def owner(self, capability: int) -> str:
         """Return the owner on that GPU without a flag."""
@@ -48,18 +53,29 @@ class Kind:
             folder = Path(name)
             (folder / CONFIG_NAME).write_text(json.dumps({"architectures": ["Qwen3MoeForCausalLM"], **self.fields}))
             (folder / QUANT_CONFIG_NAME).write_text(json.dumps({"quantization": self.section}))
-            if self.tensors:
+            if self.shape:
+                stored = {tensor: torch.zeros(self.shape) for tensor in self.tensors}
+                save_file(stored, folder / "model.safetensors")
+            elif self.tensors:
                 index = {"weight_map": dict.fromkeys(self.tensors, "model.safetensors")}
                 (folder / INDEX_NAME).write_text(json.dumps(index))
             return "SGLang" if decide(folder, None, Device.cuda(capability)).family is None else "ours"
 
 
-def mix(label: str, tensors: tuple[str, ...] = (), architecture: str | None = None, **layers: str) -> Kind:
+def mix(
+    label: str,
+    tensors: tuple[str, ...] = (),
+    architecture: str | None = None,
+    shape: tuple[int, ...] = (),
+    **layers: str,
+) -> Kind:
     """Return a mix of NVFP4 experts and ``layers``, their names with ``__`` for dots."""
     listed = {name.replace("__", "."): {"quant_algo": algo} for name, algo in layers.items()}
     fields = {} if architecture is None else {"architectures": [architecture]}
     experts = {"model.layers.0.mlp.experts": LISTED["NVFP4"]}
-    return Kind(label, {"quant_algo": MIXED_PRECISION, "quantized_layers": {**experts, **listed}}, fields, tensors)
+    return Kind(
+        label, {"quant_algo": MIXED_PRECISION, "quantized_layers": {**experts, **listed}}, fields, tensors, shape
+    )
 
 
 O_PROJ = "model.layers.0.self_attn.o_proj"
@@ -81,6 +97,13 @@ MIXES = (
         "NVFP4, and MXFP8 or FP8_PB_WO with a `weight_scale` that DeepSeek V2 and V3, GLM-5 and Kimi K3 rename",
         (f"{O_PROJ}.weight_scale",),
         "KimiK3ForConditionalGeneration",
+        model__layers__0__self_attn__o_proj="FP8_PB_WO",
+    ),
+    mix(
+        "the same with FP8_PB_WO as ModelOpt 0.47 stores it, its `weight_scale` in four dimensions[^tiles]",
+        (f"{O_PROJ}.weight_scale",),
+        "KimiK3ForConditionalGeneration",
+        (2, 1, 4, 1),
         model__layers__0__self_attn__o_proj="FP8_PB_WO",
     ),
     mix(

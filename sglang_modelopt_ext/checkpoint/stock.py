@@ -20,7 +20,7 @@ from sglang_modelopt_ext.checkpoint.stock_models import (
     MODELS_WITH_PACKED_EXPERTS,
     unmapped_in,
 )
-from sglang_modelopt_ext.checkpoint.tensors import read_json_object, tensor_names
+from sglang_modelopt_ext.checkpoint.tensors import read_json_object, stored_shape, tensor_names
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE
@@ -49,6 +49,7 @@ FP8_INSTRUCTIONS_CAPABILITY = 89
 """The compute capability from which SGLang rounds the inputs of FP8 linear layers; before, they run in Marlin."""
 
 _ATTENTION_LAYER = "model.layers.0.self_attn.q_proj"
+_STOCK_DIMENSIONS = 2
 _STOCK_SCALE, _MODELOPT_SCALE, _INPUT_SCALE = "weight_scale_inv", "weight_scale", "input_scale"
 
 
@@ -82,6 +83,13 @@ class Subject:
         """The names of its tensors, None where they cannot be known (yet)."""
         try:
             return tensor_names(self.folder) or None
+        except ModelOptExtError:
+            return None
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor, None where it cannot be known (yet)."""
+        try:
+            return stored_shape(self.folder, name)
         except ModelOptExtError:
             return None
 
@@ -231,16 +239,24 @@ def _smoothing(subject: Subject) -> str | None:
 
 
 def _block_scales(subject: Subject) -> str | None:
-    """Return the fault of FP8 block scales under ModelOpt's name: most model classes drop them with a warning."""
+    """Return the fault of FP8 block scales under ModelOpt's name: most model classes drop them with a warning.
+
+    The others fail an assertion on the shape of a tile's scales with a dimension of one entry behind each, ModelOpt 0.47's.
+    """
     if not subject.algos & BLOCK_FP8_ALGOS or subject.tensors is None:
-        return None
-    if subject.model in MODELS_THAT_RENAME_BLOCK_SCALES:
         return None
     for name in subject.tensors:
         module, _, last = name.rpartition(".")
         layer = subject.config.listed(module) if last == _MODELOPT_SCALE else None
-        if layer is not None and layer.algo in BLOCK_FP8_ALGOS:
+        if layer is None or layer.algo not in BLOCK_FP8_ALGOS:
+            continue
+        if subject.model not in MODELS_THAT_RENAME_BLOCK_SCALES:
             return f"it drops the block scales of {layer.algo} under ModelOpt's name for them, {name}"
+        shape = subject.shape(name)
+        if shape is not None and len(shape) > _STOCK_DIMENSIONS:
+            return f"it takes block scales of {layer.algo} in {_STOCK_DIMENSIONS} dimensions, not {name} {list(shape)}"
+        if layer.algo != "MXFP8":  # all layers of tiles have scales of one form
+            return None
     return None
 
 

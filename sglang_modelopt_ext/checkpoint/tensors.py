@@ -175,6 +175,21 @@ def tensor_names(folder: Path) -> Collection[str]:
     return hub_tensor_names(*model) if model is not None else ()
 
 
+def stored_shape(folder: Path, name: str) -> tuple[int, ...] | None:
+    """Return the shape of one tensor, from the header of its file alone; None where no file has it.
+
+    Raises:
+        ModelOptExtError: the index or a file cannot be read, or the weights are not there.
+    """
+    index = folder / INDEX_NAME
+    listed = _weight_map(index).get(name) if index.exists() else None
+    for file in weight_files(folder) if listed is None else (folder / listed,):
+        with open_safetensors(file) as handle:
+            if name in handle.keys():  # noqa: SIM118 - not a mapping
+                return tuple(handle.get_slice(name).get_shape())
+    return None
+
+
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of the checkpoint in ``folder``, by name, from the safetensors headers only.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +11,12 @@ from typing import Any
 from tests.conformance import families, features
 from tests.support import edits
 from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest, source_digest
-from tests.support.exports import Variant, export
+from tests.support.exports import Variant, export, mixed_recipe
 from tests.support.hybrid_models import hybrid_export
 from tests.support.kv_exports import CAST_PRESETS, PRESETS, UNQUANTIZED
 from tests.support.models import FUSED_FAMILIES, Family, TinyModel, model_dir
 from tests.support.moe import mixed_checkpoint, one_expert_off, tiny
+from tests.support.served_models import served_dir
 
 POSITIONS = 4096
 """Room for the long prompts of the run."""
@@ -117,14 +118,48 @@ def mixed(experts: str, attention: str) -> Export:
     return Export("MIXED_PRECISION", "qwen3_moe", partial(_mixed_experts, experts, attention), mixture=True)
 
 
-def _publish_block_scales(tensors: edits.Tensors) -> None:
-    """Store FP8 block scales as published checkpoints do, and SGLang reads them: ``weight_scale_inv`` ``[N / 128, K / 128]``.
+def _parts(model: str, parts: Mapping[str, str], *unquantized: str) -> Path:
+    return families.published(model, export(served_dir(model), mixed_recipe(parts), Variant(exclude=unquantized)))
 
-    ModelOpt's are called ``weight_scale``, and have a dimension of one entry behind each.
+
+def mixed_gemma3(attention: str) -> Export:
+    """Return a mix without experts on Gemma 3: attention layers in one format, the others in NVFP4.
+
+    SGLang serves it: of the dense decoders here, Gemma's class alone names its fused layers.
     """
+    parts = {"*self_attn*": attention, "*mlp*": "NVFP4_DEFAULT_CFG"}
+    return Export("MIXED_PRECISION", "gemma3", partial(_parts, "gemma3", parts))
+
+
+def _mixed_deepseek() -> Path:
+    """Return a mix on DeepSeek V3: FP8 blocks, and one layer in NVFP4.
+
+    The experts, whose NVFP4 kernel SGLang compiles for minutes, and ``kv_b_proj`` are not quantized: SGLang rounds the inputs of
+    that where a prompt is prefilled, and multiplies its weight into others where a token is decoded.
+    """
+    parts = {"*self_attn*": "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", "*mlp.down_proj*": "NVFP4_DEFAULT_CFG"}
+    return _parts("deepseek_v3", parts, "*kv_b_proj*")
+
+
+def _flatten_block_scales(tensors: edits.Tensors) -> None:
+    """Store FP8 block scales in the shape that SGLang takes: ModelOpt 0.47's have a dimension of one entry behind each."""
     for name in [name for name in tensors if ".self_attn." in name and name.endswith(".weight_scale")]:
         rows, _, columns, _ = tensors[name].shape
-        tensors[f"{name}_inv"] = tensors.pop(name).reshape(rows, columns)
+        tensors[name] = tensors[name].reshape(rows, columns)
+
+
+def _publish_block_scales(tensors: edits.Tensors) -> None:
+    """Store FP8 block scales as most published checkpoints do: ``weight_scale_inv`` ``[N / 128, K / 128]``."""
+    _flatten_block_scales(tensors)
+    for name in [name for name in tensors if ".self_attn." in name and name.endswith(".weight_scale")]:
+        tensors[f"{name}_inv"] = tensors.pop(name)
+
+
+def _round_block_inputs(content: dict[str, Any]) -> None:
+    """Declare layers of FP8 blocks by the algorithm that rounds inputs in blocks too: SGLang rounds them in every such layer."""
+    for layer in content["quantization"]["quantized_layers"].values():
+        if layer["quant_algo"].upper() == "FP8_PB_WO":
+            layer["quant_algo"] = "FP8_BLOCK_SCALES"
 
 
 def _list_unknown(content: dict[str, Any]) -> None:
@@ -195,8 +230,11 @@ EXPORTS: dict[str, Export] = {
     ),
     "mix-nvfp4-w4a16": mixed("NVFP4_DEFAULT_CFG", "W4A16_NVFP4_CFG"),
     "mix-nvfp4-fp8": mixed("NVFP4_DEFAULT_CFG", "FP8_DEFAULT_CFG"),
+    "mix-nvfp4-w4a16-gemma3": mixed_gemma3("W4A16_NVFP4_CFG"),
+    "mix-nvfp4-fp8-gemma3": mixed_gemma3("FP8_DEFAULT_CFG"),
     "mix-fp8-experts": mixed("FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"),
     "mix-block-fp8": mixed("NVFP4_DEFAULT_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
+    "mix-block-fp8-deepseek-v3": Export("MIXED_PRECISION", "deepseek-v3", _mixed_deepseek, mixture=True),
     "mix-fp8-mha": dense("MIXED_PRECISION", "llama", "NVFP4_FP8_MHA_CONFIG", kv="fp8"),
     # Experts: every algorithm that ModelOpt exports for them.
     "moe-w4a8-nvfp4-qwen3_moe": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, layers=2),
@@ -257,10 +295,17 @@ EXPORTS["wrong-scale"] = Export(
 """A control: the judge must tell a server of this folder from one of the original folder."""
 for _name, _source, _edit in (
     ("mix-block-fp8-inv", "mix-block-fp8", edits.edit_tensors(_publish_block_scales)),
+    ("mix-block-fp8-rounded", "mix-block-fp8", edits.edit_json(edits.QUANT_CONFIG, _round_block_inputs)),
+    ("mix-block-fp8-flat-deepseek-v3", "mix-block-fp8-deepseek-v3", edits.edit_tensors(_flatten_block_scales)),
+    (
+        "mix-block-fp8-rounded-deepseek-v3",
+        "mix-block-fp8-deepseek-v3",
+        edits.edit_json(edits.QUANT_CONFIG, _round_block_inputs),
+    ),
     ("mix-unknown", "mix-nvfp4-fp8", edits.edit_json(edits.QUANT_CONFIG, _list_unknown)),
 ):
     _make = partial(_edited, EXPORTS[_source], _edit, name=_name)
-    EXPORTS[_name] = Export("MIXED_PRECISION", "qwen3_moe", _make, mixture=True)
+    EXPORTS[_name] = Export("MIXED_PRECISION", EXPORTS[_source].family, _make, mixture=True)
 
 # Hybrid pools: windows and attention sinks, and attention beside linear attention, whose state is not quantized.
 for _name, _kind, _recipe in (

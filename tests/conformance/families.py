@@ -117,6 +117,11 @@ def folder_of(name: str, recipe: str | None = None) -> Path:
     model, folder = of.model, served_dir(of.model)
     if recipe is not None:
         folder = export(folder, of.recipes[recipe][1], Variant(exclude=of.unquantized.get(recipe, ())))
+    return published(model, folder)
+
+
+def published(model: str, folder: Path) -> Path:
+    """Return a folder of a model as published checkpoints have it, itself where nothing differs."""
     change = PUBLISHED.get(model)
     if change is None:
         return folder

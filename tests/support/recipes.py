@@ -103,6 +103,13 @@ def round_tensor_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch
     return _round_by_amax(x, x.abs().amax())
 
 
+def round_block_fp8(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round to E4M3 under one scale per token and 128 inputs: the largest magnitude of these / 448."""
+    blocks = x.view(*x.shape[:-1], -1, 128)
+    values, scale = _round_by_amax(blocks, blocks.abs().amax(dim=-1, keepdim=True))
+    return (values * scale).view(x.shape), torch.ones(())
+
+
 def round_nothing(x: torch.Tensor, parts: Parts) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the input unchanged."""
     return x, torch.ones(())
@@ -237,10 +244,12 @@ RECIPES: dict[str, Recipe] = {
     "FP8 weights": Recipe(0, decode_fp8, round_nothing, _WEIGHT),
     "FP8_PER_CHANNEL_PER_TOKEN": Recipe(0, decode_fp8, round_token_fp8, _WEIGHT),
     "FP8_PB_WO": Recipe(0, decode_fp8_blocks, round_nothing, _WEIGHT),
+    "FP8_BLOCK_SCALES": Recipe(0, decode_fp8_blocks, round_block_fp8, _WEIGHT),
     "W8A8_SQ_PER_CHANNEL": Recipe(0, decode_int8, round_static_int8, _WEIGHT | _INPUT),
     "W8A16": Recipe(0, decode_int8, round_nothing, _WEIGHT),
 }
-"""By ``quant_algo`` in upper case. MXFP4 stands for the recipe that rounds activations, "FP8 weights" for a weight-only head."""
+"""By ``quant_algo`` in upper case. MXFP4 stands for the recipe that rounds activations, "FP8 weights" for a weight-only head,
+FP8_BLOCK_SCALES for FP8_PB_WO as SGLang serves it."""
 
 FP4_ROUNDINGS = (round_nvfp4, round_mxfp4)
 

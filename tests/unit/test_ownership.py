@@ -157,6 +157,25 @@ def test_flags_on_a_mix(tmp_path: Path, flag: str) -> None:
         owned_family(folder, flag, Device.cuda(100))
 
 
+@pytest.mark.parametrize(("shape", "left"), [((2, 1, 4, 1), False), ((2, 4), True)])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_block_scales_that_a_class_renames_are_left_in_its_own_shape(
+    tmp_path: Path, shape: tuple[int, ...], left: bool, indexed: bool
+) -> None:
+    """SGLang's DeepSeek takes scales of tiles as ``[N / 128, K / 128]`` and stops at ModelOpt 0.47's."""
+    module = "model.layers.0.self_attn.o_proj"
+    layers = {module: {"quant_algo": "fp8_pb_wo"}, "model.layers.0.mlp.down_proj": {"quant_algo": "NVFP4"}}
+    section = {"quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+    folder = checkpoint(tmp_path, section, {f"{module}.weight_scale": torch.ones(shape)})
+    (folder / "config.json").write_text(json.dumps({"architectures": ["DeepseekV3ForCausalLM"]}))
+    if indexed:
+        index = {"weight_map": {f"{module}.weight_scale": "model.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = decide(folder, None, Device.cuda(90))
+    assert (found.family is None) == left
+    assert left or "block scales of FP8_PB_WO in 2 dimensions" in found.why
+
+
 @pytest.mark.parametrize(("name", "left"), [("weight_scale", False), ("weight_scale_inv", True)])
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 def test_block_scales_under_sglangs_name_are_sglangs(tmp_path: Path, name: str, left: bool, device: Device) -> None:
