@@ -298,7 +298,7 @@ def test_block_inputs_are_read_rounded_where_sglang_rounds_them() -> None:
 
 
 def test_w4afp8_is_read_as_its_codes_say(tmp_path: Path) -> None:
-    """INT4 codes, low nibble first along the inputs, times their scales, are the weights of the reading; other groups' scales are found."""
+    """INT4 codes, low nibble first along the inputs, times their scales, are the reading's weights; other groups' are found."""
     one = next(case for case in CASES if case.name == "w4afp8")
     served, reads = edits.read_tensors(one.of.make()), EXPORTS[one.reads].make()
     weights = Reference(reads).weights
