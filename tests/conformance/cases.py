@@ -107,6 +107,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "kv-linear-nvfp4-affine": {"args": families.STATES, "prefixes": False},
     "mix-block-fp8-inv": {"reads": "mix-block-fp8-rounded", "env": NO_WARM_UP},
     "mix-block-fp8-flat-deepseek-v3": {"reads": "mix-block-fp8-rounded-deepseek-v3", "env": NO_WARM_UP},
+    "w4afp8": {"reads": "w4afp8-read", "env": NO_WARM_UP},
     "mix-unknown": {"reads": "mix-nvfp4-fp8"},
     "wrong-scale": {"reads": "trained-w4a8-nvfp4", "expect": "wrong"},
 }
@@ -115,7 +116,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 LEFT_TO_SGLANG = (
     *("fp8", "nvfp4", "fp8-kv-fp8", "w4a16-nvfp4", "moe-nvfp4", "moe-fp8"),
     *("mix-nvfp4-w4a16", "mix-nvfp4-fp8", "mix-fp8-experts", "mix-block-fp8-inv", "mix-unknown"),
-    *("mix-nvfp4-w4a16-gemma3", "mix-nvfp4-fp8-gemma3", "mix-block-fp8-flat-deepseek-v3"),
+    *("mix-nvfp4-w4a16-gemma3", "mix-nvfp4-fp8-gemma3", "mix-block-fp8-flat-deepseek-v3", "w4afp8"),
 )
 """Exports served without the plugin as well: the log probabilities must be the same."""
 
@@ -158,7 +159,7 @@ FEATURE_CASES = (
 
 _OTHERS = {
     *("online", "draft-eagle3", "w4a8-nvfp4-deepseek-v3-mtp"),
-    *("mix-block-fp8-rounded", "mix-block-fp8-rounded-deepseek-v3"),
+    *("mix-block-fp8-rounded", "mix-block-fp8-rounded-deepseek-v3", "w4afp8-read"),
     *(one.name for one in (*FAMILY_CASES, *FEATURE_CASES)),
 }
 """Exports that are served in these cases, or not by themselves, or only read."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.conformance import families, features
-from tests.support import edits
+from tests.support import edits, w4afp8
 from tests.support.cache import REPOSITORY, cached_folder, digest, folder_digest, source_digest
 from tests.support.exports import Variant, export, mixed_recipe
 from tests.support.hybrid_models import hybrid_export
@@ -141,6 +141,16 @@ def _mixed_deepseek() -> Path:
     return _parts("deepseek_v3", parts, "*kv_b_proj*")
 
 
+def _w4afp8(write: Callable[[Path, int], Path]) -> Path:
+    key = digest(source_digest(Path(w4afp8.__file__)), folder_digest(model_dir(w4afp8.model(POSITIONS))))
+
+    def make(folder: Path) -> None:
+        folder.rmdir()
+        write(folder, POSITIONS)
+
+    return cached_folder("edited", f"w4afp8-{write.__name__}-{key}", make)
+
+
 def _flatten_block_scales(tensors: edits.Tensors) -> None:
     """Store FP8 block scales in the shape that SGLang takes: ModelOpt 0.47's have a dimension of one entry behind each."""
     for name in [name for name in tensors if ".self_attn." in name and name.endswith(".weight_scale")]:
@@ -235,6 +245,9 @@ EXPORTS: dict[str, Export] = {
     "mix-fp8-experts": mixed("FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG"),
     "mix-block-fp8": mixed("NVFP4_DEFAULT_CFG", "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"),
     "mix-block-fp8-deepseek-v3": Export("MIXED_PRECISION", "deepseek-v3", _mixed_deepseek, mixture=True),
+    # A mix that names no layers, in a layout that ModelOpt has no preset for, and the same in ModelOpt's to be read.
+    "w4afp8": Export("MIXED_PRECISION", "qwen3_moe", partial(_w4afp8, w4afp8.served_layout), mixture=True),
+    "w4afp8-read": Export("MIXED_PRECISION", "qwen3_moe", partial(_w4afp8, w4afp8.read_layout), mixture=True),
     "mix-fp8-mha": dense("MIXED_PRECISION", "llama", "NVFP4_FP8_MHA_CONFIG", kv="fp8"),
     # Experts: every algorithm that ModelOpt exports for them.
     "moe-w4a8-nvfp4-qwen3_moe": mixture("W4A8_NVFP4_FP8", "qwen3_moe", NVFP4, layers=2),

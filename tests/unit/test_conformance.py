@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from sglang_modelopt_ext.checkpoint.ownership import decide
 from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
+from sglang_modelopt_ext.device import Device
 from tests.conformance import drive, large, pack, report
-from tests.conformance.cases import CASES, RANKS, Case, case, chosen
+from tests.conformance.cases import CASES, LEFT_TO_SGLANG, RANKS, Case, case, chosen
 from tests.conformance.drive import Drive, Scored
 from tests.conformance.exports import EXPORTS, Export
 from tests.conformance.judge import Judge, Judgement, compare, compared, in_doubt
@@ -21,6 +23,7 @@ from tests.conformance.reading import Reader, Reading, first_raw, read_check
 from tests.conformance.run import reason
 from tests.support import edits
 from tests.support.models import random_ids
+from tests.support.reference import Reference
 
 pytest.importorskip("modelopt", reason="needs nvidia-modelopt to make exports")
 
@@ -265,6 +268,61 @@ def test_sglang_loads_published_block_scales() -> None:
         for shard in "qkv":
             parameter.weight_loader(parameter, tensors[f"{attention}.{shard}_proj.{name}"], shard)
     assert torch.equal(layer.weight_scale_inv, torch.cat([q, k, v]))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", LEFT_TO_SGLANG)
+def test_what_is_left_to_sglang_is(name: str) -> None:
+    """Else a case would compare this package with SGLang, where it is to compare SGLang with itself."""
+    assert decide(EXPORTS[name].make(), None, Device.cuda(GPU)).family is None
+
+
+def test_modelopts_own_block_scales_are_served_here() -> None:
+    """SGLang stops at their shape, though its class accepts their name."""
+    found = decide(EXPORTS["mix-block-fp8-deepseek-v3"].make(), None, Device.cuda(GPU))
+    assert found.family == "modelopt_ext"
+
+
+def test_block_inputs_are_read_rounded_where_sglang_rounds_them() -> None:
+    """Rounded by token and 128 inputs an answer is right by the reading of SGLang's case, and wrong by that of ours."""
+    theirs = next(one for one in CASES if one.name == "mix-block-fp8-inv")
+    ours = next(one for one in CASES if one.name == "mix-block-fp8")
+    assert theirs.reads == "mix-block-fp8-rounded"
+    reading = Reading.of(theirs, GPU)
+    sent = [random_ids(length, seed=length, vocab=drive.VOCAB) for length in (33, 65, 200)]
+    with torch.inference_mode():
+        judges = {one.name: Judge(EXPORTS[one.reads].make(), one, reading, "cpu") for one in (theirs, ours)}
+        scored = [Scored("some", ids, 1, judges[theirs.name].rough.scores(ids).tolist(), len(ids)) for ids in sent]
+        assert judges[theirs.name].judge(scored).verdict == "right"
+        assert judges[ours.name].judge(scored).verdict == "wrong"
+
+
+def test_w4afp8_is_read_as_its_codes_say(tmp_path: Path) -> None:
+    """INT4 codes, low nibble first along the inputs, times their scales, are the reading's weights; other groups' are found."""
+    one = next(case for case in CASES if case.name == "w4afp8")
+    served, reads = edits.read_tensors(one.of.make()), EXPORTS[one.reads].make()
+    weights = Reference(reads).weights
+    modules = [name.removesuffix(".weight_scale_inv") for name in edits.matching(served, "*.experts.*_scale_inv")]
+    assert len(modules) == 12
+    for module in modules:
+        packed = served[f"{module}.weight"].view(torch.uint8).to(torch.int32)
+        codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)
+        signed = torch.where(codes > 7, codes - 16, codes).to(torch.float32)
+        scales = served[f"{module}.weight_scale_inv"].repeat_interleave(128, dim=1)
+        assert torch.equal(signed * scales, weights[module])
+        assert torch.equal(scales, scales.to(torch.bfloat16).to(torch.float32)), "SGLang's dtype for them"
+    reading = Reading.of(one, GPU)
+    wrong = edits.copy_with(reads, tmp_path / "wrong", [edits.map_tensors("*.experts.*.weight_scale", _swapped)])
+    sent = [random_ids(length, seed=length, vocab=drive.VOCAB) for length in (33, 65, 200)]
+    with torch.inference_mode():
+        judge = Judge(reads, one, reading, "cpu")
+        for reader, verdict in ((judge.rough, "right"), (Reader(wrong, reading, torch.bfloat16), "wrong")):
+            scored = [Scored("some", ids, 1, reader.scores(ids).tolist(), len(ids)) for ids in sent]
+            assert judge.judge(scored).verdict == verdict
+
+
+def _swapped(scale: torch.Tensor) -> torch.Tensor:
+    return scale.roll(1, dims=1)
 
 
 def test_every_case_has_a_partner_and_every_recipe_a_case() -> None:
