@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +41,16 @@ def process_groups(processes: Processes, used: bool) -> Iterator[None]:
         yield
     finally:
         Group.is_initialized = before
+
+
+@contextmanager
+def first_one_shows(processes: Processes) -> Iterator[None]:
+    """Drop messages and progress bars of all processes but the first while the block runs."""
+    if processes.is_first:
+        yield
+        return
+    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
+        yield
 
 
 def reduces(algorithm: Any) -> bool:

@@ -35,7 +35,7 @@ from sglang_modelopt_ext.workflow.autoquant.measure import (
     perplexity,
     stored_bits,
 )
-from sglang_modelopt_ext.workflow.autoquant.parallel import process_groups
+from sglang_modelopt_ext.workflow.autoquant.parallel import first_one_shows, process_groups
 from sglang_modelopt_ext.workflow.autoquant.plan import plan_candidates, recipe_of, try_formats
 from sglang_modelopt_ext.workflow.autoquant.plots import draw, matplotlib_figure
 from sglang_modelopt_ext.workflow.autoquant.request import Request
@@ -85,7 +85,7 @@ def search(request: Request, processes: Processes | None = None) -> Report | Non
         ModelOptExtError: any wrong input, before the model is loaded where that is possible.
     """
     processes = processes or Processes()
-    with process_groups(processes, used=False):
+    with process_groups(processes, used=False), first_one_shows(processes):
         return _search(_quiet(request, processes), processes)
 
 
@@ -175,7 +175,7 @@ def export_again(file: Path, request: Request, processes: Processes | None = Non
         ModelOptExtError: the state is of another model or of other text.
     """
     processes = processes or Processes()
-    with process_groups(processes, used=False):
+    with process_groups(processes, used=False), first_one_shows(processes):
         return _export_again(file, _quiet(request, processes), processes)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -168,7 +167,7 @@ class Search:
             if self._offered(group) and (self.fixed is not None or group.candidates.keys() != everywhere)
         ]
         steps = len(self.scoring.batches) if self.scoring else 0
-        with self._quiet(), modelopt_messages(), _standing_in(self), FastProducts():
+        with modelopt_messages(), _standing_in(self), FastProducts():
             mtq.auto_quantize(
                 self.model,
                 constraints={"effective_bits": 16.0},
@@ -184,15 +183,6 @@ class Search:
                 checkpoint=None if self.checkpoint is None else str(self.checkpoint),
                 module_search_spaces=spaces,
             )
-
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Drop ModelOpt's progress bars in all processes but the first while the block runs."""
-        if self.processes.is_first:
-            yield
-            return
-        with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
-            yield
 
     def calibrate(self, model: Any, algorithm: Any, run: Callable[[], Any]) -> Any:
         """Call ``run``, a calibration by ModelOpt, to the scales of one process.

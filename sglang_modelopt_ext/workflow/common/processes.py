@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def joined(device: str | None) -> Iterator[tuple[Processes, str]]:
         yield Processes(), device
         return
     store, processes = _rendezvous()
-    with _one_error(store):
+    with _one_error(store, processes):
         if device == "auto":
             raise ModelOptExtError.at("command line", "--device", "cpu or cuda with several processes", device)
         backend = "gloo"
@@ -123,13 +124,15 @@ def _rendezvous() -> tuple[Store, Processes]:
 
 
 @contextmanager
-def _one_error(store: Store) -> Iterator[None]:
+def _one_error(store: Store, processes: Processes) -> Iterator[None]:
     """Raise OtherProcessFailed in the place of an error of the block where another process failed before."""
     try:
         yield
     except BaseException as error:
         if not _is_first_to_fail(store):
             raise OtherProcessFailed("another process failed") from error
+        if not processes.is_first:
+            print(file=sys.stderr)  # end the line of the first process's progress bar
         raise
 
 
