@@ -255,18 +255,18 @@ class Search:
         self.scale = done.loss_scale
         if done.windows == 0:
             self.scale = self.processes.from_first(lambda: self._find_scale(searcher, measure))
-        restore_sums(searcher.model, self.recipes, {})
+        restore_sums(searcher.model, self.recipes, self.method, {})
         if own := len(self.processes.share(scoring.batches[done.windows :])):
             searcher.config["num_score_steps"] = own
             measure()
         while scoring.done.windows < len(scoring.batches):
             self._add_windows(searcher.model, scoring)
-        restore_sums(searcher.model, self.recipes, scoring.done.sums)
+        restore_sums(searcher.model, self.recipes, self.method, scoring.done.sums)
 
     def _add_windows(self, model: Any, scoring: Scoring) -> None:
         """Add the scores of one window of each process, in the order of the windows, whichever process has them."""
-        rows = self.processes.gather(read_sums(model, self.recipes))
-        restore_sums(model, self.recipes, {})
+        rows = self.processes.gather(read_sums(model, self.recipes, self.method))
+        restore_sums(model, self.recipes, self.method, {})
         done = scoring.done
         windows = min(done.windows + len(rows), len(scoring.batches))
         sums = added(done.sums, rows[: windows - done.windows])
@@ -300,9 +300,10 @@ class Search:
         try:
             for _ in range(_SCALE_TRIES):
                 self.scale = scale
-                restore_sums(searcher.model, self.recipes, {})
+                restore_sums(searcher.model, self.recipes, self.method, {})
                 measure()
-                sums = [value for row in read_sums(searcher.model, self.recipes).values() for value in row.values()]
+                rows = read_sums(searcher.model, self.recipes, self.method).values()
+                sums = [value for row in rows for value in row.values()]
                 if not all(math.isfinite(value) for value in sums):
                     scale /= _SCALE_STEP
                 elif not any(sums):

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from sglang_modelopt_ext.workflow.autoquant.solve import Method
+
 Sums = Mapping[str, Mapping[str, float]]
 """Sums by format and module; of a module that no token reached there is none."""
 
@@ -22,27 +24,39 @@ def hparams(model: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def read_sums(model: Any, recipes: Mapping[Any, str]) -> dict[str, dict[str, float]]:
+def read_sums(model: Any, recipes: Mapping[Any, str], method: Method) -> dict[str, dict[str, float]]:
     """Return ModelOpt's sums; ``recipes`` has the name of each format."""
     names = {module: name for name, module in model.named_modules()}
     sums: dict[str, dict[str, float]] = {}
     for _, hparam in hparams(model):
+        places = _places(hparam, names, method)
         for recipe, modules in hparam._importance_dict.items():
-            for module, value in modules.items():
-                if value is not None:
-                    sums.setdefault(recipes[recipe], {})[names[module]] = float(value)
+            for module, name in places.items():
+                if modules[module] is not None:
+                    sums.setdefault(recipes[recipe], {})[name] = float(modules[module])
     return sums
 
 
-def restore_sums(model: Any, recipes: Mapping[Any, str], sums: Sums) -> None:
+def restore_sums(model: Any, recipes: Mapping[Any, str], method: Method, sums: Sums) -> None:
     """Put sums back into ModelOpt; those that are not in ``sums`` start anew."""
     names = {module: name for name, module in model.named_modules()}
     device = next(model.parameters()).device
     for _, hparam in hparams(model):
+        places = _places(hparam, names, method)
         for recipe, modules in hparam._importance_dict.items():
             for module in modules:
-                value = sums.get(recipes[recipe], {}).get(names[module])
+                value = sums.get(recipes[recipe], {}).get(places.get(module, ""))
                 modules[module] = None if value is None else torch.tensor(value, dtype=torch.float32, device=device)
+
+
+def _places(hparam: Any, names: Mapping[Any, str], method: Method) -> dict[Any, str]:
+    """Return the modules of a group where ModelOpt keeps sums, with their names here.
+
+    A divergence is of the whole group. ModelOpt keeps it at one module, which is another one in every process: it comes from a set.
+    """
+    if method == "gradient":
+        return {module: names[module] for module in hparam.score_modules}
+    return {hparam.score_modules[0]: min(names[module] for module in hparam.score_modules)}
 
 
 def added(sums: Sums, windows: Iterable[Sums]) -> dict[str, dict[str, float]]:
