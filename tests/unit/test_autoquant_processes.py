@@ -128,7 +128,11 @@ def test_a_process_that_fails_ends_all_and_the_search_resumes(
 ) -> None:
     """One line; the work folder alone is left; one process or three continue after the windows that all had scored."""
     output = tmp_path / "several" / "out"
-    assert errors(several(arguments(model, output), fail=fail)) == [expected]
+    done = several(arguments(model, output), fail=fail)
+    if fail.endswith("kill") and not errors(done):  # the launcher noticed it first, and asked the other one to stop
+        assert done.stderr.splitlines().count("interrupted") == 1
+    else:
+        assert errors(done) == [expected]
     assert names(tmp_path / "several") == {".out.autoquant"}
     shutil.copytree(tmp_path / "several", tmp_path / "alone")
     (tmp_path / "alone" / ".out.autoquant").chmod(0o700)

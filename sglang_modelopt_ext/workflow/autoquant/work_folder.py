@@ -66,7 +66,7 @@ def shared_work(processes: Processes, output: Path, plan: State, *, resume: bool
     """Yield the work of all processes: the first one has the folder (:func:`work_folder`), the others its progress.
 
     Raises:
-        ModelOptExtError: the processes have different inputs, or :func:`work_folder` refuses.
+        ModelOptExtError: the processes have different inputs, or :func:`work_folder` rejects them.
     """
     if len(digests := set(processes.gather(plan.digest))) > 1:
         expected = "the same model, text, formats and versions for every process"
