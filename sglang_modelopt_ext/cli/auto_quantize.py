@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from sglang_modelopt_ext.backends.product import Product
     from sglang_modelopt_ext.backends.timings import TuningFile
     from sglang_modelopt_ext.workflow.autoquant.latency import Table
+    from sglang_modelopt_ext.workflow.common.processes import Processes
 
 GPUS = [device.flag for device in NAMED]
 _LM_HEAD = {
@@ -230,9 +230,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run (default: cuda where there is a GPU)")
 
 
-def run(args: argparse.Namespace) -> AutoQuantized:
-    """Search, or solve new targets from a state. Raises ModelOptExtError for bad input."""
-    _check(args)
+def run(args: argparse.Namespace) -> AutoQuantized | None:
+    """Search, or solve new targets from a state; None in every process but the first. Raises ModelOptExtError for bad input."""
+    from sglang_modelopt_ext.workflow.common.processes import joined
+
+    with joined(args.device) as (processes, device):
+        _check(args, processes.world)
+        return _run(args, device, processes)
+
+
+def _run(args: argparse.Namespace, device: str, processes: Processes) -> AutoQuantized | None:
     from sglang_modelopt_ext.workflow.autoquant.request import Request, Texts
     from sglang_modelopt_ext.workflow.autoquant.run import export_again, measure_times, search, solve_again
 
@@ -256,7 +263,7 @@ def run(args: argparse.Namespace) -> AutoQuantized:
         lm_head=args.lm_head or "excluded",
         excluded=tuple(args.exclude or ()),
         loss_scale=args.loss_scale,
-        device=args.device,
+        device=device,
         times=_times(args),
         scored_as=args.scored_as or "simulation",
         kv_formats=_names(args.kv_formats),
@@ -267,7 +274,12 @@ def run(args: argparse.Namespace) -> AutoQuantized:
     )
     if args.measure_only:
         return AutoQuantized(output=None, report=None, times=str(measure_times(request)))
-    report = search(request) if args.from_state is None else export_again(args.from_state, request)
+    if args.from_state is None:
+        report = search(request, processes)
+    else:
+        report = export_again(args.from_state, request, processes)
+    if report is None:
+        return None
     return AutoQuantized(output=str(args.output), report=report, times=_text(args.latency_table))
 
 
@@ -295,10 +307,10 @@ def _times(args: argparse.Namespace) -> Table | None:
     return Table(file=args.latency_table, tokens=args.latency_tokens or 1, measure=measure if is_gpu else None)
 
 
-def _check(args: argparse.Namespace) -> None:
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world != "1":
-        expected = "one process: ModelOpt brings no scores together, and each would write the result"
+def _check(args: argparse.Namespace, world: int) -> None:
+    alone = {"--measure-only": args.measure_only, "--from-state without --output": args.from_state and not args.output}
+    for words in (words for words, given in alone.items() if given and world > 1):
+        expected = f"one process for {words}, which has no work to share"
         raise ModelOptExtError.at("torchrun", "--nproc-per-node", expected, world)
     for flag, targets in ((FLAGS["bits"], args.targets), (FLAGS["us"], args.latencies)):
         for target in targets:

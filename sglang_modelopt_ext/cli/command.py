@@ -32,7 +32,7 @@ class Command:
         name: its name on the command line.
         help: its line in the list of subcommands.
         add_arguments: adds its own arguments; every subcommand also has ``--json``.
-        run: runs it. Raises ModelOptExtError for bad input.
+        run: runs it; None in a process that only shared the work of the one that prints. Raises ModelOptExtError for bad input.
         result: the type that ``run`` returns.
         takes_rest: whether ``run`` takes the arguments after ``--``, as ``args.rest``.
     """
@@ -40,6 +40,6 @@ class Command:
     name: str
     help: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], Result]
+    run: Callable[[argparse.Namespace], Result | None]
     result: type[Result]
     takes_rest: bool = False

@@ -13,6 +13,7 @@ from sglang_modelopt_ext.cli import auto_quantize, bench, evaluate, inspect, qua
 from sglang_modelopt_ext.cli.command import BAD_INPUT, CHECK_FAILED, INTERRUPTED, OK, Command
 from sglang_modelopt_ext.errors import ModelOptExtError, printable
 from sglang_modelopt_ext.files.interrupts import signals_as_interrupts
+from sglang_modelopt_ext.workflow.common.processes import OtherProcessFailed
 
 COMMANDS: tuple[Command, ...] = (
     quantize.COMMAND,
@@ -53,12 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with signals_as_interrupts():
             result = args.chosen.run(args)
+    except OtherProcessFailed:
+        return BAD_INPUT
     except ModelOptExtError as error:
         print(error.one_line(), file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
+    if result is None:
+        return OK
     print(
         msgspec.json.format(msgspec.json.encode(result), indent=2).decode() if args.json else printable(result.text())
     )

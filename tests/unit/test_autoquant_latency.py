@@ -263,13 +263,6 @@ def test_a_layer_without_a_right_kernel(model: Path, table: Path, tmp_path: Path
         timed(model, groups, schemes, CPU, linears.dtype, Table(file=file, tokens=4))
 
 
-def test_several_processes_are_one_too_many(
-    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun: --nproc-per-node: expected one process" in failure(capsys, arguments(model, tmp_path / "out"))
-
-
 @pytest.mark.parametrize(
     ("more", "match"),
     [

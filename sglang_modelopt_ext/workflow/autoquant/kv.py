@@ -28,6 +28,7 @@ from sglang_modelopt_ext.workflow.common.attention import (
     attention_replaced,
     attention_watched,
 )
+from sglang_modelopt_ext.workflow.common.processes import Processes
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 from sglang_modelopt_ext.workflow.quantize.recipes import find_kv
 from sglang_modelopt_kernels.formats.kv_cache import KV_RECIPES, KVRecipe
@@ -95,6 +96,7 @@ def search_cache(
     scored: Sequence[torch.Tensor],
     device: str,
     progress: bool = True,
+    processes: Processes | None = None,
 ) -> KVSearch:
     """Return the scores of every recipe for the cache of every layer, and the largest magnitudes of keys and values.
 
@@ -107,10 +109,12 @@ def search_cache(
         scored: int64 ``[1, T]`` each.
         device: the model's.
         progress: show progress on standard error.
+        processes: those that share the windows, all in the same call; None for this one alone.
 
     Raises:
         ModelOptExtError: a layer without keys and values of its own, or one whose magnitudes or scores are not legal.
     """
+    processes = processes or Processes()
     layers = {number: Measured() for number in _numbers(model, folder)}
 
     def magnitudes(number: int, key: torch.Tensor, value: torch.Tensor) -> None:
@@ -120,8 +124,9 @@ def search_cache(
         layer.elements, layer.head_dim = key.shape[1] * key.shape[3], key.shape[3]
 
     with torch.no_grad(), attention_watched(model, magnitudes):
-        for batch in _shown(calibration, "KV cache: magnitudes", progress):
+        for batch in _shown(processes.share(calibration), "KV cache: magnitudes", progress):
             model(input_ids=batch.to(device), use_cache=False)
+    _share_magnitudes(layers, processes)
     for number, layer in layers.items():
         for name in recipes:
             check_head_dim(KV_RECIPES[name], layer.head_dim, folder / CONFIG_NAME)
@@ -129,7 +134,13 @@ def search_cache(
             got = (layer.k_amax, layer.v_amax)
             raise ModelOptExtError.at(folder, f"layers.{number}: KV cache", "magnitudes above zero and finite", got)
     score = _by_gradient if method == "gradient" else _by_divergence
-    score(model, layers, recipes, _shown(scored, "KV cache: scores", progress), device)
+    own = []
+    for batch in _shown(processes.share(scored), "KV cache: scores", progress):
+        score(model, layers, recipes, batch.to(device))
+        own.append({number: layer.scores for number, layer in layers.items()})
+        for layer in layers.values():
+            layer.scores = {}
+    _add_scores(layers, processes.gather(own), len(scored))
     return KVSearch(
         bits={name: 8 * KV_RECIPES[name].bytes_per_vector(64) / 64 for name in recipes},
         layers=tuple(
@@ -139,6 +150,26 @@ def search_cache(
             for number, layer in sorted(layers.items())
         ),
     )
+
+
+def _share_magnitudes(layers: Mapping[int, Measured], processes: Processes) -> None:
+    """Take the largest magnitudes that any process found, and the sizes that some process saw."""
+    for found in processes.gather(dict(layers)):
+        for number, layer in layers.items():
+            other = found[number]
+            layer.k_amax, layer.v_amax = max(layer.k_amax, other.k_amax), max(layer.v_amax, other.v_amax)
+            layer.elements, layer.head_dim = max(layer.elements, other.elements), max(layer.head_dim, other.head_dim)
+
+
+def _add_scores(
+    layers: Mapping[int, Measured], rows: Sequence[Sequence[Mapping[int, Mapping[str, float]]]], windows: int
+) -> None:
+    """Add up the scores of all windows in their order: ``rows`` has every process's share of them."""
+    for window in range(windows):
+        for number, scores in rows[window % len(rows)][window // len(rows)].items():
+            total = layers[number].scores
+            for name, value in scores.items():
+                total[name] = total.get(name, 0.0) + value
 
 
 def _numbers(model: Any, folder: Path) -> list[int]:
@@ -154,10 +185,8 @@ def _shown(batches: Sequence[torch.Tensor], label: str, progress: bool) -> Itera
     yield from tqdm(batches, desc=label, unit="window", dynamic_ncols=True, disable=not progress)
 
 
-def _by_gradient(
-    model: Any, layers: Mapping[int, Measured], recipes: Sequence[str], batches: Iterator[torch.Tensor], device: str
-) -> None:
-    """Add up (gradient x change of the attention's output)^2, all layers and recipes in one pass."""
+def _by_gradient(model: Any, layers: Mapping[int, Measured], recipes: Sequence[str], ids: torch.Tensor) -> None:
+    """Score one window by (gradient x change of the attention's output)^2, all layers and recipes in one pass."""
 
     def around(
         number: int, attend: Attend, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
@@ -183,31 +212,24 @@ def _by_gradient(
     try:
         embeddings.requires_grad_(True)  # so that there is a graph; its own gradient is dropped
         with attention_replaced(model, around):
-            for batch in batches:
-                ids = batch.to(device)
-                logits = model(input_ids=ids, use_cache=False).logits
-                loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
-                (loss * LOSS_SCALE).backward()
-                embeddings.grad = None
+            logits = model(input_ids=ids, use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten())
+            (loss * LOSS_SCALE).backward()
+            embeddings.grad = None
     finally:
         for parameter, needs in zip(model.parameters(), before, strict=True):
             parameter.requires_grad_(needs)
 
 
 @torch.no_grad()
-def _by_divergence(
-    model: Any, layers: Mapping[int, Measured], recipes: Sequence[str], batches: Iterator[torch.Tensor], device: str
-) -> None:
-    """Add up KL(unquantized || one layer's cache quantized) over the tokens, a pass for each layer and recipe."""
-    for batch in batches:
-        ids = batch.to(device)
-        plain = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
-        for number, layer in layers.items():
-            for name in recipes:
-                with cache_rounded(model, {number: (layer, KV_RECIPES[name])}):
-                    other = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
-                divergence = float((plain.exp() * (plain - other)).sum().clamp(min=0.0))
-                layer.scores[name] = layer.scores.get(name, 0.0) + divergence
+def _by_divergence(model: Any, layers: Mapping[int, Measured], recipes: Sequence[str], ids: torch.Tensor) -> None:
+    """Score one window by KL(unquantized || one layer's cache quantized) over its tokens, a pass for each layer and recipe."""
+    plain = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
+    for number, layer in layers.items():
+        for name in recipes:
+            with cache_rounded(model, {number: (layer, KV_RECIPES[name])}):
+                other = torch.log_softmax(model(input_ids=ids, use_cache=False).logits[0, :-1].float(), dim=-1)
+            layer.scores[name] = float((plain.exp() * (plain - other)).sum().clamp(min=0.0))
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import torch
 
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint, bits_per_weight
 from sglang_modelopt_ext.device import Device
@@ -27,8 +26,7 @@ from sglang_modelopt_ext.workflow.autoquant.kv import (
     search_cache,
 )
 from sglang_modelopt_ext.workflow.autoquant.kv_choice import check_kv_target, choose_kv
-from sglang_modelopt_ext.workflow.autoquant.latency import timed
-from sglang_modelopt_ext.workflow.autoquant.layers import model_digest, plan_groups, read_linears
+from sglang_modelopt_ext.workflow.autoquant.layers import model_digest
 from sglang_modelopt_ext.workflow.autoquant.measure import (
     SCORE_SAMPLES,
     check_choice,
@@ -37,18 +35,17 @@ from sglang_modelopt_ext.workflow.autoquant.measure import (
     perplexity,
     stored_bits,
 )
+from sglang_modelopt_ext.workflow.autoquant.parallel import first_one_shows, process_groups
+from sglang_modelopt_ext.workflow.autoquant.plan import plan_candidates, recipe_of, try_formats
 from sglang_modelopt_ext.workflow.autoquant.plots import draw, matplotlib_figure
 from sglang_modelopt_ext.workflow.autoquant.request import Request
-from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE, Rules, SearchRecipe, read_search
+from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE, read_search
 from sglang_modelopt_ext.workflow.autoquant.search import Scoring, Search, group_scores
 from sglang_modelopt_ext.workflow.autoquant.state import (
     FILE_NAME,
     MODEL_OF,
     UNQUANTIZED,
     Choice,
-    Format,
-    Group,
-    Latency,
     Measured,
     Report,
     Result,
@@ -59,9 +56,10 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
     read_report,
     write_json,
 )
-from sglang_modelopt_ext.workflow.autoquant.work_folder import Work, work_folder
+from sglang_modelopt_ext.workflow.autoquant.work_folder import Work, shared_work
 from sglang_modelopt_ext.workflow.common import modelopt_cpu
 from sglang_modelopt_ext.workflow.common.base_model import activations_checked, default_device, find_model, load_model
+from sglang_modelopt_ext.workflow.common.processes import Processes
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
@@ -72,21 +70,39 @@ from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, package
 RECIPE = "auto_quantize"
 
 
-def search(request: Request) -> Report:
+def search(request: Request, processes: Processes | None = None) -> Report | None:
     """Search, then choose, measure and export for every target of the request.
+
+    Args:
+        request: the inputs.
+        processes: those that share the windows, all in the same call with the same request; the first one does the rest. None
+            for this one alone.
+
+    Returns:
+        The result; None in every process but the first.
 
     Raises:
         ModelOptExtError: any wrong input, before the model is loaded where that is possible.
     """
+    processes = processes or Processes()
+    with process_groups(processes, used=False), first_one_shows(processes):
+        return _search(_quiet(request, processes), processes)
+
+
+def _quiet(request: Request, processes: Processes) -> Request:
+    return dataclasses.replace(request, progress=request.progress and processes.is_first)
+
+
+def _search(request: Request, processes: Processes) -> Report | None:
     matplotlib_figure()
     device = request.device or default_device()
     folder = find_model(request.model)
     output = request.output
-    _check_place(folder, output, request)
+    processes.from_first(lambda: _check_place(folder, output, request))
     recipe = None if request.recipe is None else read_search(request.recipe)
     targets = request.targets or ((Target(recipe.target),) if recipe is not None else ())
     request = dataclasses.replace(request, targets=targets)
-    candidates = _plan_candidates(request, recipe, folder, device)
+    candidates = plan_candidates(request, recipe, folder, device, processes)
     formats, rules, texts = candidates.formats, candidates.rules, request.texts
     if request.scored_as == "export":
         check_decodable(formats, candidates.groups)
@@ -99,6 +115,7 @@ def search(request: Request) -> Report:
         seed=texts.seed,
         progress=request.progress,
     )
+    calibration.check_shares(processes.world)
     wanted = texts.score_samples or (SCORE_SAMPLES if recipe is None else recipe.score_samples)
     scored = part(calibration, spread(calibration.windows, wanted))
     plan = State(
@@ -112,7 +129,7 @@ def search(request: Request) -> Report:
         lm_head=rules.lm_head,
         excluded=(*rules.excluded, *rules.disabled),
         unquantized_bits=candidates.dtype.itemsize * 8,
-        simulation=modelopt_cpu.NAME if device != "cuda" else "cuda",
+        simulation="cuda" if device.startswith("cuda") else modelopt_cpu.NAME,
         versions=package_versions(),
         formats=candidates.rows,
         groups=candidates.groups,
@@ -126,8 +143,8 @@ def search(request: Request) -> Report:
     check_kv_target(plan.kv_formats, request.kv_target)
     for target in request.targets:
         check_target(plan, target)
-    with work_folder(output, plan, resume=request.resume, overwrite=request.overwrite) as work:
-        run = _Run(request, folder, device, formats, rules.fixed, calibration, held_out, work, plan)
+    with shared_work(processes, output, plan, resume=request.resume, overwrite=request.overwrite) as work:
+        run = _Run(request, folder, device, formats, rules.fixed, calibration, held_out, work, plan, processes)
         return run.all_targets(scored)
 
 
@@ -136,53 +153,8 @@ def measure_times(request: Request) -> Path:
     assert request.times is not None, "a request with a file"
     device = request.device or default_device()
     recipe = None if request.recipe is None else read_search(request.recipe)
-    _plan_candidates(request, recipe, find_model(request.model), device)
+    plan_candidates(request, recipe, find_model(request.model), device, Processes())
     return request.times.file
-
-
-@dataclass(frozen=True)
-class _Candidates:
-    """The candidates of a search, and what they cost in every group."""
-
-    formats: list[candidate_formats.Candidate]
-    rules: Rules
-    gpu: Device
-    dtype: torch.dtype
-    rows: tuple[Format, ...]
-    groups: tuple[Group, ...]
-    latency: Latency | None
-
-
-def _plan_candidates(request: Request, recipe: SearchRecipe | None, folder: Path, device: str) -> _Candidates:
-    modelopt_cpu.install(device)
-    rules = Rules(excluded=request.excluded, lm_head=request.lm_head) if recipe is None else recipe.rules
-    with elapsed_progress("trying the formats", request.progress):
-        formats = _formats(request.formats, recipe, device)
-        linears = read_linears(folder)
-        gpu = request.gpu or candidate_formats.this_gpu()
-        everywhere = [candidate.name for candidate in formats] if recipe is None else recipe.all_layers
-        rows, groups, schemes = plan_groups(linears, formats, gpu, rules, everywhere)
-    latency = None
-    if request.times is not None:
-        groups, latency = timed(folder, groups, schemes, gpu, linears.dtype, request.times)
-    return _Candidates(formats, rules, gpu, linears.dtype, rows, groups, latency)
-
-
-def _formats(names: Sequence[str], recipe: SearchRecipe | None, device: str) -> list[candidate_formats.Candidate]:
-    if recipe is None:
-        return candidate_formats.find_formats(names, device)
-    return [candidate_formats.try_format(name, config, device) for name, config in recipe.formats.items()]
-
-
-def _recipe_of(file: Path, state: State) -> SearchRecipe | None:
-    """Return the recipe that the state in ``file`` was made of. Raises ModelOptExtError where it is another one now."""
-    if state.recipe is None:
-        return None
-    recipe = read_search(state.recipe)
-    if recipe.sha256 != state.recipe_sha256:
-        expected = f"the recipe of {file} (sha256 {str(state.recipe_sha256)[:12]})"
-        raise ModelOptExtError.at("--recipe", state.recipe, expected, recipe.sha256[:12])
-    return recipe
 
 
 def solve_again(file: Path, targets: Sequence[Target], kv_target: float | None = None) -> Report:
@@ -193,19 +165,26 @@ def solve_again(file: Path, targets: Sequence[Target], kv_target: float | None =
     return Report(state=state, results=results, held_out=None, unquantized_perplexity=None)
 
 
-def export_again(file: Path, request: Request) -> Report:
+def export_again(file: Path, request: Request, processes: Processes | None = None) -> Report | None:
     """Solve new targets from the state in ``file``, measure and export them. Only calibration is repeated.
 
-    ``request`` names the model and text of the search; its other settings come from the state.
+    ``request`` names the model and text of the search; its other settings come from the state. ``processes`` and the result are
+    those of :func:`search`.
 
     Raises:
         ModelOptExtError: the state is of another model or of other text.
     """
+    processes = processes or Processes()
+    with process_groups(processes, used=False), first_one_shows(processes):
+        return _export_again(file, _quiet(request, processes), processes)
+
+
+def _export_again(file: Path, request: Request, processes: Processes) -> Report | None:
     matplotlib_figure()
     state = read_report(file).state
     device = request.device or default_device()
     folder = find_model(request.model)
-    _check_place(folder, request.output, request)
+    processes.from_first(lambda: _check_place(folder, request.output, request))
     choices = [_choose(state, target, request.kv_target) for target in request.targets]
     if (digest := model_digest(folder)) != state.model_sha256:
         raise ModelOptExtError.at(
@@ -226,13 +205,15 @@ def export_again(file: Path, request: Request) -> Report:
         raise ModelOptExtError.at(
             "--data", ", ".join(calibration.record.data), expected, calibration.record.sha256[:12]
         )
+    calibration.check_shares(processes.world)
     modelopt_cpu.install(device)
-    recipe = _recipe_of(file, state)
+    recipe = recipe_of(file, state)
     used = [row.name for row in state.formats if any(row.name in choice.formats.values() for choice in choices)]
     with elapsed_progress("trying the formats", request.progress):
-        formats = _formats(used, recipe, device)
+        formats = try_formats(used, recipe, device)
     fixed = None if recipe is None else recipe.rules.fixed
-    return _Run(request, folder, device, formats, fixed, calibration, held_out, None, state).all_targets(None)
+    run = _Run(request, folder, device, formats, fixed, calibration, held_out, None, state, processes)
+    return run.all_targets(None)
 
 
 def _choose(state: State, target: Target, kv_target: float | None) -> Choice:
@@ -265,19 +246,26 @@ class _Run:
     held_out: CalibrationData
     work: Work | None
     state: State
+    processes: Processes
     unquantized: float | None = None
     model: Any = None
 
-    def all_targets(self, scored: CalibrationData | None) -> Report:
+    def all_targets(self, scored: CalibrationData | None) -> Report | None:
         request = self.request
         self._load()
         with activations_checked(self.model, self.folder):
-            self.unquantized = self._perplexity("perplexity, unquantized")
+            if self.processes.is_first:
+                self.unquantized = self._perplexity("perplexity, unquantized")
             self._search_cache(scored)
         results = []
         for target in request.targets:
-            results.append(self._one_target(target, scored))
+            together = self._is_shared(scored)
+            if together or self.processes.is_first:
+                result = self._one_target(target, scored, self.processes if together else Processes())
+                results += [] if result is None else [result]
             self.model = None
+        if not self.processes.is_first:
+            return None
         report = self._report(results)
         if not request.export:
             with partial_folder(request.output) as scratch:
@@ -287,6 +275,10 @@ class _Run:
         elif len(request.targets) > 1:
             self._write(request.output, report)
         return report
+
+    def _is_shared(self, scored: CalibrationData | None) -> bool:
+        """Return whether the processes share work for the next target: windows to score, or a calibration that is not kept."""
+        return self.work is None or scored is None or self.work.progress.windows < len(scored.windows)
 
     def _load(self) -> None:
         if self.model is None:
@@ -303,7 +295,9 @@ class _Run:
         if self.work.progress.kv is None:
             texts = (self.calibration.batches(), scored.batches())
             formats, method, progress = self.state.kv_formats, self.state.method, self.request.progress
-            found = search_cache(self.model, self.folder, formats, method, *texts, self.device, progress)
+            found = search_cache(
+                self.model, self.folder, formats, method, *texts, self.device, progress, self.processes
+            )
             self.work.save(msgspec.structs.replace(self.work.progress, kv=found))
 
     def _take_scores(self) -> None:
@@ -313,7 +307,8 @@ class _Run:
             state = self.work.plan.with_scores(scores, self.work.progress.loss_scale)
             self.state = msgspec.structs.replace(state, kv=self.work.progress.kv)
 
-    def _one_target(self, target: Target, scored: CalibrationData | None) -> Result:
+    def _one_target(self, target: Target, scored: CalibrationData | None, processes: Processes) -> Result | None:
+        """Return the result for a target; None in every process but the first of ``processes``, which share the search."""
         scoring = None
         if self.work is not None and scored is not None:
             if self.work.progress.windows == len(scored.windows):  # an interrupted run had scored all windows
@@ -328,7 +323,7 @@ class _Run:
         def pick() -> dict[str, str]:
             nonlocal chosen
             self._take_scores()
-            chosen = _choose(self.state, target, self.request.kv_target)
+            chosen = processes.from_first(lambda: _choose(self.state, target, self.request.kv_target))
             return chosen.formats
 
         try:
@@ -344,6 +339,7 @@ class _Run:
                 device=self.device,
                 fixed=self.fixed,
                 served=Device.parse(self.state.gpu) if self.state.scored_as == "export" else None,
+                processes=processes,
             ).run()
         except (ModelOptExtError, KeyboardInterrupt):
             raise
@@ -352,6 +348,8 @@ class _Run:
             full = full_disk(self.request.output.parent, error)
             raise full or ModelOptExtError.at(self.folder, RECIPE, "ModelOpt to search over it", reason) from error
         assert chosen is not None, "ModelOpt asked for the choice"
+        if not processes.is_first:
+            return None
         with chosen_cache(self.model, self.state.kv, chosen.kv), self._as_served(chosen):
             quality = self._perplexity(f"perplexity at {target.name}")
         if not self.request.export:

@@ -1,8 +1,8 @@
 """A driver of ModelOpt's ``mtq.auto_quantize``: its calibration, its scores, its selection of quantizers.
 
-Subclasses replace ModelOpt 0.47's searchers during a call and extend four methods: groups are compared with the plan
-before any work; scores are saved after every few windows and resumed from there; ModelOpt's state file is replaced
-atomically; and the selected formats are those that :mod:`.solve` chose from stored costs.
+Subclasses replace ModelOpt 0.47's searchers during a call and extend their methods: groups are compared with the plan
+before any work; windows are scored by several processes, and the sums over them saved every few seconds and resumed from there;
+ModelOpt's state file is one, replaced atomically; and the selected formats are those that :mod:`.solve` chose from stored costs.
 """
 
 from __future__ import annotations
@@ -23,9 +23,12 @@ from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.autoquant.decoded import Quantized, decoded
 from sglang_modelopt_ext.workflow.autoquant.formats import Candidate
+from sglang_modelopt_ext.workflow.autoquant.parallel import process_groups, reduces, share_scales
 from sglang_modelopt_ext.workflow.autoquant.rules import BASELINE
 from sglang_modelopt_ext.workflow.autoquant.solve import Method
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, KVSearch, Struct
+from sglang_modelopt_ext.workflow.autoquant.sums import added, hparams, read_sums, restore_sums
+from sglang_modelopt_ext.workflow.common.processes import Processes
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 from sglang_modelopt_ext.workflow.quantize.quantizers import fused_experts
@@ -83,14 +86,23 @@ class Scoring:
     Attributes:
         batches: int64 ``[1, T]`` each.
         loss_scale: a fixed factor, or None to find one under which scores are of the order of 1.
-        done: progress of an earlier run.
+        done: the progress, at first that of an earlier run.
         save: stores the progress; called after the first window and then every few seconds.
+        saved: when that was, in seconds of the monotonic clock.
     """
 
     batches: Sequence[torch.Tensor]
     loss_scale: float | None
     done: Progress
     save: Callable[[Progress], None]
+    saved: float = -math.inf
+
+    def keep(self, progress: Progress) -> None:
+        """Take progress over; store it where all windows are done, or a few seconds have passed."""
+        self.done = progress
+        if progress.windows == len(self.batches) or time.monotonic() - self.saved >= SAVE_SECONDS:
+            self.save(progress)
+            self.saved = time.monotonic()
 
 
 @dataclass
@@ -102,13 +114,14 @@ class Search:
         method: ModelOpt's scoring method.
         groups: the plan.
         formats: the candidates.
-        calibration: int64 ``[B, T]`` each.
+        calibration: int64 ``[B, T]`` each, all that the processes share.
         scoring: None to take ``pick`` without scoring.
         checkpoint: ModelOpt's own state file, in a private folder; None for no such file.
         pick: called after scoring, returns the format of each group by name.
         device: the model's.
         fixed: the configuration of groups without a choice that are quantized; None where there are none.
         served: the device on which layers are scored as they are exported and served; None to score ModelOpt's simulation.
+        processes: those that share the windows, all in the same call.
     """
 
     model: Any
@@ -122,8 +135,10 @@ class Search:
     device: str
     fixed: dict[str, Any] | None = None
     served: Device | None = None
+    processes: Processes = field(default_factory=Processes)
     recipes: dict[Any, str] = field(default_factory=dict)
     in_scoring: bool = False
+    in_parts: bool = False
     scale: float = 1.0
 
     def run(self) -> None:
@@ -169,6 +184,23 @@ class Search:
                 module_search_spaces=spaces,
             )
 
+    def calibrate(self, model: Any, algorithm: Any, run: Callable[[], Any]) -> Any:
+        """Call ``run``, a calibration by ModelOpt, to the scales of one process.
+
+        Where ModelOpt brings the maxima together, each process runs a part of the windows. Elsewhere each runs all of them. Experts
+        also see them all: those that no token of a process reaches would have no maxima there.
+        """
+        if self.processes.world == 1:
+            return run()
+        experts = any(layer.experts for group in self.groups for layer in group.layers)
+        self.in_parts = reduces(algorithm) and not experts
+        with process_groups(self.processes, self.in_parts):
+            result = run()
+        if not self.in_parts:
+            share_scales(model, self.processes)
+        self.in_parts = False
+        return result
+
     def _offered(self, group: Group) -> list[str]:
         return [candidate.name for candidate in self.formats if candidate.name in group.candidates]
 
@@ -197,7 +229,7 @@ class Search:
         """Raise ModelOptExtError unless ModelOpt searches over the groups of the plan."""
         planned = {frozenset(group.modules) for group in self.groups if group.is_searched}
         found = {
-            frozenset(hparam.quant_module_names) for _, hparam in _hparams(searcher.model) if len(hparam.choices) > 1
+            frozenset(hparam.quant_module_names) for _, hparam in hparams(searcher.model) if len(hparam.choices) > 1
         }
         if planned != found:
             differ = sorted(min(names) for names in planned ^ found)
@@ -211,26 +243,34 @@ class Search:
         """
         if self.scoring is None:
             return
-        done = self.scoring.done
         self.in_scoring = True
         try:
-            self._score(searcher, measure, done)
+            with self._as_served(searcher.model):
+                self._score(searcher, measure, self.scoring)
         finally:
             self.in_scoring = False
 
-    def _score(self, searcher: Any, measure: Callable[[], None], done: Progress) -> None:
-        assert self.scoring is not None
-        with self._as_served(searcher.model):
-            if done.windows == 0:
-                self.scale = self._find_scale(searcher, measure)
-            else:
-                self.scale = done.loss_scale
-            _restore(searcher.model, self.recipes, done.sums)
-            left = len(self.scoring.batches) - done.windows
-            if left:
-                searcher.config["num_score_steps"] = left
-                measure()
-            self._save(searcher.model, len(self.scoring.batches))
+    def _score(self, searcher: Any, measure: Callable[[], None], scoring: Scoring) -> None:
+        done = scoring.done
+        self.scale = done.loss_scale
+        if done.windows == 0:
+            self.scale = self.processes.from_first(lambda: self._find_scale(searcher, measure))
+        restore_sums(searcher.model, self.recipes, self.method, {})
+        if own := len(self.processes.share(scoring.batches[done.windows :])):
+            searcher.config["num_score_steps"] = own
+            measure()
+        while scoring.done.windows < len(scoring.batches):
+            self._add_windows(searcher.model, scoring)
+        restore_sums(searcher.model, self.recipes, self.method, scoring.done.sums)
+
+    def _add_windows(self, model: Any, scoring: Scoring) -> None:
+        """Add the scores of one window of each process, in the order of the windows, whichever process has them."""
+        rows = self.processes.gather(read_sums(model, self.recipes, self.method))
+        restore_sums(model, self.recipes, self.method, {})
+        done = scoring.done
+        windows = min(done.windows + len(rows), len(scoring.batches))
+        sums = added(done.sums, rows[: windows - done.windows])
+        scoring.keep(msgspec.structs.replace(done, windows=windows, loss_scale=self.scale, sums=sums))
 
     @contextlib.contextmanager
     def _as_served(self, model: Any) -> Iterator[None]:
@@ -238,7 +278,7 @@ class Search:
         with contextlib.ExitStack() as stack:
             names = {module: name for name, module in model.named_modules()}
             schemes = {candidate.name: candidate.scheme for candidate in self.formats}
-            for _, hparam in _hparams(model) if self.served is not None else ():
+            for _, hparam in hparams(model) if self.served is not None else ():
                 for recipe, choices in hparam._all_quantizer_choices.items():
                     scheme = schemes.get(self.recipes.get(recipe, UNQUANTIZED))
                     if scheme is not None and self.served is not None:
@@ -260,9 +300,10 @@ class Search:
         try:
             for _ in range(_SCALE_TRIES):
                 self.scale = scale
-                _restore(searcher.model, self.recipes, {})
+                restore_sums(searcher.model, self.recipes, self.method, {})
                 measure()
-                sums = [value for row in _sums(searcher.model, self.recipes).values() for value in row.values()]
+                rows = read_sums(searcher.model, self.recipes, self.method).values()
+                sums = [value for row in rows for value in row.values()]
                 if not all(math.isfinite(value) for value in sums):
                     scale /= _SCALE_STEP
                 elif not any(sums):
@@ -275,29 +316,24 @@ class Search:
             "auto_quantize", "scores", "finite ones that are not all zero, at some loss scale", sums[0]
         )
 
-    def _save(self, model: Any, windows: int) -> None:
-        assert self.scoring is not None
-        sums = _sums(model, self.recipes)
-        self.scoring.save(msgspec.structs.replace(self.scoring.done, windows=windows, loss_scale=self.scale, sums=sums))
-
     def batches(self, model: Any) -> Iterator[torch.Tensor]:
         """Yield the windows of one pass of ModelOpt over its data loader."""
         if not self.in_scoring or self.scoring is None:
-            yield from (batch.to(self.device) for batch in self.calibration)
+            calibration = self.processes.share(self.calibration) if self.in_parts else self.calibration
+            yield from (batch.to(self.device) for batch in calibration)
             return
-        first, last = self.scoring.done.windows, 0.0
-        for done, batch in enumerate(self.scoring.batches[first:], first):
-            # When ModelOpt requests the next window, it has added the one before to its sums.
-            if done > first and time.monotonic() - last >= SAVE_SECONDS:
-                self._save(model, done)
-                last = time.monotonic()
+        own = self.processes.share(self.scoring.batches[self.scoring.done.windows :])
+        for number, batch in enumerate(own):
+            # When ModelOpt requests the next window, it has scored the one before.
+            if number:
+                self._add_windows(model, self.scoring)
             yield batch.to(self.device)
 
     def chosen(self, searcher: Any) -> dict[str, dict[str, Any]]:
         """Return ModelOpt's description of the picked formats."""
         picked = self.pick()
         info = {}
-        for name, hparam in _hparams(searcher.model):
+        for name, hparam in hparams(searcher.model):
             wanted = picked.get(hparam.name, UNQUANTIZED)
             recipe = next(recipe for recipe in hparam.choices if self.recipes[recipe] == wanted)
             info[name] = {"format": recipe, "costs": hparam.get_cost(recipe), "scores": 0.0}
@@ -312,43 +348,16 @@ class _Loader:
         return self.search.batches(self.search.model)
 
 
-def _hparams(model: Any) -> list[tuple[str, Any]]:
-    from modelopt.torch.opt.utils import named_hparams
-    from modelopt.torch.quantization.algorithms import QuantRecipeHparam
-
-    return [
-        (name, hparam) for name, hparam in named_hparams(model, unique=True) if isinstance(hparam, QuantRecipeHparam)
-    ]
-
-
-def _sums(model: Any, recipes: Mapping[Any, str]) -> dict[str, dict[str, float]]:
-    """Return ModelOpt's sums by format and module."""
-    names = {module: name for name, module in model.named_modules()}
-    sums: dict[str, dict[str, float]] = {}
-    for _, hparam in _hparams(model):
-        for recipe, modules in hparam._importance_dict.items():
-            for module, value in modules.items():
-                if value is not None:
-                    sums.setdefault(recipes[recipe], {})[names[module]] = float(value)
-    return sums
-
-
-def _restore(model: Any, recipes: Mapping[Any, str], sums: Mapping[str, Mapping[str, float]]) -> None:
-    """Restore ModelOpt's sums; those that are not in ``sums`` start at zero."""
-    names = {module: name for name, module in model.named_modules()}
-    device = next(model.parameters()).device
-    for _, hparam in _hparams(model):
-        for recipe, modules in hparam._importance_dict.items():
-            for module in modules:
-                value = sums.get(recipes[recipe], {}).get(names[module])
-                modules[module] = None if value is None else torch.tensor(value, dtype=torch.float32, device=device)
-
-
 @contextlib.contextmanager
 def _standing_in(search: Search) -> Iterator[None]:
     """Make ``mtq.auto_quantize`` use searchers that report to ``search`` while the block runs."""
     from modelopt.torch.quantization import model_quant
     from modelopt.torch.quantization.algorithms import QuantRecipe
+
+    calibrate = model_quant.calibrate
+
+    def calibrated(model: Any, algorithm: Any = "max", forward_loop: Any = None) -> Any:
+        return search.calibrate(model, algorithm, lambda: calibrate(model, algorithm, forward_loop))
 
     names = ("AutoQuantizeGradientSearcher", "AutoQuantizeKLDivSearcher")
     originals = {name: getattr(model_quant, name) for name in names}
@@ -362,8 +371,10 @@ def _standing_in(search: Search) -> Iterator[None]:
         QuantRecipe.get_auto_name_for_config = staticmethod(named)  # the label of these configurations in progress bars
         for name, original in originals.items():
             setattr(model_quant, name, _extend(original, search))
+        model_quant.calibrate = calibrated
         yield
     finally:
+        model_quant.calibrate = calibrate
         for name, original in originals.items():
             setattr(model_quant, name, original)
         QuantRecipe.get_auto_name_for_config = staticmethod(name_of)
@@ -385,6 +396,17 @@ def _extend(base: Any, search: Search) -> type:
         del max_weight_size, verbose
         return search.chosen(self), True
 
+    def load(self: Any) -> bool:
+        found: bool = base.load_search_checkpoint(self)
+        state = search.processes.from_first(lambda: self.state_dict() if found else None)
+        for key, value in (state or {}).items():
+            setattr(self, key, value)
+        return state is not None
+
+    def path(self: Any) -> Any:
+        # ModelOpt's own is of one process, so that as many would have to resume.
+        return self.config["checkpoint"]
+
     def save(self: Any, verbose: bool = False) -> None:
         checkpoint = self.config["checkpoint"]
         if checkpoint is None:
@@ -401,6 +423,8 @@ def _extend(base: Any, search: Search) -> type:
         "insert_hparams_after_merge_rules": insert,
         "estimate_sensitivity_scores": estimate,
         "run_search_with_stats": choose,
+        "load_search_checkpoint": load,
         "save_search_checkpoint": save,
+        "_get_checkpoint_path": path,
     }
     return type(base.__name__, (base,), methods)

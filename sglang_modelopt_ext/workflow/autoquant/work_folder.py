@@ -25,6 +25,7 @@ from sglang_modelopt_ext.files.disk import full_disk
 from sglang_modelopt_ext.files.interrupts import signals_ignored
 from sglang_modelopt_ext.workflow.autoquant.search import Progress
 from sglang_modelopt_ext.workflow.autoquant.state import State, Struct, write_json
+from sglang_modelopt_ext.workflow.common.processes import Processes
 
 MANIFEST, SCORES, MODELOPT = "manifest.json", "scores.json", "modelopt.pth"
 
@@ -39,24 +40,43 @@ class Work:
     """The work folder of one run.
 
     Attributes:
-        folder: its path.
+        folder: its path; None in a process that keeps nothing.
         plan: the inputs of the run: the state without scores.
         progress: the progress of scoring.
     """
 
-    folder: Path
+    folder: Path | None
     plan: State
     progress: Progress
 
     @property
-    def checkpoint(self) -> Path:
+    def checkpoint(self) -> Path | None:
         """Return the path of ModelOpt's own state file."""
-        return self.folder / MODELOPT
+        return None if self.folder is None else self.folder / MODELOPT
 
     def save(self, progress: Progress) -> None:
         """Store the progress."""
         self.progress = progress
-        write_json(self.folder / SCORES, _Saved(manifest=self.plan.digest, progress=progress))
+        if self.folder is not None:
+            write_json(self.folder / SCORES, _Saved(manifest=self.plan.digest, progress=progress))
+
+
+@contextlib.contextmanager
+def shared_work(processes: Processes, output: Path, plan: State, *, resume: bool, overwrite: bool) -> Iterator[Work]:
+    """Yield the work of all processes: the first one has the folder (:func:`work_folder`), the others its progress.
+
+    Raises:
+        ModelOptExtError: the processes have different inputs, or :func:`work_folder` rejects them.
+    """
+    if len(digests := set(processes.gather(plan.digest))) > 1:
+        expected = "the same model, text, formats and versions for every process"
+        raise ModelOptExtError.at("torchrun", "processes", expected, f"{len(digests)} different searches")
+    if not processes.is_first:
+        yield Work(None, plan, processes.from_first(Progress))
+        return
+    with work_folder(output, plan, resume=resume, overwrite=overwrite) as work:
+        processes.from_first(lambda: work.progress)
+        yield work
 
 
 @contextlib.contextmanager

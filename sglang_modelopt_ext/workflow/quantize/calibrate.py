@@ -26,6 +26,7 @@ from tqdm import tqdm
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.files.disk import full_disk
 from sglang_modelopt_ext.workflow.common.base_model import activations_checked, import_modelopt
+from sglang_modelopt_ext.workflow.common.processes import Processes
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize import checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
@@ -63,14 +64,6 @@ class Outcome:
     searched: int = 0
     resumed_from: int = 0
     layerwise: bool = False
-
-
-@dataclass(frozen=True)
-class Processes:
-    """The processes that share the calibration data; one by default."""
-
-    rank: int = 0
-    world: int = 1
 
 
 @dataclass
@@ -224,6 +217,9 @@ def modelopt_messages() -> Iterator[None]:
     """Redirect ModelOpt's prints to standard error and drop its irrelevant warnings while the block runs."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
         warnings.filterwarnings("ignore", message="Distributed training is initialized but no parallel_state")
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is initialized. Please maintain the same parallelism"
+        )
         warnings.filterwarnings("ignore", message="Received custom quantization formats")
         yield
 

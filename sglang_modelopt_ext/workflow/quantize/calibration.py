@@ -64,6 +64,12 @@ class CalibrationData:
         groups = by_length.values() if size > 1 else [[window] for window in own]
         return [torch.tensor(group[i : i + size]) for group in groups for i in range(0, len(group), size)]
 
+    def check_shares(self, world: int) -> None:
+        """Raise ModelOptExtError unless each of ``world`` processes has a window: one without any would find no maxima."""
+        if len(self.windows) < world:
+            expected = f"at least one window for each of {world} processes"
+            raise ModelOptExtError.at(_WHERE, ", ".join(self.record.data), expected, len(self.windows))
+
 
 def load_calibration(
     data: Sequence[str],

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +14,13 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.files.digest import folder_digest
 from sglang_modelopt_ext.files.whole import check_space
 from sglang_modelopt_ext.workflow.common.base_model import default_device, find_model, import_modelopt, load_model
+from sglang_modelopt_ext.workflow.common.processes import joined
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.quantize import calibration, checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibrate import (
     Calibrator,
     Outcome,
-    Processes,
     remove_work,
     tidy,
     work_folder,
@@ -33,9 +29,6 @@ from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData, l
 from sglang_modelopt_ext.workflow.quantize.export import Exported, check_output, export_checkpoint
 from sglang_modelopt_ext.workflow.quantize.recipes import NONE, Changes, build, find_recipe
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Selection, package_versions
-
-_PATIENCE = timedelta(hours=24)
-"""How long the other processes wait for the exporting one."""
 
 
 @dataclass(frozen=True)
@@ -113,10 +106,12 @@ def quantize(
         recipe, config = find_recipe(options.recipe)
         config = build(config, options.changes)
         check_config(recipe, config)
-    with _processes(options.device) as (processes, device):
-        data = _load_data(source, options, progress and processes.rank == 0)
+    with joined(options.device) as (processes, device):
+        data = _load_data(source, options, progress and processes.is_first)
+        if data is not None:
+            data.check_shares(processes.world)
         loaded, simulation = load_model(
-            source, device, trust_remote_code=options.trust_remote_code, progress=progress and processes.rank == 0
+            source, device, trust_remote_code=options.trust_remote_code, progress=progress and processes.is_first
         )
         torch.manual_seed(options.seed)
         steps = prepare(loaded, recipe, config, options.selection)
@@ -257,31 +252,6 @@ def _inputs(source: Path, config: dict[str, Any], options: Options, data: Calibr
         "seed": options.seed,
         "versions": package_versions(),
     }
-
-
-@contextmanager
-def _processes(device: str | None) -> Iterator[tuple[Processes, str]]:
-    """Join the processes that ``torchrun`` started for the block; yield them and this one's device."""
-    device = device or default_device()
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1 or not torch.distributed.is_available():
-        yield Processes(), device
-        return
-    if device == "auto":
-        raise ModelOptExtError.at("command line", "--device", "cpu or cuda with several processes", device)
-    backend = "gloo"
-    if device.startswith("cuda"):
-        local = int(os.environ.get("LOCAL_RANK", "0"))
-        torch.cuda.set_device(local)
-        backend, device = "nccl", f"cuda:{local}"
-    torch.distributed.init_process_group(backend, timeout=_PATIENCE)
-    try:
-        processes = Processes(torch.distributed.get_rank(), world)
-        yield processes, device
-        # The others wait: a launcher ends all processes when one ends, the exporting one included.
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 __all__ = ["NONE", "Options", "Quantized", "quantize"]

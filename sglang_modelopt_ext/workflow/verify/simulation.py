@@ -15,9 +15,10 @@ from tqdm import tqdm
 from sglang_modelopt_ext.checkpoint.quant_config import WITHOUT_MODELOPT
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.base_model import load_model
+from sglang_modelopt_ext.workflow.common.processes import Processes
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
 from sglang_modelopt_ext.workflow.evaluate.measure import Logprobs
-from sglang_modelopt_ext.workflow.quantize.calibrate import Calibrator, Processes
+from sglang_modelopt_ext.workflow.quantize.calibrate import Calibrator
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData, load_calibration
 from sglang_modelopt_ext.workflow.quantize.recipes import Changes, build, find_recipe
 from sglang_modelopt_ext.workflow.quantize.record import Record, read_record
