@@ -40,6 +40,8 @@ POOL_TOKENS = 1024
 LONGEST = 400
 """Tokens of a prompt, at most; three of them and their answers do not fit the pool."""
 LONG_ANSWER = 300
+BURST_EVERY, BURST = 200, 8
+"""Every so often so many requests in turn want long answers: together they do not fit the pool, and some are retracted."""
 GREEDY_PROMPTS, GREEDY_TOKENS = 8, 32
 FLUSH_EVERY = 150
 SAMPLE_SECONDS = 5.0
@@ -230,6 +232,8 @@ class Soak:
 
     def _answered(self, generator: random.Random, number: int) -> None:
         tokens = generator.choices((1, 2, 8, 32, 96, LONG_ANSWER), (5, 5, 5, 3, 2, 1))[0]
+        if number % BURST_EVERY < BURST:
+            tokens = LONG_ANSWER
         sampling = {"temperature": generator.choice((0.0, 0.8)), "top_p": generator.choice((1.0, 0.9))}
         prompt = self._prompt(generator)
         # A short prompt is admitted beside others whose answers will not fit the pool together with its own.

@@ -29,7 +29,7 @@ from sglang_modelopt_kernels.quantize.gated import naive_swiglu_fp8, swiglu_fp8
 from sglang_modelopt_kernels.quantize.gated.gated import BLOCK as PART
 from sglang_modelopt_kernels.quantize.gated.kernel import swiglu_fp8_kernel
 from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
-from sglang_modelopt_kernels.quantize.int8.kernel import quantize_int8_kernel
+from sglang_modelopt_kernels.quantize.int8.kernel import OPTIONS, quantize_int8_kernel
 from sglang_modelopt_kernels.quantize.rms_norm import naive_rms_norm_fp8, rms_norm_fp8
 from sglang_modelopt_kernels.quantize.rms_norm.kernel import rms_norm_fp8_kernel
 
@@ -104,7 +104,7 @@ def _gated_cases(arch: int) -> Iterator[Case]:
 def _int8_cases(arch: int) -> Iterator[Case]:
     del arch
     types = _types("i8") | {"row_scale_ptr": "*fp32"}
-    yield Case("quantize_int8", quantize_int8_kernel, types, {"SMOOTH": True, "BLOCK": 2048}, {}, ("k", "stride"))
+    yield Case("quantize_int8", quantize_int8_kernel, types, {"SMOOTH": True, "BLOCK": 2048}, OPTIONS, ("k", "stride"))
 
 
 def _fp8_stress(capability: int) -> Iterator[StressCase]:

@@ -10,11 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
+from benchmarks.registry import compile_cases
 from sglang_modelopt_ext.layers.linear import round_input
 from sglang_modelopt_kernels.formats.int8 import INT8StaticPerTensor
 from sglang_modelopt_kernels.quantize.int8 import naive_quantize_int8, quantize_int8
 
+SCALE = 0.3
+"""Its inverse is rounded, so that products with it are."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # (tokens, inputs, type of x, smoothed); K below, at and above a block, odd ones too
 CASES = [
@@ -28,10 +34,13 @@ CASES = [
 
 
 def sample(m: int, k: int, dtype: str) -> torch.Tensor:
-    """Over the range and far beyond it, exact middles among them; NaN in one token, infinities in others."""
+    """Over the range and far beyond it, and halves times the scale; NaN in one token, infinities in others.
+
+    Rounded, the product of such a half with the scale's inverse is mostly the half itself, and not rounded it is beside it.
+    """
     generator = torch.Generator().manual_seed(1000 * m + k)
     x = torch.randn(m, 2 * k, generator=generator)[:, :k] * 60  # rows that do not touch
-    middles = (torch.randint(-300, 300, (m, k), generator=generator) + 0.5) * 0.5
+    middles = (torch.randint(-300, 300, (m, k), generator=generator) + 0.5) * SCALE
     x = torch.where(torch.rand(m, k, generator=generator) < 0.3, middles, x).to(DTYPES[dtype])
     if m > 1:
         x[0] = 0.0
@@ -47,7 +56,7 @@ def different(m: int, k: int, dtype: str, smoothed: bool, device: str) -> int:
     if m == 5:
         x = x.T.contiguous().T  # columns side by side instead of rows
     smoothing = (torch.rand(k, generator=torch.Generator().manual_seed(k)) + 0.5).to(x.dtype).to(device)
-    arguments = x, smoothing if smoothed else None, torch.tensor(0.5, device=device)
+    arguments = x, smoothing if smoothed else None, torch.tensor(SCALE, device=device)
     values, row_scale = quantize_int8(*arguments)
     expected, expected_scale = naive_quantize_int8(*arguments)
     assert (values.dtype, values.shape, row_scale.shape) == (torch.int8, expected.shape, expected_scale.shape)
@@ -73,6 +82,19 @@ def test_in_the_interpreter() -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_on_a_gpu(case: tuple[int, int, str, bool]) -> None:
     assert different(*case, "cuda") == 0
+
+
+def test_no_multiply_add_swallows_a_rounding() -> None:
+    """The compiled kernel rounds products before it rounds to integers; without its options the compiler joins the two."""
+    case = next(case for case in compile_cases(90) if case.name == "quantize_int8")
+    signature = {name: case.types.get(name, "constexpr") for name in case.kernel.arg_names}
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=case.constexprs)
+    for arch in (80, 90):
+        fused = [
+            "fma.rn" in triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["ptx"]
+            for options in (case.options, {})
+        ]
+        assert fused == [False, True]
 
 
 def test_the_twin_is_the_format() -> None:

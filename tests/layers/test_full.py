@@ -57,7 +57,7 @@ def test_auto_quantize(tmp_path: Path) -> None:
     from sglang_modelopt_ext.checkpoint.reader import read_checkpoint
     from sglang_modelopt_ext.workflow.common import modelopt_cpu
 
-    modelopt_cpu.install()
+    modelopt_cpu.install("cpu")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(model_dir(TinyModel()), dtype="auto").eval()
     batches = [{"input_ids": tokens, "labels": tokens} for tokens in calibration_tokens(512, 0)]

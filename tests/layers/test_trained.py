@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, windows: list[list[int]]) 
     from modelopt.torch.export import export_hf_checkpoint
     from transformers import AutoModelForCausalLM
 
-    modelopt_cpu.install()
+    modelopt_cpu.install("cpu")
     folder = tmp_path_factory.mktemp("qat") / "export"
     model: Any = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     batch = torch.tensor(windows[:8])

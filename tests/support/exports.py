@@ -100,7 +100,7 @@ def _export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant, 
     import transformers
     from modelopt.torch.export import export_hf_checkpoint
 
-    modelopt_cpu.install()
+    modelopt_cpu.install("cpu")
     # Random choices of a calibration algorithm neither depend on nor disturb the caller.
     with torch.random.fork_rng(devices=[]), torch.no_grad(), one_thread():
         torch.manual_seed(variant.calibration_seed)

@@ -64,8 +64,8 @@ class PlainLinear(nn.Module):
         self.register_buffer("weight", weight.to(torch.float32), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return ``x @ weight^T``."""
-        return x @ self.weight.T
+        """Return ``x @ weight^T``, rounded once to the dtype of ``x``."""
+        return (x.to(torch.float32) @ self.weight.T).to(x.dtype)
 
 
 class QuantExperts(nn.Module):

@@ -139,8 +139,11 @@ def test_layers_of_a_mix_keep_their_own_formats() -> None:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("fp8", [{1}, {0}, {0, 2}])
-def test_a_mixed_pool_moves_whole_slots(fp8: set[int], device: str) -> None:
+def test_a_mixed_pool_moves_whole_slots(fp8: set[int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's own pool over buffers of two widths: what was written is read back where it was moved to, in every layer."""
+    from sglang.kernels.ops.kvcache import cache_move
+
+    monkeypatch.setattr(cache_move, "_is_cpu", device == "cpu")  # these tests import SGLang as on a CPU
     recipes = LayerRecipes(KV_RECIPES["nvfp4"], dict.fromkeys(fp8, KV_RECIPES["fp8"]))
     method = ModelOptExtKVMethod(recipes)
     method.layers = dict.fromkeys(range(3), KVLayer(0.01, 0.02))

@@ -5,6 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+OPTIONS = {"enable_fp_fusion": False}
+"""Options of every launch: a fused multiply-add with the rounding's constant would not round the product with ``1 / scale`` first,
+and values whose rounded product is halfway between two integers would get the wrong one."""
+
 
 @triton.jit
 def quantize_int8_kernel(

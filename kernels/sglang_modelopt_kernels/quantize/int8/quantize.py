@@ -8,7 +8,7 @@ import triton
 from sglang_modelopt_kernels.formats.base import ActivationFormat
 from sglang_modelopt_kernels.formats.int8 import INT8
 
-from .kernel import quantize_int8_kernel
+from .kernel import OPTIONS, quantize_int8_kernel
 
 BLOCK = 2048
 
@@ -40,6 +40,7 @@ def _quantize_int8(
         x.stride(0),
         SMOOTH=smoothing is not None,
         BLOCK=min(BLOCK, triton.next_power_of_2(k)),
+        **OPTIONS,
     )
     return y, row_scale
 
