@@ -10,7 +10,7 @@ from tests.conformance import families
 from tests.support import edits
 from tests.support.cache import cached_folder, digest, folder_digest, source_digest
 from tests.support.drafts import eagle3, random
-from tests.support.served_models import HIDDEN, VOCABULARY
+from tests.support.served_models import VOCABULARY
 
 ONLINE_FLAG = "modelopt_w4a8"
 ONLINE_ALGO = "W4A8_MXFP4_FP8"
@@ -86,11 +86,12 @@ def _block(tensors: edits.Tensors) -> edits.Tensors:
     """Return a block out of a model's second layer, and what joins it to the model."""
     inside, prefix = "model.layers.1.", "model.layers.2."
     block = {prefix + name.removeprefix(inside): t.flip(0) for name, t in tensors.items() if name.startswith(inside)}
+    (hidden,) = tensors["model.norm.weight"].shape
     for seed, norm in enumerate(("enorm", "hnorm", "shared_head.norm")):
-        block[f"{prefix}{norm}.weight"] = random(HIDDEN, seed=seed)
-    block[f"{prefix}eh_proj.weight"] = random(HIDDEN, 2 * HIDDEN, seed=3)
+        block[f"{prefix}{norm}.weight"] = random(hidden, seed=seed)
+    block[f"{prefix}eh_proj.weight"] = random(hidden, 2 * hidden, seed=3)
     for name in ("embed_tokens", "shared_head.head"):
-        block[f"{prefix}{name}.weight"] = random(VOCABULARY, HIDDEN, seed=4)
+        block[f"{prefix}{name}.weight"] = random(VOCABULARY, hidden, seed=4)
     return {name: tensor.contiguous() for name, tensor in block.items()}
 
 

@@ -48,9 +48,11 @@ SERVED: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": INTERMEDIATE,
     },
     "qwen3_5": {**_LINEAR_ATTENTION, **_heads(256)},
-    # The sizes that SGLang's kernels of latent attention are written for, and the rotation that its class takes.
+    # The sizes that SGLang's kernels of latent attention, and of blocks of multi-token prediction, are written for, and the
+    # rotation that its class takes.
     "deepseek_v3": {
         **_EXPERTS,
+        "hidden_size": 2 * HIDDEN,
         "kv_lora_rank": 512,
         "qk_rope_head_dim": 64,
         "qk_nope_head_dim": 128,
