@@ -128,9 +128,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--device", help="cpu, cuda, or auto for all GPUs (default: cuda where there is a GPU)")
     data.add_argument(
-        "--no-layerwise",
-        action="store_true",
-        help="calibrate the whole model at once, without progress to resume from",
+        "--layerwise",
+        action=argparse.BooleanOptionalAction,
+        help="calibrate layer by layer, with progress to resume from, or the whole model at once (default: layer by layer, but "
+        "for max on a GPU)",
     )
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
@@ -150,7 +151,7 @@ def options(args: argparse.Namespace) -> Options:
         seed=args.seed,
         device=args.device,
         trust_remote_code=args.trust_remote_code,
-        layerwise=not args.no_layerwise,
+        layerwise=args.layerwise,
     )
 
 

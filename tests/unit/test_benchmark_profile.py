@@ -97,6 +97,8 @@ def test_groups_have_the_bytes_that_are_known(model: Path, tmp_path: Path) -> No
 def test_a_mixture_reads_what_its_routing_decides(tmp_path: Path) -> None:
     make_models(tmp_path, "tiny-moe", ["mxfp4"])
     assert product_bytes(model_folder(tmp_path, "tiny-moe", "mxfp4"), own=True) == {}
+    make_models(tmp_path, "tiny", ["mxfp4"], dummy=True)
+    assert product_bytes(model_folder(tmp_path, "tiny", "mxfp4", dummy=True), own=True) == {}
 
 
 def test_a_trace_without_graphs_is_an_error(model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.quantize import export as export_module
 from sglang_modelopt_ext.workflow.quantize.calibrate import resume_point, work_folder
 from sglang_modelopt_ext.workflow.quantize.recipes import Changes
-from sglang_modelopt_ext.workflow.quantize.run import Options, Quantized, quantize
+from sglang_modelopt_ext.workflow.quantize.run import Options, Quantized, goes_layerwise, quantize
 from tests.support.models import TinyModel, model_dir
 
 SMALL = TinyModel(dtype="float32", hidden=128, intermediate=256, heads=2, kv_heads=1)
@@ -109,6 +109,22 @@ def test_layer_by_layer_is_the_whole_model_at_once(tmp_path: Path, data: str) ->
     whole = run(tmp_path / "whole", options("fp8", changes, data, layerwise=False))
     assert (layers.outcome.layerwise, whole.outcome.layerwise) == (True, False)
     same_tensors(tmp_path / "layers", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("methods", "device", "expected"),
+    [
+        (["max"], "cpu", True),
+        (["max"], "cuda", False),
+        (["max"], "auto", False),
+        (["awq_lite"], "cuda", True),
+        (["max", "mse"], "cuda", True),
+    ],
+)
+def test_what_goes_layer_by_layer_unless_told_otherwise(methods: list[str], device: str, expected: bool) -> None:
+    assert goes_layerwise([{"method": method} for method in methods], device) == expected
+    asked = {"method": "max", "layerwise": {"enable": True}}
+    assert goes_layerwise([asked], device), "the recipe's own wish"
 
 
 def test_stopped_while_exporting(tmp_path: Path, data: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,9 +213,11 @@ def product_bytes(model: Path, own: bool) -> dict[str, int]:
     """Return the bytes of weights that a decode step of a dense model reads, by group of products.
 
     Args:
-        model: the checkpoint's folder; empty for a mixture, whose routing decides.
+        model: the checkpoint's folder; empty for a mixture, whose routing decides, and where no weights are stored.
         own: whether this package computes the decoder's layers; the head is always computed by others.
     """
+    if not any(model.glob("*.safetensors")):
+        return {}
     headers = read_headers(model)
     if any(".experts." in name for name in headers):
         return {}

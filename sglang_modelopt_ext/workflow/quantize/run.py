@@ -44,7 +44,7 @@ class Options:
         sequence_length, batch_size, seed: see :func:`~sglang_modelopt_ext.workflow.quantize.calibration.load_calibration`.
         device: ``cpu``, ``cuda``, or ``auto`` for accelerate's choice over all GPUs; None for CUDA where there is one.
         trust_remote_code: run the model's own code.
-        layerwise: calibrate layer by layer where possible, and keep the progress.
+        layerwise: calibrate layer by layer where possible, and keep the progress; None for :func:`goes_layerwise`.
     """
 
     recipe: str
@@ -57,7 +57,7 @@ class Options:
     seed: int = calibration.SEED
     device: str | None = None
     trust_remote_code: bool = False
-    layerwise: bool = True
+    layerwise: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,10 @@ def quantize(
         outcome = Outcome()
         if steps:
             work = None
-            if options.layerwise and needed and processes.world == 1:
+            layerwise = goes_layerwise(steps, device) if options.layerwise is None else options.layerwise
+            if layerwise and needed and processes.world == 1:
                 work = work_folder(output, _inputs(source, config, options, data))
-            calibrator = Calibrator(
-                loaded, data if needed else None, source, work, processes, options.layerwise, progress
-            )
+            calibrator = Calibrator(loaded, data if needed else None, source, work, processes, layerwise, progress)
             with tidy(work):
                 outcome = calibrator.run(steps)
         if processes.rank:
@@ -146,6 +145,15 @@ def quantize(
         )
     remove_work(output)
     return Quantized(exported, outcome)
+
+
+def goes_layerwise(steps: list[dict[str, Any]], device: str) -> bool:
+    """Return whether a calibration goes layer by layer unless it is told otherwise: where an interruption would cost much.
+
+    Plain ``max`` on a GPU is a few forward passes, which take less time than the digests and files that keep the progress.
+    """
+    quick = all(step["method"] == "max" and "layerwise" not in step for step in steps)
+    return not (quick and device != "cpu")
 
 
 def _selection(options: Options) -> Selection:
