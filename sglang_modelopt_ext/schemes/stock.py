@@ -25,13 +25,16 @@ STOCK_BEHAVIOUR: dict[str, str] = {
 }
 """SGLang's behaviour by algorithm; a test requires a row for each algorithm of the scheme table."""
 
-_H200 = "NVIDIA H200, 2026-11-29"
+_H200, _LATER = "NVIDIA H200, 2026-11-29", "NVIDIA H200, 2026-11-30"
 LEFT_AND_RUN: dict[str, str] = {
     "NVFP4": _H200,
     "W4A16_NVFP4, groups of 16": _H200,
     "FP8": _H200,
     "NVFP4, FP8 experts": _H200,
-    "with an unknown algorithm": _H200,
+    "NVFP4, FP8": _LATER,
+    "NVFP4, and MXFP8, FP8_PB_WO or FP8_BLOCK_SCALES with SGLang's `weight_scale_inv`": f"{_LATER} (FP8_PB_WO)",
+    "with an unknown algorithm": _LATER,
+    "without `quantized_layers` (W4AFP8)": _LATER,
 }
 """The GPU and date of a run of SGLang's side of a row of docs/flags.md (by its first cell), with this plugin installed and the
 results compared. ``make docs`` puts them into the table."""

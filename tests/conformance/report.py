@@ -189,7 +189,8 @@ def as_markdown(content: Mapping[str, Any]) -> str:
         f"{NOISE_FACTOR:g} times those of the same model in bf16 by Hugging Face (`noise`); `used` is the largest share of that",
         "tolerance. Where bf16's rounding may choose another expert of a mixture, a token is in doubt and left out; where most",
         "tokens of a kind of request are in doubt, none is left out. `wrong-scale` is a control,",
-        "which a sound run finds wrong; cases named `-alone` ran without this package, whatever they give.",
+        "which a sound run finds wrong; cases named `-alone` ran without this package, whatever they give; NVFP4 experts that",
+        "SGLang serves must answer as without this package: their numerics are SGLang's own.",
         "",
         "Of what must be right: "
         + ", ".join(f"{number} {verdict}" for verdict, number in count.items() if number)
