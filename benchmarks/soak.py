@@ -236,12 +236,15 @@ class Soak:
             tokens = LONG_ANSWER
         sampling = {"temperature": generator.choice((0.0, 0.8)), "top_p": generator.choice((1.0, 0.9))}
         prompt = self._prompt(generator)
-        # A short prompt is admitted beside others whose answers will not fit the pool together with its own.
-        answer = self._generate(prompt[:20] if tokens == LONG_ANSWER else prompt, tokens, sampling)
-        if len(answer["output_ids"]) != tokens or not all(
-            0 <= token < self.vocabulary for token in answer["output_ids"]
-        ):
-            raise ValueError(f"{tokens} tokens expected, got {answer['output_ids'][:200]}")
+        if tokens == LONG_ANSWER:
+            # A short prompt is admitted beside others whose answers will not fit the pool together with its own, unless SGLang
+            # knows that the answer will not end before.
+            prompt, sampling = prompt[:20], {**sampling, "ignore_eos": False}
+        answer = self._generate(prompt, tokens, sampling)
+        ids = answer["output_ids"]
+        ended = tokens == LONG_ANSWER and answer["meta_info"]["finish_reason"]["type"] == "stop"
+        if not (len(ids) == tokens or ended) or not all(0 <= token < self.vocabulary for token in ids):
+            raise ValueError(f"{tokens} tokens expected, got {ids[:200]}")
 
     def _scored(self, generator: random.Random, number: int) -> None:
         prompt = self._prompt(generator)

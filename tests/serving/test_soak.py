@@ -34,4 +34,5 @@ def test_mixed_requests_leave_the_server_as_it_was(tmp_path: Path) -> None:
     assert sum(found["sent"].values()) == 300
     assert found["sent"].keys() == {"answered", "aborted by name", "closed by the client", "too long", "scored"}
     assert (found["error_count"], found["flushes"], found["greedy_equal"]) == (0, 2, True)
+    assert found["retracted"] > 0, "long answers that were asked for together"
     assert re.search(r"errors: 0\n", done.stdout)
