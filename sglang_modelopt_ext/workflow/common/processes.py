@@ -8,13 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, Store
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.base_model import default_device
+
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
 
 T = TypeVar("T")
 
@@ -87,6 +89,8 @@ def joined(device: str | None) -> Iterator[tuple[Processes, str]]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not torch.distributed.is_available():
         yield Processes(), device
         return
+    from torch.distributed import PrefixStore  # type: ignore[attr-defined]
+
     store, processes = _rendezvous()
     with _one_error(store, processes):
         if device == "auto":
