@@ -5,6 +5,7 @@ Each checks its arguments with the package's own checks, reads scales and codes 
 
 from __future__ import annotations
 
+import json
 import sys
 import types
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_modelopt_ext.backends.linear.humming import layer_config
+from sglang_modelopt_ext.backends.linear.humming import kernel_choice, layer_config
 from sglang_modelopt_kernels.formats import e2m1, e4m3, ue8m0
 from sglang_modelopt_kernels.formats.checks import scale_blocks
 from tests.support.contracts import evaluate
@@ -210,6 +211,12 @@ def prepare_layer_config(**arguments: Any) -> Any:
     )
 
 
+def get_heuristics_config(config: Any) -> list[list[Any]]:
+    """Return kernels as humming chooses them for SM90: with many tokens, two blocks share their loads of activations."""
+    assert config.num_experts == 0
+    return [[0, 700, {"num_stages": 4}], [700, 1 << 30, {"num_stages": 4, "multi_cast_size_a": 2}]]
+
+
 def humming_forward(
     config: Any,
     inputs: torch.Tensor,
@@ -218,6 +225,7 @@ def humming_forward(
     weight_scale_2: torch.Tensor,
     input_scale: torch.Tensor,
     locks: torch.Tensor,
+    tuning_config: str,
 ) -> torch.Tensor:
     """Return whether a code times 2^scale fits humming's E4M3: its exponent is at most 12, and 12 for code 6 alone."""
     assert inputs.dtype == torch.float8_e4m3fn
@@ -225,6 +233,8 @@ def humming_forward(
     assert input_scale.dtype == torch.float32
     assert locks.dtype == torch.int32
     assert not locks.any()
+    (kernel,) = [kernel for above, to, kernel in json.loads(tuning_config) if above < inputs.shape[0] <= to]
+    assert kernel == {"num_stages": 4, "multi_cast_size_a": 1, "multi_cast_size_b": 1}
     exponent = weight_scale.view(torch.uint8).float()
     used = scale_blocks(torch.ones(weight.shape[0], 8 * weight.shape[1]), exponent)
     values = e2m1.decode(e2m1.unpack_codes(weight.view(torch.uint8)))
@@ -255,6 +265,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     transform = module("humming.transform", prepare_layer_config, transform_humming_tensors)
     monkeypatch.setitem(sys.modules, "humming.transform", transform)
     monkeypatch.setitem(sys.modules, "humming.forward", module("humming.forward", humming_forward))
+    monkeypatch.setitem(sys.modules, "humming.tune", module("humming.tune", get_heuristics_config))
     layer_config.cache_clear()
+    kernel_choice.cache_clear()
     monkeypatch.setitem(sys.modules, "quack", module("quack"))
     monkeypatch.setitem(sys.modules, "quack.gemm_w4", module("quack.gemm_w4", gemm_w4a16, prepare_w4_weight))

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import ast
+import json
+import math
 import re
+import sys
+from functools import partial
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
+import numpy
 import pytest
 import torch
 
@@ -13,7 +19,17 @@ from sglang_modelopt_ext.backends import packages
 from sglang_modelopt_ext.backends.linear import flashinfer, humming, weight_only
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.quantize.blocks import naive_swizzle
-from tests.support.contracts import bind, calls, decorator, evaluate, function, parameters, source_folder, version_of
+from tests.support.contracts import (
+    bind,
+    calls,
+    decorator,
+    evaluate,
+    function,
+    method,
+    parameters,
+    source_folder,
+    version_of,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 GEMM = "flashinfer/gemm/gemm_base.py"
@@ -32,6 +48,7 @@ FUNCTIONS = {
     "prepare_layer_config": (humming, "humming/transform.py", "humming.transform"),
     "transform_humming_tensors": (humming, "humming/transform.py", "humming.transform"),
     "humming_forward": (humming, "humming/forward.py", "humming.forward"),
+    "get_heuristics_config": (humming, "humming/tune/__init__.py", "humming.tune"),
 }
 
 
@@ -91,7 +108,8 @@ def test_every_import_is_there(name: str) -> None:
         init = (source_folder() / "flashinfer/__init__.py").read_text()
         assert re.search(rf"^from \.gemm import {name} as {name}$", init, re.MULTILINE)
     else:
-        assert source == imported.replace(".", "/") + ".py"
+        folder = imported.replace(".", "/")
+        assert source in (f"{folder}.py", f"{folder}/__init__.py")
 
 
 def test_what_the_calls_say() -> None:
@@ -224,3 +242,41 @@ def test_hummings_formats() -> None:
     assert "dtypes.float8e4m3: 89" in kernel
     fold = ast.unparse(function("humming/transform.py", "process_fused_e8m0_scale"))
     assert f"max_range_val = {humming.SPAN}" in fold
+
+
+@pytest.mark.parametrize(("tokens", "shared"), [(300, False), (528, False), (704, True), (2080, True)])
+def test_hummings_choice_for_many_tokens(tokens: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """humming itself lets two blocks share loads from four tiles of tokens on; what is passed on has no such kernel."""
+    sizes = {"shape_n": 4096, "shape_k": 4096, "num_experts": 0, "use_packed_k_layout": False}
+    layer = SimpleNamespace(a_dtype=SimpleNamespace(num_bits=8), b_dtype=SimpleNamespace(num_bits=4), **sizes)
+    scope = {"np": numpy, "math": math, "dtypes": SimpleNamespace(int8="int8")}
+    kinds = SimpleNamespace(DENSE="dense", INDEXED="indexed")
+    source = ("humming/tune/sm90.py", "Sm90Heuristics")
+    count = method(*source, "calc_num_block_list", **scope)
+    choose = method(*source, "get_config1", **scope, GemmType=kinds)
+    kernel = choose(SimpleNamespace(calc_num_block_list=partial(count, None)), layer, tokens)
+    assert ("multi_cast_size_a" in kernel) == shared
+    tune = ModuleType("humming.tune")
+    tune.get_heuristics_config = lambda config: [[0, 1 << 30, kernel]]  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "humming.tune", tune)
+    monkeypatch.setattr(humming, "layer_config", lambda n, k: layer)
+    passed = json.loads(humming.kernel_choice.__wrapped__(4096, 4096))
+    assert passed == [[0, 1 << 30, json.loads(json.dumps(kernel)) | humming.ONE_BLOCK]]
+    assert ("multi_cast_size_a" in kernel) == shared, "humming keeps its choices"
+
+
+def test_how_humming_takes_a_choice() -> None:
+    """A choice is JSON of ranges of tokens; nothing but these two settings makes blocks share a load."""
+    config = (source_folder() / "humming/config/config.py").read_text()
+    assert set(re.findall(r"multi_cast\w+", config)) == set(humming.ONE_BLOCK)
+    for name, value in humming.ONE_BLOCK.items():
+        assert f"    {name}: int = {value}\n" in config
+    assert parameters(function("humming/forward.py", "humming_forward"))["tuning_config"] == "None"
+    kernel = (source_folder() / "humming/kernel/humming.py").read_text()
+    for line in (
+        "tuning_config_obj = prepare_config_obj(tuning_config)",
+        "return json.loads(config)",
+        "kernel_config = layer_config_obj | compute_config_obj | tuning_config_obj_single",
+        "res += [config[0], config[1], kernel.kernel_id, num_sms]",
+    ):
+        assert line in kernel

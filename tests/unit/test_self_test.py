@@ -321,6 +321,26 @@ def test_the_next_backend_serves_experts(monkeypatch: pytest.MonkeyPatch) -> Non
                 product.prepare(torch.nn.Module(), "w2", [[stored], [stored]], 64, 256, 1)
 
 
+def test_a_race_in_one_launch_of_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that does not repeat bit for bit is launched again and again, too, and held to float64 each time."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    expected, count = torch.ones(8, 4, dtype=torch.float64), 0
+
+    def launch() -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return expected * (1 + 2.0**-9) ** (count % 2) * (100 if count == last else 1)
+
+    last = self_test.REPEATS
+    with pytest.raises(ValueError, match="is wrong on cuda: relative error 99 with 8 tokens"):
+        self_test._compare_again(launch, expected, torch.device("cuda"), 8)
+    last = 0
+    self_test._compare_again(launch, expected, torch.device("cuda"), 8)
+    assert count == 2 * self_test.REPEATS
+    self_test._compare_again(launch, expected, torch.device("cpu"), 8)
+    assert count == 2 * self_test.REPEATS
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(4096, 4096), (256, 768)])
 def test_a_racing_kernel_does_not_get_a_layer(sizes: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:

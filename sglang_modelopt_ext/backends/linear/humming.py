@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,9 @@ LOWEST = 8
 """The least UE8M0 byte a row's exponents may be counted from: its scale is kept in bf16, and halved."""
 
 LOCKS = 1024
+
+ONE_BLOCK = {"multi_cast_size_a": 1, "multi_cast_size_b": 1}
+"""Blocks of threads that share a load. Two of them race in humming 0.1.12: :func:`kernel_choice`."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,22 @@ def layer_config(n: int, k: int) -> Any:
     )
 
 
+@functools.cache
+def kernel_choice(n: int, k: int) -> str:
+    """Return humming's own choice of a kernel for each number of tokens, without loads that two blocks share, as JSON.
+
+    On SM90, for many tokens, humming has one block of a cluster load the activations of both. That block waits for the output of
+    its own previous tile, not for its peer's, before it overwrites the shared memory that the peer's output may still lie in:
+    ``memory/g2s_pipeline.cuh`` of 0.1.12 counts the peer for the stages, and not for ``math_mbar[kNumStages]``. Outputs are then
+    wrong, in some launches. 0.1.13 counts it for both (inclusionAI/humming, pull request 56); SGLang 0.5.23 pins 0.1.12.
+    """
+    from humming.tune import get_heuristics_config
+
+    return json.dumps(
+        [[above, to, {**kernel, **ONE_BLOCK}] for above, to, kernel in get_heuristics_config(layer_config(n, k))]
+    )
+
+
 @torch.library.custom_op("modelopt_ext::humming_gemm", mutates_args=())
 def _humming_gemm(
     x: torch.Tensor,
@@ -178,6 +198,7 @@ def _humming_gemm(
         weight_scale_2=weight_scale_2,
         input_scale=x_scale,
         locks=locks,
+        tuning_config=kernel_choice(n, x.shape[1]),
     )
 
 
