@@ -12,6 +12,7 @@ from typing import Any
 from sglang_modelopt_ext.checkpoint.hub import CODE_FILES, HUB_FILES
 from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QUANT_CONFIG_NAME, quantization_sections
 from sglang_modelopt_ext.checkpoint.tensors import read_json_object
+from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import ONLINE_CACHE
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.online.convert import convert
@@ -25,10 +26,10 @@ def is_asked_for(folder: Path, flag: str | None) -> bool:
     return not quantization_sections(read_json_object(folder / CONFIG_NAME))
 
 
-def quantize(server_args: Any, flag: str) -> Path:
+def quantize(server_args: Any, flag: str, device: Device) -> Path:
     """Quantize the model that is to be served, unless that was done before, and serve the result in its place.
 
-    It keeps the name by which clients ask for it, and its tokenizer.
+    It keeps the name by which clients ask for it, and its tokenizer. Weights are rounded on ``device``, that of the server.
 
     Returns:
         The folder of the quantized checkpoint.
@@ -40,7 +41,8 @@ def quantize(server_args: Any, flag: str) -> Path:
 
     args = resolving_view(server_args)
     source = _downloaded(args)
-    made = convert(source, recipe_for(flag), Path(ONLINE_CACHE.read()).expanduser(), args.trust_remote_code)
+    cache = Path(ONLINE_CACHE.read()).expanduser()
+    made = convert(source, recipe_for(flag), cache, args.trust_remote_code, gpu=device.kind == "cuda")
     names = {
         "served_model_name": args.served_model_name or args.model_path,
         "tokenizer_path": args.tokenizer_path or args.model_path,

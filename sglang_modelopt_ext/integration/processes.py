@@ -54,7 +54,7 @@ def preflight(server_args: Any) -> None:
     served = device.kind != "other" and load_format != "dummy"
     if folder is not None and flag is not None and served and online.is_asked_for(folder, flag):
         _check_arguments(args, load_format)
-        folder = online.quantize(server_args, flag)
+        folder = online.quantize(server_args, flag, device)
         args = resolving_view(server_args)
     owner = decide(folder, flag, device) if folder is not None else Ownership(None)
     report(owner)

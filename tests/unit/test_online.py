@@ -17,7 +17,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME, QUANT_CONFI
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.online import convert as convert_module
-from sglang_modelopt_ext.online import shards
+from sglang_modelopt_ext.online import shards, tensors
 from sglang_modelopt_ext.online.convert import convert
 from sglang_modelopt_ext.online.recipe import Recipe, recipe_for
 from sglang_modelopt_ext.online.selection import DISABLED
@@ -91,7 +91,7 @@ def test_nvfp4_with_given_input_scales_is_the_export_of_modelopt(
     model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In parts of a few rows, so that global scales are those of the whole layers."""
-    monkeypatch.setattr(convert_module, "ENTRIES", 10_000)
+    monkeypatch.setattr(tensors, "ENTRIES", 10_000)
     theirs = export(model_dir(model), "W4A8_NVFP4_FP8_CFG")
     made = convert(model_dir(model), Recipe("W4A8_NVFP4_FP8", search=False, input_scales=theirs), tmp_path)
     assert_equal(made.folder, theirs)
@@ -127,7 +127,7 @@ def test_the_search_has_less_error_in_all_layers(algo: str, tmp_path: Path) -> N
 def test_parts_and_files_do_not_change_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = edits.copy_with(model_dir(LLAMA), tmp_path / "model", [edits.shard()])
     whole = convert(source, Recipe(MXFP4), tmp_path / "whole").folder
-    monkeypatch.setattr(convert_module, "ENTRIES", 5_000)
+    monkeypatch.setattr(tensors, "ENTRIES", 5_000)
     monkeypatch.setattr(shards, "LARGEST", 100_000)
     parts = convert(source, Recipe(MXFP4), tmp_path / "parts").folder
     assert (parts / edits.INDEX).exists()
