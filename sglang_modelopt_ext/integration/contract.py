@@ -61,7 +61,7 @@ ARGUMENTS: tuple[Use, ...] = (
             *("tokenizer_worker_num", "use_ray", "weight_cache_mode"),
             *("enable_hierarchical_cache", "enable_lmcache", "disaggregation_mode", "speculative_algorithm"),
             *("enable_unified_memory", "enable_kv_cache_sharding", "enable_page_major_kv_layout", "dcp_size"),
-            *("trust_remote_code", "served_model_name", "tokenizer_path"),
+            *("trust_remote_code", "served_model_name", "tokenizer_path", "base_gpu_id"),
             *("enable_deterministic_inference", "prefill_only_disable_kv_cache", "enable_hisparse"),
         ),
     ),

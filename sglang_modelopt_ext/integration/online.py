@@ -42,7 +42,8 @@ def quantize(server_args: Any, flag: str, device: Device) -> Path:
     args = resolving_view(server_args)
     source = _downloaded(args)
     cache = Path(ONLINE_CACHE.read()).expanduser()
-    made = convert(source, recipe_for(flag), cache, args.trust_remote_code, gpu=device.kind == "cuda")
+    gpu = args.base_gpu_id if device.kind == "cuda" else None
+    made = convert(source, recipe_for(flag), cache, args.trust_remote_code, gpu=gpu)
     names = {
         "served_model_name": args.served_model_name or args.model_path,
         "tokenizer_path": args.tokenizer_path or args.model_path,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,15 +24,12 @@ _REJECTED = 3
 """The exit code of a process whose last line is the error to raise."""
 
 
-def write_on_gpu(source: Path, modules: Collection[str], recipe: Recipe, folder: Path) -> tuple[float, float]:
-    """Call :func:`~sglang_modelopt_ext.online.tensors.write_tensors` on the GPU; on the CPU, with a warning, where that fails."""
-    return write_apart(source, modules, recipe, folder, "cuda")
-
-
 def write_apart(
     source: Path, modules: Collection[str], recipe: Recipe, folder: Path, device: str
 ) -> tuple[float, float]:
     """Call :func:`~sglang_modelopt_ext.online.tensors.write_tensors` in another process, which ends with this one.
+
+    Where that process ends with an error of its own, such as no room on the GPU, the CPU does the work, with a warning.
 
     Raises:
         ModelOptExtError: what that function raises there.
@@ -55,8 +53,9 @@ def write_apart(
         assert process.stdout is not None
         assert process.stderr is not None
         try:
-            process.stdin.write(json.dumps(request) + "\n")
-            process.stdin.flush()
+            with contextlib.suppress(BrokenPipeError):  # it has ended before
+                process.stdin.write(json.dumps(request) + "\n")
+                process.stdin.flush()
             errors: list[str] = []
             reader = threading.Thread(target=lambda: errors.extend(process.stderr or ()), daemon=True)
             reader.start()

@@ -32,7 +32,7 @@ from sglang_modelopt_ext.checkpoint.tensors import (
 )
 from sglang_modelopt_ext.files.digest import file_digest, folder_digest
 from sglang_modelopt_ext.files.whole import check_space, locked, make_readable, move_into_place, partial_folder
-from sglang_modelopt_ext.online.apart import write_on_gpu
+from sglang_modelopt_ext.online.apart import write_apart
 from sglang_modelopt_ext.online.recipe import Recipe
 from sglang_modelopt_ext.online.selection import BY_DEFAULT, Selection, select
 from sglang_modelopt_ext.online.tensors import scale_files, write_tensors
@@ -62,7 +62,9 @@ class Converted:
     cached: bool
 
 
-def convert(source: Path, recipe: Recipe, cache: Path, trust_remote_code: bool = False, gpu: bool = False) -> Converted:
+def convert(
+    source: Path, recipe: Recipe, cache: Path, trust_remote_code: bool = False, gpu: int | None = None
+) -> Converted:
     """Return the quantized checkpoint of the unquantized one in ``source``, made where it is not in the cache.
 
     Of several processes that ask at a time one makes it, and the others wait.
@@ -72,7 +74,7 @@ def convert(source: Path, recipe: Recipe, cache: Path, trust_remote_code: bool =
         recipe: how to quantize it.
         cache: the folder that holds the results.
         trust_remote_code: whether the model's own code may run.
-        gpu: whether weights are rounded on the GPU, to the same bits.
+        gpu: the number of the GPU that rounds the weights, to the same bits as the CPU; None for the CPU.
 
     Raises:
         ModelOptExtError: the checkpoint cannot be quantized, or there is no room for the result.
@@ -114,7 +116,7 @@ def _key(source: Path, recipe: Recipe, cache: Path) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-def _write(source: Path, recipe: Recipe, folder: Path, trust_remote_code: bool, gpu: bool) -> None:
+def _write(source: Path, recipe: Recipe, folder: Path, trust_remote_code: bool, gpu: int | None) -> None:
     """Write the quantized checkpoint of ``source`` into the empty ``folder``."""
     start = time.monotonic()
     stored = read_headers(source)
@@ -126,8 +128,10 @@ def _write(source: Path, recipe: Recipe, folder: Path, trust_remote_code: bool, 
     if left:
         more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
         logger.warning("modelopt_ext: linear layers that are not quantized: %s%s", ", ".join(left[:NAMED]), more)
-    write = write_on_gpu if gpu else write_tensors
-    error, max_error = write(source, selection.quantized, recipe, folder)
+    if gpu is None:
+        error, max_error = write_tensors(source, selection.quantized, recipe, folder)
+    else:
+        error, max_error = write_apart(source, selection.quantized, recipe, folder, f"cuda:{gpu}")
     _copy_files(source, folder)
     _write_configs(source, recipe, selection, folder, error, max_error)
     logger.info(
