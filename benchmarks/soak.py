@@ -40,7 +40,7 @@ POOL_TOKENS = 1024
 LONGEST = 400
 """Tokens of a prompt, at most; three of them and their answers do not fit the pool."""
 LONG_ANSWER = 300
-BURST_EVERY, BURST = 200, 8
+BURST_EVERY, BURST = 200, 16
 """Every so often so many requests in turn want long answers: together they do not fit the pool, and some are retracted."""
 GREEDY_PROMPTS, GREEDY_TOKENS = 8, 32
 FLUSH_EVERY = 150
