@@ -105,7 +105,6 @@ def test_an_absorbed_layer_is_read_with_unrounded_inputs() -> None:
     layer = modules["model.layers.0.self_attn.kv_b_proj"]
     torch.testing.assert_close(layer(x), x @ layer.weight_parts.dequantized().T, atol=1e-4, rtol=1e-4)
     other = modules["model.layers.0.self_attn.q_a_proj"]
-    x = x[:, :256]
     assert not torch.allclose(other(x), x @ other.weight_parts.dequantized().T, atol=1e-4, rtol=1e-4)
 
 
