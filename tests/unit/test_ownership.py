@@ -11,7 +11,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from sglang_modelopt_ext.checkpoint import stock
 from sglang_modelopt_ext.checkpoint.ownership import decide, owned_family
+from sglang_modelopt_ext.checkpoint.tensors import stored_shape
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import FAMILIES, SCHEMES, UMBRELLA
@@ -174,6 +176,28 @@ def test_block_scales_that_a_class_renames_are_left_in_its_own_shape(
     found = decide(folder, None, Device.cuda(90))
     assert (found.family is None) == left
     assert left or "block scales of FP8_PB_WO in 2 dimensions" in found.why
+
+
+def test_one_scale_of_each_algorithm_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large mix has tens of thousands of them in hundreds of files; those in tiles are found behind all others."""
+    opened: list[str] = []
+
+    def counted(folder: Path, name: str) -> tuple[int, ...] | None:
+        opened.append(name)
+        return stored_shape(folder, name)
+
+    monkeypatch.setattr(stock, "stored_shape", counted)
+    modules = [f"model.layers.{number}.self_attn.o_proj" for number in range(4)]
+    layers = {name: {"quant_algo": "MXFP8"} for name in modules[:3]} | {modules[3]: {"quant_algo": "fp8_pb_wo"}}
+    section = {
+        "quant_algo": "MIXED_PRECISION",
+        "quantized_layers": layers | {"model.layers.0.mlp": {"quant_algo": "NVFP4"}},
+    }
+    scales = {f"{name}.weight_scale": torch.ones(2, 4) for name in modules[:3]}
+    folder = checkpoint(tmp_path, section, scales | {f"{modules[3]}.weight_scale": torch.ones(2, 1, 4, 1)})
+    (folder / "config.json").write_text(json.dumps({"architectures": ["DeepseekV3ForCausalLM"]}))
+    assert "block scales of FP8_PB_WO in 2 dimensions" in decide(folder, None, Device.cuda(90)).why
+    assert [name.split(".")[2] for name in opened] == ["0", "3"]
 
 
 @pytest.mark.parametrize(("name", "left"), [("weight_scale", False), ("weight_scale_inv", True)])
