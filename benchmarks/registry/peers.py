@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.registry.base import Product
 from benchmarks.registry.operands import random_bf16, random_codes, random_fp8, random_scale
-from benchmarks.registry.peers_sglang import MARLIN, STOCK, nvfp4_values
+from benchmarks.registry.peers_sglang import MARLIN, STOCK, naive_nvfp4
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell import naive_mxfp4_linear
 
 
@@ -46,10 +46,6 @@ def _run(x: torch.Tensor, weight: Mapping[str, Any], out_dtype: torch.dtype) -> 
     return y.to(out_dtype)
 
 
-def _naive_nvfp4(x: torch.Tensor, weight: Mapping[str, Any]) -> torch.Tensor:
-    return x.double() @ nvfp4_values(*weight["stored"]).T
-
-
 PEERS = (
     STOCK
     | MARLIN
@@ -68,7 +64,7 @@ PEERS = (
             _quack_weight,
             random_bf16,
             _run,
-            _naive_nvfp4,
+            naive_nvfp4,
             2.0**-8,
             1024,
         ),

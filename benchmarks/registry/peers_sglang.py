@@ -123,6 +123,11 @@ def nvfp4_values(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return e2m1.decode(e2m1.unpack_codes(codes)).double() * scale.double().repeat_interleave(16, dim=1)
 
 
+def naive_nvfp4(x: torch.Tensor, weight: Mapping[str, Any]) -> torch.Tensor:
+    """Multiply in float64 by the values that an NVFP4 weight stores."""
+    return x.double() @ nvfp4_values(*weight["stored"]).T
+
+
 def _marlin_int4_weight(n: int, k: int) -> dict[str, Any]:
     """Make a random INT4 weight under bf16 scales, in Marlin's packing as ``GPTQMarlinLinearKernel`` makes it."""
     from sglang.kernels.ops.quantization.gptq_marlin_repack import gptq_marlin_repack
@@ -235,7 +240,7 @@ MARLIN = {
         _marlin_nvfp4_weight,
         random_bf16,
         _run_marlin_nvfp4,
-        lambda x, weight: x.double() @ nvfp4_values(*weight["stored"]).T,
+        naive_nvfp4,
         TOLERANCE,
         ROWS,
     ),
