@@ -20,7 +20,7 @@ from sglang_modelopt_kernels.formats.checks import check_weight
 ENTRIES = 1 << 22
 """Weights that are rounded at a time, in float64."""
 GPU_ENTRIES = 1 << 24
-"""Weights that a GPU rounds at a time, which takes about 1 GB of its memory."""
+"""Weights that a GPU rounds at a time, in float64: 128 MiB for each array of them."""
 
 _SHARING = (frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"gate_proj", "up_proj"}), frozenset({"w1", "w3"}))
 """Projections of one module that ModelOpt gives one global scale."""
