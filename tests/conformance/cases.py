@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tests.conformance import families, features
 from tests.conformance.exports import EXPORTS, Export
 
 Graphs = Literal["decode", "none", "all"]
+Update = Literal["disk", "tensors"]
 
 KV_CHUNK = 256
 """Tokens per prefill chunk in cases with a quantized cache: later chunks read earlier ones from the cache."""
@@ -42,6 +43,8 @@ class Case:
         prefixes: whether prompts with a cached prefix are sent.
         draft: the export that drafts, none where the served checkpoint itself does, if at all.
         adapter: whether every request names a LoRA adapter on all quantized layers.
+        starts_from: the export that the engine is started with, which is replaced by the case's before the first request.
+        update: where the new weights come from: their folder, or tensors in a session.
     """
 
     name: str
@@ -61,6 +64,8 @@ class Case:
     prefixes: bool = True
     draft: str | None = None
     adapter: bool = False
+    starts_from: str | None = None
+    update: Update = "disk"
 
     @property
     def of(self) -> Export:
@@ -157,6 +162,11 @@ FEATURE_CASES = (
     case("w4a8-mxfp4-qwen2", "lora-w4a8-mxfp4", adapter=True),
     case("w4a8-nvfp4-phi3", "fast-w4a8-nvfp4-phi3", args=features.FAST, same_as="w4a8-nvfp4-phi3"),
     case("moe-w4a8-mxfp4-mixtral", "fast-moe-w4a8-mxfp4", args=features.FAST, same_as="moe-w4a8-mxfp4-mixtral"),
+    case("w4a8-mxfp4-glm4", "streamer-w4a8-mxfp4-glm4", args=features.STREAMED, same_as="w4a8-mxfp4-glm4"),
+    *(
+        case("trained-w4a8-nvfp4", f"update-{kind}-w4a8-nvfp4", starts_from="wrong-scale", update=kind, graphs="none")
+        for kind in get_args(Update)
+    ),
     case("w4a8-nvfp4-classifier", args={"is_embedding": True}),
     case("w4a8-nvfp4-lm-head"),
 )
@@ -217,5 +227,5 @@ def chosen(tp: int, only: str | None, missing: Path | None = None) -> list[Case]
 
 def exports_of(cases: Iterable[Case]) -> list[str]:
     """Return the exports that cases need from a pack."""
-    names = (name for case in cases for name in (case.export, case.reads, case.draft) if name is not None)
+    names = (name for case in cases for name in (case.export, case.reads, case.draft, case.starts_from) if name)
     return [name for name in dict.fromkeys(names) if not EXPORTS[name].large]

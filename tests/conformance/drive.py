@@ -5,9 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from tests.conformance.cases import Case
+from safetensors.torch import load_file
+
+from tests.conformance.cases import Case, Update
 from tests.support.models import random_ids
 
 VOCAB = 511
@@ -196,6 +199,26 @@ class Drive:
             input_ids=[list(ids) for ids in prompts], sampling_params=sampling, return_logprob=True, **options
         )
         return list(answers) if isinstance(answers, list) else [answers]
+
+
+def update(engine: Any, kind: Update, folder: Path) -> None:
+    """Give a running engine the weights of another checkpoint of the same recipe."""
+    if kind == "disk":
+        _check(engine.update_weights_from_disk(str(folder)))
+        return
+    _check(engine.begin_weight_update())
+    for path in sorted(folder.glob("*.safetensors")):
+        stored = list(load_file(path).items())
+        half = len(stored) // 2
+        for part in (stored[:half], stored[half:]):
+            _check(engine.update_weights_from_tensor(part, flush_cache=False))
+    _check(engine.end_weight_update())
+
+
+def _check(answer: tuple[Any, ...]) -> None:
+    """Raise for an engine's answer that begins with False and a message."""
+    if not answer[0]:
+        raise RuntimeError(answer[1])
 
 
 def engine_arguments(case: Case, folder: str, device: str, port: int) -> dict[str, Any]:

@@ -320,6 +320,19 @@ for _name, _source, _edit in (
     _make = partial(_edited, EXPORTS[_source], _edit, name=_name)
     EXPORTS[_name] = Export("MIXED_PRECISION", EXPORTS[_source].family, _make, mixture=True)
 
+EXPORTS["kv-nvfp4-and-fp8"] = Export(
+    "none",
+    "llama",
+    partial(
+        _edited,
+        EXPORTS["kv-nvfp4"],
+        edits.set_fields(edits.QUANT_CONFIG, {"sglang_modelopt_ext": {"kv_cache_layers": {"1": "fp8"}}}),
+        name="kv-nvfp4-and-fp8",
+    ),
+    "nvfp4",
+)
+"""A cache in NVFP4 whose second layer is in FP8, as a search over the layers of a cache makes."""
+
 # Hybrid pools: windows and attention sinks, and attention beside linear attention, whose state is not quantized.
 for _name, _kind, _recipe in (
     ("kv-windows-fp8-affine", "granite_swa", "fp8_affine"),

@@ -30,6 +30,9 @@ FAST: dict[str, Any] = {"load_format": "fastsafetensors", "model_loader_extra_co
 """Reads files straight into the GPU's memory, through the host: GPU Direct Storage is not everywhere."""
 
 
+STREAMED: dict[str, Any] = {"load_format": "runai_streamer"}
+
+
 def converted(model: Path) -> Path:
     """Return what quantization at load makes of an unquantized model, in a folder that the reading reads."""
     from sglang_modelopt_ext.online.convert import convert

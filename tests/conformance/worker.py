@@ -50,7 +50,7 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
 
     from tests.conformance import large
     from tests.conformance.cases import chosen
-    from tests.conformance.drive import ADAPTER, Drive, engine_arguments
+    from tests.conformance.drive import ADAPTER, Drive, engine_arguments, update
     from tests.conformance.judge import Judge
     from tests.conformance.pack import MANIFEST, check_prompts
     from tests.conformance.reading import Reading
@@ -73,7 +73,8 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
         served = exports / "large" / case.name
         large.make(served, case.of.algo, device, shrink=1 if device == "cuda" else 8)
         lap("checkpoint")
-    arguments = engine_arguments(case, str(served), device, port)
+    first = served if case.starts_from is None else exports / case.starts_from
+    arguments = engine_arguments(case, str(first), device, port)
     adapter = None
     if case.adapter:
         # In bf16, as SGLang keeps it.
@@ -85,6 +86,9 @@ def run(name: str, tp: int, exports: Path, device: str, port: int) -> dict[str, 
     engine = sglang.Engine(**arguments)
     attention = _attention(engine)
     lap("start")
+    if case.starts_from is not None:
+        update(engine, case.update, served)
+        lap("update")
     drive = Drive(engine, case)
     scored = drive.all()
     lap("requests")

@@ -38,8 +38,13 @@ def round_vectors(x: torch.Tensor, recipe: str, scale: torch.Tensor, bias: torch
     return ((rounded + shift) @ rotation).to(x.dtype)
 
 
-def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Make ``model`` round its keys and values; ``tensors`` are the KV tensors of the checkpoint by name, maybe none.
+def install(
+    model: Any, recipe: str, tensors: Mapping[str, torch.Tensor], layers: Mapping[str, str] | None = None
+) -> None:
+    """Make ``model`` round its keys and values.
+
+    ``tensors`` are the KV tensors of the checkpoint by name, maybe none; ``layers`` the recipes of layers with another one than
+    ``recipe``, by their number.
 
     ``model.config.kv_rounding["raw_from"]``: for each token, the first key that it reads unrounded: the start of
     its chunk in a prefill whose chunk is not read back, its successor for a decoded one, and by default none.
@@ -55,13 +60,14 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
     ) -> tuple[torch.Tensor, None]:
         prefix = f"model.layers.{module.layer_idx}.self_attn."
         rounding = module.config.kv_rounding
+        of_layer = rounding["layers"].get(str(module.layer_idx), rounding["recipe"])
 
         def rounded(x: torch.Tensor, side: str) -> torch.Tensor:
             stored = rounding["tensors"]
             scale = stored.get(f"{prefix}{side}_proj.{side}_scale", CAST_SCALE)
-            part = stored[f"{prefix}{side}_proj.{side}_bias"] if rounding["recipe"].endswith("_affine") else None
+            part = stored[f"{prefix}{side}_proj.{side}_bias"] if of_layer.endswith("_affine") else None
             # Only the rotated cache rotates keys; values never are.
-            name = rounding["recipe"] if side == "k" else rounding["recipe"].replace("_rotate", "")
+            name = of_layer if side == "k" else of_layer.replace("_rotate", "")
             return round_vectors(x, name, scale, part).repeat_interleave(module.num_key_value_groups, dim=1)
 
         if rounding["fp8_queries"]:
@@ -90,6 +96,6 @@ def install(model: Any, recipe: str, tensors: Mapping[str, torch.Tensor]) -> Non
 
     ALL_ATTENTION_FUNCTIONS.register(ATTENTION, attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
-    model.config.kv_rounding = {"recipe": recipe, "tensors": dict(tensors), "raw_from": None}
-    model.config.kv_rounding |= {"fp8_queries": False, "fp8_weights": False, "narrow_decode": False}
+    model.config.kv_rounding = {"recipe": recipe, "layers": dict(layers or {}), "tensors": dict(tensors)}
+    model.config.kv_rounding |= {"raw_from": None, "narrow_decode": False, "fp8_queries": False, "fp8_weights": False}
     model.config._attn_implementation = ATTENTION

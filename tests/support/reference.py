@@ -131,7 +131,7 @@ class Reference:
                 self._decode_embedding(section, tensors)
         self._stack_experts(tensors)
         if kv_cache not in ("none", "unquantized"):
-            kv.install(self.model, kv_cache, cached)
+            kv.install(self.model, kv_cache, cached, _kv_layers(folder))
         missing, unexpected = self.model.load_state_dict(tensors, strict=False)
         if config.tie_word_embeddings:
             missing = [name for name in missing if name != "lm_head.weight"]
@@ -283,6 +283,13 @@ def quantization(folder: Path) -> dict[str, Any] | None:
     else:
         section = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config")
     return section
+
+
+def _kv_layers(folder: Path) -> dict[str, str]:
+    """Return the recipes of layers whose KV cache has another one than the rest, by the layer's number."""
+    path = folder / "hf_quant_config.json"
+    record = json.loads(path.read_text(encoding="utf-8")).get("sglang_modelopt_ext", {}) if path.exists() else {}
+    return dict(record.get("kv_cache_layers", {}))
 
 
 @dataclass(frozen=True)
