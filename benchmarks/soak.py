@@ -310,12 +310,12 @@ def server_of(option: Option, model: Path, log: Path, clients: int, extra: Seque
     """Return the server of an option, with a small pool that SGLang is optimistic about."""
     arguments = ["--skip-tokenizer-init", "--random-seed", "0", "--max-running-requests", str(clients)]
     arguments += ["--enable-metrics", "--schedule-conservativeness", "0.05", "--chunked-prefill-size", "256"]
+    arguments += ["--max-total-tokens", str(POOL_TOKENS)]  # on a GPU too
     return ServerProcess(
         model,
         log=log,
         arguments=[*arguments, *option.arguments, *extra],
         environment={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **option.environment},
-        max_total_tokens=POOL_TOKENS,
         timeout=TIMEOUT,
         progress=False,
     )
