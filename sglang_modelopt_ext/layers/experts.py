@@ -227,6 +227,8 @@ class ExpertProduct:
             for name in group.each:
                 rows = inputs[name][chosen]
                 inputs[name] = rows.unsqueeze(1) if rows.dim() == 1 else rows
+        if self.scheme.activation is not None:
+            self.backend.arrange(weight, self._operand, routing)
         values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
         if row_scale is not None:
             column = row_scale.reshape(-1, 1)

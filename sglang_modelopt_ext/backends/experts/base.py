@@ -96,6 +96,10 @@ class ExpertBackend(ABC, Generic[WeightT]):
         del weight, request, top_k
         return SPREAD
 
+    def arrange(self, weight: WeightT, operand: torch.dtype, routing: Routing) -> None:
+        """Derive from ``routing`` what :meth:`matmul` will need for values of type ``operand``, before these are rounded."""
+        del weight, operand, routing
+
     @abstractmethod
     def matmul(
         self,

@@ -5,6 +5,7 @@ from sglang_modelopt_kernels.moe.grouped.naive import naive_grouped_linear
 from sglang_modelopt_kernels.moe.grouped.weights import (
     GroupedWeight,
     float_blocks,
+    in_tiles,
     mxfp4_as_stored,
     mxfp8,
     packed,
@@ -17,6 +18,7 @@ __all__ = [
     "GroupedWeight",
     "float_blocks",
     "grouped_linear",
+    "in_tiles",
     "mxfp4_as_stored",
     "mxfp8",
     "naive_grouped_linear",
