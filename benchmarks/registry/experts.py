@@ -223,7 +223,7 @@ def _streamed_cases(arch: int) -> Iterator[Case]:
     types = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8", "y_ptr": "*bf16", "partial_ptr": "*fp32"}
     types |= dict.fromkeys(("pairs_ptr", "owner_ptr", "arrivals_ptr"), "*i32")
     types |= dict.fromkeys(("row_scale_ptr", "out_scale_ptr"), "*fp32")
-    types |= dict.fromkeys(("pairs", "share", "experts", "rows", "n", "k"), "i32")
+    types |= dict.fromkeys(("pairs", "share", "scale_share", "experts", "rows", "n", "k"), "i32")
     for config in streamed.CONFIGS:
         for bn in sorted({64, config.bn}):
             kept = streamed.narrowed(config) if bn < config.bn else config

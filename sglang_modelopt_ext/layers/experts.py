@@ -190,7 +190,6 @@ class ExpertProduct:
         x: torch.Tensor,
         routing: Routing,
         out_dtype: torch.dtype,
-        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Multiply every row by the weights of its expert.
 
@@ -199,12 +198,11 @@ class ExpertProduct:
             x: ``[T, K]``, one input for all choices of a token, or ``[R, K]``, one for each.
             routing: which expert serves which of the ``R = T * top_k`` rows.
             out_dtype: the type of the result, rounded to once.
-            weights: float32 ``[R, 1]`` that the rows of the result are multiplied by; None for ones.
 
         Returns:
             ``[R, N]``; zero where no expert of this rank serves the row.
         """
-        outputs = [self._apply_group(layer, group, x, routing, out_dtype, weights) for group in self.groups]
+        outputs = [self._apply_group(layer, group, x, routing, out_dtype) for group in self.groups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
     def _apply_group(
@@ -214,7 +212,6 @@ class ExpertProduct:
         x: torch.Tensor,
         routing: Routing,
         out_dtype: torch.dtype,
-        weights: torch.Tensor | None,
     ) -> torch.Tensor:
         if self.backend is None:
             raise RuntimeError(f"{self.prefix} is used before it is prepared")
@@ -231,11 +228,7 @@ class ExpertProduct:
             self.backend.arrange(weight, self._operand, routing)
         values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
         if row_scale is not None:
-            column = row_scale.reshape(-1, 1)
-            row_scale = column.expand(routing.rows, 1) if column.shape[0] == 1 else _for_rows(column, routing)
-            row_scale = row_scale * weights if weights is not None else row_scale.contiguous()
-        else:
-            row_scale = weights
+            row_scale = row_scale.reshape(-1, 1)
         return self.backend.matmul(weight, values, row_scale, routing, out_dtype)
 
 
@@ -296,15 +289,14 @@ class ExpertProducts:
         x: torch.Tensor,
         routing: Routing,
         out_dtype: torch.dtype,
-        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Multiply every row by the weights of its expert; see :meth:`ExpertProduct.apply`."""
         if not self._places:
-            return self.parts[0].product.apply(layer, x, routing, out_dtype, weights)
+            return self.parts[0].product.apply(layer, x, routing, out_dtype)
         total: torch.Tensor | None = None
         for part, attribute in zip(self.parts, self._places, strict=True):
             of_part = self._routing(routing, part, layer.get_parameter(attribute))
-            y = part.product.apply(layer, x, of_part, out_dtype, weights)
+            y = part.product.apply(layer, x, of_part, out_dtype)
             # A row is zero in all parts but that of its expert: the sum is exact.
             total = y if total is None else total + y
         assert total is not None, "a layer has experts"

@@ -110,6 +110,7 @@ class Case:
     n: int = 70
     k: int = 288
     shared: bool = True
+    scaled_tokens: bool = False
     spread: str = "nobody"
     block: int | None = None
     dense: bool = False
@@ -139,6 +140,8 @@ def check(case: Case, device: str, out_dtype: torch.dtype = torch.float32) -> fl
     pairs = owners.shape[0]
     x = activations(case.tokens if case.shared else pairs, case.k, case.dtype, generator)
     row_scale = (torch.rand(pairs, 2, generator=generator) + 0.5)[:, :1] if case.tokens % 2 else None
+    if case.scaled_tokens and row_scale is not None:  # the choices of a token have one scale
+        row_scale = row_scale[: case.tokens]
     weight = moved(on_cpu, device)
     block = case.block or grouped.tile(weight, x.dtype, pairs, case.dense)
     dense_launch.SCRATCH_BYTES = case.scratch
@@ -146,6 +149,8 @@ def check(case: Case, device: str, out_dtype: torch.dtype = torch.float32) -> fl
         routed = route(owners.to(device), case.experts, block)
         scale = None if row_scale is None else row_scale.to(device)
         y = grouped_linear(x.to(device), weight, routed, pairs, scale, out_dtype, case.dense).double().cpu()
+    if row_scale is not None:
+        row_scale = row_scale.repeat_interleave(pairs // row_scale.shape[0], dim=0)
     expected = naive_grouped_linear(x, on_cpu, owners, row_scale)
     units = [
         unpack(on_cpu, expert).abs() * on_cpu.out_scale[expert].double().unsqueeze(1) for expert in range(case.experts)
@@ -184,6 +189,7 @@ EVERY = [(kind, name_of(dtype)) for kind in FORMATS for dtype in grouped_launch.
 INTERPRETED = [
     *[Case(kind, dtype, 5, spread="all", k=384 if kind == "int4_float" else 288) for kind, dtype in EVERY],
     Case("e2m1_e4m3/16", "fp8", 3, shared=False),
+    Case("e4m3", "fp8", 3, scaled_tokens=True),
     Case("e2m1_exponent", "bf16", 20, spread="one", block=64),
     Case("e4m3", "fp8", 1, top_k=1, experts=1, spread="one"),
     Case("e4m3_float", "bf16", 2, n=140, k=200),  # a short block of inputs
@@ -391,6 +397,7 @@ def test_what_would_be_misread_is_refused() -> None:
         ((x.bfloat16(), weight, routed, 2), "e4m3 weights are multiplied by"),
         ((x, weight, replace(routed, owner=owner[:1]), 2), "sorted for another size"),
         ((x, weight, routed, 2, torch.ones(2)), "row_scale"),
+        ((x, weight, routed, 2, torch.ones(3, 1)), "row_scale"),
         ((x, weight, routed, 2, torch.ones(2, 1, dtype=torch.float16)), "row_scale"),
     ):
         with pytest.raises(ValueError, match=message):

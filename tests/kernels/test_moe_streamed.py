@@ -40,6 +40,7 @@ class Case:
     k: int = 768
     shared: bool = True
     known: bool = False
+    scales: str = "pair"
     experts: int = 3
     top_k: int = 2
 
@@ -50,14 +51,14 @@ class Case:
 
 CASES = [
     Case(CONFIGS[0]),
-    Case(CONFIGS[0], rows=2, known=True),
+    Case(CONFIGS[0], rows=2, known=True, scales="token"),
     Case(CONFIGS[0], rows=4, known=True, shared=False),  # the last program has fewer tiles than the others
     Case(CONFIGS[0], split=2, k=1024, known=True),
     Case(CONFIGS[0], split=4, k=768, rows=2),  # the last split has nothing
     Case(KernelConfig(64, 8, 256, 4, 6), rows=3, k=256, known=True),  # more stages than tiles of a row
     Case(KernelConfig(64, 8, 256, 4, 8), n=64, k=512),  # and than tiles of a program
     Case(KernelConfig(64, 16, 256, 4, 2), rows=2, tokens=20),
-    Case(KernelConfig(128, 16, 256, 4, 3), rows=2, k=512, tokens=30, known=True),
+    Case(KernelConfig(128, 16, 256, 4, 3), rows=2, k=512, tokens=30, known=True, scales="one"),
     Case(KernelConfig(128, 8, 256, 4, 4), split=2, k=1024),
     Case(CONFIGS[-1], rows=2, tokens=70, k=512, known=True),
 ]
@@ -70,7 +71,16 @@ def operands(case: Case, device: str = "cpu") -> tuple[torch.Tensor, GroupedWeig
     rows = case.tokens if case.shared else case.pairs
     x = (torch.randn(rows, case.k, generator=generator) * 20).to(torch.float8_e4m3fn)
     row_scale = torch.rand(case.pairs, 1, generator=generator) + 0.5
+    if case.scales == "token":
+        row_scale = row_scale[: case.tokens]
+    elif case.scales == "one":
+        row_scale = row_scale[:1]
     return x.to(device), weights_of(case.experts, case.n, case.k, device), chosen.to(device), row_scale.to(device)
+
+
+def of_pairs(row_scale: torch.Tensor, case: Case) -> torch.Tensor:
+    """The scale of each pair."""
+    return row_scale.repeat_interleave(case.pairs // row_scale.shape[0], dim=0)
 
 
 def sorted_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routed:
@@ -134,6 +144,7 @@ def test_its_text_on_numpy(case: Case) -> None:
         arrivals_ptr=counters,
         pairs=case.pairs,
         share=case.pairs // x.shape[0],
+        scale_share=case.pairs // row_scale.shape[0],
         experts=case.experts,
         rows=case.rows,
         n=case.n,
@@ -146,7 +157,7 @@ def test_its_text_on_numpy(case: Case) -> None:
         BN=case.config.bn,
         BM=case.config.bm,
     )
-    expected = naive_grouped_linear(x, weight, chosen, row_scale)
+    expected = naive_grouped_linear(x, weight, chosen, of_pairs(row_scale, case))
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-9)
     assert bool((y[chosen < 0] == 0).all())
     assert not bool(counters.any()), "counters are zero between launches"
@@ -220,7 +231,7 @@ def test_on_a_gpu(case: Case, known: bool) -> None:
     y = run(x, weight, routed, case.pairs, row_scale, torch.float32, known, plan)
     torch.use_deterministic_algorithms(False)
     # FP8 instructions cut each of 32 products at 2^-13 of the largest: see test_mxfp4_fp8_hopper.py.
-    assert worst(y, x, weight, chosen, row_scale) < 2.0**-11
+    assert worst(y, x, weight, chosen, of_pairs(row_scale, case)) < 2.0**-11
     for _ in range(20):
         assert torch.equal(run(x, weight, routed, case.pairs, row_scale, torch.float32, known, plan), y)
 

@@ -55,10 +55,12 @@ def _grouped_linear(
     weight = GroupedWeight(codes, scale, out_scale, kind, fp8)
     if pairs == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
-    arguments = (x, weight, Routed(sorted_pairs, owner, first, block), pairs, row_scale, out_dtype)
+    routed = Routed(sorted_pairs, owner, first, block)
     if weight.kind == "mxfp4_tiles" and not dense:
-        return streamed.run(*arguments, known=known)
-    return (run_dense if dense else run)(*arguments)
+        return streamed.run(x, weight, routed, pairs, row_scale, out_dtype, known=known)
+    if row_scale is not None and row_scale.shape[0] != pairs:
+        row_scale = row_scale.repeat_interleave(pairs // row_scale.shape[0], dim=0)
+    return (run_dense if dense else run)(x, weight, routed, pairs, row_scale, out_dtype)
 
 
 @_grouped_linear.register_fake
@@ -104,7 +106,7 @@ def grouped_linear(
         weight: the weights of all experts.
         routed: the pairs, sorted in blocks of :func:`tile`.
         pairs: ``R``.
-        row_scale: float32 ``[R, 1]``; None for 1.
+        row_scale: float32 ``[R, 1]``, or fewer rows, each for as many adjacent pairs; None for 1.
         out_dtype: type of the result.
         dense: whether weights are decoded once for a dense product; None for the choice by size, as in :func:`tile`.
         known: whether a kernel was launched on this stream after the one that wrote ``routed``: the product may then read that
@@ -125,8 +127,10 @@ def grouped_linear(
     blocks = most_blocks(pairs, weight.experts, routed.block)
     if routed.owner.shape != (blocks,) or routed.pairs.shape != (blocks * routed.block,):
         raise ValueError(f"the pairs were sorted for another size: {routed.owner.shape[0]} blocks, not {blocks}")
-    if row_scale is not None and (row_scale.dtype != torch.float32 or row_scale.shape != (pairs, 1)):
-        raise ValueError(f"row_scale must be float32 [{pairs}, 1], got {tuple(row_scale.shape)} {row_scale.dtype}")
+    if row_scale is not None and pairs:
+        count = row_scale.shape[0] if row_scale.dim() == 2 and row_scale.shape[1] == 1 else 0
+        if row_scale.dtype != torch.float32 or not count or pairs % count:
+            raise ValueError(f"row_scale must be float32 [{pairs}, 1], got {tuple(row_scale.shape)} {row_scale.dtype}")
     y: torch.Tensor = _grouped_linear(
         x,
         weight.codes,

@@ -1,7 +1,7 @@
 """``Y^T = W X^T`` in Gluon for the pairs of one block: the tiles of several output features as one stream.
 
 The copies, the decoding and the numerics are those of :mod:`sglang_modelopt_kernels.gemm.w4_stream.kernel`. An expert's K is short,
-a few tiles: a program goes on to the next 64 output features, whose first tiles are on their way by then, so that copies never pause.
+a few tiles: a program goes on to the next 64 output features, whose first tiles are on their way by then: copies never pause.
 
 Which weight a program reads, the table of pairs says. Where it was complete before the kernel ahead of this one began, weights are
 fetched before that kernel has ended (KNOWN).
@@ -64,7 +64,7 @@ def _store_nothing(y_ptr, pair, first, tiles, pairs, n, LAYOUT: gl.constexpr):
         gl.store(y_ptr + at + output[None, :], 0.0, mask=(pair < pairs)[:, None] & (output >= 0)[None, :])
 
 
-@gluon.jit(do_not_specialize=["pairs", "share", "experts", "rows"])
+@gluon.jit(do_not_specialize=["pairs", "share", "scale_share", "experts", "rows"])
 def streamed_experts_kernel(
     x_ptr,
     w_ptr,
@@ -78,6 +78,7 @@ def streamed_experts_kernel(
     arrivals_ptr,
     pairs,
     share,
+    scale_share,
     experts,
     rows,
     n,
@@ -92,9 +93,9 @@ def streamed_experts_kernel(
 ):
     """Compute ``rows`` tiles of BN outputs for a block of BM pairs, or with SPLIT_K > 1 a part of their sums.
 
-    Pair ``r`` reads row ``r // share`` of ``x``. Blocks of pairs are the fastest grid axis: those of one expert share its weight in
-    L2. BN is 64, or 128 for two tiles of the weight at a time that share the activations; STAGES of these are on their way or in
-    use at a time. ``n`` is a multiple of BN and ``k`` one of 256.
+    Pair ``r`` reads row ``r // share`` of ``x`` and ``r // scale_share`` of ``row_scale``. Blocks of pairs are the fastest grid
+    axis: those of one expert share its weight in L2. BN is 64, or 128 for two tiles of the weight at a time that share activations;
+    STAGES of these are on their way or in use at a time. ``n`` is a multiple of BN and ``k`` one of 256.
     """
     gl.static_assert(gl.num_warps() == 4 and (BN == 64 or BN == 128))
     WIDE: gl.constexpr = BN // 64
@@ -168,6 +169,10 @@ def streamed_experts_kernel(
             used = gl.where(used == STAGES - 1, 0, used + 1)
             free = gl.where(free == STAGES - 1, 0, free + 1)
         member = gl.load(own + gl.arange(0, BM, layout=gl.SliceLayout(0, MMA)))
+        if HAS_ROW_SCALE:
+            scale = gl.load(row_scale_ptr + gl.minimum(member, pairs - 1) // scale_share)
+            acc *= scale[None, :]
+            lower *= scale[None, :]
         for half in gl.static_range(WIDE):
             store_tile(
                 acc if half == 0 else lower,
@@ -185,7 +190,7 @@ def streamed_experts_kernel(
                 out_scale_ptr,
                 1,
                 1.0,
-                HAS_ROW_SCALE,
+                False,
                 False,
                 SPLIT_K,
             )

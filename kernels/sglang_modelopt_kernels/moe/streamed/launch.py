@@ -112,6 +112,7 @@ def run(
             arrivals(x.device) if plan.split > 1 else y,
             pairs,
             pairs // x.shape[0],
+            1 if row_scale is None else pairs // row_scale.shape[0],
             weight.experts,
             plan.rows,
             n,
