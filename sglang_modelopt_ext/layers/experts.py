@@ -26,11 +26,14 @@ from sglang_modelopt_ext.layers.linear import (
     INPUT_SCALE,
     Shard,
     check_blocks,
+    exact_fp8,
     group_shards,
     round_input,
     warn_once,
 )
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
+from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE, rounds
+from sglang_modelopt_kernels.quantize.gated import swiglu_fp8
 
 ExpertShards = Sequence[Shard]
 """The shards of one expert: gate and up, or down."""
@@ -205,6 +208,39 @@ class ExpertProduct:
         outputs = [self._apply_group(layer, group, x, routing, out_dtype) for group in self.groups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
+    def rounds_gated(self, h: torch.Tensor) -> bool:
+        """Return whether :meth:`apply_gated` serves ``h``: on a GPU, all rows rounded alike, to E4M3, and by this rank alone."""
+        return (
+            h.is_cuda
+            and len(self.groups) == 1
+            and not self.groups[0].each
+            and self.rank_amax is None
+            and rounds(self.scheme.activation)
+            and h.shape[1] <= 2 * WHOLE
+        )
+
+    def apply_gated(
+        self, layer: torch.nn.Module, h: torch.Tensor, routing: Routing, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return :meth:`apply` of ``silu(gate) * up``, rounded to the type of ``h``, ``[R, 2 * K]``: gate, up.
+
+        One kernel computes and rounds it. See :meth:`rounds_gated`.
+        """
+        backend, weight, inputs = self._prepared(layer, self.groups[0])
+        smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+        backend.arrange(weight, self._operand, routing)
+        _, values, row_scale = swiglu_fp8(h, smoothing, scale, exact_fp8(self._operand))
+        return backend.matmul(weight, values.to(self._operand), row_scale.reshape(-1, 1), routing, out_dtype)
+
+    def _prepared(
+        self, layer: torch.nn.Module, group: ExpertGroup
+    ) -> tuple[ExpertBackend, PreparedWeight, dict[str, torch.Tensor]]:
+        """Return the backend, a group's weight, and what rounds its input, by name."""
+        if self.backend is None:
+            raise RuntimeError(f"{self.prefix} is used before it is prepared")
+        weight = group.build(**{name: getattr(layer, attribute) for name, attribute in group.prepared.items()})
+        return self.backend, weight, {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
+
     def _apply_group(
         self,
         layer: torch.nn.Module,
@@ -213,10 +249,7 @@ class ExpertProduct:
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        if self.backend is None:
-            raise RuntimeError(f"{self.prefix} is used before it is prepared")
-        weight = group.build(**{name: getattr(layer, attribute) for name, attribute in group.prepared.items()})
-        inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
+        backend, weight, inputs = self._prepared(layer, group)
         if group.each:
             x = _for_rows(x, routing)
             # Rows with an invalid expert use the first expert's scales; their outputs are zero.
@@ -225,11 +258,11 @@ class ExpertProduct:
                 rows = inputs[name][chosen]
                 inputs[name] = rows.unsqueeze(1) if rows.dim() == 1 else rows
         if self.scheme.activation is not None:
-            self.backend.arrange(weight, self._operand, routing)
+            backend.arrange(weight, self._operand, routing)
         values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
         if row_scale is not None:
             row_scale = row_scale.reshape(-1, 1)
-        return self.backend.matmul(weight, values, row_scale, routing, out_dtype)
+        return backend.matmul(weight, values, row_scale, routing, out_dtype)
 
 
 @dataclass(frozen=True)
@@ -282,6 +315,16 @@ class ExpertProducts:
     def backends(self) -> tuple[str, ...]:
         """The name of each part's backend; empty until they are prepared."""
         return tuple(part.product.backend.name for part in self.parts if part.product.backend is not None)
+
+    def rounds_gated(self, h: torch.Tensor) -> bool:
+        """Return whether :meth:`apply_gated` serves ``h``; see :meth:`ExpertProduct.rounds_gated`."""
+        return not self._places and self.parts[0].product.rounds_gated(h)
+
+    def apply_gated(
+        self, layer: torch.nn.Module, h: torch.Tensor, routing: Routing, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """See :meth:`ExpertProduct.apply_gated`."""
+        return self.parts[0].product.apply_gated(layer, h, routing, out_dtype)
 
     def apply(
         self,

@@ -72,8 +72,11 @@ def mix(
     if choices.weights_input:
         x = (x.repeat_interleave(top_k, dim=0).to(torch.float32) * weights.reshape(-1, 1)).to(x.dtype)
     h = first.apply(layer, x, routing, x.dtype if biases is None else torch.float32)
-    hidden = activate(h, activation, x.dtype, None if biases is None else biases.first, routing.experts)
-    y = down.apply(layer, hidden, routing, torch.float32)
+    if biases is None and activation == SWIGLU and down.rounds_gated(h):
+        y = down.apply_gated(layer, h, routing, torch.float32)
+    else:
+        hidden = activate(h, activation, x.dtype, None if biases is None else biases.first, routing.experts)
+        y = down.apply(layer, hidden, routing, torch.float32)
     bias = None
     if biases is not None and biases.down is not None:
         bias = weighted_bias(biases.down, choices)
