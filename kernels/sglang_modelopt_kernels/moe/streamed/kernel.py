@@ -50,6 +50,7 @@ def _multiply(w_s, s_s, x, place, MMA: gl.constexpr, BM: gl.constexpr):
     """Decode the tile at ``place`` and multiply it by ``x``, 256 K elements of some pairs."""
     codes = w_s.index(place).load(bytes_layout(16))
     scales = gl.expand_dims(s_s.index(place).load(gl.SliceLayout(1, scales_layout(8))), 1)
+    fence_async_shared()
     unit = e4m3_operand(codes, scales.broadcast_to([512, 4]), gl.DotOperandLayout(0, MMA, 4))
     # The product is waited for where it is issued: nothing overwrites its operand in registers (see gemm/common/wgmma.py).
     return warpgroup_mma(unit, x, gl.zeros((64, BM), gl.float32, MMA), use_acc=False, is_async=False)
@@ -162,7 +163,6 @@ def streamed_experts_kernel(
             ahead += 1
             tile, place = _next(tile, place, steps, every * WIDE)
             x = x_s.index(used).permute([1, 0])
-            fence_async_shared()
             acc += _multiply(w_s, s_s, x, used * WIDE, MMA, BM)
             if WIDE == 2:
                 lower += _multiply(w_s, s_s, x, used * WIDE + 1, MMA, BM)
