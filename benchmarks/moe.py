@@ -53,13 +53,13 @@ def random_weight(name: str, experts: int, n: int, k: int) -> GroupedWeight:
     number = WEIGHT_FORMATS[FORMATS[name].weight]
     capability = torch.cuda.get_device_capability()
     # As the backends choose on SM90.
-    in_tiles = capability == (9, 0) and missing() is None and n % 64 == 0 and k % 256 == 0
+    tiled = capability == (9, 0) and missing() is None and n % 64 == 0 and k % 256 == 0
     different = []
     for _ in range(min(experts, 4)):
         stored = number.quantize(torch.randn(n, k, device="cuda") / k**0.5)
         blocks = number.blocks(stored)
-        if name == "mxfp4 fp8" and in_tiles:
-            different.append(grouped.in_tiles(stream_folded(fold(stored["weight"], stored["weight_scale"]))))
+        if name == "mxfp4 fp8" and tiled:
+            different.append(grouped.tiled(stream_folded(fold(stored["weight"], stored["weight_scale"]))))
         elif name == "mxfp4 fp8" and capability[0] == 10:
             different.append(grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"]))
         elif blocks is not None:

@@ -169,7 +169,7 @@ def _weight(kind: Kind, k: int) -> GroupedWeight:
         if kind == "mxfp4":
             every.append(grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"]))
         elif kind == "mxfp4_tiles":
-            every.append(grouped.in_tiles(stream_folded(fold(stored["weight"], stored["weight_scale"]))))
+            every.append(grouped.tiled(stream_folded(fold(stored["weight"], stored["weight_scale"]))))
         elif kind == "e4m3_exponent":
             every.append(grouped.mxfp8(stored["weight"], stored["weight_scale"]))
         elif kind == "e4m3_float":
@@ -186,7 +186,7 @@ def _weight(kind: Kind, k: int) -> GroupedWeight:
 
 
 def _operands(k: int, dtype: torch.dtype, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Make activations of some blocks for each expert, the expert of each pair (some nobody's), and a scale for each pair."""
+    """Make activations of some blocks for each expert, the expert of each pair (some invalid), and a scale for each pair."""
     generator = torch.Generator("cuda").manual_seed(block)
     tokens = 61 * block // TOP_K if block <= 16 else 13 * block // TOP_K
     pairs = tokens * TOP_K

@@ -64,7 +64,7 @@ def one_expert(kind: str, n: int, k: int, generator: torch.Generator) -> Grouped
     weight = torch.randn(n, k, generator=generator) * torch.randn(n, 1, generator=generator).exp()
     stored = number.quantize(weight)
     if kind == TILES:
-        return grouped.in_tiles(stream_folded(fold(stored["weight"], stored["weight_scale"])))
+        return grouped.tiled(stream_folded(fold(stored["weight"], stored["weight_scale"])))
     if kind == "mxfp4":
         return grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"])
     if kind == "e4m3_exponent":

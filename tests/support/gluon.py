@@ -22,7 +22,7 @@ class Array(np.ndarray):
     """A tensor of the language: operators make new ones."""
 
     def to(self, dtype: Any, bitcast: bool = False) -> Array:
-        """Keep the values: NumPy's are wide enough."""
+        """Keep the values: NumPy has them in float64."""
         del dtype, bitcast
         return self
 

@@ -194,7 +194,7 @@ class GroupedStreamed(GroupedExperts):
 
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
         """Put the shards into tiles, one below the other; see :func:`stream_folded`."""
-        return grouped.in_tiles(stream_folded(fold_shards(shards)))
+        return grouped.tiled(stream_folded(fold_shards(shards)))
 
 
 class GroupedMxfp4(GroupedExperts):

@@ -5,11 +5,11 @@ from sglang_modelopt_kernels.moe.grouped.naive import naive_grouped_linear
 from sglang_modelopt_kernels.moe.grouped.weights import (
     GroupedWeight,
     float_blocks,
-    in_tiles,
     mxfp4_as_stored,
     mxfp8,
     packed,
     stack,
+    tiled,
     unpack,
     whole,
 )
@@ -18,7 +18,6 @@ __all__ = [
     "GroupedWeight",
     "float_blocks",
     "grouped_linear",
-    "in_tiles",
     "mxfp4_as_stored",
     "mxfp8",
     "naive_grouped_linear",
@@ -26,6 +25,7 @@ __all__ = [
     "path_of",
     "stack",
     "tile",
+    "tiled",
     "unpack",
     "whole",
 ]

@@ -26,10 +26,13 @@ def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int, dense: bool | No
     return choose_block(weight.kind, dtype, pairs, weight.experts, capability)
 
 
-def path_of(weight: GroupedWeight, pairs: int, dtype: torch.dtype) -> tuple[bool, int]:
-    """Return what :func:`grouped_linear` runs for ``pairs`` pairs: whether dense tiles, and the pairs to a block."""
-    dense = takes_dense(weight, dtype, pairs, machine(weight.codes.device)[0])
-    return dense, tile(weight, dtype, pairs)
+def path_of(weight: GroupedWeight, pairs: int, dtype: torch.dtype) -> tuple[bool, int, bool]:
+    """Return what :func:`grouped_linear` runs for ``pairs`` pairs: whether dense tiles, the pairs to a block, and if K is split."""
+    capability, sms = machine(weight.codes.device)
+    dense = takes_dense(weight, dtype, pairs, capability)
+    block = tile(weight, dtype, pairs)
+    streams = weight.kind == "mxfp4_tiles" and not dense
+    return dense, block, streams and streamed.plan_of(weight, block, pairs, sms).split > 1
 
 
 @torch.library.custom_op("modelopt_ext::grouped_linear", mutates_args=())

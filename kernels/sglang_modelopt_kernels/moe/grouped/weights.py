@@ -111,7 +111,7 @@ def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
     return GroupedWeight(codes, scale, torch.ones(codes.shape[0], device=codes.device), "mxfp4")
 
 
-def in_tiles(weight: StreamedWeight) -> GroupedWeight:
+def tiled(weight: StreamedWeight) -> GroupedWeight:
     """Wrap an MXFP4 weight of one expert that was put into tiles. Raises ValueError for another number type."""
     if weight.kind != "folded":
         raise ValueError(f"tiles: expected folded MXFP4, got {weight.kind}")

@@ -39,10 +39,10 @@ def _fetch_rows(x_s, x_at, there, offset, stage):
 
 
 @gluon.jit
-def _fetch_tiles(w_s, s_s, w_ptr, s_ptr, tile, every, stage, WIDE: gl.constexpr):
-    """Copy WIDE tiles of the same K elements, the next one ``every`` tiles on, to a stage."""
-    for half in gl.static_range(WIDE):
-        fetch_weight(w_s, s_s, w_ptr, s_ptr, tile + half * every, stage * WIDE + half, 512)
+def _fetch_tiles(w_s, s_s, w_ptr, s_ptr, tile, every, stage, HALVES: gl.constexpr):
+    """Copy HALVES tiles of the same K elements, the next one ``every`` tiles on, to a stage."""
+    for half in gl.static_range(HALVES):
+        fetch_weight(w_s, s_s, w_ptr, s_ptr, tile + half * every, stage * HALVES + half, 512)
 
 
 @gluon.jit
@@ -99,12 +99,12 @@ def streamed_experts_kernel(
     STAGES of these are on their way or in use at a time. ``n`` is a multiple of BN and ``k`` one of 256.
     """
     gl.static_assert(gl.num_warps() == 4 and (BN == 64 or BN == 128))
-    WIDE: gl.constexpr = BN // 64
+    HALVES: gl.constexpr = BN // 64
     X_COPY: gl.constexpr = tokens_layout(1)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    w_s = gl.allocate_shared_memory(gl.uint8, [STAGES * WIDE, 8192], FLAT)
-    s_s = gl.allocate_shared_memory(gl.uint8, [STAGES * WIDE, 512], FLAT)
+    w_s = gl.allocate_shared_memory(gl.uint8, [STAGES * HALVES, 8192], FLAT)
+    s_s = gl.allocate_shared_memory(gl.uint8, [STAGES * HALVES, 512], FLAT)
     x_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, 256], gl.NVMMASharedLayout(128, 8, 2))
 
     block = gl.program_id(0)
@@ -121,20 +121,20 @@ def streamed_experts_kernel(
     if owner == experts:
         if KNOWN:
             after_previous(PDL)
-        _store_nothing(y_ptr, pair, row * BN, rows * WIDE, pairs, n, X_COPY)
+        _store_nothing(y_ptr, pair, row * BN, rows * HALVES, pairs, n, X_COPY)
         return
     split = gl.program_id(2)
     every = k // 256
     first, steps = steps_of(k, split, 256, SPLIT_K)
     # The tiles of adjacent outputs follow each other: without splits, a program reads one piece of memory.
-    base = (owner * tiles + row) * WIDE * every + first
+    base = (owner * tiles + row) * HALVES * every + first
     total = rows * steps
 
     tile, place = base, 0
     for stage in gl.static_range(STAGES - 1):
         if stage < total:
-            _fetch_tiles(w_s, s_s, w_ptr, s_ptr, tile, every, stage, WIDE)
-        tile, place = _next(tile, place, steps, every * WIDE)
+            _fetch_tiles(w_s, s_s, w_ptr, s_ptr, tile, every, stage, HALVES)
+        tile, place = _next(tile, place, steps, every * HALVES)
     async_copy.commit_group()
     if KNOWN:
         after_previous(PDL)
@@ -146,7 +146,7 @@ def streamed_experts_kernel(
         if stage < total:
             _fetch_rows(x_s, x_at, there, (first + place) * 256, stage)
         async_copy.commit_group()
-        _, place = _next(base, place, steps, every * WIDE)
+        _, place = _next(base, place, steps, every * HALVES)
 
     used, free, ahead = 0, STAGES - 1, STAGES - 1
     for part in range(rows):
@@ -157,15 +157,15 @@ def streamed_experts_kernel(
             async_copy.wait_group(STAGES - 2)
             gl.barrier()
             if ahead < total:
-                _fetch_tiles(w_s, s_s, w_ptr, s_ptr, tile, every, free, WIDE)
+                _fetch_tiles(w_s, s_s, w_ptr, s_ptr, tile, every, free, HALVES)
                 _fetch_rows(x_s, x_at, there, (first + place) * 256, free)
             async_copy.commit_group()
             ahead += 1
-            tile, place = _next(tile, place, steps, every * WIDE)
+            tile, place = _next(tile, place, steps, every * HALVES)
             x = x_s.index(used).permute([1, 0])
-            acc += _multiply(w_s, s_s, x, used * WIDE, MMA, BM)
-            if WIDE == 2:
-                lower += _multiply(w_s, s_s, x, used * WIDE + 1, MMA, BM)
+            acc += _multiply(w_s, s_s, x, used * HALVES, MMA, BM)
+            if HALVES == 2:
+                lower += _multiply(w_s, s_s, x, used * HALVES + 1, MMA, BM)
             used = gl.where(used == STAGES - 1, 0, used + 1)
             free = gl.where(free == STAGES - 1, 0, free + 1)
         member = gl.load(own + gl.arange(0, BM, layout=gl.SliceLayout(0, MMA)))
@@ -173,7 +173,7 @@ def streamed_experts_kernel(
             scale = gl.load(row_scale_ptr + gl.minimum(member, pairs - 1) // scale_share)
             acc *= scale[None, :]
             lower *= scale[None, :]
-        for half in gl.static_range(WIDE):
+        for half in gl.static_range(HALVES):
             store_tile(
                 acc if half == 0 else lower,
                 y_ptr,
@@ -181,7 +181,7 @@ def streamed_experts_kernel(
                 arrivals_ptr,
                 (row + part) * BN + half * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA)),
                 member,
-                (block * tiles + row + part) * WIDE + half,
+                (block * tiles + row + part) * HALVES + half,
                 split,
                 pairs,
                 n,
