@@ -20,8 +20,10 @@ from benchmarks.gemm import read_bandwidth
 from benchmarks.registry import measured
 from benchmarks.registry.base import TOLERANCE, ExpertFormat
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
+from sglang_modelopt_kernels.gemm.w4_stream import missing, stream_folded
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.activation import activate, naive_activate
 from sglang_modelopt_kernels.moe.combine import combine, naive_combine
@@ -49,12 +51,16 @@ FORMATS = measured(ExpertFormat)
 def random_weight(name: str, experts: int, n: int, k: int) -> GroupedWeight:
     """Make random weights of ``experts`` experts in a format of FORMATS, from at most four different experts."""
     number = WEIGHT_FORMATS[FORMATS[name].weight]
-    blackwell = torch.cuda.get_device_capability()[0] == 10
+    capability = torch.cuda.get_device_capability()
+    # As the backends choose on SM90.
+    tiled = capability == (9, 0) and missing() is None and n % 64 == 0 and k % 256 == 0
     different = []
     for _ in range(min(experts, 4)):
         stored = number.quantize(torch.randn(n, k, device="cuda") / k**0.5)
         blocks = number.blocks(stored)
-        if name == "mxfp4 fp8" and blackwell:
+        if name == "mxfp4 fp8" and tiled:
+            different.append(grouped.tiled(stream_folded(fold(stored["weight"], stored["weight_scale"]))))
+        elif name == "mxfp4 fp8" and capability[0] == 10:
             different.append(grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"]))
         elif blocks is not None:
             different.append(grouped.packed(pack(blocks)))
@@ -71,9 +77,10 @@ def layer(
 ) -> torch.Tensor:
     """Compute the experts of one layer in bf16, for rounded activations; the hidden activations are cast, not scaled."""
     pairs = chosen.shape[0]
-    routed = route(chosen, gate_up.experts, grouped.tile(gate_up, x.dtype, pairs))
-    hidden = activate(grouped_linear(x, gate_up, routed, pairs))
-    y = grouped_linear(hidden.to(x.dtype), down, routed, pairs)
+    blocks = [grouped.tile(weight, x.dtype, pairs) for weight in (gate_up, down)]
+    routed = {block: route(chosen, gate_up.experts, block) for block in dict.fromkeys(blocks)}
+    hidden = activate(grouped_linear(x, gate_up, routed[blocks[0]], pairs))
+    y = grouped_linear(hidden.to(x.dtype), down, routed[blocks[1]], pairs, known=True)
     return combine(y, weights.shape[1], weights, torch.bfloat16)
 
 
@@ -89,12 +96,14 @@ def check(name: str, tokens: int) -> float:
     gate_up = random_weight(name, model.experts, 2 * model.inner, model.hidden)
     down = random_weight(name, model.experts, model.hidden, model.inner)
     chosen, weights = random_routing(tokens, model)
-    routed = route(chosen, model.experts, grouped.tile(gate_up, dtype, chosen.shape[0]))
+    first, second = (
+        route(chosen, model.experts, grouped.tile(weight, dtype, chosen.shape[0])) for weight in (gate_up, down)
+    )
     x = torch.randn(tokens, model.hidden, device="cuda").to(dtype)
-    h = grouped_linear(x, gate_up, routed, chosen.shape[0])
+    h = grouped_linear(x, gate_up, first, chosen.shape[0])
     hidden = activate(h)
     rounded = hidden.to(dtype)
-    y = grouped_linear(rounded, down, routed, chosen.shape[0])
+    y = grouped_linear(rounded, down, second, chosen.shape[0])
     out = combine(y, model.top_k, weights, torch.bfloat16)
     expected = {
         "gate and up": (h, naive_grouped_linear(x, gate_up, chosen)),

@@ -15,7 +15,7 @@ from benchmarks.registry.attention import DECODE, EXTEND, STORE, VECTORS
 from benchmarks.registry.base import ARCHITECTURES, Case, Kernel, StressCase, Tiled
 from benchmarks.registry.blackwell import FP4_BLACKWELL, MXFP4_FP8_BLACKWELL, TCGEN05
 from benchmarks.registry.common import FINISH, FP8, ORDER, PLANES
-from benchmarks.registry.experts import GROUPED, GROUPED_DENSE
+from benchmarks.registry.experts import GROUPED, GROUPED_DENSE, STREAMED_EXPERTS
 from benchmarks.registry.moe import ACTIVATION, COMBINE, ROUTE
 from benchmarks.registry.mxfp4_fp8_hopper import MXFP4_FP8_HOPPER
 from benchmarks.registry.quantize import (
@@ -44,6 +44,7 @@ KERNELS: tuple[Kernel, ...] = (
     TCGEN05,
     GROUPED,
     GROUPED_DENSE,
+    STREAMED_EXPERTS,
     ROUTE,
     ACTIVATION,
     COMBINE,

@@ -1,4 +1,4 @@
-"""Rows of the products of all experts: decoded in registers, and in dense tiles."""
+"""Rows of the products of all experts: decoded in registers, in dense tiles, and streamed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from benchmarks.registry.base import Case, ExpertFormat, Kernel, Launch, StressC
 from benchmarks.registry.operands import KINDS, TRITON_TYPES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.gemm.common import KernelConfig, matrix_instruction
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
+from sglang_modelopt_kernels.gemm.w4_stream import missing, stream_folded
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, launch, naive_grouped_linear, unpack
 from sglang_modelopt_kernels.moe.grouped.dense import launch as dense
@@ -21,6 +23,7 @@ from sglang_modelopt_kernels.moe.grouped.dense.kernel import dense_kernel
 from sglang_modelopt_kernels.moe.grouped.kernel import grouped_kernel
 from sglang_modelopt_kernels.moe.grouped.weights import Kind
 from sglang_modelopt_kernels.moe.route import route
+from sglang_modelopt_kernels.moe.streamed import launch as streamed
 
 STORED_TYPES: tuple[tuple[Kind, int, str, str | None], ...] = (
     *((kind, group, "*i16", "*fp32" if kind == "int4_float" else "*u8") for kind, group in KINDS),
@@ -37,6 +40,7 @@ FORMATS: dict[Kind, str] = {
     "e2m1_exponent": "mxfp4",
     "int4_float": "int4_awq",
     "mxfp4": "mxfp4",
+    "mxfp4_tiles": "mxfp4",
     "e4m3": "fp8_per_channel",
     "e4m3_float": "fp8_block",
     "e4m3_exponent": "mxfp8",
@@ -125,12 +129,14 @@ def _dense_case(name: str, config: KernelConfig, scaled: bool) -> Case:
 def _problems(capability: int) -> Iterator[tuple[Kind, torch.dtype, str, int]]:
     """Yield the kinds, activations and K of the stress cases."""
     for kind, dtypes in launch.TAKEN.items():
-        if kind == "mxfp4" and not 100 <= capability < 120:
+        if (kind == "mxfp4" and not 100 <= capability < 120) or (kind == "mxfp4_tiles" and capability != 90):
             continue
         for dtype in dtypes:
             if dtype == torch.float8_e4m3fn and capability < 89:
                 continue
             for width, k in WIDTHS.items():
+                if kind == "mxfp4_tiles" and k % 256:
+                    continue
                 if (kind == "int4_float" and k % 128) or (width == "tail" and dtype == torch.float16):
                     continue
                 yield kind, dtype, width, k
@@ -138,6 +144,8 @@ def _problems(capability: int) -> Iterator[tuple[Kind, torch.dtype, str, int]]:
 
 def _stress(capability: int) -> Iterator[StressCase]:
     for kind, dtype, width, k in _problems(capability):
+        if kind == "mxfp4_tiles":
+            continue  # a kernel of its own
         math = launch.math_of(kind, dtype, capability)
         for config in launch.configs(kind, math, capability, k):
             name = f"experts {kind} {DTYPES[dtype]} {width} grouped {config.bm} pairs"
@@ -160,6 +168,8 @@ def _weight(kind: Kind, k: int) -> GroupedWeight:
         stored = number.quantize(torch.randn(N, k, generator=generator, device="cuda"))
         if kind == "mxfp4":
             every.append(grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"]))
+        elif kind == "mxfp4_tiles":
+            every.append(grouped.tiled(stream_folded(fold(stored["weight"], stored["weight_scale"]))))
         elif kind == "e4m3_exponent":
             every.append(grouped.mxfp8(stored["weight"], stored["weight_scale"]))
         elif kind == "e4m3_float":
@@ -175,23 +185,82 @@ def _weight(kind: Kind, k: int) -> GroupedWeight:
     return grouped.stack(every)
 
 
-def _launch(kind: Kind, dtype: torch.dtype, k: int, in_dense_tiles: bool, block: int) -> Launch:
-    weight = _weight(kind, k)
+def _operands(k: int, dtype: torch.dtype, block: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Make activations of some blocks for each expert, the expert of each pair (some invalid), and a scale for each pair."""
     generator = torch.Generator("cuda").manual_seed(block)
     tokens = 61 * block // TOP_K if block <= 16 else 13 * block // TOP_K
     pairs = tokens * TOP_K
     chosen = torch.randint(-1, EXPERTS - 1, (pairs,), generator=generator, device="cuda", dtype=torch.int32)
     x = torch.randn(tokens, k, generator=generator, device="cuda").to(torch.float8_e4m3fn).to(dtype)
-    row_scale = torch.rand(pairs, 1, generator=generator, device="cuda") + 0.5
-    routed = route(chosen, EXPERTS, block)
-    expected = torch.zeros(pairs, N, dtype=torch.float64, device="cuda")
+    return x, chosen, torch.rand(pairs, 1, generator=generator, device="cuda") + 0.5
+
+
+def _expected(x: torch.Tensor, weight: GroupedWeight, chosen: torch.Tensor, row_scale: torch.Tensor) -> torch.Tensor:
+    """Compute :func:`naive_grouped_linear`, one product for each expert instead of one for each pair."""
+    expected = torch.zeros(chosen.shape[0], weight.n, dtype=torch.float64, device="cuda")
     rows = x.double().repeat_interleave(TOP_K, dim=0)
-    # naive_grouped_linear, one product for each expert instead of one for each pair.
     for expert in range(EXPERTS):
         own = chosen == expert
         unit = unpack(weight, expert) * weight.out_scale[expert].double().unsqueeze(1)
         expected[own] = (rows[own] @ unit.T) * row_scale[own].double()
+    return expected
+
+
+def _launch(kind: Kind, dtype: torch.dtype, k: int, in_dense_tiles: bool, block: int) -> Launch:
+    weight = _weight(kind, k)
+    x, chosen, row_scale = _operands(k, dtype, block)
+    routed, pairs = route(chosen, EXPERTS, block), chosen.shape[0]
+    expected = _expected(x, weight, chosen, row_scale)
     return Launch(lambda: grouped_linear(x, weight, routed, pairs, row_scale, torch.bfloat16, in_dense_tiles), expected)
+
+
+def _streamed_cases(arch: int) -> Iterator[Case]:
+    """Yield every configuration that the launcher can choose, the weight fetched early, and the narrow one that n may need."""
+    if missing() is not None:
+        return
+    from sglang_modelopt_kernels.moe.streamed.kernel import streamed_experts_kernel
+
+    types = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8", "y_ptr": "*bf16", "partial_ptr": "*fp32"}
+    types |= dict.fromkeys(("pairs_ptr", "owner_ptr", "arrivals_ptr"), "*i32")
+    types |= dict.fromkeys(("row_scale_ptr", "out_scale_ptr"), "*fp32")
+    types |= dict.fromkeys(("pairs", "share", "scale_share", "experts", "rows", "n", "k"), "i32")
+    for config in streamed.CONFIGS:
+        for bn in sorted({64, config.bn}):
+            kept = streamed.narrowed(config) if bn < config.bn else config
+            own: dict[str, Any] = {"STAGES": kept.stages, "HAS_ROW_SCALE": True, "SPLIT_K": 1, "KNOWN": True}
+            yield Case(
+                f"streamed experts {kept}",
+                streamed_experts_kernel,
+                types,
+                own | {"PDL": arch >= 90, "BN": kept.bn, "BM": kept.bm},
+                {"num_warps": kept.warps, "num_stages": kept.stages},
+                aligned=("n", "k"),
+                matrix="e4m3",
+                weights=kept.bn * kept.bk,
+                fragments=True,
+                copies=("cp.async",),
+            )
+
+
+def _streamed_stress(capability: int) -> Iterator[StressCase]:
+    if capability != 90 or missing() is not None:
+        return
+    for config in streamed.CONFIGS:
+        for rows, split in ((1, 1), (3, 1), (1, 2)):
+            plan = streamed.Plan(config, rows, split)
+            yield StressCase(f"streamed experts {config} rows {rows} split {split}", partial(_launch_streamed, plan))
+
+
+def _launch_streamed(plan: streamed.Plan) -> Launch:
+    k = WIDTHS["whole"]
+    weight = _weight("mxfp4_tiles", k)
+    x, chosen, row_scale = _operands(k, torch.float8_e4m3fn, plan.config.bm)
+    routed, pairs = route(chosen, EXPERTS, plan.config.bm), chosen.shape[0]
+    expected = _expected(x, weight, chosen, row_scale)
+    # The table of pairs is complete: the stress run compares each result before the next launch.
+    return Launch(
+        lambda: streamed.run(x, weight, routed, pairs, row_scale, torch.bfloat16, known=True, plan=plan), expected
+    )
 
 
 GROUPED = Kernel(
@@ -217,4 +286,12 @@ GROUPED_DENSE = Kernel(
     naive_grouped_linear,
     compile=_dense_cases,
     stress=_dense_stress,
+)
+STREAMED_EXPERTS = Kernel(
+    "streamed_experts",
+    "moe/streamed",
+    naive_grouped_linear,
+    (90,),
+    compile=_streamed_cases,
+    stress=_streamed_stress,
 )

@@ -16,11 +16,10 @@ from sglang_modelopt_kernels.moe.route.kernel import route_kernel
 
 
 def _route_cases(arch: int) -> Iterator[Case]:
-    del arch
     types = dict.fromkeys(("experts_ptr", "sorted_ptr", "owner_ptr", "first_ptr"), "*i32")
     types |= dict.fromkeys(("pairs", "experts", "blocks"), "i32")
     for chunk, warps in ((128, 4), (4096, 8)):
-        constexprs = {"BLOCK": 16, "CHUNK": chunk, "BINS": 256}
+        constexprs = {"BLOCK": 16, "CHUNK": chunk, "BINS": 256, "PDL": arch >= 90}
         yield Case(f"route {chunk} pairs", route_kernel, types, constexprs, {"num_warps": warps})
 
 
@@ -36,7 +35,6 @@ ACTIVATIONS = {
 
 
 def _activation_cases(arch: int) -> Iterator[Case]:
-    del arch
     for name, activation in ACTIVATIONS.items():
         # With a bias the sum is fp32 until the bias is added.
         h = "*fp32" if activation.bias else "*bf16"
@@ -51,15 +49,16 @@ def _activation_cases(arch: int) -> Iterator[Case]:
             "HAS_LIMIT": activation.limit is not None,
             "LIMITS_FUNCTION": activation.limits_function,
             "HAS_BIAS": activation.bias,
+            "PDL": arch >= 90,
             "BLOCK": 1024,
         }
         yield Case(f"activation {name}", activation_kernel, types, constexprs, {}, ("inner",))
 
 
 def _combine_cases(arch: int) -> Iterator[Case]:
-    del arch
     types = {"y_ptr": "*bf16", "weight_ptr": "*fp32", "out_ptr": "*bf16", "n": "i32"}
-    yield Case("combine", combine_kernel, types, {"HAS_WEIGHTS": True, "TOP_K": 8, "BLOCK": 1024}, {}, ("n",))
+    constexprs = {"HAS_WEIGHTS": True, "TOP_K": 8, "PDL": arch >= 90, "BLOCK": 1024}
+    yield Case("combine", combine_kernel, types, constexprs, {}, ("n",))
 
 
 def _random(rows: int, columns: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ from sglang_modelopt_ext.backends.base import Backend, LinearRequest
 from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, ReferenceExperts
 from sglang_modelopt_ext.backends.experts.flashinfer import CutlassMxfp8Experts, CutlassNvfp4Experts
 from sglang_modelopt_ext.backends.experts.fused import FusedExperts, FusedRequest
-from sglang_modelopt_ext.backends.experts.grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
+from sglang_modelopt_ext.backends.experts.grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4, GroupedStreamed
 from sglang_modelopt_ext.backends.linear.block_scaled import BlockScaled
 from sglang_modelopt_ext.backends.linear.dense import Dense
 from sglang_modelopt_ext.backends.linear.eight_bit import EightBit
@@ -79,7 +79,14 @@ BACKENDS: tuple[Backend, ...] = (
     Dense(torch.float32, ("cuda", "cpu")),
 )
 
-EXPERT_BACKENDS: tuple[ExpertBackend, ...] = (GroupedMxfp4(), GroupedDecoded(), GroupedBf16(), ReferenceExperts())
+EXPERT_BACKENDS: tuple[ExpertBackend, ...] = (
+    GroupedMxfp4(),
+    # Whole tiles only, on SM90, of MXFP4 rows that E4M3 can hold.
+    GroupedStreamed(),
+    GroupedDecoded(),
+    GroupedBf16(),
+    ReferenceExperts(),
+)
 FUSED_BACKENDS: tuple[FusedExperts, ...] = (CutlassNvfp4Experts(), CutlassMxfp8Experts())
 """Kernels of other packages for a whole layer of experts. They serve only by name: none of them was run, and ours were."""
 

@@ -26,11 +26,14 @@ from sglang_modelopt_ext.layers.linear import (
     INPUT_SCALE,
     Shard,
     check_blocks,
+    exact_fp8,
     group_shards,
     round_input,
     warn_once,
 )
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
+from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE, rounds
+from sglang_modelopt_kernels.quantize.gated import swiglu_fp8
 
 ExpertShards = Sequence[Shard]
 """The shards of one expert: gate and up, or down."""
@@ -190,7 +193,6 @@ class ExpertProduct:
         x: torch.Tensor,
         routing: Routing,
         out_dtype: torch.dtype,
-        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Multiply every row by the weights of its expert.
 
@@ -199,13 +201,45 @@ class ExpertProduct:
             x: ``[T, K]``, one input for all choices of a token, or ``[R, K]``, one for each.
             routing: which expert serves which of the ``R = T * top_k`` rows.
             out_dtype: the type of the result, rounded to once.
-            weights: float32 ``[R, 1]`` that the rows of the result are multiplied by; None for ones.
 
         Returns:
             ``[R, N]``; zero where no expert of this rank serves the row.
         """
-        outputs = [self._apply_group(layer, group, x, routing, out_dtype, weights) for group in self.groups]
+        outputs = [self._apply_group(layer, group, x, routing, out_dtype) for group in self.groups]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+
+    def rounds_gated(self, h: torch.Tensor) -> bool:
+        """Return whether :meth:`apply_gated` serves ``h``: on a GPU, all rows rounded alike, to E4M3, and by this rank alone."""
+        return (
+            h.is_cuda
+            and len(self.groups) == 1
+            and not self.groups[0].each
+            and self.rank_amax is None
+            and rounds(self.scheme.activation)
+            and h.shape[1] <= 2 * WHOLE
+        )
+
+    def apply_gated(
+        self, layer: torch.nn.Module, h: torch.Tensor, routing: Routing, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return :meth:`apply` of ``silu(gate) * up``, rounded to the type of ``h``, ``[R, 2 * K]``: gate, up.
+
+        One kernel computes and rounds it. See :meth:`rounds_gated`.
+        """
+        backend, weight, inputs = self._prepared(layer, self.groups[0])
+        smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+        backend.arrange(weight, self._operand, routing)
+        _, values, row_scale = swiglu_fp8(h, smoothing, scale, exact_fp8(self._operand))
+        return backend.matmul(weight, values.to(self._operand), row_scale.reshape(-1, 1), routing, out_dtype)
+
+    def _prepared(
+        self, layer: torch.nn.Module, group: ExpertGroup
+    ) -> tuple[ExpertBackend, PreparedWeight, dict[str, torch.Tensor]]:
+        """Return the backend, a group's weight, and what rounds its input, by name."""
+        if self.backend is None:
+            raise RuntimeError(f"{self.prefix} is used before it is prepared")
+        weight = group.build(**{name: getattr(layer, attribute) for name, attribute in group.prepared.items()})
+        return self.backend, weight, {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
 
     def _apply_group(
         self,
@@ -214,12 +248,8 @@ class ExpertProduct:
         x: torch.Tensor,
         routing: Routing,
         out_dtype: torch.dtype,
-        weights: torch.Tensor | None,
     ) -> torch.Tensor:
-        if self.backend is None:
-            raise RuntimeError(f"{self.prefix} is used before it is prepared")
-        weight = group.build(**{name: getattr(layer, attribute) for name, attribute in group.prepared.items()})
-        inputs = {name: getattr(layer, attribute) for name, attribute in group.inputs.items()}
+        backend, weight, inputs = self._prepared(layer, group)
         if group.each:
             x = _for_rows(x, routing)
             # Rows with an invalid expert use the first expert's scales; their outputs are zero.
@@ -227,14 +257,12 @@ class ExpertProduct:
             for name in group.each:
                 rows = inputs[name][chosen]
                 inputs[name] = rows.unsqueeze(1) if rows.dim() == 1 else rows
+        if self.scheme.activation is not None:
+            backend.arrange(weight, self._operand, routing)
         values, row_scale = round_input(x, self.scheme.activation, self._operand, inputs, self.rank_amax)
         if row_scale is not None:
-            column = row_scale.reshape(-1, 1)
-            row_scale = column.expand(routing.rows, 1) if column.shape[0] == 1 else _for_rows(column, routing)
-            row_scale = row_scale * weights if weights is not None else row_scale.contiguous()
-        else:
-            row_scale = weights
-        return self.backend.matmul(weight, values, row_scale, routing, out_dtype)
+            row_scale = row_scale.reshape(-1, 1)
+        return backend.matmul(weight, values, row_scale, routing, out_dtype)
 
 
 @dataclass(frozen=True)
@@ -288,21 +316,30 @@ class ExpertProducts:
         """The name of each part's backend; empty until they are prepared."""
         return tuple(part.product.backend.name for part in self.parts if part.product.backend is not None)
 
+    def rounds_gated(self, h: torch.Tensor) -> bool:
+        """Return whether :meth:`apply_gated` serves ``h``; see :meth:`ExpertProduct.rounds_gated`."""
+        return not self._places and self.parts[0].product.rounds_gated(h)
+
+    def apply_gated(
+        self, layer: torch.nn.Module, h: torch.Tensor, routing: Routing, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        """See :meth:`ExpertProduct.apply_gated`."""
+        return self.parts[0].product.apply_gated(layer, h, routing, out_dtype)
+
     def apply(
         self,
         layer: torch.nn.Module,
         x: torch.Tensor,
         routing: Routing,
         out_dtype: torch.dtype,
-        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Multiply every row by the weights of its expert; see :meth:`ExpertProduct.apply`."""
         if not self._places:
-            return self.parts[0].product.apply(layer, x, routing, out_dtype, weights)
+            return self.parts[0].product.apply(layer, x, routing, out_dtype)
         total: torch.Tensor | None = None
         for part, attribute in zip(self.parts, self._places, strict=True):
             of_part = self._routing(routing, part, layer.get_parameter(attribute))
-            y = part.product.apply(layer, x, of_part, out_dtype, weights)
+            y = part.product.apply(layer, x, of_part, out_dtype)
             # A row is zero in all parts but that of its expert: the sum is exact.
             total = y if total is None else total + y
         assert total is not None, "a layer has experts"

@@ -68,16 +68,19 @@ def mix(
     """
     top_k = choices.numbers.shape[1]
     routing = Routing(choices.numbers.reshape(-1).to(torch.int32), top_k)
-    weights = choices.weights.reshape(-1, 1).to(torch.float32)
+    weights = choices.weights.to(torch.float32)
     if choices.weights_input:
-        x = (x.repeat_interleave(top_k, dim=0).to(torch.float32) * weights).to(x.dtype)
+        x = (x.repeat_interleave(top_k, dim=0).to(torch.float32) * weights.reshape(-1, 1)).to(x.dtype)
     h = first.apply(layer, x, routing, x.dtype if biases is None else torch.float32)
-    hidden = activate(h, activation, x.dtype, None if biases is None else biases.first, routing.experts)
-    y = down.apply(layer, hidden, routing, torch.float32, None if choices.weights_input else weights)
+    if biases is None and activation == SWIGLU and down.rounds_gated(h):
+        y = down.apply_gated(layer, h, routing, torch.float32)
+    else:
+        hidden = activate(h, activation, x.dtype, None if biases is None else biases.first, routing.experts)
+        y = down.apply(layer, hidden, routing, torch.float32)
     bias = None
     if biases is not None and biases.down is not None:
         bias = weighted_bias(biases.down, choices)
-    return add_choices(y, top_k, choices.factor, x.dtype, bias)
+    return add_choices(y, top_k, choices.factor, x.dtype, bias, None if choices.weights_input else weights)
 
 
 def activate(
@@ -137,9 +140,14 @@ def weighted_bias(bias: torch.Tensor, choices: Choices) -> torch.Tensor:
 
 
 def add_choices(
-    y: torch.Tensor, top_k: int, factor: float | None, out_dtype: torch.dtype, bias: torch.Tensor | None = None
+    y: torch.Tensor,
+    top_k: int,
+    factor: float | None,
+    out_dtype: torch.dtype,
+    bias: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Return ``factor * (sum + bias)``, rounded once, for the sum of each token's ``top_k`` rows of ``y``.
+    """Return ``factor * (sum + bias)``, rounded once, for the weighted sum of each token's ``top_k`` rows of ``y``.
 
     Args:
         y: float32 ``[T * top_k, N]``.
@@ -147,11 +155,13 @@ def add_choices(
         factor: None for 1.
         out_dtype: the type of the result ``[T, N]``.
         bias: float32 ``[T, N]``, None for zeros.
+        weights: of the rows, float32 ``[T, top_k]``, None for ones.
     """
     if y.is_cuda:
-        y = combine(y, top_k, None, out_dtype if factor is None and bias is None else torch.float32)
+        y = combine(y, top_k, weights, out_dtype if factor is None and bias is None else torch.float32)
     else:
-        y = y.view(-1, top_k, y.shape[-1]).sum(dim=1)
+        rows = y.view(-1, top_k, y.shape[-1])
+        y = (rows if weights is None else rows * weights.unsqueeze(2)).sum(dim=1)
     if bias is not None:
         y = y + bias
     return (y if factor is None else y * factor).to(out_dtype)

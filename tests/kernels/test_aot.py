@@ -22,6 +22,7 @@ from sglang_modelopt_kernels.gemm.w4_stream import launch as streamed
 from sglang_modelopt_kernels.gemm.w8_decode import launch as eight_bit
 from sglang_modelopt_kernels.moe.grouped import launch as grouped
 from sglang_modelopt_kernels.moe.grouped.dense import launch as dense
+from sglang_modelopt_kernels.moe.streamed import launch as streamed_experts
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -50,6 +51,8 @@ def test_every_configuration_is_listed(arch: int) -> None:
     assert listed == [*(f"folded {way} {config}" for config in folded for way in ways), *tiled]
     for kind, configs in streamed.STREAMED.items() if arch == 90 else ():
         assert all(f"streamed {kind} {config}" in names for config in configs)
+    for config in streamed_experts.CONFIGS if arch == 90 else ():
+        assert all(f"streamed experts {one}" in names for one in (config, streamed_experts.narrowed(config)))
     for kind in eight_bit.TAKEN:
         listed = [case.name for case in aot.cases(arch) if case.name.startswith(f"eight_bit {kind} ")]
         assert listed == [
@@ -71,7 +74,7 @@ def test_every_configuration_is_listed(arch: int) -> None:
         assert listed == (expected if arch >= 100 else [])
     for kind, dtypes in grouped.TAKEN.items():
         for dtype in dtypes:
-            if kind == "mxfp4" and arch not in (100, 103):
+            if (kind == "mxfp4" and arch not in (100, 103)) or kind == "mxfp4_tiles":
                 continue
             math = grouped.math_of(kind, dtype, arch)
             chosen = [str(config) for k in (128, 256) for config in grouped.configs(kind, math, arch, k)]

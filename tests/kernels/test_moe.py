@@ -19,8 +19,10 @@ from hypothesis import strategies as st
 
 from sglang_modelopt_ext.backends import self_test
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS, ue8m0
+from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
+from sglang_modelopt_kernels.gemm.w4_stream import stream_folded
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.combine import combine, naive_combine
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear, unpack
@@ -47,6 +49,8 @@ FORMATS = {
 }
 
 
+TILES = "mxfp4_tiles"
+"""A kind whose product without dense tiles no interpreter runs (``test_moe_streamed.py``)."""
 WHOLE = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
 
 
@@ -56,9 +60,11 @@ def name_of(dtype: torch.dtype) -> str:
 
 def one_expert(kind: str, n: int, k: int, generator: torch.Generator) -> GroupedWeight:
     """A random weight, its rows of uneven size, as the reference quantizer stores it."""
-    number = WEIGHT_FORMATS[FORMATS[kind]]
+    number = WEIGHT_FORMATS["mxfp4" if kind == TILES else FORMATS[kind]]
     weight = torch.randn(n, k, generator=generator) * torch.randn(n, 1, generator=generator).exp()
     stored = number.quantize(weight)
+    if kind == TILES:
+        return grouped.tiled(stream_folded(fold(stored["weight"], stored["weight_scale"])))
     if kind == "mxfp4":
         return grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"])
     if kind == "e4m3_exponent":
@@ -104,6 +110,7 @@ class Case:
     n: int = 70
     k: int = 288
     shared: bool = True
+    scaled_tokens: bool = False
     spread: str = "nobody"
     block: int | None = None
     dense: bool = False
@@ -133,6 +140,8 @@ def check(case: Case, device: str, out_dtype: torch.dtype = torch.float32) -> fl
     pairs = owners.shape[0]
     x = activations(case.tokens if case.shared else pairs, case.k, case.dtype, generator)
     row_scale = (torch.rand(pairs, 2, generator=generator) + 0.5)[:, :1] if case.tokens % 2 else None
+    if case.scaled_tokens and row_scale is not None:  # the choices of a token have one scale
+        row_scale = row_scale[: case.tokens]
     weight = moved(on_cpu, device)
     block = case.block or grouped.tile(weight, x.dtype, pairs, case.dense)
     dense_launch.SCRATCH_BYTES = case.scratch
@@ -140,6 +149,8 @@ def check(case: Case, device: str, out_dtype: torch.dtype = torch.float32) -> fl
         routed = route(owners.to(device), case.experts, block)
         scale = None if row_scale is None else row_scale.to(device)
         y = grouped_linear(x.to(device), weight, routed, pairs, scale, out_dtype, case.dense).double().cpu()
+    if row_scale is not None:
+        row_scale = row_scale.repeat_interleave(pairs // row_scale.shape[0], dim=0)
     expected = naive_grouped_linear(x, on_cpu, owners, row_scale)
     units = [
         unpack(on_cpu, expert).abs() * on_cpu.out_scale[expert].double().unsqueeze(1) for expert in range(case.experts)
@@ -178,6 +189,7 @@ EVERY = [(kind, name_of(dtype)) for kind in FORMATS for dtype in grouped_launch.
 INTERPRETED = [
     *[Case(kind, dtype, 5, spread="all", k=384 if kind == "int4_float" else 288) for kind, dtype in EVERY],
     Case("e2m1_e4m3/16", "fp8", 3, shared=False),
+    Case("e4m3", "fp8", 3, scaled_tokens=True),
     Case("e2m1_exponent", "bf16", 20, spread="one", block=64),
     Case("e4m3", "fp8", 1, top_k=1, experts=1, spread="one"),
     Case("e4m3_float", "bf16", 2, n=140, k=200),  # a short block of inputs
@@ -198,6 +210,8 @@ DENSE = [
     Case("int4_float", "fp8", 7, experts=5, n=300, k=384, block=128, dense=True, scratch=1),
     Case("e4m3_float", "fp16", 3, n=140, k=200, dense=True, scratch=140 * 200 * 2),
     Case("e4m3", "fp8", 1, top_k=1, experts=1, spread="one", dense=True),
+    Case(TILES, "fp8", 5, spread="all", n=192, k=512, dense=True),
+    Case(TILES, "fp8", 70, n=320, k=256, shared=False, dense=True, scratch=1),  # each expert in three parts
     Case("bf16", "bf16", 300, top_k=8, experts=9, n=20, k=80, dense=True),  # more than one stripe of blocks
 ]
 DENSE_FP8 = [case for case in DENSE if case.dtype == "fp8" and case.kind in ("int4_float", "e2m1_exponent")]
@@ -281,7 +295,7 @@ def test_in_the_interpreter() -> None:
 
 
 def test_every_kind_is_covered() -> None:
-    assert {kind.split("/")[0] for kind in FORMATS} == set(KINDS) == set(grouped_launch.TAKEN)
+    assert {TILES, *(kind.split("/")[0] for kind in FORMATS)} == set(KINDS) == set(grouped_launch.TAKEN)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -333,7 +347,7 @@ def test_blocks_are_never_too_few(owners: list[int], experts: int, block: int) -
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != TILES])
 def test_blocks_follow_the_load(kind: Any, capability: int) -> None:
     for dtype in grouped_launch.TAKEN[kind]:
         blocks = [grouped_launch.choose_block(kind, dtype, pairs, 128, capability) for pairs in (8, 2048, 8192)]
@@ -383,6 +397,7 @@ def test_what_would_be_misread_is_refused() -> None:
         ((x.bfloat16(), weight, routed, 2), "e4m3 weights are multiplied by"),
         ((x, weight, replace(routed, owner=owner[:1]), 2), "sorted for another size"),
         ((x, weight, routed, 2, torch.ones(2)), "row_scale"),
+        ((x, weight, routed, 2, torch.ones(3, 1)), "row_scale"),
         ((x, weight, routed, 2, torch.ones(2, 1, dtype=torch.float16)), "row_scale"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -467,6 +482,6 @@ def test_operators_are_well_formed() -> None:
         block = grouped.tile(weight, x.dtype, 4, dense)
         routed = route(owners, 2, block)
         sorted_pairs = (routed.pairs, routed.owner, routed.first)
-        arguments = (x, *weights, *sorted_pairs, block, 4, None, torch.bfloat16, dense)
+        arguments = (x, *weights, *sorted_pairs, block, 4, None, torch.bfloat16, dense, False)
         torch.library.opcheck(operators.grouped_linear.default, arguments)
     torch.library.opcheck(operators.combine_experts.default, (x, 2, None, torch.bfloat16))

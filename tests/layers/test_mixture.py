@@ -14,7 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang_modelopt_ext.backends.experts.base import NO_EXPERT
+from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, Routing
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS
 from sglang_modelopt_ext.layers.experts import ExpertProduct
 from sglang_modelopt_ext.layers.mixture import Biases, Choices, activate, add_choices, mix, weighted_bias
@@ -24,6 +24,7 @@ from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.moe import activation as kernel
 from sglang_modelopt_kernels.moe.activation import SWIGLU, Activation, naive_activate
 from sglang_modelopt_kernels.moe.combine import combine, naive_combine
+from sglang_modelopt_kernels.quantize.gated.naive import naive_swiglu_fp8
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 KERNELS = {"modelopt_ext.activate.default", "modelopt_ext.combine_experts.default"}
@@ -282,3 +283,36 @@ def test_under_cuda_graph_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     y.fill_(float("nan"))
     graph.replay()
     assert torch.equal(y, mix(*layer, x, choices))
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("algo", ["W4A8_MXFP4_FP8", "FP8"])
+def test_swiglu_and_rounding_in_one_kernel(algo: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same as one after the other, with the kernel's naive twin: under a scale for each row, and under a static one."""
+    generator = torch.Generator().manual_seed(2)
+    scheme, number = SCHEMES[algo], WEIGHT_FORMATS[SCHEMES[algo].weights[0]]
+    static = {"input_scale": torch.tensor(0.01)} if algo == "FP8" else {}
+    product = ExpertProduct(LayerScheme(algo, number, scheme.activation_format(static)), "here", "experts")
+    experts = [[number.quantize(torch.randn(32, 64, generator=generator)) | static] for _ in range(3)]
+    module = torch.nn.Module()
+    product.prepare(module, "down", experts, 32, 64, 2)
+    h = torch.randn(8, 128, generator=generator).to(torch.bfloat16)
+    routing = Routing(torch.tensor([0, 1, 2, -1, 0, 2, 1, 1], dtype=torch.int32), 2)
+    expected = product.apply(module, activate(h), routing, torch.float32)
+    assert not product.rounds_gated(h)
+    assert product.rounds_gated(h.as_subclass(OnGpu))
+    assert not product.rounds_gated(torch.empty(1, 40000).as_subclass(OnGpu)), "more than the kernel holds"
+
+    def naive(h: torch.Tensor, smoothing: torch.Tensor | None, scale: torch.Tensor | None, dtype: torch.dtype) -> Any:
+        gated, values, row_scale = naive_swiglu_fp8(h, smoothing, scale)
+        return gated, values.to(dtype), scale if row_scale is None else row_scale
+
+    monkeypatch.setattr("sglang_modelopt_ext.layers.experts.swiglu_fp8", naive)
+    assert torch.equal(product.apply_gated(module, h, routing, torch.float32), expected)
+    product.rank_amax = lambda amax: amax
+    assert not product.rounds_gated(h.as_subclass(OnGpu)), "the ranks' maxima are not known to the kernel"

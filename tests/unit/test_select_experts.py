@@ -15,7 +15,7 @@ import torch
 from sglang_modelopt_ext.backends import self_test
 from sglang_modelopt_ext.backends.base import ShardWeight
 from sglang_modelopt_ext.backends.experts.base import ExpertRequest, Routing
-from sglang_modelopt_ext.backends.experts.grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4
+from sglang_modelopt_ext.backends.experts.grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4, GroupedStreamed
 from sglang_modelopt_ext.backends.select import EXPERT_BACKENDS, expert_candidates, served_scheme
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -23,7 +23,9 @@ from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 
-GROUPED, TCGEN05, BF16 = GroupedDecoded.name, GroupedMxfp4.name, GroupedBf16.name
+GROUPED, TCGEN05, BF16, STREAMED = (
+    backend.name for backend in (GroupedDecoded, GroupedMxfp4, GroupedBf16, GroupedStreamed)
+)
 ROWS = [(scheme.algo, weight) for scheme in SCHEMES.values() for weight in scheme.weights if not scheme.low_rank]
 
 
@@ -38,9 +40,20 @@ def request(algo: str, capability: int | None = 90, weight: str | None = None, *
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize(("algo", "weight"), ROWS)
 def test_on_a_gpu(algo: str, weight: str, capability: int) -> None:
-    tcgen05 = algo == "W4A8_MXFP4_FP8" and capability in (100, 103)
+    special = {90: STREAMED, 100: TCGEN05, 103: TCGEN05} if algo == "W4A8_MXFP4_FP8" else {}
     asked = request(algo, capability, weight)
-    assert expert_candidates(asked, "experts")[0].name == (TCGEN05 if tcgen05 else GROUPED)
+    assert expert_candidates(asked, "experts")[0].name == special.get(capability, GROUPED)
+
+
+def test_parts_of_tiles_and_other_tritons_are_not_streamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    streamed = GroupedStreamed()
+    for fields in ({"n": 1536 + 32}, {"k": 2048 + 128}):
+        asked = request("W4A8_MXFP4_FP8", **fields)  # type: ignore[arg-type]
+        assert "needs N in 64s and K in 256s" in str(streamed.supports(asked))
+        assert expert_candidates(asked, "experts")[0].name == GROUPED
+    assert "FP8 activations" in str(streamed.supports(request("MXFP4")))
+    monkeypatch.setattr("sglang_modelopt_ext.backends.experts.grouped.missing", lambda: "needs another Triton")
+    assert streamed.supports(request("W4A8_MXFP4_FP8")) == "needs another Triton"
 
 
 @pytest.mark.parametrize("capability", [None, 80, 89, 90, 100, 103, 120])
@@ -121,6 +134,8 @@ def interpreted(tokens: tuple[int, ...]) -> list[list[str]]:
         for capability in (90, 100):
             asked = request(algo, capability, weight, dtype=torch.float32 if algo == "FP8" else torch.bfloat16)
             for backend in expert_candidates(asked, "experts"):
+                if not backend.interpreted:
+                    continue
                 if tokens:
                     backend.check_tokens = lambda *layer: tokens  # type: ignore[method-assign]
                 try:

@@ -20,7 +20,7 @@ DIRECTIONS = {
     "kernels/early": "",
     "kernels/quantize": "kernels/early kernels/formats",
     "kernels/gemm": "kernels/early kernels/formats",
-    "kernels/moe": "kernels/formats kernels/gemm",
+    "kernels/moe": "kernels/early kernels/formats kernels/gemm",
     "kernels/attention": "kernels/formats kernels/gemm kernels/quantize",
     "kernels/timing": "",
     "schemes": "kernels/formats",

@@ -96,6 +96,10 @@ class ExpertBackend(ABC, Generic[WeightT]):
         del weight, request, top_k
         return SPREAD
 
+    def arrange(self, weight: WeightT, operand: torch.dtype, routing: Routing) -> None:
+        """Derive from ``routing`` what :meth:`matmul` will need for values of type ``operand``, before these are rounded."""
+        del weight, operand, routing
+
     @abstractmethod
     def matmul(
         self,
@@ -113,7 +117,8 @@ class ExpertBackend(ABC, Generic[WeightT]):
             weight: see :meth:`prepare`.
             values: activations in the type of :meth:`operand`, ``[R, K]``, or ``[R / top_k, K]`` where all choices of a
                 token read the same: row ``r`` then reads ``values[r // top_k]``.
-            row_scale: float32 ``[R, 1]``, also for shared ``values``, that output rows are multiplied by; None for ones.
+            row_scale: float32 ``[R, 1]`` that output rows are multiplied by, or of adjacent rows one, ``[R / top_k, 1]`` or
+                ``[1, 1]``; None for ones.
             routing: the expert of each row.
             out_dtype: the type of the result.
 
@@ -154,9 +159,10 @@ class ReferenceExperts(ExpertBackend[DenseWeight]):
         unit, out_scale = weight.unit, weight.out_scale
         y = torch.zeros(routing.rows, unit.shape[1], dtype=torch.float32, device=values.device)
         shared = routing.top_k if values.shape[0] != routing.rows else 1
+        scaled = 1 if row_scale is None else max(routing.rows // row_scale.shape[0], 1)
         for expert in range(unit.shape[0]):
             rows = (routing.experts == expert).nonzero().squeeze(1)
             if rows.numel():
-                scale = None if row_scale is None else row_scale[rows]
+                scale = None if row_scale is None else row_scale[rows // scaled]
                 y[rows] = dense_linear(values[rows // shared], scale, unit[expert], out_scale[expert], None)
         return y.to(out_dtype)

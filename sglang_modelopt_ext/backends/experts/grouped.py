@@ -19,6 +19,7 @@ from sglang_modelopt_ext.backends.base import (
     type_objection,
 )
 from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
+from sglang_modelopt_ext.backends.linear.mxfp4_hopper import fold_shards
 from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats.fp8 import FP8, FP8_BLOCKS
 from sglang_modelopt_kernels.formats.int8 import INT8
@@ -27,6 +28,8 @@ from sglang_modelopt_kernels.formats.mxfp8 import MXFP8
 from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
+from sglang_modelopt_kernels.gemm.w4_stream import missing, stream_folded
+from sglang_modelopt_kernels.gemm.w4_stream.packing import ROWS, WIDTH
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight
 from sglang_modelopt_kernels.moe.grouped.launch import TAKEN
@@ -56,6 +59,10 @@ class GroupedExperts(ExpertBackend[GroupedWeight]):
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
         """Return the prepared weight of one expert. Raises ValueError when the backend cannot hold it."""
 
+    def arrange(self, weight: GroupedWeight, operand: torch.dtype, routing: Routing) -> None:
+        """Sort the rows by expert, once for all products of a pass."""
+        self._sorted(weight, operand, routing)
+
     def matmul(
         self,
         weight: GroupedWeight,
@@ -64,14 +71,24 @@ class GroupedExperts(ExpertBackend[GroupedWeight]):
         routing: Routing,
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
-        """Multiply with :func:`grouped_linear`, with the rows sorted by expert once for all products of a pass."""
-        block = grouped.tile(weight, values.dtype, routing.rows)
+        """Multiply with :func:`grouped_linear`."""
+        # What an earlier call sorted was followed by another launch: by that call's product, or by the rounding after `arrange`.
+        routed, known = self._sorted(weight, values.dtype, routing)
+        y: torch.Tensor = grouped.grouped_linear(
+            values, weight, routed, routing.rows, row_scale, out_dtype, known=known
+        )
+        return y
+
+    @staticmethod
+    def _sorted(weight: GroupedWeight, operand: torch.dtype, routing: Routing) -> tuple[Routed, bool]:
+        """Return the sorted rows, and whether they had been sorted before."""
+        block = grouped.tile(weight, operand, routing.rows)
         key = ("grouped", weight.experts, block)
-        if key not in routing.derived:
+        known = key in routing.derived
+        if not known:
             routing.derived[key] = route(routing.experts, weight.experts, block)
         routed: Routed = routing.derived[key]
-        y: torch.Tensor = grouped.grouped_linear(values, weight, routed, routing.rows, row_scale, out_dtype)
-        return y
+        return routed, known
 
 
 class GroupedDecoded(GroupedExperts):
@@ -142,6 +159,42 @@ def _rows_of_blocks(shard: ShardWeight) -> torch.Tensor:
     scale = shard.tensors["weight_scale"].to(torch.float32)
     rows = scale.reshape(scale.shape[0], -1).repeat_interleave(128, dim=0)
     return rows[: shard.tensors["weight"].shape[0]].contiguous()
+
+
+class GroupedStreamed(GroupedExperts):
+    """MXFP4 weights whose copies begin before their input is there: :mod:`sglang_modelopt_kernels.moe.streamed`."""
+
+    name = "gluon_streamed_experts"
+    kernels = (
+        "activation_kernel",
+        "combine_kernel",
+        "dense_kernel",
+        "route_kernel",
+        "streamed_experts_kernel",
+        "unstream_kernel",
+    )
+    interpreted = False
+
+    def supports(self, request: ExpertRequest) -> str | None:
+        """MXFP4 weights of whole tiles with FP8 activations, on SM90 with Triton's Gluon."""
+        if not request.target.is_one_of(90):
+            return "is for SM90"
+        if (reason := missing()) is not None:
+            return reason
+        if (reason := type_objection(request.scheme, (MXFP4,)) or fp8_objection(request)) is not None:
+            return reason
+        if request.n % ROWS or request.k % WIDTH:
+            return f"needs N in {ROWS}s and K in {WIDTH}s, not {request.n} x {request.k}"
+        return None
+
+    def operand(self, request: ExpertRequest) -> torch.dtype:
+        """Return E4M3."""
+        del request
+        return torch.float8_e4m3fn
+
+    def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
+        """Put the shards into tiles, one below the other; see :func:`stream_folded`."""
+        return grouped.tiled(stream_folded(fold_shards(shards)))
 
 
 class GroupedMxfp4(GroupedExperts):

@@ -83,7 +83,7 @@ def tokens_layout(itemsize):
 
 
 @gluon.jit
-def _fetch_weight(w_s, s_s, w_ptr, s_ptr, at, stage, SCALES: gl.constexpr):
+def fetch_weight(w_s, s_s, w_ptr, s_ptr, at, stage, SCALES: gl.constexpr):
     """Copy the codes and the scales of tile ``at``."""
     byte = gl.arange(0, 8192, layout=bytes_layout(16))
     scale = gl.arange(0, SCALES, layout=bytes_layout(SCALES // 128))
@@ -108,7 +108,7 @@ def _fetch_tokens(x_s, x_ptr, offset, stage, first, m, k, BM: gl.constexpr, LAYO
 
 
 @gluon.jit
-def _e4m3_operand(codes, scales, OPERAND: gl.constexpr):
+def e4m3_operand(codes, scales, OPERAND: gl.constexpr):
     """Decode an MXFP4 tile, bytes of codes and scales for each ``q``, to E4M3 ``[64, 256]``."""
     codes = gl.permute(gl.reshape(codes, [2, 2, 4, 8, 4, 4, 4]), (2, 1, 3, 0, 5, 4, 6))  # from b2 r3 w r q j byte
     word = gl.reshape(gl.reshape(codes, [64, 8, 1, 16]).broadcast_to([64, 8, 2, 16]), [64, 256])
@@ -195,7 +195,7 @@ def streamed_kernel(
     # No kernel writes weights: their copies need not wait.
     for stage in gl.static_range(STAGES - 1):
         if stage < steps:
-            _fetch_weight(w_s, s_s, w_ptr, s_ptr, base + rotated(stage, begin, steps), stage, SCALES)
+            fetch_weight(w_s, s_s, w_ptr, s_ptr, base + rotated(stage, begin, steps), stage, SCALES)
     async_copy.commit_group()
     after_previous(PDL)
     for stage in gl.static_range(STAGES - 1):
@@ -213,7 +213,7 @@ def streamed_kernel(
         ahead = step + STAGES - 1
         if ahead < steps:
             place = rotated(ahead, begin, steps)
-            _fetch_weight(w_s, s_s, w_ptr, s_ptr, base + place, free, SCALES)
+            fetch_weight(w_s, s_s, w_ptr, s_ptr, base + place, free, SCALES)
             _fetch_tokens(x_s, x_ptr, (first + place) * BK, free, first_token, m, k, BM, X_COPY, EVEN_M)
         async_copy.commit_group()
         codes = w_s.index(used).load(bytes_layout(16))
@@ -223,7 +223,7 @@ def streamed_kernel(
         fence_async_shared()
         # The product is waited for where it is issued: nothing overwrites its operand in registers (see gemm/common/wgmma.py).
         if FP8:
-            unit = _e4m3_operand(codes, scales, OPERAND)
+            unit = e4m3_operand(codes, scales, OPERAND)
             acc += warpgroup_mma(unit, x, gl.zeros((BN, BM), gl.float32, MMA), use_acc=False, is_async=False)
         else:
             unit = _float16_operand(codes, scales, OPERAND, BLOCKS)

@@ -94,12 +94,18 @@ def run(
 
 def decode_rows(weight: StreamedWeight, first: int, rows: int) -> torch.Tensor:
     """Decode rows of the weight, whole tiles, ``[rows, K]``: E4M3 without ``out_scale``, or float16 divided by DESCALE too."""
+    y = torch.empty((rows, weight.k), dtype=operand(weight.kind), device=weight.codes.device)
+    decode_into(weight, first, y)
+    return y
+
+
+def decode_into(weight: StreamedWeight, first: int, y: torch.Tensor) -> None:
+    """Decode rows ``first ..`` of the weight into ``y`` ``[rows, K]``; see :func:`decode_rows`."""
     from .kernel import unstream_kernel
 
     fp8 = weight.kind == "folded"
-    y = torch.empty((rows, weight.k), dtype=operand(weight.kind), device=weight.codes.device)
     words = torch.int32 if fp8 else torch.int16
-    unstream_kernel[(rows // ROWS, weight.k // WIDTH)](
+    unstream_kernel[(y.shape[0] // ROWS, weight.k // WIDTH)](
         weight.codes.view(words),
         weight.scale,
         y.view(torch.int32) if fp8 else y,
@@ -109,7 +115,6 @@ def decode_rows(weight: StreamedWeight, first: int, rows: int) -> torch.Tensor:
         BLOCKS=BLOCKS[weight.kind],
         ASM=y.is_cuda,
     )
-    return y
 
 
 def run_dense(

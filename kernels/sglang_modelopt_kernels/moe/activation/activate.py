@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_modelopt_kernels.early import early
+
 from .function import SWIGLU, Activation
 from .kernel import activation_kernel
 
@@ -46,6 +48,7 @@ def _activate(
             LIMITS_FUNCTION=limits_function,
             HAS_BIAS=bias is not None,
             BLOCK=block,
+            **early(h.device),
         )
     return y
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_modelopt_kernels.early import after_previous
+
 
 @triton.jit
 def _function(x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
@@ -37,12 +39,14 @@ def activation_kernel(
     HAS_LIMIT: tl.constexpr,
     LIMITS_FUNCTION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Compute BLOCK values of one row in fp32; with a gate, it is the first half of a row of ``h``, and up the second."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < inner
+    after_previous(PDL)
     width = inner
     if GATED:
         width = 2 * inner

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
+from sglang_modelopt_kernels.early import early
+
 from .kernel import combine_kernel
 
 BLOCK = 1024
@@ -25,6 +27,7 @@ def _combine(y: torch.Tensor, top_k: int, weights: torch.Tensor | None, out_dtyp
             HAS_WEIGHTS=weights is not None,
             TOP_K=top_k,
             BLOCK=block,
+            **early(y.device),
         )
     return out
 

@@ -9,6 +9,7 @@ from sglang_modelopt_kernels.moe.grouped.weights import (
     mxfp8,
     packed,
     stack,
+    tiled,
     unpack,
     whole,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "path_of",
     "stack",
     "tile",
+    "tiled",
     "unpack",
     "whole",
 ]

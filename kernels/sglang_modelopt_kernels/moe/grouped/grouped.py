@@ -6,6 +6,7 @@ import torch
 
 from sglang_modelopt_kernels.gemm.common import machine
 from sglang_modelopt_kernels.moe.route import Routed, most_blocks
+from sglang_modelopt_kernels.moe.streamed import launch as streamed
 
 from .dense import dense_block, run_dense, takes_dense
 from .launch import choose_block, math_of, run
@@ -20,13 +21,18 @@ def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int, dense: bool | No
     capability = machine(weight.codes.device)[0]
     if takes_dense(weight, dtype, pairs, capability) if dense is None else dense:
         return dense_block(weight, dtype, pairs, capability)
+    if weight.kind == "mxfp4_tiles":
+        return streamed.choose_block(pairs, weight.experts)
     return choose_block(weight.kind, dtype, pairs, weight.experts, capability)
 
 
-def path_of(weight: GroupedWeight, pairs: int, dtype: torch.dtype) -> tuple[bool, int]:
-    """Return what :func:`grouped_linear` runs for ``pairs`` pairs: whether dense tiles, and the pairs to a block."""
-    dense = takes_dense(weight, dtype, pairs, machine(weight.codes.device)[0])
-    return dense, tile(weight, dtype, pairs)
+def path_of(weight: GroupedWeight, pairs: int, dtype: torch.dtype) -> tuple[bool, int, bool]:
+    """Return what :func:`grouped_linear` runs for ``pairs`` pairs: whether dense tiles, the pairs to a block, and if K is split."""
+    capability, sms = machine(weight.codes.device)
+    dense = takes_dense(weight, dtype, pairs, capability)
+    block = tile(weight, dtype, pairs)
+    streams = weight.kind == "mxfp4_tiles" and not dense
+    return dense, block, streams and streamed.plan_of(weight, block, pairs, sms).split > 1
 
 
 @torch.library.custom_op("modelopt_ext::grouped_linear", mutates_args=())
@@ -45,14 +51,19 @@ def _grouped_linear(
     row_scale: torch.Tensor | None,
     out_dtype: torch.dtype,
     dense: bool,
+    known: bool,
 ) -> torch.Tensor:
     if kind not in KINDS:
         raise ValueError(f"unknown kind of weight: {kind!r}")
     weight = GroupedWeight(codes, scale, out_scale, kind, fp8)
     if pairs == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
-    launch = run_dense if dense else run
-    return launch(x, weight, Routed(sorted_pairs, owner, first, block), pairs, row_scale, out_dtype)
+    routed = Routed(sorted_pairs, owner, first, block)
+    if weight.kind == "mxfp4_tiles" and not dense:
+        return streamed.run(x, weight, routed, pairs, row_scale, out_dtype, known=known)
+    if row_scale is not None and row_scale.shape[0] != pairs:
+        row_scale = row_scale.repeat_interleave(pairs // row_scale.shape[0], dim=0)
+    return (run_dense if dense else run)(x, weight, routed, pairs, row_scale, out_dtype)
 
 
 @_grouped_linear.register_fake
@@ -71,8 +82,9 @@ def _(
     row_scale: torch.Tensor | None,
     out_dtype: torch.dtype,
     dense: bool,
+    known: bool,
 ) -> torch.Tensor:
-    del scale, out_scale, kind, fp8, sorted_pairs, owner, first, block, row_scale, dense
+    del scale, out_scale, kind, fp8, sorted_pairs, owner, first, block, row_scale, dense, known
     return x.new_empty((pairs, codes.shape[1]), dtype=out_dtype)
 
 
@@ -84,6 +96,7 @@ def grouped_linear(
     row_scale: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
     dense: bool | None = None,
+    known: bool = False,
 ) -> torch.Tensor:
     """Compute ``y[r] = (x[..] @ unit[e]^T) * row_scale[r] * out_scale[e]`` for the expert ``e`` of each pair ``r``.
 
@@ -92,13 +105,15 @@ def grouped_linear(
 
     Args:
         x: ``[R, K]``, or ``[R / top_k, K]`` where the choices of a token read the same row. FP8 E4M3, float16 or bf16;
-            E4M3 alone for ``mxfp4``, bf16 alone for ``e4m3_exponent`` and ``bf16``.
+            E4M3 alone for ``mxfp4`` and ``mxfp4_tiles``, bf16 alone for ``e4m3_exponent`` and ``bf16``.
         weight: the weights of all experts.
         routed: the pairs, sorted in blocks of :func:`tile`.
         pairs: ``R``.
-        row_scale: float32 ``[R, 1]``; None for 1.
+        row_scale: float32 ``[R, 1]``, or fewer rows, each for as many adjacent pairs; None for 1.
         out_dtype: type of the result.
         dense: whether weights are decoded once for a dense product; None for the choice by size, as in :func:`tile`.
+        known: whether a kernel was launched on this stream after the one that wrote ``routed``: the product may then read that
+            before the kernel ahead of it has ended. All kernels of this package let others begin only once those before them have.
 
     Returns:
         ``[R, N]`` of ``out_dtype``, rounded once; zero for pairs of an invalid expert.
@@ -115,8 +130,10 @@ def grouped_linear(
     blocks = most_blocks(pairs, weight.experts, routed.block)
     if routed.owner.shape != (blocks,) or routed.pairs.shape != (blocks * routed.block,):
         raise ValueError(f"the pairs were sorted for another size: {routed.owner.shape[0]} blocks, not {blocks}")
-    if row_scale is not None and (row_scale.dtype != torch.float32 or row_scale.shape != (pairs, 1)):
-        raise ValueError(f"row_scale must be float32 [{pairs}, 1], got {tuple(row_scale.shape)} {row_scale.dtype}")
+    if row_scale is not None and pairs:
+        count = row_scale.shape[0] if row_scale.dim() == 2 and row_scale.shape[1] == 1 else 0
+        if row_scale.dtype != torch.float32 or not count or pairs % count:
+            raise ValueError(f"row_scale must be float32 [{pairs}, 1], got {tuple(row_scale.shape)} {row_scale.dtype}")
     y: torch.Tensor = _grouped_linear(
         x,
         weight.codes,
@@ -132,5 +149,6 @@ def grouped_linear(
         row_scale,
         out_dtype,
         takes_dense(weight, x.dtype, pairs, capability) if dense is None else dense,
+        known,
     )
     return y

@@ -41,6 +41,7 @@ TAKEN: dict[Kind, tuple[torch.dtype, ...]] = {
     "e2m1_exponent": (torch.float8_e4m3fn, *_FLOATS),
     "int4_float": (torch.float8_e4m3fn, *_FLOATS),
     "mxfp4": (torch.float8_e4m3fn,),
+    "mxfp4_tiles": (torch.float8_e4m3fn,),
     "e4m3": (torch.float8_e4m3fn, torch.float16),
     "e4m3_float": _FLOATS,
     "e4m3_exponent": (torch.bfloat16,),  # float16 does not hold such weights
@@ -61,7 +62,7 @@ def math_of(kind: Kind, dtype: torch.dtype, capability: int) -> Math:
     if dtype == torch.bfloat16:
         return "bf16"
     # E4M3 values are exact in fp16; Triton has E4M3 from SM89 on.
-    native = dtype == torch.float8_e4m3fn and kind in ("e4m3", "mxfp4") and capability >= 89
+    native = dtype == torch.float8_e4m3fn and kind in ("e4m3", "mxfp4", "mxfp4_tiles") and capability >= 89
     return "fp8" if native else "f16"
 
 

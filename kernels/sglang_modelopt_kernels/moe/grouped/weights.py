@@ -1,4 +1,4 @@
-"""Weights of all experts of a layer as the grouped product reads them, in one of nine kinds.
+"""Weights of all experts of a layer as the grouped product reads them, in one of ten kinds.
 
 ======================  =============================  ==================================  ================
 kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]``         for
@@ -7,6 +7,7 @@ kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]
 ``e2m1_exponent``       int16, four planes             uint8, ``b`` of ``2^(b - 15)``      MXFP4
 ``int4_float``          int16, four planes             float32                             INT4
 ``mxfp4``               uint8, two codes to a byte     uint8, UE8M0                        MXFP4, tcgen05
+``mxfp4_tiles``         uint8, tiles                   uint8, folded exponents             MXFP4, SM90
 ``e4m3``                E4M3                           none                                FP8
 ``e4m3_float``          E4M3                           float32                             FP8 in blocks
 ``e4m3_exponent``       E4M3                           uint8, ``b`` of ``2^(b - 127)``     MXFP8
@@ -15,7 +16,7 @@ kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]
 ======================  =============================  ==================================  ================
 
 The first three are those of :mod:`sglang_modelopt_kernels.gemm.w4_decode.packing`, the fourth that of
-:mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell`.
+:mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell`, the fifth that of :mod:`sglang_modelopt_kernels.gemm.w4_stream.packing`.
 """
 
 from __future__ import annotations
@@ -32,15 +33,25 @@ from sglang_modelopt_kernels.formats.checks import check_mxfp4, check_tensor, sc
 from sglang_modelopt_kernels.gemm import w8_decode
 from sglang_modelopt_kernels.gemm.w4_decode import packing
 from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
+from sglang_modelopt_kernels.gemm.w4_stream.packing import StreamedWeight, unstream
 from sglang_modelopt_kernels.gemm.w8_decode import packing as w8_packing
 
 Kind = Literal[
-    "e2m1_e4m3", "e2m1_exponent", "int4_float", "mxfp4", "e4m3", "e4m3_float", "e4m3_exponent", "int8", "bf16"
+    "e2m1_e4m3",
+    "e2m1_exponent",
+    "int4_float",
+    "mxfp4",
+    "mxfp4_tiles",
+    "e4m3",
+    "e4m3_float",
+    "e4m3_exponent",
+    "int8",
+    "bf16",
 ]
 """How codes and block scales are read."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
 KIND_OF: dict[NumberType, Kind] = {**packing.KIND_OF, **w8_packing.KIND_OF}
-"""The number types that are kept at their stored width, apart from ``mxfp4``."""
+"""The number types that are kept at their stored width, apart from those of ``mxfp4`` and ``mxfp4_tiles``."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +62,7 @@ class GroupedWeight:
         codes, scale: see the table above; ``scale`` None where there is none.
         out_scale: float32 ``[E, N]``.
         kind: how codes and scales are read.
-        fp8: :attr:`PackedWeight.fp8`, of all experts.
+        fp8: whether E4M3 holds all unit weights (:attr:`PackedWeight.fp8`).
     """
 
     codes: torch.Tensor
@@ -98,6 +109,13 @@ def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
     check_mxfp4(codes, scale)
     _no_nan(scale)
     return GroupedWeight(codes, scale, torch.ones(codes.shape[0], device=codes.device), "mxfp4")
+
+
+def tiled(weight: StreamedWeight) -> GroupedWeight:
+    """Wrap an MXFP4 weight of one expert that was put into tiles. Raises ValueError for another number type."""
+    if weight.kind != "folded":
+        raise ValueError(f"tiles: expected folded MXFP4, got {weight.kind}")
+    return GroupedWeight(weight.codes, weight.scale, weight.out_scale, "mxfp4_tiles", fp8=True)
 
 
 def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> GroupedWeight:
@@ -152,6 +170,8 @@ def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:
     if weight.kind == "mxfp4":
         exponents = torch.exp2(scale.to(torch.float64) - ue8m0.BIAS)
         return scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)).to(torch.float64), exponents)
+    if weight.kind == "mxfp4_tiles":
+        return unstream(StreamedWeight(codes, scale, weight.out_scale[expert], "folded"))
     if weight.kind == "e4m3" or weight.kind == "int8" or weight.kind == "bf16":
         raise ValueError(f"{weight.kind} weights have no block scales")
     return packing.unpack(PackedWeight(codes, scale, weight.out_scale[expert], weight.kind, weight.group))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sglang_modelopt_kernels.early import after_previous
+
 
 @triton.jit
 def _load_experts(experts_ptr, pair, pairs, experts):
@@ -25,12 +27,14 @@ def route_kernel(
     BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
     BINS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Write the blocks of one expert. The last program writes the pairs of invalid experts and marks the unused blocks.
 
     Every program counts all pairs, so that none waits for another, and writes its pairs in ascending order.
     """
     own = tl.program_id(0)
+    after_previous(PDL)
     bins = tl.arange(0, BINS)
     counts = tl.zeros((BINS,), tl.int32)
     for start in range(0, pairs, CHUNK):

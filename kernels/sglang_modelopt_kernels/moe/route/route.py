@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from sglang_modelopt_kernels.early import early
+
 from .kernel import route_kernel
 
 CHUNK = 4096
@@ -60,6 +62,7 @@ def _route_pairs(
             CHUNK=chunk,
             BINS=triton.next_power_of_2(experts + 1),
             num_warps=4 if chunk <= 1024 else 8,
+            **early(device),
         )
     return ordered, owner, first
 

@@ -11,6 +11,8 @@ import triton
 from sglang_modelopt_kernels.formats import ue8m0
 from sglang_modelopt_kernels.gemm.w4_decode.launch import decode_into, descale
 from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
+from sglang_modelopt_kernels.gemm.w4_stream.launch import decode_into as decode_tiles
+from sglang_modelopt_kernels.gemm.w4_stream.packing import StreamedWeight
 from sglang_modelopt_kernels.moe.route import Routed
 
 from ..weights import GroupedWeight
@@ -51,12 +53,12 @@ def operand_of(weight: GroupedWeight, dtype: torch.dtype, out_dtype: torch.dtype
     """Return the dtype of both operands for activations of ``dtype``: theirs, or fp16 for E4M3 where the weight is not E4M3.
 
     FP8 matrix instructions keep about 13 bits of a sum on Hopper, more than bf16 and fp16 results show and less than fp32: for fp32
-    results a weight that fewer tokens multiply in fp16 is multiplied in fp16.
+    results a weight that fewer tokens multiply in fp16 is multiplied in fp16. Fewer tokens multiply tiles in FP8, too.
     """
     if dtype != torch.float8_e4m3fn:
         return dtype
     becomes_fp8 = (weight.kind == "int4_float" or weight.fp8) and out_dtype != torch.float32
-    return dtype if capability >= 89 and (weight.kind == "e4m3" or becomes_fp8) else torch.float16
+    return dtype if capability >= 89 and (weight.kind in ("e4m3", "mxfp4_tiles") or becomes_fp8) else torch.float16
 
 
 def divisor(weight: GroupedWeight, dtype: torch.dtype) -> float:
@@ -70,7 +72,7 @@ def decode_experts(weight: GroupedWeight, part: Part, routed: Routed, scratch: t
     """Decode a part of the unit weight into ``scratch``, ``[experts, rows, K]``, exact in its dtype.
 
     E2M1 is divided by :func:`divisor`; under fp32 block scales only the codes are decoded. 4-bit experts without pairs in
-    ``routed`` are skipped, and their part of ``scratch`` is undefined.
+    ``routed`` are skipped (not those of ``mxfp4_tiles``), and their part of ``scratch`` is undefined.
     """
     experts, rows = part.shape
     unit = scratch[: experts * rows * weight.k].view(experts, rows, weight.k)
@@ -80,6 +82,14 @@ def decode_experts(weight: GroupedWeight, part: Part, routed: Routed, scratch: t
         codes, scale, out_scale = (tensor.flatten(0, 1) for tensor in (weight.codes, weight.scale, weight.out_scale))
         packed = PackedWeight(codes, scale, out_scale, weight.kind, weight.group, weight.fp8)
         decode_into(packed, part.experts.start * weight.n + part.rows.start, unit.flatten(0, 1), routed.first)
+        return unit
+    if weight.kind == "mxfp4_tiles" and weight.scale is not None:
+        codes, scale, out_scale = (tensor.flatten(0, 1) for tensor in (weight.codes, weight.scale, weight.out_scale))
+        decode_tiles(
+            StreamedWeight(codes, scale, out_scale, "folded"),
+            part.experts.start * weight.n + part.rows.start,
+            unit.flatten(0, 1),
+        )
         return unit
     unit.copy_(weight.codes[part.experts, part.rows])
     if weight.kind == "e4m3_exponent" and weight.scale is not None:

@@ -1,0 +1,130 @@
+"""Choice of the configuration by sizes, and the launch, on a GPU of SM90."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+
+from sglang_modelopt_kernels.early import early
+from sglang_modelopt_kernels.gemm.common import KernelConfig, checked, machine
+from sglang_modelopt_kernels.gemm.common.arrivals import COUNTERS, arrivals
+from sglang_modelopt_kernels.gemm.w4_stream.packing import ROWS, WIDTH
+from sglang_modelopt_kernels.moe.route import Routed
+
+if TYPE_CHECKING:
+    from sglang_modelopt_kernels.moe.grouped.weights import GroupedWeight
+
+CONFIGS = (
+    KernelConfig(64, 8, 256, 4, 4),
+    KernelConfig(64, 16, 256, 4, 4),
+    KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(128, 64, 256, 4, 3),
+)
+"""Configurations that compile without spilling (``benchmarks.aot``), ascending by pairs in a block. Not timed on a GPU."""
+ROOM = 1.5
+"""A block holds so many times the average pairs of an expert: with less, the weights of many experts are decoded twice."""
+RESIDENT = 4
+"""Programs on an SM that a launch has at least, before one takes several tiles of outputs or K is not split."""
+LONGEST = 16
+"""Steps of 256 K elements up to which a program takes several tiles of outputs."""
+LEAST_STEPS = 2
+"""Steps of 256 K elements that a split has at least."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration, the tiles of outputs that a program computes one after the other, and the splits along K."""
+
+    config: KernelConfig
+    rows: int = 1
+    split: int = 1
+
+
+def choose_block(pairs: int, experts: int) -> int:
+    """Return the pairs in a block: the smallest block with ROOM for the average expert, or the largest."""
+    known = [config.bm for config in CONFIGS]
+    return next((block for block in known if ROOM * pairs <= block * experts), known[-1])
+
+
+def narrowed(config: KernelConfig) -> KernelConfig:
+    """Return a configuration with one tile of the weight at a time, for outputs that are no multiple of its BN."""
+    return replace(config, bn=ROWS)
+
+
+def plan_of(weight: GroupedWeight, block: int, pairs: int, sms: int) -> Plan:
+    """Return the plan of a launch for ``pairs`` pairs in blocks of ``block``.
+
+    Raises:
+        ValueError: no configuration has such blocks.
+    """
+    config = next((config for config in CONFIGS if config.bm == block), None)
+    if config is None:
+        raise ValueError(f"no configuration for tiles has blocks of {block} pairs")
+    if weight.n % config.bn:
+        config = narrowed(config)
+    steps, tiles = weight.k // WIDTH, weight.n // config.bn
+    # Blocks that are in use, about: each expert has one while pairs are few.
+    blocks = max(min(pairs, weight.experts), pairs // block)
+    least = RESIDENT * sms
+    rows, split = 1, 1
+    while 2 * rows * steps <= LONGEST and blocks * tiles >= 2 * rows * least and tiles % (2 * rows) == 0:
+        rows *= 2
+    while rows == 1 and steps >= 2 * LEAST_STEPS * split and 2 * split * blocks * tiles <= least:
+        split *= 2
+    return Plan(config, rows, split)
+
+
+def run(
+    x: torch.Tensor,
+    weight: GroupedWeight,
+    routed: Routed,
+    pairs: int,
+    row_scale: torch.Tensor | None,
+    out_dtype: torch.dtype,
+    known: bool = False,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """Launch the kernel; arguments of :func:`grouped_linear`, and ``plan`` instead of the choice by size."""
+    from .kernel import streamed_experts_kernel  # needs a Triton with Gluon: see gemm/w4_stream/available.py
+
+    plan = plan or plan_of(weight, routed.block, pairs, machine(x.device)[1])
+    config, blocks = plan.config, routed.owner.shape[0]
+    n, tiles = weight.n, weight.n // config.bn
+    if plan.split > 1 and blocks * n // ROWS > COUNTERS:
+        raise ValueError(f"a product of more than {COUNTERS} tiles is not split along K, got {blocks * n // ROWS}")
+    y = torch.empty((pairs, n), dtype=out_dtype, device=x.device)
+    partials = torch.empty((plan.split, pairs, n), device=x.device) if plan.split > 1 else y
+    checked(
+        streamed_experts_kernel[(blocks, triton.cdiv(tiles, plan.rows), plan.split)](
+            x.contiguous(),
+            weight.codes,
+            weight.scale,
+            routed.pairs,
+            routed.owner,
+            # A pointer stands for an absent tensor; the kernel never reads through it.
+            weight.out_scale if row_scale is None else row_scale.contiguous(),
+            weight.out_scale,
+            y,
+            partials,
+            arrivals(x.device) if plan.split > 1 else y,
+            pairs,
+            pairs // x.shape[0],
+            1 if row_scale is None else pairs // row_scale.shape[0],
+            weight.experts,
+            plan.rows,
+            n,
+            weight.k,
+            STAGES=config.stages,
+            HAS_ROW_SCALE=row_scale is not None,
+            SPLIT_K=plan.split,
+            KNOWN=known,
+            BN=config.bn,
+            BM=config.bm,
+            num_warps=config.warps,
+            **early(x.device),
+        )
+    )
+    return y

@@ -1,0 +1,245 @@
+"""The streamed product of experts: its text on NumPy against the naive twin, its choices, and the kernel on a GPU of SM90."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_modelopt_kernels.gemm.common import KernelConfig
+from sglang_modelopt_kernels.gemm.w4_stream import StreamedWeight, missing, unstream
+from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear, tile, unpack
+from sglang_modelopt_kernels.moe.route import Routed, route
+from sglang_modelopt_kernels.moe.streamed.launch import CONFIGS, Plan, choose_block, plan_of, run
+from tests.support.gluon import Array, Machine, array
+
+GLUON = pytest.mark.skipif(missing() is not None, reason=f"the kernel {missing()}")
+
+
+def weights_of(experts: int, n: int, k: int, device: str = "cpu") -> GroupedWeight:
+    """Random weights in tiles: any bytes are codes, and folded exponents are 1 to 12."""
+    generator = torch.Generator().manual_seed(n + k)
+    codes = torch.randint(0, 256, (experts, n, k // 2), generator=generator, dtype=torch.uint8)
+    scale = torch.randint(1, 13, (experts, n, k // 32), generator=generator, dtype=torch.uint8)
+    out_scale = torch.rand(experts, n, generator=generator) + 0.5
+    return GroupedWeight(codes.to(device), scale.to(device), out_scale.to(device), "mxfp4_tiles", True)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch; ``shared``: the choices of a token read one row."""
+
+    config: KernelConfig
+    rows: int = 1
+    split: int = 1
+    tokens: int = 7
+    n: int = 384
+    k: int = 768
+    shared: bool = True
+    known: bool = False
+    scales: str = "pair"
+    experts: int = 3
+    top_k: int = 2
+
+    @property
+    def pairs(self) -> int:
+        return self.tokens * self.top_k
+
+
+CASES = [
+    Case(CONFIGS[0]),
+    Case(CONFIGS[0], rows=2, known=True, scales="token"),
+    Case(CONFIGS[0], rows=4, known=True, shared=False),  # the last program has fewer tiles than the others
+    Case(CONFIGS[0], split=2, k=1024, known=True),
+    Case(CONFIGS[0], split=4, k=768, rows=2),  # the last split has nothing
+    Case(KernelConfig(64, 8, 256, 4, 6), rows=3, k=256, known=True),  # more stages than tiles of a row
+    Case(KernelConfig(64, 8, 256, 4, 8), n=64, k=512),  # and than tiles of a program
+    Case(KernelConfig(64, 16, 256, 4, 2), rows=2, tokens=20),
+    Case(KernelConfig(128, 16, 256, 4, 3), rows=2, k=512, tokens=30, known=True, scales="one"),
+    Case(KernelConfig(128, 8, 256, 4, 4), split=2, k=1024),
+    Case(CONFIGS[-1], rows=2, tokens=70, k=512, known=True),
+]
+
+
+def operands(case: Case, device: str = "cpu") -> tuple[torch.Tensor, GroupedWeight, torch.Tensor, torch.Tensor]:
+    """Activations, weights, the expert of each pair (some nobody's, one expert without pairs), and a scale for each pair."""
+    generator = torch.Generator().manual_seed(case.tokens)
+    chosen = torch.randint(-1, case.experts - 1, (case.pairs,), generator=generator, dtype=torch.int32)
+    rows = case.tokens if case.shared else case.pairs
+    x = (torch.randn(rows, case.k, generator=generator) * 20).to(torch.float8_e4m3fn)
+    row_scale = torch.rand(case.pairs, 1, generator=generator) + 0.5
+    if case.scales == "token":
+        row_scale = row_scale[: case.tokens]
+    elif case.scales == "one":
+        row_scale = row_scale[:1]
+    return x.to(device), weights_of(case.experts, case.n, case.k, device), chosen.to(device), row_scale.to(device)
+
+
+def of_pairs(row_scale: torch.Tensor, case: Case) -> torch.Tensor:
+    """The scale of each pair."""
+    return row_scale.repeat_interleave(case.pairs // row_scale.shape[0], dim=0)
+
+
+def sorted_pairs(chosen: torch.Tensor, experts: int, block: int) -> Routed:
+    """What :func:`route` returns, without its kernel."""
+    from sglang_modelopt_kernels.moe.route import most_blocks, naive_route
+
+    pairs = chosen.shape[0]
+    blocks = most_blocks(pairs, experts, block)
+    owner = torch.full((blocks,), -1, dtype=torch.int32)
+    ordered = torch.full((blocks * block,), 1 << 30, dtype=torch.int32)
+    for index, (expert, members) in enumerate(naive_route(chosen, experts, block)):
+        owner[index] = expert
+        row = torch.full((block,), pairs, dtype=torch.int32)
+        row[: len(members)] = torch.tensor(members, dtype=torch.int32)
+        ordered[index * block : (index + 1) * block] = row
+    return Routed(ordered, owner, torch.empty(0), block)
+
+
+def decoded(codes: Array, scales: Array, layout: object) -> Array:
+    """The unit weight of a tile, in place of its decoding in registers."""
+    del layout
+    tile_codes = torch.from_numpy(np.asarray(codes).reshape(64, 128))
+    tile_scale = torch.from_numpy(np.asarray(scales)[:, 0].copy().reshape(64, 8))
+    return array(unstream(StreamedWeight(tile_codes, tile_scale, torch.ones(64), "folded")).numpy())
+
+
+def product(unit: Array, x: Array, zeros: Array, use_acc: bool, is_async: bool) -> Array:
+    assert (use_acc, is_async) == (False, False)
+    assert zeros.shape == (unit.shape[0], x.shape[1])
+    return array(np.asarray(unit) @ np.asarray(x))
+
+
+class OnNumpy:
+    """The kernel in place of its launches: its text on NumPy, in float64 where it reads E4M3."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.arguments = kernel, dict[str, Any]()
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*arguments: Any, num_warps: int, **named: Any) -> None:
+            assert num_warps == 4
+            self.arguments = dict(zip(self.kernel.arg_names, arguments, strict=False)) | named
+            assert self.arguments.keys() == set(self.kernel.arg_names)
+            late = {"x_ptr", "row_scale_ptr", "y_ptr", "partial_ptr", "arrivals_ptr"}
+            late |= set() if named["KNOWN"] else {"owner_ptr", "pairs_ptr"}
+            functions: dict[str, Callable[..., Any]] = {"e4m3_operand": decoded, "warpgroup_mma": product}
+            functions |= {
+                name: lambda *sizes: SimpleNamespace() for name in ("bytes_layout", "scales_layout", "tokens_layout")
+            }
+            values = self.arguments | {"x_ptr": self.arguments["x_ptr"].double()}
+            Machine(functions).launch(self.kernel, grid, frozenset(late), **values)
+
+        return launch
+
+
+@GLUON
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_its_text_on_numpy(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_modelopt_kernels.moe.streamed import kernel
+
+    machine = OnNumpy(kernel.streamed_experts_kernel)
+    monkeypatch.setattr(kernel, "streamed_experts_kernel", machine)
+    x, weight, chosen, row_scale = operands(case)
+    routed = sorted_pairs(chosen, case.experts, case.config.bm)
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors start as NaN
+    plan = Plan(case.config, case.rows, case.split)
+    y = run(x, weight, routed, case.pairs, row_scale, torch.float64, case.known, plan)
+    torch.use_deterministic_algorithms(False)
+    expected = naive_grouped_linear(x, weight, chosen, of_pairs(row_scale, case))
+    # Parts of a sum that is split are float32.
+    torch.testing.assert_close(
+        y, expected, rtol=1e-12 if case.split == 1 else 1e-5, atol=1e-9 if case.split == 1 else 1e-2
+    )
+    assert bool((y[chosen < 0] == 0).all())
+    assert case.split == 1 or not bool(machine.arguments["arrivals_ptr"].any()), "counters are zero between launches"
+
+
+@pytest.mark.parametrize("pairs", [1, 8, 32, 128, 512, 2048, 8192, 30000])
+@pytest.mark.parametrize(
+    ("experts", "n", "k"), [(128, 1536, 2048), (128, 2048, 768), (8, 28672, 4096), (256, 192, 256)]
+)
+def test_choice(experts: int, n: int, k: int, pairs: int) -> None:
+    weight = GroupedWeight(
+        torch.empty(experts, n, k // 2, dtype=torch.uint8, device="meta"), None, torch.empty(0), "mxfp4_tiles", True
+    )
+    block = choose_block(pairs, experts)
+    plan = plan_of(weight, block, pairs, 132)
+    assert tile(weight, torch.float8_e4m3fn, pairs, dense=False) == block == plan.config.bm
+    assert n % plan.config.bn == 0
+    assert plan.rows == 1 or plan.split == 1
+    assert k // 256 >= 2 * plan.split or plan.split == 1
+    assert block == CONFIGS[-1].bm or block * experts >= pairs
+
+
+def test_blocks_of_no_configuration_are_rejected() -> None:
+    with pytest.raises(ValueError, match="blocks of 4 pairs"):
+        plan_of(weights_of(1, 64, 256), 4, 8, 132)
+
+
+def hopper() -> None:
+    if torch.cuda.get_device_capability() != (9, 0) or missing() is not None:
+        pytest.skip(f"the kernel is for SM90 with Gluon: {missing()}")
+
+
+def worst(y: torch.Tensor, x: torch.Tensor, weight: GroupedWeight, chosen: torch.Tensor, scale: torch.Tensor) -> float:
+    """The largest error of an output, relative to the sum of magnitudes of its products; infinite where nobody's is not zero."""
+    pairs = chosen.shape[0]
+    rows, nobody = x.double().repeat_interleave(pairs // x.shape[0], dim=0), chosen < 0
+    if bool(y.isnan().any()) or bool((y[nobody] != 0).any()):
+        return float("inf")
+    errors = [0.0]
+    for expert in set(chosen[~nobody].tolist()):
+        own = chosen == expert
+        unit = unpack(weight, expert) * weight.out_scale[expert].double().unsqueeze(1)
+        expected = (rows[own] @ unit.T) * scale[own].double()
+        bound = (rows[own].abs() @ unit.abs().T) * scale[own].double()
+        errors.append(float(((y[own].double() - expected).abs() / bound).max()))
+    return max(errors)
+
+
+GPU_CASES = [
+    *CASES,
+    *(
+        Case(config, rows, 1, tokens, 1536, 2048, experts=40, top_k=8)
+        for config in CONFIGS
+        for rows in (1, 2)
+        for tokens in (1, 37)
+    ),
+    Case(CONFIGS[0], split=2, tokens=3, n=1536, k=2048, experts=40, top_k=8),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("case", GPU_CASES, ids=str)
+def test_on_a_gpu(case: Case, known: bool) -> None:
+    hopper()
+    x, weight, chosen, row_scale = operands(case, "cuda")
+    routed = route(chosen, case.experts, case.config.bm)
+    torch.cuda.synchronize()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors start as NaN
+    plan = Plan(case.config, case.rows, case.split)
+    y = run(x, weight, routed, case.pairs, row_scale, torch.float32, known, plan)
+    torch.use_deterministic_algorithms(False)
+    # FP8 instructions cut each of 32 products at 2^-13 of the largest: see test_mxfp4_fp8_hopper.py.
+    assert worst(y, x, weight, chosen, of_pairs(row_scale, case)) < 2.0**-11
+    for _ in range(20):
+        assert torch.equal(run(x, weight, routed, case.pairs, row_scale, torch.float32, known, plan), y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 16, 60, 300, 2000])
+def test_the_choice_on_a_gpu(tokens: int) -> None:
+    """Also in dense tiles, which many tokens take."""
+    hopper()
+    case = Case(CONFIGS[0], tokens=tokens, n=512, k=1024, experts=16, top_k=4)
+    x, weight, chosen, row_scale = operands(case, "cuda")
+    routed = route(chosen, case.experts, tile(weight, x.dtype, case.pairs))
+    y = grouped_linear(x, weight, routed, case.pairs, row_scale, torch.float32)
+    assert worst(y, x, weight, chosen, row_scale) < 2.0**-11
