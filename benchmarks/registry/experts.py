@@ -215,7 +215,7 @@ def _launch(kind: Kind, dtype: torch.dtype, k: int, in_dense_tiles: bool, block:
 
 
 def _streamed_cases(arch: int) -> Iterator[Case]:
-    """Yield every configuration that the launcher can choose, the weight fetched early, and the narrow one that n may need."""
+    """Yield every configuration that the launcher can choose, the weight fetched early."""
     if missing() is not None:
         return
     from sglang_modelopt_kernels.moe.streamed.kernel import streamed_experts_kernel
@@ -225,21 +225,19 @@ def _streamed_cases(arch: int) -> Iterator[Case]:
     types |= dict.fromkeys(("row_scale_ptr", "out_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("pairs", "share", "scale_share", "experts", "rows", "n", "k"), "i32")
     for config in streamed.CONFIGS:
-        for bn in sorted({64, config.bn}):
-            kept = streamed.narrowed(config) if bn < config.bn else config
-            own: dict[str, Any] = {"STAGES": kept.stages, "HAS_ROW_SCALE": True, "SPLIT_K": 1, "KNOWN": True}
-            yield Case(
-                f"streamed experts {kept}",
-                streamed_experts_kernel,
-                types,
-                own | {"PDL": arch >= 90, "BN": kept.bn, "BM": kept.bm},
-                {"num_warps": kept.warps, "num_stages": kept.stages},
-                aligned=("n", "k"),
-                matrix="e4m3",
-                weights=kept.bn * kept.bk,
-                fragments=True,
-                copies=("cp.async",),
-            )
+        own: dict[str, Any] = {"STAGES": config.stages, "HAS_ROW_SCALE": True, "SPLIT_K": 1, "KNOWN": True}
+        yield Case(
+            f"streamed experts {config}",
+            streamed_experts_kernel,
+            types,
+            own | {"PDL": arch >= 90, "BN": config.bn, "BM": config.bm},
+            {"num_warps": config.warps, "num_stages": config.stages},
+            aligned=("n", "k"),
+            matrix="e4m3",
+            weights=config.bn * config.bk,
+            fragments=True,
+            copies=("cp.async",),
+        )
 
 
 def _streamed_stress(capability: int) -> Iterator[StressCase]:

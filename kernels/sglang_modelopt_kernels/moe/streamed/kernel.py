@@ -39,13 +39,6 @@ def _fetch_rows(x_s, x_at, there, offset, stage):
 
 
 @gluon.jit
-def _fetch_tiles(w_s, s_s, w_ptr, s_ptr, tile, every, stage, HALVES: gl.constexpr):
-    """Copy HALVES tiles of the same K elements, the next one ``every`` tiles on, to a stage."""
-    for half in gl.static_range(HALVES):
-        fetch_weight(w_s, s_s, w_ptr, s_ptr, tile + half * every, stage * HALVES + half, 512)
-
-
-@gluon.jit
 def _multiply(w_s, s_s, x, place, MMA: gl.constexpr, BM: gl.constexpr):
     """Decode the tile at ``place`` and multiply it by ``x``, 256 K elements of some pairs."""
     codes = w_s.index(place).load(bytes_layout(16))
@@ -95,16 +88,15 @@ def streamed_experts_kernel(
     """Compute ``rows`` tiles of BN outputs for a block of BM pairs, or with SPLIT_K > 1 a part of their sums.
 
     Pair ``r`` reads row ``r // share`` of ``x`` and ``r // scale_share`` of ``row_scale``. Blocks of pairs are the fastest grid
-    axis: those of one expert share its weight in L2. BN is 64, or 128 for two tiles of the weight at a time that share activations;
-    STAGES of these are on their way or in use at a time. ``n`` is a multiple of BN and ``k`` one of 256.
+    axis: those of one expert share its weight in L2. STAGES tiles are on their way or in use at a time. ``n`` is a multiple of 64
+    and ``k`` one of 256.
     """
-    gl.static_assert(gl.num_warps() == 4 and (BN == 64 or BN == 128))
-    HALVES: gl.constexpr = BN // 64
+    gl.static_assert(gl.num_warps() == 4 and BN == 64)
     X_COPY: gl.constexpr = tokens_layout(1)
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    w_s = gl.allocate_shared_memory(gl.uint8, [STAGES * HALVES, 8192], FLAT)
-    s_s = gl.allocate_shared_memory(gl.uint8, [STAGES * HALVES, 512], FLAT)
+    w_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 8192], FLAT)
+    s_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 512], FLAT)
     x_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, 256], gl.NVMMASharedLayout(128, 8, 2))
 
     block = gl.program_id(0)
@@ -121,20 +113,20 @@ def streamed_experts_kernel(
     if owner == experts:
         if KNOWN:
             after_previous(PDL)
-        _store_nothing(y_ptr, pair, row * BN, rows * HALVES, pairs, n, X_COPY)
+        _store_nothing(y_ptr, pair, row * BN, rows, pairs, n, X_COPY)
         return
     split = gl.program_id(2)
     every = k // 256
     first, steps = steps_of(k, split, 256, SPLIT_K)
     # The tiles of adjacent outputs follow each other: without splits, a program reads one piece of memory.
-    base = (owner * tiles + row) * HALVES * every + first
+    base = (owner * tiles + row) * every + first
     total = rows * steps
 
     tile, place = base, 0
     for stage in gl.static_range(STAGES - 1):
         if stage < total:
-            _fetch_tiles(w_s, s_s, w_ptr, s_ptr, tile, every, stage, HALVES)
-        tile, place = _next(tile, place, steps, every * HALVES)
+            fetch_weight(w_s, s_s, w_ptr, s_ptr, tile, stage, 512)
+        tile, place = _next(tile, place, steps, every)
     async_copy.commit_group()
     if KNOWN:
         after_previous(PDL)
@@ -146,51 +138,46 @@ def streamed_experts_kernel(
         if stage < total:
             _fetch_rows(x_s, x_at, there, (first + place) * 256, stage)
         async_copy.commit_group()
-        _, place = _next(base, place, steps, every * HALVES)
+        _, place = _next(base, place, steps, every)
 
     used, free, ahead = 0, STAGES - 1, STAGES - 1
     for part in range(rows):
         acc = gl.zeros((64, BM), gl.float32, MMA)
-        lower = acc
         for _ in range(steps):
             # All but the newest STAGES - 2 groups have arrived, those of this step for every thread; the oldest stage is free.
             async_copy.wait_group(STAGES - 2)
             gl.barrier()
             if ahead < total:
-                _fetch_tiles(w_s, s_s, w_ptr, s_ptr, tile, every, free, HALVES)
+                fetch_weight(w_s, s_s, w_ptr, s_ptr, tile, free, 512)
                 _fetch_rows(x_s, x_at, there, (first + place) * 256, free)
             async_copy.commit_group()
             ahead += 1
-            tile, place = _next(tile, place, steps, every * HALVES)
+            tile, place = _next(tile, place, steps, every)
             x = x_s.index(used).permute([1, 0])
-            acc += _multiply(w_s, s_s, x, used * HALVES, MMA, BM)
-            if HALVES == 2:
-                lower += _multiply(w_s, s_s, x, used * HALVES + 1, MMA, BM)
+            acc += _multiply(w_s, s_s, x, used, MMA, BM)
             used = gl.where(used == STAGES - 1, 0, used + 1)
             free = gl.where(free == STAGES - 1, 0, free + 1)
         member = gl.load(own + gl.arange(0, BM, layout=gl.SliceLayout(0, MMA)))
         if HAS_ROW_SCALE:
             scale = gl.load(row_scale_ptr + gl.minimum(member, pairs - 1) // scale_share)
             acc *= scale[None, :]
-            lower *= scale[None, :]
-        for half in gl.static_range(HALVES):
-            store_tile(
-                acc if half == 0 else lower,
-                y_ptr,
-                partial_ptr,
-                arrivals_ptr,
-                (row + part) * BN + half * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA)),
-                member,
-                (block * tiles + row + part) * HALVES + half,
-                split,
-                pairs,
-                n,
-                row_scale_ptr,
-                out_scale_ptr + owner.to(gl.int64) * n,
-                out_scale_ptr,
-                1,
-                1.0,
-                False,
-                False,
-                SPLIT_K,
-            )
+        store_tile(
+            acc,
+            y_ptr,
+            partial_ptr,
+            arrivals_ptr,
+            (row + part) * BN + gl.arange(0, 64, layout=gl.SliceLayout(1, MMA)),
+            member,
+            block * tiles + row + part,
+            split,
+            pairs,
+            n,
+            row_scale_ptr,
+            out_scale_ptr + owner.to(gl.int64) * n,
+            out_scale_ptr,
+            1,
+            1.0,
+            False,
+            False,
+            SPLIT_K,
+        )
