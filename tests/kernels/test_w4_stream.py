@@ -232,7 +232,8 @@ def test_many_tokens_on_a_gpu(kind: Kind) -> None:
 def test_choice(kind: Kind, n: int, k: int, m: int) -> None:
     weight = StreamedWeight(torch.empty(n, k // 2, device="meta"), torch.empty(0), torch.empty(0), kind)
     config, split = plan_of(weight, m, torch.device("cpu"))
-    assert m <= config.bm or config is configs_of(kind)[-1]
+    twice = kind == "folded" and config is STREAMED[kind][-1] and m <= 2 * config.bm
+    assert m <= config.bm or config is configs_of(kind)[-1] or twice
     assert split == 1 or (k // 256 >= 4 * split and config.tiles(m, n) * split <= 4 * 132)
     assert path_of(weight, m, torch.device("cpu"))[:2] == ("run", config)
 

@@ -24,21 +24,27 @@ _MXFP4 = (
     KernelConfig(64, 8, 256, 4, 4),
     KernelConfig(64, 16, 256, 4, 4),
     KernelConfig(64, 32, 256, 4, 3),
+    KernelConfig(64, 64, 256, 4, 3),
 )
 STREAMED: dict[Kind, tuple[KernelConfig, ...]] = {"folded": _MXFP4, "scaled_16": _NVFP4, "scaled_32": _NVFP4}
 """The configurations of the streamed kernel."""
 TILED = (KernelConfig(64, 64, 256, 4, 4), KernelConfig(64, 128, 256, 4, 3))
-"""Those for more tokens of MXFP4, of the folded kernel that reads the same tiles: its copies do not begin early, and Triton
-pipelines its loop. Reading rows in place of tiles it was faster from 64 tokens on; reading tiles it was not timed."""
+"""Those for more than TILED_ABOVE tokens of MXFP4, of the folded kernel that reads the same tiles: its copies do not begin early,
+and Triton pipelines its loop."""
+TILED_ABOVE = 32
+SHORT_STEPS, WAVE = 16, 1.5
+"""Steps of 256 K elements, and programs for each SM, up to which MXFP4 is streamed for up to 128 tokens: a short product ends
+before a pipeline is in its stride (measured on an H200)."""
 RESIDENT = 2
 """Programs of four warps on an SM up to which K is split; twice as many for up to 8 tokens, whose partial sums are small."""
 LEAST_STEPS = 4
-"""Steps of 256 K elements that a split has at least."""
+"""Steps of 256 K elements that a split has at least; twice as many of MXFP4 with more than TILED_ABOVE tokens, whose partial sums
+are larger."""
 DESCALE: dict[Kind, float] = {"folded": 1.0, "scaled_16": 2.0**14, "scaled_32": 2.0**14}
 """The factor of the kernel's accumulators, the inverse of what its decoding divides by."""
-DENSE_FROM: dict[Kind, int] = {"folded": 897, "scaled_16": 385, "scaled_32": 385}
-"""Tokens from which the weight is decoded once for a product of PyTorch's. NVFP4's lies between 128, where decoding first takes
-twice as long, and 512, where it takes less; nothing between was timed."""
+DENSE_FROM: dict[Kind, int] = {"folded": 513, "scaled_16": 385, "scaled_32": 385}
+"""Tokens from which the weight is decoded once for a product of PyTorch's. MXFP4 takes 0.98 of that with 512 tokens and 1.14 with
+768. NVFP4's lies between 128, where decoding first takes twice as long, and 512, where it takes less; nothing between was timed."""
 
 
 def operand(kind: Kind) -> torch.dtype:
@@ -51,13 +57,16 @@ def plan_of(weight: StreamedWeight, m: int, device: torch.device) -> Plan:
 
     The streamed kernel's K is split into as many parts as leave all programs resident at a time.
     """
-    configs = STREAMED[weight.kind]
-    if weight.kind == "folded" and m > configs[-1].bm:
-        return choose(TILED, m, weight.n, weight.k, machine(device)[1])
+    configs, sms, steps = STREAMED[weight.kind], machine(device)[1], weight.k // WIDTH
     config = next((config for config in configs if m <= config.bm), configs[-1])
-    room = RESIDENT * machine(device)[1] * (2 if config.bm <= 8 else 1)
-    split, steps = 1, weight.k // WIDTH
-    while split < 8 and config.tiles(m, weight.n) * 2 * split <= room and steps >= 2 * LEAST_STEPS * split:
+    least = LEAST_STEPS
+    if weight.kind == "folded" and m > TILED_ABOVE:
+        if m > 2 * config.bm or steps > SHORT_STEPS or config.tiles(m, weight.n) > WAVE * sms:
+            return choose(TILED, m, weight.n, weight.k, sms)
+        least *= 2
+    room = RESIDENT * sms * (2 if config.bm <= 8 else 1)
+    split = 1
+    while split < 8 and config.tiles(m, weight.n) * 2 * split <= room and steps >= 2 * least * split:
         split *= 2
     return config, split
 
