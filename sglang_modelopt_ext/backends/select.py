@@ -69,8 +69,8 @@ BACKENDS: tuple[Backend, ...] = (
     FoldedMxfp4(),
     BlockScaled(),
     Fp8(),
-    # Selected by name, or where a tuning file says that they are faster. humming is for some layers, from 128 tokens on (H100,
-    # benchmarks/results), but the order of its sums differs between launches, so that results do not repeat bit for bit.
+    # Selected by name, or where a tuning file says that they are faster. humming was for some layers, from 128 tokens on, when it
+    # split sums (H100, benchmarks/results); without that, narrow layers leave SMs idle, and it was not timed again.
     QuackWeightOnly(),
     Humming(),
     EightBit(),

@@ -212,9 +212,12 @@ def prepare_layer_config(**arguments: Any) -> Any:
 
 
 def get_heuristics_config(config: Any) -> list[list[Any]]:
-    """Return kernels as humming chooses them for SM90: with many tokens, two blocks share their loads of activations."""
+    """Return kernels as humming chooses them for SM90: sums are split, and with many tokens two blocks share their loads."""
     assert config.num_experts == 0
-    return [[0, 700, {"num_stages": 4}], [700, 1 << 30, {"num_stages": 4, "multi_cast_size_a": 2}]]
+    return [
+        [0, 700, {"num_stages": 4, "use_stream_k": True}],
+        [700, 1 << 30, {"num_stages": 4, "use_stream_k": True, "multi_cast_size_a": 2}],
+    ]
 
 
 def humming_forward(
@@ -224,17 +227,14 @@ def humming_forward(
     weight_scale: torch.Tensor,
     weight_scale_2: torch.Tensor,
     input_scale: torch.Tensor,
-    locks: torch.Tensor,
     tuning_config: str,
 ) -> torch.Tensor:
     """Return whether a code times 2^scale fits humming's E4M3: its exponent is at most 12, and 12 for code 6 alone."""
     assert inputs.dtype == torch.float8_e4m3fn
     assert input_scale.shape == (inputs.shape[0], 1)
     assert input_scale.dtype == torch.float32
-    assert locks.dtype == torch.int32
-    assert not locks.any()
     (kernel,) = [kernel for above, to, kernel in json.loads(tuning_config) if above < inputs.shape[0] <= to]
-    assert kernel == {"num_stages": 4, "multi_cast_size_a": 1, "multi_cast_size_b": 1}
+    assert kernel == {"num_stages": 4, "multi_cast_size_a": 1, "multi_cast_size_b": 1, "use_stream_k": False}
     exponent = weight_scale.view(torch.uint8).float()
     used = scale_blocks(torch.ones(weight.shape[0], 8 * weight.shape[1]), exponent)
     values = e2m1.decode(e2m1.unpack_codes(weight.view(torch.uint8)))

@@ -246,7 +246,7 @@ def test_hummings_formats() -> None:
 
 @pytest.mark.parametrize(("tokens", "shared"), [(300, False), (528, False), (704, True), (2080, True)])
 def test_hummings_choice_for_many_tokens(tokens: int, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """humming itself lets two blocks share loads from four tiles of tokens on; what is passed on has no such kernel."""
+    """humming itself splits sums, and lets two blocks share loads from four tiles of tokens on; what is passed on does neither."""
     sizes = {"shape_n": 4096, "shape_k": 4096, "num_experts": 0, "use_packed_k_layout": False}
     layer = SimpleNamespace(a_dtype=SimpleNamespace(num_bits=8), b_dtype=SimpleNamespace(num_bits=4), **sizes)
     scope = {"np": numpy, "math": math, "dtypes": SimpleNamespace(int8="int8")}
@@ -256,21 +256,26 @@ def test_hummings_choice_for_many_tokens(tokens: int, shared: bool, monkeypatch:
     choose = method(*source, "get_config1", **scope, GemmType=kinds)
     kernel = choose(SimpleNamespace(calc_num_block_list=partial(count, None)), layer, tokens)
     assert ("multi_cast_size_a" in kernel) == shared
+    assert kernel["use_stream_k"]
     tune = ModuleType("humming.tune")
     tune.get_heuristics_config = lambda config: [[0, 1 << 30, kernel]]  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "humming.tune", tune)
     monkeypatch.setattr(humming, "layer_config", lambda n, k: layer)
     passed = json.loads(humming.kernel_choice.__wrapped__(4096, 4096))
-    assert passed == [[0, 1 << 30, json.loads(json.dumps(kernel)) | humming.ONE_BLOCK]]
+    assert passed == [[0, 1 << 30, json.loads(json.dumps(kernel)) | humming.OVERRIDES]]
     assert ("multi_cast_size_a" in kernel) == shared, "humming keeps its choices"
+    assert kernel["use_stream_k"], "humming keeps its choices"
 
 
 def test_how_humming_takes_a_choice() -> None:
-    """A choice is JSON of ranges of tokens; nothing but these two settings makes blocks share a load."""
+    """A choice is JSON of ranges of tokens; nothing but these settings makes blocks share a load or a sum."""
     config = (source_folder() / "humming/config/config.py").read_text()
-    assert set(re.findall(r"multi_cast\w+", config)) == set(humming.ONE_BLOCK)
-    for name, value in humming.ONE_BLOCK.items():
-        assert f"    {name}: int = {value}\n" in config
+    assert set(re.findall(r"multi_cast\w+|use_stream_k", config)) == set(humming.OVERRIDES)
+    for name in ("multi_cast_size_a", "multi_cast_size_b"):
+        assert f"    {name}: int = {humming.OVERRIDES[name]}\n" in config
+    assert "    use_stream_k: bool = True\n" in config
+    # Locks are for split sums; where there are none, none are passed.
+    assert parameters(function("humming/forward.py", "humming_forward"))["locks"] == "None"
     assert parameters(function("humming/forward.py", "humming_forward"))["tuning_config"] == "None"
     kernel = (source_folder() / "humming/kernel/humming.py").read_text()
     for line in (

@@ -29,10 +29,8 @@ SPAN = 11
 LOWEST = 8
 """The least UE8M0 byte a row's exponents may be counted from: its scale is kept in bf16, and halved."""
 
-LOCKS = 1024
-
-ONE_BLOCK = {"multi_cast_size_a": 1, "multi_cast_size_b": 1}
-"""Blocks of threads that share a load. Two of them race in humming 0.1.12: :func:`kernel_choice`."""
+OVERRIDES = {"multi_cast_size_a": 1, "multi_cast_size_b": 1, "use_stream_k": False}
+"""Settings that replace those of every kernel humming chooses: no load is shared by blocks of threads, no sum split among them."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +39,23 @@ class HummingWeight:
 
     Attributes:
         weight, weight_scale, weight_scale_2: humming's codes and scales.
-        locks: int32 zeros, which the kernel leaves zero.
         out_scale: float32 ``[N]``, ones.
     """
 
     weight: torch.Tensor
     weight_scale: torch.Tensor
     weight_scale_2: torch.Tensor
-    locks: torch.Tensor
     out_scale: torch.Tensor
 
 
 class Humming(Backend[HummingWeight]):
     """MXFP4 weights as E4M3 in registers, in FP8 matrix instructions: ``humming.forward.humming_forward``.
 
-    humming rounds codes of rows whose exponents differ by more than SPAN; such weights are rejected here.
+    humming rounds codes of rows whose exponents differ by more than SPAN; such weights are rejected here. A warp's sum over its
+    share of K, in most kernels all of it, stays in the matrix instructions, which keep about 13 bits on Hopper.
     """
 
     name = "humming_mxfp4_fp8"
-    repeats = False  # adds up in an order that differs from launch to launch
 
     def objection(self, request: LinearRequest) -> str | None:
         """Reject all but MXFP4 weights with FP8 activations in bf16 models on SM89 and SM90, K in 128s."""
@@ -96,7 +92,6 @@ class Humming(Backend[HummingWeight]):
         made = transform_humming_tensors(layer_config(rows, 2 * codes.shape[1]), tensors)
         prepared = HummingWeight(
             **{name: made[name] for name in ("weight", "weight_scale", "weight_scale_2")},
-            locks=torch.zeros(LOCKS, dtype=torch.int32, device=codes.device),
             out_scale=torch.ones(rows, dtype=torch.float32, device=codes.device),
         )
         # humming compiles for every size of a layer: now, and not with the first token.
@@ -115,7 +110,7 @@ class Humming(Backend[HummingWeight]):
         """Multiply; the sum is scaled by ``row_scale`` before it is rounded to bf16; the bias is added afterwards."""
         scale = weight.out_scale.new_ones(1) if row_scale is None else row_scale
         scale = scale.to(torch.float32).reshape(-1, 1).expand(values.shape[0], 1).contiguous()
-        kept = weight.weight, weight.weight_scale, weight.weight_scale_2, weight.locks
+        kept = weight.weight, weight.weight_scale, weight.weight_scale_2
         y: torch.Tensor = _humming_gemm(values.contiguous(), scale, *kept, weight.out_scale.shape[0])
         return add_bias(y, bias).to(out_dtype)
 
@@ -161,17 +156,24 @@ def layer_config(n: int, k: int) -> Any:
 
 @functools.cache
 def kernel_choice(n: int, k: int) -> str:
-    """Return humming's own choice of a kernel for each number of tokens, without loads that two blocks share, as JSON.
+    """Return humming's own choice of a kernel for each number of tokens, with :data:`OVERRIDES`, as JSON.
 
-    On SM90, for many tokens, humming has one block of a cluster load the activations of both. That block waits for the output of
-    its own previous tile, not for its peer's, before it overwrites the shared memory that the peer's output may still lie in:
-    ``memory/g2s_pipeline.cuh`` of 0.1.12 counts the peer for the stages, and not for ``math_mbar[kNumStages]``. Outputs are then
-    wrong, in some launches. 0.1.13 counts it for both (inclusionAI/humming, pull request 56); SGLang 0.5.23 pins 0.1.12.
+    A tile's sum is not split along K among blocks (``use_stream_k``). humming rounds each part to bf16, and adds the parts in bf16,
+    in the output, in the order in which the blocks finish: ``epilogue/gmem_writer.cuh`` of 0.1.12 (``tma_reduce_add_2d``,
+    ``reduce_add_f162``, ``atomic_reduce_add_f162``). Four to eight parts, its choice for few tokens at N = K = 4096, have about
+    twice the error of one rounding, and results differ between launches; float32 parts it does not have. Layers of fewer tiles than
+    the GPU has SMs are slower without the split (docs/roadmap.md).
+
+    No two blocks share loads (``multi_cast_size_a`` and ``_b``). On SM90, for many tokens, humming has one block of a cluster load
+    the activations of both. That block waits for the output of its own previous tile, not for its peer's, before it overwrites the
+    shared memory that the peer's output may still lie in: ``memory/g2s_pipeline.cuh`` of 0.1.12 counts the peer for the stages, and
+    not for ``math_mbar[kNumStages]``. Outputs are then wrong, in some launches. 0.1.13 counts it for both (inclusionAI/humming,
+    pull request 56); SGLang 0.5.23 pins 0.1.12.
     """
     from humming.tune import get_heuristics_config
 
     return json.dumps(
-        [[above, to, {**kernel, **ONE_BLOCK}] for above, to, kernel in get_heuristics_config(layer_config(n, k))]
+        [[above, to, {**kernel, **OVERRIDES}] for above, to, kernel in get_heuristics_config(layer_config(n, k))]
     )
 
 
@@ -182,14 +184,12 @@ def _humming_gemm(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_scale_2: torch.Tensor,
-    locks: torch.Tensor,
     n: int,
 ) -> torch.Tensor:
     from humming.forward import humming_forward
 
     if x.shape[0] == 0:
         return x.new_empty((0, n), dtype=torch.bfloat16)
-    # The locks are zero again when the kernel is done: nothing is mutated as far as anyone can see.
     return humming_forward(
         layer_config(n, x.shape[1]),
         inputs=x,
@@ -197,7 +197,6 @@ def _humming_gemm(
         weight_scale=weight_scale,
         weight_scale_2=weight_scale_2,
         input_scale=x_scale,
-        locks=locks,
         tuning_config=kernel_choice(n, x.shape[1]),
     )
 
@@ -209,8 +208,7 @@ def _(
     weight: torch.Tensor,
     weight_scale: torch.Tensor,
     weight_scale_2: torch.Tensor,
-    locks: torch.Tensor,
     n: int,
 ) -> torch.Tensor:
-    del x_scale, weight, weight_scale, weight_scale_2, locks
+    del x_scale, weight, weight_scale, weight_scale_2
     return x.new_empty((x.shape[0], n), dtype=torch.bfloat16)
