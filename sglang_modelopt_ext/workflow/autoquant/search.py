@@ -18,6 +18,7 @@ from typing import Any
 
 import msgspec
 import torch
+import torch.nn.attention
 
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
@@ -53,6 +54,12 @@ class Progress(Struct, frozen=True, kw_only=True):
     loss_scale: float = 1.0
     sums: dict[str, dict[str, float]] = msgspec.field(default_factory=dict)
     kv: KVSearch | None = None
+
+
+def _own_attention() -> contextlib.AbstractContextManager[None]:
+    """Attend by PyTorch's own kernels: where a machine's cuDNN is older than PyTorch's, cuDNN's backward pass is an error."""
+    kernels = torch.nn.attention.SDPBackend
+    return torch.nn.attention.sdpa_kernel([kernels.FLASH_ATTENTION, kernels.EFFICIENT_ATTENTION, kernels.MATH])
 
 
 def group_scores(groups: Sequence[Group], progress: Progress) -> dict[str, dict[str, float]]:
@@ -167,7 +174,7 @@ class Search:
             if self._offered(group) and (self.fixed is not None or group.candidates.keys() != everywhere)
         ]
         steps = len(self.scoring.batches) if self.scoring else 0
-        with modelopt_messages(), _standing_in(self), FastProducts():
+        with modelopt_messages(), _standing_in(self), FastProducts(), _own_attention():
             mtq.auto_quantize(
                 self.model,
                 constraints={"effective_bits": 16.0},
