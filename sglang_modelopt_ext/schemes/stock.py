@@ -25,12 +25,13 @@ STOCK_BEHAVIOUR: dict[str, str] = {
 }
 """SGLang's behaviour by algorithm; a test requires a row for each algorithm of the scheme table."""
 
-_H200, _LATER = "NVIDIA H200, 2026-11-29", "NVIDIA H200, 2026-11-30"
+_H200, _LATER, _LAST = (f"NVIDIA H200, {date}" for date in ("2026-11-29", "2026-11-30", "2026-12-01"))
 LEFT_AND_RUN: dict[str, str] = {
-    "NVFP4": _H200,
+    "NVFP4": _LAST,
     "W4A16_NVFP4, groups of 16": _H200,
     "FP8": _H200,
     "NVFP4, FP8 experts": _H200,
+    "NVFP4, W4A16_NVFP4": _LAST,
     "NVFP4, FP8": _LATER,
     "NVFP4, and MXFP8, FP8_PB_WO or FP8_BLOCK_SCALES with SGLang's `weight_scale_inv`": f"{_LATER} (FP8_PB_WO)",
     "with an unknown algorithm": _LATER,
