@@ -103,6 +103,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         prefixes=False,
     ),
     "gemma3": Architecture("gemma3", W4A8),
+    # Text alone: with images SGLang asks for the processor of a published model.
+    "qwen2-5-vl": Architecture("qwen2_5_vl", W4A8, args={"enable_multimodal": False}),
+    "qwen3-vl": Architecture("qwen3_vl", W4A8, args={"enable_multimodal": False}),
 }
 
 

@@ -133,7 +133,29 @@ _QWEN_VISION: dict[str, Any] = {
     "vision_end_token_id": 8,
 }
 
+TEXTS: dict[str, dict[str, Any]] = {
+    "qwen2_5_vl_text": {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]}
+    },
+    "qwen3_vl_text": {
+        "head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [12, 10, 10],
+            "mrope_interleaved": True,
+        },
+    },
+}
+"""Text parts that are no model of their own, by name: what their configuration differs in."""
+
 MULTIMODAL: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "qwen2_5_vl": ("Qwen2_5_VL", "qwen2_5_vl_text", _QWEN_VISION),
+    "qwen3_vl": (
+        "Qwen3VL",
+        "qwen3_vl_text",
+        {**_QWEN_VISION, "vision_config": {**_QWEN_VISION["vision_config"], "deepstack_visual_indexes": [0]}},
+    ),
     "gemma3_vl": (
         "Gemma3",
         "gemma3",
@@ -184,7 +206,7 @@ def new_model(name: str, changes: Mapping[str, Any] | None = None) -> Any:
     import transformers
 
     prefix, text, parts = MULTIMODAL.get(name, ("", name, {}))
-    config_class, own = ARCHITECTURES[text]
+    config_class, own = ("", TEXTS[text]) if text in TEXTS else ARCHITECTURES[text]
     sizes = {key: value for key, value in {**_SIZES, **own, **(changes or {})}.items() if value is not None}
     model: Any
     if parts:

@@ -108,7 +108,7 @@ def _export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant, 
         model = getattr(transformers, config.architectures[0]).from_pretrained(model_dir, dtype="auto").eval()
 
         def calibrate(model: Any) -> None:
-            for tokens in calibration_tokens(model.config.vocab_size, variant.calibration_seed):
+            for tokens in calibration_tokens(model.config.get_text_config().vocab_size, variant.calibration_seed):
                 model(tokens)
 
         mtq.quantize(model, _configuration(mtq, recipe, variant), calibrate)

@@ -117,7 +117,7 @@ class Reference:
         tensors: dict[str, torch.Tensor] = {}
         for path in sorted(folder.glob("*.safetensors")):
             stored = load_file(path, device=str(torch.get_default_device()))
-            tensors.update({_common_name(name): tensor for name, tensor in stored.items()})
+            tensors.update({self._name(name): tensor for name, tensor in stored.items()})
         section = quantization(folder)
         cached: dict[str, torch.Tensor] = {}
         if section is not None:
@@ -138,6 +138,20 @@ class Reference:
         missing = [name for name in missing if not name.startswith(VISION)]
         if missing or unexpected:
             raise ValueError(f"{folder}: missing {missing}, not read {unexpected}")
+
+    def _name(self, name: str) -> str:
+        """Return the name of a stored tensor or layer, or a pattern of such, in Hugging Face's modules."""
+        name = _common_name(name)
+        if self.model.config.model_type != "qwen2_5_vl":
+            return name
+        if name.startswith("visual"):
+            return f"model.{name}"
+        # transformers stores the text part under the names of a model without a vision tower.
+        return (
+            name
+            if name == "lm_head" or name.startswith("lm_head.")
+            else name.replace("model.", "model.language_model.", 1)
+        )
 
     def _quantize(self, section: dict[str, Any], tensors: dict[str, torch.Tensor], math: Math, act: Activation) -> None:
         for name, module in list(self.model.named_modules()):
@@ -191,10 +205,10 @@ class Reference:
         exclude = section.get("exclude_modules", section.get("ignore")) or []
         layer_section = section
         if "quantized_layers" in section:
-            listed = {_common_name(layer): entry for layer, entry in section["quantized_layers"].items()}
+            listed = {self._name(layer): entry for layer, entry in section["quantized_layers"].items()}
             # ModelOpt lists all experts of a layer under one name.
             layer_section = listed.get(name, listed.get(name.rpartition(".experts.")[0] + ".experts"))
-        if layer_section is None or any(fnmatch.fnmatchcase(name, _common_name(pattern)) for pattern in exclude):
+        if layer_section is None or any(fnmatch.fnmatchcase(name, self._name(pattern)) for pattern in exclude):
             return None
         algo = layer_section["quant_algo"].upper()
         if algo not in RECIPES:

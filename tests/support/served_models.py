@@ -86,6 +86,8 @@ SERVED: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 8192,
     },
     "gemma3": {**_SLIDING, **_heads(256)},
+    "qwen2_5_vl": {},
+    "qwen3_vl": {},
 }
 """By the names of :data:`tests.support.architectures.ARCHITECTURES`: fields that differ from those there."""
 
