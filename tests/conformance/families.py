@@ -53,6 +53,10 @@ def _without_vision(tensors: edits.Tensors) -> None:
 PUBLISHED: dict[str, edits.Edit] = {
     "deepseek_v3": edits.edit_json(edits.CONFIG, _deepseek_fields),
     "nemotron_h": edits.edit_json(edits.CONFIG, _nemotron_block_types),
+    "minimax_m2": edits.set_fields(
+        edits.CONFIG,
+        {"scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True, "qk_norm_type": "per_layer"},
+    ),
     # SGLang serves Llama 4 without its vision tower unless it is asked for.
     "llama4_vl": edits.edit_tensors(_without_vision),
 }
@@ -103,6 +107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         prefixes=False,
     ),
     "gemma3": Architecture("gemma3", W4A8),
+    "minimax-m2": Architecture("minimax_m2", W4A8, mixture=True),
     # Text alone: with images SGLang asks for the processor of a published model.
     "qwen2-5-vl": Architecture("qwen2_5_vl", W4A8, args={"enable_multimodal": False}),
     "qwen3-vl": Architecture("qwen3_vl", W4A8, args={"enable_multimodal": False}),

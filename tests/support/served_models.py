@@ -86,6 +86,7 @@ SERVED: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 8192,
     },
     "gemma3": {**_SLIDING, **_heads(256)},
+    "minimax_m2": {},
     "qwen2_5_vl": {},
     "qwen3_vl": {},
 }
