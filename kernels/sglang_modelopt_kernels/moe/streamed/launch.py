@@ -28,7 +28,7 @@ ROOM = 1.5
 """A block holds so many times the average pairs of an expert: with less, the weights of many experts are decoded twice."""
 RESIDENT = 4
 """Programs on an SM that a launch has at least, before one takes several tiles of outputs or K is not split."""
-LONG_FROM = 32
+LONG_BLOCK = 32
 """Pairs in a block from which a program takes several tiles of outputs. With fewer more programs are faster."""
 LONGEST = 16
 """Steps of 256 K elements up to which a program takes several tiles of outputs."""
@@ -66,7 +66,7 @@ def plan_of(weight: GroupedWeight, block: int, pairs: int, sms: int) -> Plan:
     least = RESIDENT * sms
     rows, split = 1, 1
     while (
-        block >= LONG_FROM
+        block >= LONG_BLOCK
         and 2 * rows * steps <= LONGEST
         and blocks * tiles >= 2 * rows * least
         and tiles % (2 * rows) == 0
