@@ -29,16 +29,16 @@ _MXFP4 = (
 STREAMED: dict[Kind, tuple[KernelConfig, ...]] = {"folded": _MXFP4, "scaled_16": _NVFP4, "scaled_32": _NVFP4}
 """The configurations of the streamed kernel."""
 TILED = (KernelConfig(64, 64, 256, 4, 4), KernelConfig(64, 128, 256, 4, 3))
-"""Those for more than TILED_ABOVE tokens of MXFP4, of the folded kernel that reads the same tiles: its copies do not begin early,
+"""Those from TILED_FROM tokens of MXFP4 on, of the folded kernel that reads the same tiles: its copies do not begin early,
 and Triton pipelines its loop."""
-TILED_ABOVE = 32
+TILED_FROM = 33
 SHORT_STEPS, WAVE = 16, 1.5
 """Steps of 256 K elements, and programs for each SM, up to which MXFP4 is streamed for up to 128 tokens: a short product ends
 before a pipeline is in its stride (measured on an H200)."""
 RESIDENT = 2
 """Programs of four warps on an SM up to which K is split; twice as many for up to 8 tokens, whose partial sums are small."""
 LEAST_STEPS = 4
-"""Steps of 256 K elements that a split has at least; twice as many of MXFP4 with more than TILED_ABOVE tokens, whose partial sums
+"""Steps of 256 K elements that a split has at least; twice as many of MXFP4 from TILED_FROM tokens on, whose partial sums
 are larger."""
 DESCALE: dict[Kind, float] = {"folded": 1.0, "scaled_16": 2.0**14, "scaled_32": 2.0**14}
 """The factor of the kernel's accumulators, the inverse of what its decoding divides by."""
@@ -60,7 +60,7 @@ def plan_of(weight: StreamedWeight, m: int, device: torch.device) -> Plan:
     configs, sms, steps = STREAMED[weight.kind], machine(device)[1], weight.k // WIDTH
     config = next((config for config in configs if m <= config.bm), configs[-1])
     least = LEAST_STEPS
-    if weight.kind == "folded" and m > TILED_ABOVE:
+    if weight.kind == "folded" and m >= TILED_FROM:
         if m > 2 * config.bm or steps > SHORT_STEPS or config.tiles(m, weight.n) > WAVE * sms:
             return choose(TILED, m, weight.n, weight.k, sms)
         least *= 2
