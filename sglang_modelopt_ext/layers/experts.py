@@ -22,6 +22,7 @@ from sglang_modelopt_ext.backends.timings import gpu_of
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.layers.handover import LONGEST
 from sglang_modelopt_ext.layers.linear import (
     INPUT_SCALE,
     Shard,
@@ -32,7 +33,7 @@ from sglang_modelopt_ext.layers.linear import (
     warn_once,
 )
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
-from sglang_modelopt_kernels.quantize.fp8.quantize import WHOLE, rounds
+from sglang_modelopt_kernels.quantize.fp8.quantize import rounds
 from sglang_modelopt_kernels.quantize.gated import swiglu_fp8
 
 ExpertShards = Sequence[Shard]
@@ -216,7 +217,7 @@ class ExpertProduct:
             and not self.groups[0].each
             and self.rank_amax is None
             and rounds(self.scheme.activation)
-            and h.shape[1] <= 2 * WHOLE
+            and h.shape[1] <= 2 * LONGEST
         )
 
     def apply_gated(

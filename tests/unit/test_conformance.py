@@ -205,6 +205,18 @@ def test_a_cache_is_judged_by_what_meets_it_rounded(export: str) -> None:
     assert not wrong.groups["cached prefix"].right
 
 
+def test_a_cache_of_two_precisions_is_read_by_layer() -> None:
+    """The same tensors, and another recipe for the second layer."""
+    one = next(case for case in CASES if case.name == "kv-nvfp4-and-fp8")
+    ids = random_ids(64, seed=5, vocab=511)
+    with torch.inference_mode():
+        mixed, uniform = (
+            Reader(EXPORTS[name].make(), Reading.of(one, None), torch.float32).scores(ids)
+            for name in (one.export, "kv-nvfp4")
+        )
+    assert float((mixed - uniform).abs().median()) > 1e-3
+
+
 def test_fp8_attention_of_sglang_rounds_queries() -> None:
     one = case("kv-fp8")
     reading = Reading.of(one, GPU, "fa3")

@@ -43,8 +43,9 @@ are larger."""
 DESCALE: dict[Kind, float] = {"folded": 1.0, "scaled_16": 2.0**14, "scaled_32": 2.0**14}
 """The factor of the kernel's accumulators, the inverse of what its decoding divides by."""
 DENSE_FROM: dict[Kind, int] = {"folded": 513, "scaled_16": 385, "scaled_32": 385}
-"""Tokens from which the weight is decoded once for a product of PyTorch's. MXFP4 takes 0.98 of that with 512 tokens and 1.14 with
-768. NVFP4's lies between 128, where decoding first takes twice as long, and 512, where it takes less; nothing between was timed."""
+"""Tokens from which the weight is decoded once for a product of PyTorch's. The folded kernel takes 0.98 of that with 512 tokens and
+1.14 with 768, in rows; in TILED's tiles it was not timed. NVFP4's lies between 128, where decoding first takes twice
+as long, and 512, where it takes less; nothing between was timed."""
 
 
 def operand(kind: Kind) -> torch.dtype:

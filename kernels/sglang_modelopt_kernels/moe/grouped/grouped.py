@@ -133,7 +133,8 @@ def grouped_linear(
     if row_scale is not None and pairs:
         count = row_scale.shape[0] if row_scale.dim() == 2 and row_scale.shape[1] == 1 else 0
         if row_scale.dtype != torch.float32 or not count or pairs % count:
-            raise ValueError(f"row_scale must be float32 [{pairs}, 1], got {tuple(row_scale.shape)} {row_scale.dtype}")
+            found = f"{tuple(row_scale.shape)} {row_scale.dtype}"
+            raise ValueError(f"row_scale must be float32 [{pairs}, 1], or fewer rows that divide them, got {found}")
     y: torch.Tensor = _grouped_linear(
         x,
         weight.codes,
