@@ -9,7 +9,7 @@ some expert rounds their inputs differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,14 @@ from sglang_modelopt_ext.backends.timings import gpu_of
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layers.handover import LONGEST
+from sglang_modelopt_ext.layers.handover import LONGEST, Rounding, announce_product, take
 from sglang_modelopt_ext.layers.linear import (
     INPUT_SCALE,
     Shard,
     check_blocks,
     exact_fp8,
     group_shards,
+    is_for_all_rows,
     round_input,
     warn_once,
 )
@@ -172,6 +173,8 @@ class ExpertProduct:
             # Copies: a slice would keep the whole parameter of the checkpoint alive.
             tensors[name] = stacked if differ else stacked[0].clone()
             each |= {name} if differ else set()
+        if not each and self._takes_handover({name: tensors[name] for name in inputs}):
+            announce_product()
         for name, tensor in tensors.items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
         return ExpertGroup(
@@ -180,6 +183,10 @@ class ExpertProduct:
             {name: prefix + name for name in inputs},
             frozenset(each),
         )
+
+    def _takes_handover(self, inputs: Mapping[str, torch.Tensor]) -> bool:
+        """Return whether the input may have been rounded by the module before; ``inputs`` are those of all experts."""
+        return rounds(self.scheme.activation) and self.rank_amax is None and is_for_all_rows(inputs)
 
     def release(self, layer: torch.nn.Module) -> None:
         """Remove the prepared tensors from ``layer``."""
@@ -251,6 +258,11 @@ class ExpertProduct:
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         backend, weight, inputs = self._prepared(layer, group)
+        if len(self.groups) == 1 and not group.each and self._takes_handover(inputs):
+            wanted = Rounding(inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE), exact_fp8(self._operand))
+            if (handed := take(x, wanted)) is not None:
+                scale = handed[1].reshape(-1, 1)
+                return backend.matmul(weight, handed[0].to(self._operand), scale, routing, out_dtype)
         if group.each:
             x = _for_rows(x, routing)
             # Rows with an invalid expert use the first expert's scales; their outputs are zero.

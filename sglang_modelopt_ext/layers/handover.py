@@ -1,13 +1,14 @@
 """Activations that the module before a product has rounded already, handed over beside the tensor. It needs no SGLang.
 
 Which module's output is which product's input is observed in the first forward passes, and verified there: the product must get
-the same tensor object with the same values. From then on the module rounds in its own kernel (:class:`Producer`), and the product
-takes what it finds on the tensor, once. Whatever differs (another tensor, another scale) is rounded by the product itself, so that
-a missed handover costs time and never a value.
+the same tensor, or a view of all of it as blocks of experts make one, with the same values. From then on the module rounds in its own
+kernel (:class:`Producer`), and the product takes what it finds on the tensor, once. Whatever differs (another tensor, another scale)
+is rounded by the product itself, so that a missed handover costs time and never a value.
 """
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,6 +78,12 @@ class _Products:
     present = False
 
 
+class _Latest:
+    """The last marked output of this process, as long as it lives: a view of it is another object, without its mark."""
+
+    output: weakref.ref[torch.Tensor] | None = None
+
+
 def announce_product() -> None:
     """Say that this process has a product that takes rounded inputs."""
     _Products.present = True
@@ -93,14 +100,19 @@ def observe(output: torch.Tensor, producer: Producer) -> None:
     if producer.left <= 0 or (output.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     producer.left -= 1
-    setattr(output, _ATTRIBUTE, _Handed(producer, None, copy=output.clone()))
+    _mark(output, _Handed(producer, None, copy=output.clone()))
 
 
 def hand_over(
     output: torch.Tensor, producer: Producer, rounding: Rounding, values: torch.Tensor, row_scale: torch.Tensor
 ) -> None:
     """Put the rounded values of a module's output beside it."""
-    setattr(output, _ATTRIBUTE, _Handed(producer, rounding, values, row_scale, _version(output)))
+    _mark(output, _Handed(producer, rounding, values, row_scale, _version(output)))
+
+
+def _mark(output: torch.Tensor, handed: _Handed) -> None:
+    setattr(output, _ATTRIBUTE, handed)
+    _Latest.output = weakref.ref(output)
 
 
 def rms_norm(
@@ -141,6 +153,16 @@ def forget(tensor: torch.Tensor) -> None:
         delattr(tensor, _ATTRIBUTE)
 
 
+def _marked(x: torch.Tensor) -> torch.Tensor:
+    """Return the marked output that ``x`` is a view of: of all its values, in their order. ``x`` itself where there is none."""
+    latest = None if _Latest.output is None else _Latest.output()
+    if latest is None or hasattr(x, _ATTRIBUTE) or not hasattr(latest, _ATTRIBUTE):
+        return x
+    # The output lives, so that no other tensor has its memory.
+    same = x.data_ptr() == latest.data_ptr() and (x.dtype, x.device) == (latest.dtype, latest.device)
+    return latest if same and x.shape == latest.shape and x.stride() == latest.stride() else x
+
+
 def take(x: torch.Tensor, wanted: Rounding) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Return the rounded values and scale that lie beside ``x`` ``[M, K]``, if they are as wanted; None otherwise.
 
@@ -149,6 +171,7 @@ def take(x: torch.Tensor, wanted: Rounding) -> tuple[torch.Tensor, torch.Tensor]
     """
     if torch.compiler.is_compiling():
         return None
+    x = _marked(x)
     handed: Any = getattr(x, _ATTRIBUTE, None)
     if handed is None:
         return None

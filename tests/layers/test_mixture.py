@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sglang_modelopt_ext.backends.experts.base import NO_EXPERT, Routing
 from sglang_modelopt_ext.env import FP4_ACTIVATIONS
 from sglang_modelopt_ext.layers.experts import ExpertProduct
+from sglang_modelopt_ext.layers.handover import Producer, hand_over, observe
 from sglang_modelopt_ext.layers.mixture import Biases, Choices, activate, add_choices, mix, weighted_bias
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
@@ -24,6 +25,7 @@ from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
 from sglang_modelopt_kernels.moe import activation as kernel
 from sglang_modelopt_kernels.moe.activation import SWIGLU, Activation, naive_activate
 from sglang_modelopt_kernels.moe.combine import combine, naive_combine
+from sglang_modelopt_kernels.quantize.fp8.naive import naive_quantize_fp8
 from sglang_modelopt_kernels.quantize.gated.naive import naive_swiglu_fp8
 
 TYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -316,3 +318,27 @@ def test_swiglu_and_rounding_in_one_kernel(algo: str, monkeypatch: pytest.Monkey
     assert torch.equal(product.apply_gated(module, h, routing, torch.float32), expected)
     product.rank_amax = lambda amax: amax
     assert not product.rounds_gated(h.as_subclass(OnGpu)), "the ranks' maxima are not known to the kernel"
+
+
+@pytest.mark.parametrize("algo", ["W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8", "NVFP4"])
+def test_input_that_the_module_before_has_rounded(algo: str) -> None:
+    """Taken as it is, through the view that a block of experts passes on, where one scale serves all experts in E4M3."""
+    layer, first, _ = products(algo, "cpu", torch.bfloat16)
+    x = torch.randn(6, HIDDEN, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    routing = Routing(choose(6, "cpu")["numbers"].reshape(-1).to(torch.int32), TOP_K)
+    expected = first.apply(layer, x, routing, torch.float32)
+    producer = Producer()
+    observe(x, producer)
+    assert torch.equal(first.apply(layer, x.view(-1, HIDDEN), routing, torch.float32), expected)
+    if algo == "NVFP4":
+        assert producer.wanted is None, "it is rounded in blocks"
+        return
+    assert producer.wanted is not None
+    values, row_scale = naive_quantize_fp8(x, None, producer.wanted.static_scale, None)
+    scale = producer.wanted.static_scale if row_scale is None else row_scale
+    assert scale is not None
+    hand_over(x, producer, producer.wanted, 2 * values, scale)
+    assert torch.equal(first.apply(layer, x.view(-1, HIDDEN), routing, torch.float32), 2 * expected)
+    first.rank_amax = lambda amax: amax
+    hand_over(x, producer, producer.wanted, 2 * values, scale)
+    assert torch.equal(first.apply(layer, x, routing, torch.float32), expected), "the ranks' maxima are not known to it"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,11 +38,56 @@ def test_an_output_that_was_changed_teaches_nothing(change) -> None:  # type: ig
     assert producer.wanted is None
 
 
-def test_another_tensor_object_gets_nothing() -> None:
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_view_of_the_whole_output_gets_what_lies_beside_it(inference: bool) -> None:
+    """As blocks of experts pass their input on; once, and also as the tensor that a module learns from."""
+    with torch.inference_mode(inference):
+        producer, x = Producer(), torch.ones(2, 4)
+        observe(x, producer)
+        assert take(x.view(-1, 4), WANTED) is None
+        assert producer.wanted is WANTED
+        values = x.to(torch.float8_e4m3fn)
+        hand_over(x, producer, WANTED, values, torch.ones(2, 1))
+        found = take(x.view(-1, 4), WANTED)
+        assert found is not None
+        assert found[0] is values
+        assert take(x.view(-1, 4), WANTED) is None
+        assert take(x, WANTED) is None
+
+
+def test_a_view_of_an_output_that_was_changed_gets_nothing() -> None:
     producer, x = Producer(WANTED), torch.ones(2, 4)
     hand_over(x, producer, WANTED, x.to(torch.float8_e4m3fn), torch.ones(2, 1))
-    assert take(x.view(2, 4), WANTED) is None
-    assert take(x.clone(), WANTED) is None
+    view = x.view(2, 4)
+    view.mul_(2)
+    assert take(view, WANTED) is None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: x.clone(),
+        lambda x: x[:2],
+        lambda x: x.t(),
+        lambda x: x.view(2, 8),
+        lambda x: x.view(torch.int32),
+    ],
+)
+def test_another_tensor_gets_nothing(other: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    producer, x = Producer(WANTED), torch.ones(4, 4)
+    hand_over(x, producer, WANTED, x.to(torch.float8_e4m3fn), torch.ones(4, 1))
+    assert take(other(x), WANTED) is None
+    assert take(x, WANTED) is not None
+
+
+def test_what_lay_beside_an_output_goes_with_it() -> None:
+    """A later tensor may have its memory."""
+    with torch.inference_mode():  # in which a view does not keep it
+        producer, x = Producer(WANTED), torch.ones(4, 4)
+        view = x.view(4, 4)
+        hand_over(x, producer, WANTED, x.to(torch.float8_e4m3fn), torch.ones(4, 1))
+        del x
+        assert take(view, WANTED) is None
 
 
 def test_values_are_taken_once_and_only_as_wanted() -> None:
