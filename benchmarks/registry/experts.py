@@ -22,7 +22,7 @@ from sglang_modelopt_kernels.moe.grouped.dense import launch as dense
 from sglang_modelopt_kernels.moe.grouped.dense.kernel import dense_kernel
 from sglang_modelopt_kernels.moe.grouped.kernel import grouped_kernel
 from sglang_modelopt_kernels.moe.grouped.weights import Kind
-from sglang_modelopt_kernels.moe.route import route
+from sglang_modelopt_kernels.moe.route import route, unsorted
 from sglang_modelopt_kernels.moe.streamed import launch as streamed
 
 STORED_TYPES: tuple[tuple[Kind, int, str, str | None], ...] = (
@@ -225,7 +225,7 @@ def _streamed_cases(arch: int) -> Iterator[Case]:
     types |= dict.fromkeys(("row_scale_ptr", "out_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("pairs", "share", "scale_share", "experts", "rows", "n", "k"), "i32")
     for config in streamed.CONFIGS:
-        own: dict[str, Any] = {"STAGES": config.stages, "HAS_ROW_SCALE": True, "SPLIT_K": 1, "KNOWN": True}
+        own: dict[str, Any] = {"STAGES": config.stages, "HAS_ROW_SCALE": True, "SPLIT_K": 1, "KNOWN": True, "SINGLE": False}
         yield Case(
             f"streamed experts {config}",
             streamed_experts_kernel,
@@ -247,13 +247,17 @@ def _streamed_stress(capability: int) -> Iterator[StressCase]:
         for rows, split in ((1, 1), (3, 1), (1, 2)):
             plan = streamed.Plan(config, rows, split)
             yield StressCase(f"streamed experts {config} rows {rows} split {split}", partial(_launch_streamed, plan))
+    for split in (1, 2):
+        plan = streamed.Plan(streamed.CONFIGS[0], 1, split)
+        yield StressCase(f"streamed experts unsorted split {split}", partial(_launch_streamed, plan, True))
 
 
-def _launch_streamed(plan: streamed.Plan) -> Launch:
-    k = WIDTHS["whole"]
+def _launch_streamed(plan: streamed.Plan, single: bool = False) -> Launch:
+    """Make a launch; ``single``: each pair in a block of its own, of more tokens than one to fill the GPU."""
+    k, block = WIDTHS["whole"], plan.config.bm
     weight = _weight("mxfp4_tiles", k)
-    x, chosen, row_scale = _operands(k, torch.float8_e4m3fn, plan.config.bm)
-    routed, pairs = route(chosen, EXPERTS, plan.config.bm), chosen.shape[0]
+    x, chosen, row_scale = _operands(k, torch.float8_e4m3fn, block)
+    routed, pairs = unsorted(chosen, block) if single else route(chosen, EXPERTS, block), chosen.shape[0]
     expected = _expected(x, weight, chosen, row_scale)
     # The table of pairs is complete: the stress run compares each result before the next launch.
     return Launch(

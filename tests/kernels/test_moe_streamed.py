@@ -14,7 +14,7 @@ import torch
 from sglang_modelopt_kernels.gemm.common import KernelConfig
 from sglang_modelopt_kernels.gemm.w4_stream import StreamedWeight, missing, unstream
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear, tile, unpack
-from sglang_modelopt_kernels.moe.route import Routed, route
+from sglang_modelopt_kernels.moe.route import Routed, route, unsorted
 from sglang_modelopt_kernels.moe.streamed.launch import CONFIGS, LEAST_STEPS, Plan, choose_block, plan_of, run
 from tests.support.gluon import Array, Machine, array
 
@@ -32,7 +32,7 @@ def weights_of(experts: int, n: int, k: int, device: str = "cpu") -> GroupedWeig
 
 @dataclass(frozen=True)
 class Case:
-    """A launch; ``shared``: the choices of a token read one row."""
+    """A launch; ``shared``: the choices of a token read one row; ``single``: each pair has a block of its own."""
 
     config: KernelConfig
     rows: int = 1
@@ -45,6 +45,7 @@ class Case:
     scales: str = "pair"
     experts: int = 3
     top_k: int = 2
+    single: bool = False
 
     @property
     def pairs(self) -> int:
@@ -62,6 +63,9 @@ CASES = [
     Case(KernelConfig(64, 16, 256, 4, 2), rows=2, tokens=20),
     Case(KernelConfig(64, 16, 256, 4, 3), rows=2, k=512, tokens=30, known=True, scales="one"),
     Case(CONFIGS[-1], rows=2, tokens=70, k=512, known=True),
+    Case(CONFIGS[0], tokens=1, experts=9, top_k=8, single=True),
+    Case(CONFIGS[0], tokens=1, experts=9, top_k=8, single=True, shared=False, known=True, split=2, k=1024),
+    Case(CONFIGS[0], tokens=1, rows=2, experts=9, top_k=5, single=True, scales="one"),
 ]
 
 
@@ -69,6 +73,8 @@ def operands(case: Case, device: str = "cpu") -> tuple[torch.Tensor, GroupedWeig
     """Activations, weights, the expert of each pair (some nobody's, one expert without pairs), and a scale for each pair."""
     generator = torch.Generator().manual_seed(case.tokens)
     chosen = torch.randint(-1, case.experts - 1, (case.pairs,), generator=generator, dtype=torch.int32)
+    if case.single:
+        chosen[1:4] = torch.tensor([-7, case.experts, case.experts - 1])  # whatever is no expert's number is nobody's
     rows = case.tokens if case.shared else case.pairs
     x = (torch.randn(rows, case.k, generator=generator) * 20).to(torch.float8_e4m3fn)
     row_scale = torch.rand(case.pairs, 1, generator=generator) + 0.5
@@ -145,7 +151,9 @@ def test_its_text_on_numpy(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = OnNumpy(kernel.streamed_experts_kernel)
     monkeypatch.setattr(kernel, "streamed_experts_kernel", machine)
     x, weight, chosen, row_scale = operands(case)
-    routed = sorted_pairs(chosen, case.experts, case.config.bm)
+    block = case.config.bm
+    routed = unsorted(chosen.clone(), block) if case.single else sorted_pairs(chosen, case.experts, block)
+    chosen[chosen >= case.experts] = -1
     torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors start as NaN
     plan = Plan(case.config, case.rows, case.split)
     y = run(x, weight, routed, case.pairs, row_scale, torch.float64, case.known, plan)
@@ -174,6 +182,18 @@ def test_choice(experts: int, n: int, k: int, pairs: int) -> None:
     assert plan.rows == 1 or plan.split == 1
     assert k // 256 >= LEAST_STEPS * plan.split or plan.split == 1
     assert block == CONFIGS[-1].bm or block * experts >= pairs
+
+
+def test_pairs_that_are_not_sorted_are_for_the_streamed_product_alone() -> None:
+    x, chosen = torch.zeros(1, 256, dtype=torch.float8_e4m3fn), torch.tensor([1, 0], dtype=torch.int32)
+    tiles = weights_of(2, 64, 256)
+    with pytest.raises(ValueError, match="dense tiles need pairs that are sorted"):
+        grouped_linear(x, tiles, unsorted(chosen, 64), 2, dense=True)
+    whole = GroupedWeight(torch.zeros(2, 64, 256, dtype=torch.float8_e4m3fn), None, torch.ones(2, 64), "e4m3")
+    with pytest.raises(ValueError, match="e4m3 need pairs that are sorted"):
+        grouped_linear(x, whole, unsorted(chosen, 16), 2)
+    with pytest.raises(ValueError, match="sorted for another size: 2 blocks, not 4"):
+        grouped_linear(x, tiles, unsorted(chosen, 8), 4)
 
 
 def test_blocks_of_no_configuration_are_rejected() -> None:
@@ -231,6 +251,7 @@ def cut_sums(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 def test_the_tolerance_is_that_of_the_instruction(case: Case) -> None:
     """A right kernel uses half of it, and one wrong block scale in a thousand outputs more."""
     x, weight, chosen, row_scale = operands(case)
+    chosen[chosen >= case.experts] = -1
     scale, rows = of_pairs(row_scale, case), x.double().repeat_interleave(case.pairs // x.shape[0], dim=0)
     y = torch.zeros(case.pairs, case.n)
     for expert in set(chosen[chosen >= 0].tolist()):
@@ -250,6 +271,7 @@ GPU_CASES = [
         for tokens in (1, 37)
     ),
     Case(CONFIGS[0], split=2, tokens=3, n=1536, k=2048, experts=40, top_k=8),
+    Case(CONFIGS[0], tokens=1, n=1536, k=2048, experts=40, top_k=8, single=True),
 ]
 
 
@@ -259,7 +281,9 @@ GPU_CASES = [
 def test_on_a_gpu(case: Case, known: bool) -> None:
     hopper()
     x, weight, chosen, row_scale = operands(case, "cuda")
-    routed = route(chosen, case.experts, case.config.bm)
+    block = case.config.bm
+    routed = unsorted(chosen.clone(), block) if case.single else route(chosen, case.experts, block)
+    chosen[chosen >= case.experts] = -1
     torch.cuda.synchronize()
     torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors start as NaN
     plan = Plan(case.config, case.rows, case.split)

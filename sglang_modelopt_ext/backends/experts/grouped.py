@@ -34,7 +34,7 @@ from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight
 from sglang_modelopt_kernels.moe.grouped.launch import TAKEN
 from sglang_modelopt_kernels.moe.grouped.weights import KIND_OF, Kind
-from sglang_modelopt_kernels.moe.route import Routed, route
+from sglang_modelopt_kernels.moe.route import Routed, route, unsorted
 
 FLOATS = (torch.float16, torch.bfloat16)
 
@@ -45,6 +45,9 @@ ACTIVATIONS = (FP8, NVFP4, MXFP4, MXFP8, INT8)
 
 class GroupedExperts(ExpertBackend[GroupedWeight]):
     """A product of :mod:`sglang_modelopt_kernels.moe.grouped`."""
+
+    reads_unsorted = False
+    """Whether the pairs of one token need not be sorted."""
 
     def prepare(self, experts: Sequence[Sequence[ShardWeight]]) -> GroupedWeight:
         """Stack the weights of all experts; see :meth:`keep`."""
@@ -79,14 +82,16 @@ class GroupedExperts(ExpertBackend[GroupedWeight]):
         )
         return y
 
-    @staticmethod
-    def _sorted(weight: GroupedWeight, operand: torch.dtype, routing: Routing) -> tuple[Routed, bool]:
+    def _sorted(self, weight: GroupedWeight, operand: torch.dtype, routing: Routing) -> tuple[Routed, bool]:
         """Return the sorted rows, and whether they had been sorted before."""
         block = grouped.tile(weight, operand, routing.rows)
-        key = ("grouped", weight.experts, block)
+        single = self.reads_unsorted and routing.rows == routing.top_k
+        key = ("grouped", weight.experts, block, single)
         known = key in routing.derived
         if not known:
-            routing.derived[key] = route(routing.experts, weight.experts, block)
+            routing.derived[key] = (
+                unsorted(routing.experts, block) if single else route(routing.experts, weight.experts, block)
+            )
         routed: Routed = routing.derived[key]
         return routed, known
 
@@ -174,6 +179,7 @@ class GroupedStreamed(GroupedExperts):
         "unstream_kernel",
     )
     interpreted = False
+    reads_unsorted = True
 
     def supports(self, request: ExpertRequest) -> str | None:
         """MXFP4 weights of whole tiles with FP8 activations, on SM90 with Triton's Gluon."""

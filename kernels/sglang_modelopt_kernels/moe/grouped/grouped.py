@@ -47,6 +47,7 @@ def _grouped_linear(
     owner: torch.Tensor,
     first: torch.Tensor,
     block: int,
+    single: bool,
     pairs: int,
     row_scale: torch.Tensor | None,
     out_dtype: torch.dtype,
@@ -58,7 +59,7 @@ def _grouped_linear(
     weight = GroupedWeight(codes, scale, out_scale, kind, fp8)
     if pairs == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
-    routed = Routed(sorted_pairs, owner, first, block)
+    routed = Routed(sorted_pairs, owner, first, block, single)
     if weight.kind == "mxfp4_tiles" and not dense:
         return streamed.run(x, weight, routed, pairs, row_scale, out_dtype, known=known)
     if row_scale is not None and row_scale.shape[0] != pairs:
@@ -78,13 +79,14 @@ def _(
     owner: torch.Tensor,
     first: torch.Tensor,
     block: int,
+    single: bool,
     pairs: int,
     row_scale: torch.Tensor | None,
     out_dtype: torch.dtype,
     dense: bool,
     known: bool,
 ) -> torch.Tensor:
-    del scale, out_scale, kind, fp8, sorted_pairs, owner, first, block, row_scale, dense, known
+    del scale, out_scale, kind, fp8, sorted_pairs, owner, first, block, single, row_scale, dense, known
     return x.new_empty((pairs, codes.shape[1]), dtype=out_dtype)
 
 
@@ -127,9 +129,13 @@ def grouped_linear(
         raise ValueError(f"{pairs} pairs do not share {x.shape[0]} rows evenly")
     capability = machine(x.device)[0]
     math_of(weight.kind, x.dtype, capability)
-    blocks = most_blocks(pairs, weight.experts, routed.block)
-    if routed.owner.shape != (blocks,) or routed.pairs.shape != (blocks * routed.block,):
+    if dense is None:
+        dense = takes_dense(weight, x.dtype, pairs, capability)
+    blocks = pairs if routed.single else most_blocks(pairs, weight.experts, routed.block)
+    if routed.owner.shape != (blocks,) or not (routed.single or routed.pairs.shape == (blocks * routed.block,)):
         raise ValueError(f"the pairs were sorted for another size: {routed.owner.shape[0]} blocks, not {blocks}")
+    if routed.single and (dense or weight.kind != "mxfp4_tiles"):
+        raise ValueError(f"{'dense tiles' if dense else weight.kind} need pairs that are sorted")
     if row_scale is not None and pairs:
         count = row_scale.shape[0] if row_scale.dim() == 2 and row_scale.shape[1] == 1 else 0
         if row_scale.dtype != torch.float32 or not count or pairs % count:
@@ -146,10 +152,11 @@ def grouped_linear(
         routed.owner,
         routed.first,
         routed.block,
+        routed.single,
         pairs,
         row_scale,
         out_dtype,
-        takes_dense(weight, x.dtype, pairs, capability) if dense is None else dense,
+        dense,
         known,
     )
     return y

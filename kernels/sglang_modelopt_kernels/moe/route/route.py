@@ -26,17 +26,25 @@ class Routed:
             block.
         first: int32 ``[experts + 2]``: the first block of each expert, that of invalid experts, and the number of used blocks.
         block: pairs in a block.
+        single: whether each pair has a block of its own and ``owner`` is the expert of each pair, invalid ones included: nothing
+            was sorted, and ``pairs`` and ``first`` are undefined. For the streamed product alone.
     """
 
     pairs: torch.Tensor
     owner: torch.Tensor
     first: torch.Tensor
     block: int
+    single: bool = False
 
 
 def most_blocks(pairs: int, experts: int, block: int) -> int:
     """Return the blocks that ``pairs`` pairs fill at most, whichever experts, valid or not, they have."""
     return (pairs + min(experts + 1, pairs) * (block - 1)) // block
+
+
+def unsorted(pair_experts: torch.Tensor, block: int) -> Routed:
+    """Return pairs as they are, int32 ``[R]``, each in a block of its own: those of one token, of which no two share an expert."""
+    return Routed(pair_experts, pair_experts, pair_experts, block, single=True)
 
 
 @torch.library.custom_op("modelopt_ext::route_pairs", mutates_args=())

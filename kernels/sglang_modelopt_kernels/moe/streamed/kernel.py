@@ -4,7 +4,7 @@ The copies, the decoding and the numerics are those of :mod:`sglang_modelopt_ker
 a few tiles: a program goes on to the next 64 output features, whose first tiles are on their way by then: copies never pause.
 
 Which weight a program reads, the table of pairs says. Where it was complete before the kernel ahead of this one began, weights are
-fetched before that kernel has ended (KNOWN).
+fetched before that kernel has ended (KNOWN). The pairs of a single token need no table: each has a block of its own (SINGLE).
 """
 
 from __future__ import annotations
@@ -30,6 +30,17 @@ def _next(tile, place, steps, below):
     """Return the tile after the ``place``-th along K, and its place: behind the last, the first one ``below`` tiles on."""
     last = place + 1 == steps
     return gl.where(last, tile - place + below, tile + 1), gl.where(last, 0, place + 1)
+
+
+@gluon.jit
+def _pairs_of(pairs_ptr, block, pairs, SINGLE: gl.constexpr, BM: gl.constexpr, LAYOUT: gl.constexpr):
+    """Return the pairs of a block; ``pairs`` where it has none."""
+    place = gl.arange(0, BM, layout=LAYOUT)
+    if SINGLE:
+        pair = gl.where(place == 0, block, pairs)
+    else:
+        pair = gl.load(pairs_ptr + block.to(gl.int64) * BM + place)
+    return pair
 
 
 @gluon.jit
@@ -81,13 +92,14 @@ def streamed_experts_kernel(
     HAS_ROW_SCALE: gl.constexpr,
     SPLIT_K: gl.constexpr,
     KNOWN: gl.constexpr,
+    SINGLE: gl.constexpr,
     PDL: gl.constexpr,
     BN: gl.constexpr,
     BM: gl.constexpr,
 ):
     """Compute ``rows`` tiles of BN outputs for a block of BM pairs, or with SPLIT_K > 1 a part of their sums.
 
-    Pair ``r`` reads row ``r // share`` of ``x`` and ``r // scale_share`` of ``row_scale``. Blocks of pairs are the fastest grid
+    With SINGLE a block has the one pair of its number, and its owner is that pair's expert, invalid ones included. Pair ``r`` reads row ``r // share`` of ``x`` and ``r // scale_share`` of ``row_scale``. Blocks of pairs are the fastest grid
     axis: those of one expert share its weight in L2. STAGES tiles are on their way or in use at a time. ``n`` is a multiple of 64
     and ``k`` one of 256.
     """
@@ -103,13 +115,14 @@ def streamed_experts_kernel(
     if not KNOWN:
         after_previous(PDL)
     owner = gl.load(owner_ptr + block)
+    if SINGLE:
+        owner = gl.where((owner >= 0) & (owner < experts), owner, experts)
     if owner < 0:
         return
     tiles = n // BN
     row = gl.program_id(1) * rows
     rows = gl.minimum(rows, tiles - row)
-    own = pairs_ptr + block.to(gl.int64) * BM
-    pair = gl.load(own + gl.arange(0, BM, layout=gl.SliceLayout(1, X_COPY)))
+    pair = _pairs_of(pairs_ptr, block, pairs, SINGLE, BM, gl.SliceLayout(1, X_COPY))
     if owner == experts:
         if KNOWN:
             after_previous(PDL)
@@ -157,7 +170,7 @@ def streamed_experts_kernel(
             acc += _multiply(w_s, s_s, x, used, MMA, BM)
             used = gl.where(used == STAGES - 1, 0, used + 1)
             free = gl.where(free == STAGES - 1, 0, free + 1)
-        member = gl.load(own + gl.arange(0, BM, layout=gl.SliceLayout(0, MMA)))
+        member = _pairs_of(pairs_ptr, block, pairs, SINGLE, BM, gl.SliceLayout(0, MMA))
         if HAS_ROW_SCALE:
             scale = gl.load(row_scale_ptr + gl.minimum(member, pairs - 1) // scale_share)
             acc *= scale[None, :]

@@ -121,6 +121,7 @@ def run(
             HAS_ROW_SCALE=row_scale is not None,
             SPLIT_K=plan.split,
             KNOWN=known,
+            SINGLE=routed.single,
             BN=config.bn,
             BM=config.bm,
             num_warps=config.warps,
