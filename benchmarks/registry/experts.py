@@ -15,13 +15,15 @@ from sglang_modelopt_kernels.gemm.common import KernelConfig, matrix_instruction
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
-from sglang_modelopt_kernels.gemm.w4_stream import missing, stream_folded
+from sglang_modelopt_kernels.gemm.w4_stream import missing, packing, stream_folded, stream_nvfp4
+from sglang_modelopt_kernels.gemm.w4_stream.launch import DESCALE
+from sglang_modelopt_kernels.gemm.w4_stream.packing import BLOCKS
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, launch, naive_grouped_linear, unpack
 from sglang_modelopt_kernels.moe.grouped.dense import launch as dense
 from sglang_modelopt_kernels.moe.grouped.dense.kernel import dense_kernel
 from sglang_modelopt_kernels.moe.grouped.kernel import grouped_kernel
-from sglang_modelopt_kernels.moe.grouped.weights import Kind
+from sglang_modelopt_kernels.moe.grouped.weights import TILES, Kind
 from sglang_modelopt_kernels.moe.route import route, unsorted
 from sglang_modelopt_kernels.moe.streamed import launch as streamed
 
@@ -41,6 +43,7 @@ FORMATS: dict[Kind, str] = {
     "int4_float": "int4_awq",
     "mxfp4": "mxfp4",
     "mxfp4_tiles": "mxfp4",
+    "nvfp4_tiles": "nvfp4_w4a8",
     "e4m3": "fp8_per_channel",
     "e4m3_float": "fp8_block",
     "e4m3_exponent": "mxfp8",
@@ -50,6 +53,9 @@ FORMATS: dict[Kind, str] = {
 """A weight format that is kept as each kind."""
 WHOLE = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
 """Kinds without block scales, and the dtype of their codes."""
+
+STREAMED: dict[Kind, packing.Kind] = {"mxfp4_tiles": "folded", "nvfp4_tiles": "scaled_32"}
+"""Kinds of the streamed product, and how the tiles of FORMATS' formats are read."""
 
 DTYPES = {torch.float8_e4m3fn: "fp8", torch.bfloat16: "bf16", torch.float16: "fp16"}
 EXPERTS, TOP_K, N = 16, 4, 1536
@@ -129,13 +135,13 @@ def _dense_case(name: str, config: KernelConfig, scaled: bool) -> Case:
 def _problems(capability: int) -> Iterator[tuple[Kind, torch.dtype, str, int]]:
     """Yield the kinds, activations and K of the stress cases."""
     for kind, dtypes in launch.TAKEN.items():
-        if (kind == "mxfp4" and not 100 <= capability < 120) or (kind == "mxfp4_tiles" and capability != 90):
+        if (kind == "mxfp4" and not 100 <= capability < 120) or (kind in TILES and capability != 90):
             continue
         for dtype in dtypes:
             if dtype == torch.float8_e4m3fn and capability < 89:
                 continue
             for width, k in WIDTHS.items():
-                if kind == "mxfp4_tiles" and k % 256:
+                if kind in TILES and k % 256:
                     continue
                 if (kind == "int4_float" and k % 128) or (width == "tail" and dtype == torch.float16):
                     continue
@@ -144,7 +150,7 @@ def _problems(capability: int) -> Iterator[tuple[Kind, torch.dtype, str, int]]:
 
 def _stress(capability: int) -> Iterator[StressCase]:
     for kind, dtype, width, k in _problems(capability):
-        if kind == "mxfp4_tiles":
+        if kind in TILES:
             continue  # a kernel of its own
         math = launch.math_of(kind, dtype, capability)
         for config in launch.configs(kind, math, capability, k):
@@ -170,6 +176,11 @@ def _weight(kind: Kind, k: int) -> GroupedWeight:
             every.append(grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"]))
         elif kind == "mxfp4_tiles":
             every.append(grouped.tiled(stream_folded(fold(stored["weight"], stored["weight_scale"]))))
+        elif kind == "nvfp4_tiles":
+            blocks = number.blocks(stored)
+            if blocks is None:
+                raise ValueError(f"{number.name} has no blocks")
+            every.append(grouped.tiled(stream_nvfp4(blocks)))
         elif kind == "e4m3_exponent":
             every.append(grouped.mxfp8(stored["weight"], stored["weight_scale"]))
         elif kind == "e4m3_float":
@@ -220,20 +231,27 @@ def _streamed_cases(arch: int) -> Iterator[Case]:
         return
     from sglang_modelopt_kernels.moe.streamed.kernel import streamed_experts_kernel
 
-    types = {"x_ptr": "*fp8e4nv", "w_ptr": "*u8", "s_ptr": "*u8", "y_ptr": "*bf16", "partial_ptr": "*fp32"}
+    types = {"w_ptr": "*u8", "s_ptr": "*u8", "y_ptr": "*bf16", "partial_ptr": "*fp32"}
     types |= dict.fromkeys(("pairs_ptr", "owner_ptr", "arrivals_ptr"), "*i32")
     types |= dict.fromkeys(("row_scale_ptr", "out_scale_ptr"), "*fp32")
     types |= dict.fromkeys(("pairs", "share", "scale_share", "experts", "rows", "n", "k"), "i32")
-    for config in streamed.CONFIGS:
-        own: dict[str, Any] = {"STAGES": config.stages, "HAS_ROW_SCALE": True, "SPLIT_K": 1, "KNOWN": True, "SINGLE": False}
+    for kind, config in ((kind, config) for kind, every in streamed.CONFIGS.items() for config in every):
+        own: dict[str, Any] = {
+            "STAGES": config.stages,
+            "HAS_ROW_SCALE": True,
+            "SPLIT_K": 1,
+            "KNOWN": True,
+            "SINGLE": False,
+        }
+        own |= {"FP8": kind == "folded", "BLOCKS": BLOCKS[kind], "DESCALE": DESCALE[kind]}
         yield Case(
-            f"streamed experts {config}",
+            f"streamed experts {kind} {config}",
             streamed_experts_kernel,
-            types,
+            types | {"x_ptr": "*fp8e4nv" if kind == "folded" else "*fp16"},
             own | {"PDL": arch >= 90, "BN": config.bn, "BM": config.bm},
             {"num_warps": config.warps, "num_stages": config.stages},
             aligned=("n", "k"),
-            matrix="e4m3",
+            matrix="e4m3" if kind == "folded" else "f16",
             weights=config.bn * config.bk,
             fragments=True,
             copies=("cp.async",),
@@ -243,20 +261,23 @@ def _streamed_cases(arch: int) -> Iterator[Case]:
 def _streamed_stress(capability: int) -> Iterator[StressCase]:
     if capability != 90 or missing() is not None:
         return
-    for config in streamed.CONFIGS:
-        for rows, split in ((1, 1), (3, 1), (1, 2)):
-            plan = streamed.Plan(config, rows, split)
-            yield StressCase(f"streamed experts {config} rows {rows} split {split}", partial(_launch_streamed, plan))
-    for split in (1, 2):
-        plan = streamed.Plan(streamed.CONFIGS[0], 1, split)
-        yield StressCase(f"streamed experts unsorted split {split}", partial(_launch_streamed, plan, True))
+    for kind, read in STREAMED.items():
+        for config in streamed.CONFIGS[read]:
+            for rows, split in ((1, 1), (3, 1), (1, 2)):
+                plan = streamed.Plan(config, rows, split)
+                name = f"streamed experts {kind} {config} rows {rows} split {split}"
+                yield StressCase(name, partial(_launch_streamed, kind, plan))
+        for split in (1, 2):
+            plan = streamed.Plan(streamed.CONFIGS[read][0], 1, split)
+            name = f"streamed experts {kind} unsorted split {split}"
+            yield StressCase(name, partial(_launch_streamed, kind, plan, True))
 
 
-def _launch_streamed(plan: streamed.Plan, single: bool = False) -> Launch:
+def _launch_streamed(kind: Kind, plan: streamed.Plan, single: bool = False) -> Launch:
     """Make a launch; ``single``: each pair in a block of its own, of more tokens than one to fill the GPU."""
     k, block = WIDTHS["whole"], plan.config.bm
-    weight = _weight("mxfp4_tiles", k)
-    x, chosen, row_scale = _operands(k, torch.float8_e4m3fn, block)
+    weight = _weight(kind, k)
+    x, chosen, row_scale = _operands(k, launch.TAKEN[kind][0], block)
     if single:  # no more tiles than counters of arrivals
         x, chosen, row_scale = x[:40], chosen[: 40 * TOP_K], row_scale[: 40 * TOP_K]
     routed, pairs = unsorted(chosen, block) if single else route(chosen, EXPERTS, block), chosen.shape[0]

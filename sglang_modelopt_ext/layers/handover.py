@@ -1,9 +1,9 @@
 """Activations that the module before a product has rounded already, handed over beside the tensor. It needs no SGLang.
 
 Which module's output is which product's input is observed in the first forward passes, and verified there: the product must get
-the same tensor, or a view of all of it as blocks of experts make one, with the same values. From then on the module rounds in its own
-kernel (:class:`Producer`), and the product takes what it finds on the tensor, once. Whatever differs (another tensor, another scale)
-is rounded by the product itself, so that a missed handover costs time and never a value.
+the same tensor with the same values, or a view of all of it, as blocks of experts make one. From then on the module rounds in its
+own kernel (:class:`Producer`), and the product takes what it finds on the tensor, once. Whatever differs (another tensor, another
+scale) is rounded by the product itself, so that a missed handover costs time and never a value.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from sglang_modelopt_kernels.gemm.w4_stream import launch as streamed
 from sglang_modelopt_kernels.gemm.w8_decode import launch as eight_bit
 from sglang_modelopt_kernels.moe.grouped import launch as grouped
 from sglang_modelopt_kernels.moe.grouped.dense import launch as dense
+from sglang_modelopt_kernels.moe.grouped.weights import TILES
 from sglang_modelopt_kernels.moe.streamed import launch as streamed_experts
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def test_every_configuration_is_listed(arch: int) -> None:
         assert listed == (expected if arch >= 100 else [])
     for kind, dtypes in grouped.TAKEN.items():
         for dtype in dtypes:
-            if (kind == "mxfp4" and arch not in (100, 103)) or kind == "mxfp4_tiles":
+            if (kind == "mxfp4" and arch not in (100, 103)) or kind in TILES:
                 continue
             math = grouped.math_of(kind, dtype, arch)
             chosen = [str(config) for k in (128, 256) for config in grouped.configs(kind, math, arch, k)]

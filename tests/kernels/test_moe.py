@@ -22,7 +22,7 @@ from sglang_modelopt_kernels.formats import WEIGHT_FORMATS, ue8m0
 from sglang_modelopt_kernels.gemm.mxfp4_fp8_hopper import fold
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
-from sglang_modelopt_kernels.gemm.w4_stream import stream_folded
+from sglang_modelopt_kernels.gemm.w4_stream import stream_folded, stream_nvfp4
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.combine import combine, naive_combine
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight, grouped_linear, naive_grouped_linear, unpack
@@ -49,8 +49,10 @@ FORMATS = {
 }
 
 
-TILES = "mxfp4_tiles"
-"""A kind whose product without dense tiles no interpreter runs (``test_moe_streamed.py``)."""
+TILES = {"mxfp4_tiles": "mxfp4", "nvfp4_tiles/16": "nvfp4", "nvfp4_tiles": "nvfp4_w4a8"}
+"""Kinds whose product without dense tiles no interpreter runs (``test_moe_streamed.py``), and the format of each."""
+TILE_TYPES = {"mxfp4_tiles": "fp8", "nvfp4_tiles/16": "fp16", "nvfp4_tiles": "fp16"}
+"""The activations of each."""
 WHOLE = {"e4m3": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16}
 
 
@@ -60,10 +62,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 def one_expert(kind: str, n: int, k: int, generator: torch.Generator) -> GroupedWeight:
     """A random weight, its rows of uneven size, as the reference quantizer stores it."""
-    number = WEIGHT_FORMATS["mxfp4" if kind == TILES else FORMATS[kind]]
+    number = WEIGHT_FORMATS[(FORMATS | TILES)[kind]]
     weight = torch.randn(n, k, generator=generator) * torch.randn(n, 1, generator=generator).exp()
     stored = number.quantize(weight)
-    if kind == TILES:
+    if kind == "mxfp4_tiles":
         return grouped.tiled(stream_folded(fold(stored["weight"], stored["weight_scale"])))
     if kind == "mxfp4":
         return grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"])
@@ -76,7 +78,7 @@ def one_expert(kind: str, n: int, k: int, generator: torch.Generator) -> Grouped
         return grouped.whole(*prepare_dense(number.decode(stored), WHOLE[kind]))
     blocks = number.blocks(stored)
     assert blocks is not None
-    return grouped.packed(pack(blocks))
+    return grouped.tiled(stream_nvfp4(blocks)) if kind in TILES else grouped.packed(pack(blocks))
 
 
 def moved(weight: GroupedWeight, device: str) -> GroupedWeight:
@@ -210,8 +212,15 @@ DENSE = [
     Case("int4_float", "fp8", 7, experts=5, n=300, k=384, block=128, dense=True, scratch=1),
     Case("e4m3_float", "fp16", 3, n=140, k=200, dense=True, scratch=140 * 200 * 2),
     Case("e4m3", "fp8", 1, top_k=1, experts=1, spread="one", dense=True),
-    Case(TILES, "fp8", 5, spread="all", n=192, k=512, dense=True),
-    Case(TILES, "fp8", 70, n=320, k=256, shared=False, dense=True, scratch=1),  # each expert in three parts
+    *(
+        case
+        for kind in TILES
+        for case in (
+            Case(kind, TILE_TYPES[kind], 5, spread="all", n=192, k=512, dense=True),
+            # Each expert in three parts.
+            Case(kind, TILE_TYPES[kind], 70, n=320, k=256, shared=False, dense=True, scratch=1),
+        )
+    ),
     Case("bf16", "bf16", 300, top_k=8, experts=9, n=20, k=80, dense=True),  # more than one stripe of blocks
 ]
 DENSE_FP8 = [case for case in DENSE if case.dtype == "fp8" and case.kind in ("int4_float", "e2m1_exponent")]
@@ -295,7 +304,7 @@ def test_in_the_interpreter() -> None:
 
 
 def test_every_kind_is_covered() -> None:
-    assert {TILES, *(kind.split("/")[0] for kind in FORMATS)} == set(KINDS) == set(grouped_launch.TAKEN)
+    assert {kind.split("/")[0] for kind in (*FORMATS, *TILES)} == set(KINDS) == set(grouped_launch.TAKEN)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -347,7 +356,7 @@ def test_blocks_are_never_too_few(owners: list[int], experts: int, block: int) -
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != TILES])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in TILES])
 def test_blocks_follow_the_load(kind: Any, capability: int) -> None:
     for dtype in grouped_launch.TAKEN[kind]:
         blocks = [grouped_launch.choose_block(kind, dtype, pairs, 128, capability) for pairs in (8, 2048, 8192)]

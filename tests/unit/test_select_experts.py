@@ -40,7 +40,8 @@ def request(algo: str, capability: int | None = 90, weight: str | None = None, *
 @pytest.mark.parametrize("capability", [80, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize(("algo", "weight"), ROWS)
 def test_on_a_gpu(algo: str, weight: str, capability: int) -> None:
-    special = {90: STREAMED, 100: TCGEN05, 103: TCGEN05} if algo == "W4A8_MXFP4_FP8" else {}
+    special = {90: STREAMED} if algo in ("W4A8_NVFP4_FP8", "W4A8_MXFP4_FP8") else {}
+    special |= dict.fromkeys((100, 103), TCGEN05) if algo == "W4A8_MXFP4_FP8" else {}
     asked = request(algo, capability, weight)
     assert expert_candidates(asked, "experts")[0].name == special.get(capability, GROUPED)
 
@@ -52,6 +53,7 @@ def test_parts_of_tiles_and_other_tritons_are_not_streamed(monkeypatch: pytest.M
         assert "needs N in 64s and K in 256s" in str(streamed.supports(asked))
         assert expert_candidates(asked, "experts")[0].name == GROUPED
     assert "FP8 activations" in str(streamed.supports(request("MXFP4")))
+    assert "math fp8" in str(streamed.supports(dataclasses.replace(request("W4A8_NVFP4_FP8"), math="fp8")))
     monkeypatch.setattr("sglang_modelopt_ext.backends.experts.grouped.missing", lambda: "needs another Triton")
     assert streamed.supports(request("W4A8_MXFP4_FP8")) == "needs another Triton"
 
@@ -77,7 +79,7 @@ def test_on_a_cpu(algo: str, weight: str) -> None:
 @pytest.mark.parametrize(
     ("algo", "fields", "operand"),
     [
-        ("W4A8_NVFP4_FP8", {}, torch.float8_e4m3fn),
+        ("W4A8_NVFP4_FP8", {"capability": 89}, torch.float8_e4m3fn),
         ("W4A8_NVFP4_FP8", {"capability": 80}, torch.float16),
         ("W4A8_NVFP4_FP8", {"math": "fp8"}, torch.float8_e4m3fn),
         ("FP8", {"capability": 80}, torch.float16),

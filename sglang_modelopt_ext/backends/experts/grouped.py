@@ -19,7 +19,7 @@ from sglang_modelopt_ext.backends.base import (
     type_objection,
 )
 from sglang_modelopt_ext.backends.experts.base import ExpertBackend, ExpertRequest, Routing
-from sglang_modelopt_ext.backends.linear.mxfp4_hopper import fold_shards
+from sglang_modelopt_ext.backends.linear.streamed import stream_objection, stream_operand, stream_shards
 from sglang_modelopt_ext.backends.tokens import covering
 from sglang_modelopt_kernels.formats.fp8 import FP8, FP8_BLOCKS
 from sglang_modelopt_kernels.formats.int8 import INT8
@@ -28,8 +28,7 @@ from sglang_modelopt_kernels.formats.mxfp8 import MXFP8
 from sglang_modelopt_kernels.formats.nvfp4 import NVFP4
 from sglang_modelopt_kernels.gemm.reference import prepare_dense
 from sglang_modelopt_kernels.gemm.w4_decode import pack
-from sglang_modelopt_kernels.gemm.w4_stream import missing, stream_folded
-from sglang_modelopt_kernels.gemm.w4_stream.packing import ROWS, WIDTH
+from sglang_modelopt_kernels.gemm.w4_stream import missing
 from sglang_modelopt_kernels.moe import grouped
 from sglang_modelopt_kernels.moe.grouped import GroupedWeight
 from sglang_modelopt_kernels.moe.grouped.launch import TAKEN
@@ -167,7 +166,7 @@ def _rows_of_blocks(shard: ShardWeight) -> torch.Tensor:
 
 
 class GroupedStreamed(GroupedExperts):
-    """MXFP4 weights whose copies begin before their input is there: :mod:`sglang_modelopt_kernels.moe.streamed`."""
+    """4-bit weights whose copies begin before their input is there: :mod:`sglang_modelopt_kernels.moe.streamed`."""
 
     name = "gluon_streamed_experts"
     kernels = (
@@ -182,25 +181,18 @@ class GroupedStreamed(GroupedExperts):
     reads_unsorted = True
 
     def supports(self, request: ExpertRequest) -> str | None:
-        """MXFP4 weights of whole tiles with FP8 activations, on SM90 with Triton's Gluon."""
+        """MXFP4 and NVFP4 weights of whole tiles with FP8 activations, on SM90 with Triton's Gluon."""
         if not request.target.is_one_of(90):
             return "is for SM90"
-        if (reason := missing()) is not None:
-            return reason
-        if (reason := type_objection(request.scheme, (MXFP4,)) or fp8_objection(request)) is not None:
-            return reason
-        if request.n % ROWS or request.k % WIDTH:
-            return f"needs N in {ROWS}s and K in {WIDTH}s, not {request.n} x {request.k}"
-        return None
+        return missing() or stream_objection(request)
 
     def operand(self, request: ExpertRequest) -> torch.dtype:
-        """Return E4M3."""
-        del request
-        return torch.float8_e4m3fn
+        """Return E4M3 beside MXFP4, float16 beside NVFP4."""
+        return stream_operand(request)
 
     def keep(self, shards: Sequence[ShardWeight]) -> GroupedWeight:
-        """Put the shards into tiles, one below the other; see :func:`stream_folded`."""
-        return grouped.tiled(stream_folded(fold_shards(shards)))
+        """Put the shards into tiles, one below the other."""
+        return grouped.tiled(stream_shards(shards))
 
 
 class GroupedMxfp4(GroupedExperts):

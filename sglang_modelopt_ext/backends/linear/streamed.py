@@ -31,6 +31,31 @@ from sglang_modelopt_kernels.gemm.w4_stream.launch import operand
 from sglang_modelopt_kernels.gemm.w4_stream.packing import ROWS, WIDTH
 
 
+def stream_objection(request: LinearRequest) -> str | None:
+    """Return why 4-bit weights in tiles do not serve ``request``, by types, sizes and numerics; None when they do."""
+    if (reason := type_objection(request.scheme, (MXFP4, NVFP4, NVFP4_BLOCK32))) is not None:
+        return reason
+    if request.n % ROWS or request.k % WIDTH:
+        return f"needs N in {ROWS}s and K in {WIDTH}s, not {request.n} x {request.k}"
+    if request.scheme.weight.number_type == MXFP4:
+        return fp8_objection(request)
+    if not is_fp8(request.scheme.activation):
+        return f"needs FP8 activations, not {request.scheme.activation or 'unrounded'}"
+    return None if request.math == "exact" else f"does not round weights as math {request.math} does"
+
+
+def stream_operand(request: LinearRequest) -> torch.dtype:
+    """Return the type of activations: E4M3 beside MXFP4, float16 beside NVFP4."""
+    return operand("folded" if request.scheme.weight.number_type == MXFP4 else "scaled_16")
+
+
+def stream_shards(shards: Sequence[ShardWeight]) -> StreamedWeight:
+    """Put shards into tiles, one below the other; see :func:`stream_folded` and :func:`stream_nvfp4`."""
+    if shards[0].format.number_type != MXFP4:
+        return stream_nvfp4(merge_blocks(shards))
+    return stream_folded(fold_shards(shards))
+
+
 class Streamed(Backend[StreamedWeight]):
     """MXFP4 and NVFP4 weights, whose copies begin before their input is there: :mod:`sglang_modelopt_kernels.gemm.w4_stream`."""
 
@@ -42,27 +67,15 @@ class Streamed(Backend[StreamedWeight]):
         """Reject all but MXFP4 and NVFP4 weights of whole tiles with FP8 activations, on SM90 with Triton's Gluon."""
         if not request.target.is_one_of(90):
             return "is for SM90"
-        if (reason := missing()) is not None:
-            return reason
-        if (reason := type_objection(request.scheme, (MXFP4, NVFP4, NVFP4_BLOCK32))) is not None:
-            return reason
-        if request.n % ROWS or request.k % WIDTH:
-            return f"needs N in {ROWS}s and K in {WIDTH}s, not {request.n} x {request.k}"
-        if request.scheme.weight.number_type == MXFP4:
-            return fp8_objection(request)
-        if not is_fp8(request.scheme.activation):
-            return f"needs FP8 activations, not {request.scheme.activation or 'unrounded'}"
-        return None if request.math == "exact" else f"does not round weights as math {request.math} does"
+        return missing() or stream_objection(request)
 
     def operand(self, request: LinearRequest) -> torch.dtype:
         """Return E4M3 beside MXFP4, float16 beside NVFP4."""
-        return operand("folded" if request.scheme.weight.number_type == MXFP4 else "scaled_16")
+        return stream_operand(request)
 
     def prepare(self, shards: Sequence[ShardWeight]) -> StreamedWeight:
-        """Put the shards into tiles, one below the other; see :func:`stream_folded` and :func:`stream_nvfp4`."""
-        if shards[0].format.number_type != MXFP4:
-            return stream_nvfp4(merge_blocks(shards))
-        return stream_folded(fold_shards(shards))
+        """Put the shards into tiles, one below the other."""
+        return stream_shards(shards)
 
     def matmul(
         self,

@@ -123,7 +123,7 @@ def e4m3_operand(codes, scales, OPERAND: gl.constexpr):
 
 
 @gluon.jit
-def _float16_operand(codes, scales, OPERAND: gl.constexpr, BLOCKS: gl.constexpr):
+def float16_operand(codes, scales, OPERAND: gl.constexpr, BLOCKS: gl.constexpr):
     """Decode an NVFP4 tile, bytes of codes and scales for each ``q``, to float16 times 2^-14, ``[64, 256]``."""
     low, high = gl.split(gl.reshape(codes, [2, 2, 4, 8, 4, 4, 2, 2]))  # b2 r3 w r q j half byte
     half = gl.permute(low.to(gl.uint16) | (high.to(gl.uint16) << 8), (2, 1, 3, 0, 5, 4, 6))
@@ -226,7 +226,7 @@ def streamed_kernel(
             unit = e4m3_operand(codes, scales, OPERAND)
             acc += warpgroup_mma(unit, x, gl.zeros((BN, BM), gl.float32, MMA), use_acc=False, is_async=False)
         else:
-            unit = _float16_operand(codes, scales, OPERAND, BLOCKS)
+            unit = float16_operand(codes, scales, OPERAND, BLOCKS)
             acc = warpgroup_mma(unit, x, acc, is_async=False)
         used = gl.where(used == STAGES - 1, 0, used + 1)
         free = gl.where(free == STAGES - 1, 0, free + 1)

@@ -72,6 +72,13 @@ def check_kind(kind: str) -> Kind:
     return cast(Kind, known)
 
 
+def nvfp4_kind(group: int) -> Kind:
+    """Return the kind of NVFP4 weights in blocks of ``group``. Raises ValueError for other blocks than of 16 and 32."""
+    if group not in (16, 32):
+        raise ValueError(f"NVFP4 has blocks of 16 or 32, not {group}")
+    return "scaled_16" if group == 16 else "scaled_32"
+
+
 def check_tiles(n: int, k: int) -> None:
     """Raise ValueError unless N and K are whole tiles."""
     if n % ROWS or k % WIDTH:
@@ -101,7 +108,7 @@ def stream_nvfp4(weight: BlockWeight) -> StreamedWeight:
     check_tiles(n, k)
     if weight.number_type not in (NVFP4, NVFP4_BLOCK32):
         raise ValueError(f"packing: expected {NVFP4} or {NVFP4_BLOCK32}, got {weight.number_type}")
-    kind: Kind = "scaled_16" if weight.number_type == NVFP4 else "scaled_32"
+    kind = nvfp4_kind(weight.group)
     check_tensor("block scales", weight.scale, weight.scale.dtype, (n, k // weight.group))
     if bool((e4m3.byte_is_nan(weight.scale) | e4m3.byte_is_negative(weight.scale)).any()):
         raise ValueError("an E4M3 block scale is NaN or negative")

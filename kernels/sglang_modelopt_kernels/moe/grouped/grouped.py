@@ -10,7 +10,7 @@ from sglang_modelopt_kernels.moe.streamed import launch as streamed
 
 from .dense import dense_block, run_dense, takes_dense
 from .launch import choose_block, math_of, run
-from .weights import KINDS, GroupedWeight
+from .weights import KINDS, TILES, GroupedWeight
 
 
 def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int, dense: bool | None = None) -> int:
@@ -21,7 +21,7 @@ def tile(weight: GroupedWeight, dtype: torch.dtype, pairs: int, dense: bool | No
     capability = machine(weight.codes.device)[0]
     if takes_dense(weight, dtype, pairs, capability) if dense is None else dense:
         return dense_block(weight, dtype, pairs, capability)
-    if weight.kind == "mxfp4_tiles":
+    if weight.kind in TILES:
         return streamed.choose_block(pairs, weight.experts)
     return choose_block(weight.kind, dtype, pairs, weight.experts, capability)
 
@@ -31,7 +31,7 @@ def path_of(weight: GroupedWeight, pairs: int, dtype: torch.dtype) -> tuple[bool
     capability, sms = machine(weight.codes.device)
     dense = takes_dense(weight, dtype, pairs, capability)
     block = tile(weight, dtype, pairs)
-    streams = weight.kind == "mxfp4_tiles" and not dense
+    streams = weight.kind in TILES and not dense
     return dense, block, streams and streamed.plan_of(weight, block, pairs, sms).split > 1
 
 
@@ -60,7 +60,7 @@ def _grouped_linear(
     if pairs == 0:
         return torch.empty((0, weight.n), dtype=out_dtype, device=x.device)
     routed = Routed(sorted_pairs, owner, first, block, single)
-    if weight.kind == "mxfp4_tiles" and not dense:
+    if weight.kind in TILES and not dense:
         return streamed.run(x, weight, routed, pairs, row_scale, out_dtype, known=known)
     if row_scale is not None and row_scale.shape[0] != pairs:
         row_scale = row_scale.repeat_interleave(pairs // row_scale.shape[0], dim=0)
@@ -106,8 +106,8 @@ def grouped_linear(
     sizes of allocations depend on the routing.
 
     Args:
-        x: ``[R, K]``, or ``[R / top_k, K]`` where the choices of a token read the same row. FP8 E4M3, float16 or bf16;
-            E4M3 alone for ``mxfp4`` and ``mxfp4_tiles``, bf16 alone for ``e4m3_exponent`` and ``bf16``.
+        x: ``[R, K]``, or ``[R / top_k, K]`` where the choices of a token read the same row. FP8 E4M3, float16 or bf16:
+            those of its kind in :data:`TAKEN`.
         weight: the weights of all experts.
         routed: the pairs, sorted in blocks of :func:`tile`.
         pairs: ``R``.
@@ -134,7 +134,7 @@ def grouped_linear(
     blocks = pairs if routed.single else most_blocks(pairs, weight.experts, routed.block)
     if routed.owner.shape != (blocks,) or not (routed.single or routed.pairs.shape == (blocks * routed.block,)):
         raise ValueError(f"the pairs were sorted for another size: {routed.owner.shape[0]} blocks, not {blocks}")
-    if routed.single and (dense or weight.kind != "mxfp4_tiles"):
+    if routed.single and (dense or weight.kind not in TILES):
         raise ValueError(f"{'dense tiles' if dense else weight.kind} need pairs that are sorted")
     if row_scale is not None and pairs:
         count = row_scale.shape[0] if row_scale.dim() == 2 and row_scale.shape[1] == 1 else 0

@@ -42,6 +42,7 @@ TAKEN: dict[Kind, tuple[torch.dtype, ...]] = {
     "int4_float": (torch.float8_e4m3fn, *_FLOATS),
     "mxfp4": (torch.float8_e4m3fn,),
     "mxfp4_tiles": (torch.float8_e4m3fn,),
+    "nvfp4_tiles": (torch.float16,),
     "e4m3": (torch.float8_e4m3fn, torch.float16),
     "e4m3_float": _FLOATS,
     "e4m3_exponent": (torch.bfloat16,),  # float16 does not hold such weights

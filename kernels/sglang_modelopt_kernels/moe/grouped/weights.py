@@ -1,4 +1,4 @@
-"""Weights of all experts of a layer as the grouped product reads them, in one of ten kinds.
+"""Weights of all experts of a layer as the grouped product reads them, in one of eleven kinds.
 
 ======================  =============================  ==================================  ================
 kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]``         for
@@ -8,6 +8,7 @@ kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]
 ``int4_float``          int16, four planes             float32                             INT4
 ``mxfp4``               uint8, two codes to a byte     uint8, UE8M0                        MXFP4, tcgen05
 ``mxfp4_tiles``         uint8, tiles                   uint8, folded exponents             MXFP4, SM90
+``nvfp4_tiles``         uint8, tiles                   uint8, E4M3 bits                    NVFP4, SM90
 ``e4m3``                E4M3                           none                                FP8
 ``e4m3_float``          E4M3                           float32                             FP8 in blocks
 ``e4m3_exponent``       E4M3                           uint8, ``b`` of ``2^(b - 127)``     MXFP8
@@ -16,7 +17,8 @@ kind                    codes ``[E, N, ..]``           scale ``[E, N, K / group]
 ======================  =============================  ==================================  ================
 
 The first three are those of :mod:`sglang_modelopt_kernels.gemm.w4_decode.packing`, the fourth that of
-:mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell`, the fifth that of :mod:`sglang_modelopt_kernels.gemm.w4_stream.packing`.
+:mod:`sglang_modelopt_kernels.gemm.mxfp4_fp8_blackwell`, those of tiles are of
+:mod:`sglang_modelopt_kernels.gemm.w4_stream.packing`.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from sglang_modelopt_kernels.formats.checks import check_mxfp4, check_tensor, sc
 from sglang_modelopt_kernels.gemm import w8_decode
 from sglang_modelopt_kernels.gemm.w4_decode import packing
 from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
-from sglang_modelopt_kernels.gemm.w4_stream.packing import StreamedWeight, unstream
+from sglang_modelopt_kernels.gemm.w4_stream.packing import StreamedWeight, nvfp4_kind, unstream
 from sglang_modelopt_kernels.gemm.w8_decode import packing as w8_packing
 
 Kind = Literal[
@@ -42,6 +44,7 @@ Kind = Literal[
     "int4_float",
     "mxfp4",
     "mxfp4_tiles",
+    "nvfp4_tiles",
     "e4m3",
     "e4m3_float",
     "e4m3_exponent",
@@ -50,8 +53,10 @@ Kind = Literal[
 ]
 """How codes and block scales are read."""
 KINDS: tuple[Kind, ...] = get_args(Kind)
+TILES: tuple[Kind, ...] = ("mxfp4_tiles", "nvfp4_tiles")
+"""Those of the streamed product."""
 KIND_OF: dict[NumberType, Kind] = {**packing.KIND_OF, **w8_packing.KIND_OF}
-"""The number types that are kept at their stored width, apart from those of ``mxfp4`` and ``mxfp4_tiles``."""
+"""The number types that are kept at their stored width, apart from those of ``mxfp4`` and of TILES."""
 
 
 @dataclass(frozen=True)
@@ -112,10 +117,10 @@ def mxfp4_as_stored(codes: torch.Tensor, scale: torch.Tensor) -> GroupedWeight:
 
 
 def tiled(weight: StreamedWeight) -> GroupedWeight:
-    """Wrap an MXFP4 weight of one expert that was put into tiles. Raises ValueError for another number type."""
-    if weight.kind != "folded":
-        raise ValueError(f"tiles: expected folded MXFP4, got {weight.kind}")
-    return GroupedWeight(weight.codes, weight.scale, weight.out_scale, "mxfp4_tiles", fp8=True)
+    """Wrap a weight of one expert that was put into tiles."""
+    if weight.kind == "folded":
+        return GroupedWeight(weight.codes, weight.scale, weight.out_scale, "mxfp4_tiles", fp8=True)
+    return GroupedWeight(weight.codes, weight.scale, weight.out_scale, "nvfp4_tiles")
 
 
 def whole(codes: torch.Tensor, out_scale: torch.Tensor) -> GroupedWeight:
@@ -172,6 +177,8 @@ def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:
         return scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)).to(torch.float64), exponents)
     if weight.kind == "mxfp4_tiles":
         return unstream(StreamedWeight(codes, scale, weight.out_scale[expert], "folded"))
+    if weight.kind == "nvfp4_tiles":
+        return unstream(StreamedWeight(codes, scale, weight.out_scale[expert], nvfp4_kind(weight.group)))
     if weight.kind == "e4m3" or weight.kind == "int8" or weight.kind == "bf16":
         raise ValueError(f"{weight.kind} weights have no block scales")
     return packing.unpack(PackedWeight(codes, scale, weight.out_scale[expert], weight.kind, weight.group))

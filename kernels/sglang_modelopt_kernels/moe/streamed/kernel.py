@@ -20,6 +20,7 @@ from sglang_modelopt_kernels.gemm.w4_stream.kernel import (
     bytes_layout,
     e4m3_operand,
     fetch_weight,
+    float16_operand,
     scales_layout,
     tokens_layout,
 )
@@ -50,14 +51,20 @@ def _fetch_rows(x_s, x_at, there, offset, stage):
 
 
 @gluon.jit
-def _multiply(w_s, s_s, x, place, MMA: gl.constexpr, BM: gl.constexpr):
-    """Decode the tile at ``place`` and multiply it by ``x``, 256 K elements of some pairs."""
+def _multiply(acc, w_s, s_s, x, place, FP8: gl.constexpr, BLOCKS: gl.constexpr, MMA: gl.constexpr, BM: gl.constexpr):
+    """Decode the tile at ``place``, multiply it by ``x``, 256 K elements of some pairs, and add that to ``acc``."""
     codes = w_s.index(place).load(bytes_layout(16))
-    scales = gl.expand_dims(s_s.index(place).load(gl.SliceLayout(1, scales_layout(8))), 1)
+    scales = gl.expand_dims(s_s.index(place).load(gl.SliceLayout(1, scales_layout(BLOCKS))), 1)
+    scales = scales.broadcast_to([64 * BLOCKS, 4])
     fence_async_shared()
-    unit = e4m3_operand(codes, scales.broadcast_to([512, 4]), gl.DotOperandLayout(0, MMA, 4))
     # The product is waited for where it is issued: nothing overwrites its operand in registers (see gemm/common/wgmma.py).
-    return warpgroup_mma(unit, x, gl.zeros((64, BM), gl.float32, MMA), use_acc=False, is_async=False)
+    if FP8:
+        unit = e4m3_operand(codes, scales, gl.DotOperandLayout(0, MMA, 4))
+        acc += warpgroup_mma(unit, x, gl.zeros((64, BM), gl.float32, MMA), use_acc=False, is_async=False)
+    else:
+        unit = float16_operand(codes, scales, gl.DotOperandLayout(0, MMA, 2), BLOCKS)
+        acc = warpgroup_mma(unit, x, acc, is_async=False)
+    return acc
 
 
 @gluon.jit
@@ -88,7 +95,10 @@ def streamed_experts_kernel(
     rows,
     n,
     k,
+    FP8: gl.constexpr,
+    BLOCKS: gl.constexpr,
     STAGES: gl.constexpr,
+    DESCALE: gl.constexpr,
     HAS_ROW_SCALE: gl.constexpr,
     SPLIT_K: gl.constexpr,
     KNOWN: gl.constexpr,
@@ -99,17 +109,22 @@ def streamed_experts_kernel(
 ):
     """Compute ``rows`` tiles of BN outputs for a block of BM pairs, or with SPLIT_K > 1 a part of their sums.
 
-    With SINGLE a block has the one pair of its number, and its owner is that pair's expert, invalid ones included. Pair ``r`` reads row ``r // share`` of ``x`` and ``r // scale_share`` of ``row_scale``. Blocks of pairs are the fastest grid
-    axis: those of one expert share its weight in L2. STAGES tiles are on their way or in use at a time. ``n`` is a multiple of 64
-    and ``k`` one of 256.
+    With SINGLE a block has the one pair of its number, and its owner is that pair's expert, invalid ones included. Pair ``r`` reads
+    row ``r // share`` of ``x`` and ``r // scale_share`` of ``row_scale``. Blocks of pairs are the fastest grid axis: those of one
+    expert share its weight in L2. STAGES tiles are on their way or in use at a time. ``n`` is a multiple of 64, ``k`` one of 256.
+    FP8, BLOCKS and DESCALE are those of the streamed kernel of one weight.
     """
     gl.static_assert(gl.num_warps() == 4 and BN == 64)
-    X_COPY: gl.constexpr = tokens_layout(1)
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32])
+    SCALES: gl.constexpr = 64 * BLOCKS
+    ITEM: gl.constexpr = 1 if FP8 else 2
+    X_COPY: gl.constexpr = tokens_layout(ITEM)
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BM, 32 // ITEM])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 8192], FLAT)
-    s_s = gl.allocate_shared_memory(gl.uint8, [STAGES, 512], FLAT)
-    x_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BM, 256], gl.NVMMASharedLayout(128, 8, 2))
+    s_s = gl.allocate_shared_memory(gl.uint8, [STAGES, SCALES], FLAT)
+    x_s = gl.allocate_shared_memory(
+        gl.float8e4nv if FP8 else gl.float16, [STAGES, BM, 256], gl.NVMMASharedLayout(128, 8 * ITEM, 2)
+    )
 
     block = gl.program_id(0)
     if not KNOWN:
@@ -138,7 +153,7 @@ def streamed_experts_kernel(
     tile, place = base, 0
     for stage in gl.static_range(STAGES - 1):
         if stage < total:
-            fetch_weight(w_s, s_s, w_ptr, s_ptr, tile, stage, 512)
+            fetch_weight(w_s, s_s, w_ptr, s_ptr, tile, stage, SCALES)
         tile, place = _next(tile, place, steps, every)
     async_copy.commit_group()
     if KNOWN:
@@ -161,13 +176,13 @@ def streamed_experts_kernel(
             async_copy.wait_group(STAGES - 2)
             gl.barrier()
             if ahead < total:
-                fetch_weight(w_s, s_s, w_ptr, s_ptr, tile, free, 512)
+                fetch_weight(w_s, s_s, w_ptr, s_ptr, tile, free, SCALES)
                 _fetch_rows(x_s, x_at, there, (first + place) * 256, free)
             async_copy.commit_group()
             ahead += 1
             tile, place = _next(tile, place, steps, every)
             x = x_s.index(used).permute([1, 0])
-            acc += _multiply(w_s, s_s, x, used, MMA, BM)
+            acc = _multiply(acc, w_s, s_s, x, used, FP8, BLOCKS, MMA, BM)
             used = gl.where(used == STAGES - 1, 0, used + 1)
             free = gl.where(free == STAGES - 1, 0, free + 1)
         member = _pairs_of(pairs_ptr, block, pairs, SINGLE, BM, gl.SliceLayout(0, MMA))
@@ -189,7 +204,7 @@ def streamed_experts_kernel(
             out_scale_ptr + owner.to(gl.int64) * n,
             out_scale_ptr,
             1,
-            1.0,
+            DESCALE,
             False,
             False,
             SPLIT_K,

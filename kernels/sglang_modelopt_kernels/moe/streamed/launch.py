@@ -11,19 +11,32 @@ import triton
 from sglang_modelopt_kernels.early import early
 from sglang_modelopt_kernels.gemm.common import KernelConfig, checked, machine
 from sglang_modelopt_kernels.gemm.common.arrivals import COUNTERS, arrivals
-from sglang_modelopt_kernels.gemm.w4_stream.packing import WIDTH
+from sglang_modelopt_kernels.gemm.w4_stream.launch import DESCALE
+from sglang_modelopt_kernels.gemm.w4_stream.packing import BLOCKS, WIDTH, Kind, nvfp4_kind
 from sglang_modelopt_kernels.moe.route import Routed
 
 if TYPE_CHECKING:
     from sglang_modelopt_kernels.moe.grouped.weights import GroupedWeight
 
-CONFIGS = (
-    KernelConfig(64, 8, 256, 4, 4),
-    KernelConfig(64, 16, 256, 4, 4),
-    KernelConfig(64, 32, 256, 4, 3),
-    KernelConfig(64, 64, 256, 4, 3),
-)
-"""Configurations, ascending by pairs in a block: of those that were timed on an H200 the fastest for Qwen3-30B-A3B's experts."""
+CONFIGS: dict[Kind, tuple[KernelConfig, ...]] = {
+    "folded": (
+        KernelConfig(64, 8, 256, 4, 4),
+        KernelConfig(64, 16, 256, 4, 4),
+        KernelConfig(64, 32, 256, 4, 3),
+        KernelConfig(64, 64, 256, 4, 3),
+    ),
+    **dict.fromkeys(
+        ("scaled_16", "scaled_32"),
+        (
+            KernelConfig(64, 8, 256, 4, 4),
+            KernelConfig(64, 16, 256, 4, 3),
+            KernelConfig(64, 32, 256, 4, 3),
+            KernelConfig(64, 64, 256, 4, 2),
+        ),
+    ),
+}
+"""Configurations, ascending by pairs in a block, which are the same for all: of those that were timed on an H200 the fastest for
+Qwen3-30B-A3B's experts."""
 ROOM = 1.5
 """A block holds so many times the average pairs of an expert: with less, the weights of many experts are decoded twice."""
 RESIDENT = 4
@@ -45,9 +58,18 @@ class Plan:
     split: int = 1
 
 
+def tiles_of(weight: GroupedWeight) -> Kind:
+    """Return how the tiles of experts are read. Raises ValueError for weights that are not in tiles."""
+    if weight.kind == "mxfp4_tiles":
+        return "folded"
+    if weight.kind == "nvfp4_tiles":
+        return nvfp4_kind(weight.group)
+    raise ValueError(f"{weight.kind} weights are not in tiles")
+
+
 def choose_block(pairs: int, experts: int) -> int:
     """Return the pairs in a block: the smallest block with ROOM for the average expert, or the largest."""
-    known = [config.bm for config in CONFIGS]
+    known = [config.bm for config in CONFIGS["folded"]]
     return next((block for block in known if ROOM * pairs <= block * experts), known[-1])
 
 
@@ -57,7 +79,7 @@ def plan_of(weight: GroupedWeight, block: int, pairs: int, sms: int) -> Plan:
     Raises:
         ValueError: no configuration has such blocks.
     """
-    config = next((config for config in CONFIGS if config.bm == block), None)
+    config = next((config for config in CONFIGS[tiles_of(weight)] if config.bm == block), None)
     if config is None:
         raise ValueError(f"no configuration for tiles has blocks of {block} pairs")
     steps, tiles = weight.k // WIDTH, weight.n // config.bn
@@ -91,7 +113,7 @@ def run(
     from .kernel import streamed_experts_kernel  # needs a Triton with Gluon: see gemm/w4_stream/available.py
 
     plan = plan or plan_of(weight, routed.block, pairs, machine(x.device)[1])
-    config, blocks = plan.config, routed.owner.shape[0]
+    config, blocks, kind = plan.config, routed.owner.shape[0], tiles_of(weight)
     n, tiles = weight.n, weight.n // config.bn
     if plan.split > 1 and blocks * tiles > COUNTERS:
         raise ValueError(f"a product of more than {COUNTERS} tiles is not split along K, got {blocks * tiles}")
@@ -117,7 +139,10 @@ def run(
             plan.rows,
             n,
             weight.k,
+            FP8=kind == "folded",
+            BLOCKS=BLOCKS[kind],
             STAGES=config.stages,
+            DESCALE=DESCALE[kind],
             HAS_ROW_SCALE=row_scale is not None,
             SPLIT_K=plan.split,
             KNOWN=known,

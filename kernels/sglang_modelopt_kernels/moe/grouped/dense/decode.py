@@ -11,11 +11,12 @@ import triton
 from sglang_modelopt_kernels.formats import ue8m0
 from sglang_modelopt_kernels.gemm.w4_decode.launch import decode_into, descale
 from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
+from sglang_modelopt_kernels.gemm.w4_stream.launch import DESCALE
 from sglang_modelopt_kernels.gemm.w4_stream.launch import decode_into as decode_tiles
-from sglang_modelopt_kernels.gemm.w4_stream.packing import StreamedWeight
+from sglang_modelopt_kernels.gemm.w4_stream.packing import StreamedWeight, nvfp4_kind
 from sglang_modelopt_kernels.moe.route import Routed
 
-from ..weights import GroupedWeight
+from ..weights import TILES, GroupedWeight
 
 ROWS = 128
 """Row multiple at which an expert is cut that is decoded in several parts."""
@@ -63,6 +64,8 @@ def operand_of(weight: GroupedWeight, dtype: torch.dtype, out_dtype: torch.dtype
 
 def divisor(weight: GroupedWeight, dtype: torch.dtype) -> float:
     """Return the divisor of the unit weight in :func:`decode_experts`."""
+    if weight.kind == "nvfp4_tiles":
+        return DESCALE[nvfp4_kind(weight.group)]
     if weight.kind not in ("e2m1_e4m3", "e2m1_exponent"):
         return 1.0
     return 2.0**9 if dtype == torch.float8_e4m3fn else descale(weight.kind, dtype == torch.float16)
@@ -72,7 +75,7 @@ def decode_experts(weight: GroupedWeight, part: Part, routed: Routed, scratch: t
     """Decode a part of the unit weight into ``scratch``, ``[experts, rows, K]``, exact in its dtype.
 
     E2M1 is divided by :func:`divisor`; under fp32 block scales only the codes are decoded. 4-bit experts without pairs in
-    ``routed`` are skipped (not those of ``mxfp4_tiles``), and their part of ``scratch`` is undefined.
+    ``routed`` are skipped (not those in tiles), and their part of ``scratch`` is undefined.
     """
     experts, rows = part.shape
     unit = scratch[: experts * rows * weight.k].view(experts, rows, weight.k)
@@ -83,10 +86,11 @@ def decode_experts(weight: GroupedWeight, part: Part, routed: Routed, scratch: t
         packed = PackedWeight(codes, scale, out_scale, weight.kind, weight.group, weight.fp8)
         decode_into(packed, part.experts.start * weight.n + part.rows.start, unit.flatten(0, 1), routed.first)
         return unit
-    if weight.kind == "mxfp4_tiles" and weight.scale is not None:
+    if weight.kind in TILES and weight.scale is not None:
+        kind = "folded" if weight.kind == "mxfp4_tiles" else nvfp4_kind(weight.group)
         codes, scale, out_scale = (tensor.flatten(0, 1) for tensor in (weight.codes, weight.scale, weight.out_scale))
         decode_tiles(
-            StreamedWeight(codes, scale, out_scale, "folded"),
+            StreamedWeight(codes, scale, out_scale, kind),
             part.experts.start * weight.n + part.rows.start,
             unit.flatten(0, 1),
         )
