@@ -491,6 +491,6 @@ def test_operators_are_well_formed() -> None:
         block = grouped.tile(weight, x.dtype, 4, dense)
         routed = route(owners, 2, block)
         sorted_pairs = (routed.pairs, routed.owner, routed.first)
-        arguments = (x, *weights, *sorted_pairs, block, 4, None, torch.bfloat16, dense, False)
+        arguments = (x, *weights, *sorted_pairs, block, False, 4, None, torch.bfloat16, dense, False)
         torch.library.opcheck(operators.grouped_linear.default, arguments)
     torch.library.opcheck(operators.combine_experts.default, (x, 2, None, torch.bfloat16))

@@ -28,9 +28,9 @@ CONFIGS: dict[Kind, tuple[KernelConfig, ...]] = {
     **dict.fromkeys(
         ("scaled_16", "scaled_32"),
         (
-            KernelConfig(64, 8, 256, 4, 4),
+            KernelConfig(64, 8, 256, 4, 3),
             KernelConfig(64, 16, 256, 4, 3),
-            KernelConfig(64, 32, 256, 4, 3),
+            KernelConfig(64, 32, 256, 4, 2),
             KernelConfig(64, 64, 256, 4, 2),
         ),
     ),
