@@ -13,7 +13,8 @@ BOOT = $(shell for p in python3 python3.11 python3.12 /usr/bin/python3; do $$p -
 # be importable as `kernels`, the name of a Hugging Face package.
 PYTEST := $(BIN)/pytest
 JOBS ?= 2
-PARALLEL := -n $(JOBS) --dist loadfile
+# In the order of the files: reordered by the number of their tests, those that start servers would come last, one by one.
+PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 export PYTHON RUNTIME MODEL
 

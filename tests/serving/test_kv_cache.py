@@ -125,6 +125,7 @@ class TestFromTheCheckpoint:
         assert "k_bias: expected the values being served" in answer["message"]
 
 
+@pytest.mark.full
 def test_two_ranks_and_pages(tmp_path: Path) -> None:
     """An export that quantizes nothing but the cache, FP8 affine: biases split over two ranks, pages of 16 tokens."""
     folder = kv_export("fp8_affine", "qwen3")
@@ -191,13 +192,9 @@ def check_windows(recipe: str) -> None:
     assert sum(median < FP32_MEDIAN for median in apart) >= PROMPTS - 2, apart
 
 
-def test_layers_with_and_without_a_window() -> None:
-    check_windows("nvfp4_affine")
-
-
 @pytest.mark.full
-@pytest.mark.parametrize("recipe", [recipe for recipe in PRESETS if recipe != "nvfp4_affine"])
-def test_layers_with_and_without_a_window_in_every_recipe(recipe: str) -> None:
+@pytest.mark.parametrize("recipe", PRESETS)
+def test_layers_with_and_without_a_window(recipe: str) -> None:
     check_windows(recipe)
 
 

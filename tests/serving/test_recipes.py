@@ -32,6 +32,7 @@ def test_mixed_precision(tmp_path: Path) -> None:
         assert f"modelopt_ext: {scheme} (" in served
 
 
+@pytest.mark.full
 def test_low_rank_and_smoothing_over_ranks() -> None:
     """SVDQuant under SGLang's own flag for NVFP4, split over two ranks."""
     folder = export(model_dir(TinyModel("qwen2")), "NVFP4_SVDQUANT_DEFAULT_CFG")
@@ -47,6 +48,7 @@ def test_weight_only_head() -> None:
         check_logprobs(server, folder, "float32")
 
 
+@pytest.mark.full
 def test_quantized_vocabulary(tmp_path: Path) -> None:
     """NVFP4_FP8_MHA's weights: lm_head and embedding quantized too. Its FP8 KV cache is taken out of the checkpoint.
 

@@ -21,6 +21,7 @@ installed = pytest.mark.skipif(
 )
 
 
+@pytest.mark.full
 @pytest.mark.server
 @installed
 def test_a_streamed_checkpoint_answers_as_a_plain_one() -> None:
@@ -40,10 +41,14 @@ def test_a_streamed_checkpoint_answers_as_a_plain_one() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (edits.drop_tensors("model.norm.weight"), "model.norm.weight"),
-        (edits.add_tensors({"model.layers.0.stray.weight": torch.zeros(3)}), "stray.weight: expected a tensor"),
+        pytest.param(edits.drop_tensors("model.norm.weight"), "model.norm.weight", id="missing"),
+        pytest.param(
+            edits.add_tensors({"model.layers.0.stray.weight": torch.zeros(3)}),
+            "stray.weight: expected a tensor",
+            marks=pytest.mark.full,
+            id="stray",
+        ),
     ],
-    ids=["missing", "stray"],
 )
 def test_a_streamed_checkpoint_is_read_strictly(change: edits.Edit, message: str, tmp_path: Path) -> None:
     folder = kv_export("nvfp4", "llama", "W4A8_NVFP4_FP8_CFG")

@@ -289,6 +289,7 @@ def test_ctrl_c_and_resume(
     assert (output / "model.safetensors").read_bytes() == (done.output / "model.safetensors").read_bytes()
 
 
+@pytest.mark.full
 def test_killed_and_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process killed while it scores leaves what the next one needs."""
     model, output, windows = model_dir(TinyModel(layers=1)), tmp_path / "out", 32

@@ -23,16 +23,11 @@ from tests.support.models import Family, TinyModel, model_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = {
-    "AfmoeForCausalLM": "a gate of the attention's output, called like one of an MLP",
-    "ApertusForCausalLM": "stored buffers",
     "BertModel": "a pooler that SGLang's class has not, and a parameter of positions that nobody stores",
     "DeepseekV3ForCausalLM": "latent attention; its class asks a layer's method for blocks",
-    "GPTJForCausalLM": "its class asks for the KV cache's scales",
-    "GraniteMoeHybridForCausalLM": "its class asks the experts' loader whether it loaded",
     "HYV3ForCausalLM": "names of layers that begin with a dot",
     "NemotronHForCausalLM": "experts without a gate",
     "PhiForCausalLM": "a class that collects all tensors first, and gives its layers no names",
-    "Qwen2ForSequenceClassification": "a head of PyTorch's",
     "Qwen3_5ForConditionalGeneration": "sizes of a vision tower that SGLang enlarges on a CPU",
 }
 """Classes that are walked again, each with what it needs."""

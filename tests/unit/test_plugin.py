@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from importlib.metadata import entry_points, version
+from pathlib import Path
 
 import pytest
 
@@ -84,47 +86,84 @@ def test_the_processes_of_a_server_do_not_check_again() -> None:
     assert "modelopt_ext: this plugin was tested" not in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("sabotage", "message"),
-    [
-        (
-            f"{UNTESTED}; {MISSING}",
-            r"sglang: version: expected one of 0\.1, or another in which all that this plugin uses is as there, "
-            rf"got {re.escape(version('sglang'))}, where 2 are not: a\.b: missing; c\.d: missing$",
-        ),
-        (
-            f"{UNTESTED}; from sglang_modelopt_ext.integration.config import HOOKS\n"
-            "object.__setattr__(HOOKS[0], 'parameters', ('other',))",
-            r"where 1 are not: sglang\.srt\.model_loader\.utils\.get_model_architecture: "
-            r"parameters \(model_config\), not \(other\)$",
-        ),
-        (
-            f"{UNTESTED}; plugin.installed_sglang = lambda: None",
-            r"sglang: version: expected one of 0\.1, or another .*, got none$",
-        ),
-        (
-            "from sglang.srt.model_loader.loader import DefaultModelLoader as L; del L.load_weights_only",
-            r"sglang: sglang\.srt\.model_loader\.loader\.DefaultModelLoader\.load_weights_only: expected a function",
-        ),
-        (
-            "from sglang.srt.model_loader.loader import DefaultModelLoader as L\n"
-            "L.load_weights_only = staticmethod(lambda model, tensors: None)",
-            r"load_weights_only: expected parameters \('model', 'weights', 'target_device'\), got \('model', 'tensors'\)",
-        ),
-        (
-            "from sglang.srt.plugins.hook_registry import HookRegistry as R\n"
-            "R._apply_target = classmethod(lambda *a: 1 / 0)",
-            r"expected to be hooked, got a failure",
-        ),
-        (
-            "import sglang.srt.server_args as m; del m.add_quantization_method_choices",
-            r"plugin: registration: expected success, got ImportError",
-        ),
-    ],
+SABOTAGED = (
+    (
+        f"{UNTESTED}; {MISSING}",
+        r"sglang: version: expected one of 0\.1, or another in which all that this plugin uses is as there, "
+        rf"got {re.escape(version('sglang'))}, where 2 are not: a\.b: missing; c\.d: missing$",
+    ),
+    (
+        f"{UNTESTED}; from sglang_modelopt_ext.integration.config import HOOKS\n"
+        "object.__setattr__(HOOKS[0], 'parameters', ('other',))",
+        r"where 1 are not: sglang\.srt\.model_loader\.utils\.get_model_architecture: "
+        r"parameters \(model_config\), not \(other\)$",
+    ),
+    (
+        f"{UNTESTED}; plugin.installed_sglang = lambda: None",
+        r"sglang: version: expected one of 0\.1, or another .*, got none$",
+    ),
+    (
+        "from sglang.srt.model_loader.loader import DefaultModelLoader as L; del L.load_weights_only",
+        r"sglang: sglang\.srt\.model_loader\.loader\.DefaultModelLoader\.load_weights_only: expected a function",
+    ),
+    (
+        "from sglang.srt.model_loader.loader import DefaultModelLoader as L\n"
+        "L.load_weights_only = staticmethod(lambda model, tensors: None)",
+        r"load_weights_only: expected parameters \('model', 'weights', 'target_device'\), got \('model', 'tensors'\)",
+    ),
+    (
+        "from sglang.srt.plugins.hook_registry import HookRegistry as R\n"
+        "R._apply_target = classmethod(lambda *a: 1 / 0)",
+        r"expected to be hooked, got a failure",
+    ),
+    (
+        "import sglang.srt.server_args as m; del m.add_quantization_method_choices",
+        r"plugin: registration: expected success, got ImportError",
+    ),
 )
-def test_a_failed_registration_stops_the_process_with_one_line(sabotage: str, message: str) -> None:
-    result = run(f"{sabotage}\n{LOAD}")
-    assert result.returncode != 0
-    assert "went on" not in result.stdout
-    (line,) = [line for line in result.stderr.splitlines() if line.startswith("ModelOptExtError: ")]
-    assert re.search(message, line), line
+"""What is missing when this package registers, and the line that stops the process."""
+
+FORKS = """
+import json, os, sys
+import sglang.srt.model_loader.loader, sglang.srt.plugins, sglang.srt.server_args
+
+for number, code in enumerate(json.load(sys.stdin)):
+    if os.fork():
+        os.wait()
+        continue
+    for descriptor, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{sys.argv[1]}/{number}.{end}", os.O_WRONLY | os.O_CREAT), descriptor)
+    status = 1
+    try:
+        exec(code, {"__name__": "__main__"})
+        status = 0
+    except SystemExit as stop:
+        print(stop.code, file=sys.stderr)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        print("status", status, flush=True)
+        sys.stderr.flush()
+        os._exit(status)
+"""
+"""Runs each code in a fork of one process, which has imported SGLang before: that is what takes time."""
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of the processes of SABOTAGED, ``NUMBER.out`` and ``NUMBER.err``."""
+    folder = tmp_path_factory.mktemp("sabotaged")
+    codes = json.dumps([f"{sabotage}\n{LOAD}" for sabotage, _ in SABOTAGED])
+    command = [sys.executable, "-c", FORKS, str(folder)]
+    subprocess.run(command, input=codes, text=True, capture_output=True, timeout=300, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(SABOTAGED)))
+def test_a_failed_registration_stops_the_process_with_one_line(number: int, stopped: Path) -> None:
+    output = (stopped / f"{number}.out").read_text()
+    assert "status 1" in output
+    assert "went on" not in output
+    lines = (stopped / f"{number}.err").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith("ModelOptExtError: ")]
+    assert re.search(SABOTAGED[number][1], line), line
