@@ -21,6 +21,7 @@ from sglang_modelopt_kernels.quantize.rms_norm import rms_norm_fp8
 LONGEST = WHOLE
 """Values of a token, at most, that a module can round in its own kernel."""
 _ATTRIBUTE = "_modelopt_ext_handover"
+_TAKEN = "_modelopt_ext_taken"
 OBSERVED_PASSES = 8
 """Outputs of a module that are observed before it counts as one whose output no product of ours takes."""
 
@@ -149,8 +150,9 @@ def _version(tensor: torch.Tensor) -> int | None:
 
 def forget(tensor: torch.Tensor) -> None:
     """Remove what lies beside a tensor that gets other values."""
-    if hasattr(tensor, _ATTRIBUTE):
-        delattr(tensor, _ATTRIBUTE)
+    for name in (_ATTRIBUTE, _TAKEN):
+        if hasattr(tensor, name):
+            delattr(tensor, name)
 
 
 def _marked(x: torch.Tensor) -> torch.Tensor:
@@ -167,7 +169,8 @@ def take(x: torch.Tensor, wanted: Rounding) -> tuple[torch.Tensor, torch.Tensor]
     """Return the rounded values and scale that lie beside ``x`` ``[M, K]``, if they are as wanted; None otherwise.
 
     Those of a tensor that was changed in place since are not. A module that does not round yet, or rounds differently, learns what
-    is wanted. What lies beside a tensor is taken once.
+    is wanted. What lies beside a tensor is taken once, and lives as long as the tensor does: a product may read it on another
+    stream than the module's, on which its memory would be used again; SGLang keeps the tensor until the streams have joined.
     """
     if torch.compiler.is_compiling():
         return None
@@ -177,7 +180,10 @@ def take(x: torch.Tensor, wanted: Rounding) -> tuple[torch.Tensor, torch.Tensor]
         return None
     forget(x)
     if handed.values is not None and wanted.is_as(handed.rounding) and handed.values.shape == x.shape:
-        return (handed.values, handed.row_scale) if handed.version == _version(x) else None
+        if handed.version != _version(x):
+            return None
+        setattr(x, _TAKEN, handed)
+        return handed.values, handed.row_scale
     if handed.copy is not None and torch.equal(handed.copy, x):
         handed.producer.wanted = wanted
     elif handed.copy is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,21 @@ def test_another_tensor_gets_nothing(other: Callable[[torch.Tensor], torch.Tenso
     hand_over(x, producer, WANTED, x.to(torch.float8_e4m3fn), torch.ones(4, 1))
     assert take(other(x), WANTED) is None
     assert take(x, WANTED) is not None
+
+
+def test_what_was_taken_lives_as_long_as_the_output() -> None:
+    """Another stream may still read it, which SGLang joins before it lets go of the output."""
+    producer, x = Producer(WANTED), torch.ones(4, 4)
+    values = x.to(torch.float8_e4m3fn)
+    alive = weakref.ref(values)
+    hand_over(x, producer, WANTED, values, torch.ones(4, 1))
+    del values
+    found = take(x.view(4, 4), WANTED)
+    assert found is not None
+    del found
+    assert alive() is not None
+    del x
+    assert alive() is None
 
 
 def test_what_lay_beside_an_output_goes_with_it() -> None:
