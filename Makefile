@@ -17,6 +17,8 @@ JOBS ?= 2
 PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 export PYTHON RUNTIME MODEL
+# Tests start some hundred processes, each of which would compile this package again where nothing keeps its bytecode.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint mypy format test test-full contract test-sglang test-gpu test-gpu-served quality real-model real-quality docs clean distclean

@@ -135,6 +135,7 @@ def test_two_ranks_and_pages(tmp_path: Path) -> None:
         assert "modelopt_ext: KV cache fp8_affine" in server.output()
 
 
+@pytest.mark.full
 def test_a_precision_for_each_layer(tmp_path: Path) -> None:
     """One layer of three in FP8, the others in NVFP4; read as NVFP4 throughout, the answers would be others."""
     folder = edits.copy_with(
@@ -165,6 +166,7 @@ def complete(reading: ReferenceModel, ids: list[int]) -> torch.Tensor:
     return torch.from_numpy(reading.logprobs([*ids, 0]))
 
 
+@pytest.mark.full
 def test_by_flag_on_any_model() -> None:
     """An unquantized model, with a rotated cache whose scales are those of an amax of 448."""
     folder = model_dir(TinyModel("llama"))

@@ -172,6 +172,7 @@ def test_engine_and_fp8_math(tmp_path: Path) -> None:
         assert (apart < FP32_MEDIAN) == near, f"{math}: {apart}"
 
 
+@pytest.mark.full
 def test_a_fault_found_while_loading_stops_every_process_with_one_line(tmp_path: Path) -> None:
     folder = edits.copy_with(
         export(model_dir(TinyModel("mistral")), NVFP4),

@@ -193,12 +193,12 @@ def test_the_conformance_run_writes_what_is_read(matrix: ModuleType, tmp_path: P
 
 
 def test_experts_and_caches(matrix: ModuleType, tmp_path: Path) -> None:
-    mixture = row(algo="W4A8_NVFP4_FP8", family="qwen3_moe", backend="triton_block_scaled, triton_grouped")
+    mixture = row(algo="W4A8_NVFP4_FP8", family="qwen3_moe", backend="gluon_streamed, gluon_streamed_experts")
     cache = [row(kv="nvfp4_affine"), row(kv="modelopt_fp8", verdict="wrong")]
     served(tmp_path, "one", [mixture, *cache])
     page = matrix.render(matrix.read_evidence(tmp_path))
     run = "run 2026-11-29, NVIDIA H200:"
-    assert cells(page, "## Experts", "W4A8_NVFP4_FP8")["SM90"] == f"`triton_grouped`: {run} right"
+    assert cells(page, "## Experts", "W4A8_NVFP4_FP8")["SM90"] == f"`gluon_streamed_experts`: {run} right"
     assert not RUN.search(linear(page)["SM90"])
     assert cells(page, "## KV caches", "nvfp4_affine")["SM90"] == f"`triton`: {run} right"
     assert cells(page, "## KV caches", "fp8")["SM90"] == f"*SGLang*: {run} **wrong** (qwen2 with KV fp8)"

@@ -32,7 +32,7 @@ from sglang_modelopt_kernels.gemm.w4_stream.packing import ROWS, WIDTH
 
 
 def stream_objection(request: LinearRequest) -> str | None:
-    """Return why 4-bit weights in tiles do not serve ``request``, by types, sizes and numerics; None when they do."""
+    """Return why tiles of 4-bit weights do not serve ``request``, by types, sizes and numerics; None when they do."""
     if (reason := type_objection(request.scheme, (MXFP4, NVFP4, NVFP4_BLOCK32))) is not None:
         return reason
     if request.n % ROWS or request.k % WIDTH:

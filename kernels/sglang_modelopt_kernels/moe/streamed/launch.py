@@ -59,12 +59,12 @@ class Plan:
 
 
 def tiles_of(weight: GroupedWeight) -> Kind:
-    """Return how the tiles of experts are read. Raises ValueError for weights that are not in tiles."""
+    """Return how the tiles of experts are read. Raises ValueError for weights of another kind."""
     if weight.kind == "mxfp4_tiles":
         return "folded"
     if weight.kind == "nvfp4_tiles":
         return nvfp4_kind(weight.group)
-    raise ValueError(f"{weight.kind} weights are not in tiles")
+    raise ValueError(f"{weight.kind} weights are not kept as tiles")
 
 
 def choose_block(pairs: int, experts: int) -> int:

@@ -75,7 +75,7 @@ def decode_experts(weight: GroupedWeight, part: Part, routed: Routed, scratch: t
     """Decode a part of the unit weight into ``scratch``, ``[experts, rows, K]``, exact in its dtype.
 
     E2M1 is divided by :func:`divisor`; under fp32 block scales only the codes are decoded. 4-bit experts without pairs in
-    ``routed`` are skipped (not those in tiles), and their part of ``scratch`` is undefined.
+    ``routed`` are skipped (those of TILES are not), and their part of ``scratch`` is undefined.
     """
     experts, rows = part.shape
     unit = scratch[: experts * rows * weight.k].view(experts, rows, weight.k)
