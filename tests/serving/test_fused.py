@@ -22,7 +22,7 @@ NVFP4, MXFP4 = "W4A8_NVFP4_FP8_CFG", "W4A8_MXFP4_FP8_CFG"
     ("family", "recipe", "tp"),
     [
         pytest.param("phi3", NVFP4, 2, marks=pytest.mark.full),
-        ("glm4", "W4A8_AWQ_BETA_CFG", 1),
+        pytest.param("glm4", "W4A8_AWQ_BETA_CFG", 1, marks=pytest.mark.full),
         pytest.param("phi3", MXFP4, 1, marks=pytest.mark.full),
         pytest.param("phi3", "W4A8_AWQ_BETA_CFG", 1, marks=pytest.mark.full),
         pytest.param("phi3", "NVFP4_SVDQUANT_DEFAULT_CFG", 2, marks=pytest.mark.full),

@@ -6,8 +6,8 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from importlib.metadata import entry_points, version
-from pathlib import Path
 
 import pytest
 
@@ -15,11 +15,6 @@ pytest.importorskip("sglang")
 
 from sglang_modelopt_ext.env import ERROR_FILE
 from sglang_modelopt_ext.schemes.versions import TESTED_SGLANG, described_sglang, installed_sglang
-
-
-def run(code: str) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a fresh interpreter, since SGLang's hooks hold for a whole process."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_entry_point() -> None:
@@ -49,11 +44,6 @@ print("registered")
 """
 
 
-def test_registers_through_the_entry_point_once() -> None:
-    result = run(REGISTRATION)
-    assert "registered" in result.stdout, result.stderr[-3000:]
-
-
 UNTESTED = "from sglang_modelopt_ext.integration import plugin; plugin.TESTED_SGLANG = ('0.1',)"
 MISSING = (
     "from sglang_modelopt_ext.integration import contract, uses; "
@@ -66,24 +56,6 @@ def test_the_installed_version_is_tested() -> None:
     """Whose contract the other tests check, and in whose words its decisions are put."""
     assert installed_sglang() == described_sglang() == version("sglang")
     assert installed_sglang() in TESTED_SGLANG
-
-
-def test_another_version_in_which_everything_is_as_expected_starts_with_one_warning() -> None:
-    """No more of SGLang is imported than with a tested version: not its attention for a GPU, of which the contract has rows."""
-    loaded = "import sys; assert 'sglang.srt.layers.attention.triton_backend' not in sys.modules"
-    result = run(f"{UNTESTED}\n{LOAD}\n{loaded}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "went on" in result.stdout
-    (line,) = [line for line in result.stderr.splitlines() if "modelopt_ext: this plugin was tested" in line]
-    assert line.endswith(f"tested with SGLang 0.1, not with {version('sglang')}, in which all that it uses is as there")
-
-
-def test_the_processes_of_a_server_do_not_check_again() -> None:
-    channel = f"import os; os.environ[{ERROR_FILE.variable!r}] = '/nowhere'"
-    result = run(f"{channel}\n{UNTESTED}; {MISSING}\n{LOAD}")
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "went on" in result.stdout
-    assert "modelopt_ext: this plugin was tested" not in result.stderr
 
 
 SABOTAGED = (
@@ -149,21 +121,64 @@ for number, code in enumerate(json.load(sys.stdin)):
 """Runs each code in a fork of one process, which has imported SGLang before: that is what takes time."""
 
 
+CODES = {
+    "registered": REGISTRATION,
+    "untested": f"{UNTESTED}\n{LOAD}\nimport sys; assert 'sglang.srt.layers.attention.triton_backend' not in sys.modules",
+    "child": f"import os; os.environ[{ERROR_FILE.variable!r}] = '/nowhere'\n{UNTESTED}; {MISSING}\n{LOAD}",
+} | {f"sabotaged {number}": f"{sabotage}\n{LOAD}" for number, (sabotage, _) in enumerate(SABOTAGED)}
+"""Each runs in a process of its own, since SGLang's hooks hold for a whole process."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a process wrote, and whether it ended without an exception."""
+
+    output: str
+    errors: list[str]
+
+    @property
+    def well(self) -> bool:
+        return self.output.endswith("status 0\n")
+
+
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of the processes of SABOTAGED, ``NUMBER.out`` and ``NUMBER.err``."""
-    folder = tmp_path_factory.mktemp("sabotaged")
-    codes = json.dumps([f"{sabotage}\n{LOAD}" for sabotage, _ in SABOTAGED])
+def ended(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """The processes of CODES."""
+    folder = tmp_path_factory.mktemp("processes")
     command = [sys.executable, "-c", FORKS, str(folder)]
+    codes = json.dumps(list(CODES.values()))
     subprocess.run(command, input=codes, text=True, capture_output=True, timeout=300, check=True)
-    return folder
+    return {
+        name: Ended((folder / f"{number}.out").read_text(), (folder / f"{number}.err").read_text().splitlines())
+        for number, name in enumerate(CODES)
+    }
+
+
+def test_registers_through_the_entry_point_once(ended: dict[str, Ended]) -> None:
+    assert ended["registered"].well, ended["registered"].errors[-30:]
+    assert "registered" in ended["registered"].output
+
+
+def test_another_version_in_which_everything_is_as_expected_starts_with_one_warning(ended: dict[str, Ended]) -> None:
+    """No more of SGLang is imported than with a tested version: not its attention for a GPU, of which the contract has rows."""
+    found = ended["untested"]
+    assert found.well, found.errors[-30:]
+    assert "went on" in found.output
+    (line,) = [line for line in found.errors if "modelopt_ext: this plugin was tested" in line]
+    assert line.endswith(f"tested with SGLang 0.1, not with {version('sglang')}, in which all that it uses is as there")
+
+
+def test_the_processes_of_a_server_do_not_check_again(ended: dict[str, Ended]) -> None:
+    found = ended["child"]
+    assert found.well, found.errors[-30:]
+    assert "went on" in found.output
+    assert not [line for line in found.errors if "modelopt_ext: this plugin was tested" in line]
 
 
 @pytest.mark.parametrize("number", range(len(SABOTAGED)))
-def test_a_failed_registration_stops_the_process_with_one_line(number: int, stopped: Path) -> None:
-    output = (stopped / f"{number}.out").read_text()
-    assert "status 1" in output
-    assert "went on" not in output
-    lines = (stopped / f"{number}.err").read_text().splitlines()
-    (line,) = [line for line in lines if line.startswith("ModelOptExtError: ")]
+def test_a_failed_registration_stops_the_process_with_one_line(number: int, ended: dict[str, Ended]) -> None:
+    found = ended[f"sabotaged {number}"]
+    assert not found.well
+    assert "went on" not in found.output
+    (line,) = [line for line in found.errors if line.startswith("ModelOptExtError: ")]
     assert re.search(SABOTAGED[number][1], line), line
