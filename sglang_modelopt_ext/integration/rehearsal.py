@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from sglang_modelopt_ext.checkpoint.kv_cache import KV_FLAGS, read_plan
 from sglang_modelopt_ext.checkpoint.reader import Checkpoint
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.integration.kv.hybrid import unserved_pool, unsupported_pool
+from sglang_modelopt_ext.ports import free_port
 
 RESULT = "REHEARSAL "
 """The prefix of the output's last line, before JSON: ``{"model", "problems", "missing", "left_over", "left_out"}``."""
@@ -108,15 +108,9 @@ def _resolve(folder: Path, server_arguments: list[str]) -> Any:
     # SGLang's classes read fields of the configuration that this adds on a CPU, for any number of ranks.
     load_config = LoadConfig(load_format=args.load_format)
     model_config = adjust_config_with_unaligned_cpu_tp(model_config, load_config, 1)
-    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=_free_port())
+    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=free_port())
     bootstrap.init_layer_runtime(model_config=model_config)
     return model_config
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _without_values(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:

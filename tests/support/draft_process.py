@@ -56,7 +56,7 @@ def _load(target: Path, arguments: list[str]) -> dict[str, Any]:
     from sglang.srt.runtime_context import SpawnRanks, get_spec, publish
     from sglang.srt.server_args import prepare_server_args
 
-    from sglang_modelopt_ext.integration.rehearsal import _free_port
+    from sglang_modelopt_ext.ports import free_port
 
     command = ["--model-path", str(target), "--device", "cpu", "--skip-tokenizer-init", "--max-total-tokens", "1024"]
     args = prepare_server_args([*command, "--dtype", "bfloat16", "--disable-radix-cache", *arguments])
@@ -66,7 +66,7 @@ def _load(target: Path, arguments: list[str]) -> dict[str, Any]:
     path = get_spec().speculative_draft_model_path
     config = ModelConfig.from_server_args(args, model_path=path, is_draft_model=True)
     config = adjust_config_with_unaligned_cpu_tp(config, LoadConfig(), 1)
-    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=_free_port())
+    bootstrap.init_parallel_runtime(server_args=args, device="cpu", dist_port=free_port())
     bootstrap.init_layer_runtime(model_config=config)
     loader = get_model_loader(LoadConfig(), config)
     model = loader.load_model(model_config=config, device_config=DeviceConfig("cpu"))

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 EXT, KERNELS = "sglang_modelopt_ext", "sglang_modelopt_kernels"
 PACKAGES = {EXT: ROOT / EXT, KERNELS: ROOT / "kernels" / KERNELS}
-BASE = {EXT, f"{EXT}._version", f"{EXT}.device", f"{EXT}.env", f"{EXT}.errors"}
+BASE = {EXT, f"{EXT}._version", f"{EXT}.device", f"{EXT}.env", f"{EXT}.errors", f"{EXT}.ports"}
 """Modules that every folder of the plugin may import, and that import nothing but each other."""
 DIRECTIONS = {
     "kernels/formats": "",

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from sglang_modelopt_ext.errors import ModelOptExtError
+from sglang_modelopt_ext.ports import free_port
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.server.client import ServerClient, open_url, vocabulary_size
 from sglang_modelopt_ext.workflow.server.process_tree import ProcessTree
@@ -83,7 +83,7 @@ class ServerProcess(ServerClient):
         progress: bool = True,
         record: bool = False,
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         super().__init__(f"http://127.0.0.1:{self.port}", model, timeout)
         self.log = log
         self.progress = progress
@@ -236,9 +236,3 @@ class ServerProcess(ServerClient):
                 self._scratch = None
         if left:
             raise ModelOptExtError.at(self.log, "server", "no process after its end", ", ".join(left))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
