@@ -176,11 +176,6 @@ def _weight(kind: Kind, k: int) -> GroupedWeight:
             every.append(grouped.mxfp4_as_stored(stored["weight"], stored["weight_scale"]))
         elif kind == "mxfp4_tiles":
             every.append(grouped.tiled(stream_folded(fold(stored["weight"], stored["weight_scale"]))))
-        elif kind == "nvfp4_tiles":
-            blocks = number.blocks(stored)
-            if blocks is None:
-                raise ValueError(f"{number.name} has no blocks")
-            every.append(grouped.tiled(stream_nvfp4(blocks)))
         elif kind == "e4m3_exponent":
             every.append(grouped.mxfp8(stored["weight"], stored["weight_scale"]))
         elif kind == "e4m3_float":
@@ -192,7 +187,7 @@ def _weight(kind: Kind, k: int) -> GroupedWeight:
             blocks = number.blocks(stored)
             if blocks is None:
                 raise ValueError(f"{number.name} has no blocks")
-            every.append(grouped.packed(pack(blocks)))
+            every.append(grouped.tiled(stream_nvfp4(blocks)) if kind == "nvfp4_tiles" else grouped.packed(pack(blocks)))
     return grouped.stack(every)
 
 

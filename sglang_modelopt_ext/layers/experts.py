@@ -9,7 +9,7 @@ some expert rounds their inputs differently.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,15 +22,16 @@ from sglang_modelopt_ext.backends.timings import gpu_of
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.env import W4A8Math
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.layers.handover import LONGEST, Rounding, announce_product, take
+from sglang_modelopt_ext.layers.handover import LONGEST, announce_product
 from sglang_modelopt_ext.layers.linear import (
     INPUT_SCALE,
     Shard,
     check_blocks,
     exact_fp8,
     group_shards,
-    is_for_all_rows,
+    may_be_rounded,
     round_input,
+    take_rounded,
     warn_once,
 )
 from sglang_modelopt_ext.schemes.base import PRE_QUANT_SCALE, LayerScheme
@@ -173,7 +174,8 @@ class ExpertProduct:
             # Copies: a slice would keep the whole parameter of the checkpoint alive.
             tensors[name] = stacked if differ else stacked[0].clone()
             each |= {name} if differ else set()
-        if not each and self._takes_handover({name: tensors[name] for name in inputs}):
+        own = {name: tensors[name] for name in inputs}
+        if not each and may_be_rounded(self.scheme.activation, own, self.rank_amax):
             announce_product()
         for name, tensor in tensors.items():
             layer.register_parameter(prefix + name, torch.nn.Parameter(tensor, requires_grad=False))
@@ -183,10 +185,6 @@ class ExpertProduct:
             {name: prefix + name for name in inputs},
             frozenset(each),
         )
-
-    def _takes_handover(self, inputs: Mapping[str, torch.Tensor]) -> bool:
-        """Return whether the input may have been rounded by the module before; ``inputs`` are those of all experts."""
-        return rounds(self.scheme.activation) and self.rank_amax is None and is_for_all_rows(inputs)
 
     def release(self, layer: torch.nn.Module) -> None:
         """Remove the prepared tensors from ``layer``."""
@@ -258,11 +256,11 @@ class ExpertProduct:
         out_dtype: torch.dtype,
     ) -> torch.Tensor:
         backend, weight, inputs = self._prepared(layer, group)
-        if len(self.groups) == 1 and not group.each and self._takes_handover(inputs):
-            wanted = Rounding(inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE), exact_fp8(self._operand))
-            if (handed := take(x, wanted)) is not None:
-                scale = handed[1].reshape(-1, 1)
-                return backend.matmul(weight, handed[0].to(self._operand), scale, routing, out_dtype)
+        alone = len(self.groups) == 1 and not group.each
+        if alone and may_be_rounded(self.scheme.activation, inputs, self.rank_amax):
+            rounded = take_rounded(x, self._operand, inputs)
+            if rounded is not None:
+                return backend.matmul(weight, rounded[0], rounded[1].reshape(-1, 1), routing, out_dtype)
         if group.each:
             x = _for_rows(x, routing)
             # Rows with an invalid expert use the first expert's scales; their outputs are zero.

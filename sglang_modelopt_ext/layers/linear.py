@@ -191,11 +191,9 @@ class LinearProduct:
     def _takes_handover(self, inputs: Mapping[str, torch.Tensor]) -> bool:
         """Return whether the input may have been rounded by the module before: as :func:`round_input` does for all rows in E4M3."""
         return (
-            fp8.rounds(self.scheme.activation)
+            may_be_rounded(self.scheme.activation, inputs, self.rank_amax)
             and not self.scheme.low_rank
             and not isinstance(self.backend, BlockBackend)
-            and self.rank_amax is None
-            and is_for_all_rows(inputs)
         )
 
     def release(self, layer: torch.nn.Module) -> None:
@@ -226,9 +224,7 @@ class LinearProduct:
         inputs = {name: getattr(layer, attribute) for name, attribute in self.groups[0].inputs.items()}
         if not self._takes_handover(inputs):
             return None
-        smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
-        rounded = take(x, Rounding(smoothing, scale, exact_fp8(self._operand)))
-        return None if rounded is None else (rounded[0].to(self._operand), rounded[1])
+        return take_rounded(x, self._operand, inputs)
 
     def _apply_group(
         self, layer: torch.nn.Module, group: ShardGroup, x: torch.Tensor, bias: torch.Tensor | None
@@ -332,6 +328,24 @@ def round_input(
     else:
         values, row_scale = activation.quantize(smooth(x, inputs), scale if amax is None else amax)
     return values.to(operand), row_scale
+
+
+def may_be_rounded(
+    activation: ActivationFormat | None,
+    inputs: Mapping[str, torch.Tensor],
+    rank_amax: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> bool:
+    """Return whether the module before may round the input, as :func:`round_input` does: to E4M3, all rows alike, by this rank."""
+    return fp8.rounds(activation) and rank_amax is None and is_for_all_rows(inputs)
+
+
+def take_rounded(
+    x: torch.Tensor, operand: torch.dtype, inputs: Mapping[str, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return what :func:`round_input` would, as the module before has rounded ``x``; None where it did not."""
+    smoothing, scale = inputs.get(PRE_QUANT_SCALE.name), inputs.get(INPUT_SCALE)
+    rounded = take(x, Rounding(smoothing, scale, exact_fp8(operand)))
+    return None if rounded is None else (rounded[0].to(operand), rounded[1])
 
 
 def is_for_all_rows(inputs: Mapping[str, torch.Tensor]) -> bool:

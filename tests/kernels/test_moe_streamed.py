@@ -179,9 +179,14 @@ def test_its_text_on_numpy(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     y = run(x, weight, routed, case.pairs, row_scale, torch.float64, case.known, plan)
     torch.use_deterministic_algorithms(False)
     expected = naive_grouped_linear(x, weight, chosen, of_pairs(row_scale, case))
+    if case.kind == "folded":
+        # Parts of a sum that is split are float32.
+        torch.testing.assert_close(
+            y, expected, rtol=1e-12 if case.split == 1 else 1e-5, atol=1e-9 if case.split == 1 else 1e-2
+        )
     served = chosen >= 0
     errors = (y - expected)[served].abs().amax(1) / expected[served].abs().amax(1)
-    # Parts of a sum that is split are float32, each at most a few times the largest output.
+    # NVFP4's block scales reach far, so that outputs near zero are sums of large products.
     assert float(errors.max()) < (1e-12 if case.split == 1 else 2**-20)
     assert bool((y[chosen < 0] == 0).all())
     assert case.split == 1 or not bool(machine.arguments["arrivals_ptr"].any()), "counters are zero between launches"

@@ -35,6 +35,7 @@ from sglang_modelopt_kernels.formats.checks import check_mxfp4, check_tensor, sc
 from sglang_modelopt_kernels.gemm import w8_decode
 from sglang_modelopt_kernels.gemm.w4_decode import packing
 from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
+from sglang_modelopt_kernels.gemm.w4_stream.packing import Kind as TileKind
 from sglang_modelopt_kernels.gemm.w4_stream.packing import StreamedWeight, nvfp4_kind, unstream
 from sglang_modelopt_kernels.gemm.w8_decode import packing as w8_packing
 
@@ -98,6 +99,13 @@ class GroupedWeight:
         if self.kind == "e4m3_float":
             return 128
         return self.k if self.scale is None else self.k // self.scale.shape[-1]
+
+    @property
+    def tiles(self) -> TileKind:
+        """How the tiles are read. Raises ValueError for a kind that is not one of TILES."""
+        if self.kind not in TILES:
+            raise ValueError(f"{self.kind} weights are not kept as tiles")
+        return "folded" if self.kind == "mxfp4_tiles" else nvfp4_kind(self.group)
 
 
 def packed(weight: PackedWeight) -> GroupedWeight:
@@ -175,10 +183,8 @@ def unpack(weight: GroupedWeight, expert: int) -> torch.Tensor:
     if weight.kind == "mxfp4":
         exponents = torch.exp2(scale.to(torch.float64) - ue8m0.BIAS)
         return scale_blocks(e2m1.decode(e2m1.unpack_codes(codes)).to(torch.float64), exponents)
-    if weight.kind == "mxfp4_tiles":
-        return unstream(StreamedWeight(codes, scale, weight.out_scale[expert], "folded"))
-    if weight.kind == "nvfp4_tiles":
-        return unstream(StreamedWeight(codes, scale, weight.out_scale[expert], nvfp4_kind(weight.group)))
+    if weight.kind == "mxfp4_tiles" or weight.kind == "nvfp4_tiles":
+        return unstream(StreamedWeight(codes, scale, weight.out_scale[expert], weight.tiles))
     if weight.kind == "e4m3" or weight.kind == "int8" or weight.kind == "bf16":
         raise ValueError(f"{weight.kind} weights have no block scales")
     return packing.unpack(PackedWeight(codes, scale, weight.out_scale[expert], weight.kind, weight.group))

@@ -12,7 +12,7 @@ from sglang_modelopt_kernels.early import early
 from sglang_modelopt_kernels.gemm.common import KernelConfig, checked, machine
 from sglang_modelopt_kernels.gemm.common.arrivals import COUNTERS, arrivals
 from sglang_modelopt_kernels.gemm.w4_stream.launch import DESCALE
-from sglang_modelopt_kernels.gemm.w4_stream.packing import BLOCKS, WIDTH, Kind, nvfp4_kind
+from sglang_modelopt_kernels.gemm.w4_stream.packing import BLOCKS, WIDTH, Kind
 from sglang_modelopt_kernels.moe.route import Routed
 
 if TYPE_CHECKING:
@@ -58,15 +58,6 @@ class Plan:
     split: int = 1
 
 
-def tiles_of(weight: GroupedWeight) -> Kind:
-    """Return how the tiles of experts are read. Raises ValueError for weights of another kind."""
-    if weight.kind == "mxfp4_tiles":
-        return "folded"
-    if weight.kind == "nvfp4_tiles":
-        return nvfp4_kind(weight.group)
-    raise ValueError(f"{weight.kind} weights are not kept as tiles")
-
-
 def choose_block(pairs: int, experts: int) -> int:
     """Return the pairs in a block: the smallest block with ROOM for the average expert, or the largest."""
     known = [config.bm for config in CONFIGS["folded"]]
@@ -79,7 +70,7 @@ def plan_of(weight: GroupedWeight, block: int, pairs: int, sms: int) -> Plan:
     Raises:
         ValueError: no configuration has such blocks.
     """
-    config = next((config for config in CONFIGS[tiles_of(weight)] if config.bm == block), None)
+    config = next((config for config in CONFIGS[weight.tiles] if config.bm == block), None)
     if config is None:
         raise ValueError(f"no configuration for tiles has blocks of {block} pairs")
     steps, tiles = weight.k // WIDTH, weight.n // config.bn
@@ -113,7 +104,7 @@ def run(
     from .kernel import streamed_experts_kernel  # needs a Triton with Gluon: see gemm/w4_stream/available.py
 
     plan = plan or plan_of(weight, routed.block, pairs, machine(x.device)[1])
-    config, blocks, kind = plan.config, routed.owner.shape[0], tiles_of(weight)
+    config, blocks, kind = plan.config, routed.owner.shape[0], weight.tiles
     n, tiles = weight.n, weight.n // config.bn
     if plan.split > 1 and blocks * tiles > COUNTERS:
         raise ValueError(f"a product of more than {COUNTERS} tiles is not split along K, got {blocks * tiles}")

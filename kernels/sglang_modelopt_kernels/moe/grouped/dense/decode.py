@@ -13,7 +13,7 @@ from sglang_modelopt_kernels.gemm.w4_decode.launch import decode_into, descale
 from sglang_modelopt_kernels.gemm.w4_decode.packing import PackedWeight
 from sglang_modelopt_kernels.gemm.w4_stream.launch import DESCALE
 from sglang_modelopt_kernels.gemm.w4_stream.launch import decode_into as decode_tiles
-from sglang_modelopt_kernels.gemm.w4_stream.packing import StreamedWeight, nvfp4_kind
+from sglang_modelopt_kernels.gemm.w4_stream.packing import StreamedWeight
 from sglang_modelopt_kernels.moe.route import Routed
 
 from ..weights import TILES, GroupedWeight
@@ -65,7 +65,7 @@ def operand_of(weight: GroupedWeight, dtype: torch.dtype, out_dtype: torch.dtype
 def divisor(weight: GroupedWeight, dtype: torch.dtype) -> float:
     """Return the divisor of the unit weight in :func:`decode_experts`."""
     if weight.kind == "nvfp4_tiles":
-        return DESCALE[nvfp4_kind(weight.group)]
+        return DESCALE[weight.tiles]
     if weight.kind not in ("e2m1_e4m3", "e2m1_exponent"):
         return 1.0
     return 2.0**9 if dtype == torch.float8_e4m3fn else descale(weight.kind, dtype == torch.float16)
@@ -87,10 +87,9 @@ def decode_experts(weight: GroupedWeight, part: Part, routed: Routed, scratch: t
         decode_into(packed, part.experts.start * weight.n + part.rows.start, unit.flatten(0, 1), routed.first)
         return unit
     if weight.kind in TILES and weight.scale is not None:
-        kind = "folded" if weight.kind == "mxfp4_tiles" else nvfp4_kind(weight.group)
         codes, scale, out_scale = (tensor.flatten(0, 1) for tensor in (weight.codes, weight.scale, weight.out_scale))
         decode_tiles(
-            StreamedWeight(codes, scale, out_scale, kind),
+            StreamedWeight(codes, scale, out_scale, weight.tiles),
             part.experts.start * weight.n + part.rows.start,
             unit.flatten(0, 1),
         )
