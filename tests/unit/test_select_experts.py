@@ -15,13 +15,21 @@ import torch
 from sglang_modelopt_ext.backends import self_test
 from sglang_modelopt_ext.backends.base import ShardWeight
 from sglang_modelopt_ext.backends.experts.base import ExpertRequest, Routing
-from sglang_modelopt_ext.backends.experts.grouped import GroupedBf16, GroupedDecoded, GroupedMxfp4, GroupedStreamed
+from sglang_modelopt_ext.backends.experts.grouped import (
+    GroupedBf16,
+    GroupedDecoded,
+    GroupedExperts,
+    GroupedMxfp4,
+    GroupedStreamed,
+)
 from sglang_modelopt_ext.backends.select import EXPERT_BACKENDS, expert_candidates, served_scheme
 from sglang_modelopt_ext.device import Device
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_kernels.formats import WEIGHT_FORMATS
+from sglang_modelopt_kernels.moe.grouped import GroupedWeight
+from sglang_modelopt_kernels.moe.route import Routed
 
 GROUPED, TCGEN05, BF16, STREAMED = (
     backend.name for backend in (GroupedDecoded, GroupedMxfp4, GroupedBf16, GroupedStreamed)
@@ -56,6 +64,27 @@ def test_parts_of_tiles_and_other_tritons_are_not_streamed(monkeypatch: pytest.M
     assert "math fp8" in str(streamed.supports(dataclasses.replace(request("W4A8_NVFP4_FP8"), math="fp8")))
     monkeypatch.setattr("sglang_modelopt_ext.backends.experts.grouped.missing", lambda: "needs another Triton")
     assert streamed.supports(request("W4A8_MXFP4_FP8")) == "needs another Triton"
+
+
+@pytest.mark.parametrize(
+    ("backend", "tokens", "sorts"),
+    [(GroupedStreamed(), 1, False), (GroupedStreamed(), 2, True), (GroupedDecoded(), 1, True)],
+)
+def test_one_token_is_not_sorted_for_the_product_that_needs_no_order(
+    backend: GroupedExperts, tokens: int, sorts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a pass has once is known the second time."""
+    table = Routed(*(torch.zeros(0, dtype=torch.int32) for _ in range(3)), 8)
+    monkeypatch.setattr("sglang_modelopt_ext.backends.experts.grouped.route", lambda *arguments: table)
+    codes, scale = torch.zeros(9, 64, 128, dtype=torch.uint8), torch.zeros(9, 64, 8, dtype=torch.uint8)
+    weight = GroupedWeight(codes, scale, torch.ones(9, 64), "mxfp4_tiles", True)
+    routing = Routing(torch.arange(4 * tokens, dtype=torch.int32), 4)
+    for known in (False, True):
+        routed, before = backend._sorted(weight, torch.float8_e4m3fn, routing)
+        assert before == known
+        assert (routed is table) == sorts
+        assert routed.single != sorts
+        assert sorts or routed.owner is routing.experts
 
 
 @pytest.mark.parametrize("capability", [None, 80, 89, 90, 100, 103, 120])
