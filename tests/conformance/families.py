@@ -108,6 +108,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "gemma3": Architecture("gemma3", W4A8),
     "minimax-m2": Architecture("minimax_m2", W4A8, mixture=True),
+    # SGLang fuses its shared expert into the routed ones on a GPU.
+    "glm4-moe": Architecture("glm4_moe", W4A8, mixture=True),
     # Text alone: with images SGLang asks for the processor of a published model.
     "qwen2-5-vl": Architecture("qwen2_5_vl", W4A8, args={"enable_multimodal": False}),
     "qwen3-vl": Architecture("qwen3_vl", W4A8, args={"enable_multimodal": False}),

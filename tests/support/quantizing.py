@@ -28,7 +28,8 @@ def calibration_file(folder: Path) -> str:
 def run(model: Path, output: Path, data: str, recipe: str = RECIPE, **options: Any) -> Quantized:
     """Run :func:`quantize` without progress, on few tokens."""
     overwrite = options.pop("overwrite", False)
-    chosen = Options(recipe=recipe, data=(data,), samples=4, sequence_length=32, device="cpu", **options)
+    options = {"device": "cpu"} | options
+    chosen = Options(recipe=recipe, data=(data,), samples=4, sequence_length=32, **options)
     done = quantize(str(model), output, chosen, overwrite=overwrite, progress=False)
     assert done is not None
     return done

@@ -87,6 +87,7 @@ SERVED: dict[str, dict[str, Any]] = {
     },
     "gemma3": {**_SLIDING, **_heads(256)},
     "minimax_m2": {},
+    "glm4_moe": {**_EXPERTS, "use_qk_norm": True, "routed_scaling_factor": 2.5},
     "qwen2_5_vl": {},
     "qwen3_vl": {},
 }

@@ -58,6 +58,10 @@ def import_modelopt() -> Any:
     return mtq
 
 
+ALL_GPUS = "auto"
+"""The device that stands for all GPUs of the machine together, or for the CPU where there is none."""
+
+
 def default_device() -> str:
     """Return ``cuda`` where there is a GPU, else ``cpu``."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,27 +74,61 @@ def load_model(
 
     Pickled weights are never read. Where there is no GPU, torch versions of ModelOpt's CUDA-only functions are installed.
 
+    Args:
+        folder: the model's folder.
+        device: a device of PyTorch, or :data:`ALL_GPUS`; None for CUDA where there is a GPU.
+        trust_remote_code: run the model's own code.
+        progress: show transformers' progress bar.
+
     Raises:
-        ModelOptExtError: a model transformers cannot load, or a weight that is NaN or infinite.
+        ModelOptExtError: a model transformers cannot load, one larger than all GPUs together, or a weight that is NaN or
+            infinite.
     """
     import_modelopt()
     from transformers.utils import logging as transformers_logging
 
     device = device or default_device()
+    if device == ALL_GPUS and not torch.cuda.is_available():
+        device = "cpu"
     messages: Any = transformers_logging
     messages.set_verbosity_error()
     (messages.enable_progress_bar if progress else messages.disable_progress_bar)()
     try:
         model = _model_class(folder, trust_remote_code).from_pretrained(
-            folder, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+            folder,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            device_map=device_map(device),
         )
-        model.to(device).eval()
+        model.eval()
     except Exception as error:  # the many ways in which a model's configuration, code or files can be wrong
         raise ModelOptExtError.at(
             folder, "model", "one that transformers can load", f"{type(error).__name__}: {error}"[:300]
         ) from error
+    if device == ALL_GPUS:
+        _check_placed(model, folder)
     check_weights(model, folder)
-    return model, modelopt_cpu.NAME if modelopt_cpu.install(device) else "cuda"
+    return model, modelopt_cpu.NAME if modelopt_cpu.install(model.device.type) else "cuda"
+
+
+def device_map(device: str) -> str | dict[str, str] | None:
+    """Return the argument of ``from_pretrained`` for a device: on GPUs a tensor goes straight from its file to its GPU.
+
+    None for the CPU, where nothing needs accelerate.
+    """
+    if device == "cpu":
+        return None
+    return device if device == ALL_GPUS else {"": device}
+
+
+def _check_placed(model: torch.nn.Module, where: object) -> None:
+    """Raise ModelOptExtError where accelerate left a part of a model to the CPU or to the disk."""
+    placed: dict[str, Any] = model.hf_device_map  # type: ignore[assignment]
+    left = [name for name, device in placed.items() if str(device) in ("cpu", "disk")]
+    if left:
+        expected = "room for all of its weights on the GPUs, or --device cpu"
+        raise ModelOptExtError.at(where, "model", expected, f"none for {left[0]}" + (" and others" * (len(left) > 1)))
 
 
 def _model_class(folder: Path, trust_remote_code: bool) -> Any:

@@ -122,7 +122,7 @@ def quantize(
         outcome = Outcome()
         if steps:
             work = None
-            layerwise = goes_layerwise(steps, device) if options.layerwise is None else options.layerwise
+            layerwise = goes_layerwise(steps, loaded.device.type) if options.layerwise is None else options.layerwise
             if layerwise and needed and processes.world == 1:
                 work = work_folder(output, _inputs(source, config, options, data))
             calibrator = Calibrator(loaded, data if needed else None, source, work, processes, layerwise, progress)
