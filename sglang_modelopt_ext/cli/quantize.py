@@ -121,7 +121,9 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per window (default: %(default)s)",
     )
     data.add_argument(
-        "--batch-size", type=int, default=calibration.BATCH_SIZE, help="windows per forward pass (default: %(default)s)"
+        "--batch-size",
+        type=int,
+        help=f"windows per forward pass (default: {calibration.BATCH_SIZE}; on a GPU {calibration.BATCH_TOKENS} tokens of them)",
     )
     data.add_argument(
         "--seed", type=int, default=calibration.SEED, help="another seed runs other windows (default: %(default)s)"

@@ -34,6 +34,7 @@ LEFT_AND_RUN: dict[str, str] = {
     "NVFP4, W4A16_NVFP4": _LAST,
     "NVFP4, FP8": _LATER,
     "NVFP4, and MXFP8, FP8_PB_WO or FP8_BLOCK_SCALES with SGLang's `weight_scale_inv`": f"{_LATER} (FP8_PB_WO)",
+    "NVFP4, and MXFP8 or FP8_PB_WO with a `weight_scale` that DeepSeek V2 and V3, GLM-5 and Kimi K3 rename": f"{_LAST} (FP8_PB_WO)",
     "with an unknown algorithm": _LATER,
     "without `quantized_layers` (W4AFP8)": _LATER,
 }

@@ -13,7 +13,7 @@ import pytest
 
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
-from sglang_modelopt_ext.workflow.quantize.calibration import load_calibration, read_documents
+from sglang_modelopt_ext.workflow.quantize.calibration import batch_size_for, load_calibration, read_documents
 from tests.support.models import TinyModel, model_dir
 
 TEXTS = ["import os\nprint(os.name)\n" * 6, "x = 1\n" * 30, "def f(a):\n    return a\n" * 5]
@@ -142,3 +142,9 @@ def test_a_data_set_without_network_is_one_line(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(ModelOptExtError, match="cnn_dailymail: expected a file, or a data set") as raised:
         read_documents("cnn_dailymail", tokenizer)
     assert "\n" not in str(raised.value)
+
+
+def test_a_gpu_takes_more_windows_at_a_time() -> None:
+    assert [batch_size_for("cpu", length) for length in (16, 512)] == [1, 1]
+    assert [batch_size_for(device, 512) for device in ("cuda", "cuda:1", "auto")] == [8, 8, 8]
+    assert [batch_size_for("cuda", length) for length in (1, 3000, 100_000)] == [4096, 1, 1]

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from sglang_modelopt_ext.workflow.common import products
 from sglang_modelopt_ext.workflow.common.products import FastProducts
 from sglang_modelopt_ext.workflow.quantize.quantizers import can_skip_logits
 
@@ -44,6 +45,14 @@ def test_other_types_are_left_to_torch() -> None:
         assert torch.mm(x, w.T, out=out) is out
         with pytest.raises(RuntimeError):
             x @ w.float().T
+
+
+def test_only_a_cpu_gains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "slow_types", lambda: frozenset(TYPES))
+    assert isinstance(products.fast_products(torch.device("cpu")), FastProducts)
+    assert not isinstance(products.fast_products(torch.device("cuda")), FastProducts)
+    monkeypatch.setattr(products, "slow_types", frozenset)
+    assert not isinstance(products.fast_products(torch.device("cpu")), FastProducts)
 
 
 def test_gradients_pass_through() -> None:

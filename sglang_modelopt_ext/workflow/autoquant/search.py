@@ -30,7 +30,7 @@ from sglang_modelopt_ext.workflow.autoquant.solve import Method
 from sglang_modelopt_ext.workflow.autoquant.state import UNQUANTIZED, Group, KVSearch, Struct
 from sglang_modelopt_ext.workflow.autoquant.sums import added, hparams, read_sums, restore_sums
 from sglang_modelopt_ext.workflow.common.processes import Processes
-from sglang_modelopt_ext.workflow.common.products import FastProducts
+from sglang_modelopt_ext.workflow.common.products import fast_products
 from sglang_modelopt_ext.workflow.quantize.calibrate import modelopt_messages
 from sglang_modelopt_ext.workflow.quantize.quantizers import fused_experts
 
@@ -174,7 +174,7 @@ class Search:
             if self._offered(group) and (self.fixed is not None or group.candidates.keys() != everywhere)
         ]
         steps = len(self.scoring.batches) if self.scoring else 0
-        with modelopt_messages(), _standing_in(self), FastProducts(), _own_attention():
+        with modelopt_messages(), _standing_in(self), fast_products(self.model.device), _own_attention():
             mtq.auto_quantize(
                 self.model,
                 constraints={"effective_bits": 16.0},

@@ -67,6 +67,11 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def device_for(asked: str | None) -> str:
+    """Return the device for one that was asked for; :data:`ALL_GPUS` only where there is a GPU."""
+    return default_device() if asked is None or (asked == ALL_GPUS and not torch.cuda.is_available()) else asked
+
+
 def load_model(
     folder: Path, device: str | None = None, *, trust_remote_code: bool = False, progress: bool = True
 ) -> tuple[Any, str]:
@@ -87,9 +92,7 @@ def load_model(
     import_modelopt()
     from transformers.utils import logging as transformers_logging
 
-    device = device or default_device()
-    if device == ALL_GPUS and not torch.cuda.is_available():
-        device = "cpu"
+    device = device_for(device)
     messages: Any = transformers_logging
     messages.set_verbosity_error()
     (messages.enable_progress_bar if progress else messages.disable_progress_bar)()

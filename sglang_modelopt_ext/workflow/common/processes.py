@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common.base_model import default_device
+from sglang_modelopt_ext.workflow.common.base_model import device_for
 
 if TYPE_CHECKING:
     from torch._C._distributed_c10d import Store
@@ -85,7 +85,7 @@ def joined(device: str | None) -> Iterator[tuple[Processes, str]]:
     Raises:
         ModelOptExtError: a device that several processes cannot have, or processes that were not started by ``torchrun``.
     """
-    device = device or default_device()
+    device = device_for(device)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not torch.distributed.is_available():
         yield Processes(), device
         return

@@ -27,7 +27,7 @@ from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.files.disk import full_disk
 from sglang_modelopt_ext.workflow.common.base_model import activations_checked, import_modelopt
 from sglang_modelopt_ext.workflow.common.processes import Processes
-from sglang_modelopt_ext.workflow.common.products import FastProducts
+from sglang_modelopt_ext.workflow.common.products import fast_products
 from sglang_modelopt_ext.workflow.quantize import checks, quantizers
 from sglang_modelopt_ext.workflow.quantize.calibration import CalibrationData
 from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, FROM_QUANTIZED, SMOOTHQUANT
@@ -201,7 +201,8 @@ class Calibrator:
                 model(batch.to(self.model.device), use_cache=False, **kept)
 
         try:
-            with activations_checked(self.model, self.where), modelopt_messages(), torch.no_grad(), FastProducts():
+            quick = fast_products(self.model.device)
+            with activations_checked(self.model, self.where), modelopt_messages(), torch.no_grad(), quick:
                 mtq.calibrate(self.model, options, None if self.data is None else forward)
         except ModelOptExtError:
             raise

@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SAMPLES, SEQUENCE_LENGTH, BATCH_SIZE, SEED = 128, 512, 1, 0
-"""Default settings of the calibration data."""
+"""Default settings of the calibration data; BATCH_SIZE is a CPU's."""
+
+BATCH_TOKENS = 4096
+"""Tokens of a forward pass on a GPU by default. With fewer it waits for Python, which ModelOpt's quantizers keep busy."""
 
 MIN_TOKENS = 64
 """The fewest tokens that represent a model's activations."""
@@ -37,6 +40,11 @@ MIN_TOKENS = 64
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _DATASET_DOCUMENTS = 512
 _WHERE = "calibration data"
+
+
+def batch_size_for(device: str, sequence_length: int) -> int:
+    """Return the default number of windows in one forward pass on a device."""
+    return BATCH_SIZE if device == "cpu" else max(1, BATCH_TOKENS // max(1, sequence_length))
 
 
 @dataclass(frozen=True)

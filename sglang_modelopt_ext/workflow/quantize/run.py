@@ -13,7 +13,7 @@ from sglang_modelopt_ext.checkpoint.quant_config import CONFIG_NAME
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.files.digest import folder_digest
 from sglang_modelopt_ext.files.whole import check_space
-from sglang_modelopt_ext.workflow.common.base_model import default_device, find_model, import_modelopt, load_model
+from sglang_modelopt_ext.workflow.common.base_model import device_for, find_model, import_modelopt, load_model
 from sglang_modelopt_ext.workflow.common.processes import joined
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer
@@ -41,7 +41,9 @@ class Options:
         selection: the layers to leave out. Its overrides are those of ``changes``.
         data: calibration files and data sets.
         samples: number of windows; None for the default, or fewer where there are fewer.
-        sequence_length, batch_size, seed: see :func:`~sglang_modelopt_ext.workflow.quantize.calibration.load_calibration`.
+        sequence_length, seed: see :func:`~sglang_modelopt_ext.workflow.quantize.calibration.load_calibration`.
+        batch_size: the most windows in one forward pass; None for
+            :func:`~sglang_modelopt_ext.workflow.quantize.calibration.batch_size_for` the device.
         device: ``cpu``, ``cuda``, or ``auto`` for accelerate's choice over all GPUs; None for CUDA where there is one.
         trust_remote_code: run the model's own code.
         layerwise: calibrate layer by layer where possible, and keep the progress; None for :func:`goes_layerwise`.
@@ -53,7 +55,7 @@ class Options:
     data: tuple[str, ...] = ()
     samples: int | None = None
     sequence_length: int = calibration.SEQUENCE_LENGTH
-    batch_size: int = calibration.BATCH_SIZE
+    batch_size: int | None = None
     seed: int = calibration.SEED
     device: str | None = None
     trust_remote_code: bool = False
@@ -107,7 +109,7 @@ def quantize(
         config = build(config, options.changes)
         check_config(recipe, config)
     with joined(options.device) as (processes, device):
-        data = _load_data(source, options, progress and processes.is_first)
+        data = _load_data(source, options, device, progress and processes.is_first)
         if data is not None:
             data.check_shares(processes.world)
         loaded, simulation = load_model(
@@ -161,15 +163,18 @@ def _selection(options: Options) -> Selection:
     return Selection(mlp_only=chosen.mlp_only, exclude=chosen.exclude, overrides=options.changes.overrides)
 
 
-def _load_data(source: Path, options: Options, progress: bool) -> CalibrationData | None:
+def _load_data(source: Path, options: Options, device: str, progress: bool) -> CalibrationData | None:
     if not options.data:
         return None
+    batch_size = options.batch_size
+    if batch_size is None:
+        batch_size = calibration.batch_size_for(device, options.sequence_length)
     return load_calibration(
         options.data,
         load_tokenizer(source, options.trust_remote_code),
         samples=options.samples,
         sequence_length=options.sequence_length,
-        batch_size=options.batch_size,
+        batch_size=batch_size,
         seed=options.seed,
         progress=progress,
     )
@@ -255,8 +260,8 @@ def _inputs(source: Path, config: dict[str, Any], options: Options, data: Calibr
         "mlp_only": options.selection.mlp_only,
         "exclude": options.selection.exclude,
         "data": None if data is None else data.record.sha256,
-        "batch_size": options.batch_size,
-        "device": options.device or default_device(),
+        "batch_size": None if data is None else data.record.batch_size,
+        "device": device_for(options.device),
         "seed": options.seed,
         "versions": package_versions(),
     }
