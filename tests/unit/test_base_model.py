@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from sglang_modelopt_ext.errors import ModelOptExtError
-from sglang_modelopt_ext.workflow.common import base_model, modelopt_cpu
-from sglang_modelopt_ext.workflow.common.base_model import ALL_GPUS, device_map, load_model
+from sglang_modelopt_ext.workflow.common import modelopt_cpu
+from sglang_modelopt_ext.workflow.common.base_model import ALL_GPUS, check_on_gpus, device_map, load_model
 from tests.support.models import model_dir
 from tests.support.quantizing import SMALL, calibration_file, run
 
@@ -38,15 +37,18 @@ def test_where_transformers_puts_it(device: str, expected: Any) -> None:
     assert device_map(device) == expected
 
 
-def test_a_model_that_the_gpus_do_not_hold() -> None:
-    """accelerate would move such a part to the GPU for each of its calls; packing and the account of weights expect them there."""
-    spread: Any = SimpleNamespace(hf_device_map={"model.embed_tokens": 0, "model.layers.0": 1, "lm_head": "cpu"})
-    with pytest.raises(
-        ModelOptExtError, match=r"^here: model: expected room for all .* or --device cpu, got none for lm_head$"
-    ):
-        base_model._check_placed(spread, "here")
-    for whole in ({"": 0}, {"model": 0, "lm_head": 1}):
-        base_model._check_placed(SimpleNamespace(hf_device_map=whole), "here")  # type: ignore[arg-type]
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_model_that_the_gpus_do_not_hold(device: str) -> None:
+    """What accelerate keeps on the CPU has its parameters on the meta device between two calls."""
+    model = torch.nn.Sequential(torch.nn.ReLU(), torch.nn.Linear(2, 2, device=device))
+    line = r"^here: model: expected room for all of its weights on the GPUs, or --device cpu, got none for 1.weight and others$"
+    with pytest.raises(ModelOptExtError, match=line):
+        check_on_gpus(model, "here")
+
+
+@pytest.mark.gpu
+def test_one_gpu_holds_it(model: Path) -> None:
+    check_on_gpus(load_model(model, "cuda", progress=False)[0], model)
 
 
 @pytest.mark.gpu

@@ -110,7 +110,7 @@ def load_model(
             folder, "model", "one that transformers can load", f"{type(error).__name__}: {error}"[:300]
         ) from error
     if device == ALL_GPUS:
-        _check_placed(model, folder)
+        check_on_gpus(model, folder)
     check_weights(model, folder)
     return model, modelopt_cpu.NAME if modelopt_cpu.install(model.device.type) else "cuda"
 
@@ -125,10 +125,12 @@ def device_map(device: str) -> str | dict[str, str] | None:
     return device if device == ALL_GPUS else {"": device}
 
 
-def _check_placed(model: torch.nn.Module, where: object) -> None:
-    """Raise ModelOptExtError where accelerate left a part of a model to the CPU or to the disk."""
-    placed: dict[str, Any] = model.hf_device_map  # type: ignore[assignment]
-    left = [name for name, device in placed.items() if str(device) in ("cpu", "disk")]
+def check_on_gpus(model: torch.nn.Module, where: object) -> None:
+    """Raise ModelOptExtError where accelerate left a parameter to the CPU or to the disk.
+
+    It would move such a one to a GPU for each call of its layer, where calibration and packing expect it to stay.
+    """
+    left = [name for name, parameter in model.named_parameters() if parameter.device.type != "cuda"]
     if left:
         expected = "room for all of its weights on the GPUs, or --device cpu"
         raise ModelOptExtError.at(where, "model", expected, f"none for {left[0]}" + (" and others" * (len(left) > 1)))
