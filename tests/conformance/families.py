@@ -74,6 +74,7 @@ class Architecture:
         args: arguments of its engines.
         twin: further arguments of the unquantized twin's.
         unquantized: by recipe, patterns of layers that it leaves unquantized.
+        packed: whether its experts are stored packed: their W4A8 is exported as ``quantize`` does, ModelOpt alone does not.
         ours: recipes that are served by this package when it is asked for, and by SGLang alone in a case of its own.
         prefixes: whether prompts with a cached prefix are sent.
     """
@@ -84,12 +85,15 @@ class Architecture:
     args: Mapping[str, Any] = field(default_factory=dict)
     twin: Mapping[str, Any] = field(default_factory=dict)
     unquantized: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    packed: bool = False
     ours: tuple[str, ...] = ()
     prefixes: bool = True
 
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "gpt-oss": Architecture("gpt_oss", PACKED | CHANNEL_FP8, mixture=True, ours=tuple(PACKED), prefixes=False),
+    "gpt-oss": Architecture(
+        "gpt_oss", PACKED | CHANNEL_FP8 | W4A8, mixture=True, ours=tuple(PACKED), packed=True, prefixes=False
+    ),
     "qwen3-next": Architecture("qwen3_next", W4A8, mixture=True, args=STATES, prefixes=False),
     "qwen3-5": Architecture("qwen3_5", W4A8, args=STATES, prefixes=False),
     "deepseek-v3": Architecture("deepseek_v3", W4A8 | BLOCK_FP8, mixture=True),
@@ -100,10 +104,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     # SGLang's class reorders the rows of q's and k's weights when it loads them, of 16-bit and FP8 ones under a single scale.
     "llama4": Architecture(
         "llama4_vl",
-        PACKED | CHANNEL_FP8,
+        PACKED | CHANNEL_FP8 | W4A8,
         mixture=True,
-        unquantized=dict.fromkeys(("nvfp4", "fp8-channel-token"), ("*self_attn*",)),
+        unquantized=dict.fromkeys(("nvfp4", "fp8-channel-token", *W4A8), ("*self_attn*",)),
         ours=tuple(PACKED),
+        packed=True,
         prefixes=False,
     ),
     "gemma3": Architecture("gemma3", W4A8),
@@ -126,7 +131,8 @@ def folder_of(name: str, recipe: str | None = None) -> Path:
     of = ARCHITECTURES[name]
     model, folder = of.model, served_dir(of.model)
     if recipe is not None:
-        folder = export(folder, of.recipes[recipe][1], Variant(exclude=of.unquantized.get(recipe, ())))
+        along_k = of.packed and recipe in W4A8
+        folder = export(folder, of.recipes[recipe][1], Variant(exclude=of.unquantized.get(recipe, ()), along_k=along_k))
     return published(model, folder)
 
 

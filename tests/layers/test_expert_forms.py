@@ -40,6 +40,8 @@ from tests.support.expert_models import (
     transpose_packed,
 )
 from tests.support.exports import Variant, export
+from tests.support.quantizing import calibration_file
+from tests.support.quantizing import run as run_quantize
 
 NVFP4, W4A8, MXFP4, FP8 = "NVFP4_DEFAULT_CFG", "W4A8_NVFP4_FP8_CFG", "W4A8_MXFP4_FP8_CFG", "FP8_DEFAULT_CFG"
 EXPORTS: tuple[tuple[Kind, str], ...] = (
@@ -166,6 +168,13 @@ def test_packed_in_other_formats(tmp_path: Path, recipe: str) -> None:
     pack = edits.edit_tensors(lambda tensors: pack_experts(tensors, name))
     packed = edits.copy_with(folder, tmp_path / "packed", [pack])
     check(packed, "glm4_moe", folder)
+
+
+@pytest.mark.parametrize("recipe", [*ALONG_N, "MXFP4_DEFAULT_CFG"])
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4"])
+def test_packed_by_quantize(tmp_path: Path, kind: Kind, recipe: str) -> None:
+    """``quantize`` has blocks along K: its export is served, and read, as it is."""
+    check(run_quantize(model_dir(kind), tmp_path / "out", calibration_file(tmp_path), recipe).exported.folder, kind)
 
 
 @pytest.mark.parametrize("recipe", ALONG_N)

@@ -10,6 +10,7 @@ checks that a model computes the same before and after.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import shutil
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from sglang_modelopt_ext.workflow.common import modelopt_cpu
+from sglang_modelopt_ext.workflow.quantize.packed_experts import blocks_along_k
 from tests.support.cache import cached_folder, digest, folder_digest, one_thread, source_digest
 from tests.support.edits import copy_with as copy_with
 
@@ -39,6 +41,7 @@ class Variant:
         algorithm: replaces the calibration algorithm of the recipe.
         exclude: patterns of module names to leave unquantized, such as ``*layers.0.mlp*``.
         max_shard_size: makes ModelOpt write several files, such as ``"300KB"``.
+        along_k: packs experts that are stored packed in blocks along K, as ``quantize`` does and ModelOpt alone does not.
     """
 
     calibration_seed: int = 0
@@ -46,6 +49,7 @@ class Variant:
     algorithm: str | None = None
     exclude: tuple[str, ...] = ()
     max_shard_size: str = "10GB"
+    along_k: bool = False
 
 
 DEFAULT = Variant()
@@ -112,7 +116,8 @@ def _export(model_dir: Path, recipe: str | Mapping[str, Any], variant: Variant, 
                 model(tokens)
 
         mtq.quantize(model, _configuration(mtq, recipe, variant), calibrate)
-        export_hf_checkpoint(model, export_dir=folder, max_shard_size=variant.max_shard_size)
+        with blocks_along_k() if variant.along_k else contextlib.nullcontext():
+            export_hf_checkpoint(model, export_dir=folder, max_shard_size=variant.max_shard_size)
     for name in TOKENIZER_FILES:
         shutil.copy(model_dir / name, folder / name)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("modelopt")
 
+from sglang_modelopt_ext.checkpoint.packed import PackedProjection
 from sglang_modelopt_ext.checkpoint.reader import check_all_values, read_checkpoint, standard_name
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.workflow.quantize.library import PTQ, library
@@ -140,6 +141,23 @@ def check_export(source: Path, folder: Path, recipe: str) -> None:
             assert 0.3 < float(weight.norm() / original.norm()) < 3, linear.name
             continue
         assert float((weight - original).norm() / original.norm()) < ROUNDING, linear.name
+    for layer in checkpoint.experts.values():
+        for projection in layer.packed.projections if layer.packed is not None else ():
+            check_packed(projection, model[projection.stored["weight"].name], exported)
+
+
+def check_packed(projection: PackedProjection, original: torch.Tensor, exported: dict[str, torch.Tensor]) -> None:
+    """Compare the experts of a packed projection ``[E, K, N]`` with the model's, each by an independent decoding."""
+    scheme = projection.one.scheme
+    for expert in range(projection.count):
+        stored = {
+            name: projection.of_expert(name, exported[header.name], expert).contiguous()
+            for name, header in projection.one.stored.items()
+            if name != "bias"
+        }
+        decoded = QuantLinear(RECIPES[scheme.algo], stored, scheme.weight.group_size, "exact", "recipe")
+        weight, expected = decoded.weight_parts.dequantized(), original[expert].T.float()
+        assert float((weight - expected).norm() / expected.norm()) < ROUNDING, (projection.one.name, expert)
 
 
 @pytest.mark.full

@@ -10,7 +10,7 @@ import torch
 from sglang_modelopt_ext.checkpoint.names import FUSED_SHARDS, is_vocabulary, matches
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.schemes.table import FP8, SCHEMES
-from sglang_modelopt_ext.workflow.quantize import quantizers, smoothquant
+from sglang_modelopt_ext.workflow.quantize import packed_experts, quantizers, smoothquant
 from sglang_modelopt_ext.workflow.quantize.recipes import FP8_SMOOTHQUANT, SMOOTHQUANT
 from sglang_modelopt_ext.workflow.quantize.record import Selection
 from sglang_modelopt_kernels.formats import ACTIVATION_FORMATS
@@ -52,8 +52,8 @@ EXPERTS = (
 )
 """The algorithms in which ModelOpt 0.47 exports experts that it stores one by one."""
 
-PACKED_EXPERTS = ("NVFP4", "W4A16_NVFP4", "FP8", "FP8_PER_CHANNEL_PER_TOKEN")
-"""The algorithms in which ModelOpt 0.47 exports experts that it stores packed (gpt-oss, Llama 4) with blocks along K."""
+PACKED_EXPERTS = (*packed_experts.BY_MODELOPT, *packed_experts.TRANSPOSED)
+"""The algorithms in which experts that are stored packed (gpt-oss, Llama 4) are exported."""
 
 EXPERT_METHODS = ("max", "mse", "local_hessian", "nvfp4_act_headroom")
 """The calibration algorithms that reach experts; the others smooth or change linear layers only."""
@@ -215,7 +215,7 @@ def _algo_of_experts(name: str, module: Any, recipe: str, methods: Sequence[str]
     supported: tuple[str, ...] = EXPERTS
     expected = "experts in a format that ModelOpt exports"
     if quantizers.is_packed(module):
-        supported, expected = PACKED_EXPERTS, "packed experts in a format that ModelOpt exports with blocks along K"
+        supported, expected = PACKED_EXPERTS, "packed experts in a format that is exported with blocks along K"
     if algo not in supported:
         raise ModelOptExtError.at(recipe, name, f"{expected}: {', '.join(supported)} (or --exclude them)", algo)
     skipping = [method for method in methods if method not in EXPERT_METHODS]

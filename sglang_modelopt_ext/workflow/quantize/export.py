@@ -38,6 +38,7 @@ from sglang_modelopt_ext.workflow.quantize import quantizers
 from sglang_modelopt_ext.workflow.quantize.folding import Folding
 from sglang_modelopt_ext.workflow.quantize.markers import without_markers
 from sglang_modelopt_ext.workflow.quantize.model_card import CARD_NAME, render_card
+from sglang_modelopt_ext.workflow.quantize.packed_experts import blocks_along_k
 from sglang_modelopt_ext.workflow.quantize.record import Origin, Record, layer_formats, package_versions, write_record
 
 TOKENIZER_FILES = (
@@ -196,7 +197,7 @@ def _run_export(model: Any, scratch: Path, progress: bool) -> None:
     with warnings.catch_warnings(), torch.no_grad(), packing:
         # The error that follows this warning has its content.
         warnings.filterwarnings("ignore", message="Cannot export model to the model_config")
-        with contextlib.redirect_stdout(None):
+        with contextlib.redirect_stdout(None), blocks_along_k():
             export_hf_checkpoint(model, export_dir=scratch)
 
 
