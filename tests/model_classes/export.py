@@ -21,6 +21,7 @@ from torch import nn
 
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
+from sglang_modelopt_ext.workflow.quantize.checks import PACKED_EXPERTS
 from sglang_modelopt_kernels.formats.base import TensorSpec
 from tests.model_classes.configs import save
 from tests.support.sparse import SIZES, Header, write_sparse
@@ -36,6 +37,10 @@ TYPES = {
 }
 BYTES = 2**31
 """Most bytes in one file: SGLang maps files whole, and a map counts as memory."""
+
+
+PACKED = ("gate_up_proj", "down_proj")
+NO_SMOOTHED = "ModelOpt 0.47 exports no smoothed experts"
 
 
 class NoExport(Exception):
@@ -123,13 +128,14 @@ def _state(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, torch.Tensor
         if getattr(getattr(module, "weight_quantizer", None), "is_enabled", False) and module.weight.dim() == 2:
             replaced.add(f"{name}.weight")
             yield from _layer(name, *module.weight.shape, recipe)
-        if hasattr(module, "gate_up_proj_weight_quantizer"):
-            raise NoExport("its experts are packed, which is not described here")
+        if getattr(getattr(module, "gate_up_proj_weight_quantizer", None), "is_enabled", False):
+            replaced.update(f"{name}.{key}" for key in PACKED)
+            yield from _packed_experts(name, module, recipe)
         first = getattr(module, "_first_proj_attr", None)
         if first is not None:
             is_quantized = getattr(module, f"{first}_weight_quantizers")[0].is_enabled
             if is_quantized and recipe.smoothing:
-                raise NoExport("ModelOpt 0.47 exports no smoothed experts")
+                raise NoExport(NO_SMOOTHED)
             replaced.update((f"{name}.{first}", f"{name}.down_proj"))
             yield from _experts(name, module, first, recipe if is_quantized else None)
     yield from _plain(model, replaced)
@@ -151,6 +157,21 @@ def _experts(name: str, module: Any, first: str, recipe: Recipe | None) -> Itera
         for projection in projections:
             yield from _layer(f"{name}.{expert}.{projection}", rows // len(projections), hidden, recipe)
         yield from _layer(f"{name}.{expert}.down_proj", *module.down_proj.shape[1:], recipe)
+
+
+def _packed_experts(name: str, module: Any, recipe: Recipe) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the tensors of packed experts as ``quantize`` exports them, ``[E, K, N]``."""
+    if recipe.smoothing:
+        raise NoExport(NO_SMOOTHED)
+    if recipe.algo not in PACKED_EXPERTS:
+        raise NoExport(f"packed experts are not exported in {recipe.algo}")
+    for key in PACKED:
+        count, k, n = getattr(module, key).shape
+        for spec in recipe.specs():
+            shape = spec.shape(n, k)
+            stored = (count, shape[1], shape[0]) if len(shape) == 2 else shape
+            tensor = torch.empty(stored, dtype=spec.dtypes[0], device="meta")
+            yield f"{name}.{key}" + ("" if spec.name == "weight" else f"_{spec.name}"), tensor
 
 
 def _layer(name: str, n: int, k: int, recipe: Recipe | None) -> Iterator[tuple[str, torch.Tensor]]:

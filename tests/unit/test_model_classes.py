@@ -17,8 +17,9 @@ from sglang_modelopt_ext.checkpoint.tensors import read_headers
 from tests.model_classes.configs import meta_model
 from tests.model_classes.export import RECIPES, quantized
 from tests.model_classes.registry import registered_classes
+from tests.support.expert_models import Kind
 from tests.support.expert_models import model_dir as expert_model_dir
-from tests.support.exports import export
+from tests.support.exports import Variant, export
 from tests.support.models import Family, TinyModel, model_dir
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,10 +67,19 @@ def test_served_classes_load(results: dict[str, Any], tool: ModuleType) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3", "glm4", "qwen3_moe", "mixtral"])
 def test_a_described_export_is_a_real_one(family: Family) -> None:
     """Names, types and shapes are those that ModelOpt writes, and so are the algorithm and the excluded modules."""
+    check_described(export(model_dir(TinyModel(family)), RECIPES[0].preset))
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4"])
+def test_described_packed_experts_are_those_of_quantize(kind: Kind) -> None:
+    check_described(export(expert_model_dir(kind), RECIPES[0].preset, Variant(along_k=True)))
+
+
+def check_described(folder: Path) -> None:
+    """Compare an export by the first recipe with the walk's description of its model."""
     import transformers
 
     recipe = RECIPES[0]
-    folder = export(model_dir(TinyModel(family)), recipe.preset)
     config = transformers.AutoConfig.from_pretrained(folder)
     model = meta_model(config.architectures[0], config)
     assert model is not None
