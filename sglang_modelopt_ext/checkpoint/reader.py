@@ -88,13 +88,16 @@ class Checkpoint:
         of_packed = [dataclasses.replace(part.one, stored=of) for part, of in zip(packed, headers, strict=True)]
         return [*self.linears.values(), *of_packed]
 
+    def linear_of(self, tensor: str) -> QuantizedLinear | None:
+        """Return the quantized linear layer of a stored tensor by its name, None for others and for packed experts."""
+        return self.linears.get(canonical_name(standard_name(tensor).rpartition(".")[0]))
+
     def spec_of(self, tensor: str) -> TensorSpec | None:
         """Return the spec of a stored tensor by its name, None when it belongs to no quantized layer."""
         if tensor in self.packed:
             projection, name = self.packed[tensor]
             return projection.specs.get(name)
-        module, _, name = standard_name(tensor).rpartition(".")
-        linear = self.linears.get(canonical_name(module))
+        linear, name = self.linear_of(tensor), standard_name(tensor).rpartition(".")[2]
         if linear is None:
             return None
         return next((spec for spec in linear.scheme.tensors if spec.name == name), None)

@@ -36,6 +36,7 @@ from sglang_modelopt_ext.integration.parameters import (
 )
 from sglang_modelopt_ext.integration.plain_linear import PlainLinear
 from sglang_modelopt_ext.integration.provenance import Copies, Provenance, is_reordered
+from sglang_modelopt_ext.integration.row_order import RowOrder
 from sglang_modelopt_ext.integration.streaming import in_memory_of_their_own
 
 logger = logging.getLogger(__name__)
@@ -123,12 +124,14 @@ def _fits(stored: tuple[int, ...], expected: tuple[int, ...], padded: Mapping[in
 
 
 def left_out(model: torch.nn.Module, checkpoint: Checkpoint) -> set[str]:
-    """Return the stored tensors that ``model`` does not need: MTP blocks, buffers, scales of unrounded inputs.
+    """Return the stored tensors that ``model`` does not need: MTP blocks, buffers, scales of unrounded inputs, what it skips.
 
     An encoder's pooler (BERT) is needed by a classifier, and no embedding model of SGLang's has it. A module that the model does
     have under such a name is loaded.
     """
-    unused = {name for name in checkpoint.tensors if checkpoint.leaves_out(name)}
+    # Llama 4's, of a vision tower that was not built.
+    skips: Callable[[str], bool] = getattr(model, "_should_skip_weight", lambda name: False)
+    unused = {name for name in checkpoint.tensors if checkpoint.leaves_out(name) or skips(name)}
     config = getattr(model, "config", None)
     text = getattr(config, "text_config", None) or config
     served = ServedLayers.of({name: getattr(text, name, None) for name in (LAYER_COUNT, *MTP_COUNTS)})
@@ -163,6 +166,7 @@ class StrictLoad:
         self.loads: dict[str, set[Any]] = {}
         self._provenance = Provenance(self._copied)
         own = (StoredParameter, ExpertParameter)
+        self._row_order = RowOrder(model, checkpoint, lambda tensor: next(iter(self._sources(tensor)), None))
         self._copies = Copies((name, one) for name, one in model.named_parameters() if not isinstance(one, own))
         self._in_loader = threading.local()
         self._writers: dict[tuple[str, Any], str] = {}
@@ -223,12 +227,16 @@ class StrictLoad:
                 continue
             yield self._names(standard_name(name)), tensor
 
+    def _sources(self, tensor: torch.Tensor) -> tuple[str, ...]:
+        """Return the stored tensors that a tensor was made of; the one that was read last where that is not known."""
+        return self._provenance.of(tensor) or ((self.current,) if self.current is not None else ())
+
     def _recording(self, parameter: str, loader: Loader) -> Loader:
         module_name, _, name = parameter.rpartition(".")
         module: Any = self.model.get_submodule(module_name)
 
         def load(target: torch.nn.Parameter, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            sources = self._provenance.of(tensor) or ((self.current,) if self.current is not None else ())
+            sources = self._sources(tensor)
             shard = args[0] if args else kwargs.get("loaded_shard_id")
             if "shard_id" in kwargs:  # the experts' loaders have the parameter's name as their first further argument
                 shard = kwargs["shard_id"]
@@ -237,7 +245,8 @@ class StrictLoad:
                 raise ValueError(f"shape {list(expected)} expected, {list(tensor.shape)} stored")
             if not self.has_values and tensor.is_meta and not target.is_meta:  # built on a device that its class names
                 tensor = torch.empty_like(tensor, device=target.device)
-            stored = self._stored.get(sources[0]) if self.has_values and len(sources) == 1 else None
+            is_known = len(sources) == 1 and sources[0] not in self._row_order.reordered
+            stored = self._stored.get(sources[0]) if self.has_values and is_known else None
             if isinstance(target, StoredParameter) and stored is not None and is_reordered(tensor, stored):
                 check_order(target, module.quant_method.scheme.tensors)
             # A class that cuts a tensor for several partitions (Qwen3.5) counts rows, and not those of packed codes or of blocks.
@@ -333,7 +342,7 @@ class StrictLoad:
         Raises:
             ModelOptExtError: a value is illegal, or ``load`` fails; the error names the tensor that was read last.
         """
-        with replaced_loaders(self.model, self._recording), self._provenance:
+        with replaced_loaders(self.model, self._recording), self._provenance, self._row_order.followed():
             try:
                 load(self.read(weights))
             except ModelOptExtError:

@@ -12,9 +12,10 @@ _MAKES = frozenset(
     {
         *(torch.cat, torch.concat, torch.concatenate, torch.stack, torch.vstack, torch.clone),
         *(torch.Tensor.clone, torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.float, torch.Tensor.reshape),
+        torch.Tensor.index_select,
     }
 )
-"""The functions whose results are recorded: those with which model classes join stored tensors, and copy what they join."""
+"""The functions whose results are recorded: those with which stored tensors are joined, copied and reordered."""
 
 
 class Provenance(TorchFunctionMode):

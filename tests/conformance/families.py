@@ -101,12 +101,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "nemotron-h": Architecture(
         "nemotron_h", W4A8, mixture=True, args=STATES, twin={"moe_runner_backend": "triton"}, prefixes=False
     ),
-    # SGLang's class reorders the rows of q's and k's weights when it loads them, of 16-bit and FP8 ones under a single scale.
+    # SGLang's class reorders the rows of q's and k's weights when it loads them, and alone not those of their scales.
     "llama4": Architecture(
         "llama4_vl",
         PACKED | CHANNEL_FP8 | W4A8,
         mixture=True,
-        unquantized=dict.fromkeys(("nvfp4", "fp8-channel-token", *W4A8), ("*self_attn*",)),
+        unquantized=dict.fromkeys(("nvfp4", "fp8-channel-token"), ("*self_attn*",)),
         ours=tuple(PACKED),
         packed=True,
         prefixes=False,

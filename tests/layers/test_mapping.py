@@ -193,6 +193,51 @@ def test_a_class_that_reorders_rows(folder: Path) -> None:
     assert relative_error(model.get_submodule("head")(x), right) < FLIP_TOLERANCE
 
 
+class Permuting(Odd):
+    """A class that reorders rows in a method that all tensors pass through, by the width of an unquantized weight (Llama 4)."""
+
+    def permute_qk_weight_for_rotary(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        if name != "model.layers.0.self_attn.o_proj.weight":
+            return name, tensor
+        return name, tensor.view(2, -1, 2, 256).transpose(1, 2).reshape(-1, 256)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        super().load_weights(self.permute_qk_weight_for_rotary(name, tensor) for name, tensor in weights)
+
+
+@pytest.mark.parametrize("recipe", ["W4A8_NVFP4_FP8_CFG", "W4A8_MXFP4_FP8_CFG", "FP8_DEFAULT_CFG", "MXFP8_DEFAULT_CFG"])
+def test_codes_and_scales_follow_a_class_that_reorders_rows(recipe: str) -> None:
+    """Its method is called for the numbers of the rows, and is itself again behind the loading."""
+    stored = export(model_dir(TinyModel("llama")), recipe)
+    model, _ = built = build(stored, Permuting())
+    load(*built)
+    assert "permute_qk_weight_for_rotary" not in vars(model)
+    x = layer_inputs(256, torch.float32)
+    right = Reference(stored).model.get_submodule("model.layers.0.self_attn.o_proj")(x)
+    right = right.view(len(x), 2, -1, 2).transpose(2, 3).reshape(right.shape)
+    assert relative_error(model.get_submodule("head")(x), right) < FLIP_TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("recipe", "line"),
+    [
+        (
+            "INT4_AWQ_CFG",
+            r"o_proj\.weight: expected .* rows of their own expected, for its class reorders them, 2 in one stored",
+        ),
+        ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", None),
+    ],
+)
+def test_rows_that_are_stored_together(recipe: str, line: str | None) -> None:
+    """Two rows of INT4 share bytes; rows that stay in their block of 128 need no other scale."""
+    built = build(export(model_dir(TinyModel("llama")), recipe), Permuting())
+    if line is None:
+        load(*built)
+        return
+    with pytest.raises(ModelOptExtError, match=line):
+        load(*built)
+
+
 class Copying(Namespace):
     """A class that copies one stored tensor into a parameter itself, in the slices ``parts`` (gpt-oss's sinks)."""
 

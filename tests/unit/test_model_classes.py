@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = {
     "BertModel": "a pooler that SGLang's class has not, and a parameter of positions that nobody stores",
     "DeepseekV3ForCausalLM": "latent attention; its class asks a layer's method for blocks",
+    "Llama4ForConditionalGeneration": "rows of q and k that its class reorders, packed experts, a tower that it skips",
     "HYV3ForCausalLM": "names of layers that begin with a dot",
     "NemotronHForCausalLM": "experts without a gate",
     "PhiForCausalLM": "a class that collects all tensors first, and gives its layers no names",
