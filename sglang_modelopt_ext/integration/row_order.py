@@ -60,7 +60,7 @@ class RowOrder:
         if linear is None or spec is None:
             return inner(name, tensor)
         position = spec.dim_of("N")
-        order = self._order(inner, name.rpartition(".")[0], linear.n, linear.k)
+        order = None if position is None else self._order(inner, name.rpartition(".")[0], linear.n, linear.k)
         if position is None or order is None:
             return name, tensor
         entries = _entries(spec, position, order)
@@ -68,7 +68,10 @@ class RowOrder:
         return name, tensor if tensor.is_meta else _take(tensor, position, entries)
 
     def _order(self, inner: Reorder, layer: str, n: int, k: int) -> torch.Tensor | None:
-        """Return the stored row of each of a layer's rows, None where they stay: the class reorders a weight of their numbers."""
+        """Return the stored row of each of a layer's rows, None where they stay: the class reorders a weight of their numbers.
+
+        All layers of one name and size have one order, as the class goes by names and numbers of heads.
+        """
         key = (layer.rpartition(".")[2], n, k)
         if key not in self._orders:
             rows = torch.arange(n, dtype=torch.int32, device="cpu")

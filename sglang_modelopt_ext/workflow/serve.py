@@ -15,7 +15,7 @@ from sglang_modelopt_ext.checkpoint.hub import CODE_FILES, HUB_FILES
 from sglang_modelopt_ext.errors import ModelOptExtError
 from sglang_modelopt_ext.files.digest import file_digest, folder_digest
 from sglang_modelopt_ext.files.whole import locked
-from sglang_modelopt_ext.workflow.common.base_model import default_device, find_model
+from sglang_modelopt_ext.workflow.common.base_model import device_for, find_model
 from sglang_modelopt_ext.workflow.quantize.export import check_folder
 from sglang_modelopt_ext.workflow.quantize.record import package_versions
 from sglang_modelopt_ext.workflow.quantize.run import Options, quantize
@@ -87,7 +87,7 @@ def cache_key(source: Path, options: Options, cache: Path) -> str:
     parts = (
         folder_digest(source, (*HUB_FILES, *code), cache),
         options,
-        options.device or default_device(),
+        device_for(options.device),
         data,
         package_versions(),
     )

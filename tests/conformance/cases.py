@@ -121,12 +121,11 @@ _SPECIAL: dict[str, dict[str, Any]] = {
 UNSTABLE = ("mix-block-fp8-flat-deepseek-v3",)
 """Exports that SGLang serves whose reading is unstable: where the rounding of one input falls the other way, as between a CPU
 and a GPU, experts change, and the log probabilities of three tokens in four by 0.05 or more. They are held to SGLang alone."""
-_SPECIAL.update({name: {**_SPECIAL[name], "expect": "any"} for name in UNSTABLE})
 
 SGLANG_EXPERTS = ("moe-nvfp4", "mix-nvfp4-w4a16", "mix-nvfp4-fp8", "mix-block-fp8-inv", "mix-unknown")
 """Exports with NVFP4 experts that SGLang serves. It rounds what enters them by the largest of their scales, and adds atomically:
 their answers differ from a reading of the recipe by about a tolerance, with this package and without it."""
-_SPECIAL.update({name: {**_SPECIAL.get(name, {}), "expect": "any"} for name in SGLANG_EXPERTS})
+_SPECIAL.update({name: {**_SPECIAL.get(name, {}), "expect": "any"} for name in (*UNSTABLE, *SGLANG_EXPERTS)})
 
 LEFT_TO_SGLANG = (
     *("fp8", "nvfp4", "fp8-kv-fp8", "w4a16-nvfp4", "moe-nvfp4", "moe-fp8"),

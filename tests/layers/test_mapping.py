@@ -205,7 +205,21 @@ class Permuting(Odd):
         super().load_weights(self.permute_qk_weight_for_rotary(name, tensor) for name, tensor in weights)
 
 
-@pytest.mark.parametrize("recipe", ["W4A8_NVFP4_FP8_CFG", "W4A8_MXFP4_FP8_CFG", "FP8_DEFAULT_CFG", "MXFP8_DEFAULT_CFG"])
+class Scattering(Permuting):
+    """One that takes rows out of their blocks of 128."""
+
+    def permute_qk_weight_for_rotary(self, name: str, tensor: torch.Tensor) -> tuple[str, torch.Tensor]:
+        if name != "model.layers.0.self_attn.o_proj.weight":
+            return name, tensor
+        return name, tensor.view(2, -1, 256).transpose(0, 1).reshape(-1, 256)
+
+
+BLOCK_FP8 = "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG"
+
+
+@pytest.mark.parametrize(
+    "recipe", ["W4A8_NVFP4_FP8_CFG", "W4A8_MXFP4_FP8_CFG", "FP8_DEFAULT_CFG", "MXFP8_DEFAULT_CFG", BLOCK_FP8]
+)
 def test_codes_and_scales_follow_a_class_that_reorders_rows(recipe: str) -> None:
     """Its method is called for the numbers of the rows, and is itself again behind the loading."""
     stored = export(model_dir(TinyModel("llama")), recipe)
@@ -219,22 +233,16 @@ def test_codes_and_scales_follow_a_class_that_reorders_rows(recipe: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("recipe", "line"),
+    ("recipe", "model", "line"),
     [
-        (
-            "INT4_AWQ_CFG",
-            r"o_proj\.weight: expected .* rows of their own expected, for its class reorders them, 2 in one stored",
-        ),
-        ("FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG", None),
+        ("INT4_AWQ_CFG", Permuting, "weight: expected .* rows of their own expected, .*, 2 in one stored"),
+        (BLOCK_FP8, Scattering, "weight_scale: expected .* rows that stay together expected in blocks of 128"),
     ],
 )
-def test_rows_that_are_stored_together(recipe: str, line: str | None) -> None:
-    """Two rows of INT4 share bytes; rows that stay in their block of 128 need no other scale."""
-    built = build(export(model_dir(TinyModel("llama")), recipe), Permuting())
-    if line is None:
-        load(*built)
-        return
-    with pytest.raises(ModelOptExtError, match=line):
+def test_rows_that_are_stored_together_stay_together(recipe: str, model: type[Permuting], line: str) -> None:
+    """Two rows of INT4 share bytes, 128 of FP8's blocks a scale."""
+    built = build(export(model_dir(TinyModel("llama")), recipe), model())
+    with pytest.raises(ModelOptExtError, match=rf"o_proj\.{line}"):
         load(*built)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang_modelopt_ext.checkpoint.packed import DOWN, GATE_UP
 from sglang_modelopt_ext.schemes.base import LayerScheme
 from sglang_modelopt_ext.schemes.table import SCHEMES
 from sglang_modelopt_ext.workflow.quantize.checks import PACKED_EXPERTS
@@ -39,7 +40,6 @@ BYTES = 2**31
 """Most bytes in one file: SGLang maps files whole, and a map counts as memory."""
 
 
-PACKED = ("gate_up_proj", "down_proj")
 NO_SMOOTHED = "ModelOpt 0.47 exports no smoothed experts"
 
 
@@ -129,7 +129,7 @@ def _state(model: nn.Module, recipe: Recipe) -> Iterator[tuple[str, torch.Tensor
             replaced.add(f"{name}.weight")
             yield from _layer(name, *module.weight.shape, recipe)
         if getattr(getattr(module, "gate_up_proj_weight_quantizer", None), "is_enabled", False):
-            replaced.update(f"{name}.{key}" for key in PACKED)
+            replaced.update(f"{name}.{key}" for key in (GATE_UP, DOWN))
             yield from _packed_experts(name, module, recipe)
         first = getattr(module, "_first_proj_attr", None)
         if first is not None:
@@ -165,7 +165,7 @@ def _packed_experts(name: str, module: Any, recipe: Recipe) -> Iterator[tuple[st
         raise NoExport(NO_SMOOTHED)
     if recipe.algo not in PACKED_EXPERTS:
         raise NoExport(f"packed experts are not exported in {recipe.algo}")
-    for key in PACKED:
+    for key in (GATE_UP, DOWN):
         count, k, n = getattr(module, key).shape
         for spec in recipe.specs():
             shape = spec.shape(n, k)

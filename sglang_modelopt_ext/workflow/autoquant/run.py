@@ -58,7 +58,7 @@ from sglang_modelopt_ext.workflow.autoquant.state import (
 )
 from sglang_modelopt_ext.workflow.autoquant.work_folder import Work, shared_work
 from sglang_modelopt_ext.workflow.common import modelopt_cpu
-from sglang_modelopt_ext.workflow.common.base_model import activations_checked, default_device, find_model, load_model
+from sglang_modelopt_ext.workflow.common.base_model import activations_checked, device_for, find_model, load_model
 from sglang_modelopt_ext.workflow.common.processes import Processes
 from sglang_modelopt_ext.workflow.common.progress import elapsed_progress
 from sglang_modelopt_ext.workflow.common.text import load_tokenizer, spread
@@ -95,7 +95,7 @@ def _quiet(request: Request, processes: Processes) -> Request:
 
 def _search(request: Request, processes: Processes) -> Report | None:
     matplotlib_figure()
-    device = request.device or default_device()
+    device = device_for(request.device)
     folder = find_model(request.model)
     output = request.output
     processes.from_first(lambda: _check_place(folder, output, request))
@@ -151,7 +151,7 @@ def _search(request: Request, processes: Processes) -> Report | None:
 def measure_times(request: Request) -> Path:
     """Measure what the file of times lacks for the request's model and formats, and return the file. Raises ModelOptExtError."""
     assert request.times is not None, "a request with a file"
-    device = request.device or default_device()
+    device = device_for(request.device)
     recipe = None if request.recipe is None else read_search(request.recipe)
     plan_candidates(request, recipe, find_model(request.model), device, Processes())
     return request.times.file
@@ -182,7 +182,7 @@ def export_again(file: Path, request: Request, processes: Processes | None = Non
 def _export_again(file: Path, request: Request, processes: Processes) -> Report | None:
     matplotlib_figure()
     state = read_report(file).state
-    device = request.device or default_device()
+    device = device_for(request.device)
     folder = find_model(request.model)
     processes.from_first(lambda: _check_place(folder, request.output, request))
     choices = [_choose(state, target, request.kv_target) for target in request.targets]

@@ -62,14 +62,12 @@ ALL_GPUS = "auto"
 """The device that stands for all GPUs of the machine together, or for the CPU where there is none."""
 
 
-def default_device() -> str:
-    """Return ``cuda`` where there is a GPU, else ``cpu``."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def device_for(asked: str | None) -> str:
-    """Return the device for one that was asked for; :data:`ALL_GPUS` only where there is a GPU."""
-    return default_device() if asked is None or (asked == ALL_GPUS and not torch.cuda.is_available()) else asked
+    """Return the device for one that was asked for, None for ``cuda``; without a GPU that and :data:`ALL_GPUS` are ``cpu``."""
+    has_gpu = torch.cuda.is_available()
+    if asked is None or (asked == ALL_GPUS and not has_gpu):
+        return "cuda" if has_gpu else "cpu"
+    return asked
 
 
 def load_model(

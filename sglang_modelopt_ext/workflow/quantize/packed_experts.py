@@ -43,16 +43,10 @@ def blocks_along_k() -> Iterator[None]:
 
 
 def _has_blocks_along_n(module: Any, weight_name: str) -> bool:
-    from modelopt.torch.export import model_config
     from modelopt.torch.export.quant_utils import get_quantization_format
 
-    formats = (
-        model_config.QUANTIZATION_W4A8_NVFP4_FP8,
-        model_config.QUANTIZATION_W4A8_MXFP4_FP8,
-        model_config.QUANTIZATION_MXFP4,
-        model_config.QUANTIZATION_MXFP8,
-    )
-    return getattr(module, weight_name).dim() == 3 and get_quantization_format(module) in formats
+    # ModelOpt's own names of these formats are the algorithms' in lower case.
+    return getattr(module, weight_name).dim() == 3 and str(get_quantization_format(module)).upper() in TRANSPOSED
 
 
 def _transpose(module: Any, name: str) -> None:
